@@ -1,0 +1,1 @@
+"""Layer 8: what a model is worth: perplexity."""

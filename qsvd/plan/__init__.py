@@ -1,0 +1,1 @@
+"""Layer 3: arithmetic before work; needs shapes, never weights."""

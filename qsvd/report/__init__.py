@@ -1,0 +1,1 @@
+"""Layer 9: records in, tables out; opens no model."""
