@@ -1,0 +1,43 @@
+"""Split: a weight as a quantized residual and principal factors, W ~ Q + B A.
+
+Shape suffixes: O = out features, I = in features, R = rank.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qsvd.numerics.codec import PackedBlocks
+
+
+@dataclass(frozen=True)
+class Split:
+    """W [O, I] ~ residual + up_OR @ down_RI, as it is stored.
+
+    Args:
+        residual: Q, quantized.
+        up_OR: B of LoRA, in the dtype of the adapter; the scale alpha / r is 1.
+        down_RI: A of LoRA.
+        iteration: Which pass of the loop made it, from 1.
+        history: ||W - Q - B A||_F after every pass, the discarded ones too.
+    """
+
+    residual: PackedBlocks
+    up_OR: Tensor
+    down_RI: Tensor
+    iteration: int
+    history: tuple[float, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.up_OR.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.residual.num_bytes + self.up_OR.nbytes + self.down_RI.nbytes
+
+    def error(self, weight_OI: Tensor) -> Tensor:
+        """W - Q - B A, float32 [O, I], for a float32 W."""
+        error_OI = self.residual.decode()
+        error_OI.neg_().add_(weight_OI)
+        return error_OI.addmm_(self.up_OR.float(), self.down_RI.float(), alpha=-1)

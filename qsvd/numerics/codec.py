@@ -1,0 +1,85 @@
+"""What a block quantizer is: a matrix becomes small integers and one scale per block, and comes back.
+
+Shape suffixes: O = out features, I = in features.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NestedScales:
+    """Block scales quantized once more, to 8 bits (double quantization: QLoRA, arXiv:2305.14314, section 3).
+
+    scale[b] = levels[codes[b]] * absmax[b // block_size] + offset
+
+    Args:
+        codes: uint8 [blocks].
+        absmax: float32 [ceil(blocks / block_size)].
+        offset: float32 scalar, the mean of the scales before they were quantized.
+        levels: float32 [256], in -1..1.
+        block_size: Scales that share one absmax.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    offset: Tensor
+    levels: Tensor
+    block_size: int
+
+    def decode(self) -> Tensor:
+        """The scales, float32 [blocks]."""
+        absmax = self.absmax.repeat_interleave(self.block_size)[: self.codes.numel()]
+        return self.levels[self.codes.long()] * absmax + self.offset
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes.nbytes + self.absmax.nbytes + self.offset.nbytes
+
+
+@dataclass(frozen=True)
+class PackedBlocks:
+    """A quantized matrix [O, I].
+
+    Args:
+        codes: uint8 [ceil(O * I / codes per byte)], row-major; of two 4-bit codes the first is in the high half.
+        scales: float32 [blocks], or the same scales nested.
+        shape: (O, I).
+        codec: Who encoded it, and decodes it.
+    """
+
+    codes: Tensor
+    scales: Tensor | NestedScales
+    shape: tuple[int, int]
+    codec: "Codec"
+
+    def decode(self, out: Tensor | None = None) -> Tensor:
+        """The matrix again, float32 [O, I]; into `out` (float32, contiguous, [O, I]) if given."""
+        return self.codec.decode(self, out)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that grow with the matrix: codes and scales; level tables (shared by all matrices) not counted."""
+        return self.codes.nbytes + (
+            self.scales.num_bytes if isinstance(self.scales, NestedScales) else self.scales.nbytes
+        )
+
+
+class Codec(ABC):
+    """A block quantizer. Blocks run along the flattened row-major matrix, so they may cross rows."""
+
+    name: str
+
+    @abstractmethod
+    def encode(self, matrix_OI: Tensor) -> PackedBlocks:
+        """Round a float32, bfloat16 or float16 [O, I] matrix; ValueError for another dtype, a NaN or an infinity."""
+
+    @abstractmethod
+    def decode(self, packed: PackedBlocks, out: Tensor | None = None) -> Tensor:
+        """The matrix again, float32 [O, I]."""
+
+    @abstractmethod
+    def num_bytes(self, shape: tuple[int, int]) -> int:
+        """What `encode` of such a matrix will need, by the same count as PackedBlocks.num_bytes."""

@@ -1,0 +1,105 @@
+"""The best rank-r factors of a matrix: randomized subspace iteration (Halko et al., arXiv:0909.4061), or an exact SVD.
+
+Shape suffixes: O = out features, I = in features, K = sketch columns, R = rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OVERSAMPLE = 16  # extra sketch columns; Halko et al. ask for 5 to 10, and a wider sketch needs fewer passes
+SMALL = 256  # a matrix with a side no longer than this is decomposed exactly: that is the cheaper way there
+ORTHOGONAL = 0.5  # largest entry of |Q^T Q - 1| after one Cholesky-QR from which the second one is certain to repair
+
+
+@dataclass(frozen=True)
+class TopSVD:
+    """The leading part of an SVD, M ~ left diag(values) right.
+
+    Args:
+        left_OK: float32, orthonormal columns.
+        values_K: float32, descending.
+        right_KI: float32, orthonormal rows.
+    """
+
+    left_OK: Tensor
+    values_K: Tensor
+    right_KI: Tensor
+
+    def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Balanced factors up [O, R] = U sqrt(S) and down [R, I] = sqrt(S) V^T, rounded to dtype (PiSSA, eq. 2-3)."""
+        root_R = self.values_K[:rank].sqrt()
+        return (self.left_OK[:, :rank] * root_R).to(dtype), (root_R[:, None] * self.right_KI[:rank]).to(dtype)
+
+
+def exact_svd(matrix_OI: Tensor, rank: int) -> TopSVD:
+    """The leading `rank` singular triples of a float32 [O, I] matrix by LAPACK or cuSOLVER."""
+    _check_rank(matrix_OI, rank)
+    left, values, right = torch.linalg.svd(matrix_OI, full_matrices=False)
+    return TopSVD(left[:, :rank], values[:rank], right[:rank])
+
+
+def randomized_svd(
+    matrix_OI: Tensor, rank: int, *, passes: int, generator: torch.Generator, start_KI: Tensor | None = None
+) -> TopSVD:
+    """The leading singular triples of a matrix by subspace iteration; at least `rank` of them.
+
+    Args:
+        matrix_OI: float32 [O, I].
+        rank: How many triples are wanted, 1..min(O, I).
+        passes: Times that M and M^T are applied; one is enough from a good start.
+        generator: Draws the first sketch; not used with start_KI.
+        start_KI: right_KI of an earlier, similar matrix: the iteration goes on from its subspace.
+
+    Raises:
+        ValueError: rank or passes is out of range.
+    """
+    _check_rank(matrix_OI, rank)
+    if passes < 1:
+        raise ValueError(f"{passes} passes over the matrix cannot find a subspace; at least 1 is needed")
+    if min(matrix_OI.shape) <= max(SMALL, rank + OVERSAMPLE):
+        return exact_svd(matrix_OI, rank)
+    columns = rank + OVERSAMPLE
+    if start_KI is None or start_KI.shape[0] < columns:
+        basis_IK = torch.randn(matrix_OI.shape[1], columns, generator=generator, device=matrix_OI.device)
+    else:
+        basis_IK = start_KI.mT
+    for _ in range(passes):
+        left_OK = orthonormal(matrix_OI @ basis_IK)
+        basis_IK = matrix_OI.mT @ left_OK
+    right_IK = orthonormal(basis_IK)
+    inner_KK = (right_IK.mT @ basis_IK).mT
+    inner_left, values_K, inner_right = torch.linalg.svd(inner_KK)
+    return TopSVD(left_OK @ inner_left, values_K, inner_right @ right_IK.mT)
+
+
+def orthonormal(tall: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of a float32 [n, k] matrix, n >= k, in few and large products.
+
+    Cholesky-QR twice (Yamamoto et al., 2015) where the columns are independent enough, else Householder QR.
+    """
+    once = _cholesky_qr(tall)
+    if once is None:
+        return torch.linalg.qr(tall).Q
+    defect = once.mT @ once
+    defect.diagonal().sub_(1)
+    if not bool(defect.abs().amax() < ORTHOGONAL):
+        return torch.linalg.qr(tall).Q
+    twice = _cholesky_qr(once)
+    assert twice is not None, "a nearly orthonormal matrix has a positive definite Gram matrix"
+    return twice
+
+
+def _cholesky_qr(tall: Tensor) -> Tensor | None:
+    """One Cholesky-QR step, or None where the Gram matrix is not positive definite."""
+    upper, info = torch.linalg.cholesky_ex(tall.mT @ tall, upper=True)
+    if int(info) != 0:
+        return None
+    return torch.linalg.solve_triangular(upper, tall, upper=True, left=False)
+
+
+def _check_rank(matrix_OI: Tensor, rank: int) -> None:
+    limit = min(matrix_OI.shape)
+    if not 1 <= rank <= limit:
+        raise ValueError(f"rank {rank} is outside 1..{limit}, the ranks of a {tuple(matrix_OI.shape)} matrix")
