@@ -61,17 +61,17 @@ def _exact(short_SL: Tensor) -> Norms:
 
 
 def _estimated(short_SL: Tensor, frobenius_norm: float, generator: torch.Generator) -> Norms:
-    samples: list[Tensor] = []
+    samples_N = torch.empty(0, dtype=torch.float64)
     spectral, standard_error = 0.0, float("inf")
-    while (
-        standard_error > ENOUGH * float(torch.cat(samples or [torch.zeros(1)]).mean()) and len(samples) < MOST_BATCHES
-    ):
+    for _ in range(MOST_BATCHES):
         nodes_PK, weights_PK = _lanczos(short_SL, generator)
         roots_PK = nodes_PK.clamp(min=0).sqrt()
-        samples.append(short_SL.shape[0] * (weights_PK * roots_PK).sum(dim=1))
+        samples_N = torch.cat((samples_N, short_SL.shape[0] * (weights_PK * roots_PK).sum(dim=1).cpu()))
         spectral = max(spectral, float(roots_PK.max()))
-        standard_error = float(torch.cat(samples).std()) / sqrt(PROBES * len(samples))
-    return Norms(frobenius_norm, float(torch.cat(samples).mean()), standard_error, spectral)
+        standard_error = float(samples_N.std()) / sqrt(samples_N.numel())
+        if standard_error <= ENOUGH * float(samples_N.mean()):
+            break
+    return Norms(frobenius_norm, float(samples_N.mean()), standard_error, spectral)
 
 
 def _lanczos(short_SL: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -79,10 +79,10 @@ def _lanczos(short_SL: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
 
     The recurrence runs for all probes at once and orthogonalizes fully, in float32.
     """
-    side, options = short_SL.shape[0], {"device": short_SL.device}
-    basis_PKS = torch.zeros(PROBES, LANCZOS_STEPS, side, **options)
-    diagonal_PK, beside_PK = torch.zeros(2, PROBES, LANCZOS_STEPS, dtype=torch.float64, **options)
-    signs_PS = torch.randint(0, 2, (PROBES, side), generator=generator, **options)
+    side, device = short_SL.shape[0], short_SL.device
+    basis_PKS = torch.zeros(PROBES, LANCZOS_STEPS, side, device=device)
+    diagonal_PK, beside_PK = torch.zeros(2, PROBES, LANCZOS_STEPS, dtype=torch.float64, device=device)
+    signs_PS = torch.randint(0, 2, (PROBES, side), generator=generator, device=device)
     vector_PS = (2.0 * signs_PS - 1.0) / sqrt(side)
     for step in range(LANCZOS_STEPS):
         basis_PKS[:, step] = vector_PS

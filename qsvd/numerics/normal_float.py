@@ -82,6 +82,7 @@ class NormalFloat4(Codec):
 def _nest(scales_B: Tensor) -> NestedScales:
     offset = scales_B.mean()
     codes, state = bitsandbytes.quantize_blockwise(scales_B - offset, blocksize=NESTED_BLOCK)
+    assert state.code is not None, "quantize_blockwise returns the levels it used"
     return NestedScales(codes, state.absmax, offset, state.code, NESTED_BLOCK)
 
 
@@ -143,7 +144,7 @@ def _codes_of(scaled_N: Tensor) -> numpy.ndarray:
 
 
 def _pack(codes_N: numpy.ndarray) -> Tensor:
-    """Two codes to a byte, uint8 [ceil(N / 2)], the first in the high half; an odd end is filled with the code of zero."""
+    """Two codes to a byte, uint8 [ceil(N / 2)], the first in the high half; an odd end takes the code of zero."""
     if codes_N.size % 2:
         codes_N = numpy.append(codes_N, _codes_of(torch.zeros(1)))
     return torch.from_numpy((codes_N[::2] << 4) | codes_N[1::2])

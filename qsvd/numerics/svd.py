@@ -65,7 +65,9 @@ def randomized_svd(
         basis_IK = torch.randn(matrix_OI.shape[1], columns, generator=generator, device=matrix_OI.device)
     else:
         basis_IK = start_KI.mT
-    for _ in range(passes):
+    left_OK = orthonormal(matrix_OI @ basis_IK)
+    basis_IK = matrix_OI.mT @ left_OK
+    for _ in range(passes - 1):
         left_OK = orthonormal(matrix_OI @ basis_IK)
         basis_IK = matrix_OI.mT @ left_OK
     right_IK = orthonormal(basis_IK)

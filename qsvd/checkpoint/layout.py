@@ -1,0 +1,132 @@
+"""A Split as named tensors, and back: bitsandbytes' names for the residual, PEFT's for the factors (docs/format.md)."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsvd.decompose.split import Split
+from qsvd.numerics.codec import NestedScales, PackedBlocks
+from qsvd.numerics.normal_float import NormalFloat4, bitsandbytes, levels
+
+ADAPTER_PREFIX = "base_model.model."
+QUANT_STATE = "quant_state.bitsandbytes__nf4"
+STATE_BYTES = 320  # at most, for the JSON of one weight's quantization state
+
+
+def residual_tensors(name: str, packed: PackedBlocks, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The residual under the names that transformers' bitsandbytes loader expects.
+
+    Args:
+        name: The weight's own tensor name, "model.layers.0.self_attn.q_proj.weight".
+        dtype: What the loader decodes to, the compute dtype.
+    """
+    assert isinstance(packed.codec, NormalFloat4), "the only codec with a bitsandbytes layout"
+    nested = packed.scales if isinstance(packed.scales, NestedScales) else None
+    inner = nested and bitsandbytes.QuantState(
+        absmax=nested.absmax, code=nested.levels, blocksize=nested.block_size, dtype=torch.float32
+    )
+    state = bitsandbytes.QuantState(
+        absmax=nested.codes if nested else packed.scales,
+        shape=torch.Size(packed.shape),
+        code=levels(),
+        blocksize=packed.codec.block_size,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=nested.offset if nested else None,
+        state2=inner,
+    )
+    tensors = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {name: packed.codes.view(-1, 1)} | {key: value.cpu().contiguous() for key, value in tensors.items()}
+
+
+def residual_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> PackedBlocks:
+    """What `residual_tensors` was given, from its result.
+
+    Raises:
+        ValueError: a tensor is missing, or the quantization is not NF4.
+    """
+    parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    if name not in tensors or "absmax" not in parts or QUANT_STATE not in parts:
+        raise ValueError(f"{name} is no NF4 weight: it needs {name}, .absmax and .{QUANT_STATE}")
+    state = json.loads(parts[QUANT_STATE].numpy().tobytes())
+    scales: Tensor | NestedScales = parts["absmax"]
+    if "nested_absmax" in parts:
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+        scales = NestedScales(
+            parts["absmax"], parts["nested_absmax"], offset, parts["nested_quant_map"], state["nested_blocksize"]
+        )
+    codec = NormalFloat4(double_quant=isinstance(scales, NestedScales), block_size=state["blocksize"])
+    rows, columns = state["shape"]
+    return PackedBlocks(tensors[name].view(-1), scales, (rows, columns), codec)
+
+
+def adapter_tensors(module: str, split: Split) -> dict[str, Tensor]:
+    """The factors under PEFT's LoRA names; none at rank 0."""
+    if split.rank == 0:
+        return {}
+    prefix = f"{ADAPTER_PREFIX}{module}"
+    return {
+        f"{prefix}.lora_A.weight": split.down_RI.cpu().contiguous(),
+        f"{prefix}.lora_B.weight": split.up_OR.cpu().contiguous(),
+    }
+
+
+def residual_bytes(codec: NormalFloat4, shape: tuple[int, int]) -> int:
+    """An upper bound of the bytes of `residual_tensors`, within STATE_BYTES, before the weight is known."""
+    return codec.num_bytes(shape) + levels().nbytes + (1024 if codec.double_quant else 0) + STATE_BYTES
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, over names and bytes in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode() + b"\0")
+        total.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """SHA-256, in hex, over the digests of all residuals: what ties an adapter to the base it was made for."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def adapter_config(modules: list[str], rank: int, task: str | None, base: str) -> dict[str, Any]:
+    """The adapter_config.json of a plain LoRA whose scale lora_alpha / r is 1.
+
+    init_lora_weights is true, not "pissa": PEFT would decompose the residual once more. Written by PEFT itself.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        task_type=task,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=modules,
+        init_lora_weights=True,
+        inference_mode=True,
+        base_model_name_or_path=base,
+    ).to_dict()
+    config["target_modules"] = sorted(modules)  # PEFT keeps a set, whose order changes from run to run
+    return config
+
+
+def quantization_config(left_linears: list[str], *, double_quant: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """The quantization_config of config.json, with every linear layer named that is not quantized."""
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": name,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": left_linears,
+    }

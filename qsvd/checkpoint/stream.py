@@ -1,0 +1,20 @@
+"""Weights of a checkpoint one after another, the next one being read while this one is worked on."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from torch import Tensor
+
+from qsvd.checkpoint.read import Checkpoint
+
+
+def stream(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[Tensor]:
+    """The tensors of these names, in order; at most two are in memory, the one yielded and the one after it."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = reader.submit(checkpoint.read, names[0]) if names else None
+        for following in (*names[1:], None):
+            assert coming is not None, "a name was submitted for every turn"
+            tensor = coming.result()
+            coming = reader.submit(checkpoint.read, following) if following is not None else None
+            yield tensor
+            del tensor

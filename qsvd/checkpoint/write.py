@@ -1,0 +1,137 @@
+"""An output folder that grows weight by weight, so that a killed run goes on where it stopped (docs/format.md, part 4).
+
+Every finished weight lies in OUT/unfinished as two files, each of which appears by rename when it is whole: NNNNN.residual
+and then NNNNN.factors, whose metadata hold the weight's record. That pair is the journal. When all weights of a shard
+are there, the shard is written from their residuals, which then go. The folder `unfinished` goes last of all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qsvd.checkpoint.layout import digest
+from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, TensorEntry, read_header, write_stream
+
+UNFINISHED = "unfinished"
+MANIFEST = "qsvd.json"
+RUN = "run.json"
+PYTORCH = {"format": "pt"}
+
+
+class OutputFolder:
+    """OUT, opened for one run of `qsvd quantize`.
+
+    Args:
+        folder: Made if it is not there; empty, or left by a run with the same `identity`.
+        identity: What the bytes depend on: options, source fingerprint. Kept in OUT/unfinished/run.json.
+
+    Raises:
+        ValueError: the folder holds something else, or another run's result; the sentence says what differs.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        self.folder = folder
+        self.unfinished = folder / UNFINISHED
+        run_file = self.unfinished / RUN
+        if (folder / MANIFEST).is_file() and not self.unfinished.exists():
+            _check_same(folder, json.loads((folder / MANIFEST).read_text())["run"], identity)
+            self.is_complete = True
+            return
+        self.is_complete = False
+        if run_file.is_file():
+            _check_same(folder, json.loads(run_file.read_text()), identity)
+        elif folder.exists() and any(path != self.unfinished for path in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and not a result of qsvd quantize; give --out another folder")
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        write_text(run_file, to_json(identity))
+
+    def is_done(self, index: int) -> bool:
+        """Whether weight number `index` is finished."""
+        return self._factors(index).is_file()
+
+    def save(self, index: int, residual: Mapping[str, Tensor], factors: Mapping[str, Tensor], record: object) -> None:
+        """Keep one finished weight; `record` is JSON-able and comes back from `record`."""
+        write_stream(self._residual(index), _in_memory(residual), PYTORCH)
+        metadata = PYTORCH | {"record": json.dumps(record), "residual_sha256": digest(residual)}
+        write_stream(self._factors(index), _in_memory(factors), metadata)
+
+    def record(self, index: int) -> Any:
+        """What `save` was given for this weight."""
+        return json.loads(read_header(self._factors(index)).metadata["record"])
+
+    def residual_sha256(self, index: int) -> str:
+        """The digest of the weight's residual tensors."""
+        return read_header(self._factors(index)).metadata["residual_sha256"]
+
+    def write_shard(self, file: str, indices: Sequence[int], copied: Sequence[NewTensor]) -> None:
+        """Join finished residuals and tensors of the source into one shard, then drop the residuals' own files."""
+        parts = [part for index in indices for part in _in_file(self._residual(index))]
+        write_stream(self.folder / file, [*parts, *copied], PYTORCH)
+        for index in indices:
+            self._residual(index).unlink()
+
+    def write_adapter(self, file: str, indices: Sequence[int], metadata: Mapping[str, str]) -> None:
+        """Join the factors of all weights into one file."""
+        (self.folder / file).parent.mkdir(exist_ok=True)
+        parts = [part for index in indices for part in _in_file(self._factors(index))]
+        write_stream(self.folder / file, parts, PYTORCH | dict(metadata))
+
+    def close(self) -> None:
+        """The result is complete: drop what only a resumed run needs."""
+        shutil.rmtree(self.unfinished)
+
+    def _residual(self, index: int) -> Path:
+        return self.unfinished / f"{index:05d}.residual"
+
+    def _factors(self, index: int) -> Path:
+        return self.unfinished / f"{index:05d}.factors"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole, by rename."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def to_json(value: object) -> str:
+    """Indented JSON with a final newline."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    different = [
+        f"{name} {json.dumps(found.get(name))} there, {json.dumps(wanted.get(name))} now"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds a run with other options: {'; '.join(different)}; "
+            "give the same options to go on, or --out another folder"
+        )
+
+
+def _in_memory(tensors: Mapping[str, Tensor]) -> list[NewTensor]:
+    return [NewTensor(name, DTYPE_NAMES[t.dtype], tuple(t.shape), t) for name, t in tensors.items()]
+
+
+def _in_file(path: Path) -> Iterator[NewTensor]:
+    for entry in read_header(path).tensors.values():
+        yield from_entry(entry)
+
+
+def from_entry(entry: TensorEntry) -> NewTensor:
+    """A tensor to copy from the file where it lies."""
+    return NewTensor(entry.name, entry.dtype, entry.shape, entry)

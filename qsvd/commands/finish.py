@@ -1,0 +1,102 @@
+"""The files around the shards: adapter, configs, tokenizer, error records, report, README and, last, the manifest."""
+
+import json
+import shutil
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from qsvd.checkpoint.layout import adapter_config, fingerprint, quantization_config
+from qsvd.report.readme import readme
+from qsvd.checkpoint.tensor_file import read_header
+from qsvd.checkpoint.write import MANIFEST, OutputFolder, to_json, write_text
+from qsvd.commands.prepare import Job
+from qsvd.decompose.measure import WeightError
+from qsvd.report.markdown import to_markdown
+from qsvd.report.record import from_record, to_record
+
+FORMAT = 1
+LIBRARIES = ("qsvd", "torch", "bitsandbytes", "transformers", "peft", "safetensors")
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def finish(job: Job, folder: OutputFolder) -> None:
+    """Write what belongs to a complete result, then drop the folder of unfinished work. May be run again."""
+    digests = {spec.name: folder.residual_sha256(number) for number, spec in enumerate(job.plan.weights)}
+    base = fingerprint(digests)
+    errors = [from_record(folder.record(number)) for number in range(len(job.plan.weights))]
+    if job.options.rank > 0:
+        _write_adapter(job, folder, base)
+    _write_config(job)
+    _write_index(job)
+    for file in job.checkpoint.other_files:
+        shutil.copyfile(file, job.out / file.name)
+    write_text(job.out / "errors.jsonl", "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
+    write_text(job.out / "report.md", to_markdown(job.header, errors))
+    write_text(job.out / "README.md", readme(job.header, str(job.options.out), job.plan.architecture))
+    write_text(job.out / MANIFEST, to_json(_manifest(job, errors, digests, base)))
+    folder.close()
+
+
+def _write_adapter(job: Job, folder: OutputFolder, base: str) -> None:
+    metadata = {"qsvd_base_fingerprint": base}
+    folder.write_adapter("adapter/adapter_model.safetensors", range(len(job.plan.weights)), metadata)
+    task = next((task for ending, task in TASKS.items() if job.plan.architecture.endswith(ending)), None)
+    modules = [spec.module for spec in job.plan.weights]
+    config = adapter_config(modules, job.options.rank, task, str(job.options.out))
+    write_text(job.out / "adapter" / "adapter_config.json", to_json(config))
+
+
+def _write_config(job: Job) -> None:
+    """The source's config.json as it is, with the quantization added."""
+    config = json.loads((job.checkpoint.folder / "config.json").read_text())
+    config["quantization_config"] = quantization_config(
+        list(job.skipped), double_quant=job.codec.double_quant, dtype=job.compute_dtype
+    )
+    write_text(job.out / "config.json", to_json(config))
+
+
+def _write_index(job: Job) -> None:
+    if len(job.shards) == 1:
+        return
+    headers = {shard.file: read_header(job.out / shard.file) for shard in job.shards}
+    weight_map = {name: file for file, header in headers.items() for name in header.tensors}
+    total = sum(entry.num_bytes for header in headers.values() for entry in header.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(job.out / "model.safetensors.index.json", to_json(index))
+
+
+def _manifest(job: Job, errors: list[WeightError], digests: dict[str, str], base: str) -> dict[str, Any]:
+    file_of = {number: shard.file for shard in job.shards for number in shard.weights}
+    weights = {
+        spec.name: {
+            "module": spec.module,
+            "shape": list(spec.shape),
+            "role": spec.role,
+            "rank": errors[number].rank,
+            "file": file_of[number],
+            "residual_sha256": digests[spec.name],
+        }
+        for number, spec in enumerate(job.plan.weights)
+    }
+    checkpoint = job.checkpoint
+    return {
+        "format": FORMAT,
+        "fingerprint": base,
+        "source": {
+            "model": checkpoint.name,
+            "revision": checkpoint.revision,
+            "fingerprint": checkpoint.fingerprint,
+            "architecture": job.plan.architecture,
+        },
+        "run": job.identity,
+        "versions": {name: version(name) for name in LIBRARIES},
+        "header": asdict(job.header),
+        "weights": weights,
+    }

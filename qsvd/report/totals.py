@@ -1,0 +1,126 @@
+"""What quantization cost a role or the whole model: the norms of its errors taken together."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from qsvd.decompose.measure import WeightError
+from qsvd.numerics.error import Norms
+from qsvd.plan.roles import Role
+
+ROLES: tuple[str, ...] = get_args(Role)
+MODEL = "model"  # the role of the total over all weights
+
+
+@dataclass(frozen=True)
+class Total:
+    """Several weights as the one matrix that has them as its diagonal blocks.
+
+    Frobenius norms therefore add in squares, nuclear norms add, and the spectral norm is the largest; the standard
+    errors of nuclear norms, drawn apart for each weight, add in squares.
+
+    role is one of ROLES, or "model" for all of them; weights counts matrices, elements their numbers; bits is stored
+    bits per element, factors included.
+    """
+
+    role: str
+    weights: int
+    elements: int
+    bits: float
+    weight_frobenius: float
+    before: Norms
+    after: Norms
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How much smaller each norm of the error became, in percent: 100 (1 - after / before); negative is worse."""
+
+    frobenius: float
+    nuclear: float
+    spectral: float
+
+
+def totals(errors: Sequence[WeightError]) -> list[Total]:
+    """One total per role that occurs, in the order of ROLES, then one for the model.
+
+    Raises:
+        ValueError: There is no error, a role is not in ROLES, or a weight occurs twice.
+    """
+    _check(errors)
+    by_role = {role: [error for error in errors if error.role == role] for role in ROLES}
+    return [_total(role, members) for role, members in by_role.items() if members] + [_total(MODEL, errors)]
+
+
+def worst(errors: Sequence[WeightError], count: int) -> list[WeightError]:
+    """The `count` weights with the largest relative Frobenius error after, largest first; equals by name.
+
+    Raises:
+        ValueError: count is below 0.
+    """
+    if count < 0:
+        raise ValueError(f"count {count} is below 0, the least number of weights to list")
+    return sorted(errors, key=lambda error: (-relative(error)[1], error.name))[:count]
+
+
+def relative(error: WeightError | Total) -> tuple[float, float]:
+    """Relative Frobenius error ||E|| / ||W|| before and after; 0 for an exact zero weight."""
+    before, after = error.before.frobenius, error.after.frobenius
+    return _ratio(before, error.weight_frobenius), _ratio(after, error.weight_frobenius)
+
+
+def reduction(error: WeightError | Total) -> Reduction:
+    """The reduction of each norm in percent; 0 where the norm before is 0."""
+    before, after = error.before, error.after
+    return Reduction(
+        frobenius=_percent(before.frobenius, after.frobenius),
+        nuclear=_percent(before.nuclear, after.nuclear),
+        spectral=_percent(before.spectral, after.spectral),
+    )
+
+
+def _total(role: str, errors: Sequence[WeightError]) -> Total:
+    sizes = [math.prod(error.shape) for error in errors]
+    stored = math.fsum(error.bits * size for error, size in zip(errors, sizes, strict=True))
+    return Total(
+        role=role,
+        weights=len(errors),
+        elements=sum(sizes),
+        bits=stored / sum(sizes),
+        weight_frobenius=math.hypot(*(error.weight_frobenius for error in errors)),
+        before=_together([error.before for error in errors]),
+        after=_together([error.after for error in errors]),
+    )
+
+
+def _together(norms: Sequence[Norms]) -> Norms:
+    """Norms of the block-diagonal matrix of matrices with these norms."""
+    return Norms(
+        frobenius=math.hypot(*(norm.frobenius for norm in norms)),
+        nuclear=math.fsum(norm.nuclear for norm in norms),
+        nuclear_error=math.hypot(*(norm.nuclear_error for norm in norms)),
+        spectral=max(norm.spectral for norm in norms),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    if whole == 0:
+        return 0.0 if part == 0 else math.inf
+    return part / whole
+
+
+def _percent(before: float, after: float) -> float:
+    return 100 * (1 - after / before) if before else 0.0
+
+
+def _check(errors: Sequence[WeightError]) -> None:
+    if not errors:
+        raise ValueError("no weight was measured, so there is no total")
+    unknown = sorted({error.role for error in errors} - set(ROLES))
+    if unknown:
+        raise ValueError(f"unknown role {', '.join(unknown)}; a weight's role is one of {', '.join(ROLES)}")
+    twice = sorted(name for name, times in Counter(error.name for error in errors).items() if times > 1)
+    if twice:
+        raise ValueError(f"weights measured more than once: {', '.join(twice)}")
