@@ -28,7 +28,9 @@ class Quantize:
     )
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="Of the stored components.")] = "bfloat16"
     double_quant: Annotated[bool, arg(help="Scales in 8 bits: 4.13 bits a weight in all instead of 4.5.")] = True
-    include: Annotated[tuple[str, ...], arg(metavar="GLOB ...", help="Split only modules that match: '*.self_attn.*'.")] = ()
+    include: Annotated[
+        tuple[str, ...], arg(metavar="GLOB ...", help="Split only modules that match: '*.self_attn.*'.")
+    ] = ()
     exclude: Annotated[tuple[str, ...], arg(metavar="GLOB ...", help="Leave modules that match in 16 bits.")] = ()
     shard_size: Annotated[str, arg(metavar="SIZE", help="Most bytes of one output file: 500MB, 5GB.")] = "5GB"
     device: Annotated[str, arg(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto"

@@ -57,9 +57,9 @@ def open_checkpoint(model: str) -> Checkpoint:
         ValueError: no such folder or id; config.json or the weights are missing, damaged or of an unknown format.
     """
     folder = Path(model).expanduser()
-    is_local = folder.is_dir()
+    is_local = model != "" and folder.is_dir()
     if not is_local:
-        if folder.exists():
+        if folder.is_file():
             raise ValueError(f"{model!r} is a file; give the folder that holds it and config.json")
         folder = download(model)
     _refuse_gguf(folder)
@@ -89,6 +89,7 @@ def _refuse_gguf(folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> "PreTrainedConfig":
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -99,7 +100,7 @@ def _read_config(folder: Path) -> "PreTrainedConfig":
     read_object(path)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError, StrictDataclassError) as error:
         raise ValueError(f"transformers makes no config of {path}: {first_line(error)}") from error
 
 

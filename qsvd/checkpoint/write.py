@@ -1,8 +1,8 @@
-"""An output folder that grows weight by weight, so that a killed run goes on where it stopped (docs/format.md, part 4).
+"""An output folder that grows weight by weight, so that a killed run goes on where it stopped (docs/format.md).
 
-Every finished weight lies in OUT/unfinished as two files, each of which appears by rename when it is whole: NNNNN.residual
-and then NNNNN.factors, whose metadata hold the weight's record. That pair is the journal. When all weights of a shard
-are there, the shard is written from their residuals, which then go. The folder `unfinished` goes last of all.
+Every finished weight lies in OUT/unfinished as two files, each of which appears by rename when it is whole:
+NNNNN.residual and then NNNNN.factors, whose metadata hold the weight's record. That pair is the journal. When all
+weights of a shard are there, the shard is written from their residuals, which then go. `unfinished` goes last of all.
 """
 
 import json

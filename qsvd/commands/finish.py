@@ -7,12 +7,12 @@ from importlib.metadata import version
 from typing import Any
 
 from qsvd.checkpoint.layout import adapter_config, fingerprint, quantization_config
-from qsvd.report.readme import readme
 from qsvd.checkpoint.tensor_file import read_header
 from qsvd.checkpoint.write import MANIFEST, OutputFolder, to_json, write_text
 from qsvd.commands.prepare import Job
 from qsvd.decompose.measure import WeightError
 from qsvd.report.markdown import to_markdown
+from qsvd.report.readme import readme
 from qsvd.report.record import from_record, to_record
 
 FORMAT = 1

@@ -1,8 +1,9 @@
 """`qsvd quantize`: one weight after another from the checkpoint into OUT, then the files around them."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 
 from torch import Tensor
@@ -11,8 +12,12 @@ from qsvd.checkpoint.layout import adapter_tensors, residual_tensors
 from qsvd.checkpoint.stream import stream
 from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, TensorEntry
 from qsvd.checkpoint.write import OutputFolder
+from qsvd.commands.dry_run import show_plan
+from qsvd.commands.failures import Interrupted
 from qsvd.commands.finish import finish
 from qsvd.commands.prepare import Job, check_disk, prepare
+from qsvd.commands.report import show_report
+from qsvd.commands.watch import Standing, StopRequest, watching
 from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.measure import WeightError, measure
 from qsvd.options import Quantize
@@ -21,12 +26,12 @@ from qsvd.report.record import from_record, to_record
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run is: weights finished, bytes of them in the source, and the error of the last one."""
+class Finished:
+    """A weight that is finished: its source bytes, its error, and whether this run did it or an earlier one."""
 
-    weights: int
     num_bytes: int
     error: WeightError
+    is_new: bool
 
 
 def quantize(options: Quantize) -> Path:
@@ -43,7 +48,7 @@ def quantize(options: Quantize) -> Path:
     return job.out
 
 
-def execute(job: Job) -> Iterator[Progress]:
+def execute(job: Job) -> Iterator[Finished]:
     """Do the work; yields after every weight, those of an earlier run first.
 
     Stopping between two weights loses nothing: the same job goes on there, to the same bytes.
@@ -55,15 +60,15 @@ def execute(job: Job) -> Iterator[Progress]:
     weights = job.plan.weights
     pending = [number for shard in job.shards for number in shard.weights if not folder.is_done(number)]
     tensors = stream(job.checkpoint, [weights[number].name for number in pending])
-    num_bytes = 0
     for shard in job.shards:
         if (job.out / shard.file).is_file() and all(folder.is_done(number) for number in shard.weights):
             continue
         for number in shard.weights:
-            if not folder.is_done(number):
+            is_new = not folder.is_done(number)
+            if is_new:
                 _split(job, folder, number, next(tensors))
-            num_bytes += job.checkpoint.tensors[weights[number].name].num_bytes
-            yield Progress(number + 1, num_bytes, from_record(folder.record(number)))
+            num_bytes = job.checkpoint.tensors[weights[number].name].num_bytes
+            yield Finished(num_bytes, from_record(folder.record(number)), is_new)
         folder.write_shard(shard.file, shard.weights, [_copied(job, name) for name in shard.copied])
     finish(job, folder)
 
@@ -94,3 +99,39 @@ def _copied(job: Job, name: str) -> NewTensor:
         return NewTensor(name, entry.dtype, entry.shape, entry)
     tensor = job.checkpoint.read(name)
     return NewTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor)
+
+
+def main(options: Quantize) -> None:
+    """Run from the command line: progress on stderr, the report on stdout.
+
+    Raises:
+        Interrupted: after Ctrl-C; the weights that are finished are kept.
+    """
+    job = prepare(options)
+    if options.dry_run:
+        check_disk(job)
+        show_plan(job)
+        return
+    finished: list[Finished] = []
+    with StopRequest() as stop, watching() as show:
+        for weight in execute(job):
+            finished.append(weight)
+            show(_standing(job, finished))
+            if stop.made:
+                raise Interrupted(f"interrupted; finished weights are kept, the same command goes on in {options.out}")
+    show_report(job.out, worst=5)
+    print(f"\n{job.out}")
+
+
+def _standing(job: Job, finished: Sequence[Finished]) -> Standing:
+    before, after = (
+        sum(getattr(weight.error, state).frobenius ** 2 for weight in finished) for state in ("before", "after")
+    )
+    return Standing(
+        weights=len(finished),
+        num_weights=len(job.plan.weights),
+        num_bytes=sum(weight.num_bytes for weight in finished),
+        new_bytes=sum(weight.num_bytes for weight in finished if weight.is_new),
+        total_bytes=job.sizes.source,
+        reduction=100 * (1 - sqrt(after / before)) if before else 0.0,
+    )

@@ -12,6 +12,9 @@ def listing(names: Sequence[str], limit: int = LIMIT) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the pages that some libraries append; its class name if it says nothing."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """What an error says, without the pages that some libraries append; its class name if it says nothing.
+
+    A first line that ends with a colon announces the second, and both are given.
+    """
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

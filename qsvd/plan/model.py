@@ -96,7 +96,7 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
     wanted = {path for path in kinds if _is_wanted(path, include, exclude)}
     _refuse_unsplittable({path: kind for path, kind in kinds.items() if path in wanted and kind != "Linear"})
     linears = {path: module for path, module in model.named_modules() if _is_linear(module)}
-    weights = tuple(_spec(path, linear.weight) for path, linear in linears.items() if path in wanted)
+    weights = tuple(_spec(path, linear.get_parameter("weight")) for path, linear in linears.items() if path in wanted)
     if not weights:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear inside repeated blocks left to split; give another "
@@ -146,7 +146,7 @@ def _build(config: "PreTrainedConfig") -> "PreTrainedModel":
     except BUILD_ERRORS as error:
         raise ValueError(
             f"transformers {transformers.__version__} cannot build {named or 'a model'} from this config (model_type "
-            f"{config.model_type!r}): {first_line(error)}; models whose code comes with the checkpoint are not supported"
+            f"{config.model_type!r}): {first_line(error)}; models that bring their own code are not supported"
         ) from error
 
 

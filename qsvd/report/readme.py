@@ -37,9 +37,9 @@ def _opening(header: Header) -> str:
         parts = "This folder is a transformers 4-bit checkpoint; there is no adapter, since the rank is 0."
     else:
         parts = (
-            "This folder is a transformers 4-bit checkpoint of the *residual* Q = W - B A, and `adapter/` a PEFT LoRA "
-            "with the\nprincipal components B and A. The two belong together: Q alone is not the model, and the adapter "
-            "fits no other base."
+            "This folder is a transformers 4-bit checkpoint of the *residual* Q = W - B A, and `adapter/` a PEFT LoRA\n"
+            "with the principal components B and A. The two belong together: Q alone is not the model, and the\n"
+            "adapter fits no other base."
         )
     return (
         f"# {model}, split by qsvd\n\n{parts}\n\n{header.method}.\n{header.reach}.\n\n"
@@ -76,10 +76,8 @@ def _merge(header: Header, folder: str, auto: str) -> str:
     lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{folder}").dequantize()']
     if header.rank > 0:
         lines.insert(0, "from peft import PeftModel")
-        lines.append(
-            f'model = PeftModel.from_pretrained(model, "{folder}", subfolder="adapter").merge_and_unload()'
-        )
-    lines.append(f'model.save_pretrained("{folder}-merged")')
+        lines.append(f'model = PeftModel.from_pretrained(model, "{folder}", subfolder="adapter").merge_and_unload()')
+    lines.append(f'model.save_pretrained("{folder}-merged", save_original_format=False)')
     return _code("Merge into 16 bits", "python", lines)
 
 

@@ -1,0 +1,37 @@
+"""qsvd: split 16-bit checkpoints into high-precision principal components and a 4-bit residual.
+
+    import qsvd
+    qsvd.quantize(qsvd.Quantize("path/or/hub-id", out=Path("OUT"), rank=64))  # a whole checkpoint, as the command does
+    qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat4(double_quant=True), rank=64))  # one matrix
+
+torch and what stands on it are imported when a name is first used, so that `import qsvd` is fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qsvd.commands.quantize import quantize
+    from qsvd.decompose.alternate import Recipe, split_weight
+    from qsvd.decompose.measure import measure
+    from qsvd.decompose.split import Split
+    from qsvd.numerics.normal_float import NormalFloat4
+    from qsvd.options import Quantize
+
+__all__ = ["NormalFloat4", "Quantize", "Recipe", "Split", "measure", "quantize", "split_weight"]
+
+_HOMES = {
+    "quantize": "qsvd.commands.quantize",
+    "Quantize": "qsvd.options",
+    "split_weight": "qsvd.decompose.alternate",
+    "Recipe": "qsvd.decompose.alternate",
+    "Split": "qsvd.decompose.split",
+    "measure": "qsvd.decompose.measure",
+    "NormalFloat4": "qsvd.numerics.normal_float",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qsvd' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,67 @@
+"""A result of `qsvd quantize`, read back: residual and factors of each weight, and the dense matrix they stand for."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qsvd.checkpoint.layout import ADAPTER_PREFIX, residual_from_tensors
+from qsvd.checkpoint.tensor_file import TensorEntry, read_header, read_tensor
+from qsvd.checkpoint.write import MANIFEST
+from qsvd.numerics.codec import PackedBlocks
+
+
+@dataclass(frozen=True)
+class SplitFolder:
+    """OUT, open for reading; tensors are read when asked for.
+
+    weights maps each split weight's tensor name to its entry in the manifest: module, shape, role, rank, file.
+    """
+
+    folder: Path
+    weights: dict[str, dict[str, Any]]
+    tensors: dict[str, TensorEntry]
+
+    def residual(self, name: str) -> PackedBlocks:
+        """Q of one weight."""
+        mine = {key: entry for key, entry in self.tensors.items() if key == name or key.startswith(f"{name}.")}
+        return residual_from_tensors(name, {key: read_tensor(entry) for key, entry in mine.items()})
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """B [O, R] and A [R, I] of one weight, or None at rank 0."""
+        if self.weights[name]["rank"] == 0:
+            return None
+        prefix = f"{ADAPTER_PREFIX}{self.weights[name]['module']}"
+        up_OR, down_RI = (read_tensor(self.tensors[f"{prefix}.lora_{letter}.weight"]) for letter in "BA")
+        return up_OR, down_RI
+
+    def dense(self, name: str) -> Tensor:
+        """Q + B A, float32 [O, I]."""
+        dense_OI, factors = self.residual(name).decode(), self.factors(name)
+        return dense_OI if factors is None else dense_OI.addmm_(factors[0].float(), factors[1].float())
+
+
+def open_split(folder: Path) -> SplitFolder:
+    """Open a result.
+
+    Raises:
+        ValueError: the folder is no result of qsvd quantize, or adapter and residual do not belong together.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    tensors: dict[str, TensorEntry] = {}
+    for file in sorted({weight["file"] for weight in manifest["weights"].values()}):
+        tensors |= read_header(folder / file).tensors
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    if adapter.is_file():
+        header = read_header(adapter)
+        if header.metadata.get("qsvd_base_fingerprint") != manifest["fingerprint"]:
+            raise ValueError(
+                f"{adapter} belongs to another residual than {folder}: its fingerprint differs; use the adapter that "
+                "was made with this folder"
+            )
+        tensors |= header.tensors
+    return SplitFolder(folder, manifest["weights"], tensors)

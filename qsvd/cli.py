@@ -1,0 +1,137 @@
+"""`qsvd COMMAND`: flags to an options record, the record to its command, and what went wrong to an exit code.
+
+0 done, 1 failed while running, 2 bad input, 3 does not fit, 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from qsvd.commands.failures import DoesNotFit, Interrupted
+from qsvd.options import Demo, Quantize, Report
+
+COMMANDS = {"quantize": Quantize, "report": Report, "demo": Demo}
+ABOUT = """Split 16-bit checkpoints into principal components in high precision and a 4-bit residual.
+
+Every command takes --config FILE.yaml, flags by name; flags on the command line win."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; its exit code. Bad flags raise SystemExit(2), as argparse does."""
+    if arguments == ["--version"]:
+        print(f"qsvd {version('qsvd')}")
+        return 0
+    try:
+        options = parse(arguments)
+        command = import_module(f"qsvd.commands.{_name_of(options)}")
+        command.main(options)
+    except ValueError as error:
+        return _fail(error, 2)
+    except DoesNotFit as error:
+        return _fail(error, 3)
+    except BrokenPipeError:  # a reader such as `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; what is finished is kept, the same command goes on there", 1)
+    except (Interrupted, KeyboardInterrupt) as error:
+        return _fail(str(error) or "interrupted", 130)
+    return 0
+
+
+def parse(arguments: list[str]) -> Any:
+    """The options record of a command line.
+
+    Raises:
+        ValueError: the file after --config cannot be used.
+    """
+    arguments, config = _take_config(arguments)
+    command = arguments[0] if arguments else ""
+    variants = []
+    for name, record in COMMANDS.items():
+        if config is not None and name == command:
+            chosen = tyro.conf.subcommand(name, default=_from_yaml(record, config))
+        else:
+            chosen = tyro.conf.subcommand(name)
+        variants.append(Annotated[record, chosen])
+    marks = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+    union: Any = Union[tuple(variants)]  # noqa: UP007  # of a list made at run time
+    return tyro.cli(union, args=arguments, prog="qsvd", description=ABOUT, config=marks)
+
+
+def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments without --config FILE, and the file."""
+    for number, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--config":
+            if not value and number + 1 == len(arguments):
+                raise ValueError("--config needs a YAML file after it")
+            rest = number + (1 if value else 2)
+            return arguments[:number] + arguments[rest:], Path(value or arguments[number + 1]).expanduser()
+    return arguments, None
+
+
+def _from_yaml(record: type, file: Path) -> Any:
+    """An options record with the values of a YAML file; what the file lacks stays at its default, or to be given."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"--config {file}: no such file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {file} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"--config {file} must hold `name: value` lines")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    types = get_type_hints(record)
+    names = [field.name for field in fields(record)]
+    wrong = [f"unknown option {name!r} (known: {', '.join(names)})" for name in values if name not in names]
+    checked = {}
+    for name in names:
+        if name in values:
+            try:
+                checked[name] = _as(types[name], values[name])
+            except TypeError as error:
+                wrong.append(f"{name} {error}")
+    if wrong:
+        raise ValueError(f"--config {file}: {'; '.join(wrong)}")
+    missing = {field.name: tyro.MISSING for field in fields(record) if field.default is MISSING}
+    return record(**(missing | checked))
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """A YAML value as an option's type; TypeError says what is allowed."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise TypeError(f"is {value!r}, not one of {', '.join(map(str, get_args(kind)))}")
+        return value
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_as(get_args(kind)[0], item) for item in items)
+    wanted = str if kind is Path else kind
+    if type(value) is not wanted:
+        raise TypeError(f"is {value!r}, not of type {wanted.__name__}")
+    return kind(value)
+
+
+def _name_of(options: object) -> str:
+    return next(name for name, record in COMMANDS.items() if type(options) is record)
+
+
+def _fail(reason: object, code: int) -> int:
+    print(f"qsvd: {reason}", file=sys.stderr)
+    return code

@@ -1,0 +1,69 @@
+"""`qsvd demo`: the embedded model through quantize, report and held-out perplexity, at several ranks."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qsvd.checkpoint.read_split import open_split
+from qsvd.commands.quantize import quantize
+from qsvd.commands.report import load_report, show_report
+from qsvd.evaluate.perplexity import Perplexity, perplexity_of_text
+from qsvd.options import Demo, Quantize
+from qsvd.report.totals import relative, totals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WINDOW = 512  # tokens; the context that the embedded model was trained for
+MODEL = Path(str(files("qsvd.demo") / "model"))
+HELD_OUT = Path(str(files("qsvd.demo") / "heldout.txt"))
+
+
+def main(options: Demo) -> None:
+    """Print the report at the highest rank, then a table over all ranks."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not options.ranks or options.tokens < WINDOW:
+        raise ValueError(f"--ranks needs at least one rank, and --tokens at least {WINDOW}, not {options.tokens}")
+    tokens = AutoTokenizer.from_pretrained(MODEL)(HELD_OUT.read_text(encoding="utf-8")).input_ids[: options.tokens]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    base = _perplexity(model, tokens)
+    table = Table("model", "bits", "error", "perplexity", "lost", title="What 4 bits cost", title_justify="left")
+    table.add_row("16-bit", "16.00", "0", f"{base.perplexity:.3f}", "0 %")
+    ranks = sorted(set(options.ranks))
+    for rank in ranks:
+        folder = quantize(Quantize(str(MODEL), out=_folder(options, rank), rank=rank, device="cpu"))
+        _install(model, folder)
+        here = _perplexity(model, tokens)
+        whole = totals(load_report(folder)[1])[-1]
+        name = f"NF4 + {rank} components" if rank else "NF4"
+        lost = 100 * (here.perplexity / base.perplexity - 1)
+        table.add_row(
+            name, f"{whole.bits:.2f}", f"{relative(whole)[1]:.4f}", f"{here.perplexity:.3f}", f"{lost:+.2f} %"
+        )
+    console = Console()
+    show_report(_folder(options, ranks[-1]), worst=3)
+    console.print()
+    console.print(table)
+    console.print(
+        f"{base.tokens} tokens of novels that the model has not seen; results in {options.out}", soft_wrap=True
+    )
+
+
+def _folder(options: Demo, rank: int) -> Path:
+    return options.out / f"rank-{rank}"
+
+
+def _perplexity(model: "PreTrainedModel", tokens: list[int]) -> Perplexity:
+    return perplexity_of_text(model, tokens, window=WINDOW, stride=WINDOW // 2)
+
+
+def _install(model: "PreTrainedModel", folder: Path) -> None:
+    """Put Q + B A of every weight, in float32, in the place of W."""
+    split = open_split(folder)
+    for name in split.weights:
+        model.get_parameter(name).data.copy_(split.dense(name))

@@ -1,0 +1,57 @@
+"""`qsvd report`: the error report of a result, again."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from qsvd.checkpoint.write import MANIFEST, UNFINISHED
+from qsvd.decompose.measure import WeightError
+from qsvd.options import Report
+from qsvd.plan.model import Coverage, LeftTensors
+from qsvd.report.document import to_json
+from qsvd.report.header import Header
+from qsvd.report.record import from_record
+from qsvd.report.terminal import to_terminal
+
+
+def main(options: Report) -> None:
+    """Print the report to stdout, as tables or as JSON."""
+    if options.worst < 0:
+        raise ValueError(f"--worst {options.worst} is negative; give 0 or more weights to list")
+    folder = options.folder.expanduser()
+    if options.json:
+        print(json.dumps(to_json(*load_report(folder), worst_count=options.worst), indent=2))
+        return
+    show_report(folder, worst=options.worst)
+
+
+def show_report(folder: Path, *, worst: int) -> None:
+    """Print the tables of a result."""
+    Console().print(to_terminal(*load_report(folder), worst_count=worst))
+
+
+def load_report(folder: Path) -> tuple[Header, list[WeightError]]:
+    """The head and the records of a result.
+
+    Raises:
+        ValueError: the folder is no complete result, or its files are damaged.
+    """
+    if (folder / UNFINISHED).is_dir():
+        raise ValueError(f"{folder} is not finished; run the same qsvd quantize command again to complete it")
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
+    try:
+        header = json.loads((folder / MANIFEST).read_text())["header"]
+        covered = header["coverage"]
+        left = tuple(LeftTensors(**tensors) for tensors in covered["left"])
+        head = Header(**(header | {"coverage": Coverage(**(covered | {"left": left}))}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
+    errors = []
+    for number, line in enumerate((folder / "errors.jsonl").read_text().splitlines(), start=1):
+        try:
+            errors.append(from_record(json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"{folder / 'errors.jsonl'}, line {number}: {error}") from error
+    return head, errors

@@ -1,0 +1,94 @@
+"""What a person sees while `qsvd quantize` runs, on stderr: a bar on a terminal, else a line every few percent."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+LINE_EVERY = 0.05  # of the bytes
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is.
+
+    num_bytes, of total_bytes, are the source bytes of finished weights; new_bytes those of this run alone.
+    reduction is of the Frobenius error so far, in percent.
+    """
+
+    weights: int
+    num_weights: int
+    num_bytes: int
+    new_bytes: int
+    total_bytes: int
+    reduction: float
+
+    def line(self, seconds: float) -> str:
+        """The standing in words, after so many seconds of this run."""
+        speed = self.new_bytes / max(seconds, 1e-9)
+        left = f"{(self.total_bytes - self.num_bytes) / speed:.0f} s left" if speed else "resumed"
+        return (
+            f"{self.weights}/{self.num_weights} weights, {speed / 1e6:.0f} MB/s, {left}, error {-self.reduction:+.1f} %"
+        )
+
+
+Show = Callable[[Standing], None]
+
+
+def watching() -> AbstractContextManager[Show]:
+    """A way to show progress that suits stderr."""
+    return _bar() if sys.stderr.isatty() else _lines()
+
+
+@contextmanager
+def _bar() -> Iterator[Show]:
+    started = time.monotonic()
+    with Progress(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def show(standing: Standing) -> None:
+            line = standing.line(time.monotonic() - started)
+            progress.update(task, total=standing.total_bytes, completed=standing.num_bytes, description=line)
+
+        yield show
+
+
+@contextmanager
+def _lines() -> Iterator[Show]:
+    started, shown = time.monotonic(), 0.0
+
+    def show(standing: Standing) -> None:
+        nonlocal shown
+        share = standing.num_bytes / standing.total_bytes
+        if share - shown >= LINE_EVERY or standing.weights == standing.num_weights:
+            shown = share
+            print(standing.line(time.monotonic() - started), file=sys.stderr, flush=True)
+
+    yield show
+
+
+class StopRequest:
+    """The first Ctrl-C (or SIGTERM) is a request that the loop asks for; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        if self.made:
+            raise KeyboardInterrupt
+        self.made = True
+        print("stopping after this weight; once more to stop at once", file=sys.stderr, flush=True)

@@ -1,0 +1,67 @@
+"""Tiny random checkpoints of many families, built and saved by transformers itself."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+SHARED_MODELS = Path(__file__).parents[2] / "shared" / "models"
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+}
+GROUPED = COMMON | {"num_key_value_heads": 2}  # grouped-query attention: k and v are half as high
+
+FAMILIES = {  # class -> (config class, options)
+    "LlamaForCausalLM": ("LlamaConfig", GROUPED),
+    "MistralForCausalLM": ("MistralConfig", GROUPED),
+    "Qwen2ForCausalLM": ("Qwen2Config", GROUPED),
+    "Qwen3ForCausalLM": ("Qwen3Config", GROUPED | {"head_dim": 8}),
+    "GemmaForCausalLM": ("GemmaConfig", GROUPED | {"head_dim": 8}),
+    "PhiForCausalLM": ("PhiConfig", GROUPED),
+    "Phi3ForCausalLM": ("Phi3Config", GROUPED | {"pad_token_id": 0}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", COMMON),
+    "BertModel": ("BertConfig", COMMON),
+    "BertForMaskedLM": ("BertConfig", COMMON),
+    "RobertaForMaskedLM": ("RobertaConfig", COMMON),
+    "OPTForCausalLM": (
+        "OPTConfig",
+        {k: v for k, v in COMMON.items() if k != "intermediate_size"} | {"ffn_dim": 64, "word_embed_proj_dim": 16},
+    ),
+    "T5ForConditionalGeneration": (
+        "T5Config",
+        {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 96},
+    ),
+    "ViTModel": ("ViTConfig", {k: v for k, v in COMMON.items() if k != "vocab_size"} | {"image_size": 32}),
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}),
+    "MixtralForCausalLM": ("MixtralConfig", GROUPED | {"num_local_experts": 4}),
+    "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", GROUPED | {"num_experts": 4}),
+    "FalconForCausalLM": ("FalconConfig", {k: v for k, v in COMMON.items() if k != "intermediate_size"}),
+}
+
+
+def tiny_config(architecture: str, **options) -> transformers.PreTrainedConfig:
+    """A config of a two-layer model of this class; options replace those of the family."""
+    config_class, defaults = FAMILIES[architecture]
+    config = getattr(transformers, config_class)(**(defaults | options))
+    config.architectures = [architecture]
+    return config
+
+
+def tiny_model(architecture: str, *, seed: int = 0, **options) -> transformers.PreTrainedModel:
+    """A float32 model of this class with random weights."""
+    torch.manual_seed(seed)
+    return getattr(transformers, architecture)(tiny_config(architecture, **options)).eval()
+
+
+def write_checkpoint(
+    folder: Path, architecture: str = "LlamaForCausalLM", *, dtype=torch.bfloat16, max_shard_size="1GB", **options
+) -> transformers.PreTrainedModel:
+    """Save a tiny random model into `folder` as transformers does; returns the model that was saved."""
+    model = tiny_model(architecture, **options).to(dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model

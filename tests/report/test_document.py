@@ -1,0 +1,36 @@
+"""The JSON report."""
+
+import json
+
+from qsvd.report.document import to_json
+from qsvd.report.record import from_record
+
+
+def test_json_has_stable_keys_and_numbers_in_full(samples, header):
+    document = json.loads(json.dumps(to_json(header, samples.errors, worst_count=2), allow_nan=False))
+    assert list(document) == [
+        *("model", "codec", "rank", "order", "iterations", "end", "coverage", "totals", "worst", "weights"),
+    ]
+    assert document["coverage"] == {
+        "weights": 5,
+        "elements_split": 231,
+        "elements": 1495,
+        "left": [
+            {"pattern": "embed_tokens.weight", "count": 1, "elements": 1200},
+            {"pattern": "layers.*.norm.weight", "count": 4, "elements": 64},
+        ],
+        "share": 231 / 1495,
+    }
+    derived = {"relative_before", "relative_after", "reduction_percent"}
+    assert set(document["totals"][-1]) == derived | {
+        *("role", "weights", "elements", "bits", "weight_frobenius", "before", "after"),
+    }
+    assert document["totals"][-1]["role"] == "model"
+    assert set(document["totals"][-1]["reduction_percent"]) == {"frobenius", "nuclear", "spectral"}
+    for weight, error in zip(document["weights"], samples.errors, strict=True):
+        assert from_record({key: value for key, value in weight.items() if key not in derived}) == error
+        assert weight["relative_before"] == error.before.frobenius / error.weight_frobenius
+        assert weight["relative_after"] == error.after.frobenius / error.weight_frobenius
+    by_name = {weight["name"]: weight for weight in document["weights"]}
+    assert [by_name[weight["name"]] for weight in document["worst"]] == document["worst"]
+    assert len(document["worst"]) == 2
