@@ -43,7 +43,7 @@ def check_not_quantized(config: "PreTrainedConfig", tensors: Mapping[str, Entry]
         evidence.append(f"config.json has a quantization_config with quant_method {method!r}")
     kinds = {kind: [n for n in tensors if pattern.search(n)] for kind, pattern in QUANTIZED_NAMES.items()}
     if kinds["GPTQ"]:
-        pass  # the two share all names but one
+        kinds["AWQ"] = []  # the two share all names but one
     evidence += [f"{len(named)} tensors such as {named[0]} are {kind}'s" for kind, named in kinds.items() if named]
     packed = [n for n, entry in tensors.items() if n.endswith(".weight") and PACKED_DTYPES.fullmatch(entry.dtype)]
     if packed:

@@ -1,0 +1,5 @@
+"""`python -m qsvd`."""
+
+from qsvd.cli import main
+
+main()
