@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from qsvd.checkpoint.layout import digest
@@ -20,6 +21,7 @@ from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, TensorEntry, rea
 UNFINISHED = "unfinished"
 MANIFEST = "qsvd.json"
 RUN = "run.json"
+LOCK = "lock"
 PYTORCH = {"format": "pt"}
 
 
@@ -31,23 +33,29 @@ class OutputFolder:
         identity: What the bytes depend on: options, source fingerprint. Kept in OUT/unfinished/run.json.
 
     Raises:
-        ValueError: the folder holds something else, or another run's result; the sentence says what differs.
+        ValueError: the folder holds something else, or another run's result (the sentence says what differs), or
+            another process is at work in it.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
         self.folder = folder
         self.unfinished = folder / UNFINISHED
         run_file = self.unfinished / RUN
-        if (folder / MANIFEST).is_file() and not self.unfinished.exists():
+        self.is_complete = (folder / MANIFEST).is_file()
+        if self.is_complete:
             _check_same(folder, json.loads((folder / MANIFEST).read_text())["run"], identity)
-            self.is_complete = True
+            shutil.rmtree(self.unfinished, ignore_errors=True)  # a kill may have left some of it
             return
-        self.is_complete = False
         if run_file.is_file():
             _check_same(folder, json.loads(run_file.read_text()), identity)
         elif folder.exists() and any(path != self.unfinished for path in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and not a result of qsvd quantize; give --out another folder")
         self.unfinished.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.unfinished / LOCK)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(f"another qsvd quantize is at work in {folder}; wait for it, or stop it") from error
         write_text(run_file, to_json(identity))
 
     def is_done(self, index: int) -> bool:
@@ -83,6 +91,7 @@ class OutputFolder:
 
     def close(self) -> None:
         """The result is complete: drop what only a resumed run needs."""
+        self._lock.release()
         shutil.rmtree(self.unfinished)
 
     def _residual(self, index: int) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qsvd.checkpoint.layout import adapter_tensors, residual_tensors
@@ -13,7 +14,7 @@ from qsvd.checkpoint.stream import stream
 from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, TensorEntry
 from qsvd.checkpoint.write import OutputFolder
 from qsvd.commands.dry_run import show_plan
-from qsvd.commands.failures import Interrupted
+from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.finish import finish
 from qsvd.commands.prepare import Job, check_disk, prepare
 from qsvd.commands.report import show_report
@@ -77,15 +78,20 @@ def _split(job: Job, folder: OutputFolder, number: int, weight_OI: Tensor) -> No
     """Split, measure and keep one weight."""
     spec = job.plan.weights[number]
     seed = _seed(job.options.seed, spec)
-    weight_OI = weight_OI.to(job.device)
     try:
+        weight_OI = weight_OI.to(job.device)
         split = split_weight(weight_OI, job.recipe, seed=seed)
+        measured = measure(weight_OI, split, name=spec.module, role=spec.role, seed=seed)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(
+            f"{spec.name} {list(spec.shape)} needs about {16 * weight_OI.numel() / 1e9:.1f} GB on {job.device}; "
+            "close what else uses it, or give --device cpu"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{job.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
-    error = measure(weight_OI, split, name=spec.module, role=spec.role, seed=seed)
     residual = residual_tensors(spec.name, split.residual, job.compute_dtype)
     residual = {name: tensor.cpu() for name, tensor in residual.items()}
-    folder.save(number, residual, adapter_tensors(spec.module, split), to_record(error))
+    folder.save(number, residual, adapter_tensors(spec.module, split), to_record(measured))
 
 
 def _seed(seed: int, spec: WeightSpec) -> int:

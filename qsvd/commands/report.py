@@ -37,9 +37,9 @@ def load_report(folder: Path) -> tuple[Header, list[WeightError]]:
     Raises:
         ValueError: the folder is no complete result, or its files are damaged.
     """
-    if (folder / UNFINISHED).is_dir():
-        raise ValueError(f"{folder} is not finished; run the same qsvd quantize command again to complete it")
     if not (folder / MANIFEST).is_file():
+        if (folder / UNFINISHED).is_dir():
+            raise ValueError(f"{folder} is not finished; run the same qsvd quantize command again to complete it")
         raise ValueError(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
     try:
         header = json.loads((folder / MANIFEST).read_text())["header"]

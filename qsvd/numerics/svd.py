@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OVERSAMPLE = 16  # extra sketch columns; Halko et al. ask for 5 to 10, and a wider sketch needs fewer passes
+OVERSAMPLE = 16  # extra sketch columns at least; Halko et al. ask for 5 to 10
+OVERSAMPLE_SHARE = 2  # and at least rank / 2: slowly falling spectra need a wider sketch or many more passes
 SMALL = 256  # a matrix with a side no longer than this is decomposed exactly: that is the cheaper way there
 ORTHOGONAL = 0.5  # largest entry of |Q^T Q - 1| after one Cholesky-QR from which the second one is certain to repair
 
@@ -58,9 +59,9 @@ def randomized_svd(
     _check_rank(matrix_OI, rank)
     if passes < 1:
         raise ValueError(f"{passes} passes over the matrix cannot find a subspace; at least 1 is needed")
-    if min(matrix_OI.shape) <= max(SMALL, rank + OVERSAMPLE):
+    columns = rank + max(OVERSAMPLE, rank // OVERSAMPLE_SHARE)
+    if min(matrix_OI.shape) <= max(SMALL, columns):
         return exact_svd(matrix_OI, rank)
-    columns = rank + OVERSAMPLE
     if start_KI is None or start_KI.shape[0] < columns:
         basis_IK = torch.randn(matrix_OI.shape[1], columns, generator=generator, device=matrix_OI.device)
     else:
