@@ -73,7 +73,7 @@ def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0) -> Split:
     limit = min(weight_OI.shape)
     if recipe.rank > limit:
         raise ValueError(f"rank {recipe.rank} is outside 0..{limit}, the ranks of a {tuple(weight_OI.shape)} matrix")
-    weight_OI = weight_OI.float()
+    weight_OI = weight_OI.float().contiguous()
     if not torch.isfinite(weight_OI.sum()):  # one pass finds nearly all; the count below decides
         num_bad = int((~torch.isfinite(weight_OI)).sum())
         if num_bad:

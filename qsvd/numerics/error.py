@@ -14,6 +14,7 @@ from torch import Tensor
 
 EXACT_SIDE = 1024  # up to here the Gram matrix of the shorter side is decomposed: under half a second on two cores
 LANCZOS_STEPS = 48  # fewer overestimate the square root near zero where the spectrum decays fast
+ENDED = 1e-5  # a step this short beside the spectrum is float32's roundoff: the probe has no further direction
 PROBES = 16  # in one batch
 MOST_BATCHES = 16
 ENOUGH = 0.006  # relative standard error at which no further batch is drawn; three of them are less than 2 %
@@ -93,8 +94,9 @@ def _lanczos(short_SL: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
             vector_PS = vector_PS - (along_PK1.mT @ so_far)[:, 0]
             diagonal_PK[:, step] += along_PK1[:, -1, 0] if sweep == 0 else 0
         length_P1 = torch.linalg.vector_norm(vector_PS, dim=1, keepdim=True)
-        beside_PK[:, step] = length_P1[:, 0]
-        vector_PS = vector_PS / length_P1.clamp(min=torch.finfo(torch.float32).tiny)
+        goes_on_P1 = length_P1 > ENDED * diagonal_PK[:, : step + 1].amax(dim=1, keepdim=True)
+        beside_PK[:, step] = torch.where(goes_on_P1, length_P1, 0)[:, 0]
+        vector_PS = torch.where(goes_on_P1, vector_PS / length_P1, 0)  # after the end: nodes at 0 of weight 0
     off_diagonal = torch.diag_embed(beside_PK[:, :-1], offset=1)
     nodes_PK, vectors_PKK = torch.linalg.eigh(torch.diag_embed(diagonal_PK) + off_diagonal + off_diagonal.mT)
     return nodes_PK, vectors_PKK[:, 0].square()
