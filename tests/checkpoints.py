@@ -36,6 +36,11 @@ FAMILIES = {  # class -> (config class, options)
         "T5Config",
         {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 96},
     ),
+    "MusicgenForCausalLM": (
+        "MusicgenDecoderConfig",
+        {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_codebooks": 2}
+        | {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 0},
+    ),
     "ViTModel": ("ViTConfig", {k: v for k, v in COMMON.items() if k != "vocab_size"} | {"image_size": 32}),
     "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}),
     "MixtralForCausalLM": ("MixtralConfig", GROUPED | {"num_local_experts": 4}),

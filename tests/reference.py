@@ -4,6 +4,7 @@ NF4 is defined in QLoRA (arXiv:2305.14314, section 3) and its appendix E, the dy
 in arXiv:1511.04561, the loops in arXiv:2404.02948 (QPiSSA) and arXiv:2310.08659 (LoftQ).
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -68,9 +69,7 @@ def nf4_indices(matrix: np.ndarray, block_size: int = 64) -> tuple[np.ndarray, n
     return np.searchsorted(BOUNDARIES, scaled, side="left"), scales
 
 
-def nf4_decode(
-    indices: np.ndarray, scales: np.ndarray, shape: tuple[int, int], block_size: int = 64
-) -> np.ndarray:
+def nf4_decode(indices: np.ndarray, scales: np.ndarray, shape: tuple[int, int], block_size: int = 64) -> np.ndarray:
     return (NF4_LEVELS[indices] * spread(scales, indices.size, block_size)).reshape(shape)
 
 
@@ -120,15 +119,28 @@ def tail(matrix: np.ndarray, rank: int) -> float:
     return float(np.linalg.norm(singular_values(matrix)[rank:]))
 
 
-def alternation(weight: np.ndarray, *, rank: int, passes: int, order: str, end: str) -> list[tuple[float, np.ndarray]]:
-    """||W - Q - BA||_F and Q of each pass, by the papers: NF4 in blocks of 64, full SVDs."""
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a loop: ||W - Q - BA||_F, Q, BA, and how near to a boundary the nearest scaled value lay."""
+
+    distance: float
+    residual: np.ndarray
+    low_rank: np.ndarray
+    clearance: float
+
+
+def alternation(weight: np.ndarray, *, rank: int, passes: int, order: str, end: str) -> list[Pass]:
+    """The passes of QPiSSA (order svd, end quantize), LoftQ (the reverse) and kin: NF4 in blocks of 64, full SVDs."""
     weight = weight.astype(np.float64)
     low_rank = truncated(weight, rank) if order == "svd" else np.zeros_like(weight)
     found = []
     for _ in range(passes):
-        residual = nf4_round_trip(weight - low_rank, double_quant=False)
+        target = weight - low_rank
+        scaled = target.reshape(-1) / spread(block_scales(target, 64), target.size, 64)
+        clearance = float(np.abs(scaled[:, None] - BOUNDARIES).min())
+        residual = nf4_round_trip(target, double_quant=False)
         refitted = truncated(weight - residual, rank)
         kept = refitted if end == "svd" else low_rank
-        found.append((float(np.linalg.norm(weight - residual - kept)), residual))
+        found.append(Pass(float(np.linalg.norm(weight - residual - kept)), residual, kept, clearance))
         low_rank = refitted
     return found

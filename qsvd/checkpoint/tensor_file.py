@@ -186,7 +186,7 @@ def _check_extent(path: Path, entries: Sequence[TensorEntry], data_start: int, f
             misplaced.append(
                 f"{entry.name} ({'overlaps' if entry.start < end else 'leaves a hole after'} its neighbour)"
             )
-        end = max(end, entry.start + entry.num_bytes)
+        end = entry.start + entry.num_bytes
     if misplaced:
         raise ValueError(f"{path} has a wrong header: {listing(misplaced)}")
     if file_bytes < end:

@@ -1,11 +1,13 @@
 """What a checkpoint lacks or already is; renamed tensors are judged by where transformers loads them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from transformers import core_model_loading
 
 from qsvd.checkpoint.check import check_complete, check_not_quantized, resolve
 from qsvd.checkpoint.read import open_checkpoint
@@ -158,16 +160,26 @@ def test_two_tensors_for_one_place_are_refused():
 
 
 def test_weights_that_transformers_computes_on_loading_are_refused():
-    fusing = transformers.core_model_loading.WeightConverter(
-        [".q.weight", ".k.weight"], ".qkv_proj.weight", [transformers.core_model_loading.Concatenate(0)]
+    fusing = core_model_loading.WeightConverter(
+        [".q.weight", ".k.weight"], ".qkv_proj.weight", [core_model_loading.Concatenate(0)]
     )
     plan = plan_model(tiny_config("Phi3ForCausalLM"))
-    object.__setattr__(plan, "transforms", (fusing, *plan.transforms))
+    plan = replace(plan, transforms=(fusing, *plan.transforms))
     names = [f"model.layers.0.self_attn.{name}.weight" for name in "qk"]
     with pytest.raises(
         ValueError, match=r"computes 1 weights of Phi3ForCausalLM .* \(model\.layers\.0\.self_attn\.qkv_proj\)"
     ):
         resolve([*plan.shapes, *names], plan)
+
+
+def test_resolving_twice_gives_the_same():
+    """Some renamings of transformers wait for a first name, and would remember it in the next checkpoint."""
+    waiting = core_model_loading.GroupWeightRename(["a_norm", "b_norm"], ["b_norm", "c_norm"])
+    plan = replace(plan_model(tiny_config("LlamaForCausalLM")), transforms=(waiting,))
+    plan.shapes.update({"b_norm": (1,), "c_norm": (1,)})
+    old, new = ["a_norm", "b_norm"], ["b_norm", "c_norm"]
+    for names, spelling in [(old, {"b_norm": "a_norm", "c_norm": "b_norm"}), (new, {name: name for name in new})]:
+        assert resolve(names, plan).spelling == spelling
 
 
 def entries(**dtypes):

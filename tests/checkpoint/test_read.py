@@ -1,5 +1,6 @@
 """Opening and reading checkpoints that transformers and torch wrote, whole ones and damaged ones."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -83,6 +84,16 @@ def test_the_fingerprint_follows_config_headers_and_sizes_only(tmp_path):
     del prints["again"]
     assert len(set(prints.values())) == len(prints)
     assert all(len(bytes.fromhex(digest)) == 32 for digest in prints.values())
+
+
+def test_the_fingerprint_is_this_hash(tmp_path):
+    write_checkpoint(tmp_path, **SHARDED)
+    digest = hashlib.sha256((tmp_path / "config.json").read_bytes())
+    for path in shards_of(tmp_path):
+        content = path.read_bytes()
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        digest.update(f"\n{path.name} {len(content)}\n".encode() + header)
+    assert open_checkpoint(str(tmp_path)).fingerprint == digest.hexdigest()
 
 
 def test_a_file_instead_of_a_folder_is_refused(tmp_path):

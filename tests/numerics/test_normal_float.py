@@ -149,6 +149,16 @@ def test_a_value_on_a_boundary_takes_the_lower_level_and_its_neighbours_the_near
     assert reference.unpacked(NormalFloat4(double_quant=False).encode(below).codes.numpy(), 15).tolist() == [*range(15)]
 
 
+@pytest.mark.parametrize("size", [46, 64])
+def test_scaled_values_beside_a_boundary_round_as_bitsandbytes_rounds_them(size):
+    """Whole blocks are multiplied by a reciprocal, a short one is divided: the last bit decides."""
+    for scale in np.random.default_rng(0).uniform(1, 2, 100).astype(np.float32):
+        on = BOUNDARIES32 * scale
+        block = np.concatenate((on, np.nextafter(on, np.float32(4)), np.nextafter(on, np.float32(-4)), [scale] * 19))
+        matrix = torch.from_numpy(block[:size].astype(np.float32)[None])
+        assert_same_bytes_as_bitsandbytes(matrix, double_quant=False)
+
+
 def test_every_float32_near_a_boundary_takes_the_nearest_level():
     """Dense sweeps across the half-precision numbers around each boundary, where the table gives way to comparison."""
     sweeps = [np.linspace(b - abs(b) / 400, b + abs(b) / 400, 4096, dtype=np.float32) for b in BOUNDARIES32]

@@ -101,7 +101,9 @@ def test_both_bases_of_a_sketch_are_orthonormal_and_the_values_descend(shape, pa
 
 def test_more_passes_leave_less():
     matrix = matrix_of((400, 300), 0.3)
-    left = [left_over(matrix, randomized_svd(matrix, 16, passes=passes, generator=seeded(3)), 16) for passes in (1, 2, 4)]
+    left = [
+        left_over(matrix, randomized_svd(matrix, 16, passes=passes, generator=seeded(3)), 16) for passes in (1, 2, 4)
+    ]
     assert left[0] > left[1] > left[2] >= reference.tail(matrix.numpy(), 16) - ROUNDOFF
 
 

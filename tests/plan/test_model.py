@@ -195,6 +195,12 @@ def test_layers_that_transformers_keeps_in_float32_are_left():
     assert {spec.role for spec in plan.weights} == {"q", "k", "v", "o", "up"}
 
 
+def test_a_list_of_heads_is_not_a_block():
+    plan = plan_model(tiny_config("MusicgenForCausalLM"))
+    assert plan.left_linears == ("lm_heads.0", "lm_heads.1")
+    assert {spec.role for spec in plan.weights} == {"q", "k", "v", "o", "up", "down"}
+
+
 def test_tied_tensors_are_known():
     tied = plan_model(tiny_config("GemmaForCausalLM")).tied
     assert tied == {"lm_head.weight": "model.embed_tokens.weight"}

@@ -1,0 +1,70 @@
+"""Folders before and after `qsvd quantize`: their bytes, their dense equivalent, and the command in its own process."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from tests.checkpoints import SHARED_MODELS
+
+ROOT = Path(__file__).parents[2]
+
+
+def files_of(folder):
+    """Relative path -> bytes of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def tensors_of(folder):
+    """Name -> tensor of every safetensors file that lies in the folder itself."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= safetensors.torch.load_file(path)
+    return tensors
+
+
+def shared_model(name):
+    """A really trained model, or a skip."""
+    if not (SHARED_MODELS / name).is_dir():
+        pytest.skip(f"models/{name} of the shared folder is not here")
+    return SHARED_MODELS / name
+
+
+def write_dense(source, folder, replaced):
+    """The checkpoint `source` in float32, with some of its tensors replaced."""
+    folder.mkdir()
+    for path in source.glob("*.json"):
+        shutil.copyfile(path, folder / path.name)
+    tensors = {name: tensor.float() for name, tensor in tensors_of(source).items()} | replaced
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def start(*arguments, cwd, **options):
+    """`qsvd ARGUMENTS` in a process of its own, one thread, no network."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path()}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from qsvd.cli import main; main()", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def python_path():
+    """Where the package under test lies, then what the environment names."""
+    import qsvd
+
+    return os.pathsep.join(filter(None, (str(Path(qsvd.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+
+
+def finished(process, *, timeout=120):
+    """Exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err

@@ -1,0 +1,211 @@
+"""A run that dies at any moment goes on where it stopped, to the same bytes as one that was left alone."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import qsvd
+import qsvd.commands.quantize
+from qsvd.cli import run
+from qsvd.decompose.alternate import split_weight
+from tests.checkpoints import write_checkpoint
+from tests.commands.folders import files_of, finished, shared_model, start
+
+KILLS = 5
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+EXIT = 9
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    write_checkpoint(folder, vocab_size=1024, max_shard_size="100KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(source, tmp_path_factory):
+    """Options of a run with three weights and two shards, in a folder that is not there yet."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    return qsvd.Quantize(str(source), out=out, rank=4, include=("*.0.self_attn.[qkv]_proj",), shard_size="100KB")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny):
+    """Every file of the run when nobody disturbs it, and how many changes of the disk it made."""
+    changes = multiprocessing.Value("i")
+    assert die_at(tiny, None, changes) == 0
+    files = files_of(tiny.out)
+    assert len([name for name in files if name.endswith(".safetensors")]) == 3  # two shards and the adapter
+    return files, changes.value
+
+
+def die_at(options, number, changes=None):
+    """Run in a forked process that is gone, without any clean-up, right before its so-manieth change of `out`."""
+    process = multiprocessing.get_context("fork").Process(target=_quantize, args=(options, number, changes))
+    process.start()
+    process.join(timeout=60)
+    return process.exitcode
+
+
+def _quantize(options, number, changes):
+    count = 0
+
+    def watch(event, arguments):
+        nonlocal count
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in CHANGES or writes) and not str(arguments[0]).startswith(("/dev", "/proc")):
+            count += 1
+            if changes is not None:
+                changes.value = count
+            if count == number:
+                os._exit(EXIT)
+
+    sys.addaudithook(watch)
+    qsvd.quantize(options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12; the child has one
+def test_death_before_any_change_of_the_disk_costs_nothing(tiny, undisturbed):
+    files, num_changes = undisturbed
+    wrong = {}
+    for number in range(1, num_changes + 1):
+        shutil.rmtree(tiny.out, ignore_errors=True)
+        assert die_at(tiny, number) == EXIT
+        try:
+            qsvd.quantize(tiny)
+        except (ValueError, OSError) as error:
+            wrong[number] = str(error)
+            continue
+        if files_of(tiny.out) != files:
+            wrong[number] = "other bytes"
+    assert not wrong, f"of {num_changes} changes"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_run_that_dies_again_and_again_still_ends_in_the_same_bytes(tiny, undisturbed):
+    files, num_changes = undisturbed
+    moments = random.Random(3)
+    shutil.rmtree(tiny.out)
+    deaths = 0
+    while die_at(tiny, moments.randrange(1, num_changes)) == EXIT and deaths < 20:
+        deaths += 1
+    assert deaths > 1
+    assert files_of(tiny.out) == files
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_of_a_real_run(tmp_path, monkeypatch):
+    source = shared_model("minilm-l6").resolve()
+    arguments = ("quantize", source, "--out", "out", "--rank", "16", "--iterations", "1", "--shard-size", "10MB")
+
+    def quantize_in(folder):
+        monkeypatch.chdir(folder)
+        options = {"rank": 16, "iterations": 1, "shard_size": "10MB"}
+        qsvd.quantize(qsvd.Quantize(str(source), out=Path("out"), **options))
+
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    began = time.monotonic()
+    quantize_in(alone)
+    seconds = time.monotonic() - began
+    moments = random.Random(11)
+    kept = []
+    for number in range(KILLS):
+        folder = tmp_path / f"killed-{number}"
+        folder.mkdir()
+        process = start(*arguments, cwd=folder)
+        unfinished = folder / "out" / "unfinished"
+        wait_for(lambda unfinished=unfinished: (unfinished / "run.json").exists(), process)
+        time.sleep(moments.uniform(0, 0.8 * seconds))
+        process.kill()
+        assert finished(process)[0] == -signal.SIGKILL
+        kept.append(len(list(unfinished.glob("*.factors"))))
+        quantize_in(folder)
+        assert files_of(folder / "out") == files_of(alone / "out")
+    assert len(set(kept)) > 1, "the kills came at different moments"
+
+
+@pytest.mark.slow
+def test_an_interrupted_process_ends_with_130_and_the_same_command_goes_on(tmp_path):
+    source = shared_model("minilm-l6").resolve()
+    arguments = ("quantize", source, "--out", "out", "--rank", "16", "--iterations", "1")
+    unfinished = tmp_path / "out" / "unfinished"
+    process = start(*arguments, cwd=tmp_path)
+    wait_for(lambda: any(unfinished.glob("*.factors")), process)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finished(process)
+    kept = {path: path.stat().st_mtime_ns for path in unfinished.glob("*.factors")}
+    assert code == 130
+    assert out == ""
+    assert "stopping after this weight; once more to stop at once" in err
+    assert err.endswith("qsvd: interrupted; finished weights are kept, the same command goes on in out\n")
+    assert 0 < len(kept) < 36
+    code, out, err = finished(start(*arguments, cwd=tmp_path))
+    assert code == 0
+    assert "36/36 weights" in err
+    assert out.endswith("\nout\n")
+    assert not unfinished.exists()
+
+
+def wait_for(condition, process, *, seconds=60):
+    """Until a condition holds; fails when the process ends first."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, finished(process)
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def interrupting(monkeypatch, *numbers):
+    """Send SIGINT while the weights of these numbers, counted from 1, are being split; returns what was begun."""
+    begun = []
+
+    def interrupted_split(*arguments, **options):
+        begun.append(arguments[0].shape)
+        for _ in range(numbers.count(len(begun))):
+            signal.raise_signal(signal.SIGINT)
+        return split_weight(*arguments, **options)
+
+    monkeypatch.setattr(qsvd.commands.quantize, "split_weight", interrupted_split)
+    return begun
+
+
+def test_the_first_interrupt_finishes_the_weight_at_hand(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    begun = interrupting(monkeypatch, 3)
+    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 130
+    assert "finished weights are kept, the same command goes on in" in capsys.readouterr().err
+    assert len(begun) == len(list((out / "unfinished").glob("*.factors"))) == 3
+    monkeypatch.undo()
+    begun = interrupting(monkeypatch)
+    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 0
+    assert len(begun) == 14 - 3
+    assert "14/14 weights" in capsys.readouterr().err
+
+
+def test_the_second_interrupt_stops_at_once(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    begun = interrupting(monkeypatch, 2, 2)
+    before = signal.getsignal(signal.SIGINT)
+    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 130
+    assert capsys.readouterr().err.endswith("qsvd: interrupted\n")
+    assert len(begun) == 2
+    assert len(list((out / "unfinished").glob("*.factors"))) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_weights_that_are_finished_are_not_split_again(tiny, tmp_path, monkeypatch):
+    qsvd.quantize(tiny)
+    begun = interrupting(monkeypatch)
+    qsvd.quantize(tiny)
+    assert begun == []
