@@ -10,10 +10,8 @@ read into a buffer of its own and a file is written tensor by tensor, so that re
 
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
+from qsvd.checkpoint.whole_file import whole_file
 from qsvd.plan.listing import listing
 
 TORCH_DTYPES = {
@@ -131,7 +130,7 @@ def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, s
     """
     ordered = sorted(tensors, key=lambda new: (-TORCH_DTYPES[new.dtype].itemsize, new.name))
     _check_new(path, ordered)
-    with _whole_or_absent(path) as file:
+    with whole_file(path) as file:
         file.write(_header(ordered, metadata))
         for new in ordered:
             if isinstance(new.source, TensorEntry):
@@ -234,17 +233,3 @@ def _read_some(file: RawIOBase, view: memoryview, entry: TensorEntry) -> int:
     if not (count := file.readinto(view)):
         raise ValueError(f"{entry.file} is truncated: it ends inside {entry.name}; download or copy it again")
     return count
-
-
-@contextmanager
-def _whole_or_absent(path: Path) -> Iterator[BinaryIO]:
-    """A file to write under another name, renamed to `path` when the block ends well."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

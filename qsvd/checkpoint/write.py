@@ -6,7 +6,6 @@ weights of a shard are there, the shard is written from their residuals, which t
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from qsvd.checkpoint.layout import digest
 from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, TensorEntry, read_header, write_stream
+from qsvd.checkpoint.whole_file import write_text
 
 UNFINISHED = "unfinished"
 MANIFEST = "qsvd.json"
@@ -99,19 +99,6 @@ class OutputFolder:
 
     def _factors(self, index: int) -> Path:
         return self.unfinished / f"{index:05d}.factors"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears whole, by rename."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def to_json(value: object) -> str:

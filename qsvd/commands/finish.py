@@ -1,14 +1,14 @@
 """The files around the shards: adapter, configs, tokenizer, error records, report, README and, last, the manifest."""
 
 import json
-import shutil
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from qsvd.checkpoint.layout import adapter_config, fingerprint, quantization_config
 from qsvd.checkpoint.tensor_file import read_header
-from qsvd.checkpoint.write import MANIFEST, OutputFolder, to_json, write_text
+from qsvd.checkpoint.whole_file import whole_file, write_text
+from qsvd.checkpoint.write import MANIFEST, OutputFolder, to_json
 from qsvd.commands.prepare import Job
 from qsvd.decompose.measure import WeightError
 from qsvd.report.markdown import to_markdown
@@ -35,8 +35,9 @@ def finish(job: Job, folder: OutputFolder) -> None:
         _write_adapter(job, folder, base)
     _write_config(job)
     _write_index(job)
-    for file in job.checkpoint.other_files:
-        shutil.copyfile(file, job.out / file.name)
+    for source in job.checkpoint.other_files:
+        with whole_file(job.out / source.name) as file:
+            file.write(source.read_bytes())
     write_text(job.out / "errors.jsonl", "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
     write_text(job.out / "report.md", to_markdown(job.header, errors))
     write_text(job.out / "README.md", readme(job.header, str(job.options.out), job.plan.architecture))

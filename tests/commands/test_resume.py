@@ -97,9 +97,9 @@ def test_a_run_that_dies_again_and_again_still_ends_in_the_same_bytes(tiny, undi
     moments = random.Random(3)
     shutil.rmtree(tiny.out)
     deaths = 0
-    while die_at(tiny, moments.randrange(1, num_changes)) == EXIT and deaths < 20:
+    while die_at(tiny, moments.randrange(5, num_changes - 15)) == EXIT and deaths < 20:
         deaths += 1
-    assert deaths > 1
+    assert deaths > 2
     assert files_of(tiny.out) == files
 
 
@@ -136,7 +136,7 @@ def test_five_kills_at_random_moments_of_a_real_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_interrupted_process_ends_with_130_and_the_same_command_goes_on(tmp_path):
+def test_an_interrupted_process_ends_with_130_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     source = shared_model("minilm-l6").resolve()
     arguments = ("quantize", source, "--out", "out", "--rank", "16", "--iterations", "1")
     unfinished = tmp_path / "out" / "unfinished"
@@ -150,10 +150,11 @@ def test_an_interrupted_process_ends_with_130_and_the_same_command_goes_on(tmp_p
     assert "stopping after this weight; once more to stop at once" in err
     assert err.endswith("qsvd: interrupted; finished weights are kept, the same command goes on in out\n")
     assert 0 < len(kept) < 36
-    code, out, err = finished(start(*arguments, cwd=tmp_path))
-    assert code == 0
-    assert "36/36 weights" in err
-    assert out.endswith("\nout\n")
+    monkeypatch.chdir(tmp_path)
+    assert run([str(argument) for argument in arguments]) == 0
+    shown = capsys.readouterr()
+    assert "36/36 weights" in shown.err
+    assert shown.out.endswith("\nout\n")
     assert not unfinished.exists()
 
 
@@ -202,6 +203,20 @@ def test_the_second_interrupt_stops_at_once(source, tmp_path, monkeypatch, capsy
     assert len(begun) == 2
     assert len(list((out / "unfinished").glob("*.factors"))) == 1
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_error_that_is_still_held_does_not_keep_the_folder_locked(source, tmp_path, monkeypatch):
+    options = qsvd.Quantize(str(source), out=tmp_path / "out", rank=4)
+
+    def fail(*_arguments, **_options):
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(qsvd.commands.quantize, "split_weight", fail)
+    with pytest.raises(OSError, match="the disk went away") as held:  # as sys.last_traceback holds it in a notebook
+        qsvd.quantize(options)
+    monkeypatch.undo()
+    qsvd.quantize(options)
+    assert held.traceback
 
 
 def test_weights_that_are_finished_are_not_split_again(tiny, tmp_path, monkeypatch):

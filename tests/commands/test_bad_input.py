@@ -1,0 +1,247 @@
+"""What cannot be done is refused in one sentence with an exit code, before any work; 2 is bad input, 3 does not fit."""
+
+import json
+import re
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from qsvd.cli import run
+from tests.checkpoints import write_checkpoint
+from tests.commands.folders import files_of
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    write_checkpoint(folder / "one")
+    write_checkpoint(folder / "shards", max_shard_size="20KB")
+    assert len(list((folder / "shards").glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    return shutil.copytree(saved / "one", tmp_path / "model")
+
+
+@pytest.fixture
+def shards(saved, tmp_path):
+    return shutil.copytree(saved / "shards", tmp_path / "shards")
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Run `qsvd quantize MODEL --out OUT`, which must be refused; the sentence. OUT must not come into being."""
+
+    def quantize(model, *flags, code=2, out=tmp_path / "out", makes_folder=False):
+        capsys.readouterr()
+        was_there = out.exists()
+        assert run(["quantize", str(model), "--out", str(out), "--rank", "4", *map(str, flags)]) == code
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        *progress, sentence = shown.err.splitlines()
+        assert sentence.startswith("qsvd: ")
+        assert all(re.fullmatch(r"\d+/\d+ weights, .*", line) for line in progress)
+        assert makes_folder or (not progress and out.exists() == was_there)
+        return sentence.removeprefix("qsvd: ")
+
+    return quantize
+
+
+def edit(folder, change):
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_no_such_folder(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert re.match(r"no folder '.*missing' here", refused(tmp_path / "missing"))
+
+
+def test_no_such_id(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    sentence = refused("nobody-of-this-name/no-such-model")
+    assert sentence.startswith("no folder 'nobody-of-this-name/no-such-model' here, and the hub cannot be reached")
+
+
+def test_a_file_instead_of_a_folder(refused, model):
+    file = model / "model.safetensors"
+    assert refused(file) == f"{str(file)!r} is a file; give the folder that holds it and config.json"
+
+
+def test_no_config(refused, model):
+    (model / "config.json").unlink()
+    assert refused(model) == f"no config.json in {model}; give the folder of a transformers checkpoint"
+
+
+def test_a_shard_is_missing(refused, shards):
+    file = sorted(shards.glob("model-*.safetensors"))[1]
+    count = len(list(shards.glob("model-*.safetensors")))
+    file.unlink()
+    assert refused(shards) == f"1 of {count} shards of {shards} are missing: {file.name}"
+
+
+def test_a_shard_is_truncated(refused, shards):
+    file = sorted(shards.glob("model-*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert re.match(rf"{file} is truncated: ", refused(shards))
+
+
+def test_a_shard_has_a_wrong_header(refused, shards):
+    file = sorted(shards.glob("model-*.safetensors"))[1]
+    content = file.read_bytes()
+    file.write_bytes(content[:8] + b"[" + content[9:])
+    assert refused(shards).startswith(f"{file} is no safetensors file: its header is no valid JSON")
+
+
+def test_a_tensor_is_missing(refused, model):
+    edit(model, lambda tensors: tensors.pop(Q_PROJ))
+    assert refused(model) == (
+        f"{model} is not the LlamaForCausalLM of its config: 1 tensors that config.json promises are in no weight "
+        f"file: {Q_PROJ}"
+    )
+
+
+def test_a_tensor_has_another_shape(refused, model):
+    edit(model, lambda tensors: tensors.update({Q_PROJ: torch.zeros(32, 16, dtype=torch.bfloat16)}))
+    assert refused(model).endswith(
+        f"1 tensors have another shape than config.json gives them: {Q_PROJ} is [32, 16] instead of [32, 32]"
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_holds_nan_or_infinity_and_the_run_goes_on_after_repair(refused, model, tmp_path, value, capsys):
+    whole = (model / "model.safetensors").read_bytes()
+
+    def damage(tensors):
+        tensors[Q_PROJ][3, 5:8] = value
+
+    edit(model, damage)
+    sentence = refused(model, makes_folder=True)
+    assert sentence == f"{model}: {Q_PROJ}: 3 of 1024 values are NaN or infinite; repair the checkpoint"
+    (model / "model.safetensors").write_bytes(whole)
+    assert run(["quantize", str(model), "--out", str(tmp_path / "out"), "--rank", "4"]) == 0
+    assert run(["quantize", str(model), "--out", str(tmp_path / "again"), "--rank", "4"]) == 0
+    capsys.readouterr()
+    files = files_of(tmp_path / "out")
+    same = {name: content == files[name] for name, content in files_of(tmp_path / "again").items()}
+    named = {name for name, is_same in same.items() if not is_same}
+    assert named <= {"README.md", "adapter/adapter_config.json"}, "these alone name the folder"
+
+
+QUANTIZED = {
+    "bitsandbytes": ({f"{Q_PROJ}.absmax": torch.ones(16)}, "bitsandbytes"),
+    "GPTQ": ({"model.layers.1.self_attn.q_proj.g_idx": torch.ones(16, dtype=torch.int32)}, "GPTQ"),
+    "AWQ": ({"model.layers.1.self_attn.q_proj.qzeros": torch.ones(16, dtype=torch.int32)}, "AWQ"),
+    "uint8": ({Q_PROJ: torch.zeros(512, 1, dtype=torch.uint8)}, "U8"),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_checkpoint_that_is_already_quantized(refused, model, kind):
+    tensors, word = QUANTIZED[kind]
+    edit(model, lambda present: present.update(tensors))
+    sentence = refused(model)
+    assert sentence.startswith(f"this checkpoint is already quantized: 1 {'weights' if kind == 'uint8' else 'tensors'}")
+    assert f"such as {next(iter(tensors))} are {word}" in sentence
+
+
+def test_a_checkpoint_whose_config_says_that_it_is_quantized(refused, model):
+    edit_config(model, quantization_config={"quant_method": "awq", "bits": 4})
+    assert "already quantized: config.json has a quantization_config with quant_method 'awq'" in refused(model)
+
+
+def test_gguf(refused, tmp_path):
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    (folder / "model-q4.gguf").write_bytes(b"GGUF")
+    assert re.match(r".* holds GGUF files \(model-q4.gguf\), which are quantized", refused(folder))
+
+
+def test_our_own_result_is_not_split_again(refused, model, tmp_path, capsys):
+    assert run(["quantize", str(model), "--out", str(tmp_path / "first"), "--rank", "4"]) == 0
+    capsys.readouterr()
+    assert refused(tmp_path / "first").startswith("this checkpoint is already quantized: config.json has")
+
+
+def test_a_rank_above_the_shorter_side_names_the_weights_and_the_limit(refused, model):
+    assert refused(model, "--rank", 17) == (
+        "--rank 17 is above the shorter side of 4 weights: model.layers.0.self_attn.k_proj [16, 32], "
+        "model.layers.0.self_attn.v_proj [16, 32], model.layers.1.self_attn.k_proj [16, 32], "
+        "model.layers.1.self_attn.v_proj [16, 32]; give at most 16, or --exclude them"
+    )
+
+
+def test_the_highest_rank_that_is_named_is_accepted(model, tmp_path, capsys):
+    assert run(["quantize", str(model), "--out", str(tmp_path / "out"), "--rank", "16"]) == 0
+    assert "rank 16" in capsys.readouterr().out
+
+
+def test_a_negative_rank(refused, model):
+    assert refused(model, "--rank=-1").startswith("rank -1 is negative; 0 is plain quantization")
+
+
+def test_no_iterations(refused, model):
+    assert refused(model, "--iterations", 0) == "0 iterations leave nothing to store; at least 1 is needed"
+
+
+def test_an_unknown_pattern(refused, model):
+    sentence = refused(model, "--include", "*.q_proj", "*.query")
+    assert sentence.startswith("no linear layer in the blocks matches '*.query'; patterns are globs on paths such as")
+
+
+def test_nothing_left_to_split(refused, model):
+    assert refused(model, "--exclude", "*").startswith("LlamaForCausalLM has no nn.Linear inside repeated blocks left")
+
+
+@pytest.mark.parametrize("size", ["5", "5TB", "", "GB", "-5GB", "99KB", "0.00001GB"])
+def test_a_shard_size_that_is_none(refused, model, size):
+    sentence = refused(model, f"--shard-size={size}")
+    assert sentence == f"--shard-size {size!r} is no size of at least 100KB such as 500MB or 5GB"
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cpu:x", ""])
+def test_a_device_of_no_known_kind(refused, model, device):
+    assert refused(model, f"--device={device}") == f"--device {device!r} is none of auto, cpu, cuda, cuda:N"
+
+
+def test_a_cuda_device_that_is_not_there(refused, model):
+    count = torch.cuda.device_count()
+    assert refused(model, f"--device=cuda:{count}") == (
+        f"--device 'cuda:{count}' is not there: torch sees {count} CUDA devices"
+    )
+
+
+def test_too_little_disk_is_known_before_any_work_and_leaves_no_folder(refused, model, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9 - 9999, 9999))
+    sentence = refused(model, code=3)
+    assert re.match(r".*out needs 0\.00 GB more disk space \(.* has 0\.00 GB free\); free some, or give", sentence)
+
+
+def test_after_too_little_disk_a_lower_rank_is_accepted_as_the_sentence_advises(refused, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9 - 9999, 9999))
+    assert "a lower --rank" in refused(model, code=3, makes_folder=True)
+    monkeypatch.undo()
+    assert run(["quantize", str(model), "--out", str(tmp_path / "out"), "--rank", "2"]) == 0
+
+
+def test_another_model_of_the_same_shapes_is_not_taken_for_the_one_that_is_done(refused, model, tmp_path, capsys):
+    other = tmp_path / "other"
+    write_checkpoint(other, seed=1)
+    assert (other / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    assert run(["quantize", str(model), "--out", str(tmp_path / "out"), "--rank", "4"]) == 0
+    capsys.readouterr()
+    assert "holds a run with other options" in refused(other)
