@@ -49,6 +49,13 @@ class Recipe:
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self):
+        for name, allowed in (
+            ("order", ("svd", "quantize")),
+            ("end", ("svd", "quantize")),
+            ("stop", ("rise", "never")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
         if self.rank < 0:
             raise ValueError(f"rank {self.rank} is negative; 0 is plain quantization, more adds principal components")
         if self.iterations < 1:
@@ -68,8 +75,13 @@ def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0) -> Split:
         seed: Of the random sketch; the same seed gives the same bytes on the same machine.
 
     Raises:
-        ValueError: weight_OI holds a NaN or an infinity (how many), or the rank is above min(O, I).
+        ValueError: weight_OI has another dtype or number of dimensions, or holds a NaN or an infinity (how many), or
+            the rank is above min(O, I).
     """
+    if weight_OI.ndim != 2 or weight_OI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"a float32, bfloat16 or float16 matrix can be split, not {weight_OI.dtype} {tuple(weight_OI.shape)}"
+        )
     limit = min(weight_OI.shape)
     if recipe.rank > limit:
         raise ValueError(f"rank {recipe.rank} is outside 0..{limit}, the ranks of a {tuple(weight_OI.shape)} matrix")

@@ -15,6 +15,7 @@ from torch import Tensor
 EXACT_SIDE = 1024  # up to here the Gram matrix of the shorter side is decomposed: under half a second on two cores
 LANCZOS_STEPS = 48  # fewer overestimate the square root near zero where the spectrum decays fast
 ENDED = 1e-5  # a step this short beside the spectrum is float32's roundoff: the probe has no further direction
+NOISE = 1e-6  # nodes this far below the largest are float32's roundoff, which the square root would magnify
 PROBES = 16  # in one batch
 MOST_BATCHES = 16
 ENOUGH = 0.006  # relative standard error at which no further batch is drawn; three of them are less than 2 %
@@ -66,7 +67,8 @@ def _estimated(short_SL: Tensor, frobenius_norm: float, generator: torch.Generat
     spectral, standard_error = 0.0, float("inf")
     for _ in range(MOST_BATCHES):
         nodes_PK, weights_PK = _lanczos(short_SL, generator)
-        roots_PK = nodes_PK.clamp(min=0).sqrt()
+        noise = NOISE * nodes_PK.amax(dim=1, keepdim=True)
+        roots_PK = torch.where(nodes_PK > noise, nodes_PK, 0).sqrt()
         samples_N = torch.cat((samples_N, short_SL.shape[0] * (weights_PK * roots_PK).sum(dim=1).cpu()))
         spectral = max(spectral, float(roots_PK.max()))
         standard_error = float(samples_N.std()) / sqrt(samples_N.numel())

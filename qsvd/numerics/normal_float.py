@@ -51,11 +51,13 @@ class NormalFloat4(Codec):
                 f"NF4 encodes a float32, bfloat16 or float16 matrix, not {matrix_OI.dtype} {tuple(matrix_OI.shape)}"
             )
         if matrix_OI.is_cuda:
+            finite = torch.isfinite(matrix_OI).all()  # the kernel's maximum passes over a NaN
             codes, state = bitsandbytes.quantize_4bit(matrix_OI, blocksize=self.block_size, quant_type="nf4")
             codes, scales = codes.view(-1), state.absmax
         else:
             codes, scales = _encode_on_cpu(matrix_OI.contiguous().view(-1), self.block_size)
-        if not torch.isfinite(scales).all():
+            finite = torch.isfinite(scales).all()
+        if not finite:
             raise ValueError("NF4 cannot encode a matrix that holds a NaN or an infinity")
         shape = (matrix_OI.shape[0], matrix_OI.shape[1])
         return PackedBlocks(codes, _nest(scales) if self.double_quant else scales, shape, self)
@@ -66,10 +68,9 @@ class NormalFloat4(Codec):
             out = torch.empty(packed.shape, dtype=torch.float32, device=packed.codes.device)
         if out.is_cuda:
             codes = packed.codes.view(-1, 1)
-            return bitsandbytes.dequantize_4bit(
-                codes, absmax=scales, out=out, blocksize=self.block_size, quant_type="nf4"
-            )
-        _decode_on_cpu(packed.codes, scales, self.block_size, out.view(-1))
+            bitsandbytes.dequantize_4bit(codes, absmax=scales, out=out, blocksize=self.block_size, quant_type="nf4")
+        else:
+            _decode_on_cpu(packed.codes, scales, self.block_size, out.view(-1))
         return out
 
     def num_bytes(self, shape: tuple[int, int]) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor
 OVERSAMPLE = 16  # extra sketch columns at least; Halko et al. ask for 5 to 10
 OVERSAMPLE_SHARE = 2  # and at least rank / 2: slowly falling spectra need a wider sketch or many more passes
 SMALL = 256  # a matrix with a side no longer than this is decomposed exactly: that is the cheaper way there
-ORTHOGONAL = 0.5  # largest entry of |Q^T Q - 1| after one Cholesky-QR from which the second one is certain to repair
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,8 @@ def orthonormal(tall: Tensor) -> Tensor:
     Cholesky-QR twice (Yamamoto et al., 2015) where the columns are independent enough, else Householder QR.
     """
     once = _cholesky_qr(tall)
-    if once is None:
-        return torch.linalg.qr(tall).Q
-    defect = once.mT @ once
-    defect.diagonal().sub_(1)
-    if not bool(defect.abs().amax() < ORTHOGONAL):
-        return torch.linalg.qr(tall).Q
-    twice = _cholesky_qr(once)
-    assert twice is not None, "a nearly orthonormal matrix has a positive definite Gram matrix"
-    return twice
+    twice = None if once is None else _cholesky_qr(once)
+    return torch.linalg.qr(tall).Q if twice is None else twice
 
 
 def _cholesky_qr(tall: Tensor) -> Tensor | None:

@@ -66,9 +66,9 @@ def _train(folder: str, auto: str) -> str:
         "model.print_trainable_parameters()",
     ]
     return _code("Train", "python", lines) + (
-        "\n\nGive `model` to any trainer as it is, TRL's SFTTrainer for one, without a `peft_config` of your own: the "
-        "trainer\nmust not initialize the adapter again. The principal components want a smaller learning rate than a "
-        "LoRA from zero."
+        "\n\nGive `model` as it is to transformers' Trainer or another that takes a PEFT model, without a `peft_config`\n"
+        "of your own: nothing may initialize the adapter again. Principal components want a smaller learning rate than\n"
+        "a LoRA that starts at zero."
     )
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.modules["qsvd"] = None  # from here on `import qsvd` is an ImportError
 
-import bitsandbytes
-import peft
-import torch
-import transformers
+import bitsandbytes  # noqa: E402
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -88,7 +88,7 @@ def main(out, dense, auto):
     try:
         import qsvd  # noqa: F401
     except ImportError:
-        print(json.dumps(found))
+        sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":

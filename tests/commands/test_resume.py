@@ -219,7 +219,7 @@ def test_an_error_that_is_still_held_does_not_keep_the_folder_locked(source, tmp
     assert held.traceback
 
 
-def test_weights_that_are_finished_are_not_split_again(tiny, tmp_path, monkeypatch):
+def test_weights_that_are_finished_are_not_split_again(tiny, monkeypatch):
     qsvd.quantize(tiny)
     begun = interrupting(monkeypatch)
     qsvd.quantize(tiny)

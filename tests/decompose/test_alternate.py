@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qsvd.decompose import alternate
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks
 from qsvd.numerics.normal_float import NormalFloat4
@@ -15,8 +16,8 @@ UNIT = 2.0**-24  # float32 rounds within this, relatively
 ROUNDOFF = 40 * UNIT  # of ||W||_F: float32 sums of a few dozen products
 CLEAR = 5e-6  # of a block's scale: ten times what float32 moves a value of these small matrices
 # How far the mean of six sketched runs ends above the run with full SVDs, relative: mean + 7 deviations, over 15 seeds.
-# LoftQ's order has four passes only once, over a flat spectrum.
-SHORT = {"svd": 4e-3, "quantize": 9e-3}
+# LoftQ's order makes its first sketch of a flat spectrum.
+SHORT = {"svd": 2.7e-3, "quantize": 7.9e-3}
 NF4 = NormalFloat4(double_quant=False)
 
 
@@ -132,7 +133,8 @@ def test_of_equal_passes_the_first_is_kept_and_equality_is_no_rise(stop):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("order", "end"), [("svd", "quantize"), ("quantize", "svd"), ("svd", "svd")])
-def test_the_distance_reported_is_that_of_what_is_stored(order, end, dtype, double_quant):
+def test_the_distance_reported_is_that_of_what_is_stored(order, end, dtype, double_quant, monkeypatch):
+    monkeypatch.setattr(alternate, "ROWS", 89)  # so that a single row is left for the last share
     weight = weight_of((90, 70))
     recipe = Recipe(NormalFloat4(double_quant=double_quant), 8, 4, order, end, dtype=dtype)
     split = split_weight(torch.from_numpy(weight), recipe)

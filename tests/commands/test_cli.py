@@ -1,0 +1,154 @@
+"""Arguments in, exit code out; results on stdout, progress on stderr, and nothing heavy before it is needed."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qsvd.cli import parse, run
+from qsvd.options import Quantize, Report
+from tests.checkpoints import write_checkpoint
+from tests.commands.folders import finished, python_path, start
+
+HEAVY = ("torch", "transformers", "bitsandbytes", "peft", "numpy", "safetensors")
+LINE = re.compile(r"\d+/14 weights, \d+ MB/s, (\d+ s left|resumed), error [+-]\d+\.\d %")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [None, ["--help"], ["quantize", "--help"], ["--version"], ["quantize"]])
+def test_nothing_heavy_is_imported_by_import_help_version_or_a_wrong_flag(arguments):
+    lines = ["import sys", "import qsvd", f"arguments = {arguments!r}"]
+    lines += ["if arguments is not None:", "    from qsvd.cli import main", "    try:", "        main(arguments)"]
+    lines += ["    except SystemExit:", "        pass"]
+    lines += [f"print('heavy:', [name for name in {HEAVY} if name in sys.modules])"]
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_names_of_the_library_are_found_and_others_are_not():
+    import qsvd
+
+    assert all(getattr(qsvd, name) is not None for name in qsvd.__all__)
+    with pytest.raises(AttributeError, match="module 'qsvd' has no attribute 'dequantize'"):
+        qsvd.dequantize  # noqa: B018
+
+
+def test_version_is_the_one_of_the_project(capsys):
+    assert run(["--version"]) == 0
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    stated = re.search(r'^version = "(.*)"$', project, flags=re.M)[1]
+    assert capsys.readouterr().out == f"qsvd {stated}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["quantise", "m"], ["quantize"], ["quantize", "m"], ["quantize", "m", "--out", "o", "--rank", "many"]]
+    + [["quantize", "m", "--out", "o", "--dtype", "int8"], ["quantize", "m", "--out", "o", "--fast"]],
+)
+def test_wrong_arguments_end_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(arguments)
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err
+
+
+def test_flags_become_a_record():
+    words = "quantize some/model --out there --rank 8 --no-double-quant --include *.q *.k --order quantize --dry-run"
+    assert parse(words.split()) == Quantize(
+        "some/model",
+        out=Path("there"),
+        rank=8,
+        double_quant=False,
+        include=("*.q", "*.k"),
+        order="quantize",
+        dry_run=True,
+    )
+    assert parse(["report", "there", "--json"]) == Report(Path("there"), json=True)
+
+
+def test_a_dry_run_prints_options_weights_and_sizes_and_writes_nothing(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    out = tmp_path / "out"
+    assert run(["quantize", str(model), "--out", str(out), "--rank", "7", "--device", "cpu", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert not any(tmp_path.iterdir())
+    words = " ".join(shown.out.replace("│", " ").split())
+    for option in ("--rank 7", "--iterations 5", "--order svd", "--shard-size 5GB", "(device) cpu", "--dry-run True"):
+        assert option in words
+    assert words.count("_proj q ") == words.count("_proj down ") == 2
+    assert "model.layers.1.mlp.down_proj down 32 x 64" in words
+    assert "Coverage: 14 weights split, 18,432 of 24,736 elements (74.51 %)" in words
+    assert "Left: model.embed_tokens.weight (1 tensor, 3,072 elements)" in words
+    sizes = dict(re.findall(r"(as they are|4-bit residual|principal components|copied as it is) ([\d.]+)", words))
+    assert {name: float(size) for name, size in sizes.items()}.keys() >= {"as they are", "copied as it is"}
+    assert float(sizes["as they are"]) == pytest.approx(18432 * 2 / 1e6, abs=0.05)
+    assert "Files: model.safetensors" in words
+
+
+def test_the_report_is_on_stdout_and_the_progress_on_stderr(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(["quantize", str(model), "--out", str(out), "--rank", "4"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"Quantization error of {model}".split("/")[0])
+    assert shown.out.splitlines()[-1] == str(out)
+    assert "By role" in shown.out
+    lines = shown.err.splitlines()
+    assert len(lines) > 3
+    assert all(LINE.fullmatch(line) for line in lines)
+    assert lines[-1].startswith("14/14 weights, ")
+
+
+def test_a_result_that_is_complete_is_shown_again_without_work(model, tmp_path, capsys):
+    arguments = ["quantize", str(model), "--out", str(tmp_path / "out"), "--rank", "4"]
+    assert run(arguments) == 0
+    first = capsys.readouterr()
+    assert run(arguments) == 0
+    again = capsys.readouterr()
+    assert again.err == ""
+    assert again.out == first.out
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_a_bar(model, tmp_path):
+    master, terminal = pty.openpty()
+    arguments = ("quantize", model, "--out", "out", "--rank", "4", "--iterations", "1")
+    process = start(*arguments, cwd=tmp_path, stderr=terminal)
+    os.close(terminal)
+    code, out, _ = finished(process)
+    seen = os.read(master, 10**6).decode()
+    os.close(master)
+    assert code == 0
+    assert "14/14 weights" in seen
+    assert "━" in seen
+    assert "\x1b[" in seen
+    assert "━" not in out
+    assert out.endswith("\nout\n")
+
+
+def test_report_prints_the_same_tables_again_and_json_that_parses(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(["quantize", str(model), "--out", str(out), "--rank", "4"]) == 0
+    capsys.readouterr()
+    assert run(["report", str(out)]) == 0
+    assert "By role" in capsys.readouterr().out
+    assert run(["report", str(out), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert len(json.loads(shown.out)["weights"]) == 14

@@ -1,0 +1,137 @@
+"""What is decided before any work: sizes, dtypes, the identity of a run, and what a loader must skip."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import qsvd
+import qsvd.commands.prepare
+from qsvd.commands.failures import DoesNotFit
+from qsvd.commands.prepare import check_disk, parse_size, prepare
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def options(model, tmp_path):
+    return qsvd.Quantize(str(model), out=tmp_path / "out", rank=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("100kb", 10**5), (" 1.5 gb ", 1_500_000_000), ("0.1MB", 10**5)],
+)
+def test_sizes_are_decimal_as_transformers_counts_them(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["5", "5 TB", "1e3MB", "5GiB", "99.9KB", "five GB", "5GB 5GB"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(ValueError, match=re.escape(f"--shard-size {text!r} is no size of at least 100KB")):
+        parse_size(text)
+
+
+def test_the_identity_is_json_and_comes_back_equal(options):
+    identity = prepare(replace(options, include=("*.q_proj",))).identity
+    assert json.loads(json.dumps(identity)) == identity
+
+
+def test_what_changes_the_bytes_changes_the_identity_and_nothing_else_does(options, tmp_path):
+    identity = prepare(options).identity
+    changes = {"rank": 5, "iterations": 2, "order": "quantize", "end": "quantize", "stop": "never", "svd": "exact"}
+    changes |= {"dtype": "float32", "double_quant": False, "include": ("*",), "exclude": ("*.q_proj",)}
+    changes |= {"shard_size": "1GB", "seed": 1}
+    for name, value in changes.items():
+        assert prepare(replace(options, **{name: value})).identity != identity, name
+    assert prepare(replace(options, out=tmp_path / "elsewhere", device="cpu")).identity == identity
+    moved = shutil.copytree(options.model, tmp_path / "moved")
+    assert prepare(replace(options, model=str(moved))).identity == identity
+
+
+def test_another_source_is_another_identity(options, tmp_path):
+    write_checkpoint(tmp_path / "wider", vocab_size=97)
+    other = replace(options, model=str(tmp_path / "wider"))
+    assert prepare(other).identity != prepare(options).identity
+
+
+def test_a_loader_decodes_to_the_dtype_of_most_elements(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "mixed")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.float() if "self_attn" in name else tensor.half() if "mlp" in name else tensor
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    options = qsvd.Quantize(str(folder), out=tmp_path / "out", rank=4)
+    assert prepare(options).compute_dtype == torch.float16
+    assert prepare(replace(options, include=("*.self_attn.*", "*.0.mlp.up_proj"))).compute_dtype == torch.float32
+    assert prepare(qsvd.Quantize(str(model), out=tmp_path / "out", rank=4)).compute_dtype == torch.bfloat16
+
+
+def test_heads_that_a_user_may_add_are_skipped_by_a_loader(options):
+    assert set(prepare(options).skipped) == {"lm_head", "classifier", "score", "qa_outputs"}
+
+
+def test_a_split_that_transformers_would_not_load_is_refused(options, monkeypatch):
+    plan_model = qsvd.commands.prepare.plan_model
+
+    def with_another_linear_left(*arguments, **patterns):
+        return replace(plan_model(*arguments, **patterns), left_linears=("0.mlp.up_proj", "lm_head"))
+
+    monkeypatch.setattr(qsvd.commands.prepare, "plan_model", with_another_linear_left)
+    with pytest.raises(ValueError, match=r"cannot tell model\.layers\.0\.mlp\.up_proj from the layers left in 16 bits"):
+        prepare(options)
+
+
+@pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False)])
+def test_the_disk_must_hold_the_largest_moment_to_the_byte(options, monkeypatch, missing, fits):
+    job = prepare(options)
+    give_disk(monkeypatch, job.sizes.disk - missing)
+    if fits:
+        check_disk(job)
+        return
+    with pytest.raises(DoesNotFit, match="more disk space"):
+        check_disk(job)
+
+
+def test_what_an_earlier_run_wrote_need_not_fit_again(options, monkeypatch):
+    job = prepare(options)
+    (job.out / "unfinished").mkdir(parents=True)
+    (job.out / "unfinished" / "00000.residual").write_bytes(bytes(1000))
+    give_disk(monkeypatch, job.sizes.disk - 1000)
+    check_disk(job)
+    give_disk(monkeypatch, job.sizes.disk - 1001)
+    with pytest.raises(DoesNotFit):
+        check_disk(job)
+
+
+def test_the_disk_is_that_of_the_nearest_folder_that_exists(options, tmp_path, monkeypatch):
+    asked = give_disk(monkeypatch, 10**9)
+    check_disk(prepare(replace(options, out=tmp_path / "a" / "b")))
+    assert asked == [tmp_path]
+
+
+def test_a_tilde_is_the_home_folder(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prepare(replace(options, out=Path("~/result"))).out == tmp_path / "result"
+
+
+def give_disk(monkeypatch, free):
+    asked = []
+
+    def disk_usage(path):
+        asked.append(path)
+        return shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    return asked

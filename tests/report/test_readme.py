@@ -1,0 +1,122 @@
+"""OUT/README.md: commands that can be copied; that they work is test_loads_without_qsvd's claim."""
+
+import ast
+import re
+import shlex
+
+import pytest
+import transformers
+
+from qsvd.plan.model import Coverage
+from qsvd.report.header import Header
+from qsvd.report.readme import readme
+from tests.checkpoints import FAMILIES, tiny_config
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what `vllm serve --max-lora-rank` accepts
+REFUSED = {"GPT2LMHeadModel", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "FalconForCausalLM"}
+
+
+def header(rank=16):
+    coverage = Coverage(14, 18432, 24736, ())
+    return Header("some/folder/tiny-llama/", "nf4+dq", rank, "svd", 5, "svd", coverage)
+
+
+def blocks(text):
+    """Language and lines of each code block, by the first word of its title."""
+    found = re.findall(r"^## (\w+)[^\n]*\n\n```(\w+)\n(.*?)```$", text, flags=re.S | re.M)
+    return {title: (language, lines) for title, language, lines in found}
+
+
+def strings(lines):
+    """Every string in some Python lines."""
+    return [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
+
+
+def test_a_causal_model_has_commands_to_load_train_merge_and_serve():
+    found = blocks(readme(header(), "build/out", "LlamaForCausalLM"))
+    assert {title: language for title, (language, _) in found.items()} == {
+        "Load": "python",
+        "Train": "python",
+        "Merge": "python",
+        "Serve": "sh",
+    }
+    for title in ("Load", "Train", "Merge"):
+        lines = found[title][1]
+        assert "AutoModelForCausalLM.from_pretrained" in lines
+        assert "subfolder='adapter'" in ast.unparse(ast.parse(lines))
+        assert "build/out" in strings(lines)
+    assert "is_trainable=True" in found["Train"][1]
+    assert "is_trainable" not in found["Load"][1]
+    assert "build/out-merged" in strings(found["Merge"][1])
+
+
+def test_rank_0_has_no_adapter_to_load_train_or_serve():
+    text = readme(header(rank=0), "out", "LlamaForCausalLM")
+    found = blocks(text)
+    assert set(found) == {"Load", "Merge", "Serve"}
+    assert not any(word in lines for _, lines in found.values() for word in ("peft", "adapter", "lora"))
+    assert "there is no adapter, since the rank is 0" in text
+
+
+def test_an_encoder_is_not_served():
+    found = blocks(readme(header(), "out", "BertModel"))
+    assert set(found) == {"Load", "Train", "Merge"}
+    assert "AutoModel.from_pretrained" in found["Load"][1]
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES.keys() - REFUSED))
+def test_the_auto_class_loads_the_architecture(architecture):
+    lines = blocks(readme(header(), "out", architecture))["Load"][1]
+    auto = getattr(transformers, re.search(r"= (\w+)\.from_pretrained", lines)[1])
+    loaded = auto._model_mapping[type(tiny_config(architecture))]
+    assert architecture in [kind.__name__ for kind in (loaded if isinstance(loaded, tuple) else (loaded,))]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("BertForSequenceClassification", "BertConfig"),
+        ("BertForTokenClassification", "BertConfig"),
+        ("BertForQuestionAnswering", "BertConfig"),
+        ("BartForConditionalGeneration", "BartConfig"),
+        ("WhisperForConditionalGeneration", "WhisperConfig"),
+        ("LlavaForConditionalGeneration", "LlavaConfig"),
+        ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig"),
+        ("BertLMHeadModel", "BertConfig"),
+        ("ViTForImageClassification", "ViTConfig"),
+        ("BertForMultipleChoice", "BertConfig"),
+    ],
+)
+def test_the_auto_class_loads_architectures_with_other_heads(architecture, config):
+    lines = blocks(readme(header(), "out", architecture))["Load"][1]
+    auto = getattr(transformers, re.search(r"= (\w+)\.from_pretrained", lines)[1])
+    loaded = auto._model_mapping.get(getattr(transformers, config), ())
+    assert architecture in [kind.__name__ for kind in (loaded if isinstance(loaded, tuple) else (loaded,))]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 9, 64, 65, 300, 512])
+def test_the_rank_given_to_vllm_is_the_least_that_it_takes(rank):
+    serve = blocks(readme(header(rank), "out", "LlamaForCausalLM"))["Serve"][1]
+    words = shlex.split(serve.splitlines()[0])
+    given = int(words[words.index("--max-lora-rank") + 1])
+    assert given == min(allowed for allowed in VLLM_RANKS if allowed >= rank)
+    assert "principal=out/adapter" in words
+
+
+@pytest.mark.parametrize("folder", ["/data/my results/out", 'odd"name', "back\\slash", "it's"])
+def test_a_folder_with_a_space_or_a_quote_is_still_one_path(folder):
+    found = blocks(readme(header(), folder, "LlamaForCausalLM"))
+    for title in ("Load", "Train", "Merge"):
+        assert folder in strings(found[title][1])
+    words = shlex.split(found["Serve"][1], comments=True)
+    assert words[2] == folder
+    assert f"principal={folder}/adapter" in words
+    assert f"{folder}-merged" in words
+
+
+def test_the_opening_names_the_model_the_method_and_the_coverage():
+    text = readme(header(), "out", "LlamaForCausalLM")
+    assert text.startswith("# tiny-llama, split by qsvd\n")
+    assert "factors of rank 16; svd first, up to 5 iterations, ending with svd" in text
+    assert "14 weights split, 18,432 of 24,736 elements (74.51 %)" in text
+    assert text.endswith("\n")
