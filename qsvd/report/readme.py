@@ -1,15 +1,10 @@
 """OUT/README.md: what the folder is, and the commands to load, train, merge and serve it, ready to copy."""
 
+import json
+from shlex import quote
+
 from qsvd.report.header import Header
 
-AUTO_CLASSES = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -21,12 +16,11 @@ def readme(header: Header, folder: str, architecture: str) -> str:
         folder: Where the result is, as the user wrote it; the commands name it.
         architecture: Class name in transformers.
     """
-    auto = next((auto for ending, auto in AUTO_CLASSES.items() if architecture.endswith(ending)), "AutoModel")
-    sections = [_opening(header), _load(header, folder, auto)]
+    sections = [_opening(header), _load(header, folder, architecture)]
     if header.rank > 0:
-        sections.append(_train(folder, auto))
-    sections.append(_merge(header, folder, auto))
-    if auto == "AutoModelForCausalLM":
+        sections.append(_train(folder, architecture))
+    sections.append(_merge(header, folder, architecture))
+    if architecture.endswith("ForCausalLM"):
         sections.append(_serve(header, folder))
     return "\n\n".join(sections) + "\n"
 
@@ -48,47 +42,50 @@ def _opening(header: Header) -> str:
     )
 
 
-def _load(header: Header, folder: str, auto: str) -> str:
-    lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{folder}")']
-    if header.rank > 0:
-        lines.insert(0, "from peft import PeftModel")
-        lines.append(f'model = PeftModel.from_pretrained(model, "{folder}", subfolder="adapter")')
-    return _code("Load", "python", lines)
+def _load(header: Header, folder: str, architecture: str) -> str:
+    return _code("Load", "python", _loading(header.rank, folder, architecture))
 
 
-def _train(folder: str, auto: str) -> str:
-    lines = [
-        "from peft import PeftModel",
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained("{folder}")',
-        f'model = PeftModel.from_pretrained(model, "{folder}", subfolder="adapter", is_trainable=True)',
-        "model.print_trainable_parameters()",
-    ]
-    return _code("Train", "python", lines) + (
-        "\n\nGive `model` as it is to transformers' Trainer or another that takes a PEFT model, without a `peft_config`\n"
-        "of your own: nothing may initialize the adapter again. Principal components want a smaller learning rate than\n"
-        "a LoRA that starts at zero."
+def _train(folder: str, architecture: str) -> str:
+    lines = _loading(1, folder, architecture, adapter=", is_trainable=True")
+    return _code("Train", "python", [*lines, "model.print_trainable_parameters()"]) + (
+        "\n\nGive `model` as it is to transformers' Trainer, or another that takes a PEFT model, without a\n"
+        "`peft_config` of your own: nothing may initialize the adapter again. Principal components want a smaller\n"
+        "learning rate than a LoRA that starts at zero."
     )
 
 
-def _merge(header: Header, folder: str, auto: str) -> str:
-    lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("{folder}").dequantize()']
+def _merge(header: Header, folder: str, architecture: str) -> str:
+    lines = _loading(header.rank, folder, architecture, base=".dequantize()")
     if header.rank > 0:
-        lines.insert(0, "from peft import PeftModel")
-        lines.append(f'model = PeftModel.from_pretrained(model, "{folder}", subfolder="adapter").merge_and_unload()')
-    lines.append(f'model.save_pretrained("{folder}-merged", save_original_format=False)')
+        lines.append("model = model.merge_and_unload()")
+    lines.append(f"model.save_pretrained({_literal(folder + '-merged')}, save_original_format=False)")
     return _code("Merge into 16 bits", "python", lines)
 
 
+def _loading(rank: int, folder: str, architecture: str, *, base: str = "", adapter: str = "") -> list[str]:
+    """Lines that load the model; `base` follows the call for the residual, `adapter` ends the one for the factors."""
+    path = _literal(folder)
+    lines = [f"from transformers import {architecture}", "", f"model = {architecture}.from_pretrained({path}){base}"]
+    if rank == 0:
+        return lines
+    adding = f'model = PeftModel.from_pretrained(model, {path}, subfolder="adapter"{adapter})'
+    return ["from peft import PeftModel", *lines, adding]
+
+
 def _serve(header: Header, folder: str) -> str:
-    command = f"vllm serve {folder} --quantization bitsandbytes"
+    command = f"vllm serve {quote(folder)} --quantization bitsandbytes"
     if header.rank > 0:
         rank = next((rank for rank in VLLM_RANKS if rank >= header.rank), header.rank)
-        command += f" --enable-lora --max-lora-rank {rank} --lora-modules principal={folder}/adapter"
-    lines = [command, f"python convert_hf_to_gguf.py {folder}-merged --outtype bf16  # llama.cpp, after merging"]
+        command += f" --enable-lora --max-lora-rank {rank} --lora-modules principal={quote(folder + '/adapter')}"
+    convert = f"python convert_hf_to_gguf.py {quote(folder + '-merged')} --outtype bf16  # llama.cpp, after merging"
     note = "\n\nAsk vLLM for the model `principal`, not for the base: the base is the residual." if header.rank else ""
-    return _code("Serve", "sh", lines) + note
+    return _code("Serve", "sh", [command, convert]) + note
+
+
+def _literal(text: str) -> str:
+    """The text as a Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _code(title: str, language: str, lines: list[str]) -> str:
