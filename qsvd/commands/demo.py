@@ -26,10 +26,13 @@ HELD_OUT = Path(str(files("qsvd.demo") / "heldout.txt"))
 def main(options: Demo) -> None:
     """Print the report at the highest rank, then a table over all ranks."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if not options.ranks or options.tokens < WINDOW:
         raise ValueError(f"--ranks needs at least one rank, and --tokens at least {WINDOW}, not {options.tokens}")
-    tokens = AutoTokenizer.from_pretrained(MODEL)(HELD_OUT.read_text(encoding="utf-8")).input_ids[: options.tokens]
+    text = HELD_OUT.read_text(encoding="utf-8")
+    tokens = AutoTokenizer.from_pretrained(MODEL)(text, verbose=False).input_ids[: options.tokens]
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     base = _perplexity(model, tokens)
     table = Table("model", "bits", "error", "perplexity", "lost", title="What 4 bits cost", title_justify="left")
