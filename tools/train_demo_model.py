@@ -299,7 +299,8 @@ Other novels by the authors of the first group were trained on. Trained on: {", 
 AdamW (betas {BETAS[0]}, {BETAS[1]}; weight decay {WEIGHT_DECAY} on matrices), learning rate {PEAK_RATE} after a
 warm-up over {WARM_UP:.0%} of the run, then a cosine to zero; {BATCH} windows of {CONTEXT} tokens per step; gradient
 norm clipped at {CLIP}; products in bfloat16, weights and moments in float32. Half of the windows start with `{BOS}`,
-half in the middle of a text. Byte-level BPE, no normalization: every UTF-8 text decodes to itself.
+half in the middle of a text. Byte-level BPE, no normalization: every UTF-8 text decodes to itself. The schedule
+follows steps or minutes, whichever are further, on a machine that other work may slow: no two runs are quite equal.
 
 ## Licence
 

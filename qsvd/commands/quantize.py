@@ -1,6 +1,7 @@
 """`qsvd quantize`: one weight after another from the checkpoint into OUT, then the files around them."""
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -125,6 +126,8 @@ def main(options: Quantize) -> None:
             show(_standing(job, finished))
             if stop.made:
                 raise Interrupted(f"interrupted; finished weights are kept, the same command goes on in {options.out}")
+    if not any(weight.is_new for weight in finished):
+        print(f"{job.out} was complete already", file=sys.stderr)
     show_report(job.out, worst=5)
     print(f"\n{job.out}")
 
