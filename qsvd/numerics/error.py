@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 EXACT_SIDE = 1024  # up to here the Gram matrix of the shorter side is decomposed: under half a second on two cores
-LANCZOS_STEPS = 48  # fewer overestimate the square root near zero where the spectrum decays fast
+STEPS = (8, 16, 32, 64)  # of Lanczos, at which the estimate is looked at; noise ends at 16, steep spectra at 64
+CLOSE = 0.003  # relative change over a doubling of the steps: what remains after it is about a third of that
 ENDED = 1e-5  # a step this short beside the spectrum is float32's roundoff: the probe has no further direction
 NOISE = 1e-6  # nodes this far below the largest are float32's roundoff, which the square root would magnify
 PROBES = 16  # in one batch
@@ -66,39 +67,57 @@ def _estimated(short_SL: Tensor, frobenius_norm: float, generator: torch.Generat
     samples_N = torch.empty(0, dtype=torch.float64)
     spectral, standard_error = 0.0, float("inf")
     for _ in range(MOST_BATCHES):
-        nodes_PK, weights_PK = _lanczos(short_SL, generator)
-        noise = NOISE * nodes_PK.amax(dim=1, keepdim=True)
-        roots_PK = torch.where(nodes_PK > noise, nodes_PK, 0).sqrt()
-        samples_N = torch.cat((samples_N, short_SL.shape[0] * (weights_PK * roots_PK).sum(dim=1).cpu()))
-        spectral = max(spectral, float(roots_PK.max()))
+        samples_P, largest = _probe(short_SL, generator)
+        samples_N = torch.cat((samples_N, samples_P))
+        spectral = max(spectral, largest)
         standard_error = float(samples_N.std()) / sqrt(samples_N.numel())
         if standard_error <= ENOUGH * float(samples_N.mean()):
             break
     return Norms(frobenius_norm, float(samples_N.mean()), standard_error, spectral)
 
 
-def _lanczos(short_SL: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Nodes and weights, float64 [P, K] each, of a Gauss quadrature over the spectrum of E E^T, for each probe.
+def _probe(short_SL: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Nuclear norm as each of PROBES random vectors sees it, float64 [P] on the CPU, and the largest singular value.
 
-    The recurrence runs for all probes at once and orthogonalizes fully, in float32.
+    A Lanczos recurrence on E E^T for all probes at once, fully orthogonalized, in float32; it ends early when twice the
+    steps have changed the mean by less than CLOSE. (Gauss quadrature of a square root falls towards the exact value.)
     """
     side, device = short_SL.shape[0], short_SL.device
-    basis_PKS = torch.zeros(PROBES, LANCZOS_STEPS, side, device=device)
-    diagonal_PK, beside_PK = torch.zeros(2, PROBES, LANCZOS_STEPS, dtype=torch.float64, device=device)
+    basis_PKS = torch.zeros(PROBES, max(STEPS), side, device=device)
+    diagonal_PK, beside_PK = torch.zeros(2, PROBES, max(STEPS), dtype=torch.float64, device=device)
     signs_PS = torch.randint(0, 2, (PROBES, side), generator=generator, device=device)
     vector_PS = (2.0 * signs_PS - 1.0) / sqrt(side)
-    for step in range(LANCZOS_STEPS):
+    samples_P, largest, earlier = torch.empty(0), 0.0, float("inf")
+    for step in range(max(STEPS)):
         basis_PKS[:, step] = vector_PS
         vector_PS = (vector_PS @ short_SL) @ short_SL.mT
-        so_far = basis_PKS[:, : step + 1]
-        for sweep in range(2):  # twice is enough (Parlett)
-            along_PK1 = so_far @ vector_PS[:, :, None]
-            vector_PS = vector_PS - (along_PK1.mT @ so_far)[:, 0]
-            diagonal_PK[:, step] += along_PK1[:, -1, 0] if sweep == 0 else 0
+        diagonal_PK[:, step] = (vector_PS * basis_PKS[:, step]).sum(dim=1)
+        vector_PS = _orthogonal(vector_PS, basis_PKS[:, : step + 1])
         length_P1 = torch.linalg.vector_norm(vector_PS, dim=1, keepdim=True)
         goes_on_P1 = length_P1 > ENDED * diagonal_PK[:, : step + 1].amax(dim=1, keepdim=True)
         beside_PK[:, step] = torch.where(goes_on_P1, length_P1, 0)[:, 0]
         vector_PS = torch.where(goes_on_P1, vector_PS / length_P1, 0)  # after the end: nodes at 0 of weight 0
-    off_diagonal = torch.diag_embed(beside_PK[:, :-1], offset=1)
+        if step + 1 in STEPS:
+            samples_P, largest = _quadrature(diagonal_PK[:, : step + 1], beside_PK[:, :step], side)
+            mean = float(samples_P.mean())
+            if earlier - mean <= CLOSE * mean:
+                break
+            earlier = mean
+    return samples_P, largest
+
+
+def _orthogonal(vector_PS: Tensor, basis_PKS: Tensor) -> Tensor:
+    """The part of each vector outside its basis; twice is enough (Parlett)."""
+    for _ in range(2):
+        along_PK1 = basis_PKS @ vector_PS[:, :, None]
+        vector_PS = vector_PS - (along_PK1.mT @ basis_PKS)[:, 0]
+    return vector_PS
+
+
+def _quadrature(diagonal_PK: Tensor, beside_PK: Tensor, side: int) -> tuple[Tensor, float]:
+    """side times the quadrature of the square root, float64 [P], and the root of the largest node."""
+    off_diagonal = torch.diag_embed(beside_PK, offset=1)
     nodes_PK, vectors_PKK = torch.linalg.eigh(torch.diag_embed(diagonal_PK) + off_diagonal + off_diagonal.mT)
-    return nodes_PK, vectors_PKK[:, 0].square()
+    noise = NOISE * nodes_PK.amax(dim=1, keepdim=True)
+    roots_PK = torch.where(nodes_PK > noise, nodes_PK, 0).sqrt()
+    return side * (vectors_PKK[:, 0].square() * roots_PK).sum(dim=1).cpu(), float(roots_PK.max())

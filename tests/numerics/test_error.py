@@ -14,6 +14,7 @@ UNIT = 2.0**-24  # float32 rounds within this, relatively
 ROUNDOFF = 40 * UNIT  # of a float32 sum or product of a few hundred to a few thousand terms
 ROOT = 2.0**-26 * 8  # of the largest singular value: the square root of an eigenvalue that is off by a few 2^-53
 DOUBLE = 2.0**-53 * 4096  # relative, of float64 sums of squares
+RITZ = 1e-3  # how far the largest Ritz value of 16 steps or more lay below the largest singular value of noise, doubled
 WITHIN = 0.02  # what the report promises of an estimated nuclear norm
 STATED = 0.0095  # largest standard error here, relative: enough is 0.006, but 256 probes of a steep spectrum give 0.008
 
@@ -76,7 +77,7 @@ def assert_estimated_well(matrix, seed):
     assert found.nuclear == pytest.approx(float(values.sum()), rel=WITHIN)
     assert 0 < found.nuclear_error <= STATED * found.nuclear
     assert abs(found.nuclear - values.sum()) <= 4 * found.nuclear_error
-    assert found.spectral == pytest.approx(float(values[0]), rel=ROUNDOFF)
+    assert (1 - RITZ) * values[0] <= found.spectral <= (1 + ROUNDOFF) * values[0]
 
 
 @pytest.mark.parametrize("shape", [(300, 420), (500, 260)])
@@ -93,7 +94,7 @@ def test_above_1024_on_the_shorter_side_the_norm_is_estimated_well(shape):
 
 
 def test_up_to_1024_on_the_shorter_side_nothing_is_estimated(monkeypatch):
-    monkeypatch.setattr(error, "_lanczos", None)
+    monkeypatch.setattr(error, "_probe", None)
     assert norms(torch.eye(1024, 1025), seeded(0)) == Norms(32.0, 1024.0, 0.0, 1.0)
     assert norms(torch.eye(1500, 2), seeded(0)) == Norms(pytest.approx(2**0.5), 2.0, 0.0, 1.0)
 
@@ -111,9 +112,9 @@ def test_the_standard_error_is_the_spread_between_seeds(monkeypatch):
 
 def counted(monkeypatch):
     """A list that grows with every batch of probes, the smallest side estimated being 65."""
-    drawn, original = [], error._lanczos
+    drawn, original = [], error._probe
     monkeypatch.setattr(error, "EXACT_SIDE", 64)
-    monkeypatch.setattr(error, "_lanczos", lambda *given: drawn.append(1) or original(*given))
+    monkeypatch.setattr(error, "_probe", lambda *given: drawn.append(1) or original(*given))
     return drawn
 
 
