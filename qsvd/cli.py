@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}; what is finished is kept, the same command goes on there", 1)
+        return _fail(f"{where}{error.strerror or error}", 1)
     except (Interrupted, KeyboardInterrupt) as error:
         return _fail(str(error) or "interrupted", 130)
     return 0
@@ -75,27 +75,19 @@ def parse(arguments: list[str]) -> Any:
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
     """The arguments without --config FILE, and the file."""
     for number, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
+        flag, joined, value = argument.partition("=")
         if flag == "--config":
-            if not value and number + 1 == len(arguments):
+            values = [value] if joined else arguments[number + 1 : number + 2]
+            if not any(values):
                 raise ValueError("--config needs a YAML file after it")
-            rest = number + (1 if value else 2)
-            return arguments[:number] + arguments[rest:], Path(value or arguments[number + 1]).expanduser()
+            rest = number + (1 if joined else 2)
+            return arguments[:number] + arguments[rest:], Path(values[0]).expanduser()
     return arguments, None
 
 
 def _from_yaml(record: type, file: Path) -> Any:
     """An options record with the values of a YAML file; what the file lacks stays at its default, or to be given."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(file.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"--config {file}: no such file") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {file} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
-        raise ValueError(f"--config {file} must hold `name: value` lines")
+    values = _yaml_mapping(file)
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     types = get_type_hints(record)
     names = [field.name for field in fields(record)]
@@ -111,6 +103,22 @@ def _from_yaml(record: type, file: Path) -> Any:
         raise ValueError(f"--config {file}: {'; '.join(wrong)}")
     missing = {field.name: tyro.MISSING for field in fields(record) if field.default is MISSING}
     return record(**(missing | checked))
+
+
+def _yaml_mapping(file: Path) -> Mapping[Any, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"--config {file}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {file} cannot be read as a text file: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {file} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"--config {file} must hold `name: value` lines")
+    return values
 
 
 def _as(kind: Any, value: Any) -> Any:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Entry = TensorEntry | PickleEntry
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the names that transformers looks for, in this order
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for the fingerprint
 LARGEST_COPY = 50 * 10**6  # bytes; a tokenizer file is smaller, a stray weight file larger
 NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.json", "trainer_state.json")
 
@@ -38,7 +39,7 @@ class Checkpoint:
     config: "PreTrainedConfig" = field(repr=False)
     tensors: dict[str, Entry] = field(repr=False)
     other_files: tuple[Path, ...]  # tokenizer, generation and chat template files, to copy beside the result
-    fingerprint: str  # sha256 of config.json and of every weight file's header and size
+    fingerprint: str  # sha256 of config.json and of every weight file's header, size and a sample of its bytes
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of this name, in memory of its own, in the dtype and shape of the file."""
@@ -156,9 +157,20 @@ def _read_one(path: Path) -> tuple[dict[str, Entry], bytes]:
     if path.suffix == ".bin":
         pickled = read_pickle_header(path)
         described = [(name, entry.dtype, entry.shape) for name, entry in pickled.items()]
-        return dict(pickled), json.dumps(described).encode()
+        return dict(pickled), json.dumps(described).encode() + _sample(path)
     header = read_header(path)
-    return dict(header.tensors), header.raw
+    return dict(header.tensors), header.raw + _sample(path)
+
+
+def _sample(path: Path) -> bytes:
+    """A few kilobytes from all over a file: two models of the same shapes differ there."""
+    size = path.stat().st_size
+    samples = []
+    with path.open("rb") as file:
+        for number in range(SAMPLES):
+            file.seek(number * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+            samples.append(file.read(SAMPLE_BYTES))
+    return b"".join(samples)
 
 
 def _other_files(folder: Path) -> tuple[Path, ...]:

@@ -11,10 +11,9 @@ from qsvd.checkpoint.read import Checkpoint
 def stream(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[Tensor]:
     """The tensors of these names, in order; at most two are in memory, the one yielded and the one after it."""
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(checkpoint.read, names[0]) if names else None
-        for following in (*names[1:], None):
-            assert coming is not None, "a name was submitted for every turn"
-            tensor = coming.result()
-            coming = reader.submit(checkpoint.read, following) if following is not None else None
+        coming = [reader.submit(checkpoint.read, name) for name in names[:1]]
+        for number in range(len(names)):
+            tensor = coming.pop().result()
+            coming += [reader.submit(checkpoint.read, name) for name in names[number + 1 : number + 2]]
             yield tensor
             del tensor

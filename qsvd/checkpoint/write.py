@@ -26,7 +26,7 @@ PYTORCH = {"format": "pt"}
 
 
 class OutputFolder:
-    """OUT, opened for one run of `qsvd quantize`.
+    """OUT, opened for one run of `qsvd quantize`; a `with` block lets it go again.
 
     Args:
         folder: Made if it is not there; empty, or left by a run with the same `identity`.
@@ -40,23 +40,29 @@ class OutputFolder:
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
         self.folder = folder
         self.unfinished = folder / UNFINISHED
-        run_file = self.unfinished / RUN
         self.is_complete = (folder / MANIFEST).is_file()
+        self._lock = FileLock(self.unfinished / LOCK)
+        found = _found_run(folder)
+        if found is not None:
+            _check_same(folder, found, identity)
+        elif folder.exists() and _holds_strangers(folder):
+            raise ValueError(f"{folder} is not empty and not a result of qsvd quantize; give --out another folder")
         if self.is_complete:
-            _check_same(folder, json.loads((folder / MANIFEST).read_text())["run"], identity)
             shutil.rmtree(self.unfinished, ignore_errors=True)  # a kill may have left some of it
             return
-        if run_file.is_file():
-            _check_same(folder, json.loads(run_file.read_text()), identity)
-        elif folder.exists() and any(path != self.unfinished for path in folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and not a result of qsvd quantize; give --out another folder")
         self.unfinished.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.unfinished / LOCK)
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
             raise ValueError(f"another qsvd quantize is at work in {folder}; wait for it, or stop it") from error
-        write_text(run_file, to_json(identity))
+        write_text(self.unfinished / RUN, to_json(identity))
+
+    def __enter__(self) -> "OutputFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let another process work in the folder."""
+        self._lock.release()
 
     def is_done(self, index: int) -> bool:
         """Whether weight number `index` is finished."""
@@ -90,7 +96,7 @@ class OutputFolder:
         write_stream(self.folder / file, parts, PYTORCH | dict(metadata))
 
     def close(self) -> None:
-        """The result is complete: drop what only a resumed run needs."""
+        """Drop what only a resumed run needs."""
         self._lock.release()
         shutil.rmtree(self.unfinished)
 
@@ -104,6 +110,29 @@ class OutputFolder:
 def to_json(value: object) -> str:
     """Indented JSON with a final newline."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _found_run(folder: Path) -> Mapping[str, Any] | None:
+    """The identity of the run that the folder holds, complete or not; None if it holds none."""
+    for path in (folder / MANIFEST, folder / UNFINISHED / RUN):
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                run = found["run"] if path.name == MANIFEST else found
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged ({error!r}); give --out another folder") from error
+            if not isinstance(run, Mapping):
+                raise ValueError(f"{path} is damaged (no record of a run); give --out another folder")
+            return run
+    return None
+
+
+def _holds_strangers(folder: Path) -> bool:
+    """Whether there is anything that a run killed in its first moment does not leave."""
+    unfinished = folder / UNFINISHED
+    inside = unfinished.iterdir() if unfinished.is_dir() else ()
+    others = (path for path in folder.iterdir() if path != unfinished)
+    return any(others) or any(path.name not in (LOCK, f"{RUN}.partial") for path in inside)
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

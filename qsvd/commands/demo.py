@@ -58,7 +58,7 @@ def main(options: Demo) -> None:
 
 
 def _folder(options: Demo, rank: int) -> Path:
-    return options.out / f"rank-{rank}"
+    return options.out.expanduser() / f"rank-{rank}"
 
 
 def _perplexity(model: "PreTrainedModel", tokens: list[int]) -> Perplexity:

@@ -40,7 +40,7 @@ def finish(job: Job, folder: OutputFolder) -> None:
             file.write(source.read_bytes())
     write_text(job.out / "errors.jsonl", "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
     write_text(job.out / "report.md", to_markdown(job.header, errors))
-    write_text(job.out / "README.md", readme(job.header, str(job.options.out), job.plan.architecture))
+    write_text(job.out / "README.md", readme(job.header, str(job.out), job.plan.architecture))
     write_text(job.out / MANIFEST, to_json(_manifest(job, errors, digests, base)))
     folder.close()
 
@@ -50,7 +50,7 @@ def _write_adapter(job: Job, folder: OutputFolder, base: str) -> None:
     folder.write_adapter("adapter/adapter_model.safetensors", range(len(job.plan.weights)), metadata)
     task = next((task for ending, task in TASKS.items() if job.plan.architecture.endswith(ending)), None)
     modules = [spec.module for spec in job.plan.weights]
-    config = adapter_config(modules, job.options.rank, task, str(job.options.out))
+    config = adapter_config(modules, job.options.rank, task, str(job.out))
     write_text(job.out / "adapter" / "adapter_config.json", to_json(config))
 
 

@@ -13,6 +13,7 @@ from qsvd.checkpoint.check import check_complete, check_not_quantized
 from qsvd.checkpoint.read import Checkpoint, open_checkpoint
 from qsvd.checkpoint.shards import Shard, Sizes, plan_shards, sizes_of
 from qsvd.checkpoint.tensor_file import TORCH_DTYPES
+from qsvd.checkpoint.write import MANIFEST
 from qsvd.commands.failures import DoesNotFit
 from qsvd.decompose.alternate import Recipe
 from qsvd.numerics.normal_float import NormalFloat4
@@ -67,6 +68,7 @@ class Job:
         for name in ("out", "dry_run", "model"):
             del options[name]
         options |= {name: list(options[name]) for name in ("include", "exclude")}
+        options["shard_size"] = parse_size(self.options.shard_size)
         return options | {"device": self.device.type, "source_fingerprint": self.checkpoint.fingerprint}
 
 
@@ -109,11 +111,13 @@ def prepare(options: Quantize) -> Job:
 
 
 def check_disk(job: Job) -> None:
-    """Refuse a run whose output cannot fit on the disk.
+    """Refuse a run whose output cannot fit on the disk; a complete result needs no more.
 
     Raises:
         DoesNotFit: too little space is free, with the numbers.
     """
+    if (job.out / MANIFEST).is_file():
+        return
     folder = job.out.absolute()
     written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     while not folder.exists():

@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from qsvd.checkpoint.layout import adapter_tensors, residual_tensors
 from qsvd.checkpoint.stream import stream
 from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, TensorEntry
-from qsvd.checkpoint.write import OutputFolder
+from qsvd.checkpoint.write import UNFINISHED, OutputFolder
 from qsvd.commands.dry_run import show_plan
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.finish import finish
@@ -55,24 +56,28 @@ def execute(job: Job) -> Iterator[Finished]:
 
     Stopping between two weights loses nothing: the same job goes on there, to the same bytes.
     """
-    folder = OutputFolder(job.out, job.identity)
-    if folder.is_complete:
-        return
     check_disk(job)
+    with OutputFolder(job.out, job.identity) as folder:
+        if not folder.is_complete:
+            yield from _fill(job, folder)
+            finish(job, folder)
+
+
+def _fill(job: Job, folder: OutputFolder) -> Iterator[Finished]:
+    """Split what is not split yet and write every shard that is not there."""
     weights = job.plan.weights
     pending = [number for shard in job.shards for number in shard.weights if not folder.is_done(number)]
     tensors = stream(job.checkpoint, [weights[number].name for number in pending])
     for shard in job.shards:
-        if (job.out / shard.file).is_file() and all(folder.is_done(number) for number in shard.weights):
-            continue
+        is_written = (job.out / shard.file).is_file()
         for number in shard.weights:
             is_new = not folder.is_done(number)
             if is_new:
                 _split(job, folder, number, next(tensors))
             num_bytes = job.checkpoint.tensors[weights[number].name].num_bytes
             yield Finished(num_bytes, from_record(folder.record(number)), is_new)
-        folder.write_shard(shard.file, shard.weights, [_copied(job, name) for name in shard.copied])
-    finish(job, folder)
+        if not is_written:
+            folder.write_shard(shard.file, shard.weights, [_copied(job, name) for name in shard.copied])
 
 
 def _split(job: Job, folder: OutputFolder, number: int, weight_OI: Tensor) -> None:
@@ -120,7 +125,7 @@ def main(options: Quantize) -> None:
         show_plan(job)
         return
     finished: list[Finished] = []
-    with StopRequest() as stop, watching() as show:
+    with StopRequest() as stop, watching() as show, _said_what_stays(job):
         for weight in execute(job):
             finished.append(weight)
             show(_standing(job, finished))
@@ -130,6 +135,18 @@ def main(options: Quantize) -> None:
         print(f"{job.out} was complete already", file=sys.stderr)
     show_report(job.out, worst=5)
     print(f"\n{job.out}")
+
+
+@contextmanager
+def _said_what_stays(job: Job) -> Iterator[None]:
+    """Add to an error of the disk that nothing is lost, where that is so."""
+    try:
+        yield
+    except OSError as error:
+        if not (job.out / UNFINISHED).is_dir():
+            raise
+        reason = f"{error.strerror}; finished weights are kept, the same command goes on in {job.out}"
+        raise OSError(error.errno, reason, error.filename) from error
 
 
 def _standing(job: Job, finished: Sequence[Finished]) -> Standing:

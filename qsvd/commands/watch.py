@@ -33,9 +33,8 @@ class Standing:
         """The standing in words, after so many seconds of this run."""
         speed = self.new_bytes / max(seconds, 1e-9)
         left = f"{(self.total_bytes - self.num_bytes) / speed:.0f} s left" if speed else "resumed"
-        return (
-            f"{self.weights}/{self.num_weights} weights, {speed / 1e6:.0f} MB/s, {left}, error {-self.reduction:+.1f} %"
-        )
+        error = f"error {0 - self.reduction:+.1f} %"  # 0 - x, since -0.0 prints a sign
+        return f"{self.weights}/{self.num_weights} weights, {speed / 1e6:.0f} MB/s, {left}, {error}"
 
 
 Show = Callable[[Standing], None]

@@ -92,7 +92,9 @@ def test_the_fingerprint_is_this_hash(tmp_path):
     for path in shards_of(tmp_path):
         content = path.read_bytes()
         header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-        digest.update(f"\n{path.name} {len(content)}\n".encode() + header)
+        last = max(len(content) - 4096, 0)
+        sample = b"".join(content[number * last // 63 :][:4096] for number in range(64))
+        digest.update(f"\n{path.name} {len(content)}\n".encode() + header + sample)
     assert open_checkpoint(str(tmp_path)).fingerprint == digest.hexdigest()
 
 

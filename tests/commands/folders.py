@@ -11,8 +11,6 @@ import safetensors.torch
 
 from tests.checkpoints import SHARED_MODELS
 
-ROOT = Path(__file__).parents[2]
-
 
 def files_of(folder):
     """Relative path -> bytes of every file below a folder."""
@@ -43,7 +41,7 @@ def write_dense(source, folder, replaced):
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def start(*arguments, cwd, **options):
+def start(*arguments, cwd, stderr=subprocess.PIPE):
     """`qsvd ARGUMENTS` in a process of its own, one thread, no network."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path()}
     return subprocess.Popen(
@@ -51,9 +49,8 @@ def start(*arguments, cwd, **options):
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
-        **options,
     )
 
 

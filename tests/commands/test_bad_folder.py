@@ -71,6 +71,15 @@ def test_a_result_of_other_options_names_each_difference(quantize, tmp_path):
     assert files_of(tmp_path) == before
 
 
+def test_another_model_of_the_same_shapes_is_not_taken_for_the_one_that_is_done(quantize, model, tmp_path, capsys):
+    other, out = tmp_path / "other", tmp_path / "out"
+    write_checkpoint(other, seed=1)
+    assert (other / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    assert quantize(out)[0] == 0
+    assert run(["quantize", str(other), "--out", str(out), "--rank", "4"]) == 2
+    assert "holds a run with other options: source_fingerprint" in capsys.readouterr().err
+
+
 def test_a_path_below_a_file(quantize, tmp_path):
     (tmp_path / "file").write_text("mine")
     code, sentence = quantize(tmp_path / "file" / "out")

@@ -123,25 +123,6 @@ def test_a_trained_model_is_split_as_stated_and_plain_nf4_costs_what_is_known(tm
     assert (after < 0.6 * before) == (rank > 0)
 
 
-def test_small_shards_have_an_index_that_names_every_tensor_once(tmp_path):
-    source = tmp_path / "source"
-    write_checkpoint(source, vocab_size=1024)
-    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, shard_size="0.1MB"))
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    files = {path.name: safetensors.torch.load_file(path) for path in out.glob("*.safetensors")}
-    assert len(files) > 1
-    assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
-    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-    assert index["metadata"]["total_size"] == total
-    assert not (out / "model.safetensors").exists()
-
-
-def test_one_file_has_no_index(tmp_path):
-    write_checkpoint(tmp_path / "source")
-    out = qsvd.quantize(qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "out", rank=4))
-    assert not (out / "model.safetensors.index.json").exists()
-
-
 def test_rank_0_is_plain_nf4_without_an_adapter(tmp_path):
     source = tmp_path / "source"
     write_checkpoint(source)
@@ -172,51 +153,6 @@ def test_include_and_exclude_decide_what_is_split_and_what_a_loader_leaves(tmp_p
     assert skipped >= everything | {"lm_head"}
     assert not skipped & set(records)
     assert set(json.loads((out / "adapter" / "adapter_config.json").read_text())["target_modules"]) == set(records)
-
-
-def test_the_config_is_the_sources_with_the_quantization_added(tmp_path):
-    source = tmp_path / "source"
-    write_checkpoint(source, dtype=torch.float16)
-    config = json.loads((source / "config.json").read_text()) | {"a_key_of_the_future": [1, "ü"]}
-    (source / "config.json").write_text(json.dumps(config))
-    (source / "tokenizer_config.json").write_text('{"odd":   "spacing"}')
-    (source / "LICENSE.txt").write_text("as you like")
-    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, double_quant=False))
-    result = json.loads((out / "config.json").read_text())
-    quantization = result.pop("quantization_config")
-    assert result == config
-    assert quantization["bnb_4bit_compute_dtype"] == "float16"
-    assert quantization["bnb_4bit_use_double_quant"] is False
-    assert (out / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
-    assert (out / "LICENSE.txt").read_text() == "as you like"
-
-
-def test_the_coverage_counts_the_elements_that_were_split_and_lists_what_was_left(tmp_path):
-    source = tmp_path / "source"
-    write_checkpoint(source)
-    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, include=("*.mlp.*",)))
-    manifest = json.loads((out / "qsvd.json").read_text())
-    original = tensors_of(source)
-    coverage = manifest["header"]["coverage"]
-    assert coverage["weights"] == 6
-    assert coverage["elements_split"] == sum(original[name].numel() for name in manifest["weights"]) == 6 * 32 * 64
-    assert coverage["elements"] == sum(tensor.numel() for tensor in original.values())
-    left = {group["pattern"]: (group["count"], group["elements"]) for group in coverage["left"]}
-    assert left["model.layers.*.self_attn.k_proj.weight"] == (2, 2 * 16 * 32)
-    assert left["model.embed_tokens.weight"] == (1, 96 * 32)
-    assert sum(elements for _, elements in left.values()) == coverage["elements"] - coverage["elements_split"]
-
-
-def test_the_fingerprint_ties_adapter_and_residual(tmp_path):
-    source = tmp_path / "source"
-    write_checkpoint(source)
-    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4))
-    with safetensors.safe_open(out / "adapter" / "adapter_model.safetensors", "pt") as file:
-        stated = file.metadata()["qsvd_base_fingerprint"]
-    manifest = json.loads((out / "qsvd.json").read_text())
-    assert manifest["fingerprint"] == stated
-    other = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "other", rank=5))
-    assert json.loads((other / "qsvd.json").read_text())["fingerprint"] != stated
 
 
 def test_the_library_is_silent_and_writes_the_bytes_of_the_command(tmp_path, monkeypatch, capfd):

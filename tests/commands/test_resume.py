@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 import qsvd
-import qsvd.commands.quantize
 from qsvd.cli import run
-from qsvd.decompose.alternate import split_weight
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of, finished, shared_model, start
 
@@ -165,62 +163,3 @@ def wait_for(condition, process, *, seconds=60):
         assert process.poll() is None, finished(process)
         assert time.monotonic() < end
         time.sleep(0.002)
-
-
-def interrupting(monkeypatch, *numbers):
-    """Send SIGINT while the weights of these numbers, counted from 1, are being split; returns what was begun."""
-    begun = []
-
-    def interrupted_split(*arguments, **options):
-        begun.append(arguments[0].shape)
-        for _ in range(numbers.count(len(begun))):
-            signal.raise_signal(signal.SIGINT)
-        return split_weight(*arguments, **options)
-
-    monkeypatch.setattr(qsvd.commands.quantize, "split_weight", interrupted_split)
-    return begun
-
-
-def test_the_first_interrupt_finishes_the_weight_at_hand(source, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    begun = interrupting(monkeypatch, 3)
-    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 130
-    assert "finished weights are kept, the same command goes on in" in capsys.readouterr().err
-    assert len(begun) == len(list((out / "unfinished").glob("*.factors"))) == 3
-    monkeypatch.undo()
-    begun = interrupting(monkeypatch)
-    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 0
-    assert len(begun) == 14 - 3
-    assert "14/14 weights" in capsys.readouterr().err
-
-
-def test_the_second_interrupt_stops_at_once(source, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    begun = interrupting(monkeypatch, 2, 2)
-    before = signal.getsignal(signal.SIGINT)
-    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 130
-    assert capsys.readouterr().err.endswith("qsvd: interrupted\n")
-    assert len(begun) == 2
-    assert len(list((out / "unfinished").glob("*.factors"))) == 1
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_an_error_that_is_still_held_does_not_keep_the_folder_locked(source, tmp_path, monkeypatch):
-    options = qsvd.Quantize(str(source), out=tmp_path / "out", rank=4)
-
-    def fail(*_arguments, **_options):
-        raise OSError("the disk went away")
-
-    monkeypatch.setattr(qsvd.commands.quantize, "split_weight", fail)
-    with pytest.raises(OSError, match="the disk went away") as held:  # as sys.last_traceback holds it in a notebook
-        qsvd.quantize(options)
-    monkeypatch.undo()
-    qsvd.quantize(options)
-    assert held.traceback
-
-
-def test_weights_that_are_finished_are_not_split_again(tiny, monkeypatch):
-    qsvd.quantize(tiny)
-    begun = interrupting(monkeypatch)
-    qsvd.quantize(tiny)
-    assert begun == []

@@ -45,7 +45,9 @@ def test_without_a_terminal_there_is_a_line_every_five_percent_and_a_last_one(ca
     assert len(numbers) in (20, 21)
     assert numbers[0] == 50
     assert numbers[-1] == 1000
-    assert all(49 <= later - earlier <= 51 for earlier, later in pairwise(numbers))
+    gaps = [later - earlier for earlier, later in pairwise(numbers)]
+    assert all(50 <= gap <= 51 for gap in gaps[:-1])  # of 1000 weights; 51 where 0.05 is not met to the last bit
+    assert 0 < gaps[-1] <= 51
 
 
 @pytest.mark.parametrize("num_weights", [1, 7])
@@ -56,12 +58,13 @@ def test_few_large_weights_have_a_line_each(capsys, num_weights):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_request_and_the_second_stops(number, capsys):
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+    with StopRequest() as stop:
         assert not stop.made
         signal.raise_signal(number)
         assert stop.made
         assert capsys.readouterr().err == "stopping after this weight; once more to stop at once\n"
-        signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
 

@@ -1,0 +1,104 @@
+"""The files around the shards: index, configs, coverage, fingerprint and README of a result."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import qsvd
+from tests.checkpoints import write_checkpoint
+from tests.commands.folders import tensors_of
+
+
+def test_small_shards_have_an_index_that_names_every_tensor_once(tmp_path):
+    source = tmp_path / "source"
+    write_checkpoint(source, vocab_size=1024)
+    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, shard_size="0.1MB"))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = {path.name: safetensors.torch.load_file(path) for path in out.glob("*.safetensors")}
+    assert len(files) > 1
+    assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
+    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == total
+    assert not (out / "model.safetensors").exists()
+
+
+def test_one_file_has_no_index(tmp_path):
+    write_checkpoint(tmp_path / "source")
+    out = qsvd.quantize(qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "out", rank=4))
+    assert not (out / "model.safetensors.index.json").exists()
+
+
+def test_the_config_is_the_sources_with_the_quantization_added(tmp_path):
+    source = tmp_path / "source"
+    write_checkpoint(source, dtype=torch.float16)
+    config = json.loads((source / "config.json").read_text()) | {"a_key_of_the_future": [1, "ü"]}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "tokenizer_config.json").write_text('{"odd":   "spacing"}')
+    (source / "LICENSE.txt").write_text("as you like")
+    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, double_quant=False))
+    result = json.loads((out / "config.json").read_text())
+    quantization = result.pop("quantization_config")
+    assert result == config
+    assert quantization["bnb_4bit_compute_dtype"] == "float16"
+    assert quantization["bnb_4bit_use_double_quant"] is False
+    assert (out / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+    assert (out / "LICENSE.txt").read_text() == "as you like"
+
+
+def test_the_coverage_counts_the_elements_that_were_split_and_lists_what_was_left(tmp_path):
+    source = tmp_path / "source"
+    write_checkpoint(source)
+    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, include=("*.mlp.*",)))
+    manifest = json.loads((out / "qsvd.json").read_text())
+    original = tensors_of(source)
+    coverage = manifest["header"]["coverage"]
+    assert coverage["weights"] == 6
+    assert coverage["elements_split"] == sum(original[name].numel() for name in manifest["weights"]) == 6 * 32 * 64
+    assert coverage["elements"] == sum(tensor.numel() for tensor in original.values())
+    left = {group["pattern"]: (group["count"], group["elements"]) for group in coverage["left"]}
+    assert left["model.layers.*.self_attn.k_proj.weight"] == (2, 2 * 16 * 32)
+    assert left["model.embed_tokens.weight"] == (1, 96 * 32)
+    assert sum(elements for _, elements in left.values()) == coverage["elements"] - coverage["elements_split"]
+
+
+def test_the_fingerprint_ties_adapter_and_residual(tmp_path):
+    source = tmp_path / "source"
+    write_checkpoint(source)
+    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4))
+    with safetensors.safe_open(out / "adapter" / "adapter_model.safetensors", "pt") as file:
+        stated = file.metadata()["qsvd_base_fingerprint"]
+    manifest = json.loads((out / "qsvd.json").read_text())
+    assert manifest["fingerprint"] == stated
+    other = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "other", rank=5))
+    assert json.loads((other / "qsvd.json").read_text())["fingerprint"] != stated
+
+
+def test_the_manifest_digests_are_sha256_over_the_names_and_bytes_in_the_shard(tmp_path):
+    write_checkpoint(tmp_path / "source")
+    out = qsvd.quantize(qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "out", rank=4))
+    manifest, tensors = json.loads((out / "qsvd.json").read_text()), tensors_of(out)
+    lines = []
+    for name, weight in sorted(manifest["weights"].items()):
+        total = hashlib.sha256()
+        for key in sorted(key for key in tensors if key == name or key.startswith(f"{name}.")):
+            total.update(key.encode() + b"\0" + tensors[key].numpy().tobytes())
+        assert weight["residual_sha256"] == total.hexdigest()
+        lines.append(f"{name} {total.hexdigest()}\n")
+    assert manifest["fingerprint"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("written", ["out", "~/out", "with space/out"])
+def test_the_readme_and_the_adapter_name_the_folder_so_that_a_loader_finds_it(tmp_path, monkeypatch, written):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "source")
+    out = qsvd.quantize(qsvd.Quantize("source", out=Path(written), rank=4))
+    named = re.search(r'from_pretrained\("([^"]+)"\)', (out / "README.md").read_text())[1]
+    base = json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert (Path(named) / "qsvd.json").is_file()
+    assert (Path(base) / "qsvd.json").is_file()

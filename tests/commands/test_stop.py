@@ -1,0 +1,112 @@
+"""A run that is asked to stop, or that fails half-way, keeps what is finished and goes on there."""
+
+import errno
+import os
+import signal
+
+import pytest
+
+import qsvd
+import qsvd.checkpoint.write
+import qsvd.commands.quantize
+from qsvd.cli import run
+from qsvd.decompose.alternate import split_weight
+from tests.checkpoints import write_checkpoint
+from tests.commands.folders import files_of
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    write_checkpoint(folder, vocab_size=1024, max_shard_size="100KB")
+    return folder
+
+
+def interrupting(monkeypatch, *numbers):
+    """Send SIGINT while the weights of these numbers, counted from 1, are being split; returns what was begun."""
+    begun = []
+
+    def interrupted_split(*arguments, **options):
+        begun.append(arguments[0].shape)
+        for _ in range(numbers.count(len(begun))):
+            signal.raise_signal(signal.SIGINT)
+        return split_weight(*arguments, **options)
+
+    monkeypatch.setattr(qsvd.commands.quantize, "split_weight", interrupted_split)
+    return begun
+
+
+def test_the_first_interrupt_finishes_the_weight_at_hand(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    begun = interrupting(monkeypatch, 3)
+    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 130
+    assert "finished weights are kept, the same command goes on in" in capsys.readouterr().err
+    assert len(begun) == len(list((out / "unfinished").glob("*.factors"))) == 3
+    monkeypatch.undo()
+    begun = interrupting(monkeypatch)
+    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 0
+    assert len(begun) == 14 - 3
+    assert "14/14 weights" in capsys.readouterr().err
+
+
+def test_the_second_interrupt_stops_at_once(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    begun = interrupting(monkeypatch, 2, 2)
+    before = signal.getsignal(signal.SIGINT)
+    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 130
+    assert capsys.readouterr().err.endswith("qsvd: interrupted\n")
+    assert len(begun) == 2
+    assert len(list((out / "unfinished").glob("*.factors"))) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_error_that_is_still_held_does_not_keep_the_folder_locked(source, tmp_path, monkeypatch):
+    options = qsvd.Quantize(str(source), out=tmp_path / "out", rank=4)
+
+    def fail(*_arguments, **_options):
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(qsvd.commands.quantize, "split_weight", fail)
+    with pytest.raises(OSError, match="the disk went away") as held:  # as sys.last_traceback holds it in a notebook
+        qsvd.quantize(options)
+    monkeypatch.undo()
+    qsvd.quantize(options)
+    assert held.traceback
+
+
+@pytest.mark.parametrize("number", [1, 2, 9, 30, 31])  # 28 files of 14 weights, then two shards
+def test_a_disk_that_fills_up_is_one_sentence_and_the_same_command_goes_on(
+    source, tmp_path, monkeypatch, capsys, number
+):
+    arguments = ["quantize", str(source), "--out", "out", "--rank", "4", "--shard-size", "100KB"]
+    write_stream = qsvd.checkpoint.write.write_stream
+    written = []
+
+    def until_full(path, tensors, metadata):
+        written.append(path)
+        if len(written) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_stream(path, tensors, metadata)
+
+    (tmp_path / "full").mkdir()
+    monkeypatch.chdir(tmp_path / "full")
+    monkeypatch.setattr(qsvd.checkpoint.write, "write_stream", until_full)
+    assert run(arguments) == 1
+    *_, sentence = capsys.readouterr().err.splitlines()
+    assert sentence == "qsvd: No space left on device; finished weights are kept, the same command goes on in out"
+    monkeypatch.setattr(qsvd.checkpoint.write, "write_stream", write_stream)
+    begun = interrupting(monkeypatch)
+    assert run(arguments) == 0
+    assert len(begun) == 14 - len([path for path in written[:-1] if path.suffix == ".factors"])
+    (tmp_path / "roomy").mkdir()
+    monkeypatch.chdir(tmp_path / "roomy")
+    assert run(arguments) == 0
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "roomy")
+
+
+def test_weights_that_are_finished_are_not_split_again(source, tmp_path, monkeypatch):
+    options = qsvd.Quantize(str(source), out=tmp_path / "out", rank=4)
+    qsvd.quantize(options)
+    begun = interrupting(monkeypatch)
+    qsvd.quantize(options)
+    assert begun == []
