@@ -9,7 +9,10 @@ from tyro.conf import Positional, arg
 
 @dataclass(frozen=True)
 class Quantize:
-    """Split a 16-bit checkpoint into a 4-bit residual and principal components, with a report of the error."""
+    """Split a 16-bit checkpoint into a 4-bit residual and principal components, with a report of the error.
+
+    Flags may stand in a YAML file, `--config FILE.yaml`; those on the command line win.
+    """
 
     model: Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a 16-bit checkpoint, or a hub id.")]
     out: Annotated[Path, arg(metavar="DIR", help="Result; a killed run with the same options goes on there.")]
