@@ -124,8 +124,7 @@ def _encode_on_cpu(flat_N: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     for start in range(0, num_full, RUN):
         stop = min(start + RUN, num_full)
         blocks_BE = flat_N[start:stop].float().view(-1, block_size)
-        lowest_B, highest_B = torch.aminmax(blocks_BE, dim=1)
-        absmax_B = torch.maximum(lowest_B.abs(), highest_B.abs())
+        absmax_B = blocks_BE.abs().amax(dim=1)
         scales[start // block_size : stop // block_size] = absmax_B
         scaled_BE = blocks_BE * absmax_B.clamp_(min=SMALLEST_SCALE).reciprocal_()[:, None]
         codes[start // 2 : stop // 2] = _pack(_codes_of(scaled_BE.view(-1)))

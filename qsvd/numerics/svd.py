@@ -61,10 +61,10 @@ def randomized_svd(
     columns = rank + max(OVERSAMPLE, rank // OVERSAMPLE_SHARE)
     if min(matrix_OI.shape) <= max(SMALL, columns):
         return exact_svd(matrix_OI, rank)
-    if start_KI is None or start_KI.shape[0] < columns:
+    if start_KI is None or start_KI.shape[0] < rank + OVERSAMPLE:
         basis_IK = torch.randn(matrix_OI.shape[1], columns, generator=generator, device=matrix_OI.device)
     else:
-        basis_IK = start_KI.mT
+        basis_IK = start_KI[: rank + OVERSAMPLE].mT  # a good start needs no wider sketch
     left_OK = orthonormal(matrix_OI @ basis_IK)
     basis_IK = matrix_OI.mT @ left_OK
     for _ in range(passes - 1):
