@@ -10,13 +10,6 @@ from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder)
-    return folder
-
-
 @pytest.fixture
 def quantize(model, capsys):
     """Run `qsvd quantize MODEL --out OUT`: the exit code and the only line on stderr that is no progress."""

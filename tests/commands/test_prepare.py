@@ -17,13 +17,6 @@ from qsvd.commands.prepare import check_disk, parse_size, prepare
 from tests.checkpoints import write_checkpoint
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder)
-    return folder
-
-
 @pytest.fixture
 def options(model, tmp_path):
     return qsvd.Quantize(str(model), out=tmp_path / "out", rank=4)
