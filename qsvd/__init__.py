@@ -2,6 +2,8 @@
 
     import qsvd
     qsvd.quantize(qsvd.Quantize("path/or/hub-id", out=Path("OUT"), rank=64))  # a whole checkpoint, as the command does
+    model = qsvd.load("OUT")                            # a transformers model with the result inside, to train
+    model = qsvd.load("OUT", adapter="RUN")             # with what `qsvd train` made of it
     qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat4(double_quant=True), rank=64))  # one matrix
 
 torch and what stands on it are imported when a name is first used, so that `import qsvd` is fast.
@@ -11,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qsvd.adapters.adapter import AdapterOptions
+    from qsvd.adapters.install import load
     from qsvd.commands.quantize import quantize
     from qsvd.decompose.alternate import Recipe, split_weight
     from qsvd.decompose.measure import measure
@@ -18,9 +22,21 @@ if TYPE_CHECKING:
     from qsvd.numerics.normal_float import NormalFloat4
     from qsvd.options import Quantize
 
-__all__ = ["NormalFloat4", "Quantize", "Recipe", "Split", "measure", "quantize", "split_weight"]
+__all__ = [
+    "AdapterOptions",
+    "NormalFloat4",
+    "Quantize",
+    "Recipe",
+    "Split",
+    "load",
+    "measure",
+    "quantize",
+    "split_weight",
+]
 
 _HOMES = {
+    "load": "qsvd.adapters.install",
+    "AdapterOptions": "qsvd.adapters.adapter",
     "quantize": "qsvd.commands.quantize",
     "Quantize": "qsvd.options",
     "split_weight": "qsvd.decompose.alternate",

@@ -18,11 +18,21 @@ class SplitFolder:
     """OUT, open for reading; tensors are read when asked for.
 
     weights maps each split weight's tensor name to its entry in the manifest: module, shape, role, rank, file.
+    tensors are those of all shards and of the adapter.
     """
 
     folder: Path
-    weights: dict[str, dict[str, Any]]
+    manifest: dict[str, Any]
     tensors: dict[str, TensorEntry]
+
+    @property
+    def weights(self) -> dict[str, dict[str, Any]]:
+        return self.manifest["weights"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all residuals."""
+        return self.manifest["fingerprint"]
 
     def residual(self, name: str) -> PackedBlocks:
         """Q of one weight."""
@@ -53,7 +63,7 @@ def open_split(folder: Path) -> SplitFolder:
         raise ValueError(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
     manifest = json.loads((folder / MANIFEST).read_text())
     tensors: dict[str, TensorEntry] = {}
-    for file in sorted({weight["file"] for weight in manifest["weights"].values()}):
+    for file in _shards(folder, manifest):
         tensors |= read_header(folder / file).tensors
     adapter = folder / "adapter" / "adapter_model.safetensors"
     if adapter.is_file():
@@ -64,4 +74,12 @@ def open_split(folder: Path) -> SplitFolder:
                 "was made with this folder"
             )
         tensors |= header.tensors
-    return SplitFolder(folder, manifest["weights"], tensors)
+    return SplitFolder(folder, manifest, tensors)
+
+
+def _shards(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The weight files, those without a split weight too."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return sorted({weight["file"] for weight in manifest["weights"].values()})

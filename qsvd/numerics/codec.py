@@ -6,6 +6,7 @@ Shape suffixes: O = out features, I = in features.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,11 @@ class NestedScales:
         absmax = self.absmax.repeat_interleave(self.block_size)[: self.codes.numel()]
         return self.levels[self.codes.long()] * absmax + self.offset
 
+    def to(self, device: torch.device) -> "NestedScales":
+        """The same on another device."""
+        absmax, offset = self.absmax.to(device), self.offset.to(device)
+        return NestedScales(self.codes.to(device), absmax, offset, self.levels.to(device), self.block_size)
+
     @property
     def num_bytes(self) -> int:
         return self.codes.nbytes + self.absmax.nbytes + self.offset.nbytes
@@ -55,9 +61,19 @@ class PackedBlocks:
     shape: tuple[int, int]
     codec: "Codec"
 
-    def decode(self, out: Tensor | None = None) -> Tensor:
-        """The matrix again, float32 [O, I]; into `out` (float32, contiguous, [O, I]) if given."""
-        return self.codec.decode(self, out)
+    def decode(self, out: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix again, [O, I] in `dtype`, rounded once from float32; into `out` (contiguous, [O, I]) if given.
+
+        `out` may be float32, bfloat16 or float16, and its dtype stands above `dtype`.
+        """
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        self.codec.decode(self, out)
+        return out
+
+    def to(self, device: torch.device) -> "PackedBlocks":
+        """The same on another device."""
+        return PackedBlocks(self.codes.to(device), self.scales.to(device), self.shape, self.codec)
 
     @property
     def num_bytes(self) -> int:
@@ -77,8 +93,8 @@ class Codec(ABC):
         """Round a float32, bfloat16 or float16 [O, I] matrix; ValueError for another dtype, a NaN or an infinity."""
 
     @abstractmethod
-    def decode(self, packed: PackedBlocks, out: Tensor | None = None) -> Tensor:
-        """The matrix again, float32 [O, I]."""
+    def decode(self, packed: PackedBlocks, out_OI: Tensor) -> None:
+        """Write the matrix into `out_OI`, contiguous, of any float dtype, rounded once from float32."""
 
     @abstractmethod
     def num_bytes(self, shape: tuple[int, int]) -> int:

@@ -62,16 +62,15 @@ class NormalFloat4(Codec):
         shape = (matrix_OI.shape[0], matrix_OI.shape[1])
         return PackedBlocks(codes, _nest(scales) if self.double_quant else scales, shape, self)
 
-    def decode(self, packed: PackedBlocks, out: Tensor | None = None) -> Tensor:
-        scales = packed.scales.decode() if isinstance(packed.scales, NestedScales) else packed.scales
-        if out is None:
-            out = torch.empty(packed.shape, dtype=torch.float32, device=packed.codes.device)
-        if out.is_cuda:
+    def decode(self, packed: PackedBlocks, out_OI: Tensor) -> None:
+        scales_B = packed.scales.decode() if isinstance(packed.scales, NestedScales) else packed.scales
+        if out_OI.is_cuda:
             codes = packed.codes.view(-1, 1)
-            bitsandbytes.dequantize_4bit(codes, absmax=scales, out=out, blocksize=self.block_size, quant_type="nf4")
+            bitsandbytes.dequantize_4bit(
+                codes, absmax=scales_B, out=out_OI, blocksize=self.block_size, quant_type="nf4"
+            )
         else:
-            _decode_on_cpu(packed.codes, scales, self.block_size, out.view(-1))
-        return out
+            _decode_on_cpu(packed.codes, scales_B, self.block_size, out_OI.view(-1))
 
     def num_bytes(self, shape: tuple[int, int]) -> int:
         num_elements = prod(shape)
@@ -153,11 +152,16 @@ def _pack(codes_N: numpy.ndarray) -> Tensor:
 def _decode_on_cpu(codes: Tensor, scales_B: Tensor, block_size: int, out_N: Tensor) -> None:
     bytes_in, num_elements = codes.numpy(), out_N.numel()
     num_full = num_elements - num_elements % block_size
+    is_float32 = out_N.dtype == torch.float32
+    scratch_N = out_N[:0] if is_float32 else torch.empty(min(RUN, num_full))  # rounded once, from float32
     for start in range(0, num_full, RUN):
         stop = min(start + RUN, num_full)
-        pairs = out_N[start:stop].view(torch.int64).numpy()
+        run_N = out_N[start:stop] if is_float32 else scratch_N[: stop - start]
+        pairs = run_N.view(torch.int64).numpy()
         _levels_of_byte().take(bytes_in[start // 2 : stop // 2], out=pairs, mode="clip")
-        out_N[start:stop].view(-1, block_size).mul_(scales_B[start // block_size : stop // block_size, None])
+        run_N.view(-1, block_size).mul_(scales_B[start // block_size : stop // block_size, None])
+        if not is_float32:
+            out_N[start:stop] = run_N
     if num_full < num_elements:
         pairs = torch.from_numpy(_levels_of_byte().take(bytes_in[num_full // 2 :])).view(torch.float32)
         out_N[num_full:] = pairs[: num_elements - num_full] * scales_B[-1]

@@ -9,7 +9,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -88,8 +88,6 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
         ValueError: no class can be built from the config; a pattern matches nothing; a weight of a block that is wanted
             is of a kind that cannot be split; nothing is left to split.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     model = _build(config)
     kinds = _block_weights(model)
     _check_patterns((*include, *exclude), list(kinds))
@@ -102,11 +100,19 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
             f"{type(model).__name__} has no nn.Linear inside repeated blocks left to split; give another "
             "model or other patterns"
         )
+    left = tuple(path for path in linears if path not in wanted)
+    return replace(describe(model), weights=weights, left_linears=left)
+
+
+def describe(model: "PreTrainedModel") -> ModelPlan:
+    """The names and shapes of a model, with nothing to split."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return ModelPlan(
         architecture=type(model).__name__,
-        weights=weights,
-        left_linears=tuple(path for path in linears if path not in wanted),
+        weights=(),
+        left_linears=(),
         shapes=shapes,
         tied=dict(model.all_tied_weights_keys),
         optional=_optional(model, shapes),

@@ -1,0 +1,1 @@
+"""Modules on the device: a frozen residual and what is trained beside it."""

@@ -1,0 +1,107 @@
+"""What is trained beside a frozen residual: the interface of every method.
+
+A method is one file with a subclass of Adapter, and one line in methods.py. Its trained numbers are nn.Parameters;
+what it keeps frozen are buffers, which come from the base again and are not saved.
+
+Shape suffixes: O = out features, I = in features, R = stored rank, K = rank of the adapter's factors.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qsvd.numerics.codec import PackedBlocks
+
+FEW = 1 << 28  # parameters whose float32 master, gradient and 32-bit Adam state take no more than 4 GB
+
+
+@dataclass(frozen=True)
+class Principal:
+    """One weight as it is stored: W ~ residual + up_OR @ down_RI.
+
+    Args:
+        residual: Q [O, I].
+        up_OR, down_RI: The stored factors, of any float dtype; R is 0 where nothing but the residual is stored.
+    """
+
+    residual: PackedBlocks
+    up_OR: Tensor
+    down_RI: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down_RI.shape[0]
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Which adapter, and what its method may be told.
+
+    Args:
+        method: "pissa", "lora", "edora"; None is pissa, or lora where no components are stored.
+        rank: Of what is trained; None is the method's own choice.
+        alpha: The trained product is multiplied by alpha / rank (LoRA, arXiv:2106.09685); None is the method's choice.
+        dtype: Of the trained parameters, "float32" or "bfloat16"; "auto" is float32 up to FEW parameters.
+        seed: Of what is drawn.
+    """
+
+    method: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dtype: str = "auto"
+    seed: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a method does when it is not told, and why.
+
+    rank None is the stored rank, alpha None is the rank, learning_rate is for AdamW.
+    """
+
+    rank: int | None
+    alpha: float | None
+    learning_rate: float
+    reason: str
+
+
+class Adapter(nn.Module, ABC):
+    """The trained part of one weight: W' = gain[:, None] * (Q + up @ down)."""
+
+    defaults: ClassVar[Defaults]
+
+    @classmethod
+    @abstractmethod
+    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Adapter":
+        """The adapter before the first step, on the device of the principal; the model then computes Q + B A.
+
+        Raises:
+            ValueError: the method cannot start from these factors with these options; the sentence says what it needs.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def num_parameters(shape: tuple[int, int], rank: int) -> int:
+        """Trained parameters of an [O, I] weight at this trained rank."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """up [O, K] and down [K, I], differentiable, with the scale folded in."""
+
+    def gain(self) -> Tensor | None:
+        """A factor for each output, [O], or None where it is 1."""
+        return None
+
+
+def chosen(options: AdapterOptions, defaults: Defaults, stored_rank: int) -> tuple[int, float]:
+    """Rank and scale alpha / rank, as told or by default."""
+    rank = options.rank if options.rank is not None else defaults.rank if defaults.rank is not None else stored_rank
+    alpha = options.alpha if options.alpha is not None else defaults.alpha if defaults.alpha is not None else rank
+    return rank, alpha / rank if rank else 0.0

@@ -1,0 +1,182 @@
+"""A transformers model straight from a result of `qsvd quantize`: built empty, filled tensor by tensor on the device.
+
+No dense weight is made. Host memory holds one tensor at a time besides what stays on the host.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.head import classifier, start_head
+from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.model import SplitModel, restore
+from qsvd.adapters.start import new_record, start_adapter
+from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, check_base, open_adapter
+from qsvd.checkpoint.check import resolve
+from qsvd.checkpoint.layout import QUANT_STATE
+from qsvd.checkpoint.read_split import SplitFolder, open_split
+from qsvd.checkpoint.tensor_file import read_tensor
+from qsvd.plan.listing import listing
+from qsvd.plan.model import ModelPlan, describe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model is made, and with which adapters."""
+
+    split: SplitFolder
+    record: AdapterRecord
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    options: AdapterOptions | None = None,
+    labels: tuple[str, ...] = (),
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """A transformers model with the residuals of `folder` and an adapter beside each, ready to generate or to train.
+
+    Args:
+        folder: A result of `qsvd quantize`.
+        adapter: A run of `qsvd train` on this folder, or a checkpoint of it; None is an adapter before its first step.
+        options: Of a new adapter.
+        labels: Names of the classes; the model is then a sequence classifier with a new head, trained in full.
+        device: "auto" is a GPU if there is one.
+        dtype: Of everything but residuals and adapters; None is bfloat16 on a GPU and float32 on a CPU.
+
+    Returns:
+        An instance of the transformers class, in evaluation mode, in which only the adapters (and a new head) require
+        gradients.
+
+    Raises:
+        ValueError: the folder is no result, the adapter belongs to another one or does not fit, the method is unknown
+            or cannot start from this base, or transformers cannot build the model.
+    """
+    split = open_split(Path(folder).expanduser())
+    if adapter is None:
+        record = new_record(split, options or AdapterOptions(), labels)
+        return _load(split, record, None, device, dtype)
+    if options is not None or labels:
+        raise ValueError(f"the adapter {adapter} says itself what it is: leave out options and labels")
+    trained = open_adapter(Path(adapter).expanduser())
+    check_base(trained, split.folder, split.fingerprint)
+    return _load(split, trained.record, trained, device, dtype)
+
+
+def _load(
+    split: SplitFolder,
+    record: AdapterRecord,
+    adapter: AdapterFolder | None,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> "PreTrainedModel":
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    place = _Place(split, record, device, dtype)
+    model, plan = _empty(place)
+    _fill(model, plan, place)
+    full = start_head(model, plan, is_classifier=bool(record.labels), seed=record.seed)
+    model.tie_weights()
+    model.to(device)  # buffers that are in no file
+    model.split_record = replace(record, full=full)
+    if adapter is not None:
+        restore(model, adapter)
+    return model.eval()
+
+
+def _empty(place: _Place) -> tuple[Any, ModelPlan]:
+    """The model without memory for parameters, all of them frozen, and its names in the spelling of the files."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    folder = place.split.folder
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    delattr(config, "quantization_config")
+    config.dtype = place.dtype
+    # A trainer that looks for a reference model by this name would load the residual alone; now it says what to do.
+    config.name_or_path = f"qsvd.load({str(folder)!r}): give ref_model=model.reference()"
+    architecture = _class(config, place)
+    kind = type(architecture.__name__, (SplitModel, architecture), {"__module__": architecture.__module__})
+    with init_empty_weights(include_buffers=False):
+        model = kind(config)
+    if model.can_generate():
+        model.generation_config = _generation_config(folder, config)
+    return model.requires_grad_(False), resolve(_own_names(place.split), describe(model))
+
+
+def _class(config: "PreTrainedConfig", place: _Place) -> Any:
+    import transformers
+
+    if place.record.labels:
+        return classifier(config, place.record.labels)
+    return getattr(transformers, place.split.manifest["source"]["architecture"])
+
+
+def _generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
+
+
+def _own_names(split: SplitFolder) -> list[str]:
+    """Names of the tensors that the 16-bit model had."""
+    parts = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f".{QUANT_STATE}")
+    packed = {f"{name}{part}" for name in split.weights for part in parts}
+    return [name for name in split.tensors if name not in packed and ".lora_" not in name]
+
+
+def _fill(model: Any, plan: ModelPlan, place: _Place) -> None:
+    """Every tensor of the folder to its place."""
+    spelled = {name: model_name for model_name, name in plan.spelling.items()}
+    lost = [name for name in place.split.weights if name not in spelled]
+    if lost:
+        raise ValueError(f"{plan.architecture} has no place for {len(lost)} split weights: {listing(lost)}")
+    split_modules = {spelled[name].removesuffix(".weight"): name for name in place.split.weights}
+    for name, model_name in sorted(spelled.items(), key=lambda pair: place.split.tensors[pair[0]].start):
+        owner, _, last = model_name.rpartition(".")
+        if owner in split_modules:
+            if last == "weight":
+                model.set_submodule(owner, _split_linear(model, owner, plan, name, place), strict=True)
+        else:
+            module = model.get_submodule(owner)
+            dtype = torch.float32 if _stays_float32(model, owner) else place.dtype
+            tensor = _dense(place, name, dtype)
+            if last in module._parameters:
+                module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                module._buffers[last] = tensor
+
+
+def _split_linear(model: Any, path: str, plan: ModelPlan, name: str, place: _Place) -> SplitLinear:
+    if not isinstance(model.get_submodule(path), nn.Linear):
+        raise ValueError(f"{path} of {plan.architecture} is no nn.Linear, yet {place.split.folder} has it split")
+    bias = plan.spelling.get(f"{path}.bias")
+    adapter = start_adapter(place.split, place.record, name, place.device)
+    residual = place.split.residual(name).to(place.device)
+    return SplitLinear(residual, adapter, None if bias is None else _dense(place, bias, place.dtype))
+
+
+def _dense(place: _Place, name: str, dtype: torch.dtype) -> Tensor:
+    tensor = read_tensor(place.split.tensors[name])
+    return tensor.to(place.device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _stays_float32(model: Any, path: str) -> bool:
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    return any(part in kept for part in path.split("."))

@@ -1,0 +1,125 @@
+"""A linear layer whose weight is a frozen residual and an adapter: y = gain * (x Q^T + (x A^T) B^T) + bias.
+
+Shape suffixes: T = tokens, all leading dimensions of the input in one, O = out features, I = in features, K = rank of
+the adapter's factors.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from qsvd.adapters.adapter import Adapter
+from qsvd.numerics.codec import NestedScales, PackedBlocks
+
+
+class SplitLinear(nn.Module):
+    """nn.Linear with the weight W' = gain * (Q + up @ down), Q decoded when it is needed and not kept.
+
+    Args:
+        residual: Q [O, I]; its tensors become buffers, as bytes, so that a change of the module's dtype leaves them.
+        adapter: What is trained; on the same device.
+        bias: Frozen, [O] in the compute dtype, or None.
+    """
+
+    def __init__(self, residual: PackedBlocks, adapter: Adapter, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = residual.shape
+        self.adapter = adapter
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._codec = residual.codec
+        scales = residual.scales
+        self._nested_block = scales.block_size if isinstance(scales, NestedScales) else None
+        for name, tensor in _tensors(residual).items():
+            self.register_buffer(name, tensor.reshape(-1).view(torch.uint8), persistent=False)
+
+    @property
+    def residual(self) -> PackedBlocks:
+        """Q, in views of the buffers."""
+        if self._nested_block is None:
+            scales: Tensor | NestedScales = self._float32("absmax")
+        else:
+            offset = self._float32("offset").view(())
+            codes = self.get_buffer("absmax_codes")
+            scales = NestedScales(codes, self._float32("absmax"), offset, self._float32("levels"), self._nested_block)
+        return PackedBlocks(self.get_buffer("codes"), scales, (self.out_features, self.in_features), self._codec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O], in the dtype of x, or of autocast where that is on."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        up_OK, down_KI = self.adapter.factors()
+        inputs_TI = x.reshape(-1, self.in_features)
+        outputs_TO = _Product.apply(inputs_TI, up_OK, down_KI, self.adapter.gain(), self.bias, self.residual)
+        assert isinstance(outputs_TO, Tensor), "apply returns what forward does"
+        return outputs_TO.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _float32(self, name: str) -> Tensor:
+        return self.get_buffer(name).view(torch.float32)
+
+
+def _tensors(residual: PackedBlocks) -> dict[str, Tensor]:
+    """What a residual consists of."""
+    scales = residual.scales
+    if not isinstance(scales, NestedScales):
+        return {"codes": residual.codes, "absmax": scales}
+    return {
+        "codes": residual.codes,
+        "absmax_codes": scales.codes,
+        "absmax": scales.absmax,
+        "offset": scales.offset,
+        "levels": scales.levels,
+    }
+
+
+class _Product(Function):
+    """gain * (x Q^T + (x A^T) B^T) + bias, with Q decoded again for the gradient.
+
+    Kept between the two: x, x A^T, references to B and A, and with a gain the product before it.
+    Products are computed in the dtype of x; the factors' gradients come in the factors' own dtypes.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913  # autograd takes them one by one
+        ctx: Any,
+        x_TI: Tensor,
+        up_OK: Tensor,
+        down_KI: Tensor,
+        gain_O: Tensor | None,
+        bias_O: Tensor | None,
+        residual: PackedBlocks,
+    ) -> Tensor:
+        hidden_TK = x_TI @ down_KI.to(x_TI.dtype).T
+        y_TO = x_TI @ residual.decode(dtype=x_TI.dtype).T
+        y_TO.addmm_(hidden_TK, up_OK.to(x_TI.dtype).T)
+        ctx.residual = residual
+        ctx.save_for_backward(x_TI, hidden_TK, up_OK, down_KI, gain_O, None if gain_O is None else y_TO)
+        if gain_O is not None:
+            y_TO = y_TO * gain_O.to(y_TO.dtype)
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TI, hidden_TK, up_OK, down_KI, gain_O, product_TO = ctx.saved_tensors
+        needs_x, needs_up, needs_down, needs_gain = ctx.needs_input_grad[:4]
+        dy_TO = gradients[0]
+        d_gain_O = None
+        if gain_O is not None:
+            if needs_gain:
+                d_gain_O = torch.einsum("to,to->o", dy_TO, product_TO).to(gain_O.dtype)
+            dy_TO = dy_TO * gain_O.to(dy_TO.dtype)
+        dh_TK = dy_TO @ up_OK.to(dy_TO.dtype) if needs_x or needs_down else None
+        d_up_OK = (dy_TO.T @ hidden_TK).to(up_OK.dtype) if needs_up else None
+        d_down_KI = (dh_TK.T @ x_TI).to(down_KI.dtype) if needs_down and dh_TK is not None else None
+        dx_TI = None
+        if needs_x and dh_TK is not None:
+            dx_TI = dy_TO @ ctx.residual.decode(dtype=dy_TO.dtype)
+            dx_TI.addmm_(dh_TK, down_KI.to(dy_TO.dtype))
+        return dx_TI, d_up_OK, d_down_KI, d_gain_O, None, None

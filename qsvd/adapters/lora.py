@@ -1,0 +1,57 @@
+"""LoRA beside what is frozen: the residual alone (QLoRA, arXiv:2305.14314) or with its principal components.
+
+Shape suffixes as in adapter.py.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal, chosen
+
+
+class Lora(Adapter):
+    """W' = Q + B0 A0 + (alpha / K) B A, with B and A trained from B = 0 (arXiv:2106.09685, section 4.1).
+
+    Parameters: K (O + I). K is cut to the smaller side of the weight, the scale stays.
+    """
+
+    defaults = Defaults(
+        rank=64,
+        alpha=16,
+        learning_rate=2e-4,
+        reason="QLoRA's own rank, alpha and rate for 7B and 13B",
+    )
+
+    def __init__(self, principal: Principal, up_OK: Tensor, down_KI: Tensor, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.up = nn.Parameter(up_OK)
+        self.down = nn.Parameter(down_KI)
+        self.register_buffer("frozen_up", principal.up_OR, persistent=False)
+        self.register_buffer("frozen_down", principal.down_RI, persistent=False)
+
+    @classmethod
+    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Lora":
+        rank, scale = chosen(options, cls.defaults, principal.rank)
+        out_features, in_features = principal.residual.shape
+        if rank < 1:
+            raise ValueError(f"rank {rank} is below 1, the least that trains anything")
+        rank = min(rank, out_features, in_features)  # more would only repeat
+        bound = 1 / math.sqrt(in_features)  # Kaiming's uniform bound with a = sqrt 5, as LoRA and PEFT draw A
+        down_KI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+        device = principal.residual.codes.device
+        up_OK = torch.zeros(out_features, rank, dtype=options.torch_dtype, device=device)
+        return cls(principal, up_OK, down_KI.to(device, options.torch_dtype), scale)
+
+    @staticmethod
+    def num_parameters(shape: tuple[int, int], rank: int) -> int:
+        return rank * sum(shape)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        up_OK = self.scale * self.up
+        frozen_up, frozen_down = self.get_buffer("frozen_up"), self.get_buffer("frozen_down")
+        if not len(frozen_down):
+            return up_OK, self.down
+        return torch.cat((frozen_up.to(up_OK), up_OK), dim=1), torch.cat((frozen_down.to(self.down), self.down))

@@ -1,0 +1,84 @@
+"""A transformers model with SplitLinear inside: what it trains, and how that is saved."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qsvd.adapters.linear import SplitLinear
+from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, write_adapter
+from qsvd.checkpoint.tensor_file import read_tensor
+from qsvd.plan.listing import listing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = ".adapter."  # between a module's path and the name of an adapter's parameter
+
+
+class SplitModel:
+    """Goes before a transformers class: `class SplitLlama(SplitModel, LlamaForCausalLM)`.
+
+    The model is the transformers class in every other respect.
+    """
+
+    split_record: AdapterRecord
+
+    def save_pretrained(self, save_directory: str | Path, *_: object, **__: object) -> None:
+        """Save what is trained, a few MB; `qsvd.load(BASE, adapter=save_directory)` brings it back.
+
+        transformers' other arguments, which are about files of whole models, change nothing.
+        """
+        write_adapter(Path(save_directory), self.split_record, trained(cast("PreTrainedModel", self)))
+
+    def reference(self) -> "PreTrainedModel":
+        """This model as it is now, frozen, for trainers that compare with one (TRL's `ref_model`).
+
+        It shares the residuals, embeddings and everything else that is not trained: it costs the adapter again.
+        """
+        model = cast("PreTrainedModel", self)
+        shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+        shared |= {id(buffer): buffer for buffer in model.buffers()}
+        return copy.deepcopy(model, shared).requires_grad_(False).eval()
+
+
+def split_linears(model: nn.Module) -> Iterator[tuple[str, SplitLinear]]:
+    """Path and module of every split weight, in model order."""
+    for path, module in model.named_modules():
+        if isinstance(module, SplitLinear):
+            yield path, module
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Every trained parameter by its name on disk, "model.layers.0.self_attn.q_proj.up"."""
+    return {name.replace(ADAPTER, "."): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def restore(model: nn.Module, adapter: AdapterFolder) -> None:
+    """Give the trained parameters the values of a folder.
+
+    Raises:
+        ValueError: the folder lacks parameters of the model, has others, or of other shapes.
+    """
+    parameters = trained(model)
+    _check_names(parameters, adapter)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(read_tensor(adapter.tensors[name]))
+
+
+def _check_names(parameters: Mapping[str, Tensor], adapter: AdapterFolder) -> None:
+    found = adapter.tensors
+    missing = sorted(set(parameters) - set(found))
+    strange = sorted(set(found) - set(parameters))
+    reshaped = sorted(n for n in set(parameters) & set(found) if tuple(parameters[n].shape) != found[n].shape)
+    sentences = [
+        f"{len(names)} parameters {what}: {listing(names)}"
+        for what, names in (("are missing", missing), ("are unknown", strange), ("have other shapes", reshaped))
+        if names
+    ]
+    if sentences:
+        raise ValueError(f"{adapter.folder} does not fit the model: {'; '.join(sentences)}")

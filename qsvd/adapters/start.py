@@ -1,0 +1,72 @@
+"""Which adapter, and the adapter of each weight before its first step."""
+
+import hashlib
+
+import torch
+
+from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, Principal, chosen
+from qsvd.adapters.methods import METHODS
+from qsvd.checkpoint.adapter_folder import AdapterRecord
+from qsvd.checkpoint.read_split import SplitFolder
+
+
+def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, ...] = ()) -> AdapterRecord:
+    """The record of a new adapter, on disk as in memory.
+
+    Raises:
+        ValueError: the method or the dtype is unknown, or there is only one label.
+    """
+    method = options.method
+    if method is None:
+        method = "pissa" if all(weight["rank"] for weight in split.weights.values()) else "lora"
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if len(labels) == 1:
+        raise ValueError(f"labels has the one class {labels[0]!r}; a classifier needs at least two")
+    return AdapterRecord(
+        base=str(split.folder.resolve()),
+        fingerprint=split.fingerprint,
+        method=method,
+        rank=options.rank,
+        alpha=options.alpha,
+        dtype=_dtype_name(split, method, options),
+        seed=options.seed,
+        labels=labels,
+    )
+
+
+def _dtype_name(split: SplitFolder, method: str, options: AdapterOptions) -> str:
+    """Of the trained parameters: as told, or float32 while they are few."""
+    if options.dtype in ("float32", "bfloat16"):
+        return options.dtype
+    if options.dtype != "auto":
+        raise ValueError(f"adapter dtype {options.dtype!r} is none of auto, float32, bfloat16")
+    count = 0
+    for weight in split.weights.values():
+        rank, _ = chosen(options, METHODS[method].defaults, weight["rank"])
+        count += METHODS[method].num_parameters(tuple(weight["shape"]), rank)
+    return "float32" if count <= FEW else "bfloat16"
+
+
+def start_adapter(split: SplitFolder, record: AdapterRecord, name: str, device: torch.device) -> Adapter:
+    """The adapter of one weight before its first step.
+
+    Args:
+        name: Of the weight's tensor in the base.
+
+    Raises:
+        ValueError: the method cannot start from the weight's factors; the sentence names the weight.
+    """
+    options = AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
+    residual = split.residual(name).to(device)
+    factors = split.factors(name)
+    if factors is None:
+        rows, columns = residual.shape
+        factors = torch.zeros(rows, 0), torch.zeros(0, columns)
+    principal = Principal(residual, factors[0].to(device), factors[1].to(device))
+    digest = hashlib.sha256(f"{record.seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
+    try:
+        return METHODS[record.method].start(principal, options, generator)
+    except ValueError as error:
+        raise ValueError(f"{split.folder}: {name}: {error}") from error
