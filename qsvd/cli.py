@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from qsvd.commands.failures import DoesNotFit, Interrupted
-from qsvd.options import Demo, Quantize, Report
+from qsvd.options import Demo, Quantize, Report, Train
+from qsvd.train.failures import TrainingStopped
 
-COMMANDS = {"quantize": Quantize, "report": Report, "demo": Demo}
+COMMANDS = {"quantize": Quantize, "train": Train, "report": Report, "demo": Demo}
 ABOUT = """Split 16-bit checkpoints into principal components in high precision and a 4-bit residual.
 
 Every command takes --config FILE.yaml, flags by name; flags on the command line win."""
@@ -41,6 +42,8 @@ def run(arguments: list[str]) -> int:
         return _fail(error, 2)
     except DoesNotFit as error:
         return _fail(error, 3)
+    except TrainingStopped as error:
+        return _fail(error, 1)
     except BrokenPipeError:  # a reader such as `head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -3,6 +3,7 @@
 No dense weight is made. Host memory holds one tensor at a time besides what stays on the host.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.head import classifier, start_head
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import SplitModel, restore
-from qsvd.adapters.start import new_record, start_adapter
+from qsvd.adapters.start import check_method, new_record, start_adapter
 from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.checkpoint.check import resolve
 from qsvd.checkpoint.layout import QUANT_STATE
@@ -72,6 +73,7 @@ def load(
         raise ValueError(f"the adapter {adapter} says itself what it is: leave out options and labels")
     trained = open_adapter(Path(adapter).expanduser())
     check_base(trained, split.folder, split.fingerprint)
+    check_method(trained.record.method)
     return _load(split, trained.record, trained, device, dtype)
 
 
@@ -155,7 +157,7 @@ def _fill(model: Any, plan: ModelPlan, place: _Place) -> None:
                 model.set_submodule(owner, _split_linear(model, owner, plan, name, place), strict=True)
         else:
             module = model.get_submodule(owner)
-            dtype = torch.float32 if _stays_float32(model, owner) else place.dtype
+            dtype = torch.float32 if _stays_float32(model, model_name, place.dtype) else place.dtype
             tensor = _dense(place, name, dtype)
             if last in module._parameters:
                 module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
@@ -169,7 +171,7 @@ def _split_linear(model: Any, path: str, plan: ModelPlan, name: str, place: _Pla
     bias = plan.spelling.get(f"{path}.bias")
     adapter = start_adapter(place.split, place.record, name, place.device)
     residual = place.split.residual(name).to(place.device)
-    return SplitLinear(residual, adapter, None if bias is None else _dense(place, bias, place.dtype))
+    return SplitLinear(residual, adapter, None if bias is None else _dense(place, bias, place.dtype), name)
 
 
 def _dense(place: _Place, name: str, dtype: torch.dtype) -> Tensor:
@@ -177,6 +179,11 @@ def _dense(place: _Place, name: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(place.device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
-def _stays_float32(model: Any, path: str) -> bool:
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    return any(part in kept for part in path.split("."))
+def _stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps this parameter in float32 when it loads a model in `dtype`: patterns say which."""
+    patterns = set[str]()
+    if dtype == torch.float16:
+        patterns.update(model._keep_in_fp32_modules or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns.update(model._keep_in_fp32_modules_strict or ())
+    return any(re.search(pattern, name) for pattern in patterns)

@@ -22,10 +22,12 @@ class SplitLinear(nn.Module):
         residual: Q [O, I]; its tensors become buffers, as bytes, so that a change of the module's dtype leaves them.
         adapter: What is trained; on the same device.
         bias: Frozen, [O] in the compute dtype, or None.
+        name: Of the weight's tensor in the base's files.
     """
 
-    def __init__(self, residual: PackedBlocks, adapter: Adapter, bias: Tensor | None):
+    def __init__(self, residual: PackedBlocks, adapter: Adapter, bias: Tensor | None, name: str = ""):
         super().__init__()
+        self.name = name
         self.out_features, self.in_features = residual.shape
         self.adapter = adapter
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -51,9 +53,11 @@ class SplitLinear(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        up_OK, down_KI = self.adapter.factors()
+        with torch.autocast(device, enabled=False):  # would round the adapter's own steps, such as edora's norms
+            up_OK, down_KI = self.adapter.factors()
+            gain_O = self.adapter.gain()
         inputs_TI = x.reshape(-1, self.in_features)
-        outputs_TO = _Product.apply(inputs_TI, up_OK, down_KI, self.adapter.gain(), self.bias, self.residual)
+        outputs_TO = _Product.apply(inputs_TI, up_OK, down_KI, gain_O, self.bias, self.residual)
         assert isinstance(outputs_TO, Tensor), "apply returns what forward does"
         return outputs_TO.view(*x.shape[:-1], self.out_features)
 

@@ -19,8 +19,7 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
     method = options.method
     if method is None:
         method = "pissa" if all(weight["rank"] for weight in split.weights.values()) else "lora"
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    check_method(method)
     if len(labels) == 1:
         raise ValueError(f"labels has the one class {labels[0]!r}; a classifier needs at least two")
     return AdapterRecord(
@@ -33,6 +32,12 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
         seed=options.seed,
         labels=labels,
     )
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that there is not."""
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
 
 
 def _dtype_name(split: SplitFolder, method: str, options: AdapterOptions) -> str:

@@ -14,6 +14,7 @@ from qsvd.checkpoint.read import Checkpoint, open_checkpoint
 from qsvd.checkpoint.shards import Shard, Sizes, plan_shards, sizes_of
 from qsvd.checkpoint.tensor_file import TORCH_DTYPES
 from qsvd.checkpoint.write import MANIFEST
+from qsvd.commands.device import device_of
 from qsvd.commands.failures import DoesNotFit
 from qsvd.decompose.alternate import Recipe
 from qsvd.numerics.normal_float import NormalFloat4
@@ -89,7 +90,7 @@ def prepare(options: Quantize) -> Job:
         exact=options.svd == "exact",
         dtype=getattr(torch, options.dtype),
     )
-    most_bytes, device = parse_size(options.shard_size), _device(options.device)
+    most_bytes, device = parse_size(options.shard_size), device_of(options.device)
     checkpoint = open_checkpoint(options.model)
     check_not_quantized(checkpoint.config, checkpoint.tensors)
     plan = plan_model(checkpoint.config, include=options.include, exclude=options.exclude)
@@ -141,20 +142,6 @@ def parse_size(text: str) -> int:
     if size < LEAST_SHARD:
         raise ValueError(f"--shard-size {text!r} is no size of at least 100KB such as 500MB or 5GB")
     return size
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _check_rank(rank: int, weights: Sequence[WeightSpec]) -> None:

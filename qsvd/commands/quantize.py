@@ -125,7 +125,7 @@ def main(options: Quantize) -> None:
         show_plan(job)
         return
     finished: list[Finished] = []
-    with StopRequest() as stop, watching() as show, _said_what_stays(job):
+    with StopRequest("weight") as stop, watching() as show, _said_what_stays(job):
         for weight in execute(job):
             finished.append(weight)
             show(_standing(job, finished))

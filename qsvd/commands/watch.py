@@ -75,8 +75,9 @@ def _lines() -> Iterator[Show]:
 class StopRequest:
     """The first Ctrl-C (or SIGTERM) is a request that the loop asks for; the second one stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
         self.made = False
+        self._unit = unit  # "weight": what is finished before the stop
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -90,4 +91,4 @@ class StopRequest:
         if self.made:
             raise KeyboardInterrupt
         self.made = True
-        print("stopping after this weight; once more to stop at once", file=sys.stderr, flush=True)
+        print(f"stopping after this {self._unit}; once more to stop at once", file=sys.stderr, flush=True)

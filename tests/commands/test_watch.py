@@ -58,7 +58,7 @@ def test_few_large_weights_have_a_line_each(capsys, num_weights):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_request_and_the_second_stops(number, capsys):
     before = signal.getsignal(number)
-    with StopRequest() as stop:
+    with StopRequest("weight") as stop:
         assert not stop.made
         signal.raise_signal(number)
         assert stop.made
@@ -70,7 +70,7 @@ def test_the_first_signal_is_a_request_and_the_second_stops(number, capsys):
 
 def test_without_a_signal_nothing_is_asked_and_the_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with StopRequest() as stop:
+    with StopRequest("weight") as stop:
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
     assert not stop.made
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -1,0 +1,219 @@
+"""Everything that a training run needs, opened and checked before anything slow."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.methods import METHODS
+from qsvd.adapters.start import new_record
+from qsvd.checkpoint.adapter_folder import AdapterRecord
+from qsvd.checkpoint.read_split import SplitFolder, open_split
+from qsvd.commands.device import device_of
+from qsvd.options import Train
+from qsvd.train.columns import Examples, recognise
+from qsvd.train.read import read_pair, read_rows
+from qsvd.train.rows import Rows
+from qsvd.train.settings import Settings, default_optimizer
+from qsvd.train.tokenized import Tokenized
+from qsvd.train.tokens import tokenize
+
+MOST_HELD_OUT = 256  # examples, where none are given
+APART = ("base", "data", "valid", "out", "save_every", "keep", "resume", "report_to", "preview", "dry_run", "any_start")
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """A training run, checked."""
+
+    options: Train
+    split: SplitFolder
+    record: AdapterRecord
+    adapter_options: AdapterOptions
+    tokenizer: Any
+    data: Tokenized
+    held_out: Tokenized | None
+    settings: Settings
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def out(self) -> Path:
+        return self.options.out.expanduser()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the bytes of the adapter depend on."""
+        options = {name: value for name, value in asdict(self.options).items() if name not in APART}
+        data = {"data": _digest(self.data), "held_out": self.held_out and _digest(self.held_out)}
+        return options | {"device": self.device.type, "base_fingerprint": self.split.fingerprint} | data
+
+
+def prepare_run(options: Train) -> RunJob:
+    """Open the base and the data, tokenize, and refuse what cannot be trained.
+
+    Raises:
+        ValueError: an option, the base or the data is not usable.
+    """
+    _check_numbers(options)
+    device = device_of(options.device)
+    split = open_split(options.base.expanduser())
+    method = None if options.method == "auto" else options.method
+    adapter_options = AdapterOptions(method, options.rank, options.alpha, options.adapter_dtype, options.seed)
+    record = new_record(split, adapter_options)
+    tokenizer = open_tokenizer(split.folder)
+    data, held_out = _data(options, tokenizer, split)
+    if data.label_names:
+        record = new_record(split, adapter_options, data.label_names)
+    dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return RunJob(
+        options=options,
+        split=split,
+        record=record,
+        adapter_options=adapter_options,
+        tokenizer=tokenizer,
+        data=data,
+        held_out=held_out,
+        settings=_settings(options, record.method, device),
+        device=device,
+        dtype=getattr(torch, dtype),
+    )
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a base, which can pad.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no tokenizer that transformers can open; copy the source's files there"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def mapping_of(pairs: tuple[str, ...]) -> dict[str, str]:
+    """--map COLUMN=NAME as a dictionary; a ValueError names what is no such pair."""
+    wrong = [pair for pair in pairs if not all(pair.partition("=")[::2])]
+    if wrong:
+        raise ValueError(f"--map {' '.join(wrong)} is no COLUMN=NAME, such as --map query=question reply=answer")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """Tokens that end generation, by generation_config.json."""
+    path = folder / "generation_config.json"
+    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
+def _data(options: Train, tokenizer: Any, split: SplitFolder) -> tuple[Tokenized, Tokenized | None]:
+    """What is trained and what is held out."""
+    mapping = mapping_of(options.map)
+    train, valid = _rows(options)
+    examples = recognise(train, mapping)
+    others = recognise(valid, mapping) if valid is not None else None
+    if others is not None and others.kind != examples.kind:
+        raise ValueError(
+            f"{others.places.source} holds {others.kind} examples, {examples.places.source} {examples.kind}"
+        )
+    data = _tokenize(examples, options, tokenizer, split, None)
+    if others is not None:
+        return data, _tokenize(others, options, tokenizer, split, data.label_names or None)
+    return _hold_out(data, options)
+
+
+def _rows(options: Train) -> tuple[Rows, Rows | None]:
+    if options.valid is not None:
+        return read_rows(options.data, split=options.split), read_rows(
+            options.valid, split="train" if Path(options.valid).expanduser().is_file() else "valid"
+        )
+    if options.split != "train":
+        return read_rows(options.data, split=options.split), None
+    return read_pair(options.data)
+
+
+def _tokenize(
+    examples: Examples, options: Train, tokenizer: Any, split: SplitFolder, names: tuple[str, ...] | None
+) -> Tokenized:
+    return tokenize(
+        examples,
+        tokenizer,
+        max_length=options.max_length,
+        loss_on=options.loss_on,
+        stop_ids=stop_ids(split.folder),
+        label_names=names,
+    )
+
+
+def _hold_out(data: Tokenized, options: Train) -> tuple[Tokenized, Tokenized | None]:
+    """A share of the sequences, drawn by the seed, and the rest."""
+    total = len(data.input_ids)
+    count = min(MOST_HELD_OUT, max(1, round(options.held_out * total))) if options.held_out else 0
+    if not count or count >= total:
+        return data, None
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(options.seed)).tolist()
+    return _take(data, sorted(order[count:])), _take(data, sorted(order[:count]))
+
+
+def _take(data: Tokenized, indexes: list[int]) -> Tokenized:
+    return replace(
+        data,
+        input_ids=[data.input_ids[index] for index in indexes],
+        labels=[data.labels[index] for index in indexes],
+        places=data.places.take(indexes),
+        token_types=data.token_types and [data.token_types[index] for index in indexes],
+    )
+
+
+def _settings(options: Train, method: str, device: torch.device) -> Settings:
+    names = Settings.__dataclass_fields__
+    chosen: dict[str, Any] = {name: value for name, value in asdict(options).items() if name in names}
+    if options.learning_rate is None:
+        chosen["learning_rate"] = METHODS[method].defaults.learning_rate
+    if options.optimizer == "auto":
+        chosen["optimizer"] = default_optimizer(device)
+    return Settings(**chosen)
+
+
+def _check_numbers(options: Train) -> None:
+    """Every number that is out of its range, in one sentence."""
+    least: Mapping[str, float] = {
+        "batch_size": 1,
+        "accumulate": 1,
+        "max_length": 2,
+        "save_every": 1,
+        "keep": 1,
+        "weight_decay": 0,
+        "max_grad_norm": 0,
+    }
+    wrong = [
+        f"--{name.replace('_', '-')} {getattr(options, name)} is below {low}"
+        for name, low in least.items()
+        if not getattr(options, name) >= low
+    ]
+    above_zero = {"epochs": options.epochs, "steps": options.steps, "learning-rate": options.learning_rate}
+    wrong += [
+        f"--{name} {value} is not above 0" for name, value in above_zero.items() if value is not None and not value > 0
+    ]
+    shares = {"warmup": options.warmup, "held-out": options.held_out}
+    wrong += [f"--{name} {value} is no share from 0 to below 1" for name, value in shares.items() if not 0 <= value < 1]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _digest(data: Tokenized) -> str:
+    """SHA-256, in hex, over tokens and labels."""
+    return hashlib.sha256(json.dumps([data.input_ids, data.labels]).encode()).hexdigest()

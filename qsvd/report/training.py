@@ -1,0 +1,83 @@
+"""The summary of a training run, for the terminal and for RUN/README.md."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from shlex import quote
+
+from rich.console import Group
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a training run was and what came of it.
+
+    held_out_before and held_out_after are nats per trained token (per example for a classifier), None where nothing is
+    held out; accuracies are of a classifier. seconds and tokens count interrupted parts too.
+    """
+
+    base: str
+    method: str
+    learning_rate: float
+    optimizer: str
+    trained_parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+    held_out_before: float | None
+    held_out_after: float | None
+    accuracy_before: float | None
+    accuracy_after: float | None
+    memory: Mapping[str, int]
+    device: str
+
+
+def training_tables(summary: RunSummary) -> Group:
+    """The summary as tables."""
+    table = Table("training run", "", title_justify="left")
+    for name, value in rows(summary):
+        table.add_row(name, value)
+    memory = Table("memory", "MB", title_justify="left")
+    memory.columns[1].justify = "right"
+    for name, num_bytes in summary.memory.items():
+        memory.add_row(name, f"{num_bytes / 1e6:,.1f}")
+    return Group(table, memory)
+
+
+def rows(summary: RunSummary) -> list[tuple[str, str]]:
+    """What there is to say, by name."""
+    found = [
+        ("base", summary.base),
+        ("method", f"{summary.method}, {summary.optimizer}, learning rate {summary.learning_rate:g}"),
+        ("trained parameters", f"{summary.trained_parameters:,}"),
+        ("steps", f"{summary.steps:,}"),
+        ("tokens", f"{summary.tokens:,} in {summary.seconds:.0f} s, {summary.tokens / summary.seconds:,.0f} a second"),
+        ("loss, first and last step", f"{summary.first_loss:.4f}, {summary.last_loss:.4f}"),
+        ("held-out loss, before and after", _pair(summary.held_out_before, summary.held_out_after, ".4f")),
+    ]
+    if summary.accuracy_before is not None:
+        found.append(
+            ("held-out accuracy, before and after", _pair(summary.accuracy_before, summary.accuracy_after, ".2%"))
+        )
+    return found
+
+
+def run_readme(summary: RunSummary, run: str) -> str:
+    """RUN/README.md: what the folder is, and what to do with it."""
+    lines = "\n".join(f"| {name} | {value} |" for name, value in rows(summary))
+    return (
+        f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is what was trained, beside the residual in\n"
+        f"`{summary.base}`, and fits no other. `steps.jsonl` has every step, `loss.png` and `loss.svg` show them,\n"
+        f"`summary.json` has the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
+        f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n"
+        f"```sh\nqsvd export {quote(run)} --to peft --out {quote(run + '-peft')}      # for PEFT, on the residual\n"
+        f"qsvd export {quote(run)} --to merged --out {quote(run + '-merged')}  # 16-bit weights, for all else\n```\n"
+    )
+
+
+def _pair(before: float | None, after: float | None, form: str) -> str:
+    if before is None or after is None:
+        return "nothing held out"
+    return f"{before:{form}}, {after:{form}}"

@@ -1,0 +1,108 @@
+"""How to train: one record, and the arguments of transformers' and TRL's trainers made from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+OPTIMIZERS = {  # ours -> transformers'
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+}
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Args:
+        learning_rate: The peak, after `warmup` (a share of all steps), before `schedule` takes it down.
+        steps: Optimizer steps, or None for `epochs` passes over the data.
+        batch_size: Sequences that go through the model together; `accumulate` such batches make a step.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        packing: Put short sequences into one row of max_length tokens; they do not see each other.
+        save_every: Steps from one checkpoint to the next; `keep` of them stay.
+        report_to: Trackers of transformers' Trainer: "tensorboard", "wandb", "trackio".
+    """
+
+    learning_rate: float
+    schedule: str
+    warmup: float
+    epochs: float
+    steps: int | None
+    batch_size: int
+    accumulate: int
+    max_length: int
+    packing: bool
+    optimizer: str
+    weight_decay: float
+    max_grad_norm: float
+    gradient_checkpointing: bool
+    activation_offload: bool
+    save_every: int
+    keep: int
+    seed: int
+    report_to: tuple[str, ...]
+
+
+def default_optimizer(device: torch.device) -> str:
+    """QLoRA's paged 8-bit AdamW where there is a GPU to page for, else torch's."""
+    return "paged_adamw_8bit" if device.type == "cuda" else "adamw"
+
+
+def language_arguments(settings: Settings, folder: Path, device: torch.device) -> "SFTConfig":
+    """For TRL's SFTTrainer, on data that is tokenized, labelled and cut already."""
+    from trl import SFTConfig
+
+    return SFTConfig(
+        **_common(settings, folder, device),
+        max_length=settings.max_length,
+        packing=settings.packing,
+        dataset_kwargs={"skip_prepare_dataset": not settings.packing},
+        activation_offloading=settings.activation_offload,
+    )
+
+
+def classifier_arguments(settings: Settings, folder: Path, device: torch.device) -> "TrainingArguments":
+    """For transformers' Trainer."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(**_common(settings, folder, device))
+
+
+def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": SCHEDULES[settings.schedule],
+        "warmup_steps": settings.warmup,  # a share, below 1
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.steps or -1,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulate,
+        "optim": OPTIMIZERS[settings.optimizer],
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "activation_checkpointing": settings.gradient_checkpointing,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "report_to": list(settings.report_to) or "none",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "all" if settings.packing else "non_padding",
+        "disable_tqdm": True,
+        "use_cpu": device.type == "cpu",
+        "bf16": False,  # the model is in its compute dtype already; autocast would only copy activations
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+    }

@@ -1,0 +1,161 @@
+"""TRL's SFTTrainer and transformers' Trainer, with a thin layer of ours: adapter-only checkpoints, hooks and guards."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
+from trl import SFTTrainer
+
+from qsvd.adapters.model import restore, split_linears
+from qsvd.adapters.pissa import Pissa
+from qsvd.checkpoint.adapter_folder import open_adapter
+from qsvd.checkpoint.read_split import SplitFolder
+from qsvd.train.checkpoints import UNFINISHED, checkpoints, finish, step_of
+from qsvd.train.guards import check_start, no_number
+from qsvd.train.hooks import CallHooks, Hooks
+from qsvd.train.settings import Settings, classifier_arguments, language_arguments
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What our layer needs beside the trainers' own arguments.
+
+    Args:
+        split: The base, for the loss that the stored components give; None skips the comparison at the start.
+        keep: Checkpoints that stay.
+        hooks: Of the method.
+    """
+
+    split: SplitFolder | None
+    keep: int
+    hooks: Hooks
+
+
+class SplitTraining(Trainer):
+    """What both trainers have in common."""
+
+    model: Any
+    watched: Watched
+    is_classifier: bool
+
+    @property
+    def run(self) -> Path:
+        """Folder of the checkpoints."""
+        assert self.args.output_dir, "given by make_trainer"
+        return Path(self.args.output_dir)
+
+    @abstractmethod
+    def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Mean nats of a batch."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One batch forward and back, watched."""
+        step = self.state.global_step
+        if step == 0 and self.watched.split is not None:
+            self._check_start(self._prepare_inputs(inputs))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            saved = checkpoints(self.run)
+            raise no_number(value, step + 1, step_of(saved[-1]) if saved else None)
+        if self.accelerator.sync_gradients:
+            self.watched.hooks.after_backward(step + 1)
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter alone."""
+        del state_dict
+        self.model.save_pretrained(output_dir or self.run)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        finish(self.run, self.state.global_step, keep=self.watched.keep)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        del trial
+        return str(self.run / UNFINISHED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore(model or self.model, open_adapter(Path(resume_from_checkpoint)))
+
+    def create_model_card(self, *_: object, **__: object) -> None:
+        """None: the run has a README of its own."""
+
+    def _check_start(self, inputs: dict[str, Any]) -> None:
+        split, self.watched = self.watched.split, Watched(None, self.watched.keep, self.watched.hooks)
+        assert split is not None, "asked before"
+        self.model.eval()
+        with torch.no_grad():
+            loss = self.start_loss(inputs).item()
+            with stored_components(self.model, split):
+                base_loss = self.start_loss(inputs).item()
+        config = self.model.config
+        choices = config.num_labels if self.is_classifier else config.get_text_config().vocab_size
+        check_start(loss, base_loss, choices, is_classifier=self.is_classifier)
+
+
+class LanguageTrainer(SplitTraining, SFTTrainer):
+    """For causal language models; the loss never holds all logits."""
+
+    is_classifier = False
+
+    def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+        return -outputs.log_probs.sum() / outputs.label_mask.sum()
+
+
+class ClassifierTrainer(SplitTraining, Trainer):
+    """For sequence classification."""
+
+    is_classifier = True
+
+    def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model(**inputs).loss
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, data: Any, settings: Settings, run: Path, watched: Watched
+) -> LanguageTrainer | ClassifierTrainer:
+    """A trainer for a model from `qsvd.load`.
+
+    Args:
+        data: A datasets.Dataset with the columns input_ids and labels.
+        run: Folder of the checkpoints.
+    """
+    is_classifier = bool(model.split_record.labels)
+    if is_classifier:
+        arguments = classifier_arguments(settings, run, model.device)
+        trainer = ClassifierTrainer(
+            model, arguments, data_collator=DataCollatorWithPadding(tokenizer), train_dataset=data
+        )
+    else:
+        arguments = language_arguments(settings, run, model.device)
+        trainer = LanguageTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.watched = watched
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(CallHooks(watched.hooks))
+    return trainer
+
+
+@contextmanager
+def stored_components(model: nn.Module, split: SplitFolder) -> Iterator[None]:
+    """The model with the stored components in the place of its adapters, read from the base once more."""
+    modules = [module for _, module in split_linears(model)]
+    adapters = [module.adapter for module in modules]
+    try:
+        for module in modules:
+            rows, columns = module.out_features, module.in_features
+            up_OR, down_RI = split.factors(module.name) or (torch.zeros(rows, 0), torch.zeros(0, columns))
+            device = module.get_buffer("codes").device
+            module.adapter = Pissa(up_OR.to(device), down_RI.to(device)).requires_grad_(False)
+        yield
+    finally:
+        for module, adapter in zip(modules, adapters, strict=True):
+            module.adapter = adapter
