@@ -1,11 +1,8 @@
 """`qsvd train`: adapters beside the residual, from a base and a data set to a run that can be loaded and exported."""
 
-import logging
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from qsvd.adapters.model import trained
 from qsvd.checkpoint.whole_file import whole_file, write_text
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.prepare_run import RunJob, prepare_run
+from qsvd.commands.quiet import quiet
 from qsvd.commands.run_folder import START, SUMMARY, RunFolder
 from qsvd.commands.watch import StopRequest
 from qsvd.commands.watch_steps import watching_steps
@@ -49,7 +47,7 @@ def train(options: Train) -> Path:
     job = prepare_run(options)
     with RunFolder(job.out, job.identity, resume=options.resume) as folder:
         if folder.summary is None:
-            with _quiet():
+            with quiet():
                 _train(job, folder, lambda _: False)
     return job.out
 
@@ -81,7 +79,7 @@ def main(options: Train) -> None:
 
 def _train_watched(job: RunJob, folder: RunFolder) -> None:
     before = _resumed(job, folder)[1]
-    with StopRequest("step") as stop, watching_steps(_total_steps(job), before) as show, _quiet():
+    with StopRequest("step") as stop, watching_steps(_total_steps(job), before) as show, quiet():
 
         def tell(step: Step) -> bool:
             show(step)
@@ -222,19 +220,3 @@ def _say_what_is_left_out(job: RunJob) -> None:
     if job.data.truncated:
         dropped = f", {job.data.dropped} of them left out, since no trained token remained" if job.data.dropped else ""
         print(f"{job.data.truncated} examples were cut at {job.options.max_length} tokens{dropped}", file=sys.stderr)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars and notes of the libraries: what matters of them is said by us."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("trl", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU", UserWarning)
-        yield
