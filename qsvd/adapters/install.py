@@ -77,6 +77,11 @@ def load(
     return _load(split, trained.record, trained, device, dtype)
 
 
+def names_of(split: SplitFolder, record: AdapterRecord) -> ModelPlan:
+    """The names of the model that `load` would make, in the spelling of the base's files; no weight is read."""
+    return _empty(_Place(split, record, torch.device("cpu"), torch.float32))[1]
+
+
 def _load(
     split: SplitFolder,
     record: AdapterRecord,

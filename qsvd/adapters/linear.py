@@ -82,6 +82,11 @@ def _tensors(residual: PackedBlocks) -> dict[str, Tensor]:
     }
 
 
+def _scaled(y_TO: Tensor, gain_O: Tensor) -> Tensor:
+    """y * gain in the dtype of y, rounded once: a gain rounded to bfloat16 would err alike for every token."""
+    return torch.mul(y_TO, gain_O, out=torch.empty_like(y_TO))
+
+
 class _Product(Function):
     """gain * (x Q^T + (x A^T) B^T) + bias, with Q decoded again for the gradient.
 
@@ -105,7 +110,7 @@ class _Product(Function):
         ctx.residual = residual
         ctx.save_for_backward(x_TI, hidden_TK, up_OK, down_KI, gain_O, None if gain_O is None else y_TO)
         if gain_O is not None:
-            y_TO = y_TO * gain_O.to(y_TO.dtype)
+            y_TO = _scaled(y_TO, gain_O)
         return y_TO if bias_O is None else y_TO.add_(bias_O)
 
     @staticmethod
@@ -118,7 +123,7 @@ class _Product(Function):
         if gain_O is not None:
             if needs_gain:
                 d_gain_O = torch.einsum("to,to->o", dy_TO, product_TO).to(gain_O.dtype)
-            dy_TO = dy_TO * gain_O.to(dy_TO.dtype)
+            dy_TO = _scaled(dy_TO, gain_O)
         dh_TK = dy_TO @ up_OK.to(dy_TO.dtype) if needs_x or needs_down else None
         d_up_OK = (dy_TO.T @ hidden_TK).to(up_OK.dtype) if needs_up else None
         d_down_KI = (dh_TK.T @ x_TI).to(down_KI.dtype) if needs_down and dh_TK is not None else None

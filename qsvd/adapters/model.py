@@ -34,6 +34,11 @@ class SplitModel:
         """
         write_adapter(Path(save_directory), self.split_record, trained(cast("PreTrainedModel", self)))
 
+    @property
+    def transformers_class(self) -> Any:
+        """The class that this one goes before."""
+        return type(self).__mro__[2]
+
     def reference(self) -> "PreTrainedModel":
         """This model as it is now, frozen, for trainers that compare with one (TRL's `ref_model`).
 

@@ -6,8 +6,9 @@ import torch
 
 from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, Principal, chosen
 from qsvd.adapters.methods import METHODS
-from qsvd.checkpoint.adapter_folder import AdapterRecord
+from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord
 from qsvd.checkpoint.read_split import SplitFolder
+from qsvd.checkpoint.tensor_file import read_tensor
 
 
 def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, ...] = ()) -> AdapterRecord:
@@ -75,3 +76,22 @@ def start_adapter(split: SplitFolder, record: AdapterRecord, name: str, device: 
         return METHODS[record.method].start(principal, options, generator)
     except ValueError as error:
         raise ValueError(f"{split.folder}: {name}: {error}") from error
+
+
+def trained_adapter(split: SplitFolder, adapter: AdapterFolder, name: str, module: str) -> Adapter:
+    """The adapter of one weight as it was saved, on the CPU.
+
+    Args:
+        name: Of the weight's tensor in the base.
+        module: Path of its module in the trained model.
+
+    Raises:
+        ValueError: the folder lacks parameters of it.
+    """
+    made = start_adapter(split, adapter.record, name, torch.device("cpu")).requires_grad_(False)
+    missing = [f"{module}.{part}" for part, _ in made.named_parameters() if f"{module}.{part}" not in adapter.tensors]
+    if missing:
+        raise ValueError(f"{adapter.folder} lacks {', '.join(missing)}")
+    for part, parameter in made.named_parameters():
+        parameter.copy_(read_tensor(adapter.tensors[f"{module}.{part}"]))
+    return made

@@ -25,6 +25,11 @@ def readme(header: Header, folder: str, architecture: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def vllm_rank(rank: int) -> int:
+    """The least --max-lora-rank of vLLM that a LoRA of this rank fits in."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
+
+
 def _opening(header: Header) -> str:
     model = header.model.rstrip("/").rsplit("/", 1)[-1]
     if header.rank == 0:
@@ -76,7 +81,7 @@ def _loading(rank: int, folder: str, architecture: str, *, base: str = "", adapt
 def _serve(header: Header, folder: str) -> str:
     command = f"vllm serve {quote(folder)} --quantization bitsandbytes"
     if header.rank > 0:
-        rank = next((rank for rank in VLLM_RANKS if rank >= header.rank), header.rank)
+        rank = vllm_rank(header.rank)
         command += f" --enable-lora --max-lora-rank {rank} --lora-modules principal={quote(folder + '/adapter')}"
     convert = f"python convert_hf_to_gguf.py {quote(folder + '-merged')} --outtype bf16  # llama.cpp, after merging"
     note = "\n\nAsk vLLM for the model `principal`, not for the base: the base is the residual." if header.rank else ""
