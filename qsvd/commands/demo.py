@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qsvd.checkpoint.read_split import open_split
+from qsvd.checkpoint.whole_file import write_text
 from qsvd.commands.quantize import quantize
 from qsvd.commands.report import load_report, show_report
 from qsvd.evaluate.perplexity import Perplexity, perplexity_of_text
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 WINDOW = 512  # tokens; the context that the embedded model was trained for
 MODEL = Path(str(files("qsvd.demo") / "model"))
 HELD_OUT = Path(str(files("qsvd.demo") / "heldout.txt"))
+FINE_TUNING = Path(str(files("qsvd.demo") / "finetune.txt"))
+VALID_SHARE = 0.1  # of the fine-tuning text, its end
 
 
 def main(options: Demo) -> None:
@@ -70,3 +73,13 @@ def _install(model: "PreTrainedModel", folder: Path) -> None:
     split = open_split(folder)
     for name in split.weights:
         model.get_parameter(name).data.copy_(split.dense(name))
+
+
+def fine_tuning_data(folder: Path) -> Path:
+    """A folder with train.txt and valid.txt: a book that the embedded model has not seen."""
+    text = FINE_TUNING.read_text(encoding="utf-8")
+    cut = text.index("\n\n", round((1 - VALID_SHARE) * len(text)))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "train.txt", text[:cut])
+    write_text(folder / "valid.txt", text[cut:].lstrip())
+    return folder
