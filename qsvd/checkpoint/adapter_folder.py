@@ -72,19 +72,26 @@ def open_adapter(folder: Path) -> AdapterFolder:
     path = folder / RECORD
     if not path.is_file():
         raise ValueError(f"{folder} holds no trained adapter: it has no {RECORD}; give a run of qsvd train")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        record = AdapterRecord(**(fields | {name: tuple(fields[name]) for name in ("labels", "full")}))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if record.format != FORMAT:
-        raise ValueError(f"{path} has format {record.format}; this version of qsvd reads format {FORMAT}")
+    record = _read_record(path)
     if not (folder / PARAMETERS).is_file():
         raise ValueError(f"{folder} is incomplete: it has no {PARAMETERS}")
     header = read_header(folder / PARAMETERS)
     if header.metadata.get(FINGERPRINT) != record.fingerprint:
         raise ValueError(f"{folder / PARAMETERS} belongs to another run than {RECORD} beside it: fingerprints differ")
     return AdapterFolder(folder, record, header.tensors)
+
+
+def _read_record(path: Path) -> AdapterRecord:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["format"] != FORMAT:  # looked at first: another format may have other fields
+            raise ValueError(f"{path} has format {fields['format']}; this version of qsvd reads format {FORMAT}")
+        record = AdapterRecord(**(fields | {name: tuple(fields[name]) for name in ("labels", "full")}))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if record.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"{path} is damaged: dtype {record.dtype!r} is neither float32 nor bfloat16")
+    return record
 
 
 def check_base(adapter: AdapterFolder, folder: Path, fingerprint: str) -> None:

@@ -11,7 +11,7 @@ read into a buffer of its own and a file is written tensor by tensor, so that re
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
@@ -72,12 +72,12 @@ class Header:
 
 
 class NewTensor(NamedTuple):
-    """A tensor to write: its values, or the place in another file where its bytes lie."""
+    """A tensor to write: its values, what makes them when their turn comes, or where they lie in another file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    source: torch.Tensor | TensorEntry
+    source: torch.Tensor | TensorEntry | Callable[[], torch.Tensor]
 
 
 def read_header(path: Path) -> Header:
@@ -122,7 +122,7 @@ def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, s
     PATH.partial and is renamed when it is whole and on the disk; after any error the partial file is gone.
 
     Args:
-        tensors: Values are taken from memory, or copied from another file in chunks.
+        tensors: Values are taken from memory, made one tensor at a time, or copied from another file in chunks.
         metadata: Strings by name; transformers expects {"format": "pt"}.
 
     Raises:
@@ -136,8 +136,7 @@ def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, s
             if isinstance(new.source, TensorEntry):
                 _copy(new.source, file)
             else:
-                values = new.source.detach().cpu().contiguous().reshape(-1)
-                file.write(values.view(torch.uint8).numpy().data)
+                _write_values(path, new, new.source, file)
 
 
 def _parse(path: Path, raw: bytes) -> dict:
@@ -202,10 +201,15 @@ def _check_new(path: Path, ordered: Sequence[NewTensor]) -> None:
     if refused:
         raise ValueError(f"{path}: tensor names must be unique and not {METADATA}: {listing(refused)}")
     for new in ordered:
-        dtype = new.source.dtype if isinstance(new.source, TensorEntry) else DTYPE_NAMES.get(new.source.dtype)
-        found, stated = f"{dtype} {list(new.source.shape)}", f"{new.dtype} {list(new.shape)}"
-        if found != stated:
-            raise ValueError(f"{path}: {new.name} is stated as {stated}, but its source is {found}")
+        if isinstance(new.source, (TensorEntry, torch.Tensor)):
+            _check_source(path, new, new.source)
+
+
+def _check_source(path: Path, new: NewTensor, source: TensorEntry | torch.Tensor) -> None:
+    dtype = source.dtype if isinstance(source, TensorEntry) else DTYPE_NAMES.get(source.dtype)
+    found, stated = f"{dtype} {list(source.shape)}", f"{new.dtype} {list(new.shape)}"
+    if found != stated:
+        raise ValueError(f"{path}: {new.name} is stated as {stated}, but its source is {found}")
 
 
 def _header(ordered: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
@@ -218,6 +222,16 @@ def _header(ordered: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def _write_values(
+    path: Path, new: NewTensor, source: torch.Tensor | Callable[[], torch.Tensor], target: BinaryIO
+) -> None:
+    """Values from memory; those that are made are let go on return."""
+    if not isinstance(source, torch.Tensor):
+        source = source()
+        _check_source(path, new, source)
+    target.write(source.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _copy(entry: TensorEntry, target: BinaryIO) -> None:
