@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from qsvd.checkpoint.export_folder import DiskTooSmall
 from qsvd.checkpoint.export_lora import LoraExport, Target, write_lora
 from qsvd.checkpoint.export_merged import MergedForm, write_merged
 from qsvd.checkpoint.export_peft import write_peft
 from qsvd.checkpoint.read import open_checkpoint
 from qsvd.commands.check_export import check, fits, plain, with_adapter
+from qsvd.commands.failures import DoesNotFit
 from qsvd.commands.prepare import parse_size
 from qsvd.commands.quiet import quiet
 from qsvd.commands.trained_model import Opened, open_trained
@@ -27,13 +29,20 @@ def main(options: Export) -> None:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name
-        if options.to == "peft":
-            lines = _peft(options, opened, dtype or torch.float32)
-        elif options.to == "lora":
-            lines = _lora(options, opened, dtype or torch.float32)
-        else:
-            lines = _merged(options, opened, MergedForm(dtype, shard_bytes, _config_changes(opened)))
+        try:
+            lines = _export(options, opened, dtype, shard_bytes)
+        except DiskTooSmall as error:
+            raise DoesNotFit(str(error)) from error
     print("\n".join([*lines, f"\n{options.out}"]))
+
+
+def _export(options: Export, opened: Opened, dtype: torch.dtype | None, shard_bytes: int) -> list[str]:
+    """Write and check; what to print."""
+    if options.to == "peft":
+        return _peft(options, opened, dtype or torch.float32)
+    if options.to == "lora":
+        return _lora(options, opened, dtype or torch.float32)
+    return _merged(options, opened, MergedForm(dtype, shard_bytes, _config_changes(opened)))
 
 
 def _peft(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:

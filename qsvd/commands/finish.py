@@ -17,11 +17,8 @@ from qsvd.report.record import from_record, to_record
 
 FORMAT = 1
 LIBRARIES = ("qsvd", "torch", "bitsandbytes", "transformers", "peft", "safetensors")
-TASKS = {
+TASKS = {  # PEFT's task_type; for classifiers none, since PEFT would look for a head among the factors
     "ForCausalLM": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 

@@ -4,21 +4,16 @@ Shape suffixes: N = sequences of one batch, T = tokens of a sequence, P = counte
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+from qsvd.evaluate.batches import Model, check_ready, equal_lengths
+from qsvd.evaluate.windows import Window, alike, check_window, last_predictions, slide
 
 CHUNK_ELEMENTS = 1 << 24  # logits that are float32 at one time: 64 MB
-
-_Sequence = tuple[list[int], int]  # tokens, and how many of its first predictions are not counted
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,7 @@ class Perplexity:
         return self.nats * self.tokens / (math.log(2) * num_bytes)
 
 
-def perplexity_of_documents(
-    model: "PreTrainedModel | PeftModel", documents: Iterable[list[int]], *, window: int, batch: int = 8
-) -> Perplexity:
+def perplexity_of_documents(model: Model, documents: Iterable[list[int]], *, window: int, batch: int = 8) -> Perplexity:
     """Perplexity over documents, each by itself: its first token is given, the others are predicted.
 
     Tokens count alike, whichever document they are from. A document of one token or none adds nothing.
@@ -71,13 +64,12 @@ def perplexity_of_documents(
         ValueError: window is below 2 or batch below 1, the model is in training mode, a token is outside its
             vocabulary, or no document has a token to predict.
     """
-    _check(model, window, batch)
+    check_window(window, stride=window)
+    check_ready(model, batch)
     return _measure(model, ((document[:window], 0) for document in documents), batch)
 
 
-def perplexity_of_text(
-    model: "PreTrainedModel | PeftModel", tokens: list[int], *, window: int, stride: int, batch: int = 8
-) -> Perplexity:
+def perplexity_of_text(model: Model, tokens: list[int], *, window: int, stride: int, batch: int = 8) -> Perplexity:
     """Perplexity over one text longer than the model's context, by windows that slide.
 
     The first window predicts all its tokens but the first. Each later one ends `stride` tokens further, or at the end
@@ -96,28 +88,15 @@ def perplexity_of_text(
         ValueError: window is below 2, stride outside 1..window or batch below 1, the model is in training mode, a
             token is outside its vocabulary, or there are fewer than two tokens.
     """
-    _check(model, window, batch)
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride {stride} is outside 1..{window}, the strides of a window of {window} tokens")
-    return _measure(model, _slide(tokens, window, stride), batch)
+    check_window(window, stride)
+    check_ready(model, batch)
+    return _measure(model, slide(tokens, window, stride), batch)
 
 
-def _slide(tokens: list[int], window: int, stride: int) -> Iterator[_Sequence]:
-    """Windows of a text, each with the number of its first predictions that an earlier window has made."""
-    reached = min(window, len(tokens))
-    yield tokens[:reached], 0
-    while reached < len(tokens):
-        end = min(reached + stride, len(tokens))
-        start = reached if stride == window else end - window
-        # Prediction i of a window is its token i + 1, so the first new one, token `reached`, is number:
-        yield tokens[start:end], max(reached - start - 1, 0)
-        reached = end
-
-
-def _measure(model: "PreTrainedModel | PeftModel", sequences: Iterable[_Sequence], batch: int) -> Perplexity:
+def _measure(model: Model, windows: Iterable[Window], batch: int) -> Perplexity:
     """Mean over all counted predictions; sequences wait until `batch` of one length have come."""
     nats, count = 0.0, 0
-    for group, skip in _alike(sequences, batch):
+    for group, skip in alike(windows, batch):
         nats += _negative_log_likelihood(model, group, skip)
         count += len(group) * (len(group[0]) - 1 - skip)
     if not count:
@@ -125,27 +104,12 @@ def _measure(model: "PreTrainedModel | PeftModel", sequences: Iterable[_Sequence
     return Perplexity(nats / count, count)
 
 
-def _alike(sequences: Iterable[_Sequence], batch: int) -> Iterator[tuple[list[list[int]], int]]:
-    """Groups of at most `batch` sequences of one length and one skip, those without a prediction left out."""
-    waiting: dict[tuple[int, int], list[list[int]]] = {}
-    for tokens, skip in sequences:
-        if len(tokens) < 2:
-            continue
-        group = waiting.setdefault((len(tokens), skip), [])
-        group.append(tokens)
-        if len(group) == batch:
-            yield waiting.pop((len(tokens), skip)), skip
-    for (_, skip), group in waiting.items():
-        yield group, skip
-
-
 @torch.inference_mode()
-def _negative_log_likelihood(model: "PreTrainedModel | PeftModel", group: list[list[int]], skip: int) -> float:
+def _negative_log_likelihood(model: Model, group: list[list[int]], skip: int) -> float:
     """Sum over the predictions of sequences of one length, in nats, without the first `skip` of each."""
-    tokens_NT = _as_tensor(group, model)
+    tokens_NT = equal_lengths(model, group)
     targets_NP = tokens_NT[:, 1 + skip :]
-    # From the end: prompt tuning puts virtual tokens, with logits of their own, before the text.
-    logits_NPV = model(input_ids=tokens_NT, use_cache=False).logits[:, -targets_NP.shape[1] - 1 : -1]
+    logits_NPV = last_predictions(model, tokens_NT, targets_NP.shape[1])
     targets_NP = targets_NP.to(logits_NPV.device)
     positions = max(1, CHUNK_ELEMENTS // logits_NPV.shape[-1])
     total = torch.zeros((), dtype=torch.float64)
@@ -153,24 +117,3 @@ def _negative_log_likelihood(model: "PreTrainedModel | PeftModel", group: list[l
         for chunk, target in zip(logits_PV.split(positions), targets_P.split(positions), strict=True):
             total += functional.cross_entropy(chunk.float(), target, reduction="none").cpu().double().sum()
     return total.item()
-
-
-def _as_tensor(group: list[list[int]], model: "PreTrainedModel | PeftModel") -> Tensor:
-    """Tokens [N, T] where the model's embedding is, after a check: on a GPU an id out of range ends the process."""
-    table = model.get_input_embeddings().weight
-    assert isinstance(table, Tensor), "an embedding's weight is its table, one row per token"
-    tokens_NT = torch.tensor(group)
-    low, high = (int(limit) for limit in tokens_NT.aminmax())
-    if low < 0 or high >= len(table):
-        offender = low if low < 0 else high
-        raise ValueError(f"token {offender} is outside 0..{len(table) - 1}, the vocabulary of the model")
-    return tokens_NT.to(table.device)
-
-
-def _check(model: "PreTrainedModel | PeftModel", window: int, batch: int) -> None:
-    if window < 2:
-        raise ValueError(f"window {window} is below 2, the least that holds a token and one to predict from it")
-    if batch < 1:
-        raise ValueError(f"batch {batch} is below 1, the least that goes through a model")
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout changes what it predicts: call eval() first")
