@@ -1,0 +1,67 @@
+"""What the tests of one weight start from, and the dense formula they judge by.
+
+Shape suffixes: T = tokens, O = out features, I = in features, R = stored rank, K = rank of the adapter's factors.
+"""
+
+import torch
+from torch import nn
+
+from qsvd.adapters.adapter import Adapter, Defaults, Principal
+from qsvd.numerics.codec import NestedScales
+from qsvd.numerics.normal_float import NormalFloat4
+from tests import reference
+
+SHAPES = ((70, 172), (64, 128), (33, 64), (172, 7), (3, 5), (1, 1))  # blocks cross rows in the first, odd ends follow
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # each rounds within, relatively
+
+
+def packed_residual(shape, *, double_quant=False, seed=0):
+    """Q of a Gaussian matrix whose rows differ in size."""
+    matrix = torch.from_numpy(reference.gaussian(*shape, seed=seed)) * torch.linspace(0.5, 2, shape[0])[:, None]
+    return NormalFloat4(double_quant=double_quant).encode(matrix)
+
+
+def decoded(residual):
+    """Q by definition, float64 [O, I]: the float32 product of level and scale."""
+    scales = residual.scales.decode() if isinstance(residual.scales, NestedScales) else residual.scales
+    indices = reference.unpacked(residual.codes.cpu().numpy(), residual.shape[0] * residual.shape[1])
+    by_definition = reference.nf4_decode(indices, scales.cpu().numpy(), residual.shape, residual.codec.block_size)
+    return torch.from_numpy(by_definition).float().double()
+
+
+def principal_of(shape, rank, *, dtype=torch.float32, double_quant=False, seed=0):
+    """A residual and random factors."""
+    up, down = (
+        torch.from_numpy(reference.gaussian(*size, seed=seed + 1)) for size in ((shape[0], rank), (rank, shape[1]))
+    )
+    return Principal(packed_residual(shape, double_quant=double_quant, seed=seed), up.to(dtype), down.to(dtype))
+
+
+class Given(Adapter):
+    """Factors, and if wanted a gain, that are trained as they are."""
+
+    defaults = Defaults(rank=None, alpha=None, learning_rate=1e-3, reason="none is needed")
+
+    def __init__(self, shape, rank, *, has_gain, seed=1):
+        super().__init__()
+        up, down, gain = (
+            torch.from_numpy(reference.gaussian(*size, seed=seed))
+            for size in ((shape[0], rank), (rank, shape[1]), (1, shape[0]))
+        )
+        self.up, self.down = nn.Parameter(up), nn.Parameter(down)
+        self.factor = nn.Parameter(gain[0]) if has_gain else None
+
+    start = num_parameters = None  # not a method that can be chosen
+
+    def factors(self):
+        return self.up, self.down
+
+    def gain(self):
+        return self.factor
+
+
+def dense_output(x, residual, up, down, gain=None, bias=None):
+    """gain * (x (Q + up down)^T) + bias, by way of the dense weight."""
+    output = x @ (residual + up @ down).T
+    output = output if gain is None else output * gain
+    return output if bias is None else output + bias

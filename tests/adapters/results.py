@@ -1,0 +1,67 @@
+"""Results of `qsvd quantize` for tests of whole models, and the plain float64 model that such a result stands for."""
+
+import json
+
+import numpy as np
+import torch
+import transformers
+
+import qsvd
+from tests import reference
+from tests.checkpoints import write_checkpoint
+from tests.commands.folders import tensors_of
+
+ROUNDINGS = 8  # two runs in one dtype round in another order; each is off the exact result by about the same
+IDS = torch.arange(3, 35).reshape(2, 16)
+INPUTS = {  # of models that do not take tokens alone
+    "T5ForConditionalGeneration": {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]},
+    "MusicgenForCausalLM": {"input_ids": IDS.reshape(4, 8)},  # two codebooks
+    "ViTModel": {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)},
+}
+
+
+def split_checkpoint(folder, architecture="LlamaForCausalLM", *, rank=4, shard_size="5GB", **options):
+    """A tiny random checkpoint in folder/source and what `qsvd quantize` makes of it in folder/out; the latter."""
+    write_checkpoint(folder / "source", architecture, **options)
+    split = qsvd.Quantize(str(folder / "source"), out=folder / "out", rank=rank, iterations=1, shard_size=shard_size)
+    return qsvd.quantize(split)
+
+
+def modules_of(out):
+    """Module path of every split weight."""
+    return {weight["module"] for weight in json.loads((out / "qsvd.json").read_text())["weights"].values()}
+
+
+def plain_model(out):
+    """transformers' own model of the source in float64, with Q + B A in the place of each split weight."""
+    manifest = json.loads((out / "qsvd.json").read_text())
+    kind = getattr(transformers, manifest["source"]["architecture"])
+    model = kind.from_pretrained(out.parent / "source", dtype=torch.float64).eval()
+    stored, factors = tensors_of(out), tensors_of(out / "adapter")
+    for name, weight in manifest["weights"].items():
+        dense = by_definition(name, weight["shape"], stored)
+        if weight["rank"]:
+            prefix = f"base_model.model.{weight['module']}.lora_"
+            dense += factors[f"{prefix}B.weight"].double() @ factors[f"{prefix}A.weight"].double()
+        model.get_submodule(weight["module"]).weight.data = dense
+    return model
+
+
+def by_definition(name, shape, stored):
+    """Q [O, I] from the tensors that bitsandbytes defines, float32 products and sums in float64."""
+    state = json.loads(bytes(stored[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+    parts = (stored[f"{name}.{part}"].numpy() for part in ("nested_quant_map", "absmax", "nested_absmax"))
+    levels, codes, absmax = parts
+    scales = levels[codes] * absmax.repeat(state["nested_blocksize"])[: codes.size] + np.float32(state["nested_offset"])
+    indices = reference.unpacked(stored[name].flatten().numpy(), shape[0] * shape[1])
+    return torch.from_numpy(reference.nf4_decode(indices, scales, shape).astype(np.float32)).double()
+
+
+def outputs(model, architecture="LlamaForCausalLM"):
+    """Logits, or hidden states of a bare encoder, in float64."""
+    with torch.no_grad():
+        return model(**INPUTS.get(architecture, {"input_ids": IDS}))[0].double()
+
+
+def distance(left, right):
+    return (left - right).abs().max().item()

@@ -1,0 +1,189 @@
+"""The methods: what each starts from, trains and refuses. EDoRA's formula has a file of its own."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.lora import Lora
+from qsvd.adapters.methods import METHODS
+from qsvd.adapters.pissa import Pissa
+from tests import reference
+from tests.adapters.principals import SHAPES, UNIT, decoded, dense_output, principal_of
+
+TRAINED = {"pissa": {"up", "down"}, "lora": {"up", "down"}, "edora": {"core", "magnitude"}}
+SMALL = [(shape, min(3, *shape)) for shape in SHAPES]  # with a rank that each may have
+
+
+def started(method, principal, *, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return METHODS[method].start(principal, AdapterOptions(method, **options), generator)
+
+
+def stored_part(method, adapter, rank):
+    """Of the factors, the columns and rows that stand for the stored components."""
+    up, down = adapter.factors()
+    return (up[:, :rank], down[:rank]) if method == "lora" else (up, down)
+
+
+def test_these_are_the_methods():
+    assert set(METHODS) == set(TRAINED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "rank"), SMALL)
+@pytest.mark.parametrize("method", METHODS)
+def test_before_the_first_step_the_factors_are_the_stored_ones_to_the_bit(method, shape, rank, dtype):
+    principal = principal_of(shape, rank, dtype=dtype)
+    adapter = started(method, principal)
+    for ours, stored in zip(stored_part(method, adapter, rank), (principal.up_OR, principal.down_RI), strict=True):
+        assert torch.equal(ours.double(), stored.double())
+    if method == "lora":
+        assert (adapter.factors()[0][:, rank:] == 0).all(), "what is added is zero"
+    gain = adapter.gain()
+    assert gain is None or (gain == 1).all()
+
+
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_before_the_first_step_the_layer_computes_the_stored_weight(method, adapter_dtype):
+    shape, rank, tokens = (70, 172), 4, 9
+    principal = principal_of(shape, rank, dtype=torch.bfloat16)  # so that neither adapter dtype rounds
+    x = torch.from_numpy(reference.gaussian(tokens, shape[1]))
+    ours = SplitLinear(principal.residual, started(method, principal, dtype=adapter_dtype), None)(x).double()
+    operands = (x.double(), decoded(principal.residual), principal.up_OR.double(), principal.down_RI.double())
+    bound = (sum(shape) + rank) * UNIT[torch.float32] * dense_output(*map(torch.abs, operands))
+    assert ((ours - dense_output(*operands)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lora_starts_from_the_residual_alone_where_no_components_are_stored(shape):
+    adapter = started("lora", principal_of(shape, 0), rank=2)
+    up, down = adapter.factors()
+    assert tuple(up.shape) == (shape[0], min(2, *shape))
+    assert torch.equal(up, torch.zeros_like(up))
+    assert down is adapter.down
+
+
+@pytest.mark.parametrize(("shape", "rank"), SMALL)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_trained_is_counted_right_and_all_that_is_saved(method, shape, rank):
+    adapter = started(method, principal_of(shape, rank), rank=rank)
+    count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    by_hand = rank * rank + shape[0] if method == "edora" else rank * shape[0] + rank * shape[1]
+    assert METHODS[method].num_parameters(shape, rank) == count == by_hand
+    assert {name for name, _ in adapter.named_parameters()} == set(adapter.state_dict()) == TRAINED[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_frozen_has_no_gradient_and_what_is_trained_has_one(method):
+    adapter = started(method, principal_of((33, 64), 3))
+    module = SplitLinear(principal_of((33, 64), 3).residual, adapter, torch.ones(33))
+    frozen = [t.clone() for t in module.buffers()]
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):  # lora's down has a gradient once up is not zero
+        optimizer.zero_grad()
+        module(torch.from_numpy(reference.gaussian(9, 64))).square().sum().backward()
+        optimizer.step()
+    assert {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0} == {
+        f"adapter.{name}" for name in TRAINED[method]
+    }
+    assert all(buffer.grad is None and not buffer.requires_grad for buffer in module.buffers())
+    assert all(map(torch.equal, module.buffers(), frozen))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_what_is_trained_has_the_dtype_that_was_asked_for_but_for_magnitudes(method, name):
+    adapter = started(method, principal_of((33, 64), 3), dtype=name)
+    dtypes = {key: str(p.dtype) for key, p in adapter.named_parameters()}
+    assert dtypes.pop("magnitude", "torch.float32") == "torch.float32"
+    assert set(dtypes.values()) == {f"torch.{name}"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_leaves_the_stored_tensors_alone(method):
+    principal = principal_of((33, 64), 3)
+    before = [t.clone() for t in (principal.up_OR, principal.down_RI)]
+    adapter = started(method, principal)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(1)
+    assert torch.equal(principal.up_OR, before[0])
+    assert torch.equal(principal.down_RI, before[1])
+
+
+def test_pissa_rounds_float32_factors_once_where_bfloat16_is_asked_for():
+    principal = principal_of((33, 64), 3)
+    up, down = started("pissa", principal, dtype="bfloat16").factors()
+    assert torch.equal(up, principal.up_OR.bfloat16())
+    assert torch.equal(down, principal.down_RI.bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(70, 172), (172, 7)])
+def test_loras_down_factor_is_drawn_uniformly_within_kaimings_bound(shape):
+    down = torch.cat([started("lora", principal_of(shape, 0), rank=7, seed=seed).down for seed in range(20)])
+    bound = math.sqrt(6 / ((1 + 5) * shape[1]))  # He et al. (arXiv:1502.01852), gain of a leaky ReLU of slope sqrt 5
+    scaled = down.detach().double().flatten().numpy() / bound
+    assert scipy.stats.kstest(scaled, scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+def test_loras_draw_repeats_with_its_generator_and_differs_with_another():
+    first, again, other = (started("lora", principal_of((33, 64), 2), seed=seed).down for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "rank", "scale"), [({}, 64, 16 / 64), ({"rank": 8}, 8, 2), ({"rank": 4, "alpha": 1}, 4, 1 / 4)]
+)
+def test_loras_product_is_scaled_by_alpha_over_rank(options, rank, scale):
+    adapter = started("lora", principal_of((70, 172), 0), **options)
+    assert adapter.down.shape[0] == rank
+    with torch.no_grad():
+        adapter.up.fill_(1)
+    up, down = adapter.factors()
+    assert torch.equal(up, torch.full((70, rank), scale))
+    assert torch.equal(down, adapter.down)
+
+
+def test_a_rank_above_the_smaller_side_is_cut_and_the_scale_stays():
+    adapter = started("lora", principal_of((5, 12), 2), rank=64, alpha=16)
+    assert tuple(adapter.up.shape) == (5, 5)
+    assert tuple(adapter.down.shape) == (5, 12)
+    with torch.no_grad():
+        adapter.up.fill_(1)
+    assert torch.equal(adapter.factors()[0][:, 2:], torch.full((5, 5), 0.25))
+
+
+def test_pissa_takes_the_stored_rank_as_rank_and_alpha():
+    principal = principal_of((33, 64), 3)
+    assert torch.equal(started("pissa", principal, rank=3, alpha=3.0).factors()[0], principal.up_OR)
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "options", "said"),
+    [
+        ("pissa", 0, {}, r"pissa trains stored principal components, and this base has none \(rank 0\); quantize with"),
+        ("pissa", 3, {"rank": 2}, "rank 2 is not the stored rank 3, the only one that pissa can train"),
+        ("pissa", 3, {"alpha": 0.5}, "alpha 0.5 would scale the stored components; with pissa it is the rank 3"),
+        ("edora", 0, {}, r"edora trains between stored principal components, and this base has none \(rank 0\)"),
+        ("edora", 3, {"rank": 4}, r"rank 4 is outside 1\.\.3, the principal components that are stored"),
+        ("edora", 3, {"rank": 0}, r"rank 0 is outside 1\.\.3"),
+        ("lora", 3, {"rank": 0}, "rank 0 is below 1, the least that trains anything"),
+        ("lora", 0, {"rank": -1}, "rank -1 is below 1"),
+    ],
+)
+def test_what_a_method_cannot_start_from_is_refused(method, rank, options, said):
+    with pytest.raises(ValueError, match=said):
+        started(method, principal_of((33, 64), rank), **options)
+
+
+def test_each_default_names_its_reason_and_loras_are_qloras():
+    for method in METHODS.values():
+        assert len(method.defaults.reason) > 20
+    assert (Lora.defaults.rank, Lora.defaults.alpha, Lora.defaults.learning_rate) == (64, 16, 2e-4)  # QLoRA's scripts
+    assert (Pissa.defaults.rank, Pissa.defaults.learning_rate) == (None, 2e-5)  # PiSSA's scripts

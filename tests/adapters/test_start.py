@@ -1,0 +1,121 @@
+"""Which adapter is started, and each weight's before its first step."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import qsvd
+from qsvd.adapters import start
+from qsvd.adapters.adapter import FEW, AdapterOptions
+from qsvd.adapters.start import new_record, start_adapter
+from qsvd.checkpoint.read_split import open_split
+from tests.checkpoints import write_checkpoint
+
+NAME = "model.layers.0.mlp.down_proj.weight"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Two results of the same model: with principal components and without."""
+    folder = tmp_path_factory.mktemp("results")
+    write_checkpoint(folder / "source")
+    for rank in (0, 4):
+        options = qsvd.Quantize(str(folder / "source"), out=folder / str(rank), rank=rank, iterations=1)
+        qsvd.quantize(options)
+    return {rank: open_split(folder / str(rank)) for rank in (0, 4)}
+
+
+def test_the_record_says_what_was_asked_for_and_of_which_base(results):
+    split = results[4]
+    options = AdapterOptions("lora", rank=8, alpha=4.0, dtype="bfloat16", seed=9)
+    record = new_record(split, options, ("a", "b"))
+    assert (record.method, record.rank, record.alpha, record.dtype, record.seed) == ("lora", 8, 4.0, "bfloat16", 9)
+    assert record.base == str(split.folder.resolve())
+    assert record.fingerprint == split.manifest["fingerprint"]
+    assert (record.labels, record.full) == (("a", "b"), ())
+
+
+def test_pissa_is_the_method_where_all_weights_have_components_and_lora_where_one_has_none(results):
+    assert new_record(results[4], AdapterOptions()).method == "pissa"
+    assert new_record(results[0], AdapterOptions()).method == "lora"
+    weights = results[4].weights | {NAME: results[0].weights[NAME]}
+    mixed = dataclasses.replace(results[4], manifest=results[4].manifest | {"weights": weights})
+    assert new_record(mixed, AdapterOptions()).method == "lora"
+
+
+@pytest.mark.parametrize(
+    ("options", "per_weight"),
+    [
+        (AdapterOptions("pissa"), lambda rows, columns: 4 * (rows + columns)),
+        (AdapterOptions("lora", rank=2), lambda rows, columns: 2 * (rows + columns)),
+        (AdapterOptions("edora", rank=3), lambda rows, _: 9 + rows),
+    ],
+)
+def test_parameters_are_float32_up_to_a_number_and_bfloat16_from_there(results, options, per_weight, monkeypatch):
+    count = sum(per_weight(*weight["shape"]) for weight in results[4].weights.values())
+    assert new_record(results[4], options).dtype == "float32"
+    monkeypatch.setattr(start, "FEW", count)
+    assert new_record(results[4], options).dtype == "float32"
+    monkeypatch.setattr(start, "FEW", count - 1)
+    assert new_record(results[4], options).dtype == "bfloat16"
+    told = AdapterOptions(options.method, rank=options.rank, dtype="float32")
+    assert new_record(results[4], told).dtype == "float32"
+
+
+def test_that_number_takes_4_gigabytes():
+    bytes_each = 4 * 4  # float32: parameter, gradient and two moments
+    assert math.log2(FEW * bytes_each) == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "said"),
+    [
+        (AdapterOptions("dora"), (), r"method 'dora' is none of pissa, lora, edora$"),
+        (AdapterOptions(dtype="float16"), (), r"adapter dtype 'float16' is none of auto, float32, bfloat16$"),
+        (AdapterOptions(), ("only",), r"labels has the one class 'only'; a classifier needs at least two$"),
+    ],
+)
+def test_what_there_is_not_is_refused(results, options, labels, said):
+    with pytest.raises(ValueError, match=said):
+        new_record(results[4], options, labels)
+
+
+@pytest.mark.parametrize(
+    "options", [AdapterOptions("pissa", rank=3), AdapterOptions("edora", rank=5), AdapterOptions("lora", rank=0)]
+)
+def test_a_refusal_names_folder_and_weight(results, options):
+    split = results[4]
+    with pytest.raises(ValueError, match=rf"{split.folder}: {NAME}: rank {options.rank} is "):
+        start_adapter(split, new_record(split, options), NAME, CPU)
+
+
+def test_an_adapter_starts_from_the_factors_of_its_weight(results):
+    up, down = results[4].factors(NAME)
+    adapter = start_adapter(results[4], new_record(results[4], AdapterOptions("pissa")), NAME, CPU)
+    assert torch.equal(adapter.up, up.float())
+    assert torch.equal(adapter.down, down.float())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_draws_repeat_and_differ_by_weight_and_by_seed(results, rank):
+    def drawn(seed):
+        record = new_record(results[rank], AdapterOptions("lora", rank=2, seed=seed))
+        return {name: start_adapter(results[rank], record, name, CPU).down.detach() for name in results[rank].weights}
+
+    torch.manual_seed(1)
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    draws = [*first.values(), *other.values()]
+    assert len({tuple(draw.flatten()[:8].tolist()) for draw in draws}) == len(draws)
+
+
+def test_a_draw_does_not_depend_on_what_was_drawn_before_and_leaves_torchs_generator_alone(results):
+    record = new_record(results[4], AdapterOptions("lora", rank=2))
+    before = torch.get_rng_state()
+    alone = start_adapter(results[4], record, NAME, CPU).down
+    start_adapter(results[4], record, "model.layers.1.mlp.down_proj.weight", CPU)
+    assert torch.equal(start_adapter(results[4], record, NAME, CPU).down, alone)
+    assert torch.equal(torch.get_rng_state(), before)
