@@ -1,8 +1,11 @@
-"""`qsvd demo`: the embedded model through quantize, report and held-out perplexity, at several ranks."""
+"""`qsvd demo`: the embedded model through quantize, report and held-out perplexity, at several ranks; then fine-tuned
+on a book that it has not seen, by three methods."""
 
+import json
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.console import Console
@@ -12,8 +15,9 @@ from qsvd.checkpoint.read_split import open_split
 from qsvd.checkpoint.whole_file import write_text
 from qsvd.commands.quantize import quantize
 from qsvd.commands.report import load_report, show_report
+from qsvd.commands.train import train
 from qsvd.evaluate.perplexity import Perplexity, perplexity_of_text
-from qsvd.options import Demo, Quantize
+from qsvd.options import Demo, Quantize, Train
 from qsvd.report.totals import relative, totals
 
 if TYPE_CHECKING:
@@ -26,8 +30,26 @@ FINE_TUNING = Path(str(files("qsvd.demo") / "finetune.txt"))
 VALID_SHARE = 0.1  # of the fine-tuning text, its end
 
 
+@dataclass(frozen=True)
+class FineTuning:
+    """One way to fine-tune, at the learning rate that docs/results found best for it."""
+
+    name: str
+    base_rank: int
+    method: Literal["pissa", "lora", "edora"]
+    rank: int | None
+    learning_rate: float
+
+
+WAYS = (
+    FineTuning("QPiSSA, rank 16", 16, "pissa", None, 3e-3),
+    FineTuning("QLoRA, rank 16", 0, "lora", 16, 3e-3),
+    FineTuning("EDoRA, rank 64", 64, "edora", None, 1e-2),
+)
+
+
 def main(options: Demo) -> None:
-    """Print the report at the highest rank, then a table over all ranks."""
+    """Print the report at the highest rank, a table over all ranks, and one over ways to fine-tune."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -56,8 +78,42 @@ def main(options: Demo) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"{base.tokens} tokens of novels that the model has not seen; results in {options.out}", soft_wrap=True
+        f"{base.tokens} tokens of novels that the model has not seen; results in {options.out}\n", soft_wrap=True
     )
+    console.print(_fine_tune(options))
+    console.print(
+        "Nats per token on the end of a book that the model has not seen, of which it was trained on the rest."
+    )
+
+
+def _fine_tune(options: Demo) -> Table:
+    """Train in every way, and say what came of it."""
+    data = fine_tuning_data(options.out.expanduser() / "book")
+    table = Table("method", "trained", "rate", "before", "after", "seconds", title="Fine-tuned", title_justify="left")
+    for way in WAYS:
+        base = quantize(Quantize(str(MODEL), out=_folder(options, way.base_rank), rank=way.base_rank, device="cpu"))
+        run = train(
+            Train(
+                base=base,
+                data=str(data),
+                out=options.out.expanduser() / f"run-{way.method}",
+                method=way.method,
+                rank=way.rank,
+                learning_rate=way.learning_rate,
+                epochs=options.epochs,
+                batch_size=4,
+                accumulate=2,
+                max_length=256,
+                gradient_checkpointing=False,
+                resume=True,
+                device="cpu",
+            )
+        )
+        summary = json.loads((run / "summary.json").read_text())
+        numbers = (f"{summary[f'held_out_{when}']:.4f}" for when in ("before", "after"))
+        count = f"{summary['trained_parameters']:,}"
+        table.add_row(way.name, count, f"{way.learning_rate:g}", *numbers, f"{summary['seconds']:.0f}")
+    return table
 
 
 def _folder(options: Demo, rank: int) -> Path:
@@ -78,7 +134,7 @@ def _install(model: "PreTrainedModel", folder: Path) -> None:
 def fine_tuning_data(folder: Path) -> Path:
     """A folder with train.txt and valid.txt: a book that the embedded model has not seen."""
     text = FINE_TUNING.read_text(encoding="utf-8")
-    cut = text.index("\n\n", round((1 - VALID_SHARE) * len(text)))
+    cut = text.index("\n", round((1 - VALID_SHARE) * len(text)))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "train.txt", text[:cut])
     write_text(folder / "valid.txt", text[cut:].lstrip())
