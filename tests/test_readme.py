@@ -1,5 +1,6 @@
 """The README's commands and code run as they stand, on the embedded model, and the changelog knows this version."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from qsvd.cli import run
-from qsvd.commands.demo import MODEL
+from qsvd.commands.demo import HELD_OUT, MODEL
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,10 +22,13 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder in which path/or/hub-id is the embedded model."""
+    """A working folder in which path/or/hub-id is the embedded model, and data.jsonl and test.jsonl are a few pages."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path" / "or").mkdir(parents=True)
     (tmp_path / "path" / "or" / "hub-id").symlink_to(MODEL)
+    pages = [line for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 200][:12]
+    for name, part in (("data.jsonl", pages[:8]), ("test.jsonl", pages[8:])):
+        (tmp_path / name).write_text("".join(f"{json.dumps({'text': page})}\n" for page in part))
     return tmp_path
 
 
@@ -32,10 +36,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for an old name
 def test_the_commands_and_the_code_that_loads_their_result_run(folder: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("qsvd ")]
-    assert len(lines) == 3
+    assert len(lines) == 7
     for line in lines:
         assert run(shlex.split(line, comments=True)[1:]) == 0, line
     assert (folder / "OUT" / "qsvd.json").is_file()
+    exec(blocks("python")[2], loaded := {})
+    assert loaded["model"].split_record.method == "pissa"
     names: dict = {}
     exec(blocks("python")[0], names)
     trained = [name for name, parameter in names["model"].named_parameters() if parameter.requires_grad]
