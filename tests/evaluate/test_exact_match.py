@@ -168,6 +168,12 @@ def test_the_models_own_lengths_are_set_aside():
     assert measure(model=model).answers == SAID
 
 
+def test_a_pad_token_that_the_model_has_no_row_for_is_not_used():
+    model = table_model()
+    model.generation_config.pad_token_id = len(WORDS)  # as in checkpoints whose tokenizer got a pad token later
+    assert measure(model=model, batch=5).answers == SAID
+
+
 def test_generation_stops_at_the_last_end_and_reads_each_token_once():
     widths, model = [], table_model(ends=None)
     model.generation_config.use_cache = False
