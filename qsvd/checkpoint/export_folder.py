@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from qsvd.checkpoint.index import read_object
 from qsvd.checkpoint.tensor_file import TORCH_DTYPES, NewTensor
 from qsvd.checkpoint.whole_file import write_text
-from qsvd.checkpoint.write import LOCK, RUN, UNFINISHED, to_json
+from qsvd.checkpoint.write import LOCK, RUN, UNFINISHED, differences, to_json
 
 RECORD = "qsvd_export.json"
 FORMAT = 1
@@ -91,13 +91,9 @@ class ExportFolder:
             raise ValueError(f"{self.folder} is not empty and not an export of qsvd; give another folder")
 
     def _check_same(self, found: Mapping[str, Any]) -> None:
-        different = [
-            f"{name} {json.dumps(found.get(name))} there, {json.dumps(self.identity.get(name))} now"
-            for name in sorted({*found, *self.identity})
-            if found.get(name) != self.identity.get(name)
-        ]
+        different = differences(found, self.identity)
         if different:
-            raise ValueError(f"{self.folder} holds another export: {'; '.join(different)}; give another folder")
+            raise ValueError(f"{self.folder} holds another export: {different}; give another folder")
 
 
 def size_of(new: Sequence[NewTensor]) -> int:

@@ -136,16 +136,20 @@ def _holds_strangers(folder: Path) -> bool:
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    different = [
+    if different := differences(found, wanted):
+        raise ValueError(
+            f"{folder} holds a run with other options: {different}; "
+            "give the same options to go on, or --out another folder"
+        )
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where two identities differ, in words; empty where they do not."""
+    return "; ".join(
         f"{name} {json.dumps(found.get(name))} there, {json.dumps(wanted.get(name))} now"
         for name in sorted({*found, *wanted})
         if found.get(name) != wanted.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{folder} holds a run with other options: {'; '.join(different)}; "
-            "give the same options to go on, or --out another folder"
-        )
+    )
 
 
 def _in_memory(tensors: Mapping[str, Tensor]) -> list[NewTensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qsvd.checkpoint.whole_file import write_text
+from qsvd.checkpoint.write import differences
 from qsvd.train.steps import Step
 
 IDENTITY = "run.json"
@@ -105,13 +106,9 @@ class RunFolder:
                 f"{self.folder} holds a run already; give --resume to go on with it, or --out another folder"
             )
         wanted = json.loads(json.dumps(identity))
-        different = [
-            f"{name} {json.dumps(found.get(name))} there, {json.dumps(wanted.get(name))} now"
-            for name in sorted({*found, *wanted})
-            if found.get(name) != wanted.get(name)
-        ]
+        different = differences(found, wanted)
         if different:
             raise ValueError(
-                f"{self.folder} holds a run with other options: {'; '.join(different)}; give the same ones, "
+                f"{self.folder} holds a run with other options: {different}; give the same ones, "
                 "or --out another folder"
             )
