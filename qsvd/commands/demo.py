@@ -43,7 +43,7 @@ class FineTuning:
 
 WAYS = (
     FineTuning("QPiSSA, rank 16", 16, "pissa", None, 3e-3),
-    FineTuning("QLoRA, rank 16", 0, "lora", 16, 3e-3),
+    FineTuning("QLoRA, rank 16", 0, "lora", 16, 1e-2),
     FineTuning("EDoRA, rank 64", 64, "edora", None, 1e-2),
 )
 
