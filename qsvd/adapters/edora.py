@@ -32,7 +32,7 @@ class EDora(Adapter):
         super().__init__()
         self.scale = scale
         up_OR, down_RI = principal.up_OR, principal.down_RI
-        directions_OR = _left_directions(up_OR.float(), down_RI.float())
+        directions_OR = _left_directions(up_OR, down_RI)
         frozen = {
             "frozen_up": up_OR,
             "frozen_down": down_RI,
@@ -81,10 +81,16 @@ class EDora(Adapter):
 
 
 def _left_directions(up_OR: Tensor, down_RI: Tensor) -> Tensor:
-    """Left singular vectors of up @ down, largest value first, [O, R], by two thin QRs and an R x R SVD."""
-    basis_OR, inner_RR = torch.linalg.qr(up_OR)
-    outer_RR = torch.linalg.qr(down_RI.T, mode="r").R
-    return basis_OR @ torch.linalg.svd(inner_RR @ outer_RR.T).U
+    """Left singular vectors of up @ down, largest value first, float32 [O, R], by two thin QRs and an R x R SVD.
+
+    A saved core means nothing between other vectors, so they are the same on every machine: from the CPU, in float64,
+    the largest entry of each positive.
+    """
+    basis_OR, inner_RR = torch.linalg.qr(up_OR.cpu().double())
+    outer_RR = torch.linalg.qr(down_RI.cpu().double().T, mode="r").R
+    vectors_OR = basis_OR @ torch.linalg.svd(inner_RR @ outer_RR.T).U
+    largest_R = vectors_OR.gather(0, vectors_OR.abs().argmax(dim=0, keepdim=True))
+    return (vectors_OR * largest_R.sign()).to(up_OR.device, torch.float32)
 
 
 def _norm_constants(principal: Principal) -> dict[str, Tensor]:

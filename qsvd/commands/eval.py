@@ -2,53 +2,34 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import AutoTokenizer
 
-from qsvd.commands.device import device_of
-from qsvd.commands.open_model import NamedModel, dtype_of, find_model, load_model
-from qsvd.commands.prepare_run import mapping_of, stop_ids
+from qsvd.commands.open_model import load_model
+from qsvd.commands.prepare_eval import Subject, Work, prepare_eval
+from qsvd.commands.prepare_run import stop_ids
 from qsvd.commands.quiet import quiet
 from qsvd.evaluate.accuracy import accuracy
 from qsvd.evaluate.divergence import Divergence, divergence_of_documents, divergence_of_text
-from qsvd.evaluate.exact_match import MARKER, exact_match, final_number
+from qsvd.evaluate.exact_match import exact_match
 from qsvd.evaluate.held_out import mean_loss
 from qsvd.evaluate.perplexity import perplexity_of_documents, perplexity_of_text
 from qsvd.options import Eval
 from qsvd.report.evaluation import Measured, evaluation_json, evaluation_table
-from qsvd.train.columns import Examples, recognise
-from qsvd.train.read import read_rows
+from qsvd.train.columns import Examples
 from qsvd.train.tokens import question_prompts, tokenize
 
 MOST_WINDOW = 2048  # tokens, unless more are asked for
 Values = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is measured, and how."""
-
-    options: Eval
-    examples: Examples
-    is_one_text: bool
-    task: str
-    reference: NamedModel | None
-    device: torch.device
-    dtype: torch.dtype
-
-
 def main(options: Eval) -> None:
     """Print a table, or JSON."""
-    models = [find_model(name, options.base) for name in options.models]
-    work = _work(options)
     with quiet():
-        measured = [Measured(model.name, model.kind, _measure(model, work)) for model in models]
+        work = prepare_eval(options)
+        measured = [Measured(one.found.name, one.found.kind, _measure(one, work)) for one in work.subjects]
     if options.json:
         print(json.dumps(evaluation_json(measured, _how(work)), indent=2))
     else:
@@ -56,77 +37,26 @@ def main(options: Eval) -> None:
         Console().print(evaluation_table(measured, title))
 
 
-def _work(options: Eval) -> Work:
-    """Everything that can be refused before a model is loaded.
-
-    Raises:
-        ValueError: an option or the data is not usable.
-    """
-    least = {"batch-size": options.batch_size, "max-new-tokens": options.max_new_tokens, "limit": options.limit}
-    wrong = [f"--{name} {value} is below 1" for name, value in least.items() if value is not None and value < 1]
-    if not options.models:
-        wrong.append("no model is given: name at least one folder")
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    rows = read_rows(options.data, split=options.split)
-    examples = recognise(rows, mapping_of(options.map))
-    task = _task(options, examples)
-    reference = None
-    if options.reference is not None:
-        if task != "perplexity" or examples.kind != "text":
-            raise ValueError("--reference compares models on text; the data holds " + examples.kind + " examples")
-        reference = find_model(options.reference, options.base)
-    if options.limit is not None:
-        count = min(options.limit, len(examples.rows))
-        examples = Examples(
-            examples.kind, examples.rows[:count], examples.places.take(list(range(count))), examples.literal
-        )
-    device = device_of(options.device)
-    is_one_text = examples.kind == "text" and not examples.places.unit
-    return Work(options, examples, is_one_text, task, reference, device, dtype_of(options.dtype, device))
-
-
-def _task(options: Eval, examples: Examples) -> str:
-    """As asked for, or by what the data is."""
-    is_question = examples.kind == "pair" and all(isinstance(row["prompt"], str) for row in examples.rows)
-    fits = {
-        "perplexity": examples.kind != "labelled",
-        "accuracy": examples.kind == "labelled",
-        "exact-match": is_question,
-    }
-    if options.task != "auto":
-        if not fits[options.task]:
-            raise ValueError(f"--task {options.task} does not go with {examples.kind} examples, as {options.data} has")
-        return options.task
-    if fits["accuracy"]:
-        return "accuracy"
-    if is_question and all(MARKER in row["completion"] for row in examples.rows):
-        return "exact-match"
-    return "perplexity"
-
-
-def _measure(found: NamedModel, work: Work) -> Values:
+def _measure(subject: Subject, work: Work) -> Values:
     """All values of one model, which is gone afterwards."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        Path(found.home).expanduser() if Path(found.home).is_dir() else found.home
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    model = load_model(found, work.device, work.dtype, classifier=work.task == "accuracy")
-    if work.task == "accuracy":
-        return _accuracy(model, tokenizer, found, work)
-    if work.task == "exact-match":
-        return _exact_match(model, tokenizer, work)
-    if work.examples.kind == "text":
-        return _perplexity(model, tokenizer, work)
-    return _answers(model, tokenizer, found, work)
+    measures = {"accuracy": _accuracy, "exact-match": _exact_match}
+    is_text = work.examples.kind == "text"
+    return measures.get(work.task, _perplexity if is_text else _answers)(subject, work)
 
 
-def _perplexity(model: Any, tokenizer: Any, work: Work) -> Values:
-    window = _window(model, work.options)
-    documents = [tokenizer(row["text"], verbose=False).input_ids for row in work.examples.rows]
+def _perplexity(subject: Subject, work: Work) -> Values:
+    documents = _documents(subject, work)
+    if work.reference is not None and _documents(work.reference, work) != documents:
+        raise ValueError(
+            f"{subject.found.name} and {work.reference.found.name} divide the text into other tokens, which cannot be "
+            "compared one by one; give the model it was made from"
+        )
+    model = load_model(subject.found, work.device, work.dtype)
+    window = _window(model, subject, work.options)
+    values: Values = {"window": window}
     if work.is_one_text:
         stride = work.options.stride or max(1, window // 2)
+        values["stride"] = stride
         of_text = partial(perplexity_of_text, tokens=documents[0], window=window, stride=stride)
         compare: Callable[..., Divergence] = partial(
             divergence_of_text, tokens=documents[0], window=window, stride=stride
@@ -135,10 +65,11 @@ def _perplexity(model: Any, tokenizer: Any, work: Work) -> Values:
     else:
         compare = partial(divergence_of_documents, documents=documents, window=window)
         measured = perplexity_of_documents(model, documents, window=window, batch=work.options.batch_size)
-    values: Values = {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
+        values["shortened"] = sum(len(document) > window for document in documents)
+    values |= {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
     if work.reference is None:
         return values
-    reference = load_model(work.reference, work.device, work.dtype)
+    reference = load_model(work.reference.found, work.device, work.dtype)
     found = compare(model, reference, batch=work.options.batch_size)
     return values | {
         "kl_mean": found.mean,
@@ -155,44 +86,58 @@ def _perplexity(model: Any, tokenizer: Any, work: Work) -> Values:
     }
 
 
-def _answers(model: Any, tokenizer: Any, found: NamedModel, work: Work) -> Values:
+def _documents(subject: Subject, work: Work) -> list[list[int]]:
+    return [subject.tokenizer(row["text"], verbose=False).input_ids for row in work.examples.rows]
+
+
+def _answers(subject: Subject, work: Work) -> Values:
     """Perplexity of the answers, given what stands before them."""
-    ends = stop_ids(Path(found.home)) if Path(found.home).is_dir() else ()
-    data = tokenize(work.examples, tokenizer, max_length=_window(model, work.options), stop_ids=ends)
+    model = load_model(subject.found, work.device, work.dtype)
+    window = _window(model, subject, work.options)
+    data = tokenize(work.examples, subject.tokenizer, max_length=window, stop_ids=stop_ids(subject.found.home))
     pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
-    measured = mean_loss(model, pairs, pad_token=tokenizer.pad_token_id, batch=work.options.batch_size)
-    return {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
+    measured = mean_loss(model, pairs, pad_token=subject.tokenizer.pad_token_id, batch=work.options.batch_size)
+    values: Values = {"window": window, "shortened": data.truncated}
+    return values | {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
 
 
-def _accuracy(model: Any, tokenizer: Any, found: NamedModel, work: Work) -> Values:
-    names = found.labels or tuple(model.config.id2label[number] for number in sorted(model.config.id2label))
-    data = tokenize(
-        work.examples, tokenizer, max_length=_window(model, work.options), label_names=names if found.labels else None
-    )
+def _accuracy(subject: Subject, work: Work) -> Values:
+    model = load_model(subject.found, work.device, work.dtype, classifier=True)
+    window = _window(model, subject, work.options)
+    names = subject.found.labels or _class_names(model, work.examples)
+    data = tokenize(work.examples, subject.tokenizer, max_length=window, label_names=names)
     pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
-    measured = accuracy(model, pairs, pad_token=tokenizer.pad_token_id, batch=work.options.batch_size)
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = subject.tokenizer.pad_token_id
+    measured = accuracy(model, pairs, pad_token=config.pad_token_id, batch=work.options.batch_size)
     low, high = measured.interval
     return {
+        "window": window,
+        "shortened": data.truncated,
         "accuracy": measured.share,
         "low": low,
         "high": high,
         "correct": measured.correct,
         "total": measured.total,
-        "nats": measured.nats,
+        "label_nats": measured.nats,
     }
 
 
-def _exact_match(model: Any, tokenizer: Any, work: Work) -> Values:
-    answers = [row["completion"] for row in work.examples.rows]
-    without = [work.examples.where(i) for i, answer in enumerate(answers) if final_number(answer) is None]
-    if without:
-        raise ValueError(f"{without[0]}: the answer has no number to compare with ({len(without)} such rows)")
-    prompts = question_prompts([row["prompt"] for row in work.examples.rows], tokenizer)
+def _class_names(model: Any, examples: Examples) -> tuple[str, ...]:
+    """Of a 16-bit classifier: its own names, or its numbers where the data has numbers."""
+    names = tuple(model.config.id2label[number] for number in sorted(model.config.id2label))
+    found, numbers = {str(row["label"]) for row in examples.rows}, tuple(str(number) for number in range(len(names)))
+    return numbers if found <= set(numbers) else names
+
+
+def _exact_match(subject: Subject, work: Work) -> Values:
+    prompts = question_prompts([row["prompt"] for row in work.examples.rows], subject.tokenizer)
     measured = exact_match(
-        model,
+        load_model(subject.found, work.device, work.dtype),
         prompts,
-        answers,
-        tokenizer,
+        [row["completion"] for row in work.examples.rows],
+        subject.tokenizer,
         max_new_tokens=work.options.max_new_tokens,
         batch=work.options.batch_size,
     )
@@ -207,22 +152,21 @@ def _exact_match(model: Any, tokenizer: Any, work: Work) -> Values:
     }
 
 
-def _window(model: Any, options: Eval) -> int:
-    if options.window is not None:
-        return options.window
+def _window(model: Any, subject: Subject, options: Eval) -> int:
+    """As asked for, or the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(MOST_WINDOW, context or MOST_WINDOW)
+    if options.window is None:
+        return min(MOST_WINDOW, context or MOST_WINDOW)
+    if context is not None and options.window > context:
+        raise ValueError(f"--window {options.window} is above {context}, the positions of {subject.found.name}")
+    return options.window
 
 
 def _how(work: Work) -> dict[str, object]:
     """How it was measured, for whoever reads the numbers."""
     options = work.options
-    how: dict[str, object] = {"task": work.task, "data": options.data}
-    if work.task == "perplexity":
-        how |= {"window": options.window or f"context, at most {MOST_WINDOW}"}
-        if work.is_one_text:
-            how |= {"stride": options.stride or "half a window"}
+    how: dict[str, object] = {"task": work.task, "data": options.data, "examples": len(work.examples.rows)}
     if work.task == "exact-match":
         how |= {"max new tokens": options.max_new_tokens}
-    how |= {"dtype": str(work.dtype).removeprefix("torch."), "reference": options.reference}
-    return how
+    dtype = str(work.dtype).removeprefix("torch.")
+    return how | {"dtype": dtype, "device": str(work.device), "reference": options.reference}

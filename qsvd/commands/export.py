@@ -7,7 +7,9 @@ from shlex import quote
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
+from qsvd.adapters.head import classifier
 from qsvd.checkpoint.export_folder import DiskTooSmall
 from qsvd.checkpoint.export_lora import LoraExport, Target, write_lora
 from qsvd.checkpoint.export_merged import MergedForm, write_merged
@@ -53,13 +55,13 @@ def _peft(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:
     if _is_checked(options, opened):
         residual = plain(opened, lambda name: opened.split.residual(name).decode())
         lines.append(check(opened, with_adapter(residual, out), opened.load(), dtype).line("the trained model"))
-    if done.use_dora:
+    if done.use_dora and opened.task == "CAUSAL_LM":
         return [*lines, "vLLM and llama.cpp load no DoRA: export --to merged for them"]
-    rank = vllm_rank(done.rank)
-    command = f"--enable-lora --max-lora-rank {rank} --lora-modules trained={quote(str(options.out))}"
+    if opened.task != "CAUSAL_LM":
+        return lines
     return [
         *lines,
-        f"vLLM: vllm serve {quote(base)} --quantization bitsandbytes {command}",
+        f"vLLM: vllm serve {quote(base)} --quantization bitsandbytes {_vllm_flags(done.rank, options)}",
         "llama.cpp reads no bitsandbytes base: export --to merged for it",
     ]
 
@@ -81,11 +83,11 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:
         exact = plain(opened, lambda weight: original.read(weight).float())
         found = check(opened, with_adapter(exact, options.out.expanduser()), expected, dtype)
         lines.append(found.line("the original with the trained change"))
-    rank = vllm_rank(done.rank)
-    command = f"--enable-lora --max-lora-rank {rank} --lora-modules trained={quote(str(options.out))}"
+    if opened.task != "CAUSAL_LM":
+        return lines
     return [
         *lines,
-        f"vLLM: vllm serve {quote(name)} {command}",
+        f"vLLM: vllm serve {quote(name)} {_vllm_flags(done.rank, options)}",
         f"llama.cpp: python convert_lora_to_gguf.py --base {quote(name)} {quote(str(options.out))}",
     ]
 
@@ -103,6 +105,10 @@ def _merged(options: Export, opened: Opened, form: MergedForm) -> list[str]:
     return lines
 
 
+def _vllm_flags(rank: int, options: Export) -> str:
+    return f"--enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules trained={quote(str(options.out))}"
+
+
 def _error(done: LoraExport) -> str:
     how = "measured" if done.is_measured else "as qsvd quantize recorded it"
     return f"the original with this LoRA is not the trained model: relative error {done.relative_error:.4f}, {how}"
@@ -118,12 +124,14 @@ def _config_changes(opened: Opened) -> dict[str, Any]:
     labels = opened.record.labels
     if not labels:
         return {}
-    architecture = opened.load().transformers_class.__name__
+    config: Any = AutoConfig.from_pretrained(opened.split.folder, local_files_only=True)
+    architecture = classifier(config, labels).__name__
     return {
         "architectures": [architecture],
-        "id2label": {str(number): label for number, label in enumerate(labels)},
-        "label2id": {label: number for number, label in enumerate(labels)},
-        "problem_type": "single_label_classification",
+        "id2label": {str(number): label for number, label in config.id2label.items()},
+        "label2id": config.label2id,
+        "problem_type": config.problem_type,
+        "pad_token_id": config.pad_token_id,  # by which decoders find the end of a text
     }
 
 

@@ -49,10 +49,12 @@ def open_trained(run: Path, base: Path | None) -> Opened:
     Raises:
         ValueError: the folder is neither, or the base is not there or another one.
     """
+    if not run.expanduser().exists():  # a hub id would be downloaded, and then refused
+        raise ValueError(f"no folder {run} here; give a run of qsvd train, or a result of qsvd quantize")
     found = find_model(str(run), base)
     if found.kind == "16-bit":
         raise ValueError(f"{run} is a 16-bit checkpoint; give a run of qsvd train, or a result of qsvd quantize")
-    split = open_split(Path(found.home))
+    split = open_split(found.home)
     if found.kind == "split":
         return Opened(split, None, new_record(split, AdapterOptions()), TrainedModel(split, _stored(split)))
     adapter = open_adapter(run.expanduser())

@@ -21,6 +21,7 @@ class Measured:
 FORMS = {
     "perplexity": ("perplexity", "{:.4f}"),
     "nats": ("nats / token", "{:.5f}"),
+    "label_nats": ("nats / label", "{:.5f}"),
     "kl_mean": ("mean KL", "{:.6f}"),
     "kl_mean_error": ("±", "{:.6f}"),
     "kl_median": ("median KL", "{:.6f}"),
@@ -34,6 +35,9 @@ FORMS = {
     "total": ("of", "{:,.0f}"),
     "unfinished": ("cut", "{:,.0f}"),
     "tokens": ("tokens", "{:,.0f}"),
+    "window": ("window", "{:,.0f}"),
+    "stride": ("stride", "{:,.0f}"),
+    "shortened": ("shortened", "{:,.0f}"),
 }
 
 

@@ -200,3 +200,17 @@ def test_gradients_of_core_and_magnitude_are_autograds_with_the_norm_held_fixed(
 def test_the_adapter_takes_no_memory_of_the_size_of_the_weight():
     adapter = started(principal_of((64, 128), 4))
     assert max(t.numel() for t in (*adapter.parameters(), *adapter.buffers())) <= 4 * 128
+
+
+def test_the_directions_do_not_depend_on_the_signs_that_a_decomposition_finds(monkeypatch):
+    """A core that was saved on one machine must mean the same on another, whose LAPACK may flip vectors."""
+    principal, svd = separated(), torch.linalg.svd
+    here = started(principal).get_buffer("directions")
+
+    def flipped(matrix):
+        found = svd(matrix)
+        signs = torch.tensor([(-1.0) ** column for column in range(len(matrix))], dtype=matrix.dtype)
+        return type(found)((found.U * signs, found.S, found.Vh * signs[:, None]))
+
+    monkeypatch.setattr(torch.linalg, "svd", flipped)
+    assert torch.equal(here, started(principal).get_buffer("directions"))

@@ -2,7 +2,9 @@
 
 import pytest
 
+import qsvd
 from tests.checkpoints import write_checkpoint
+from tests.commands.folders import shared_model
 
 
 @pytest.fixture(scope="module")
@@ -11,3 +13,19 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_checkpoint(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """The result of `qsvd quantize` of a shared model, by its name; made when it is first asked for."""
+    made = {}
+
+    def base(name):
+        if name not in made:
+            out = tmp_path_factory.mktemp("base") / name
+            made[name] = qsvd.quantize(
+                qsvd.Quantize(str(shared_model(name)), out=out, rank=8, iterations=1, device="cpu")
+            )
+        return made[name]
+
+    return base

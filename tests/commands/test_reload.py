@@ -1,0 +1,157 @@
+"""A trained model is the same model wherever it is loaded: in qsvd, in PEFT, in plain transformers.
+
+What it is comes from the files by NumPy in float64, put into transformers' own class.
+"""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import qsvd
+from qsvd.cli import run as qsvd_command
+from tests.checkpoint.export_cases import HALF_ULP, ROUNDINGS, base_in_float32, files_of, outputs
+from tests.commands.folders import shared_model
+from tests.commands.trained_runs import LABELS, METHODS, factors_of, head_of, trained_weights, write_run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT asks for an old name
+]
+MODELS = {"stories260K": (), "minilm-l6": LABELS}
+SMALLEST = 2.0**-25  # half the least float16
+COPIES = 4  # roundings to float32 of one element besides those of the product's sum: residual, gain, magnitude, norm
+
+
+@pytest.fixture(scope="module", params=[(name, method) for name in MODELS for method in METHODS], ids="-".join)
+def case(request, tmp_path_factory, bases):
+    """A base, a run and what the two stand for."""
+    name, method = request.param
+    labels = MODELS[name]
+    base, folder = bases(name), tmp_path_factory.mktemp("run")
+    model = write_run(base, folder / "run", method, labels=labels)
+    weights = trained_weights(base, folder / "run", model)
+    auto = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
+    options = {"num_labels": len(labels)} if labels else {}
+    found = SimpleNamespace(
+        base=base, folder=folder, run=folder / "run", source=shared_model(name), method=method, model=model,
+        labels=labels, weights=weights, auto=auto, options=options, head=head_of(folder / "run"),
+    )  # fmt: skip
+    found.exact = outputs(plain(found, weights, torch.float64))
+    found.rounding = distance(outputs(plain(found, weights, torch.float32)), found.exact)
+    found.original = outputs(plain(found, {}, torch.float64))
+    return found
+
+
+def plain(case, weights, dtype):
+    """transformers' own model of the source, with these weights and the trained head."""
+    model = case.auto.from_pretrained(case.source, dtype=dtype, **case.options)
+    for path, weight in weights.items():
+        model.get_submodule(path).weight.data = torch.from_numpy(weight).to(dtype)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in case.head.items()}, strict=False)
+    return model
+
+
+def distance(left, right):
+    return (left - right).abs().max().item()
+
+
+def export(case, form, *flags):
+    """The folder of an export by the command, made once."""
+    out = case.folder / form
+    if not out.exists():
+        arguments = ["export", case.run, "--to", form, "--out", out, *flags]
+        assert qsvd_command([str(argument) for argument in arguments]) == 0
+    return out
+
+
+def test_in_qsvd_it_is_what_was_in_memory_and_what_the_files_say(case):
+    again = qsvd.load(case.base, adapter=case.run)
+    assert torch.equal(outputs(again), outputs(case.model))
+    assert distance(outputs(again), case.exact) <= ROUNDINGS * case.rounding
+    assert distance(case.original, case.exact) > 100 * ROUNDINGS * case.rounding, "training would not be missed"
+
+
+def test_in_peft_on_the_residual_it_is_the_same_model(case):
+    out = export(case, "peft")
+    base = base_in_float32(case.base, case.auto, **case.options)
+    model = peft.PeftModel.from_pretrained(base, out)
+    assert model.peft_config["default"].use_dora == (case.method == "edora")
+    assert distance(outputs(model), case.exact) <= ROUNDINGS * case.rounding
+
+
+def test_on_the_original_a_lora_adds_what_training_changed(case, capsys):
+    if case.method == "edora":
+        arguments = ["export", case.run, "--to", "lora", "--out", case.folder / "none"]
+        assert qsvd_command([str(argument) for argument in arguments]) == 2
+        assert "rows are scaled (DoRA, EDoRA), which no LoRA on the original weights can do" in capsys.readouterr().err
+        assert not (case.folder / "none").exists()
+        return
+    out = export(case, "lora")
+    said = capsys.readouterr().out
+    start, stored, errors, norms = plain(case, {}, torch.float64), factors_of(case.base), [], []
+    moved = {}
+    for path, weight in case.weights.items():
+        linear = case.model.get_submodule(path)
+        original = start.get_submodule(path).weight.detach().numpy()
+        up, down = stored[linear.name.removesuffix(".weight")]
+        split_error = original - linear.residual.decode().double().numpy() - up @ down
+        moved[path] = weight + split_error
+        errors.append(np.linalg.norm(split_error))
+        norms.append(np.linalg.norm(original))
+    expected = outputs(plain(case, moved, torch.float64))
+    rounding = distance(outputs(plain(case, moved, torch.float32)), expected)
+    model = peft.PeftModel.from_pretrained(plain(case, {}, torch.float32), out)
+    assert distance(outputs(model), expected) <= ROUNDINGS * rounding
+    stated = float(re.search(r"relative error (\d\.\d{4}), measured", said)[1])
+    assert stated == pytest.approx(np.linalg.norm(errors) / np.linalg.norm(norms), abs=0.5e-4)
+
+
+def test_merged_weights_are_rounded_once(case):
+    found = files_of(export(case, "merged"))
+    dtype = torch.float16 if case.labels else torch.float32  # of the source
+    for path, weight in case.weights.items():
+        linear = case.model.get_submodule(path)
+        merged = next(found[name] for name in (f"{path}.weight", linear.name) if name in found)
+        assert merged.dtype == dtype
+        rank = linear.adapter.factors()[0].shape[1]
+        sizes = np.abs(linear.residual.decode().double().numpy()) + products(linear)
+        roundoff = (2 * rank + COPIES) * HALF_ULP[torch.float32] * sizes
+        if linear.adapter.gain() is not None:  # and of the norm, whose squares are sums of I terms
+            roundoff += weight.shape[1] * HALF_ULP[torch.float32] * np.abs(weight)
+        bound = HALF_ULP[dtype] * np.abs(weight) + SMALLEST * (dtype == torch.float16) + roundoff
+        assert (np.abs(merged.double().numpy() - weight) <= bound).all(), path
+
+
+def products(linear):
+    """|B| |A|, with a gain of about 1 left out."""
+    up, down = (factor.detach().double().abs().numpy() for factor in linear.adapter.factors())
+    return up @ down
+
+
+def test_merged_it_is_the_same_model_in_plain_transformers(case):
+    out = export(case, "merged")
+    merged = case.auto.from_pretrained(out, dtype=torch.float64)
+    half = torch.float16 if case.labels else torch.float32
+    rounded = plain(case, {}, torch.float64)
+    head = {name: tensor.to(half).double() for name, tensor in case.head.items()}
+    for path, weight in case.weights.items():
+        rounded.get_submodule(path).weight.data = torch.from_numpy(weight).to(half).double()
+    rounded.load_state_dict(head, strict=False)
+    step = distance(outputs(rounded), case.exact)  # what rounding to the stored dtype alone costs
+    assert distance(outputs(merged), case.exact) <= 2 * step + ROUNDINGS * case.rounding
+    if case.labels:
+        assert merged.config.id2label == dict(enumerate(case.labels))
+        assert merged.config.architectures == ["BertForSequenceClassification"]
+
+
+def test_it_generates_in_qsvd_as_in_plain_transformers(case):
+    prompt = torch.tensor([[1, 403, 407, 261]])
+    if not case.labels:
+        settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        exact = plain(case, case.weights, torch.float64).generate(prompt, **settings)
+        assert torch.equal(qsvd.load(case.base, adapter=case.run).generate(prompt, **settings), exact)

@@ -1,0 +1,69 @@
+"""Runs as `qsvd train` leaves them, made in a second, and the weights that they stand for, by NumPy in float64."""
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors.torch
+import torch
+
+import qsvd
+from qsvd.adapters.model import split_linears, trained
+from tests.checkpoint.export_cases import files_of, residual
+
+METHODS = {"pissa": {}, "lora": {"rank": 4, "alpha": 8.0}, "edora": {}}
+SCALE = 2.0  # alpha / rank of the LoRA
+LABELS = ("neg", "pos")
+MOVE = 0.05  # of a parameter's own size, as training moves it; of START where it starts at zero
+START = 0.3
+
+
+def write_run(base, folder, method="pissa", *, labels=(), seed=0):
+    """A run on this base whose trained parameters have moved; the model in memory."""
+    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **METHODS[method]), labels=labels)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            size = parameter.square().mean().sqrt().item() or START
+            parameter += MOVE * size * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return model
+
+
+def factors_of(base) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    """Stored B0 and A0, float64, by module path in the base."""
+    manifest = json.loads((base / "qsvd.json").read_text())
+    stored = files_of(base / "adapter")
+    keys = {weight["module"]: f"base_model.model.{weight['module']}.lora_" for weight in manifest["weights"].values()}
+    return {m: tuple(stored[f"{key}{letter}.weight"].double().numpy() for letter in "BA") for m, key in keys.items()}
+
+
+def trained_weights(base, run, model):
+    """W' of every split weight, float64, by module path in the trained model.
+
+    EDoRA's directions are known up to their signs only: they are the model's, which tests/adapters judges.
+    """
+    saved = {
+        name: t.double().numpy() for name, t in safetensors.torch.load_file(run / "qsvd_adapter.safetensors").items()
+    }
+    stored = factors_of(base)
+    weights = {}
+    for path, linear in split_linears(model):
+        module = linear.name.removesuffix(".weight")
+        start, (up, down) = residual(base, linear.name), stored[module]
+        if f"{path}.core" in saved:
+            left, inner = (linear.adapter.get_buffer(part).double().numpy() for part in ("directions", "inner"))
+            moved = start + (up + left @ saved[f"{path}.core"] @ inner) @ down
+            weights[path] = saved[f"{path}.magnitude"][:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
+        elif model.split_record.method == "lora":
+            weights[path] = start + up @ down + SCALE * saved[f"{path}.up"] @ saved[f"{path}.down"]
+        else:
+            weights[path] = start + saved[f"{path}.up"] @ saved[f"{path}.down"]
+    return weights
+
+
+def head_of(run):
+    """Tensors that were trained in full."""
+    record = json.loads((run / "qsvd_adapter.json").read_text())
+    saved = safetensors.torch.load_file(run / "qsvd_adapter.safetensors")
+    return {name: saved[name] for name in record["full"]}
