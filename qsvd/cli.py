@@ -6,10 +6,12 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -126,6 +128,8 @@ def _yaml_mapping(file: Path) -> Mapping[Any, Any]:
 
 def _as(kind: Any, value: Any) -> Any:
     """A YAML value as an option's type; TypeError says what is allowed."""
+    if get_origin(kind) is UnionType:  # X | None
+        return None if value is None else _as(get_args(kind)[0], value)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise TypeError(f"is {value!r}, not one of {', '.join(map(str, get_args(kind)))}")
@@ -133,10 +137,20 @@ def _as(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_as(get_args(kind)[0], item) for item in items)
+    if kind is float:
+        return _as_float(value)
     wanted = str if kind is Path else kind
     if type(value) is not wanted:
         raise TypeError(f"is {value!r}, not of type {wanted.__name__}")
     return kind(value)
+
+
+def _as_float(value: Any) -> float:
+    """A number; YAML 1.1 takes 2 for an integer and 2e-5, without a dot, for a text."""
+    if type(value) in (int, float, str):
+        with suppress(ValueError):
+            return float(value)
+    raise TypeError(f"is {value!r}, not of type float")
 
 
 def _name_of(options: object) -> str:

@@ -126,7 +126,9 @@ class Eval:
     stride: Annotated[int | None, arg(help="Tokens from window to window of one text; None: half a window.")] = None
     limit: Annotated[int | None, arg(help="Examples to use, from the first; None: all.")] = None
     batch_size: Annotated[int, arg(help="Sequences that go through a model together.")] = 8
-    max_new_tokens: Annotated[int, arg(help="Tokens after which an answer is cut.")] = 512
+    max_new_tokens: Annotated[
+        int | None, arg(help="Tokens after which an answer is cut; None: 512, or what the context leaves.")
+    ] = None
     map: Annotated[
         tuple[str, ...], arg(metavar="COLUMN=NAME ...", help="Columns of the file under the names qsvd knows.")
     ] = ()

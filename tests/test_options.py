@@ -3,13 +3,16 @@
 import ast
 import contextlib
 import io
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
 import qsvd.commands
+import qsvd.train.settings
 from qsvd.cli import COMMANDS, parse
+from qsvd.train.settings import Settings
 
 COMMANDS_FOLDER = Path(qsvd.commands.__file__).parent
 REQUIRED = "required"
@@ -33,10 +36,90 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "seed": 0,
         "dry_run": False,
     },
+    "train": {
+        "base": REQUIRED,
+        "data": REQUIRED,
+        "out": REQUIRED,
+        "method": "auto",
+        "rank": None,
+        "alpha": None,
+        "learning_rate": None,
+        "schedule": "cosine",
+        "warmup": 0.03,
+        "epochs": 1.0,
+        "steps": None,
+        "batch_size": 4,
+        "accumulate": 4,
+        "max_length": 1024,
+        "packing": False,
+        "loss_on": "answers",
+        "map": (),
+        "split": "train",
+        "valid": None,
+        "held_out": 0.02,
+        "optimizer": "auto",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": True,
+        "activation_offload": False,
+        "dtype": "auto",
+        "adapter_dtype": "auto",
+        "save_every": 100,
+        "keep": 2,
+        "resume": False,
+        "report_to": (),
+        "any_start": False,
+        "preview": False,
+        "dry_run": False,
+        "device": "auto",
+        "seed": 0,
+    },
+    "eval": {
+        "models": REQUIRED,
+        "data": REQUIRED,
+        "task": "auto",
+        "reference": None,
+        "window": None,
+        "stride": None,
+        "limit": None,
+        "batch_size": 8,
+        "max_new_tokens": 512,
+        "map": (),
+        "split": "train",
+        "base": None,
+        "dtype": "auto",
+        "device": "auto",
+        "json": False,
+    },
+    "export": {
+        "run": REQUIRED,
+        "out": REQUIRED,
+        "to": REQUIRED,
+        "base": None,
+        "original": None,
+        "dtype": "auto",
+        "shard_size": "5GB",
+        "check": True,
+    },
     "report": {"folder": REQUIRED, "json": False, "worst": 10},
-    "demo": {"out": Path("build/demo"), "ranks": (0, 16, 32, 64), "tokens": 20_000},
+    "demo": {"out": Path("build/demo"), "ranks": (0, 16, 32, 64), "tokens": 20_000, "epochs": 2.0},
 }
-READERS = {"quantize": ("prepare", "quantize", "finish", "dry_run"), "report": ("report",), "demo": ("demo",)}
+READERS = {
+    "quantize": ("prepare", "quantize", "finish", "dry_run"),
+    "train": ("prepare_run", "check_train", "train"),
+    "eval": ("eval", "prepare_eval", "open_model"),
+    "export": ("export", "trained_model", "check_export"),
+    "report": ("report",),
+    "demo": ("demo",),
+}
+POSITIONAL = {
+    "quantize": ("model",),
+    "train": ("base", "data"),
+    "eval": ("models",),
+    "export": ("run",),
+    "report": ("folder",),
+    "demo": (),
+}
 FLAGS = [(command, name) for command, flags in AGREED.items() for name in flags]
 
 
@@ -48,22 +131,37 @@ def test_the_flags_and_their_defaults_are_the_agreed_ones():
     assert found == AGREED
 
 
-def read_in(modules):
-    """NAME of every `options.NAME`, `self.options.NAME` and `job.options.NAME` in these modules."""
+def read_in(path, owners):
+    """NAME of every `OWNER.NAME` and `anything.OWNER.NAME` in a module, for these owners."""
     names = set()
-    for module in modules:
-        for node in ast.walk(ast.parse((COMMANDS_FOLDER / f"{module}.py").read_text())):
-            if isinstance(node, ast.Attribute):
-                owner = node.value
-                is_options = isinstance(owner, ast.Name) and owner.id == "options"
-                if is_options or (isinstance(owner, ast.Attribute) and owner.attr == "options"):
-                    names.add(node.attr)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            owner = node.value
+            is_bare = isinstance(owner, ast.Name) and owner.id in owners
+            if is_bare or (isinstance(owner, ast.Attribute) and owner.attr in owners):
+                names.add(node.attr)
     return names
+
+
+def copied_to_settings():
+    """Options of `qsvd train` that prepare_run copies by name into Settings, and that become arguments there."""
+    names = {field.name for field in fields(Settings)}
+    return names & read_in(Path(qsvd.train.settings.__file__), ("settings",))
 
 
 @pytest.mark.parametrize(("command", "name"), FLAGS)
 def test_each_flag_is_read_by_its_command(command, name):
-    assert name in read_in(READERS[command]), "asdict only records a flag; something must act on it"
+    read = set().union(*(read_in(COMMANDS_FOLDER / f"{module}.py", ("options",)) for module in READERS[command]))
+    if command == "train":
+        read |= copied_to_settings()
+    assert name in read, "asdict only records a flag; something must act on it"
+
+
+def test_settings_are_options_and_each_becomes_an_argument_of_a_trainer_or_is_kept_beside_it():
+    names = {field.name for field in fields(Settings)}
+    assert names <= AGREED["train"].keys()
+    assert names - copied_to_settings() == {"keep"}
+    assert "keep" in read_in(COMMANDS_FOLDER / "train.py", ("options",))
 
 
 @pytest.mark.parametrize("command", AGREED)
@@ -74,8 +172,7 @@ def test_each_flag_is_in_the_help_with_a_sentence(command):
     assert ended.value.code == 0
     text = shown.getvalue()
     for name, default in AGREED[command].items():
-        positional = (command, name) in {("quantize", "model"), ("report", "folder")}
-        assert (name if positional else f"--{name.replace('_', '-')}").lower() in text.lower() or positional
+        assert name in POSITIONAL[command] or re.search(rf"--(no-)?{name.replace('_', '-')}\b", text)
         if isinstance(default, int | str) and default not in (REQUIRED, True, False):
             assert f"(default: {default})" in " ".join(text.replace("│", " ").split())
 

@@ -1,6 +1,7 @@
 """`qsvd eval`: perplexity, accuracy or exact match of several models on one data set."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from qsvd.train.columns import Examples
 from qsvd.train.tokens import question_prompts, tokenize
 
 MOST_WINDOW = 2048  # tokens, unless more are asked for
+MOST_NEW_TOKENS = 512  # likewise
 Values = dict[str, float]
 
 
@@ -110,7 +112,8 @@ def _accuracy(subject: Subject, work: Work) -> Values:
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = subject.tokenizer.pad_token_id
-    measured = accuracy(model, pairs, pad_token=config.pad_token_id, batch=work.options.batch_size)
+    batch, segments = work.options.batch_size, data.token_types
+    measured = accuracy(model, pairs, pad_token=config.pad_token_id, batch=batch, segments=segments)
     low, high = measured.interval
     return {
         "window": window,
@@ -133,12 +136,15 @@ def _class_names(model: Any, examples: Examples) -> tuple[str, ...]:
 
 def _exact_match(subject: Subject, work: Work) -> Values:
     prompts = question_prompts([row["prompt"] for row in work.examples.rows], subject.tokenizer)
+    model = load_model(subject.found, work.device, work.dtype)
+    room = _context(model) - max(map(len, prompts))
+    new_tokens = work.options.max_new_tokens or max(1, min(MOST_NEW_TOKENS, room))
     measured = exact_match(
-        load_model(subject.found, work.device, work.dtype),
+        model,
         prompts,
         [row["completion"] for row in work.examples.rows],
         subject.tokenizer,
-        max_new_tokens=work.options.max_new_tokens,
+        max_new_tokens=new_tokens,
         batch=work.options.batch_size,
     )
     low, high = measured.interval
@@ -149,24 +155,28 @@ def _exact_match(subject: Subject, work: Work) -> Values:
         "correct": measured.correct,
         "total": measured.total,
         "unfinished": measured.unfinished,
+        "max_new_tokens": new_tokens,
     }
 
 
 def _window(model: Any, subject: Subject, options: Eval) -> int:
     """As asked for, or the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = _context(model)
     if options.window is None:
-        return min(MOST_WINDOW, context or MOST_WINDOW)
-    if context is not None and options.window > context:
+        return min(MOST_WINDOW, context)
+    if options.window > context:
         raise ValueError(f"--window {options.window} is above {context}, the positions of {subject.found.name}")
     return options.window
+
+
+def _context(model: Any) -> int:
+    """Tokens that the model can read; a recurrent one has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def _how(work: Work) -> dict[str, object]:
     """How it was measured, for whoever reads the numbers."""
     options = work.options
     how: dict[str, object] = {"task": work.task, "data": options.data, "examples": len(work.examples.rows)}
-    if work.task == "exact-match":
-        how |= {"max new tokens": options.max_new_tokens}
     dtype = str(work.dtype).removeprefix("torch.")
     return how | {"dtype": dtype, "device": str(work.device), "reference": options.reference}

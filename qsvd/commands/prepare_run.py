@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from qsvd.adapters.methods import METHODS
 from qsvd.adapters.start import new_record
 from qsvd.checkpoint.adapter_folder import AdapterRecord
 from qsvd.checkpoint.read_split import SplitFolder, open_split
+from qsvd.commands.check_train import check_kind, check_lengths, check_options, check_start_of
 from qsvd.commands.device import device_of
 from qsvd.options import Train
 from qsvd.train.columns import Examples, recognise
@@ -60,14 +60,16 @@ def prepare_run(options: Train) -> RunJob:
     Raises:
         ValueError: an option, the base or the data is not usable.
     """
-    _check_numbers(options)
     device = device_of(options.device)
+    check_options(options, device)
     split = open_split(options.base.expanduser())
     method = None if options.method == "auto" else options.method
     adapter_options = AdapterOptions(method, options.rank, options.alpha, options.adapter_dtype, options.seed)
     record = new_record(split, adapter_options)
+    check_start_of(record, split)
     tokenizer = open_tokenizer(split.folder)
     data, held_out = _data(options, tokenizer, split)
+    check_lengths(split, [data] if held_out is None else [data, held_out])
     if data.label_names:
         record = new_record(split, adapter_options, data.label_names)
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
@@ -124,6 +126,7 @@ def _data(options: Train, tokenizer: Any, split: SplitFolder) -> tuple[Tokenized
     mapping = mapping_of(options.map)
     train, valid = _rows(options)
     examples = recognise(train, mapping)
+    check_kind(options, examples)
     others = recognise(valid, mapping) if valid is not None else None
     if others is not None and others.kind != examples.kind:
         raise ValueError(
@@ -188,32 +191,6 @@ def _settings(options: Train, method: str, device: torch.device) -> Settings:
     return Settings(**chosen)
 
 
-def _check_numbers(options: Train) -> None:
-    """Every number that is out of its range, in one sentence."""
-    least: Mapping[str, float] = {
-        "batch_size": 1,
-        "accumulate": 1,
-        "max_length": 2,
-        "save_every": 1,
-        "keep": 1,
-        "weight_decay": 0,
-        "max_grad_norm": 0,
-    }
-    wrong = [
-        f"--{name.replace('_', '-')} {getattr(options, name)} is below {low}"
-        for name, low in least.items()
-        if not getattr(options, name) >= low
-    ]
-    above_zero = {"epochs": options.epochs, "steps": options.steps, "learning-rate": options.learning_rate}
-    wrong += [
-        f"--{name} {value} is not above 0" for name, value in above_zero.items() if value is not None and not value > 0
-    ]
-    shares = {"warmup": options.warmup, "held-out": options.held_out}
-    wrong += [f"--{name} {value} is no share from 0 to below 1" for name, value in shares.items() if not 0 <= value < 1]
-    if wrong:
-        raise ValueError("; ".join(wrong))
-
-
 def _digest(data: Tokenized) -> str:
-    """SHA-256, in hex, over tokens and labels."""
-    return hashlib.sha256(json.dumps([data.input_ids, data.labels]).encode()).hexdigest()
+    """SHA-256, in hex, over tokens, labels and the names of the labels."""
+    return hashlib.sha256(json.dumps([data.input_ids, data.labels, data.label_names]).encode()).hexdigest()

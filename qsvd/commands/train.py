@@ -1,5 +1,6 @@
 """`qsvd train`: adapters beside the residual, from a base and a data set to a run that can be loaded and exported."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -143,8 +144,8 @@ def _total_steps(job: RunJob) -> int:
     """Optimizer steps of the whole run; with packing an upper bound, since only the trainer packs."""
     if job.settings.steps:
         return job.settings.steps
-    batches = -(-len(job.data.input_ids) // job.settings.batch_size)
-    return max(1, round(-(-batches // job.settings.accumulate) * job.settings.epochs))
+    batches = math.ceil(len(job.data.input_ids) / job.settings.batch_size)
+    return math.ceil(math.ceil(batches / job.settings.accumulate) * job.settings.epochs)
 
 
 def _held_out(job: RunJob, model: Any, when: str) -> dict[str, float | None]:

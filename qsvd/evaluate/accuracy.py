@@ -34,15 +34,23 @@ class Accuracy:
         return wilson_interval(self.correct, self.total)
 
 
-def accuracy(model: Model, examples: Sequence[tuple[list[int], int]], *, pad_token: int, batch: int = 32) -> Accuracy:
+def accuracy(
+    model: Model,
+    examples: Sequence[tuple[list[int], int]],
+    *,
+    pad_token: int,
+    batch: int = 32,
+    segments: Sequence[list[int]] | None = None,
+) -> Accuracy:
     """Accuracy and cross entropy of a sequence classifier; the batch size changes only the rounding.
 
     Args:
         model: A transformers ForSequenceClassification model, encoder or decoder, in evaluation mode.
-        examples: Token ids, special tokens included, and the label of each. Segment ids are the model's default.
+        examples: Token ids, special tokens included, and the label of each.
         pad_token: Token id for the places after a shorter sequence, masked from attention. It must be the one in the
             model's config: decoders read the class at the last token that is not it.
         batch: Sequences that go through the model together, alike in length.
+        segments: token_type_ids of each example, as many as it has tokens; None is the model's default.
 
     Raises:
         ValueError: batch is below 1, the model is in training mode, has fewer than two classes, another pad token or
@@ -61,7 +69,8 @@ def accuracy(model: Model, examples: Sequence[tuple[list[int], int]], *, pad_tok
         )
     correct, nats = 0, 0.0
     for indices in by_length(sequences, batch):
-        logits_NC = _logits(model, [sequences[i] for i in indices], pad_token)
+        types = None if segments is None else [segments[i] for i in indices]
+        logits_NC = _logits(model, [sequences[i] for i in indices], pad_token, types)
         labels_N = torch.tensor([examples[i][1] for i in indices])
         correct += int((logits_NC.argmax(-1) == labels_N).sum())
         nats += functional.cross_entropy(logits_NC, labels_N, reduction="none").double().sum().item()
@@ -69,10 +78,13 @@ def accuracy(model: Model, examples: Sequence[tuple[list[int], int]], *, pad_tok
 
 
 @torch.inference_mode()
-def _logits(model: Model, group: list[list[int]], pad_token: int) -> Tensor:
+def _logits(model: Model, group: list[list[int]], pad_token: int, types: list[list[int]] | None) -> Tensor:
     """Float32 [N, C] on the CPU."""
     tokens_NT, mask_NT = padded(model, group, pad_token)
-    logits_NC = model(input_ids=tokens_NT, attention_mask=mask_NT).logits
+    inputs = {"input_ids": tokens_NT, "attention_mask": mask_NT}
+    if types is not None:
+        inputs["token_type_ids"] = padded(model, types, 0)[0]
+    logits_NC = model(**inputs).logits
     if logits_NC.shape != (len(group), model.config.num_labels):
         raise ValueError(
             f"logits of {len(group)} texts have shape {tuple(logits_NC.shape)}, not one row of "

@@ -34,6 +34,7 @@ FORMS = {
     "correct": ("correct", "{:,.0f}"),
     "total": ("of", "{:,.0f}"),
     "unfinished": ("cut", "{:,.0f}"),
+    "max_new_tokens": ("at tokens", "{:,.0f}"),
     "tokens": ("tokens", "{:,.0f}"),
     "window": ("window", "{:,.0f}"),
     "stride": ("stride", "{:,.0f}"),

@@ -37,6 +37,7 @@ class RunSummary:
 def training_tables(summary: RunSummary) -> Group:
     """The summary as tables."""
     table = Table("training run", "", title_justify="left")
+    table.columns[1].overflow = "fold"
     for name, value in rows(summary):
         table.add_row(name, value)
     memory = Table("memory", "MB", title_justify="left")

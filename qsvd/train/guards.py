@@ -37,16 +37,17 @@ def check_start(loss: float, base_loss: float, choices: int, *, is_classifier: b
         )
 
 
-def no_number(loss: float, step: int, saved: int | None) -> TrainingStopped:
-    """What to say of a loss that is a NaN or an infinity.
+def no_number(what: str, value: float, step: int, saved: int | None) -> TrainingStopped:
+    """What to say of a NaN or an infinity.
 
     Args:
+        what: "loss" or "gradient norm".
         step: The step that it belongs to, from 1.
         saved: Step of the newest checkpoint, if there is one.
     """
     kept = "nothing was saved yet" if saved is None else f"checkpoint-{saved} is the last good one"
     return TrainingStopped(
-        f"the loss of step {step} is {loss}; {kept}. Lower --learning-rate, raise --warmup, or look at the data "
+        f"the {what} of step {step} is {value}; {kept}. Lower --learning-rate, raise --warmup, or look at the data "
         "near this step"
     )
 

@@ -57,17 +57,19 @@ class SplitTraining(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch forward and back, watched."""
-        step = self.state.global_step
-        if step == 0 and self.watched.split is not None:
+        if self.state.global_step == 0 and self.watched.split is not None:
             self._check_start(self._prepare_inputs(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            saved = checkpoints(self.run)
-            raise no_number(value, step + 1, step_of(saved[-1]) if saved else None)
+        self._check_number("loss", loss.item())
         if self.accelerator.sync_gradients:
-            self.watched.hooks.after_backward(step + 1)
+            self.watched.hooks.after_backward(self.state.global_step + 1)
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Looked at before the optimizer step, which would spoil every parameter."""
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_number("gradient norm", float(norm))
+        return norm
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter alone."""
@@ -87,6 +89,18 @@ class SplitTraining(Trainer):
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """None: the run has a README of its own."""
+
+    def _run_epoch(self, *epoch: Any, **named: Any) -> None:
+        """Nothing after the last step: resumed there, transformers would make one more before it looks."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*epoch, **named)
+
+    def _check_number(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            saved = checkpoints(self.run)
+            raise no_number(what, value, self.state.global_step + 1, step_of(saved[-1]) if saved else None)
 
     def _check_start(self, inputs: dict[str, Any]) -> None:
         split, self.watched = self.watched.split, Watched(None, self.watched.keep, self.watched.hooks)

@@ -1,0 +1,519 @@
+"""`qsvd train` from its flags to its folder: what is refused, shown, measured and kept."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import qsvd
+import qsvd.commands.train
+from qsvd.adapters.lora import Lora
+from qsvd.adapters.methods import METHODS
+from qsvd.cli import parse, run
+from qsvd.commands.prepare_run import prepare_run
+from qsvd.commands.run_folder import RunFolder
+from qsvd.commands.train import train
+from tests.runs import (
+    TEXTS,
+    TRAINED,
+    classifier_base,
+    interrupting,
+    labelled_rows,
+    language_base,
+    outcome,
+    steps_of,
+    text_rows,
+    training,
+    words,
+    write_rows,
+)
+
+FILES = {
+    "README.md",
+    "checkpoint-4",
+    "loss.png",
+    "loss.svg",
+    "qsvd_adapter.json",
+    TRAINED,
+    "run.json",
+    "start.json",
+    "steps.jsonl",
+    "summary.json",
+}
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory):
+    """A language model at rank 16."""
+    return language_base(tmp_path_factory.getbasetemp() / "language")
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """The same at rank 0."""
+    return language_base(tmp_path_factory.getbasetemp() / "plain", rank=0)
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory):
+    """A BERT without a head at rank 4."""
+    return classifier_base(tmp_path_factory.getbasetemp() / "bert")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("texts") / "texts.jsonl", text_rows())
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("labelled") / "labelled.jsonl", labelled_rows())
+
+
+@pytest.fixture
+def options(language, texts, tmp_path):
+    return training(language, texts, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def complete(language, texts, tmp_path_factory):
+    """A run that nobody disturbed, with a fifth held out."""
+    out = tmp_path_factory.mktemp("complete") / "run"
+    made = training(language, texts, out, held_out=0.2)
+    train(made)
+    return made
+
+
+def refused(options, sentence):
+    """The command refuses these options with this sentence, code 2, and leaves no folder."""
+    with pytest.raises(ValueError, match=sentence):
+        train(options)
+    assert not options.out.exists()
+
+
+# What is refused before anything is written
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentences"),
+    [
+        (
+            {"rank": 0, "batch_size": 0, "accumulate": -1, "save_every": 0, "keep": 0, "max_length": 1},
+            "--rank 0 is below 1; --batch-size 0 is below 1; --accumulate -1 is below 1; --save-every 0 is below 1; "
+            "--keep 0 is below 1; --max-length 1 is below 2",
+        ),
+        (
+            {"alpha": 0.0, "learning_rate": math.nan, "epochs": math.inf, "steps": 0},
+            "--alpha 0.0 is no number above 0; --learning-rate nan is no number above 0; --epochs inf is no number "
+            "above 0; --steps 0 is no number above 0",
+        ),
+        (
+            {"weight_decay": -0.1, "max_grad_norm": math.nan, "warmup": 1.0, "held_out": -0.1, "seed": 2**32},
+            "--weight-decay -0.1 is no number from 0 up; --max-grad-norm nan is no number from 0 up; --warmup 1.0 is "
+            "no share from 0 to below 1; --held-out -0.1 is no share from 0 to below 1; --seed 4294967296 is outside "
+            "0..4294967295",
+        ),
+        (
+            {"report_to": ("mlflow", "trackio"), "activation_offload": True, "seed": -1},
+            "--seed -1 is outside 0..4294967295; --report-to mlflow is none of tensorboard, wandb, trackio; "
+            "--report-to trackio needs the package trackio, which is not installed (pip install trackio); "
+            "--activation-offload needs a GPU, from which activations go to host memory",
+        ),
+    ],
+)
+def test_everything_that_is_out_of_range_is_named_at_once(options, monkeypatch, changes, sentences):
+    monkeypatch.setattr("qsvd.commands.check_train.find_spec", lambda _: None)
+    refused(replace(options, **changes), f"^{re.escape(sentences)}$")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"map": ("text",)}, r"^--map text is no COLUMN=NAME, such as --map query=question reply=answer$"),
+        ({"map": ("text=", "=b", "a=b")}, r"^--map text= =b is no COLUMN=NAME"),
+        ({"map": ("text=body",)}, r"^--map: body is none of our names"),
+        ({"device": "cuda:99"}, r"^--device 'cuda:99' is not there: torch sees \d+ CUDA devices$"),
+        ({"method": "pissa", "rank": 8}, r"rank 8 is not the stored rank 16, the only one that pissa can train"),
+        ({"alpha": 3.0}, r"alpha 3 would scale the stored components"),
+        ({"method": "edora", "rank": 17}, r"rank 17 is outside 1\.\.16"),
+        ({"split": "valid"}, r"texts\.jsonl is one file and has no split 'valid'"),
+        ({"valid": "no/such/file.jsonl"}, r"^no such file or folder: no/such/file\.jsonl$"),
+        ({"data": "no/such/file.jsonl"}, r"^no such file or folder: no/such/file\.jsonl$"),
+        ({"base": Path("nowhere")}, r"^nowhere is no result of qsvd quantize: it has no qsvd\.json$"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused_in_a_sentence(options, changes, sentence):
+    refused(replace(options, **changes), sentence)
+
+
+@pytest.mark.parametrize("method", ["pissa", "edora"])
+def test_components_that_are_not_there_are_missed_before_the_data_is_read(options, plain, method):
+    sentence = r"this base has none \(rank 0\); quantize with --rank above 0, or train with --method lora$"
+    refused(replace(options, base=plain, method=method, data="not/there.jsonl"), sentence)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [({"packing": True}, "--packing"), ({"packing": True, "activation_offload": True}, "--packing")],
+)
+def test_a_classifier_takes_no_flags_of_language_models(options, classifier, labelled, changes, flags):
+    changed = replace(options, base=classifier, data=labelled, **changes)
+    if changed.activation_offload:
+        refused(changed, "--activation-offload needs a GPU")
+    else:
+        refused(
+            changed, rf"holds labelled texts, which train a classifier; {flags} can be used for language models only$"
+        )
+
+
+def test_sequences_beyond_the_positions_of_the_model_are_refused(options, tmp_path):
+    long = write_rows(tmp_path / "long.jsonl", [{"text": " ".join(TEXTS)}, {"text": TEXTS[0]}])
+    sentence = (
+        r"^1 sequences have more tokens than the 512 positions of the model: .*line 1 \(\d+\); give --max-length 512$"
+    )
+    refused(replace(options, data=long, max_length=1024), sentence)
+    assert prepare_run(replace(options, data=long, max_length=512))
+
+
+def test_held_out_examples_of_another_kind_are_refused(options, labelled):
+    refused(replace(options, valid=labelled), r"labelled\.jsonl holds labelled examples, .*texts\.jsonl text$")
+
+
+def test_a_base_without_a_tokenizer_is_refused(options, language, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(language, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    refused(replace(options, base=bare), r"bare has no tokenizer that transformers can open; copy the source's files")
+
+
+# What is only shown
+
+
+def test_a_preview_shows_the_first_example_and_writes_nothing(options, capsys):
+    assert run(words(replace(options, preview=True))) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert re.match(r".*texts\.jsonl, line 1: \d+ tokens, \d+ trained \(\d+%\)\n", shown.out)
+    assert f"[[<|bos|>{TEXTS[0][:40]}" in shown.out
+    assert not options.out.exists()
+
+
+def test_a_dry_run_prints_every_setting_and_writes_nothing(options, capsys):
+    assert run(words(replace(options, dry_run=True, steps=None, epochs=1.5, held_out=0.2))) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    lines = [line.split("│") for line in shown.out.splitlines() if line.startswith("│")]
+    found = {cells[1].strip(): cells[2].strip() for cells in lines}
+    assert found["learning-rate"] == "2e-05"
+    assert found["optimizer"] == "adamw"
+    assert (found["method"], found["adapter dtype"], found["device"]) == ("pissa", "float32", "cpu, torch.float32")
+    total = len(prepare_run(replace(options, held_out=0.0)).data.input_ids)
+    held_out = round(0.2 * total)
+    assert found["held out"] == f"{held_out} sequences"
+    assert found["sequences"].startswith(f"{total - held_out} with ")
+    assert not options.out.exists()
+
+
+@pytest.mark.parametrize(("epochs", "accumulate"), [(0.3, 1), (1.0, 2), (1.01, 4)])
+def test_the_steps_of_a_dry_run_are_those_of_the_run(options, capsys, epochs, accumulate):
+    changed = replace(options, steps=None, epochs=epochs, accumulate=accumulate, max_length=16)
+    assert run(words(replace(changed, dry_run=True))) == 0
+    told = int(re.search(r"│ steps +│ (\d+) ", capsys.readouterr().out)[1])
+    train(changed)
+    assert len(steps_of(options.out)) == told
+
+
+def test_examples_that_are_cut_are_counted(options, tmp_path, capsys):
+    pairs = [{"prompt": text * 3, "completion": text} for text in TEXTS[:3]]
+    data = write_rows(tmp_path / "pairs.jsonl", [*pairs, {"prompt": TEXTS[3][:30], "completion": TEXTS[3][30:60]}])
+    assert run(words(replace(options, data=data, steps=1))) == 0
+    told = capsys.readouterr().err.splitlines()[0]
+    assert told == "3 examples were cut at 32 tokens, 3 of them left out, since no trained token remained"
+
+
+# What a run leaves and measures
+
+
+def test_a_run_leaves_its_files_and_tells_its_numbers(complete, capsys):
+    folder = complete.out
+    assert {path.name for path in folder.iterdir()} == FILES
+    summary = json.loads((folder / "summary.json").read_text())
+    steps = steps_of(folder)
+    assert (summary["steps"], summary["tokens"]) == (4, steps[-1]["tokens"])
+    assert (summary["first_loss"], summary["last_loss"]) == (steps[0]["loss"], steps[-1]["loss"])
+    assert summary["trained_parameters"] == 77_824
+    assert summary["memory"]["trained parameters"] == 4 * 77_824
+    assert summary["memory"]["optimizer state"] == pytest.approx(8 * 77_824, rel=0.01)
+    assert (summary["method"], summary["optimizer"], summary["device"]) == ("pissa", "adamw", "cpu")
+    assert run([*words(complete), "--resume"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"{folder} was complete already\n"
+    assert shown.out.endswith(f"\n{folder}\n")
+    assert f"{summary['held_out_before']:.4f}, {summary['held_out_after']:.4f}" in shown.out
+
+
+def test_the_code_of_the_readme_loads_the_run(complete):
+    (code,) = re.findall(r"```python\n(.*?)```", (complete.out / "README.md").read_text(), flags=re.S)
+    names: dict = {}
+    exec(code, names)
+    assert (complete.out / TRAINED).is_file()
+    assert [p.shape for p in names["model"].parameters() if p.requires_grad]
+
+
+def nats(model, sequences):
+    """Mean of all tokens but the first of each sequence, one sequence at a time."""
+    found = []
+    for ids in sequences:
+        with torch.no_grad():
+            chances = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        found += [-chances[place, token].item() for place, token in enumerate(ids[1:])]
+    return sum(found) / len(found)
+
+
+def test_the_held_out_loss_is_that_of_the_model_before_and_after(complete):
+    job = prepare_run(complete)
+    summary = json.loads((complete.out / "summary.json").read_text())
+    held_out = job.held_out.input_ids
+    assert not [ids for ids in held_out if ids in job.data.input_ids]
+    before = nats(qsvd.load(complete.base, device="cpu"), held_out)
+    after = nats(qsvd.load(complete.base, adapter=complete.out, device="cpu"), held_out)
+    assert summary["held_out_before"] == pytest.approx(before, rel=1e-6)
+    assert summary["held_out_after"] == pytest.approx(after, rel=1e-6)
+    assert before != after
+
+
+def test_what_is_held_out_is_a_share_a_folders_file_a_file_or_nothing(options, tmp_path):
+    total = len(TEXTS)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", text_rows()[3:])
+    write_rows(folder / "valid.jsonl", text_rows()[:3])
+    other = write_rows(tmp_path / "other.jsonl", text_rows()[:2])
+
+    def counts(**changes):
+        job = prepare_run(replace(options, max_length=128, **changes))
+        return len(job.data.input_ids), len(job.held_out.input_ids) if job.held_out else 0
+
+    assert counts() == (total, 0)
+    assert counts(held_out=0.5) == (total / 2, total / 2)
+    assert counts(held_out=1e-9) == (total - 1, 1)
+    assert counts(data=str(folder)) == counts(data=str(folder), held_out=0.5) == (total - 3, 3)
+    assert counts(data=str(folder), split="valid") == (3, 0)
+    assert counts(valid=other, held_out=0.5) == (total, 2)
+    assert counts(valid=str(folder)) == (total, 3)
+    one = write_rows(tmp_path / "one.jsonl", text_rows()[:1])
+    assert counts(data=one, held_out=0.5) == (1, 0)
+
+
+def test_at_most_256_examples_are_held_out_and_the_seed_draws_them(options, tmp_path):
+    data = write_rows(tmp_path / "many.jsonl", [{"text": f"number {number}"} for number in range(1000)])
+    jobs = [prepare_run(replace(options, data=data, held_out=0.9, seed=seed)) for seed in (0, 0, 1)]
+    drawn = [job.held_out.input_ids for job in jobs]
+    assert [len(ids) for ids in drawn] == [256, 256, 256]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(jobs[0].data.input_ids) == 744
+
+
+def test_a_classifier_learns_two_classes_and_counts_how_often_it_is_right(options, classifier, tmp_path, capsys):
+    rows = [{"text": text, "label": label} for text, label in [("good good", "yes"), ("bad bad", "no")] * 8]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    learning = {"steps": 30, "learning_rate": 1e-2, "method": "lora", "rank": 4, "held_out": 0.0, "valid": data}
+    changed = replace(options, base=classifier, data=data, batch_size=4, accumulate=1, **learning)
+    assert run(words(changed)) == 0
+    summary = json.loads((changed.out / "summary.json").read_text())
+    assert summary["accuracy_before"] == 0.5  # it says the same of all
+    assert summary["accuracy_after"] == 1.0
+    assert summary["held_out_after"] < 0.5 * summary["held_out_before"]
+    assert "50.00%, 100.00%" in capsys.readouterr().out
+    model = qsvd.load(classifier, adapter=changed.out, device="cpu")
+    assert model.config.id2label == {0: "no", 1: "yes"}
+
+
+def test_a_result_of_rank_0_is_trained_as_qlora(options, plain):
+    train(replace(options, base=plain, rank=4, steps=2))
+    assert json.loads((options.out / "summary.json").read_text())["method"] == "lora"
+
+
+# Going on, or not
+
+
+def test_a_folder_is_not_trained_in_twice_by_mistake(complete, options, tmp_path, capsys):
+    assert run(words(complete)) == 2
+    assert "holds a run already; give --resume to go on with it" in capsys.readouterr().err
+    assert run([*words(replace(complete, learning_rate=1e-3, warmup=0.5)), "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert "holds a run with other options: learning_rate null there, 0.001 now; warmup 0.03 there, 0.5 now;" in told
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    assert run(words(replace(options, out=tmp_path / "full"))) == 2
+    assert "is not empty and holds no run of qsvd train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [text_rows()[1:], [*text_rows()[:-1], {"text": "other"}]])
+def test_other_data_under_the_same_name_is_refused(complete, tmp_path, capsys, rows):
+    data = write_rows(tmp_path / "texts.jsonl", rows)
+    assert run([*words(replace(complete, data=data)), "--resume"]) == 2
+    assert re.search(r"other options: data \"\w{64}\" there, \"\w{64}\" now;", capsys.readouterr().err)
+
+
+def test_the_names_of_the_classes_are_part_of_the_data(options, classifier, tmp_path):
+    identities = []
+    for names in ("ab", "xy"):
+        rows = [{"text": row["text"], "label": names["ab".index(row["label"])]} for row in labelled_rows()]
+        data = write_rows(tmp_path / f"{names}.jsonl", rows)
+        identities.append(prepare_run(replace(options, base=classifier, data=data)).identity)
+    assert identities[0] != identities[1]
+
+
+def test_base_and_data_may_move(complete, language, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    (tmp_path / "data.jsonl").write_bytes(Path(complete.data).read_bytes())
+    moved.symlink_to(language)
+    changed = replace(complete, base=moved, data=str(tmp_path / "data.jsonl"), save_every=7, keep=1, any_start=True)
+    assert run([*words(changed), "--resume"]) == 0
+    assert capsys.readouterr().err.endswith("was complete already\n")
+
+
+def test_an_interrupt_in_the_last_step_is_too_late(options, monkeypatch, capsys):
+    interrupting(monkeypatch, 4)
+    assert run(words(options)) == 0
+    assert "stopping after this step; once more to stop at once" in capsys.readouterr().err
+    assert (options.out / "summary.json").is_file()
+
+
+def test_a_second_interrupt_stops_at_once(options, monkeypatch, capsys):
+    interrupting(monkeypatch, 2, 2)
+    assert run(words(replace(options, save_every=1))) == 130
+    assert capsys.readouterr().err.endswith("qsvd: interrupted\n")
+    assert [path.name for path in options.out.glob("checkpoint-*")] == ["checkpoint-1"]
+    monkeypatch.undo()
+    assert run([*words(replace(options, save_every=1)), "--resume"]) == 0
+    assert len(steps_of(options.out)) == 4
+
+
+def test_two_processes_do_not_train_in_one_folder(options, capsys):
+    with RunFolder(options.out, prepare_run(options).identity, resume=False):
+        assert run([*words(options), "--resume"]) == 2
+    assert "another qsvd train is at work in" in capsys.readouterr().err
+
+
+# Runs that end themselves
+
+
+class Off(Lora):
+    """Starts somewhere else than the base."""
+
+    @classmethod
+    def start(cls, principal, options, generator):
+        made = super().start(principal, options, generator)
+        made.up.data.normal_(std=options.alpha, generator=generator)
+        return made
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sentence"),
+    [
+        (4.0, "the method does not start where the base is"),
+        (12.0, "of an even guess among 4096; the base alone has 5."),
+    ],
+)
+def test_a_method_that_starts_elsewhere_is_stopped_unless_told_otherwise(options, monkeypatch, capsys, alpha, sentence):
+    monkeypatch.setitem(METHODS, "lora", Off)
+    changed = replace(options, method="lora", alpha=alpha, steps=1)
+    assert run(words(changed)) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("qsvd: the first loss is ")
+    assert sentence in told
+    assert run([*words(replace(changed, any_start=True)), "--resume"]) == 0
+    assert len(steps_of(options.out)) == 1
+
+
+def test_a_tokenizer_of_another_model_is_noticed(options, language, tmp_path, capsys):
+    wrong = tmp_path / "wrong"
+    shutil.copytree(language, wrong)
+    tokenizer = json.loads((wrong / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    last, special = len(vocabulary) - 1, {token["id"] for token in tokenizer["added_tokens"]}
+    free = sorted(number for number in range(last + 1) if number not in special)
+    other = dict(zip(free, reversed(free), strict=True))
+    tokenizer["model"]["vocab"] = {piece: other.get(number, number) for piece, number in vocabulary.items()}
+    (wrong / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert run(words(replace(options, base=wrong))) == 1
+    told = capsys.readouterr().err
+    assert "worse than the 8.318 of an even guess among 4096; the base itself does so on this data: is its" in told
+    assert run([*words(replace(options, base=wrong, any_start=True)), "--resume"]) == 0
+
+
+def test_a_rate_that_is_absurd_ends_with_1_and_keeps_what_was_saved(options, capsys):
+    assert run(words(replace(options, learning_rate=1e6, warmup=0.0, steps=9, save_every=1, keep=9))) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    found = re.fullmatch(
+        r"qsvd: the (loss|gradient norm) of step (\d) is (nan|inf); checkpoint-(\d) is the last good one\. Lower "
+        r"--learning-rate, raise --warmup, or look at the data near this step",
+        told,
+    )
+    assert int(found[2]) == int(found[4]) + 1
+    assert (options.out / f"checkpoint-{found[4]}" / TRAINED).is_file()
+    assert not (options.out / "summary.json").exists()
+
+
+def test_too_little_memory_ends_with_3_and_what_to_lower(options, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.\nand more lines")
+
+    monkeypatch.setattr(qsvd.commands.train, "load", fail)
+    assert run(words(replace(options, batch_size=8, max_length=64))) == 3
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "qsvd: out of memory: 0.0 of 0.0 GB in use with batch size 8 x 64 tokens; try --batch-size 4 "
+    )
+    assert told.endswith("(Tried to allocate 2.00 GiB.)\n")
+
+
+# A file of flags
+
+
+def test_flags_come_from_a_file_too(options, tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        f"base: {options.base}\ndata: {options.data}\nsteps: 4\nbatch-size: 2\naccumulate: 2\nmax_length: 32\n"
+        "held_out: 0\nlearning_rate: 2e-5\nepochs: 3\nrank: 16\nalpha:\nvalid:\nreport_to: []\nmap: []\ndevice: cpu\n"
+    )
+    found = parse(["train", "--config", str(file), "--out", str(options.out)])
+    assert found == replace(options, learning_rate=2e-5, epochs=3.0, rank=16)
+    assert isinstance(found.epochs, float)
+    assert isinstance(found.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("rank: 1.5", "rank is 1.5, not of type int"),
+        ("epochs: many", "epochs is 'many', not of type float"),
+        ("epochs: true", "epochs is True, not of type float"),
+        ("learning_rate: [1]", "learning_rate is [1], not of type float"),
+        ("valid: 3", "valid is 3, not of type str"),
+        ("seed:", "seed is None, not of type int"),
+    ],
+)
+def test_a_file_with_values_of_other_types_is_refused(tmp_path, capsys, line, sentence):
+    file = tmp_path / "train.yaml"
+    file.write_text(f"{line}\n")
+    assert run(["train", "b", "d", "--out", "o", "--config", str(file)]) == 2
+    assert capsys.readouterr().err == f"qsvd: --config {file}: {sentence}\n"
+
+
+def test_the_command_line_of_these_tests_is_the_record(options):
+    assert parse(words(options)) == options
+    changed = replace(options, report_to=("wandb",), map=("a=b", "c=d"), packing=True, rank=3, resume=True)
+    assert parse(words(changed)) == changed
+
+
+def test_the_outcome_does_not_depend_on_how_often_it_is_saved(options, tmp_path):
+    often = outcome(train(replace(options, save_every=1, keep=1)))
+    assert often == outcome(train(replace(options, out=tmp_path / "seldom")))

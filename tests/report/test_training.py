@@ -1,0 +1,156 @@
+"""The summary of a run, its README and its picture."""
+
+import ast
+import io
+import re
+import shlex
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from rich.console import Console
+
+from qsvd.cli import parse
+from qsvd.report.loss_plot import FEW, SMOOTH, loss_plot
+from qsvd.report.training import RunSummary, rows, run_readme, training_tables
+
+SUMMARY = RunSummary(
+    base="some/base",
+    method="pissa",
+    learning_rate=2e-5,
+    optimizer="adamw",
+    trained_parameters=77_824,
+    steps=1_250,
+    tokens=123_456,
+    seconds=61.728,
+    first_loss=5.95751,
+    last_loss=2.25,
+    held_out_before=4.5,
+    held_out_after=3.25,
+    accuracy_before=None,
+    accuracy_after=None,
+    memory={"residual": 4_200_000, "peak": 1_234_567_890},
+    device="cpu",
+)
+CLASSIFIER = replace(SUMMARY, accuracy_before=0.5, accuracy_after=0.9375)
+EXPECTED = {
+    "base": "some/base",
+    "method": "pissa, adamw, learning rate 2e-05",
+    "trained parameters": "77,824",
+    "steps": "1,250",
+    "tokens": "123,456 in 62 s, 2,000 a second",
+    "loss, first and last step": "5.9575, 2.2500",
+    "held-out loss, before and after": "4.5000, 3.2500",
+}
+
+
+def shown(renderable, width=100):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_rows_have_every_number_and_accuracy_only_of_a_classifier():
+    assert dict(rows(SUMMARY)) == EXPECTED
+    assert dict(rows(CLASSIFIER)) == EXPECTED | {"held-out accuracy, before and after": "50.00%, 93.75%"}
+
+
+def test_nothing_held_out_is_said():
+    nothing = replace(SUMMARY, held_out_before=None, held_out_after=None)
+    assert dict(rows(nothing))["held-out loss, before and after"] == "nothing held out"
+
+
+def test_the_tables_have_the_rows_and_the_memory_in_megabytes():
+    text = shown(training_tables(CLASSIFIER))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert dict(lines) == dict(rows(CLASSIFIER)) | {"residual": "4.2", "peak": "1,234.6"}
+
+
+def test_a_narrow_terminal_loses_nothing():
+    text = shown(training_tables(replace(SUMMARY, base="/a/folder/" + "x" * 90)), width=60)
+    assert text.count("x") == 90
+    assert "…" not in text
+
+
+def test_the_readme_has_the_rows_and_names_its_files():
+    text = run_readme(CLASSIFIER, "some/run")
+    found = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+) \|$", text, flags=re.M))
+    del found["---"]
+    assert found == dict(rows(CLASSIFIER))
+    for name in ("qsvd_adapter.safetensors", "steps.jsonl", "loss.png", "loss.svg", "summary.json"):
+        assert f"`{name}`" in text
+
+
+@pytest.mark.parametrize("run", ["some/run", "with space/run", "it's"])
+def test_the_readmes_code_loads_the_run_and_its_commands_export_it(run):
+    text = run_readme(replace(SUMMARY, base="a 'base'"), run)
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    (call,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert ast.unparse(call.func) == "qsvd.load"
+    assert [ast.literal_eval(argument) for argument in call.args] == ["a 'base'"]
+    assert {word.arg: ast.literal_eval(word.value) for word in call.keywords} == {"adapter": run}
+    (commands,) = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
+    assert [line[0] for line in lines] == ["qsvd", "qsvd"]
+    exports = [parse(line[1:]) for line in lines]
+    assert [str(options.run) for options in exports] == [run, run]
+    assert [(options.to, str(options.out)) for options in exports] == [
+        ("peft", f"{run}-peft"),
+        ("merged", f"{run}-merged"),
+    ]
+
+
+LOSSES = list(np.random.default_rng(0).uniform(1, 3, 60))
+
+
+@pytest.mark.parametrize("held_out", [None, (2.5, 1.5)])
+def test_a_png_is_a_picture_that_is_not_blank(held_out):
+    picture = loss_plot(LOSSES, held_out, "pissa", "png")
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(io.BytesIO(picture))
+    assert pixels.shape[:2] == (600, 1050)  # 4 x 7 inches of 150 dots
+    blue, orange = pixels[..., 2] - pixels[..., 0], pixels[..., 0] - pixels[..., 2]
+    assert (blue > 0.3).sum() > 500
+    assert ((orange > 0.5).sum() > 100) == (held_out is not None)
+
+
+def test_an_svg_is_xml_and_an_svg():
+    root = ET.fromstring(loss_plot(LOSSES, (2.5, 1.5), "pissa", "svg"))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def drawn(monkeypatch, losses, held_out):
+    """Label -> x and y of every line that the picture has."""
+    found = {}
+    savefig = Figure.savefig
+
+    def spy(self, *arguments, **options):
+        (axes,) = self.axes
+        found.update({item.get_label(): (list(item.get_xdata()), list(item.get_ydata())) for item in axes.lines})
+        found["title"] = axes.get_title()
+        savefig(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    loss_plot(losses, held_out, "lora", "svg")
+    return found
+
+
+def test_the_running_mean_is_the_weighted_mean_of_all_losses_so_far(monkeypatch):
+    lines = drawn(monkeypatch, LOSSES, (2.5, 1.5))
+    steps = list(range(1, 61))
+    assert lines["title"] == "lora"
+    assert lines["batch"] == (steps, LOSSES)
+    weights = SMOOTH ** np.arange(60.0)
+    expected = [np.average(LOSSES[: n + 1], weights=weights[n::-1] if n else [1.0]) for n in range(60)]
+    assert lines[f"running mean ({SMOOTH})"] == (steps, pytest.approx(expected, rel=1e-12))
+    assert lines["held out"] == ([1, 60], [2.5, 1.5])
+
+
+@pytest.mark.parametrize("count", [1, FEW - 1])
+def test_few_steps_have_no_mean_and_nothing_held_out_no_line(monkeypatch, count):
+    lines = drawn(monkeypatch, LOSSES[:count], None)
+    assert set(lines) == {"batch", "title"}
+    assert lines["batch"] == (list(range(1, count + 1)), LOSSES[:count])
