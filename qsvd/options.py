@@ -69,7 +69,12 @@ class Train:
     steps: Annotated[int | None, arg(help="Optimizer steps, instead of --epochs.")] = None
     batch_size: Annotated[int, arg(help="Sequences that go through the model together.")] = 4
     accumulate: Annotated[int, arg(help="Batches in one step.")] = 4
-    max_length: Annotated[int, arg(help="Tokens of a sequence; longer examples are cut, longer texts divided.")] = 1024
+    max_length: Annotated[
+        int | None,
+        arg(
+            help="Tokens of a sequence; longer examples are cut, longer texts divided. None: the context, 1024 at most."
+        ),
+    ] = None
     packing: Annotated[bool, arg(help="Several short sequences in one row; they do not see each other.")] = False
     loss_on: Annotated[Literal["answers", "all"], arg(help="Tokens that are trained, where there are answers.")] = (
         "answers"

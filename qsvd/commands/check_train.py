@@ -1,6 +1,7 @@
 """What `qsvd train` refuses before anything slow: numbers out of range, and options that do not go together."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
@@ -57,14 +58,17 @@ def check_kind(options: Train, examples: Examples) -> None:
         )
 
 
-def check_lengths(split: SplitFolder, tokenized: Sequence[Tokenized]) -> None:
-    """Refuse, by ValueError, sequences that are longer than what the model can read."""
+def positions(split: SplitFolder) -> int:
+    """Tokens that the model can read; a recurrent one has no limit."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(split.folder, local_files_only=True).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)  # recurrent models have none
-    if limit is None:
-        return
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def check_lengths(split: SplitFolder, tokenized: Sequence[Tokenized]) -> None:
+    """Refuse, by ValueError, sequences that are longer than what the model can read."""
+    limit = positions(split)
     long = [
         f"{one.where(index)} ({len(tokens)})"
         for one in tokenized
@@ -87,7 +91,8 @@ def _numbers_out_of_range(options: Train) -> list[str]:
         "keep": options.keep,
     }
     wrong = [f"--{name} {value} is below 1" for name, value in least.items() if value is not None and value < 1]
-    wrong += [f"--max-length {options.max_length} is below 2"] if options.max_length < 2 else []
+    if options.max_length is not None and options.max_length < 2:
+        wrong.append(f"--max-length {options.max_length} is below 2")
     above_zero = {
         "alpha": options.alpha,
         "learning-rate": options.learning_rate,

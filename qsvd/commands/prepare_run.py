@@ -13,7 +13,7 @@ from qsvd.adapters.methods import METHODS
 from qsvd.adapters.start import new_record
 from qsvd.checkpoint.adapter_folder import AdapterRecord
 from qsvd.checkpoint.read_split import SplitFolder, open_split
-from qsvd.commands.check_train import check_kind, check_lengths, check_options, check_start_of
+from qsvd.commands.check_train import check_kind, check_lengths, check_options, check_start_of, positions
 from qsvd.commands.device import device_of
 from qsvd.options import Train
 from qsvd.train.columns import Examples, recognise
@@ -23,6 +23,7 @@ from qsvd.train.settings import Settings, default_optimizer
 from qsvd.train.tokenized import Tokenized
 from qsvd.train.tokens import tokenize
 
+MOST_LENGTH = 1024  # tokens of a sequence, unless more are asked for
 MOST_HELD_OUT = 256  # examples, where none are given
 APART = ("base", "data", "valid", "out", "save_every", "keep", "resume", "report_to", "preview", "dry_run", "any_start")
 
@@ -63,6 +64,8 @@ def prepare_run(options: Train) -> RunJob:
     device = device_of(options.device)
     check_options(options, device)
     split = open_split(options.base.expanduser())
+    if options.max_length is None:
+        options = replace(options, max_length=min(MOST_LENGTH, positions(split)))
     method = None if options.method == "auto" else options.method
     adapter_options = AdapterOptions(method, options.rank, options.alpha, options.adapter_dtype, options.seed)
     record = new_record(split, adapter_options)
@@ -151,6 +154,7 @@ def _rows(options: Train) -> tuple[Rows, Rows | None]:
 def _tokenize(
     examples: Examples, options: Train, tokenizer: Any, split: SplitFolder, names: tuple[str, ...] | None
 ) -> Tokenized:
+    assert options.max_length is not None, "chosen by now"
     return tokenize(
         examples,
         tokenizer,

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from qsvd.checkpoint.whole_file import write_text
 from qsvd.checkpoint.write import differences
+from qsvd.train.checkpoints import checkpoints
 from qsvd.train.steps import Step
 
 IDENTITY = "run.json"
@@ -101,6 +102,8 @@ class RunFolder:
                     f"{self.folder} is not empty and holds no run of qsvd train; give --out another folder"
                 )
             return
+        if not (checkpoints(self.folder) or (self.folder / SUMMARY).is_file()):
+            return  # it ended before it saved anything: nothing is lost when another one starts here
         if not resume:
             raise ValueError(
                 f"{self.folder} holds a run already; give --resume to go on with it, or --out another folder"

@@ -154,10 +154,11 @@ def _held_out(job: RunJob, model: Any, when: str) -> dict[str, float | None]:
     if job.held_out is None:
         return found
     model.eval()
-    batch, pad = job.settings.batch_size, job.tokenizer.pad_token_id
+    batch, pad, segments = job.settings.batch_size, job.tokenizer.pad_token_id, job.held_out.token_types
     examples: list[Any] = list(zip(job.held_out.input_ids, job.held_out.labels, strict=True))
     if job.data.label_names:
-        measured = accuracy(model, examples, pad_token=pad, batch=batch)
+        model.config.pad_token_id = pad  # decoders find the end of a text by it
+        measured = accuracy(model, examples, pad_token=pad, batch=batch, segments=segments)
         return {f"held_out_{when}": measured.nats, f"accuracy_{when}": measured.share}
     return found | {f"held_out_{when}": mean_loss(model, examples, pad_token=pad, batch=batch).nats}
 
@@ -197,10 +198,7 @@ def _too_little_memory(job: RunJob, reason: str) -> DoesNotFit:
     if job.device.type == "cuda":
         total = torch.cuda.get_device_properties(job.device).total_memory
         used = torch.cuda.memory_allocated(job.device)
-    options = job.options
-    return DoesNotFit(
-        memory_advice(reason, batch_size=options.batch_size, max_length=options.max_length, used=used, total=total)
-    )
+    return DoesNotFit(memory_advice(reason, job.settings, used=used, total=total))
 
 
 def _show_plan(job: RunJob) -> None:
@@ -220,4 +218,4 @@ def _show_plan(job: RunJob) -> None:
 def _say_what_is_left_out(job: RunJob) -> None:
     if job.data.truncated:
         dropped = f", {job.data.dropped} of them left out, since no trained token remained" if job.data.dropped else ""
-        print(f"{job.data.truncated} examples were cut at {job.options.max_length} tokens{dropped}", file=sys.stderr)
+        print(f"{job.data.truncated} examples were cut at {job.settings.max_length} tokens{dropped}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import math
 
 from qsvd.train.failures import TrainingStopped
+from qsvd.train.settings import Settings
 
 START_SLACK = 0.1  # nats that a start may lie above the base's loss: rounding of adapters, not another model
 HEAD_SLACK = 2.0  # nats that a new classification head may lie above an even guess
@@ -52,11 +53,13 @@ def no_number(what: str, value: float, step: int, saved: int | None) -> Training
     )
 
 
-def memory_advice(error: str, *, batch_size: int, max_length: int, used: float, total: float) -> str:
-    """What to lower after the device ran out of memory; used and total are bytes of the device."""
+def memory_advice(error: str, settings: Settings, *, used: float, total: float) -> str:
+    """What to lower after the device ran out of memory; used and total are bytes of a GPU, total is 0 for a CPU."""
+    batch_size, max_length = settings.batch_size, settings.max_length
     lower = [f"--batch-size {batch_size // 2} (with twice the --accumulate)"] if batch_size > 1 else []
-    lower += [f"--max-length {max_length // 2}", "--gradient-checkpointing", "--activation-offload", "a smaller --rank"]
-    return (
-        f"out of memory: {used / 1e9:.1f} of {total / 1e9:.1f} GB in use with batch size {batch_size} x "
-        f"{max_length} tokens; try {', or '.join(lower)} ({error})"
-    )
+    lower.append(f"--max-length {max_length // 2}")
+    lower += [] if settings.gradient_checkpointing else ["--gradient-checkpointing"]
+    lower += ["--activation-offload"] if total and not settings.activation_offload else []
+    lower.append("a smaller --rank")
+    held = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB in use with " if total else ""
+    return f"out of memory: {held}batch size {batch_size} x {max_length} tokens; try {', or '.join(lower)} ({error})"

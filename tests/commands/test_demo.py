@@ -1,6 +1,5 @@
 """The embedded model is what the demo says it is, and the demo shows that components give back what NF4 costs."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,25 @@ def test_the_embedded_model_is_small_and_its_widths_divide_by_64() -> None:
     assert all(size % 64 == 0 for shape in matrices for size in shape)
 
 
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of the lines of a table."""
+    return [line.split("│") for line in table.splitlines() if line.startswith("│")]
+
+
 @pytest.mark.slow
-def test_components_bring_the_held_out_perplexity_back(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(["demo", "--out", str(tmp_path), "--ranks", "0", "32", "--tokens", "4096"]) == 0
-    table = capsys.readouterr().out.split("What 4 bits cost")[1]
-    rows = [re.findall(r"[\d.]+", line.split("│")[4])[0] for line in table.splitlines() if line.startswith("│")]
-    original, plain, split = map(float, rows)
+def test_components_bring_perplexity_back_and_fine_tuning_lowers_the_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    short = ["--ranks", "0", "32", "--tokens", "4096", "--epochs", "0.2"]
+    assert run(["demo", "--out", str(tmp_path), *short]) == 0
+    costs, tuned = capsys.readouterr().out.split("What 4 bits cost")[1].split("Fine-tuned")
+    original, plain, split = (float(cells[4].split()[0]) for cells in rows_of(costs))
     assert original < split < plain
     assert plain < 1.2 * original
+    methods = {cells[1].split(",")[0].strip(): (float(cells[4]), float(cells[5])) for cells in rows_of(tuned)}
+    assert list(methods) == ["QPiSSA", "QLoRA", "EDoRA"]
+    assert all(after < before for before, after in methods.values())
+    assert run(["demo", "--out", str(tmp_path), *short]) == 0, "what is there is shown again"
 
 
 def test_no_ranks_and_too_few_tokens_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -214,7 +214,7 @@ def test_gsm8k_is_scored_by_its_final_numbers(made, tmp_path, measured, monkeypa
     data = write_rows(tmp_path / "gsm.jsonl", rows)
     document = measured(made.base, made.run, "--data", data, "--max-new-tokens", 6)
     assert document["how"]["task"] == "exact-match"
-    assert document["how"]["max new tokens"] == 6
+    assert document["models"][0]["max_new_tokens"] == 6
     for one in document["models"]:
         assert (one["total"], one["correct"], one["exact_match"]) == (3, 0, 0.0)
         assert 0 <= one["unfinished"] <= 3

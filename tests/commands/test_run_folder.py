@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qsvd.commands.run_folder import IDENTITY, LOCK, STEPS, SUMMARY, RunFolder
+from qsvd.commands.run_folder import IDENTITY, LOCK, START, STEPS, SUMMARY, RunFolder
+from qsvd.train.checkpoints import PARTS
 from qsvd.train.steps import Step
 
 ME = {"rank": 4, "map": ["a=text"], "steps": None}
@@ -47,9 +48,33 @@ def test_a_file_or_a_folder_with_something_else_is_refused(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_a_run_is_resumed_only_when_asked_and_with_the_same_options(tmp_path):
+def save(folder, step):
+    """A checkpoint, by its parts."""
+    for part in PARTS:
+        (folder / f"checkpoint-{step}").mkdir(exist_ok=True)
+        (folder / f"checkpoint-{step}" / part).touch()
+
+
+@pytest.mark.parametrize("left", [[], [START, STEPS], ["checkpoint-5"]])
+def test_a_run_that_saved_nothing_makes_way_for_another(tmp_path, left):
     with RunFolder(tmp_path, ME, resume=False):
         pass
+    for name in left:
+        (tmp_path / name).mkdir() if name.startswith("checkpoint") else (tmp_path / name).write_text("{}")
+    with RunFolder(tmp_path, ME | {"rank": 8}, resume=False):
+        pass
+    assert json.loads((tmp_path / IDENTITY).read_text())["rank"] == 8
+
+
+def test_a_complete_run_is_kept_even_without_checkpoints(tmp_path):
+    with RunFolder(tmp_path, ME, resume=False) as run:
+        run.write(SUMMARY, {})
+    refused(tmp_path, "holds a run already")
+
+
+def test_a_run_is_resumed_only_when_asked_and_with_the_same_options(tmp_path):
+    with RunFolder(tmp_path, ME, resume=False):
+        save(tmp_path, 5)
     refused(tmp_path, r"holds a run already; give --resume to go on with it, or --out another folder$")
     other = {"rank": 8, "map": ["a=text"], "seed": 1}
     sentence = (

@@ -61,18 +61,29 @@ def test_what_is_said_of_no_number_names_the_step_and_what_was_saved():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "lower"),
+    ("changed", "lower"),
     [
-        (8, "--batch-size 4 (with twice the --accumulate), or --max-length 512, or --gradient-checkpointing"),
-        (1, "--max-length 512, or --gradient-checkpointing"),
+        ({"batch_size": 8}, "--batch-size 4 (with twice the --accumulate), or --max-length 512, or "),
+        ({"batch_size": 1}, "--max-length 512, or "),
     ],
 )
-def test_the_advice_has_what_was_used_and_what_to_lower(batch_size, lower):
-    text = memory_advice("tried 2 GiB", batch_size=batch_size, max_length=1024, used=7.5e9, total=8e9)
-    assert text.startswith(
-        f"out of memory: 7.5 of 8.0 GB in use with batch size {batch_size} x 1024 tokens; try {lower}"
+@pytest.mark.parametrize("is_on", [False, True])
+def test_the_advice_has_what_was_used_and_what_is_left_to_lower(changed, lower, is_on):
+    both = {"gradient_checkpointing": is_on, "activation_offload": is_on}
+    text = memory_advice("tried 2 GiB", settings(max_length=1024, **changed, **both), used=7.5e9, total=8e9)
+    rest = "" if is_on else "--gradient-checkpointing, or --activation-offload, or "
+    assert text == (
+        f"out of memory: 7.5 of 8.0 GB in use with batch size {changed['batch_size']} x 1024 tokens; try {lower}{rest}"
+        "a smaller --rank (tried 2 GiB)"
     )
-    assert text.endswith("or --activation-offload, or a smaller --rank (tried 2 GiB)")
+
+
+def test_the_advice_for_a_cpu_offloads_nothing_and_knows_no_total():
+    text = memory_advice("tried 2 GiB", settings(batch_size=1, max_length=64), used=0, total=0)
+    assert text == (
+        "out of memory: batch size 1 x 64 tokens; try --max-length 32, or --gradient-checkpointing, "
+        "or a smaller --rank (tried 2 GiB)"
+    )
 
 
 class Spoil(Hooks):
