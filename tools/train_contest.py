@@ -98,7 +98,9 @@ def main(contest: Contest) -> None:
     )
     tokenizer, data = AutoTokenizer.from_pretrained(MODEL), random_tokens(contest)
     if contest.who == "qsvd":
-        options = qsvd.AdapterOptions("lora", rank=contest.rank, alpha=contest.rank, dtype="float32")
+        options = qsvd.AdapterOptions(
+            "lora", rank=contest.rank, alpha=contest.rank, dtype="bfloat16"
+        )  # as TRL casts PEFT's
         model = qsvd.load(contest.base, options=options, device=device, dtype=dtype)
         trainer: Any = make_trainer(model, tokenizer, data, settings, contest.run, Watched(None, 1, Hooks()))
     else:

@@ -20,7 +20,7 @@ from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, check_b
 from qsvd.checkpoint.check import resolve
 from qsvd.checkpoint.layout import QUANT_STATE
 from qsvd.checkpoint.read_split import SplitFolder, open_split
-from qsvd.checkpoint.tensor_file import read_tensor
+from qsvd.checkpoint.tensor_file import map_tensor, read_tensor
 from qsvd.plan.listing import listing
 from qsvd.plan.model import ModelPlan, describe
 
@@ -180,7 +180,8 @@ def _split_linear(model: Any, path: str, plan: ModelPlan, name: str, place: _Pla
 
 
 def _dense(place: _Place, name: str, dtype: torch.dtype) -> Tensor:
-    tensor = read_tensor(place.split.tensors[name])
+    entry = place.split.tensors[name]
+    tensor = map_tensor(entry) if place.device.type == "cpu" else read_tensor(entry)
     return tensor.to(place.device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 

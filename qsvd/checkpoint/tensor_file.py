@@ -17,6 +17,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy
 import torch
 
 from qsvd.checkpoint.whole_file import whole_file
@@ -113,6 +114,14 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
         while done < entry.num_bytes:  # one call reads 2 GiB at most
             done += _read_some(file, view[done:], entry)
     return flat.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def map_tensor(entry: TensorEntry) -> torch.Tensor:
+    """The tensor in the file, of which only what is read comes into memory; changes of it stay out of the file."""
+    if not entry.num_bytes:
+        return read_tensor(entry)
+    place = numpy.memmap(entry.file, dtype=numpy.uint8, mode="c", offset=entry.start, shape=(entry.num_bytes,))
+    return torch.from_numpy(place).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, str]) -> None:

@@ -3,7 +3,9 @@
 Shape suffixes: O = out features, I = in features.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +73,24 @@ class PackedBlocks:
         self.codec.decode(self, out)
         return out
 
+    def in_rows(self, most_elements: int) -> Iterator[tuple[slice, "PackedBlocks"]]:
+        """The matrix in bands of rows that begin and end with a block, each of about so many elements at most.
+
+        Yields the rows and what they are, with scales that are not nested.
+        """
+        rows, columns = self.shape
+        step = self.codec.block_size // math.gcd(columns, self.codec.block_size)
+        height = max(most_elements // columns // step, 1) * step
+        scales = self.scales.decode() if isinstance(self.scales, NestedScales) else self.scales
+        for start in range(0, rows, height):
+            stop = min(start + height, rows)
+            first, last = start * columns, stop * columns
+            blocks = scales[first // self.codec.block_size : math.ceil(last / self.codec.block_size)]
+            yield (
+                slice(start, stop),
+                PackedBlocks(self.codes[first // 2 : (last + 1) // 2], blocks, (stop - start, columns), self.codec),
+            )
+
     def to(self, device: torch.device) -> "PackedBlocks":
         """The same on another device."""
         return PackedBlocks(self.codes.to(device), self.scales.to(device), self.shape, self.codec)
@@ -87,6 +107,7 @@ class Codec(ABC):
     """A block quantizer. Blocks run along the flattened row-major matrix, so they may cross rows."""
 
     name: str
+    block_size: int  # elements that share a scale
 
     @abstractmethod
     def encode(self, matrix_OI: Tensor) -> PackedBlocks:

@@ -1,8 +1,9 @@
 """NF4: sixteen levels, one scale for 64 weights, bit for bit as bitsandbytes stores it (arXiv:2305.14314, section 3).
 
-On a GPU bitsandbytes' kernels do the work. On a CPU they are slow to encode, and decode wrongly on AVX-512 machines
-where a block crosses rows; there the work is done here, by tables: a scaled weight, rounded to half precision, is an
-index into a table of 65,536 codes. Only the fifteen halves around a decision boundary need the exact comparison.
+On a GPU bitsandbytes' kernels do the work. On a CPU they decode wrongly on AVX-512 machines where a block crosses rows,
+so that they are given one block to a row; and they are slow to encode, which is done here by a table: a scaled weight,
+rounded to half precision, is an index into 65,536 codes. Only the fifteen halves around a decision boundary need the
+exact comparison.
 
 Shape suffixes: B = blocks, E = elements of one block, N = elements of a run of blocks.
 """
@@ -150,18 +151,21 @@ def _pack(codes_N: numpy.ndarray) -> Tensor:
 
 
 def _decode_on_cpu(codes: Tensor, scales_B: Tensor, block_size: int, out_N: Tensor) -> None:
-    bytes_in, num_elements = codes.numpy(), out_N.numel()
+    """By bitsandbytes in runs of whole blocks, one to a row, where it is right; by table in a short last block."""
+    num_elements = out_N.numel()
     num_full = num_elements - num_elements % block_size
-    is_float32 = out_N.dtype == torch.float32
-    scratch_N = out_N[:0] if is_float32 else torch.empty(min(RUN, num_full))  # rounded once, from float32
     for start in range(0, num_full, RUN):
         stop = min(start + RUN, num_full)
-        run_N = out_N[start:stop] if is_float32 else scratch_N[: stop - start]
-        pairs = run_N.view(torch.int64).numpy()
-        _levels_of_byte().take(bytes_in[start // 2 : stop // 2], out=pairs, mode="clip")
-        run_N.view(-1, block_size).mul_(scales_B[start // block_size : stop // block_size, None])
-        if not is_float32:
-            out_N[start:stop] = run_N
+        state = bitsandbytes.QuantState(
+            absmax=scales_B[start // block_size : stop // block_size],
+            shape=torch.Size(((stop - start) // block_size, block_size)),
+            code=levels(),
+            blocksize=block_size,
+            quant_type="nf4",
+            dtype=out_N.dtype if out_N.dtype.itemsize < 8 else torch.float32,
+        )
+        run = codes[start // 2 : stop // 2].view(-1, 1)
+        out_N[start:stop] = bitsandbytes.dequantize_4bit(run, state).view(-1)
     if num_full < num_elements:
-        pairs = torch.from_numpy(_levels_of_byte().take(bytes_in[num_full // 2 :])).view(torch.float32)
+        pairs = torch.from_numpy(_levels_of_byte().take(codes.numpy()[num_full // 2 :])).view(torch.float32)
         out_N[num_full:] = pairs[: num_elements - num_full] * scales_B[-1]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from qsvd.adapters.linear import SplitLinear
 from qsvd.numerics.codec import NestedScales, PackedBlocks
 from tests import reference
-from tests.adapters.principals import SHAPES, UNIT, Given, decoded, dense_output, packed_residual
+from tests.adapters.principals import SHAPES, UNIT, Given, decoded, dense_output, packed_residual, principal_of
 
 TOKENS = 11
 RANK = 3
@@ -247,3 +247,24 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(70, 172), (129, 96)])
+def test_bands_of_rows_change_nothing_but_the_order_of_sums(monkeypatch, shape, dtype):
+    """In 16 bits not even that: the gradient of x then comes from one product."""
+    principal = principal_of(shape, 3)
+    module = SplitLinear(principal.residual, Given(shape, 3, has_gain=False), None).to(dtype)
+    inputs, gradients = (torch.from_numpy(reference.gaussian(9, side, seed=side)).to(dtype) for side in reversed(shape))
+
+    def outcome():
+        x = inputs.clone().requires_grad_()
+        y = module(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], gradients)]
+
+    whole = outcome()
+    monkeypatch.setattr("qsvd.adapters.linear.BAND", {"cpu": 1})
+    assert len(list(principal.residual.in_rows(1))) > 2
+    for found, wanted in zip(outcome(), whole, strict=True):
+        bound = 0 if dtype == torch.bfloat16 else 1e-13 * wanted.abs().max().item()
+        assert (found - wanted).abs().max().item() <= bound

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsvd.checkpoint.tensor_file import NewTensor, TensorEntry, read_header, read_tensor, write_stream
+from qsvd.checkpoint.tensor_file import NewTensor, TensorEntry, map_tensor, read_header, read_tensor, write_stream
 
 DTYPES = {
     "F64": torch.float64,
@@ -236,3 +236,15 @@ def test_a_source_of_another_dtype_or_shape_is_refused(tmp_path, dtype, shape):
     for source in (torch.ones(2, 3), TensorEntry("x", "F32", (2, 3), tmp_path / "absent", 0, 24)):
         with pytest.raises(ValueError, match=rf"a is stated as {dtype} .*, but its source is F32 \[2, 3\]"):
             write_stream(tmp_path / "model.safetensors", [NewTensor("a", dtype, shape, source)], {})
+
+
+def test_a_mapped_tensor_is_the_tensor_and_its_changes_stay_out_of_the_file(tmp_path):
+    path = tmp_path / "t.safetensors"
+    values = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "empty": torch.zeros(0, 4)}
+    safetensors.torch.save_file(values, path)
+    before = path.read_bytes()
+    for name, entry in read_header(path).tensors.items():
+        mapped = map_tensor(entry)
+        assert torch.equal(mapped, values[name])
+        mapped.add_(1)
+    assert path.read_bytes() == before
