@@ -69,8 +69,8 @@ class PackedBlocks:
         `out` may be float32, bfloat16 or float16, and its dtype stands above `dtype`.
         """
         if out is None:
-            out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        self.codec.decode(self, out)
+            return self.codec.decode(self, dtype)
+        self.codec.decode_into(self, out)
         return out
 
     def in_rows(self, most_elements: int) -> Iterator[tuple[slice, "PackedBlocks"]]:
@@ -114,7 +114,11 @@ class Codec(ABC):
         """Round a float32, bfloat16 or float16 [O, I] matrix; ValueError for another dtype, a NaN or an infinity."""
 
     @abstractmethod
-    def decode(self, packed: PackedBlocks, out_OI: Tensor) -> None:
+    def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
+        """The matrix [O, I] in a float dtype, rounded once from float32."""
+
+    @abstractmethod
+    def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
         """Write the matrix into `out_OI`, contiguous, of any float dtype, rounded once from float32."""
 
     @abstractmethod

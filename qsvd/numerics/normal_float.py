@@ -63,13 +63,19 @@ class NormalFloat4(Codec):
         shape = (matrix_OI.shape[0], matrix_OI.shape[1])
         return PackedBlocks(codes, _nest(scales) if self.double_quant else scales, shape, self)
 
-    def decode(self, packed: PackedBlocks, out_OI: Tensor) -> None:
-        scales_B = packed.scales.decode() if isinstance(packed.scales, NestedScales) else packed.scales
+    def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
+        if packed.codes.is_cuda or prod(packed.shape) % self.block_size:
+            out_OI = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
+            self.decode_into(packed, out_OI)
+            return out_OI
+        return _decode_blocks(packed.codes, _plain(packed.scales), self.block_size, dtype).view(packed.shape)
+
+    def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
+        scales_B = _plain(packed.scales)
         if out_OI.is_cuda:
             codes = packed.codes.view(-1, 1)
-            bitsandbytes.dequantize_4bit(
-                codes, absmax=scales_B, out=out_OI, blocksize=self.block_size, quant_type="nf4"
-            )
+            kind = {"blocksize": self.block_size, "quant_type": "nf4"}
+            bitsandbytes.dequantize_4bit(codes, absmax=scales_B, out=out_OI, **kind)
         else:
             _decode_on_cpu(packed.codes, scales_B, self.block_size, out_OI.view(-1))
 
@@ -150,22 +156,31 @@ def _pack(codes_N: numpy.ndarray) -> Tensor:
     return torch.from_numpy((codes_N[::2] << 4) | codes_N[1::2])
 
 
+def _plain(scales: Tensor | NestedScales) -> Tensor:
+    return scales.decode() if isinstance(scales, NestedScales) else scales
+
+
 def _decode_on_cpu(codes: Tensor, scales_B: Tensor, block_size: int, out_N: Tensor) -> None:
-    """By bitsandbytes in runs of whole blocks, one to a row, where it is right; by table in a short last block."""
+    """Runs of whole blocks, and by table what a short last block holds."""
     num_elements = out_N.numel()
     num_full = num_elements - num_elements % block_size
     for start in range(0, num_full, RUN):
         stop = min(start + RUN, num_full)
-        state = bitsandbytes.QuantState(
-            absmax=scales_B[start // block_size : stop // block_size],
-            shape=torch.Size(((stop - start) // block_size, block_size)),
-            code=levels(),
-            blocksize=block_size,
-            quant_type="nf4",
-            dtype=out_N.dtype if out_N.dtype.itemsize < 8 else torch.float32,
-        )
-        run = codes[start // 2 : stop // 2].view(-1, 1)
-        out_N[start:stop] = bitsandbytes.dequantize_4bit(run, state).view(-1)
+        scales = scales_B[start // block_size : stop // block_size]
+        out_N[start:stop] = _decode_blocks(codes[start // 2 : stop // 2], scales, block_size, out_N.dtype)
     if num_full < num_elements:
         pairs = torch.from_numpy(_levels_of_byte().take(codes.numpy()[num_full // 2 :])).view(torch.float32)
         out_N[num_full:] = pairs[: num_elements - num_full] * scales_B[-1]
+
+
+def _decode_blocks(codes: Tensor, scales_B: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Whole blocks, [N] in `dtype`, by bitsandbytes: with one block to a row its kernel is right."""
+    state = bitsandbytes.QuantState(
+        absmax=scales_B,
+        shape=torch.Size((len(scales_B), block_size)),
+        code=levels(),
+        blocksize=block_size,
+        quant_type="nf4",
+        dtype=dtype if dtype.itemsize < 8 else torch.float32,
+    )
+    return bitsandbytes.dequantize_4bit(codes.view(-1, 1), state).view(-1).to(dtype)
