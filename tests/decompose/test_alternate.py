@@ -35,9 +35,11 @@ class Scripted(Codec):
         codes = torch.tensor([len(self.made) - 1], dtype=torch.uint8)
         return PackedBlocks(codes, torch.zeros(0), tuple(matrix_OI.shape), self)
 
-    def decode(self, packed, out=None):
-        matrix = self.made[int(packed.codes)]
-        return matrix.clone() if out is None else out.copy_(matrix)
+    def decode(self, packed, dtype):
+        return self.made[int(packed.codes)].to(dtype, copy=True)
+
+    def decode_into(self, packed, out_OI):
+        out_OI.copy_(self.made[int(packed.codes)])
 
     def num_bytes(self, shape):
         return 1 + 0 * shape[0]
