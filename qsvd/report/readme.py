@@ -43,7 +43,8 @@ def _opening(header: Header) -> str:
     return (
         f"# {model}, split by qsvd\n\n{parts}\n\n{header.method}.\n{header.reach}.\n\n"
         "What quantization cost is in `report.md`, per weight in `errors.jsonl`; `qsvd.json` records the run.\n"
-        "The commands below need transformers, peft and bitsandbytes, not qsvd, and run where this path is valid."
+        "The commands below need transformers, peft and bitsandbytes, not qsvd, and run where this path is valid;\n"
+        "`qsvd train`, `qsvd eval` and `qsvd export` take the folder too."
     )
 
 

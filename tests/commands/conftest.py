@@ -1,10 +1,17 @@
 """What the tests of several commands start from."""
 
 import pytest
+from transformers.utils import logging
 
 import qsvd
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import shared_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_bars_of_the_tests_own():
+    """What a test loads by itself must not stand among what a command prints."""
+    logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")
