@@ -15,7 +15,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.head import classifier, start_head
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import SplitModel, restore
-from qsvd.adapters.start import check_method, new_record, start_adapter
+from qsvd.adapters.start import check_method, new_record, read_principal, start_from
 from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.checkpoint.check import resolve
 from qsvd.checkpoint.layout import QUANT_STATE
@@ -174,9 +174,9 @@ def _split_linear(model: Any, path: str, plan: ModelPlan, name: str, place: _Pla
     if not isinstance(model.get_submodule(path), nn.Linear):
         raise ValueError(f"{path} of {plan.architecture} is no nn.Linear, yet {place.split.folder} has it split")
     bias = plan.spelling.get(f"{path}.bias")
-    adapter = start_adapter(place.split, place.record, name, place.device)
-    residual = place.split.residual(name).to(place.device)
-    return SplitLinear(residual, adapter, None if bias is None else _dense(place, bias, place.dtype), name)
+    principal = read_principal(place.split, name, place.device)
+    adapter = start_from(principal, place.split, place.record, name)
+    return SplitLinear(principal.residual, adapter, None if bias is None else _dense(place, bias, place.dtype), name)
 
 
 def _dense(place: _Place, name: str, dtype: torch.dtype) -> Tensor:

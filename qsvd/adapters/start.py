@@ -3,6 +3,7 @@
 import hashlib
 
 import torch
+from torch import Tensor
 
 from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, Principal, chosen
 from qsvd.adapters.methods import METHODS
@@ -63,13 +64,24 @@ def start_adapter(split: SplitFolder, record: AdapterRecord, name: str, device: 
     Raises:
         ValueError: the method cannot start from the weight's factors; the sentence names the weight.
     """
+    return start_from(read_principal(split, name, device), split, record, name)
+
+
+def read_principal(split: SplitFolder, name: str, device: torch.device) -> Principal:
+    """One weight as it is stored, read once."""
+    up_OR, down_RI = stored_factors(split, name)
+    return Principal(split.residual(name).to(device), up_OR.to(device), down_RI.to(device))
+
+
+def stored_factors(split: SplitFolder, name: str) -> tuple[Tensor, Tensor]:
+    """B [O, R] and A [R, I] of one weight; R is 0 where nothing but the residual is stored."""
+    rows, columns = split.weights[name]["shape"]
+    return split.factors(name) or (torch.zeros(rows, 0), torch.zeros(0, columns))
+
+
+def start_from(principal: Principal, split: SplitFolder, record: AdapterRecord, name: str) -> Adapter:
+    """As `start_adapter`, of a weight that is read already."""
     options = AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
-    residual = split.residual(name).to(device)
-    factors = split.factors(name)
-    if factors is None:
-        rows, columns = residual.shape
-        factors = torch.zeros(rows, 0), torch.zeros(0, columns)
-    principal = Principal(residual, factors[0].to(device), factors[1].to(device))
     digest = hashlib.sha256(f"{record.seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
     try:

@@ -8,7 +8,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.install import load, names_of
-from qsvd.adapters.start import new_record, trained_adapter
+from qsvd.adapters.start import new_record, stored_factors, trained_adapter
 from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, open_adapter
 from qsvd.checkpoint.export import Trained, TrainedModel
 from qsvd.checkpoint.read_split import SplitFolder, open_split
@@ -72,8 +72,7 @@ def open_trained(run: Path, base: Path | None) -> Opened:
 
 def _stored(split: SplitFolder) -> Any:
     def weight(name: str) -> Trained:
-        rows, columns = split.weights[name]["shape"]
-        up_OR, down_RI = split.factors(name) or (torch.zeros(rows, 0), torch.zeros(0, columns))
+        up_OR, down_RI = stored_factors(split, name)
         return Trained(up_OR.float(), down_RI.float())
 
     return weight

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from qsvd.adapters.model import restore, split_linears
 from qsvd.adapters.pissa import Pissa
+from qsvd.adapters.start import stored_factors
 from qsvd.checkpoint.adapter_folder import open_adapter
 from qsvd.checkpoint.read_split import SplitFolder
 from qsvd.train.checkpoints import UNFINISHED, checkpoints, finish, step_of
@@ -165,8 +166,7 @@ def stored_components(model: nn.Module, split: SplitFolder) -> Iterator[None]:
     adapters = [module.adapter for module in modules]
     try:
         for module in modules:
-            rows, columns = module.out_features, module.in_features
-            up_OR, down_RI = split.factors(module.name) or (torch.zeros(rows, 0), torch.zeros(0, columns))
+            up_OR, down_RI = stored_factors(split, module.name)
             device = module.get_buffer("codes").device
             module.adapter = Pissa(up_OR.to(device), down_RI.to(device)).requires_grad_(False)
         yield
