@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qsvd.numerics.codec import PackedBlocks
+from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 FEW = 1 << 28  # parameters whose float32 master, gradient and 32-bit Adam state take no more than 4 GB
 
@@ -76,6 +77,7 @@ class Adapter(nn.Module, ABC):
     """The trained part of one weight: W' = gain[:, None] * (Q + up @ down)."""
 
     defaults: ClassVar[Defaults]
+    starts_from_residual: ClassVar[bool] = False  # whether `start` looks at the values of Q
 
     @classmethod
     @abstractmethod
@@ -86,10 +88,23 @@ class Adapter(nn.Module, ABC):
             ValueError: the method cannot start from these factors with these options; the sentence says what it needs.
         """
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def num_parameters(shape: tuple[int, int], rank: int) -> int:
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        """What `start` makes of an [O, I] weight, without making it.
+
+        Args:
+            stored_rank: R, of the stored factors, in `stored_dtype`.
+            rank: K, of what is trained, in `dtype`.
+        """
+
+    @classmethod
+    def num_parameters(cls, shape: tuple[int, int], rank: int) -> int:
         """Trained parameters of an [O, I] weight at this trained rank."""
+        made = cls.tensors(shape, rank, rank, torch.float32, torch.float32)
+        return sum(tensor.numel for tensor in made.parameters.values())
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -98,6 +113,11 @@ class Adapter(nn.Module, ABC):
     def gain(self) -> Tensor | None:
         """A factor for each output, [O], or None where it is 1."""
         return None
+
+
+def stored_factors(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> dict[str, TensorShape]:
+    """The stored factors of an [O, I] weight, kept frozen."""
+    return {"frozen_up": TensorShape((shape[0], rank), dtype), "frozen_down": TensorShape((rank, shape[1]), dtype)}
 
 
 def chosen(options: AdapterOptions, defaults: Defaults, stored_rank: int) -> tuple[int, float]:

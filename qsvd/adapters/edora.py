@@ -13,7 +13,8 @@ and the first term, Q A0^T and A0 A0^T never change. Shape suffixes as in adapte
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal, chosen
+from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal, chosen, stored_factors
+from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 TINY = torch.finfo(torch.float32).tiny  # the square of a norm is no less: a row of zeros keeps the gain 1
 
@@ -27,6 +28,8 @@ class EDora(Adapter):
         learning_rate=1e-3,
         reason="the largest but one of the authors' grid; few parameters between frozen directions bear a large rate",
     )
+
+    starts_from_residual = True
 
     def __init__(self, principal: Principal, rank: int, scale: float, dtype: torch.dtype):
         super().__init__()
@@ -57,9 +60,27 @@ class EDora(Adapter):
             raise ValueError(f"rank {rank} is outside 1..{principal.rank}, the principal components that are stored")
         return cls(principal, rank, scale, options.torch_dtype)
 
-    @staticmethod
-    def num_parameters(shape: tuple[int, int], rank: int) -> int:
-        return rank**2 + shape[0]
+    @classmethod
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        rows = shape[0]
+
+        def exact(*sizes: int) -> TensorShape:
+            return TensorShape(sizes, torch.float32)
+
+        parameters = {"core": TensorShape((rank, rank), dtype), "magnitude": exact(rows)}
+        constants = {
+            "directions": TensorShape((rows, rank), stored_dtype),
+            "inner": exact(rank, stored_rank),
+            "residual_squares": exact(rows),
+            "residual_down": exact(rows, stored_rank),
+            "down_gram": exact(stored_rank, stored_rank),
+        }
+        made = {"up": exact(rows, stored_rank), "gain": exact(rows), "norms": exact(rows)}
+        if stored_dtype != torch.float32:
+            made["exact_directions"] = exact(rows, rank)
+        return AdapterTensors(parameters, stored_factors(shape, stored_rank, stored_dtype) | constants, made)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         inner_KR, frozen_OR = self.get_buffer("inner"), self.get_buffer("frozen_up")  # float32, and as stored

@@ -4,6 +4,7 @@ No dense weight is made. Host memory holds one tensor at a time besides what sta
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +14,19 @@ from torch import Tensor, nn
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.head import classifier, start_head
+from qsvd.adapters.host_embedding import HostEmbedding
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import SplitModel, restore
+from qsvd.adapters.paging import PagedResidual, open_pages
 from qsvd.adapters.start import check_method, new_record, read_principal, start_from
 from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.checkpoint.check import resolve
-from qsvd.checkpoint.layout import QUANT_STATE
+from qsvd.checkpoint.layout import RESIDUAL_PARTS
 from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.checkpoint.tensor_file import map_tensor, read_tensor
 from qsvd.plan.listing import listing
 from qsvd.plan.model import ModelPlan, describe
+from qsvd.plan.placement import EVERYTHING, Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,9 +40,10 @@ class _Place:
     record: AdapterRecord
     device: torch.device
     dtype: torch.dtype
+    placement: Placement = EVERYTHING
 
 
-def load(
+def load(  # noqa: PLR0913  # each is a choice of its own
     folder: str | Path,
     adapter: str | Path | None = None,
     *,
@@ -46,6 +51,7 @@ def load(
     labels: tuple[str, ...] = (),
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
+    placement: Placement = EVERYTHING,
 ) -> Any:
     """A transformers model with the residuals of `folder` and an adapter beside each, ready to generate or to train.
 
@@ -56,6 +62,8 @@ def load(
         labels: Names of the classes; the model is then a sequence classifier with a new head, trained in full.
         device: "auto" is a GPU if there is one.
         dtype: Of everything but residuals and adapters; None is bfloat16 on a GPU and float32 on a CPU.
+        placement: Which residuals stay on the device, and where the others wait until they visit it. The results are
+            the same, to the bit.
 
     Returns:
         An instance of the transformers class, in evaluation mode, in which only the adapters (and a new head) require
@@ -63,18 +71,18 @@ def load(
 
     Raises:
         ValueError: the folder is no result, the adapter belongs to another one or does not fit, the method is unknown
-            or cannot start from this base, or transformers cannot build the model.
+            or cannot start from this base, or transformers cannot build the model; or the placement cannot be had.
     """
     split = open_split(Path(folder).expanduser())
     if adapter is None:
         record = new_record(split, options or AdapterOptions(), labels)
-        return _load(split, record, None, device, dtype)
+        return _load(_place(split, record, device, dtype, placement), None)
     if options is not None or labels:
         raise ValueError(f"the adapter {adapter} says itself what it is: leave out options and labels")
     trained = open_adapter(Path(adapter).expanduser())
     check_base(trained, split.folder, split.fingerprint)
     check_method(trained.record.method)
-    return _load(split, trained.record, trained, device, dtype)
+    return _load(_place(split, trained.record, device, dtype, placement), trained)
 
 
 def names_of(split: SplitFolder, record: AdapterRecord) -> ModelPlan:
@@ -82,27 +90,44 @@ def names_of(split: SplitFolder, record: AdapterRecord) -> ModelPlan:
     return _empty(_Place(split, record, torch.device("cpu"), torch.float32))[1]
 
 
-def _load(
+def _place(
     split: SplitFolder,
     record: AdapterRecord,
-    adapter: AdapterFolder | None,
     device: str | torch.device,
     dtype: torch.dtype | None,
-) -> "PreTrainedModel":
+    placement: Placement,
+) -> _Place:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    place = _Place(split, record, device, dtype)
+    return _Place(split, record, device, dtype, placement)
+
+
+def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
     model, plan = _empty(place)
-    _fill(model, plan, place)
-    full = start_head(model, plan, is_classifier=bool(record.labels), seed=record.seed)
+    pages = open_pages(place.split, place.device, place.placement)
+    _fill(model, plan, place, pages)
+    full = start_head(model, plan, is_classifier=bool(place.record.labels), seed=place.record.seed)
     model.tie_weights()
-    model.to(device)  # buffers that are in no file
-    model.split_record = replace(record, full=full)
+    if place.placement.embeddings_on_host:
+        _keep_embeddings(model, place.device)
+    model.to(place.device)  # buffers that are in no file
+    model.split_record = replace(place.record, full=full)
     if adapter is not None:
         restore(model, adapter)
     return model.eval()
+
+
+def _keep_embeddings(model: Any, device: torch.device) -> None:
+    """Put what looks tokens up on the host in the place of the embedding."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        raise ValueError(
+            f"the embedding of {type(model).__name__} is its output head too, which computes on the device; "
+            "leave embeddings_on_host out"
+        )
+    model.set_input_embeddings(HostEmbedding(embedding, device))
 
 
 def _empty(place: _Place) -> tuple[Any, ModelPlan]:
@@ -143,46 +168,50 @@ def _generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
 
 def _own_names(split: SplitFolder) -> list[str]:
     """Names of the tensors that the 16-bit model had."""
-    parts = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f".{QUANT_STATE}")
-    packed = {f"{name}{part}" for name in split.weights for part in parts}
+    packed = {f"{name}.{part}" for name in split.weights for part in RESIDUAL_PARTS}
     return [name for name in split.tensors if name not in packed and ".lora_" not in name]
 
 
-def _fill(model: Any, plan: ModelPlan, place: _Place) -> None:
+def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedResidual]) -> None:
     """Every tensor of the folder to its place."""
     spelled = {name: model_name for model_name, name in plan.spelling.items()}
     lost = [name for name in place.split.weights if name not in spelled]
     if lost:
         raise ValueError(f"{plan.architecture} has no place for {len(lost)} split weights: {listing(lost)}")
     split_modules = {spelled[name].removesuffix(".weight"): name for name in place.split.weights}
+    embedding = model.get_input_embeddings() if place.placement.embeddings_on_host else None
     for name, model_name in sorted(spelled.items(), key=lambda pair: place.split.tensors[pair[0]].start):
         owner, _, last = model_name.rpartition(".")
         if owner in split_modules:
             if last == "weight":
-                model.set_submodule(owner, _split_linear(model, owner, plan, name, place), strict=True)
+                linear = _split_linear(model, owner, plan, name, place, pages.get(name))
+                model.set_submodule(owner, linear, strict=True)
         else:
             module = model.get_submodule(owner)
             dtype = torch.float32 if _stays_float32(model, model_name, place.dtype) else place.dtype
-            tensor = _dense(place, name, dtype)
+            tensor = _dense(place, name, dtype, torch.device("cpu") if module is embedding else place.device)
             if last in module._parameters:
                 module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
             else:
                 module._buffers[last] = tensor
 
 
-def _split_linear(model: Any, path: str, plan: ModelPlan, name: str, place: _Place) -> SplitLinear:
+def _split_linear(  # noqa: PLR0913  # what is made, and of what
+    model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
+) -> SplitLinear:
     if not isinstance(model.get_submodule(path), nn.Linear):
         raise ValueError(f"{path} of {plan.architecture} is no nn.Linear, yet {place.split.folder} has it split")
     bias = plan.spelling.get(f"{path}.bias")
-    principal = read_principal(place.split, name, place.device)
+    principal = read_principal(place.split, name, place.device, place.record.method, is_paged=paged is not None)
     adapter = start_from(principal, place.split, place.record, name)
-    return SplitLinear(principal.residual, adapter, None if bias is None else _dense(place, bias, place.dtype), name)
+    bias_O = None if bias is None else _dense(place, bias, place.dtype, place.device)
+    return SplitLinear(paged or principal.residual, adapter, bias_O, name)
 
 
-def _dense(place: _Place, name: str, dtype: torch.dtype) -> Tensor:
+def _dense(place: _Place, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     entry = place.split.tensors[name]
     tensor = map_tensor(entry) if place.device.type == "cpu" else read_tensor(entry)
-    return tensor.to(place.device, dtype if tensor.is_floating_point() else tensor.dtype)
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:

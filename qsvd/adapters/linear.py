@@ -12,7 +12,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from qsvd.adapters.adapter import Adapter
-from qsvd.numerics.codec import NestedScales, PackedBlocks
+from qsvd.adapters.paging import PagedResidual
+from qsvd.numerics.codec import PackedBlocks, from_bytes
 
 BAND = {"cpu": 1 << 21, "cuda": 1 << 25}  # elements of Q that are decoded at a time: 8 MB of float32, 64 of bfloat16
 
@@ -21,34 +22,34 @@ class SplitLinear(nn.Module):
     """nn.Linear with the weight W' = gain * (Q + up @ down), Q decoded when it is needed and not kept.
 
     Args:
-        residual: Q [O, I]; its tensors become buffers, as bytes, so that a change of the module's dtype leaves them.
-        adapter: What is trained; on the same device.
+        residual: Q [O, I]. Its tensors become buffers, as bytes, so that a change of the module's dtype leaves them;
+            or it stays where it is and visits the device.
+        adapter: What is trained; on the device.
         bias: Frozen, [O] in the compute dtype, or None.
         name: Of the weight's tensor in the base's files.
     """
 
-    def __init__(self, residual: PackedBlocks, adapter: Adapter, bias: Tensor | None, name: str = ""):
+    def __init__(self, residual: PackedBlocks | PagedResidual, adapter: Adapter, bias: Tensor | None, name: str = ""):
         super().__init__()
         self.name = name
         self.out_features, self.in_features = residual.shape
         self.adapter = adapter
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._codec = residual.codec
-        scales = residual.scales
-        self._nested_block = scales.block_size if isinstance(scales, NestedScales) else None
-        for name, tensor in _tensors(residual).items():
-            self.register_buffer(name, tensor.reshape(-1).view(torch.uint8), persistent=False)
+        self.codec = residual.codec
+        self.paged = residual if isinstance(residual, PagedResidual) else None
+        self._nested_block = residual.nested_block
+        if isinstance(residual, PackedBlocks):
+            for part, tensor in residual.tensors().items():
+                self.register_buffer(part, tensor.reshape(-1).view(torch.uint8), persistent=False)
 
     @property
     def residual(self) -> PackedBlocks:
-        """Q, in views of the buffers."""
-        if self._nested_block is None:
-            scales: Tensor | NestedScales = self._float32("absmax")
-        else:
-            offset = self._float32("offset").view(())
-            codes = self.get_buffer("absmax_codes")
-            scales = NestedScales(codes, self._float32("absmax"), offset, self._float32("levels"), self._nested_block)
-        return PackedBlocks(self.get_buffer("codes"), scales, (self.out_features, self.in_features), self._codec)
+        """Q, in views of the buffers, or of a page that is valid until another one is visited."""
+        if self.paged is not None:
+            return self.paged.read(turns=self.training)
+        shape = (self.out_features, self.in_features)
+        parts = {part: self.get_buffer(part) for part in self.codec.parts(shape)}
+        return from_bytes(parts, shape, self.codec, self._nested_block)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in the dtype of x, or of autocast where that is on."""
@@ -59,29 +60,12 @@ class SplitLinear(nn.Module):
             up_OK, down_KI = self.adapter.factors()
             gain_O = self.adapter.gain()
         inputs_TI = x.reshape(-1, self.in_features)
-        outputs_TO = _Product.apply(inputs_TI, up_OK, down_KI, gain_O, self.bias, self.residual)
+        outputs_TO = _Product.apply(inputs_TI, up_OK, down_KI, gain_O, self.bias, self)
         assert isinstance(outputs_TO, Tensor), "apply returns what forward does"
         return outputs_TO.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def _float32(self, name: str) -> Tensor:
-        return self.get_buffer(name).view(torch.float32)
-
-
-def _tensors(residual: PackedBlocks) -> dict[str, Tensor]:
-    """What a residual consists of."""
-    scales = residual.scales
-    if not isinstance(scales, NestedScales):
-        return {"codes": residual.codes, "absmax": scales}
-    return {
-        "codes": residual.codes,
-        "absmax_codes": scales.codes,
-        "absmax": scales.absmax,
-        "offset": scales.offset,
-        "levels": scales.levels,
-    }
 
 
 def _scaled(y_TO: Tensor, gain_O: Tensor) -> Tensor:
@@ -109,7 +93,7 @@ def _times(y_TO: Tensor, residual: PackedBlocks) -> Tensor:
 
 
 class _Product(Function):
-    """gain * (x Q^T + (x A^T) B^T) + bias, with Q decoded again for the gradient.
+    """gain * (x Q^T + (x A^T) B^T) + bias, with Q asked for and decoded again for the gradient.
 
     Kept between the two: x, x A^T, references to B and A, and with a gain the product before it.
     Products are computed in the dtype of x; the factors' gradients come in the factors' own dtypes.
@@ -123,12 +107,12 @@ class _Product(Function):
         down_KI: Tensor,
         gain_O: Tensor | None,
         bias_O: Tensor | None,
-        residual: PackedBlocks,
+        linear: SplitLinear,
     ) -> Tensor:
         hidden_TK = x_TI @ down_KI.to(x_TI.dtype).T
-        y_TO = _times_transposed(x_TI, residual)
+        y_TO = _times_transposed(x_TI, linear.residual)
         y_TO.addmm_(hidden_TK, up_OK.to(x_TI.dtype).T)
-        ctx.residual = residual
+        ctx.linear = linear
         ctx.save_for_backward(x_TI, hidden_TK, up_OK, down_KI, gain_O, None if gain_O is None else y_TO)
         if gain_O is not None:
             y_TO = _scaled(y_TO, gain_O)
@@ -150,6 +134,6 @@ class _Product(Function):
         d_down_KI = (dh_TK.T @ x_TI).to(down_KI.dtype) if needs_down and dh_TK is not None else None
         dx_TI = None
         if needs_x and dh_TK is not None:
-            dx_TI = _times(dy_TO, ctx.residual)
+            dx_TI = _times(dy_TO, ctx.linear.residual)
             dx_TI.addmm_(dh_TK, down_KI.to(dy_TO.dtype))
         return dx_TI, d_up_OK, d_down_KI, d_gain_O, None, None

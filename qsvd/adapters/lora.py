@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal, chosen
+from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal, chosen, stored_factors
+from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 
 class Lora(Adapter):
@@ -41,13 +42,22 @@ class Lora(Adapter):
         rank = min(rank, out_features, in_features)  # more would only repeat
         bound = 1 / math.sqrt(in_features)  # Kaiming's uniform bound with a = sqrt 5, as LoRA and PEFT draw A
         down_KI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-        device = principal.residual.codes.device
+        device = principal.up_OR.device
         up_OK = torch.zeros(out_features, rank, dtype=options.torch_dtype, device=device)
         return cls(principal, up_OK, down_KI.to(device, options.torch_dtype), scale)
 
-    @staticmethod
-    def num_parameters(shape: tuple[int, int], rank: int) -> int:
-        return rank * sum(shape)
+    @classmethod
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        rows, columns = shape
+        rank = min(rank, rows, columns)
+        parameters = {"up": TensorShape((rows, rank), dtype), "down": TensorShape((rank, columns), dtype)}
+        both = stored_rank + rank
+        made = {"up": TensorShape((rows, both), dtype)}  # scaled, and beside the frozen ones
+        if stored_rank:
+            made["down"] = TensorShape((both, columns), dtype)
+        return AdapterTensors(parameters, stored_factors(shape, stored_rank, stored_dtype), made)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         up_OK = self.scale * self.up

@@ -64,13 +64,23 @@ def start_adapter(split: SplitFolder, record: AdapterRecord, name: str, device: 
     Raises:
         ValueError: the method cannot start from the weight's factors; the sentence names the weight.
     """
-    return start_from(read_principal(split, name, device), split, record, name)
+    return start_from(read_principal(split, name, device, record.method), split, record, name)
 
 
-def read_principal(split: SplitFolder, name: str, device: torch.device) -> Principal:
-    """One weight as it is stored, read once."""
+def read_principal(
+    split: SplitFolder, name: str, device: torch.device, method: str, *, is_paged: bool = False
+) -> Principal:
+    """One weight as it is stored, read once.
+
+    Args:
+        is_paged: Leave the residual in its file, unless the method starts from its values.
+    """
     up_OR, down_RI = stored_factors(split, name)
-    return Principal(split.residual(name).to(device), up_OR.to(device), down_RI.to(device))
+    if is_paged and not METHODS[method].starts_from_residual:
+        residual = split.residual(name, mapped=True)
+    else:
+        residual = split.residual(name).to(device)
+    return Principal(residual, up_OR.to(device), down_RI.to(device))
 
 
 def stored_factors(split: SplitFolder, name: str) -> tuple[Tensor, Tensor]:

@@ -3,17 +3,20 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from qsvd.decompose.split import Split
-from qsvd.numerics.codec import NestedScales, PackedBlocks
+from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks, from_bytes
 from qsvd.numerics.normal_float import NormalFloat4, bitsandbytes, levels
 
 ADAPTER_PREFIX = "base_model.model."
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
+RESIDUAL_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)  # after the weight's name
+Part = TypeVar("Part")
 STATE_BYTES = 320  # at most, for the JSON of one weight's quantization state
 
 
@@ -43,25 +46,60 @@ def residual_tensors(name: str, packed: PackedBlocks, dtype: torch.dtype) -> dic
     return {name: packed.codes.view(-1, 1)} | {key: value.cpu().contiguous() for key, value in tensors.items()}
 
 
-def residual_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> PackedBlocks:
-    """What `residual_tensors` was given, from its result.
+@dataclass(frozen=True)
+class StoredResidual(Generic[Part]):
+    """The tensors of a residual, or where they lie, by the names of PackedBlocks.tensors; and what they make up."""
+
+    parts: dict[str, Part | bytes]
+    shape: tuple[int, int]
+    codec: Codec
+    nested_block: int | None
+
+
+def stored_residual(name: str, tensors: Mapping[str, Part], state: bytes) -> StoredResidual[Part]:
+    """What of the result of `residual_tensors` is what.
+
+    Args:
+        tensors: By the names in the files; values of any kind.
+        state: The JSON of the quantization state.
 
     Raises:
         ValueError: a tensor is missing, or the quantization is not NF4.
     """
-    parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-    if name not in tensors or "absmax" not in parts or QUANT_STATE not in parts:
+    _check_is_nf4(name, tensors)
+    known = json.loads(state)
+    rows, columns = known["shape"]
+    nested = f"{name}.nested_absmax" in tensors
+    codec = NormalFloat4(double_quant=nested, block_size=known["blocksize"])
+    parts: dict[str, Part | bytes] = {"codes": tensors[name], "absmax": tensors[f"{name}.absmax"]}
+    if not nested:
+        return StoredResidual(parts, (rows, columns), codec, None)
+    parts = {
+        "codes": tensors[name],
+        "absmax_codes": tensors[f"{name}.absmax"],
+        "absmax": tensors[f"{name}.nested_absmax"],
+        "offset": torch.tensor(known["nested_offset"], dtype=torch.float32).numpy().tobytes(),
+        "levels": tensors[f"{name}.nested_quant_map"],
+    }
+    return StoredResidual(parts, (rows, columns), codec, known["nested_blocksize"])
+
+
+def residual_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> PackedBlocks:
+    """What `residual_tensors` was given, from its result; a ValueError as from `stored_residual`."""
+    _check_is_nf4(name, tensors)
+    stored = stored_residual(name, tensors, tensors[f"{name}.{QUANT_STATE}"].numpy().tobytes())
+    parts = {
+        part: torch.frombuffer(bytearray(value), dtype=torch.uint8)
+        if isinstance(value, bytes)
+        else value.reshape(-1).view(torch.uint8)
+        for part, value in stored.parts.items()
+    }
+    return from_bytes(parts, stored.shape, stored.codec, stored.nested_block)
+
+
+def _check_is_nf4(name: str, tensors: Mapping[str, object]) -> None:
+    if any(key not in tensors for key in (name, f"{name}.absmax", f"{name}.{QUANT_STATE}")):
         raise ValueError(f"{name} is no NF4 weight: it needs {name}, .absmax and .{QUANT_STATE}")
-    state = json.loads(parts[QUANT_STATE].numpy().tobytes())
-    scales: Tensor | NestedScales = parts["absmax"]
-    if "nested_absmax" in parts:
-        offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-        scales = NestedScales(
-            parts["absmax"], parts["nested_absmax"], offset, parts["nested_quant_map"], state["nested_blocksize"]
-        )
-    codec = NormalFloat4(double_quant=isinstance(scales, NestedScales), block_size=state["blocksize"])
-    rows, columns = state["shape"]
-    return PackedBlocks(tensors[name].view(-1), scales, (rows, columns), codec)
 
 
 def adapter_tensors(module: str, split: Split) -> dict[str, Tensor]:

@@ -7,8 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from qsvd.checkpoint.layout import ADAPTER_PREFIX, residual_from_tensors
-from qsvd.checkpoint.tensor_file import TensorEntry, read_header, read_tensor
+from qsvd.checkpoint.layout import (
+    ADAPTER_PREFIX,
+    QUANT_STATE,
+    RESIDUAL_PARTS,
+    StoredResidual,
+    residual_from_tensors,
+    stored_residual,
+)
+from qsvd.checkpoint.tensor_file import TensorEntry, map_tensor, read_header, read_tensor
 from qsvd.checkpoint.write import MANIFEST
 from qsvd.numerics.codec import PackedBlocks
 
@@ -34,10 +41,20 @@ class SplitFolder:
         """Of all residuals."""
         return self.manifest["fingerprint"]
 
-    def residual(self, name: str) -> PackedBlocks:
-        """Q of one weight."""
-        mine = {key: entry for key, entry in self.tensors.items() if key == name or key.startswith(f"{name}.")}
-        return residual_from_tensors(name, {key: read_tensor(entry) for key, entry in mine.items()})
+    def residual(self, name: str, *, mapped: bool = False) -> PackedBlocks:
+        """Q of one weight; mapped: its bytes stay in the file until they are looked at."""
+        read = map_tensor if mapped else read_tensor
+        return residual_from_tensors(name, {key: read(entry) for key, entry in self._entries(name).items()})
+
+    def stored(self, name: str) -> StoredResidual[TensorEntry]:
+        """Where the parts of Q of one weight lie."""
+        entries = self._entries(name)
+        state = entries.get(f"{name}.{QUANT_STATE}")
+        return stored_residual(name, entries, b"" if state is None else read_tensor(state).numpy().tobytes())
+
+    def _entries(self, name: str) -> dict[str, TensorEntry]:
+        keys = (name, *(f"{name}.{part}" for part in RESIDUAL_PARTS))
+        return {key: self.tensors[key] for key in keys if key in self.tensors}
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """B [O, R] and A [R, I] of one weight, or None at rank 0."""

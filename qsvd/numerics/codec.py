@@ -5,7 +5,7 @@ Shape suffixes: O = out features, I = in features.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,23 @@ class PackedBlocks:
         return PackedBlocks(self.codes.to(device), self.scales.to(device), self.shape, self.codec)
 
     @property
+    def nested_block(self) -> int | None:
+        """Scales that share one absmax; None where scales are not nested."""
+        return self.scales.block_size if isinstance(self.scales, NestedScales) else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it consists of, by name."""
+        if not isinstance(self.scales, NestedScales):
+            return {"codes": self.codes, "absmax": self.scales}
+        return {
+            "codes": self.codes,
+            "absmax_codes": self.scales.codes,
+            "absmax": self.scales.absmax,
+            "offset": self.scales.offset,
+            "levels": self.scales.levels,
+        }
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that grow with the matrix: codes and scales; level tables (shared by all matrices) not counted."""
         return self.codes.nbytes + (
@@ -124,3 +141,25 @@ class Codec(ABC):
     @abstractmethod
     def num_bytes(self, shape: tuple[int, int]) -> int:
         """What `encode` of such a matrix will need, by the same count as PackedBlocks.num_bytes."""
+
+    @abstractmethod
+    def parts(self, shape: tuple[int, int]) -> dict[str, int]:
+        """Bytes of every tensor of such a packed matrix, level tables too, by the names of PackedBlocks.tensors."""
+
+
+def from_bytes(
+    parts: Mapping[str, Tensor], shape: tuple[int, int], codec: Codec, nested_block: int | None
+) -> PackedBlocks:
+    """A packed matrix in views of bytes.
+
+    Args:
+        parts: What PackedBlocks.tensors gives, each as flat uint8.
+        nested_block: Scales that share one absmax; None where scales are not nested.
+    """
+    absmax = parts["absmax"].view(torch.float32)
+    if nested_block is None:
+        return PackedBlocks(parts["codes"], absmax, shape, codec)
+    offset, levels = parts["offset"].view(torch.float32).view(()), parts["levels"].view(torch.float32)
+    return PackedBlocks(
+        parts["codes"], NestedScales(parts["absmax_codes"], absmax, offset, levels, nested_block), shape, codec
+    )

@@ -21,6 +21,7 @@ from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # warns of a kernel that qsvd never calls
 import bitsandbytes.functional as bitsandbytes  # noqa: E402
 
+NESTED_LEVELS = 256
 NESTED_BLOCK = 256
 RUN = 1 << 19  # elements worked on at a time: a few MB, which stay in cache
 UNDECIDED = 255  # a half-precision value whose float32 neighbours have two different codes
@@ -80,10 +81,16 @@ class NormalFloat4(Codec):
             _decode_on_cpu(packed.codes, scales_B, self.block_size, out_OI.view(-1))
 
     def num_bytes(self, shape: tuple[int, int]) -> int:
+        return sum(size for name, size in self.parts(shape).items() if name != "levels")
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, int]:
         num_elements = prod(shape)
         num_blocks = ceil(num_elements / self.block_size)
-        num_scale_bytes = num_blocks + 4 * ceil(num_blocks / NESTED_BLOCK) + 4 if self.double_quant else 4 * num_blocks
-        return ceil(num_elements / 2) + num_scale_bytes
+        codes = {"codes": ceil(num_elements / 2)}
+        if not self.double_quant:
+            return codes | {"absmax": 4 * num_blocks}
+        nested = {"absmax_codes": num_blocks, "absmax": 4 * ceil(num_blocks / NESTED_BLOCK)}
+        return codes | nested | {"offset": 4, "levels": 4 * NESTED_LEVELS}
 
 
 def _nest(scales_B: Tensor) -> NestedScales:

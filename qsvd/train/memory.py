@@ -15,7 +15,7 @@ def memory_by_item(model: Any, optimizer: Any, peak_bytes: int) -> dict[str, int
     inside = sum(buffer.nbytes for module in linears for buffer in module.adapter.buffers())
     states = optimizer.state.values() if optimizer is not None else ()
     items = {
-        "residual": sum(module.residual.num_bytes for module in linears),
+        "residual": sum(module.codec.num_bytes((module.out_features, module.in_features)) for module in linears),
         "frozen components": inside,
         "embeddings, norms, head": sum(p.nbytes for p in parameters if not p.requires_grad),
         "trained parameters": trained,

@@ -1,0 +1,38 @@
+"""How much memory the host has left for this process."""
+
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+ROOT = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def free_host_memory() -> int:
+    """Bytes that can still be taken: what the system has, or what a limit on this process leaves if that is less."""
+    return min(psutil.virtual_memory().available, *(_left(group) for group in _groups()), 2**63)
+
+
+def _groups() -> list[Path]:
+    """The control groups that may limit this process's memory, its own and those around it."""
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
+    folders = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2 has one group for all controllers
+            root = ROOT / controllers
+            own = PurePosixPath(path.lstrip("/"))
+            folders += [root / own, *(root / parent for parent in own.parents)]
+    return folders
+
+
+def _left(group: Path) -> int:
+    """Limit less usage, where what is kept of files does not count: it goes when memory is asked for."""
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    ):
+        if (group / limit).is_file() and (text := (group / limit).read_text().strip()) != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            return max(int(text) - int((group / usage).read_text()) + int(stat.get(cache, 0)), 0)
+    return 2**63
