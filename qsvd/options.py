@@ -94,7 +94,18 @@ class Train:
     weight_decay: Annotated[float, arg(help="Of AdamW.")] = 0.0
     max_grad_norm: Annotated[float, arg(help="Larger gradients are scaled down to it; 0 leaves them.")] = 1.0
     gradient_checkpointing: Annotated[bool, arg(help="Compute activations twice instead of keeping them.")] = True
-    activation_offload: Annotated[bool, arg(help="Keep activations in host memory.")] = False
+    activation_offload: Annotated[
+        Literal["auto", "yes", "no"], arg(help="Keep checkpoints of activations in host memory; auto: where it helps.")
+    ] = "auto"
+    resident: Annotated[
+        Literal["auto"] | float,
+        arg(help="Share of blocks whose 4-bit weights stay on the device, 0 to 1; others visit it. auto: what fits."),
+    ] = "auto"
+    layer_major: Annotated[
+        bool, arg(help="All batches of a step go through a block before the next block: weights move once for all.")
+    ] = False
+    gpu: Annotated[str | None, arg(metavar="SIZE", help="Most GPU memory to use, 24GB; None: what is free.")] = None
+    host: Annotated[str | None, arg(metavar="SIZE", help="Most host memory to use, 64GB; None: what is free.")] = None
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], arg(help="To compute in; auto is bfloat16 on a GPU, float32 on a CPU.")
     ] = "auto"

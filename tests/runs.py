@@ -130,6 +130,7 @@ def settings(**changes):
         "max_grad_norm": 1.0,
         "gradient_checkpointing": False,
         "activation_offload": False,
+        "layer_major": False,
         "save_every": 100,
         "keep": 2,
         "seed": 0,

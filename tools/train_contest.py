@@ -91,6 +91,7 @@ def main(contest: Contest) -> None:
         max_grad_norm=1.0,
         gradient_checkpointing=contest.checkpointing,
         activation_offload=False,
+        layer_major=False,
         save_every=10**6,
         keep=1,
         seed=0,

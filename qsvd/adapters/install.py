@@ -26,7 +26,7 @@ from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.checkpoint.tensor_file import map_tensor, read_tensor
 from qsvd.plan.listing import listing
 from qsvd.plan.model import ModelPlan, describe
-from qsvd.plan.placement import EVERYTHING, Placement
+from qsvd.plan.pages import EVERYTHING, Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -196,7 +196,7 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
                 module._buffers[last] = tensor
 
 
-def _split_linear(  # noqa: PLR0913  # what is made, and of what
+def _split_linear(
     model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
 ) -> SplitLinear:
     if not isinstance(model.get_submodule(path), nn.Linear):

@@ -64,4 +64,5 @@ class Lora(Adapter):
         frozen_up, frozen_down = self.get_buffer("frozen_up"), self.get_buffer("frozen_down")
         if not len(frozen_down):
             return up_OK, self.down
-        return torch.cat((frozen_up.to(up_OK), up_OK), dim=1), torch.cat((frozen_down.to(self.down), self.down))
+        down_KI = 1 * self.down  # else its gradient is a view that keeps the frozen part's alive
+        return torch.cat((frozen_up.to(up_OK), up_OK), dim=1), torch.cat((frozen_down.to(self.down), down_KI))

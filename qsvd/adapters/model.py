@@ -1,14 +1,17 @@
 """A transformers model with SplitLinear inside: what it trains, and how that is saved."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.micro_batches import in_micro_batches
 from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, write_adapter
 from qsvd.checkpoint.tensor_file import read_tensor
 from qsvd.plan.listing import listing
@@ -26,6 +29,15 @@ class SplitModel:
     """
 
     split_record: AdapterRecord
+    micro_batch: int | None = None  # rows that a block computes with at a time in training; None is all
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        if self.micro_batch is not None:
+            gradient_checkpointing_func = partial(in_micro_batches, self.micro_batch, gradient_checkpointing_func)
+        above: Any = super()
+        above._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
 
     def save_pretrained(self, save_directory: str | Path, *_: object, **__: object) -> None:
         """Save what is trained, a few MB; `qsvd.load(BASE, adapter=save_directory)` brings it back.

@@ -3,6 +3,7 @@
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Arena:
 
     def __del__(self) -> None:
         if getattr(self, "pinned", False):
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            _cudart().cudaHostUnregister(self.bytes.data_ptr())
 
 
 class Store(ABC):
@@ -100,9 +101,13 @@ class HostStore(Store):
         out[: self.sizes[page]].copy_(self.view(page))
 
 
+def _cudart() -> Any:
+    return torch.cuda.cudart()
+
+
 def _is_registered(memory: Tensor) -> bool:
     """Ask CUDA to take the memory. Where it does not, its note of that is cleared, or the next kernel would fail."""
-    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0)) == 0:
+    if int(_cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0)) == 0:
         return True
     try:
         torch.zeros(1, device="cuda").add_(1)

@@ -19,8 +19,7 @@ from qsvd.checkpoint.host_memory import free_host_memory
 from qsvd.checkpoint.page_reader import PageReader
 from qsvd.checkpoint.read_split import SplitFolder
 from qsvd.numerics.codec import Codec, PackedBlocks, from_bytes
-from qsvd.plan.pages import block_of, padded, page_bytes, resident_blocks
-from qsvd.plan.placement import Placement
+from qsvd.plan.pages import Placement, block_of, padded, page_bytes, resident_blocks
 
 
 class Pager:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal
+from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 
 class Pissa(Adapter):
@@ -45,9 +46,13 @@ class Pissa(Adapter):
             )
         return cls(*(factor.to(options.torch_dtype, copy=True) for factor in (principal.up_OR, principal.down_RI)))
 
-    @staticmethod
-    def num_parameters(shape: tuple[int, int], rank: int) -> int:
-        return rank * sum(shape)
+    @classmethod
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        del stored_rank, stored_dtype  # the stored factors are the trained ones, in another dtype
+        parameters = {"up": TensorShape((shape[0], rank), dtype), "down": TensorShape((rank, shape[1]), dtype)}
+        return AdapterTensors(parameters, buffers={}, made={})
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.up, self.down

@@ -7,7 +7,6 @@ disk that goes away ends in an error, where a memory map would kill the process.
 import errno
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -26,10 +25,8 @@ class PageReader:
 
     def __init__(self, pages: Sequence[Page]):
         self._pages = pages
-        self._files: dict[Path, int] = {}
         files = {piece.file for page in pages for piece in page.values() if isinstance(piece, TensorEntry)}
-        for file in sorted(files):
-            self._files[file] = os.open(file, os.O_RDONLY)
+        self._files = {file: file.open("rb", buffering=0) for file in sorted(files)}
 
     def read_into(self, number: int, out: Tensor) -> None:
         """Fill `out`, uint8 on the host and at least as long as the page.
@@ -37,7 +34,7 @@ class PageReader:
         Raises:
             OSError: a file ends too early or cannot be read any more.
         """
-        view = memoryview(out.numpy())
+        view = out.numpy().data
         for offset, piece in self._pages[number].items():
             if isinstance(piece, bytes):
                 view[offset : offset + len(piece)] = piece
@@ -48,13 +45,9 @@ class PageReader:
         done = 0
         while done < entry.num_bytes:  # one call reads 2 GiB at most
             try:
-                count = os.preadv(self._files[entry.file], [view[done:]], entry.start + done)
+                count = os.preadv(self._files[entry.file].fileno(), [view[done:]], entry.start + done)
             except OSError as error:
                 raise OSError(error.errno, f"cannot be read any more ({error.strerror})", str(entry.file)) from error
             if not count:
                 raise OSError(errno.EIO, f"was cut off during the run: it ends inside {entry.name}", str(entry.file))
             done += count
-
-    def __del__(self) -> None:
-        for file in self._files.values():
-            os.close(file)

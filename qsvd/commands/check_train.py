@@ -30,8 +30,12 @@ def check_options(options: Train, device: torch.device) -> None:
         ValueError: numbers out of range, a tracker that is unknown or not installed, or no GPU to offload from.
     """
     wrong = _numbers_out_of_range(options) + [sentence for name in options.report_to for sentence in _tracker(name)]
-    if options.activation_offload and device.type == "cpu":
+    if options.activation_offload == "yes" and device.type == "cpu":
         wrong.append("--activation-offload needs a GPU, from which activations go to host memory")
+    if options.layer_major and not options.gradient_checkpointing:
+        wrong.append("--layer-major computes each batch of a block again: leave --no-gradient-checkpointing out")
+    if options.layer_major and options.packing:
+        wrong.append("--layer-major divides a step by its rows, and --packing makes one row of them: give one of the two")
     if wrong:
         raise ValueError("; ".join(wrong))
 
@@ -49,7 +53,7 @@ def check_start_of(record: AdapterRecord, split: SplitFolder) -> None:
 
 def check_kind(options: Train, examples: Examples) -> None:
     """Refuse, by ValueError, options that only language models have, where texts are labelled."""
-    chosen = {"--packing": options.packing, "--activation-offload": options.activation_offload}
+    chosen = {"--packing": options.packing, "--activation-offload": options.activation_offload == "yes"}
     given = [flag for flag, is_on in chosen.items() if is_on]
     if examples.kind == "labelled" and given:
         raise ValueError(
@@ -110,6 +114,8 @@ def _numbers_out_of_range(options: Train) -> list[str]:
     ]
     shares = {"warmup": options.warmup, "held-out": options.held_out}
     wrong += [f"--{name} {value} is no share from 0 to below 1" for name, value in shares.items() if not 0 <= value < 1]
+    if options.resident != "auto" and not 0 <= options.resident <= 1:
+        wrong.append(f"--resident {options.resident} is neither auto nor a share from 0 to 1")
     return wrong + ([] if 0 <= options.seed <= LAST_SEED else [f"--seed {options.seed} is outside 0..{LAST_SEED}"])
 
 

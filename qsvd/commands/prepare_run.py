@@ -25,7 +25,10 @@ from qsvd.train.tokens import tokenize
 
 MOST_LENGTH = 1024  # tokens of a sequence, unless more are asked for
 MOST_HELD_OUT = 256  # examples, where none are given
-APART = ("base", "data", "valid", "out", "save_every", "keep", "resume", "report_to", "preview", "dry_run", "any_start")
+APART = (
+    *("base", "data", "valid", "out", "save_every", "keep", "resume", "report_to", "preview", "dry_run", "any_start"),
+    *("resident", "gpu", "host", "activation_offload"),
+)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,31 @@ here, for the planner and for adapters/paging.py alike.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 ALIGNMENT = 256  # bytes; every tensor of a page starts at a multiple, as the vector loads of a GPU want it
 SLOTS = 3  # places on the device: one page computes while the next two arrive
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What stays on the device while a model trains or serves, and where the rest waits.
+
+    Args:
+        resident: Blocks whose residuals stay on the device; None is all of them.
+        pages: Where the residuals of the others are: "host" memory, or the shards on "disk".
+        embeddings_on_host: Look tokens up in host memory.
+        activation_offload: Keep the checkpoints of activations in host memory.
+    """
+
+    resident: int | None = None
+    pages: Literal["host", "disk"] = "host"
+    embeddings_on_host: bool = False
+    activation_offload: bool = False
+
+
+EVERYTHING = Placement()  # on the device
 
 
 def block_of(module: str) -> str:

@@ -28,6 +28,7 @@ class Settings:
         steps: Optimizer steps, or None for `epochs` passes over the data.
         batch_size: Sequences that go through the model together; `accumulate` such batches make a step.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        layer_major: Let the batches of a step go through the model as one, which every block divides again.
         packing: Put short sequences into one row of max_length tokens; they do not see each other.
         save_every: Steps from one checkpoint to the next; `keep` of them stay.
         report_to: Trackers of transformers' Trainer: "tensorboard", "wandb", "trackio".
@@ -47,6 +48,7 @@ class Settings:
     max_grad_norm: float
     gradient_checkpointing: bool
     activation_offload: bool
+    layer_major: bool
     save_every: int
     keep: int
     seed: int
@@ -79,6 +81,7 @@ def classifier_arguments(settings: Settings, folder: Path, device: torch.device)
 
 
 def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str, Any]:
+    batches = settings.accumulate if settings.layer_major else 1  # that go through the model together
     return {
         "output_dir": str(folder),
         "learning_rate": settings.learning_rate,
@@ -86,8 +89,8 @@ def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str,
         "warmup_steps": settings.warmup,  # a share, below 1
         "num_train_epochs": settings.epochs,
         "max_steps": settings.steps or -1,
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulate,
+        "per_device_train_batch_size": settings.batch_size * batches,
+        "gradient_accumulation_steps": settings.accumulate // batches,
         "optim": OPTIMIZERS[settings.optimizer],
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,

@@ -145,6 +145,7 @@ def make_trainer(
         run: Folder of the checkpoints.
     """
     is_classifier = bool(model.split_record.labels)
+    model.micro_batch = settings.batch_size if settings.layer_major else None
     if is_classifier:
         arguments = classifier_arguments(settings, run, model.device)
         trainer = ClassifierTrainer(

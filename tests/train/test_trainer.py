@@ -73,6 +73,8 @@ def by_definition(base, rows):
         {"gradient_checkpointing": True},
         {"batch_size": 1, "accumulate": 4},
         {"batch_size": 3, "accumulate": 2},
+        {"batch_size": 1, "accumulate": 4, "layer_major": True, "gradient_checkpointing": True},
+        {"batch_size": 3, "accumulate": 2, "layer_major": True, "gradient_checkpointing": True},
         {"packing": True},
         {"packing": True, "gradient_checkpointing": True},
         {"packing": True, "max_length": 40, "batch_size": 1, "accumulate": 2},

@@ -1,0 +1,81 @@
+"""A split model with adapters, for the planner: from a result of `qsvd quantize`, or from a config that has none yet."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from qsvd.adapters.adapter import FEW, AdapterOptions, chosen
+from qsvd.adapters.methods import METHODS
+from qsvd.checkpoint.adapter_folder import AdapterRecord
+from qsvd.checkpoint.read_split import SplitFolder
+from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.plan.model import ModelPlan, WeightSpec, build, describe
+from qsvd.plan.roles import role_of
+from qsvd.plan.split_model import SplitModelPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def planned_base(split: SplitFolder, record: AdapterRecord, dtype: torch.dtype) -> SplitModelPlan:
+    """What `load` would make of a result of `qsvd quantize` and a record of its adapters; no weight is read."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(split.folder, local_files_only=True)
+    delattr(config, "quantization_config")
+    config.architectures = [split.manifest["source"]["architecture"]]
+    names = replace(describe(build(config)), weights=tuple(_spec(name, w) for name, w in split.weights.items()))
+    codec = NormalFloat4(double_quant=split.manifest["run"]["double_quant"])
+    ranks = {name: weight["rank"] for name, weight in split.weights.items()}
+    options = AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
+    stored = getattr(torch, split.manifest["run"]["dtype"])
+    return planned(config, names, codec, ranks, options=options, dtypes=(dtype, stored))
+
+
+def planned(
+    config: "PreTrainedConfig",
+    names: ModelPlan,
+    codec: NormalFloat4,
+    ranks: Mapping[str, int],
+    *,
+    options: AdapterOptions,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.bfloat16, torch.bfloat16),
+) -> SplitModelPlan:
+    """A split model that may not exist yet.
+
+    Args:
+        names: What of it is split.
+        ranks: Stored rank by the weight's tensor name.
+        options: Of the adapters; method None is pissa, or lora where nothing is stored.
+        dtypes: To compute in, and of the stored factors.
+
+    Raises:
+        ValueError: the method cannot start from these ranks.
+    """
+    name = options.method or ("pissa" if all(ranks.values()) else "lora")
+    method = METHODS[name]
+    if name != "lora" and not all(ranks.values()):
+        raise ValueError(f"{name} trains stored principal components, and rank 0 stores none; give lora, or a rank")
+    trained = {spec.name: chosen(options, method.defaults, ranks[spec.name])[0] for spec in names.weights}
+    dtype = torch_dtype(options.dtype, sum(method.num_parameters(spec.shape, trained[spec.name]) for spec in names.weights))
+    adapters = {
+        spec.name: method.tensors(spec.shape, ranks[spec.name], trained[spec.name], dtype, dtypes[1])
+        for spec in names.weights
+    }
+    return SplitModelPlan(config, names, codec, dict(ranks), adapters, dtypes[0])
+
+
+def torch_dtype(name: str, count: int) -> torch.dtype:
+    """Of so many trained parameters: as named, or float32 while they are few."""
+    if name == "auto":
+        return torch.float32 if count <= FEW else torch.bfloat16
+    return getattr(torch, name)
+
+
+def _spec(name: str, weight: Mapping[str, object]) -> WeightSpec:
+    module, shape = str(weight["module"]), weight["shape"]
+    assert isinstance(shape, list), "as qsvd quantize writes it"
+    layer = next(int(part) for part in module.split(".") if part.isdigit())
+    return WeightSpec(name, module, (int(shape[0]), int(shape[1])), role_of(module), layer)
