@@ -8,10 +8,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qsvd.checkpoint.drawn import DrawnEntry
 from qsvd.checkpoint.hub import SMALL_FILES, download
 from qsvd.checkpoint.index import read_object, read_weight_map
 from qsvd.checkpoint.pickle_file import PickleEntry, read_pickle_header, read_pickled
@@ -21,7 +22,7 @@ from qsvd.plan.listing import first_line, listing
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-Entry = TensorEntry | PickleEntry
+Entry = TensorEntry | PickleEntry | DrawnEntry
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the names that transformers looks for, in this order
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for the fingerprint
@@ -33,17 +34,23 @@ NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.js
 class Checkpoint:
     """An open checkpoint; nothing but headers is in memory."""
 
-    name: str  # as given: a folder or a hub id
-    folder: Path
+    name: str  # as given: a folder or a hub id; of drawn values a description
+    folder: Path | None  # None where the values are drawn
     revision: str | None  # the hub's commit; None for a folder
     config: "PreTrainedConfig" = field(repr=False)
+    config_json: dict[str, Any] = field(repr=False)  # config.json as it is
     tensors: dict[str, Entry] = field(repr=False)
     other_files: tuple[Path, ...]  # tokenizer, generation and chat template files, to copy beside the result
     fingerprint: str  # sha256 of config.json and of every weight file's header, size and a sample of its bytes
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of this name, in memory of its own, in the dtype and shape of the file."""
+        """The tensor of this name, in memory of its own, in the dtype and shape of its entry.
+
+        On the CPU, but for a drawn one, which is where it was made.
+        """
         entry = self.tensors[name]
+        if isinstance(entry, DrawnEntry):
+            return entry.make()
         return read_tensor(entry) if isinstance(entry, TensorEntry) else read_pickled(entry)
 
 
@@ -64,7 +71,7 @@ def open_checkpoint(model: str) -> Checkpoint:
             raise ValueError(f"{model!r} is a file; give the folder that holds it and config.json")
         folder = download(model)
     _refuse_gguf(folder)
-    config = _read_config(folder)
+    config, config_json = _read_config(folder)
     tensors, seen = _read_tensors(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(seen):
@@ -74,8 +81,9 @@ def open_checkpoint(model: str) -> Checkpoint:
         folder=folder,
         revision=None if is_local else folder.name,
         config=config,
+        config_json=config_json,
         tensors=tensors,
-        other_files=_other_files(folder),
+        other_files=other_files(folder),
         fingerprint=digest.hexdigest(),
     )
 
@@ -89,20 +97,30 @@ def _refuse_gguf(folder: Path) -> None:
         )
 
 
-def _read_config(folder: Path) -> "PreTrainedConfig":
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
+def _read_config(folder: Path) -> tuple["PreTrainedConfig", dict[str, Any]]:
     path = folder / "config.json"
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = "this is an adapter: give its base model" if adapter else "give the folder of a transformers checkpoint"
         raise ValueError(f"no config.json in {folder}; {hint}")
-    read_object(path)
+    config_json = read_object(path)
+    return read_config(folder), config_json
+
+
+def read_config(path: Path) -> "PreTrainedConfig":
+    """What transformers makes of a config.json, given as the file itself or as its folder.
+
+    Raises:
+        ValueError: it makes nothing of it; the sentence says why.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    file = path / "config.json" if path.is_dir() else path
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError, StrictDataclassError) as error:
-        raise ValueError(f"transformers makes no config of {path}: {first_line(error)}") from error
+        raise ValueError(f"transformers makes no config of {file}: {first_line(error)}") from error
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Entry], dict[str, bytes]]:
@@ -173,7 +191,7 @@ def _sample(path: Path) -> bytes:
     return b"".join(samples)
 
 
-def _other_files(folder: Path) -> tuple[Path, ...]:
+def other_files(folder: Path) -> tuple[Path, ...]:
     """What else a user of the result needs: small files of the kinds that tokenizers are stored in, and the licence."""
 
     def is_copied(path: Path) -> bool:

@@ -71,7 +71,11 @@ class OutputFolder:
     def save(self, index: int, residual: Mapping[str, Tensor], factors: Mapping[str, Tensor], record: object) -> None:
         """Keep one finished weight; `record` is JSON-able and comes back from `record`."""
         write_stream(self._residual(index), _in_memory(residual), PYTORCH)
-        metadata = PYTORCH | {"record": json.dumps(record), "residual_sha256": digest(residual)}
+        self.save_factors(index, factors, record, digest(residual))
+
+    def save_factors(self, index: int, factors: Mapping[str, Tensor], record: object, residual_sha256: str) -> None:
+        """Keep one weight whose residual goes straight into its shard; else as `save`."""
+        metadata = PYTORCH | {"record": json.dumps(record), "residual_sha256": residual_sha256}
         write_stream(self._factors(index), _in_memory(factors), metadata)
 
     def record(self, index: int) -> Any:

@@ -10,7 +10,6 @@ from qsvd.checkpoint.tensor_file import read_header
 from qsvd.checkpoint.whole_file import whole_file, write_text
 from qsvd.checkpoint.write import MANIFEST, OutputFolder, to_json
 from qsvd.commands.prepare import Job
-from qsvd.decompose.measure import WeightError
 from qsvd.report.markdown import to_markdown
 from qsvd.report.readme import readme
 from qsvd.report.record import from_record, to_record
@@ -24,10 +23,14 @@ TASKS = {  # PEFT's task_type; for classifiers none, since PEFT would look for a
 
 
 def finish(job: Job, folder: OutputFolder) -> None:
-    """Write what belongs to a complete result, then drop the folder of unfinished work. May be run again."""
+    """Write what belongs to a complete result, then drop the folder of unfinished work. May be run again.
+
+    A weight whose record is null was drawn, not split: it has no error, and the report says so.
+    """
     digests = {spec.name: folder.residual_sha256(number) for number, spec in enumerate(job.plan.weights)}
     base = fingerprint(digests)
-    errors = [from_record(folder.record(number)) for number in range(len(job.plan.weights))]
+    records = [folder.record(number) for number in range(len(job.plan.weights))]
+    errors = [from_record(record) for record in records if record is not None]
     if job.options.rank > 0:
         _write_adapter(job, folder, base)
     _write_config(job)
@@ -36,9 +39,9 @@ def finish(job: Job, folder: OutputFolder) -> None:
         with whole_file(job.out / source.name) as file:
             file.write(source.read_bytes())
     write_text(job.out / "errors.jsonl", "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
-    write_text(job.out / "report.md", to_markdown(job.header, errors))
+    write_text(job.out / "report.md", to_markdown(job.header, errors) if errors else _unmeasured(job))
     write_text(job.out / "README.md", readme(job.header, str(job.out), job.plan.architecture))
-    write_text(job.out / MANIFEST, to_json(_manifest(job, errors, digests, base)))
+    write_text(job.out / MANIFEST, to_json(_manifest(job, digests, base)))
     folder.close()
 
 
@@ -53,10 +56,8 @@ def _write_adapter(job: Job, folder: OutputFolder, base: str) -> None:
 
 def _write_config(job: Job) -> None:
     """The source's config.json as it is, with the quantization added."""
-    config = json.loads((job.checkpoint.folder / "config.json").read_text())
-    config["quantization_config"] = quantization_config(
-        list(job.skipped), double_quant=job.codec.double_quant, dtype=job.compute_dtype
-    )
+    quantization = quantization_config(list(job.skipped), double_quant=job.codec.double_quant, dtype=job.compute_dtype)
+    config = job.checkpoint.config_json | {"quantization_config": quantization}
     write_text(job.out / "config.json", to_json(config))
 
 
@@ -70,14 +71,18 @@ def _write_index(job: Job) -> None:
     write_text(job.out / "model.safetensors.index.json", to_json(index))
 
 
-def _manifest(job: Job, errors: list[WeightError], digests: dict[str, str], base: str) -> dict[str, Any]:
+def _unmeasured(job: Job) -> str:
+    return f"# {job.header.model}\n\n{job.header.method}.\n\nNo weight was split, so no error was measured.\n"
+
+
+def _manifest(job: Job, digests: dict[str, str], base: str) -> dict[str, Any]:
     file_of = {number: shard.file for shard in job.shards for number in shard.weights}
     weights = {
         spec.name: {
             "module": spec.module,
             "shape": list(spec.shape),
             "role": spec.role,
-            "rank": errors[number].rank,
+            "rank": job.options.rank,
             "file": file_of[number],
             "residual_sha256": digests[spec.name],
         }

@@ -73,8 +73,11 @@ class Job:
         return options | {"device": self.device.type, "source_fingerprint": self.checkpoint.fingerprint}
 
 
-def prepare(options: Quantize) -> Job:
+def prepare(options: Quantize, checkpoint: Checkpoint | None = None) -> Job:
     """Open the checkpoint, plan the work, and refuse what cannot be done.
+
+    Args:
+        checkpoint: An open one; None opens options.model.
 
     Raises:
         ValueError: an option, or the checkpoint, is not usable.
@@ -91,7 +94,7 @@ def prepare(options: Quantize) -> Job:
         dtype=getattr(torch, options.dtype),
     )
     most_bytes, device = parse_size(options.shard_size), device_of(options.device)
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = checkpoint or open_checkpoint(options.model)
     check_not_quantized(checkpoint.config, checkpoint.tensors)
     plan = plan_model(checkpoint.config, include=options.include, exclude=options.exclude)
     plan = check_complete(checkpoint, plan)

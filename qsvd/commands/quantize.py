@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from qsvd.checkpoint.layout import adapter_tensors, residual_tensors
+from qsvd.checkpoint.read import Checkpoint
 from qsvd.checkpoint.stream import stream
-from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, TensorEntry
+from qsvd.checkpoint.tensor_file import NewTensor, TensorEntry
 from qsvd.checkpoint.write import UNFINISHED, OutputFolder
 from qsvd.commands.dry_run import show_plan
 from qsvd.commands.failures import DoesNotFit, Interrupted
@@ -77,7 +79,7 @@ def _fill(job: Job, folder: OutputFolder) -> Iterator[Finished]:
             num_bytes = job.checkpoint.tensors[weights[number].name].num_bytes
             yield Finished(num_bytes, from_record(folder.record(number)), is_new)
         if not is_written:
-            folder.write_shard(shard.file, shard.weights, [_copied(job, name) for name in shard.copied])
+            folder.write_shard(shard.file, shard.weights, [copied(job, name) for name in shard.copied])
 
 
 def _split(job: Job, folder: OutputFolder, number: int, weight_OI: Tensor) -> None:
@@ -105,21 +107,23 @@ def _seed(seed: int, spec: WeightSpec) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {spec.module}".encode()).digest()[:6])
 
 
-def _copied(job: Job, name: str) -> NewTensor:
+def copied(job: Job, name: str) -> NewTensor:
+    """A tensor of the source as it is; copied from its file, or read when its turn comes."""
     entry = job.checkpoint.tensors[name]
-    if isinstance(entry, TensorEntry):
-        return NewTensor(name, entry.dtype, entry.shape, entry)
-    tensor = job.checkpoint.read(name)
-    return NewTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor)
+    source = entry if isinstance(entry, TensorEntry) else partial(job.checkpoint.read, name)
+    return NewTensor(name, entry.dtype, entry.shape, source)
 
 
-def main(options: Quantize) -> None:
+def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
     """Run from the command line: progress on stderr, the report on stdout.
+
+    Args:
+        checkpoint: An open one; None opens options.model.
 
     Raises:
         Interrupted: after Ctrl-C; the weights that are finished are kept.
     """
-    job = prepare(options)
+    job = prepare(options, checkpoint)
     if options.dry_run:
         check_disk(job)
         show_plan(job)

@@ -35,7 +35,7 @@ def load_report(folder: Path) -> tuple[Header, list[WeightError]]:
     """The head and the records of a result.
 
     Raises:
-        ValueError: the folder is no complete result, or its files are damaged.
+        ValueError: the folder is no complete result, was drawn instead of split, or its files are damaged.
     """
     if not (folder / MANIFEST).is_file():
         if (folder / UNFINISHED).is_dir():
@@ -48,6 +48,8 @@ def load_report(folder: Path) -> tuple[Header, list[WeightError]]:
         head = Header(**(header | {"coverage": Coverage(**(covered | {"left": left}))}))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
+    if head.iterations == 0:
+        raise ValueError(f"{folder} was drawn at random: no weight was split, so there is no error to report")
     errors = []
     for number, line in enumerate((folder / "errors.jsonl").read_text().splitlines(), start=1):
         try:

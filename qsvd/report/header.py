@@ -10,7 +10,7 @@ class Header:
     """The model, the method as it was asked for, and which part of the model it reached.
 
     codec, order and end are words of the options (order: what comes first; end: what each iteration ends with); rank
-    is of the factors, iterations the most allowed.
+    is of the factors, iterations the most allowed; 0 iterations stand for parts that were drawn at random, not split.
     """
 
     model: str
@@ -29,6 +29,8 @@ class Header:
     @property
     def method(self) -> str:
         """One line on how the weights were split."""
+        if self.iterations == 0:
+            return f"{self.codec.upper()} residual + factors of rank {self.rank}, all drawn at random"
         if self.rank == 0:
             return f"{self.codec.upper()} without factors (rank 0)"
         iterations = "1 iteration" if self.iterations == 1 else f"up to {self.iterations} iterations"
