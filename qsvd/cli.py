@@ -17,10 +17,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from qsvd.commands.failures import DoesNotFit, Interrupted
-from qsvd.options import Demo, Eval, Export, Quantize, Report, Train
+from qsvd.options import Demo, Eval, Export, Plan, Quantize, Report, Train
 from qsvd.train.failures import TrainingStopped
 
-COMMANDS = {"quantize": Quantize, "train": Train, "eval": Eval, "export": Export, "report": Report, "demo": Demo}
+COMMANDS = {
+    "plan": Plan,
+    "quantize": Quantize,
+    "train": Train,
+    "eval": Eval,
+    "export": Export,
+    "report": Report,
+    "demo": Demo,
+}
 ABOUT = """Split 16-bit checkpoints into principal components in high precision and a 4-bit residual.
 
 Every command takes --config FILE.yaml, flags by name; flags on the command line win."""

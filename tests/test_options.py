@@ -18,6 +18,27 @@ COMMANDS_FOLDER = Path(qsvd.commands.__file__).parent
 REQUIRED = "required"
 
 AGREED = {  # a new flag edits this list, and with it the minds of those who agreed on it
+    "plan": {
+        "model": REQUIRED,
+        "task": "all",
+        "gpu": None,
+        "host": None,
+        "rank": None,
+        "method": "auto",
+        "tokens": 2048,
+        "batch": 1,
+        "accumulate": 4,
+        "optimizer": "auto",
+        "adapter_dtype": "auto",
+        "gradient_checkpointing": True,
+        "resident": "auto",
+        "layer_major": False,
+        "double_quant": True,
+        "explore": False,
+        "tflops": None,
+        "link": None,
+        "json": False,
+    },
     "quantize": {
         "model": REQUIRED,
         "out": REQUIRED,
@@ -92,6 +113,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "split": "train",
         "base": None,
         "dtype": "auto",
+        "resident": "auto",
         "device": "auto",
         "json": False,
     },
@@ -109,6 +131,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
     "demo": {"out": Path("build/demo"), "ranks": (0, 16, 32, 64), "tokens": 20_000, "epochs": 2.0},
 }
 READERS = {
+    "plan": ("prepare_plan", "plan"),
     "quantize": ("prepare", "quantize", "finish", "dry_run"),
     "train": ("prepare_run", "check_train", "train"),
     "eval": ("eval", "prepare_eval", "open_model"),
@@ -117,6 +140,7 @@ READERS = {
     "demo": ("demo",),
 }
 POSITIONAL = {
+    "plan": ("model",),
     "quantize": ("model",),
     "train": ("base", "data"),
     "eval": ("models",),

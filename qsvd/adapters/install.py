@@ -105,8 +105,8 @@ def _place(
 
 
 def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
+    pages = open_pages(place.split, place.device, place.placement)  # first: it makes free memory go back at once
     model, plan = _empty(place)
-    pages = open_pages(place.split, place.device, place.placement)
     _fill(model, plan, place, pages)
     full = start_head(model, plan, is_classifier=bool(place.record.labels), seed=place.record.seed)
     model.tie_weights()

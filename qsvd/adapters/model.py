@@ -69,6 +69,12 @@ def split_linears(model: nn.Module) -> Iterator[tuple[str, SplitLinear]]:
             yield path, module
 
 
+def moved_bytes(model: nn.Module) -> int:
+    """Bytes of pages that were brought to the device so far."""
+    pagers = {id(linear.paged.pager): linear.paged.pager for _, linear in split_linears(model) if linear.paged}
+    return sum(pager.moved_bytes for pager in pagers.values())
+
+
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """Every trained parameter by its name on disk, "model.layers.0.self_attn.q_proj.up"."""
     return {name.replace(ADAPTER, "."): p for name, p in model.named_parameters() if p.requires_grad}

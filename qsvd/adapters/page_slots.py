@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qsvd.adapters.page_store import Arena, HostStore, Store
+from qsvd.checkpoint.host_memory import give_back_at_once
 from qsvd.plan.pages import num_slots
 
 
@@ -122,6 +123,7 @@ def make_slots(store: Store, device: torch.device) -> list[Slot]:
         return [PinnedSlot(room, store, stream) for room in rooms]
     reader = ThreadPoolExecutor(1, thread_name_prefix="pages")
     if device.type == "cpu":
+        give_back_at_once()  # pages are for those who have too little
         return [HostSlot(room, store, reader) for room in rooms]
     stream = torch.cuda.Stream(device)
     return [RingSlot(room, store, stream, reader) for room in rooms]

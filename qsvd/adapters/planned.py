@@ -1,8 +1,8 @@
-"""A split model with adapters, for the planner: from a result of `qsvd quantize`, or from a config that has none yet."""
+"""A split model with adapters, for the planner: from a result of `qsvd quantize`, or from a config alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import cache
 
 import torch
 
@@ -11,45 +11,54 @@ from qsvd.adapters.methods import METHODS
 from qsvd.checkpoint.adapter_folder import AdapterRecord
 from qsvd.checkpoint.read_split import SplitFolder
 from qsvd.numerics.normal_float import NormalFloat4
-from qsvd.plan.model import ModelPlan, WeightSpec, build, describe
+from qsvd.plan.model import ModelPlan, WeightSpec, describe
 from qsvd.plan.roles import role_of
-from qsvd.plan.split_model import SplitModelPlan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from qsvd.plan.split_model import Skeleton, SplitModelPlan, skeleton
+from qsvd.plan.tensors import AdapterTensors
 
 
 def planned_base(split: SplitFolder, record: AdapterRecord, dtype: torch.dtype) -> SplitModelPlan:
     """What `load` would make of a result of `qsvd quantize` and a record of its adapters; no weight is read."""
+    return planner_of(split, dtype)(record)
+
+
+def planner_of(split: SplitFolder, dtype: torch.dtype) -> Callable[[AdapterRecord], SplitModelPlan]:
+    """The same for several records of one base, which is opened once."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(split.folder, local_files_only=True)
     delattr(config, "quantization_config")
     config.architectures = [split.manifest["source"]["architecture"]]
-    names = replace(describe(build(config)), weights=tuple(_spec(name, w) for name, w in split.weights.items()))
+    empty = skeleton(config, dtype)
+    names = replace(describe(empty.model), weights=tuple(_spec(name, w) for name, w in split.weights.items()))
     codec = NormalFloat4(double_quant=split.manifest["run"]["double_quant"])
     ranks = {name: weight["rank"] for name, weight in split.weights.items()}
-    options = AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
     stored = getattr(torch, split.manifest["run"]["dtype"])
-    return planned(config, names, codec, ranks, options=options, dtypes=(dtype, stored))
+
+    def make(record: AdapterRecord) -> SplitModelPlan:
+        options = AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
+        return planned(empty, names, codec, ranks, options=options, stored_dtype=stored)
+
+    return make
 
 
 def planned(
-    config: "PreTrainedConfig",
+    empty: Skeleton,
     names: ModelPlan,
     codec: NormalFloat4,
     ranks: Mapping[str, int],
     *,
     options: AdapterOptions,
-    dtypes: tuple[torch.dtype, torch.dtype] = (torch.bfloat16, torch.bfloat16),
+    stored_dtype: torch.dtype = torch.bfloat16,
 ) -> SplitModelPlan:
     """A split model that may not exist yet.
 
     Args:
+        empty: The 16-bit model, without memory.
         names: What of it is split.
         ranks: Stored rank by the weight's tensor name.
         options: Of the adapters; method None is pissa, or lora where nothing is stored.
-        dtypes: To compute in, and of the stored factors.
+        stored_dtype: Of the stored factors.
 
     Raises:
         ValueError: the method cannot start from these ranks.
@@ -59,12 +68,16 @@ def planned(
     if name != "lora" and not all(ranks.values()):
         raise ValueError(f"{name} trains stored principal components, and rank 0 stores none; give lora, or a rank")
     trained = {spec.name: chosen(options, method.defaults, ranks[spec.name])[0] for spec in names.weights}
-    dtype = torch_dtype(options.dtype, sum(method.num_parameters(spec.shape, trained[spec.name]) for spec in names.weights))
-    adapters = {
-        spec.name: method.tensors(spec.shape, ranks[spec.name], trained[spec.name], dtype, dtypes[1])
-        for spec in names.weights
-    }
-    return SplitModelPlan(config, names, codec, dict(ranks), adapters, dtypes[0])
+    dtype = torch_dtype(
+        options.dtype, sum(method.num_parameters(spec.shape, trained[spec.name]) for spec in names.weights)
+    )
+
+    @cache  # one record for all weights that are alike
+    def tensors(shape: tuple[int, int], stored_rank: int, rank: int) -> AdapterTensors:
+        return method.tensors(shape, stored_rank, rank, dtype, stored_dtype)
+
+    adapters = {spec.name: tensors(spec.shape, ranks[spec.name], trained[spec.name]) for spec in names.weights}
+    return SplitModelPlan(empty, names, codec, dict(ranks), adapters)
 
 
 def torch_dtype(name: str, count: int) -> torch.dtype:

@@ -20,8 +20,7 @@ def download(model: str) -> Path:
     Raises:
         ValueError: `model` is no such model, or the hub cannot be reached and the cache does not have it.
     """
-    if not MODEL_ID.fullmatch(model):
-        raise ValueError(f"no folder {model!r} here, and a hub id looks like 'owner/name'")
+    _check_id(model)
     folder = _snapshot(model, SMALL_FILES, revision=None)
     for weights in WEIGHT_INDEXES:
         index = folder / f"{weights}.index.json"
@@ -30,6 +29,24 @@ def download(model: str) -> Path:
         if shards or (folder / weights).is_file():
             break
     return folder
+
+
+def download_config(model: str) -> Path:
+    """The config.json of a hub model, and nothing else.
+
+    Raises:
+        ValueError: as `download` does, or the model has no config.json.
+    """
+    _check_id(model)
+    path = _snapshot(model, ["config.json"], revision=None) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{model!r} on the hub has no config.json: it is no transformers model")
+    return path
+
+
+def _check_id(model: str) -> None:
+    if not MODEL_ID.fullmatch(model):
+        raise ValueError(f"no folder {model!r} here, and a hub id looks like 'owner/name'")
 
 
 def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path:

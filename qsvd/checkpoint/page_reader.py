@@ -6,6 +6,7 @@ disk that goes away ends in an error, where a memory map would kill the process.
 
 import errno
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -26,7 +27,8 @@ class PageReader:
     def __init__(self, pages: Sequence[Page]):
         self._pages = pages
         files = {piece.file for page in pages for piece in page.values() if isinstance(piece, TensorEntry)}
-        self._files = {file: file.open("rb", buffering=0) for file in sorted(files)}
+        self._files = {file: os.open(file, os.O_RDONLY) for file in sorted(files)}
+        weakref.finalize(self, _close, tuple(self._files.values()))
 
     def read_into(self, number: int, out: Tensor) -> None:
         """Fill `out`, uint8 on the host and at least as long as the page.
@@ -45,9 +47,14 @@ class PageReader:
         done = 0
         while done < entry.num_bytes:  # one call reads 2 GiB at most
             try:
-                count = os.preadv(self._files[entry.file].fileno(), [view[done:]], entry.start + done)
+                count = os.preadv(self._files[entry.file], [view[done:]], entry.start + done)
             except OSError as error:
                 raise OSError(error.errno, f"cannot be read any more ({error.strerror})", str(entry.file)) from error
             if not count:
                 raise OSError(errno.EIO, f"was cut off during the run: it ends inside {entry.name}", str(entry.file))
             done += count
+
+
+def _close(files: Sequence[int]) -> None:
+    for file in files:
+        os.close(file)

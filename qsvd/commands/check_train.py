@@ -35,7 +35,7 @@ def check_options(options: Train, device: torch.device) -> None:
     if options.layer_major and not options.gradient_checkpointing:
         wrong.append("--layer-major computes each batch of a block again: leave --no-gradient-checkpointing out")
     if options.layer_major and options.packing:
-        wrong.append("--layer-major divides a step by its rows, and --packing makes one row of them: give one of the two")
+        wrong.append("--layer-major divides a step by its rows, and --packing makes one row of them: give one of them")
     if wrong:
         raise ValueError("; ".join(wrong))
 

@@ -1,4 +1,4 @@
-"""The device that a flag names."""
+"""The device, and the dtype to compute in, that flags name."""
 
 import torch
 
@@ -20,3 +20,10 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype that a flag names."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)

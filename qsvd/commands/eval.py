@@ -4,11 +4,18 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qsvd.commands.open_model import load_model
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.start import new_record
+from qsvd.checkpoint.adapter_folder import open_adapter
+from qsvd.checkpoint.read_split import open_split
+from qsvd.commands.check_train import positions
+from qsvd.commands.open_model import NamedModel, load_model
+from qsvd.commands.place_run import machine, place_reading
 from qsvd.commands.prepare_eval import Subject, Work, prepare_eval
 from qsvd.commands.prepare_run import stop_ids
 from qsvd.commands.quiet import quiet
@@ -18,6 +25,9 @@ from qsvd.evaluate.exact_match import exact_match
 from qsvd.evaluate.held_out import mean_loss
 from qsvd.evaluate.perplexity import perplexity_of_documents, perplexity_of_text
 from qsvd.options import Eval
+from qsvd.plan.activations import Batch
+from qsvd.plan.pages import EVERYTHING, Placement
+from qsvd.plan.placement import Wish
 from qsvd.report.evaluation import Measured, evaluation_json, evaluation_table
 from qsvd.train.columns import Examples
 from qsvd.train.tokens import question_prompts, tokenize
@@ -53,7 +63,7 @@ def _perplexity(subject: Subject, work: Work) -> Values:
             f"{subject.found.name} and {work.reference.found.name} divide the text into other tokens, which cannot be "
             "compared one by one; give the model it was made from"
         )
-    model = load_model(subject.found, work.device, work.dtype)
+    model = _load(subject, work)
     window = _window(model, subject, work.options)
     values: Values = {"window": window}
     if work.is_one_text:
@@ -71,7 +81,7 @@ def _perplexity(subject: Subject, work: Work) -> Values:
     values |= {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
     if work.reference is None:
         return values
-    reference = load_model(work.reference.found, work.device, work.dtype)
+    reference = _load(work.reference, work)
     found = compare(model, reference, batch=work.options.batch_size)
     return values | {
         "kl_mean": found.mean,
@@ -94,7 +104,7 @@ def _documents(subject: Subject, work: Work) -> list[list[int]]:
 
 def _answers(subject: Subject, work: Work) -> Values:
     """Perplexity of the answers, given what stands before them."""
-    model = load_model(subject.found, work.device, work.dtype)
+    model = _load(subject, work)
     window = _window(model, subject, work.options)
     data = tokenize(work.examples, subject.tokenizer, max_length=window, stop_ids=stop_ids(subject.found.home))
     pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
@@ -104,7 +114,7 @@ def _answers(subject: Subject, work: Work) -> Values:
 
 
 def _accuracy(subject: Subject, work: Work) -> Values:
-    model = load_model(subject.found, work.device, work.dtype, classifier=True)
+    model = _load(subject, work)
     window = _window(model, subject, work.options)
     names = subject.found.labels or _class_names(model, work.examples)
     data = tokenize(work.examples, subject.tokenizer, max_length=window, label_names=names)
@@ -136,7 +146,7 @@ def _class_names(model: Any, examples: Examples) -> tuple[str, ...]:
 
 def _exact_match(subject: Subject, work: Work) -> Values:
     prompts = question_prompts([row["prompt"] for row in work.examples.rows], subject.tokenizer)
-    model = load_model(subject.found, work.device, work.dtype)
+    model = _load(subject, work)
     room = _context(model) - max(map(len, prompts))
     new_tokens = work.options.max_new_tokens or max(1, min(MOST_NEW_TOKENS, room))
     measured = exact_match(
@@ -157,6 +167,23 @@ def _exact_match(subject: Subject, work: Work) -> Values:
         "unfinished": measured.unfinished,
         "max_new_tokens": new_tokens,
     }
+
+
+def _load(subject: Subject, work: Work) -> Any:
+    """The model, of which as much stays on the device as fits."""
+    is_classifier = work.task == "accuracy"
+    placement = EVERYTHING if subject.found.kind == "16-bit" else _placement(subject.found, work)
+    return load_model(subject.found, work.device, work.dtype, classifier=is_classifier, placement=placement)
+
+
+def _placement(found: NamedModel, work: Work) -> Placement:
+    split = open_split(found.home)
+    record = new_record(split, AdapterOptions())
+    if found.kind == "trained":
+        record = open_adapter(Path(found.name).expanduser()).record
+    tokens = min(work.options.window or MOST_WINDOW, positions(split))
+    batch = Batch(tokens, work.options.batch_size, is_masked=True, checkpointing=True, device=work.device.type)
+    return place_reading(split, record, batch, Wish(work.options.resident), machine(work.device, work.dtype))
 
 
 def _window(model: Any, subject: Subject, options: Eval) -> int:

@@ -12,6 +12,7 @@ from qsvd.checkpoint.hub import MODEL_ID, download
 from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.checkpoint.write import MANIFEST
 from qsvd.plan.listing import first_line, listing
+from qsvd.plan.pages import EVERYTHING, Placement
 
 Kind = Literal["16-bit", "split", "trained"]
 
@@ -89,17 +90,24 @@ def _causal_classes() -> set[str]:
     return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
-def load_model(found: NamedModel, device: torch.device, dtype: torch.dtype, *, classifier: bool = False) -> Any:
-    """The model, in evaluation mode.
+def load_model(
+    found: NamedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    classifier: bool = False,
+    placement: Placement = EVERYTHING,
+) -> Any:
+    """The model, in evaluation mode; the placement is for results and runs.
 
     Raises:
         ValueError: it cannot be built, or is no classifier, or no language model, where one is asked for.
     """
     check_kind(found, classifier=classifier)
     if found.kind == "trained":
-        return load(found.home, adapter=found.name, device=device, dtype=dtype)
+        return load(found.home, adapter=found.name, device=device, dtype=dtype, placement=placement)
     if found.kind == "split":
-        return load(found.home, device=device, dtype=dtype)
+        return load(found.home, device=device, dtype=dtype, placement=placement)
     import transformers
 
     auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
@@ -111,10 +119,3 @@ def load_model(found: NamedModel, device: torch.device, dtype: torch.dtype, *, c
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise ValueError(f"{found.name} lacks {len(missing)} weights of a {type(model).__name__}: {listing(missing)}")
     return model.to(device).eval()
-
-
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype that a flag names."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)

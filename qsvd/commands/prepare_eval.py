@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from qsvd.commands.device import device_of
-from qsvd.commands.open_model import NamedModel, check_kind, dtype_of, find_model
+from qsvd.commands.device import device_of, dtype_of
+from qsvd.commands.open_model import NamedModel, check_kind, find_model
 from qsvd.commands.prepare_run import mapping_of, open_tokenizer
 from qsvd.evaluate.exact_match import MARKER, final_number
 from qsvd.options import Eval
@@ -78,6 +78,8 @@ def _check_numbers(options: Eval) -> None:
     ]
     if options.window and options.stride and options.stride > options.window:
         wrong.append(f"--stride {options.stride} is above --window {options.window}")
+    if options.resident != "auto" and not 0 <= options.resident <= 1:
+        wrong.append(f"--resident {options.resident} is neither auto nor a share from 0 to 1")
     if not options.models:
         wrong.append("no model is given: name at least one folder")
     if wrong:

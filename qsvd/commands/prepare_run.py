@@ -14,8 +14,12 @@ from qsvd.adapters.start import new_record
 from qsvd.checkpoint.adapter_folder import AdapterRecord
 from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.commands.check_train import check_kind, check_lengths, check_options, check_start_of, positions
-from qsvd.commands.device import device_of
+from qsvd.commands.device import device_of, dtype_of
+from qsvd.commands.place_run import machine, place_training, show_placement
 from qsvd.options import Train
+from qsvd.plan.activations import Batch
+from qsvd.plan.placement import Placed, Wish
+from qsvd.plan.training import Training
 from qsvd.train.columns import Examples, recognise
 from qsvd.train.read import read_pair, read_rows
 from qsvd.train.rows import Rows
@@ -45,10 +49,16 @@ class RunJob:
     settings: Settings
     device: torch.device
     dtype: torch.dtype
+    placed: Placed
 
     @property
     def out(self) -> Path:
         return self.options.out.expanduser()
+
+    @property
+    def resident(self) -> str:
+        """What of the 4-bit weights stays on the device, in words."""
+        return show_placement(self.placed.placement, self.split)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -63,9 +73,11 @@ def prepare_run(options: Train) -> RunJob:
 
     Raises:
         ValueError: an option, the base or the data is not usable.
+        DoesNotFit: there is too little memory, wherever the weights are.
     """
     device = device_of(options.device)
     check_options(options, device)
+    there = machine(device, dtype_of(options.dtype, device), gpu=options.gpu, host=options.host)
     split = open_split(options.base.expanduser())
     if options.max_length is None:
         options = replace(options, max_length=min(MOST_LENGTH, positions(split)))
@@ -78,7 +90,9 @@ def prepare_run(options: Train) -> RunJob:
     check_lengths(split, [data] if held_out is None else [data, held_out])
     if data.label_names:
         record = new_record(split, adapter_options, data.label_names)
-    dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    settings = _settings(options, record.method, device)
+    placed = place_training(split, record, _training(settings, data, device), _wish(options, data), there)
+    settings = replace(settings, activation_offload=placed.placement.activation_offload)
     return RunJob(
         options=options,
         split=split,
@@ -87,9 +101,10 @@ def prepare_run(options: Train) -> RunJob:
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,
-        settings=_settings(options, record.method, device),
+        settings=settings,
         device=device,
-        dtype=getattr(torch, dtype),
+        dtype=there.dtype,
+        placed=placed,
     )
 
 
@@ -191,11 +206,26 @@ def _take(data: Tokenized, indexes: list[int]) -> Tokenized:
 def _settings(options: Train, method: str, device: torch.device) -> Settings:
     names = Settings.__dataclass_fields__
     chosen: dict[str, Any] = {name: value for name, value in asdict(options).items() if name in names}
+    chosen["activation_offload"] = False  # until the planner has said
     if options.learning_rate is None:
         chosen["learning_rate"] = METHODS[method].defaults.learning_rate
     if options.optimizer == "auto":
         chosen["optimizer"] = default_optimizer(device)
     return Settings(**chosen)
+
+
+def _training(settings: Settings, data: Tokenized, device: torch.device) -> Training:
+    """What the planner is to count: the longest sequences that there are."""
+    lengths = {len(tokens) for tokens in data.input_ids}
+    is_masked = settings.packing or (settings.batch_size > 1 and len(lengths) > 1)
+    tokens = settings.max_length if settings.packing else max(lengths)
+    batch = Batch(tokens, settings.batch_size, is_masked, settings.gradient_checkpointing, device.type)
+    is_language = not data.label_names
+    return Training(batch, settings.accumulate, settings.optimizer, settings.layer_major, has_loss=is_language)
+
+
+def _wish(options: Train, data: Tokenized) -> Wish:
+    return Wish(options.resident, "no" if data.label_names else options.activation_offload)
 
 
 def _digest(data: Tokenized) -> str:

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qsvd.adapters.install import load
-from qsvd.adapters.model import trained
+from qsvd.adapters.model import moved_bytes, trained
 from qsvd.checkpoint.whole_file import whole_file, write_text
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.prepare_run import RunJob, prepare_run
@@ -29,12 +29,20 @@ from qsvd.report.training import RunSummary, run_readme, training_tables
 from qsvd.train.checkpoints import checkpoints, step_of
 from qsvd.train.guards import memory_advice
 from qsvd.train.hooks import Hooks
-from qsvd.train.memory import memory_by_item
+from qsvd.train.memory import memory_by_item, planned_by_item
 from qsvd.train.preview import preview
 from qsvd.train.steps import Step, TellSteps, peak_bytes_of
 from qsvd.train.trainer import Watched, make_trainer
 
 Tell = Callable[[Step], bool]  # True asks for a checkpoint and the end
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Most bytes at any time, and those of the process before the model came (0 for a GPU)."""
+
+    bytes: int
+    libraries: int
 
 
 def train(options: Train) -> Path:
@@ -96,7 +104,9 @@ def _train(job: RunJob, folder: RunFolder, tell: Tell) -> None:
     checkpoint, before = _resumed(job, folder)
     kept = folder.keep_steps(before.number if before else 0)
     torch.manual_seed(job.options.seed)
+    _keep_to(job)
     peak_bytes = peak_bytes_of(job.device)
+    libraries = 0 if job.device.type == "cuda" else peak_bytes()
     try:
         model = load(
             job.split.folder,
@@ -104,6 +114,7 @@ def _train(job: RunJob, folder: RunFolder, tell: Tell) -> None:
             labels=job.data.label_names,
             device=job.device,
             dtype=job.dtype,
+            placement=job.placed.placement,
         )
         if folder.start is None or checkpoint is None:
             folder.write(START, _held_out(job, model, "before"))
@@ -121,9 +132,17 @@ def _train(job: RunJob, folder: RunFolder, tell: Tell) -> None:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if stopped and trainer.state.global_step < trainer.state.max_steps:
             return
-        _finish(job, folder, trainer, peak_bytes())
+        _finish(job, folder, trainer, Peak(peak_bytes(), libraries))
     except torch.OutOfMemoryError as error:
         raise _too_little_memory(job, str(error).partition("\n")[0]) from error
+
+
+def _keep_to(job: RunJob) -> None:
+    """Take no more of a GPU than was asked for."""
+    limit = job.placed.memory.limits.gpu
+    if job.options.gpu is not None and limit is not None:
+        total = torch.cuda.get_device_properties(job.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), job.device)
 
 
 def _resumed(job: RunJob, folder: RunFolder) -> tuple[Path | None, Step | None]:
@@ -163,7 +182,7 @@ def _held_out(job: RunJob, model: Any, when: str) -> dict[str, float | None]:
     return found | {f"held_out_{when}": mean_loss(model, examples, pad_token=pad, batch=batch).nats}
 
 
-def _finish(job: RunJob, folder: RunFolder, trainer: Any, peak_bytes: int) -> None:
+def _finish(job: RunJob, folder: RunFolder, trainer: Any, peak: Peak) -> None:
     """The adapter, the summary, the pictures and the README; the summary last, since it says that all is there."""
     model = trainer.model
     model.save_pretrained(job.out)
@@ -179,7 +198,10 @@ def _finish(job: RunJob, folder: RunFolder, trainer: Any, peak_bytes: int) -> No
         seconds=steps[-1].seconds,
         first_loss=steps[0].loss,
         last_loss=steps[-1].loss,
-        memory=memory_by_item(model, trainer.optimizer, peak_bytes),
+        memory=memory_by_item(model, trainer.optimizer, peak.bytes, peak.libraries),
+        planned=planned_by_item(job.placed.memory, on_gpu=job.device.type == "cuda", libraries=peak.libraries),
+        resident=job.resident,
+        moved_bytes=moved_bytes(model),
         device=str(job.device),
         **(folder.start or {}),
         **_held_out(job, model, "after"),

@@ -61,7 +61,7 @@ def by_length(sequences: Sequence[list[int]], batch: int) -> Iterator[list[int]]
 
 
 def padded(model: Model, group: Sequence[list[int]], pad_token: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Tokens and attention mask, int64 [N, T] where the model's embedding is, with the padding right or left."""
+    """Tokens and attention mask, int64 [N, T] on the model's device, with the padding right or left."""
     width = max(len(tokens) for tokens in group)
     tokens_NT = torch.full((len(group), width), pad_token)
     mask_NT = torch.zeros_like(tokens_NT)
@@ -69,12 +69,11 @@ def padded(model: Model, group: Sequence[list[int]], pad_token: int, *, left: bo
         place = slice(width - len(tokens), None) if left else slice(len(tokens))
         row[place] = torch.tensor(tokens)
         mask[place] = 1
-    device = _embedding(model).device
-    return tokens_NT.to(device), mask_NT.to(device)
+    return tokens_NT.to(model.device), mask_NT.to(model.device)
 
 
 def equal_lengths(model: Model, group: Sequence[list[int]]) -> Tensor:
-    """Tokens of sequences of one length, int64 [N, T] where the model's embedding is.
+    """Tokens of sequences of one length, int64 [N, T] on the model's device.
 
     Raises:
         ValueError: A token is outside the model's vocabulary; for sequences that come as a stream, only seen here.
@@ -85,7 +84,7 @@ def equal_lengths(model: Model, group: Sequence[list[int]]) -> Tensor:
     if low < 0 or high >= len(table):
         offender = low if low < 0 else high
         raise ValueError(f"token {offender} is outside 0..{len(table) - 1}, the vocabulary of the model")
-    return tokens_NT.to(table.device)
+    return tokens_NT.to(model.device)
 
 
 def _embedding(model: Model) -> Tensor:

@@ -88,7 +88,7 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
         ValueError: no class can be built from the config; a pattern matches nothing; a weight of a block that is wanted
             is of a kind that cannot be split; nothing is left to split.
     """
-    model = _build(config)
+    model = build(config)
     kinds = _block_weights(model)
     _check_patterns((*include, *exclude), list(kinds))
     wanted = {path for path in kinds if _is_wanted(path, include, exclude)}
@@ -102,6 +102,11 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
         )
     left = tuple(path for path in linears if path not in wanted)
     return replace(describe(model), weights=weights, left_linears=left)
+
+
+def unsplittable(config: "PreTrainedConfig") -> tuple[str, ...]:
+    """Paths in the blocks that plan_model refuses unless they are excluded: stacks of experts, transposed weights."""
+    return tuple(path for path, kind in _block_weights(build(config)).items() if kind != "Linear")
 
 
 def describe(model: "PreTrainedModel") -> ModelPlan:
@@ -134,8 +139,12 @@ def coverage(plan: ModelPlan) -> Coverage:
     return Coverage(len(split), elements_split, elements_split + sum(tensors.elements for tensors in left), tuple(left))
 
 
-def _build(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """An instance without memory of the class that the config names."""
+def build(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """An instance without memory of the class that the config names.
+
+    Raises:
+        ValueError: transformers has no such class, or cannot build it from this config.
+    """
     import transformers
 
     named = (config.architectures or [""])[0]

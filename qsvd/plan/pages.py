@@ -33,9 +33,9 @@ EVERYTHING = Placement()  # on the device
 
 
 def block_of(module: str) -> str:
-    """The block that a module is in: "model.layers.3" for "model.layers.3.self_attn.q_proj"."""
+    """The block that a module is in: "model.layers.3" for "model.layers.3.self_attn.q_proj"; or itself."""
     parts = module.split(".")
-    first = next(number for number, part in enumerate(parts) if part.isdigit())
+    first = next((number for number, part in enumerate(parts) if part.isdigit()), len(parts))
     return ".".join(parts[: first + 1])
 
 

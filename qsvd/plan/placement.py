@@ -1,24 +1,108 @@
-"""Where the parts of a model are while it trains or serves."""
+"""Which frozen weights stay on the device: as many as fit."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from qsvd.plan.activations import Batch
+from qsvd.plan.memory import Limits, MemoryPlan
+from qsvd.plan.pages import Placement, num_resident
+from qsvd.plan.serving import plan_serving
+from qsvd.plan.split_model import SplitModelPlan
+from qsvd.plan.training import Training, plan_training
+
+OFFLOADS = {"auto": (False, True), "yes": (True,), "no": (False,)}
 
 
 @dataclass(frozen=True)
-class Placement:
-    """What stays on the device, and where the rest waits.
+class Wish:
+    """What a user wants of a placement.
 
     Args:
-        resident: Blocks whose residuals stay on the device; None is all of them.
-        pages: Where the residuals of the others are, "host" memory or the shards on "disk".
-        embeddings_on_host: Look tokens up in host memory.
-        activation_offload: Keep the checkpoints of activations in host memory.
+        share: Of the blocks that stay on the device, 0 to 1, or "auto".
+        offload: Whether checkpoints of activations go to the host.
     """
 
-    resident: int | None = None
-    pages: Literal["host", "disk"] = "host"
-    embeddings_on_host: bool = False
-    activation_offload: bool = False
+    share: float | Literal["auto"] = "auto"
+    offload: Literal["auto", "yes", "no"] = "auto"
 
 
-EVERYTHING = Placement()
+@dataclass(frozen=True)
+class Placed:
+    """A placement, and the bytes that it leads to. Its `resident` is always a number."""
+
+    placement: Placement
+    memory: MemoryPlan
+
+
+FREE = Wish()
+Count = Callable[[Placement], MemoryPlan]
+
+
+def place(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish = FREE) -> Placed:
+    """The placement of a training run with the most resident blocks that fits; if none does, the last one tried.
+
+    Tried in this order: everything on the device; embeddings on the host, where the head does not share their tensor;
+    fewer resident blocks; pages on disk; checkpoints of activations on the host.
+
+    Raises:
+        ValueError: as plan_training does.
+    """
+    possible = ways(model, training.batch.device, wish)
+    return _best(lambda placement: plan_training(model, training, placement, limits), possible, wish)
+
+
+def place_serving(model: SplitModelPlan, batch: Batch, limits: Limits, wish: Wish = FREE) -> Placed:
+    """The same for generating text."""
+    possible = ways(model, batch.device, replace(wish, offload="no"))
+    return _best(lambda placement: plan_serving(model, batch, placement, limits), possible, wish)
+
+
+def can_fit(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish = FREE) -> bool:
+    """Whether there is a placement of a training run that fits, looked for where it needs least."""
+    every, possible = len(model.blocks), ways(model, training.batch.device, wish)
+    numbers = (every, 0) if wish.share == "auto" else (num_resident(wish.share, every),)
+    extremes = [replace(way, resident=resident) for way in possible for resident in numbers]
+    return any(plan_training(model, training, placement, limits).fits for placement in extremes)
+
+
+def ways(model: SplitModelPlan, device: str, wish: Wish) -> list[Placement]:
+    """Placements with as many resident blocks as wished, "auto" being all, to take some from; the best first."""
+    every = len(model.blocks)
+    resident = every if wish.share == "auto" else num_resident(wish.share, every)
+    if device != "cuda":
+        return [Placement(resident, "disk")]
+    sources: tuple[Literal["host"], Literal["disk"]] = ("host", "disk")
+    return [
+        Placement(resident, pages, embeddings_on_host=not model.is_tied, activation_offload=offload)
+        for offload in OFFLOADS[wish.offload]
+        for pages in sources
+    ]
+
+
+def _best(count: Count, possible: list[Placement], wish: Wish) -> Placed:
+    first = replace(possible[0], embeddings_on_host=False)
+    found = Placed(first, count(first))
+    for way in possible:
+        if found.memory.fits:
+            break
+        found = _most_resident(count, way, wish)
+    return found
+
+
+def _most_resident(count: Count, way: Placement, wish: Wish) -> Placed:
+    """With the most resident blocks that fit, by bisection; with none if none fit."""
+    whole, every = Placed(way, count(way)), way.resident or 0
+    if whole.memory.fits or wish.share != "auto":
+        return whole
+    none = replace(way, resident=0)
+    best = Placed(none, count(none))
+    low, high = 0, every if best.memory.fits else 0
+    while high - low > 1:
+        middle = replace(way, resident=(low + high) // 2)
+        found = Placed(middle, count(middle))
+        if found.memory.fits:
+            low, best = (low + high) // 2, found
+        else:
+            high = (low + high) // 2
+    return best

@@ -13,7 +13,8 @@ class RunSummary:
     """What a training run was and what came of it.
 
     held_out_before and held_out_after are nats per trained token (per example for a classifier), None where nothing is
-    held out; accuracies are of a classifier. seconds and tokens count interrupted parts too.
+    held out; accuracies are of a classifier. seconds and tokens count interrupted parts too. memory and planned are
+    bytes by item; moved_bytes came to the device in pages, since the run was last resumed.
     """
 
     base: str
@@ -31,6 +32,9 @@ class RunSummary:
     accuracy_before: float | None
     accuracy_after: float | None
     memory: Mapping[str, int]
+    planned: Mapping[str, int]
+    resident: str
+    moved_bytes: int
     device: str
 
 
@@ -40,10 +44,11 @@ def training_tables(summary: RunSummary) -> Group:
     table.columns[1].overflow = "fold"
     for name, value in rows(summary):
         table.add_row(name, value)
-    memory = Table("memory", "MB", title_justify="left")
-    memory.columns[1].justify = "right"
+    memory = Table("memory", "planned MB", "MB", title_justify="left")
+    for column in memory.columns[1:]:
+        column.justify = "right"
     for name, num_bytes in summary.memory.items():
-        memory.add_row(name, f"{num_bytes / 1e6:,.1f}")
+        memory.add_row(name, f"{summary.planned[name] / 1e6:,.1f}", f"{num_bytes / 1e6:,.1f}")
     return Group(table, memory)
 
 
@@ -57,6 +62,7 @@ def rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("tokens", f"{summary.tokens:,} in {summary.seconds:.0f} s, {summary.tokens / summary.seconds:,.0f} a second"),
         ("loss, first and last step", f"{summary.first_loss:.4f}, {summary.last_loss:.4f}"),
         ("held-out loss, before and after", _pair(summary.held_out_before, summary.held_out_after, ".4f")),
+        ("4-bit weights on the device", summary.resident),
     ]
     if summary.accuracy_before is not None:
         found.append(

@@ -51,7 +51,7 @@ class Given(Adapter):
         self.up, self.down = nn.Parameter(up), nn.Parameter(down)
         self.factor = nn.Parameter(gain[0]) if has_gain else None
 
-    start = num_parameters = None  # not a method that can be chosen
+    start = tensors = None  # not a method that can be chosen
 
     def factors(self):
         return self.up, self.down

@@ -375,3 +375,18 @@ def test_answers_without_a_number_are_refused_before_a_model_is_loaded(made, tmp
         2,
         f"qsvd: {data}, line 2: the answer has no number to compare with (1 such rows)\n",
     )
+
+
+@pytest.mark.parametrize("share", ["0", "0.5"])
+def test_pages_from_disk_change_no_digit(made, capsys, share):
+    shown = []
+    for resident in ("1", share):
+        words = ["eval", str(made.base), str(made.run), "--data", made.jsonl, "--device", "cpu", "--resident", resident]
+        assert qsvd_command([*words, "--json"]) == 0
+        shown.append(json.loads(capsys.readouterr().out)["models"])
+    assert shown[0] == shown[1]
+
+
+def test_a_share_that_is_none_is_refused(made, capsys):
+    assert qsvd_command(["eval", str(made.base), "--data", made.jsonl, "--resident", "-1"]) == 2
+    assert "--resident -1.0 is neither auto nor a share from 0 to 1" in capsys.readouterr().err

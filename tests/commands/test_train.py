@@ -119,7 +119,7 @@ def refused(options, sentence):
             "0..4294967295",
         ),
         (
-            {"report_to": ("mlflow", "trackio"), "activation_offload": True, "seed": -1},
+            {"report_to": ("mlflow", "trackio"), "activation_offload": "yes", "seed": -1},
             "--seed -1 is outside 0..4294967295; --report-to mlflow is none of tensorboard, wandb, trackio; "
             "--report-to trackio needs the package trackio, which is not installed (pip install trackio); "
             "--activation-offload needs a GPU, from which activations go to host memory",
@@ -160,11 +160,11 @@ def test_components_that_are_not_there_are_missed_before_the_data_is_read(option
 
 @pytest.mark.parametrize(
     ("changes", "flags"),
-    [({"packing": True}, "--packing"), ({"packing": True, "activation_offload": True}, "--packing")],
+    [({"packing": True}, "--packing"), ({"packing": True, "activation_offload": "yes"}, "--packing")],
 )
 def test_a_classifier_takes_no_flags_of_language_models(options, classifier, labelled, changes, flags):
     changed = replace(options, base=classifier, data=labelled, **changes)
-    if changed.activation_offload:
+    if changed.activation_offload == "yes":
         refused(changed, "--activation-offload needs a GPU")
     else:
         refused(

@@ -65,7 +65,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(base: Path, data: Path, tmp_p
 
 
 def test_packing_and_offloaded_activations_run(base: Path, data: Path, tmp_path: Path) -> None:
-    run = train(options(base, data, tmp_path / "RUN", packing=True, activation_offload=True))
+    run = train(options(base, data, tmp_path / "RUN", packing=True, activation_offload="yes"))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["held_out_after"] < summary["held_out_before"]
 

@@ -33,6 +33,9 @@ SUMMARY = RunSummary(
     accuracy_before=None,
     accuracy_after=None,
     memory={"residual": 4_200_000, "peak": 1_234_567_890},
+    planned={"residual": 4_300_000, "peak": 1_200_000_000},
+    resident="3 of 4 blocks, the others on disk",
+    moved_bytes=0,
     device="cpu",
 )
 CLASSIFIER = replace(SUMMARY, accuracy_before=0.5, accuracy_after=0.9375)
@@ -44,6 +47,7 @@ EXPECTED = {
     "tokens": "123,456 in 62 s, 2,000 a second",
     "loss, first and last step": "5.9575, 2.2500",
     "held-out loss, before and after": "4.5000, 3.2500",
+    "4-bit weights on the device": "3 of 4 blocks, the others on disk",
 }
 
 
@@ -66,7 +70,9 @@ def test_nothing_held_out_is_said():
 def test_the_tables_have_the_rows_and_the_memory_in_megabytes():
     text = shown(training_tables(CLASSIFIER))
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    assert dict(lines) == dict(rows(CLASSIFIER)) | {"residual": "4.2", "peak": "1,234.6"}
+    run, memory = lines[: len(rows(CLASSIFIER))], lines[len(rows(CLASSIFIER)) :]
+    assert dict(run) == dict(rows(CLASSIFIER))
+    assert memory == [["residual", "4.3", "4.2"], ["peak", "1,200.0", "1,234.6"]]
 
 
 def test_a_narrow_terminal_loses_nothing():

@@ -1,0 +1,106 @@
+"""The planner asked about this machine: what of a model stays on the device, and whether a run fits at all."""
+
+from dataclasses import dataclass
+
+import torch
+
+from qsvd.adapters.planned import planned_base
+from qsvd.checkpoint.adapter_folder import AdapterRecord
+from qsvd.checkpoint.host_memory import free_host_memory
+from qsvd.checkpoint.read_split import SplitFolder
+from qsvd.commands.failures import DoesNotFit
+from qsvd.plan.activations import Batch
+from qsvd.plan.memory import Limits, MemoryPlan
+from qsvd.plan.pages import Placement, block_of
+from qsvd.plan.placement import Placed, Wish, place, place_serving
+from qsvd.plan.reach import longest
+from qsvd.plan.sizes import parse_size, show_size
+from qsvd.plan.training import Training
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to fit.
+
+    Args:
+        device: That computes.
+        dtype: To compute in.
+        limits: Bytes that it may take.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    limits: Limits
+
+
+def machine(device: torch.device, dtype: torch.dtype, *, gpu: str | None = None, host: str | None = None) -> Machine:
+    """What is free here, or less if less is given.
+
+    Raises:
+        ValueError: a size cannot be read, or is of a GPU where none computes.
+    """
+    if gpu is not None and device.type != "cuda":
+        raise ValueError(f"--gpu {gpu} is for a GPU, and the device is {device}")
+    free_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    most_gpu = _least(None if gpu is None else parse_size(gpu, "--gpu"), free_gpu)
+    most_host = _least(None if host is None else parse_size(host, "--host"), free_host_memory())
+    return Machine(device, dtype, Limits(most_gpu, most_host))
+
+
+def _least(*sizes: int | None) -> int | None:
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def place_training(split: SplitFolder, record: AdapterRecord, training: Training, wish: Wish, there: Machine) -> Placed:
+    """What stays on the device during a run.
+
+    Raises:
+        DoesNotFit: nothing that was tried fits; the sentence has the numbers, and what would fit.
+        ValueError: the planner cannot run such a model.
+    """
+    model = planned_base(split, record, there.dtype)
+    found = place(model, training, there.limits, wish)
+    if found.memory.fits:
+        return found
+    tokens = longest(model, training, there.limits, wish, training.batch.tokens)
+    changes = [f"--max-length {tokens}"] if tokens else []
+    raise DoesNotFit(f"{_lack(found.memory)}; {', or '.join(changes) or 'see qsvd plan for what does'}")
+
+
+def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, there: Machine) -> Placement:
+    """What stays on the device while a model reads batches; a language model gives the logits of every token.
+
+    Raises:
+        DoesNotFit, ValueError: as place_training.
+    """
+    model = planned_base(split, record, there.dtype)
+    choices = 0 if record.labels else model.text_config.vocab_size
+    logits = 2 * there.dtype.itemsize * batch.batch * batch.tokens * choices  # and a copy of them
+    limits = Limits(*(None if size is None else size - logits for size in (there.limits.gpu, there.limits.host)))
+    found = place_serving(model, batch, limits, wish)
+    if not found.memory.fits:
+        raise DoesNotFit(f"{_lack(found.memory)}; give a smaller --batch-size or --window")
+    return found.placement
+
+
+def show_placement(placement: Placement, split: SplitFolder) -> str:
+    """What of the 4-bit weights stays on the device, in words."""
+    blocks = num_blocks(split)
+    if placement.resident in (None, blocks):
+        return f"all {blocks} blocks"
+    where = {"host": "in host memory", "disk": "on disk"}[placement.pages]
+    return f"{placement.resident} of {blocks} blocks, the others {where}"
+
+
+def num_blocks(split: SplitFolder) -> int:
+    """Blocks that have split weights."""
+    return len({block_of(weight["module"]) for weight in split.weights.values()})
+
+
+def _lack(plan: MemoryPlan) -> str:
+    """Where it lacks, in words."""
+    names = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
+    return "the run needs " + ", and ".join(
+        f"{show_size(plan.total(where))} of {names[where]}, where {show_size(getattr(plan.limits, where))} may be used"
+        for where in plan.lacking
+    )

@@ -1,0 +1,74 @@
+"""`qsvd plan`: what fits where, before any work."""
+
+import json
+
+from rich.console import Console
+
+from qsvd.commands.failures import DoesNotFit
+from qsvd.commands.prepare_plan import PlanJob, prepare_plan
+from qsvd.commands.quiet import quiet
+from qsvd.options import Plan
+from qsvd.plan.duration import quantize_seconds, step_time
+from qsvd.plan.placement import place, place_serving
+from qsvd.plan.quantizing import plan_quantizing
+from qsvd.plan.reach import Cell, Reach, advice, explore, highest, longest
+from qsvd.plan.split_model import SplitModelPlan
+from qsvd.report.planning import Answer, QuantizeAnswer, TrainAnswer, lack, plan_json, plan_tables
+
+ITERATIONS = 5  # of qsvd quantize, unless it is told otherwise
+RANKS = (16, 32, 64, 128)
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+CARDS = tuple(size * 10**9 for size in (8, 12, 16, 24, 48, 80))
+
+
+def main(options: Plan) -> None:
+    """Print the plan to stdout, as tables or as JSON.
+
+    Raises:
+        ValueError: an option is not usable, or the model is none that can be planned.
+        DoesNotFit: after the tables, where something lacks room.
+    """
+    with quiet():
+        job = prepare_plan(options)
+        found = answer(job)
+    if options.json:
+        print(json.dumps(plan_json(options.model, found), indent=2))
+    else:
+        Console().print(plan_tables(options.model, found))
+    lacking = [lack(plan) for plan in found.memory if not plan.fits]
+    if lacking:
+        raise DoesNotFit("; ".join(lacking))
+
+
+def answer(job: PlanJob) -> Answer:
+    """Everything that is asked for."""
+    model, task = job.model, job.options.task
+    seconds = quantize_seconds(model, ITERATIONS, job.speed)
+    quantize = QuantizeAnswer(plan_quantizing(model, job.training.batch.device, job.limits), seconds)
+    return Answer(
+        quantize=quantize if task in ("all", "quantize") else None,
+        train=_training(job, model) if task in ("all", "train") else None,
+        serve=place_serving(model, job.training.batch, job.limits) if task in ("all", "serve") else None,
+        cells=_explored(job) if job.options.explore else (),
+        blocks=len(model.blocks),
+        speed=job.speed,
+        notes=job.notes,
+    )
+
+
+def _training(job: PlanJob, model: SplitModelPlan) -> TrainAnswer:
+    limits, wish = job.limits, job.wish
+    placed = place(model, job.training, limits, wish)
+    reach = Reach(
+        tokens=longest(model, job.training, limits, wish, job.context),
+        rank=highest(job.make, job.training, limits, wish, job.most_rank),
+    )
+    step = step_time(model, job.training, placed.placement, job.speed)
+    changes = () if placed.memory.fits else advice(job.make, job.rank, job.training, limits, reach)
+    return TrainAnswer(placed, reach, changes, step)
+
+
+def _explored(job: PlanJob) -> tuple[Cell, ...]:
+    ranks = [rank for rank in RANKS if rank <= job.most_rank] or [job.most_rank]
+    lengths = [length for length in LENGTHS if length <= job.context] or [job.context]
+    return explore(job.make, job.training, job.limits.host, ranks, lengths, CARDS)

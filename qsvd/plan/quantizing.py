@@ -1,0 +1,54 @@
+"""Bytes of `qsvd quantize` at its worst moment, on the largest weight."""
+
+import math
+
+from qsvd.numerics.error import EXACT_SIDE, PROBES, STEPS
+from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
+from qsvd.plan.frozen import base_bytes, context_item, context_notes
+from qsvd.plan.memory import Item, Limits, MemoryPlan, items_of, on
+from qsvd.plan.split_model import SplitModelPlan
+
+SOURCE = 2  # bytes of a number of a 16-bit checkpoint
+COPIES = 2  # float32 matrices at once: the weight and what is left of it
+SKETCHES = 4  # tall float32 matrices at once in the randomized SVD
+SHARD = 5 * 10**9  # of the output, which is there twice while it is written
+
+
+def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> MemoryPlan:
+    """What is where while the largest weight is split and measured.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+    largest = max(model.names.weights, key=lambda spec: math.prod(spec.shape))
+    numbers, rank = math.prod(largest.shape), max(model.ranks.values())
+    factors = base_bytes(model) - model.dense.total - sum(block.residual for block in model.blocks)
+    host = 2 * SOURCE * numbers if device == "cuda" else SOURCE * numbers
+    items = [
+        on(device, "largest weight, as it is stored", SOURCE * numbers),
+        on(device, "float32 copies of it", 4 * COPIES * numbers),
+        on(device, "its residual, kept and new", 2 * model.codec.num_bytes(largest.shape)),
+        on(device, "singular vectors and probes", max(_sketch(largest.shape, rank), _probes(largest.shape))),
+        Item("weights that are read", host=host),
+        context_item(device),
+        Item("residual", disk=sum(block.residual for block in model.blocks)),
+        Item("embeddings, norms, head", disk=model.dense.total),
+        Item("factors, there twice while they are collected", disk=2 * factors),
+        Item("one shard, there twice while it is written", disk=min(SHARD, base_bytes(model))),
+    ]
+    notes = (f"The largest weight is {largest.module}, {largest.shape[0]:,} x {largest.shape[1]:,}.",)
+    notes += context_notes(device)
+    if model.dense.experts:
+        notes += ("Experts are 3-D stacks, which qsvd does not split: --exclude them, and they are copied in 16 bits.",)
+    return MemoryPlan("quantize", items_of(items), limits, notes)
+
+
+def _sketch(shape: tuple[int, int], rank: int) -> int:
+    columns = rank + max(OVERSAMPLE, rank // OVERSAMPLE_SHARE) if rank else 0
+    return 4 * SKETCHES * columns * max(shape)
+
+
+def _probes(shape: tuple[int, int]) -> int:
+    """Of the estimate of a nuclear norm, or of an exact one."""
+    short = min(shape)
+    return 8 * 3 * short**2 if short <= EXACT_SIDE else 4 * PROBES * max(STEPS) * short

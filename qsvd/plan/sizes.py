@@ -1,0 +1,33 @@
+"""Sizes as people write them: "24GB", decimal as on the label of a card or a disk."""
+
+import re
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str, flag: str, *, least: int = 1) -> int:
+    """Bytes of "24GB", "500 MB" or "1.5TB".
+
+    Args:
+        flag: What the sentence of an error begins with, "--gpu".
+        least: Bytes below which a size is refused.
+
+    Raises:
+        ValueError: the text is not a number and a unit, or is below `least`.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", text.strip().upper())
+    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if not found or size < least:
+        at_least = f" of at least {show_size(least)}" if least > 1 else ""
+        raise ValueError(f"{flag} {text!r} is no size{at_least}: give a number and KB, MB, GB or TB, such as 24GB")
+    return size
+
+
+def show_size(num_bytes: int) -> str:
+    """24 GB, 1.5 MB, 100 KB: in the largest unit that leaves at least 1, three digits."""
+    for unit, size in reversed(UNITS.items()):
+        if abs(num_bytes) >= size:
+            return (
+                f"{num_bytes / size:.3g} {unit}" if abs(num_bytes) < 1000 * size else f"{num_bytes / size:,.0f} {unit}"
+            )
+    return f"{num_bytes} bytes"

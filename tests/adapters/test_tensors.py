@@ -1,0 +1,63 @@
+"""What a method says of its tensors is what a started adapter has."""
+
+import pytest
+import torch
+
+from qsvd.adapters.adapter import AdapterOptions, Principal
+from qsvd.adapters.methods import METHODS
+from qsvd.numerics.normal_float import NormalFloat4
+
+SHAPES = [(48, 80), (80, 48), (64, 64)]
+
+
+def started(method, shape, stored_rank, rank, dtypes):
+    """An adapter beside a random residual; dtypes are of what is trained and of what is stored."""
+    generator = torch.Generator().manual_seed(0)
+    trained_dtype, stored_dtype = dtypes
+    residual = NormalFloat4(double_quant=True).encode(torch.randn(shape, generator=generator))
+    up, down = torch.randn(shape[0], stored_rank), torch.randn(stored_rank, shape[1])
+    principal = Principal(residual, up.to(stored_dtype), down.to(stored_dtype))
+    options = AdapterOptions(method, rank=rank, dtype=str(trained_dtype).removeprefix("torch."))
+    return METHODS[method].start(principal, options, generator)
+
+
+def described(tensors):
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "stored_rank", "rank"),
+    [("pissa", 8, 8), ("lora", 0, 4), ("lora", 8, 4), ("lora", 8, 64), ("edora", 8, 8), ("edora", 8, 3)],
+)
+def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_rank, rank, trained, stored, shape):
+    adapter = started(method, shape, stored_rank, rank, (trained, stored))
+    said = METHODS[method].tensors(shape, stored_rank, rank, trained, stored)
+    assert described(said.parameters.items()) == described(adapter.named_parameters())
+    assert described(said.buffers.items()) == described(adapter.named_buffers())
+    assert METHODS[method].num_parameters(shape, rank) == sum(p.numel() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("method", "stored_rank"), [("pissa", 8), ("lora", 0), ("lora", 8), ("edora", 8)])
+def test_what_is_made_is_what_autograd_keeps_beside_them(method, stored_rank, stored):
+    adapter = started(method, (48, 80), stored_rank, 4 if method == "lora" else 8, (torch.float32, stored))
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*adapter.parameters(), *adapter.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own and tensor.numel() > 1:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        up, down = adapter.factors()
+        gain = adapter.gain()
+        factors = [factor for factor in (up, down, gain) if factor is not None]
+        (sum((factor**2).sum() for factor in factors))  # each square keeps its factor
+    said = METHODS[method].tensors((48, 80), stored_rank, 4 if method == "lora" else 8, torch.float32, stored)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) == sum(
+        tensor.num_bytes for tensor in said.made.values()
+    )

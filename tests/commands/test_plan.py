@@ -1,0 +1,213 @@
+"""`qsvd plan` from its flags to its tables and its exit code."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+from transformers import AutoConfig
+
+from qsvd.cli import parse, run
+from qsvd.commands.prepare_plan import prepare_plan
+from qsvd.plan.reach import Cell
+from tests.checkpoints import write_checkpoint
+from tests.plan.large import CONFIG
+from tests.runs import language_base
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The config.json of Llama-3-70B, and nothing beside it."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "config.json").write_text(json.dumps(LLAMA | CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return language_base(tmp_path_factory.mktemp("split"))
+
+
+def planned(capsys, *words):
+    """Exit code, and what is printed as JSON."""
+    code = run(["plan", *map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_70b_fits_on_a_24_gb_card_with_pages_in_host_memory(capsys, large):
+    words = ("--gpu", "24GB", "--host", "64GB", "--tokens", 4096, "--adapter-dtype", "bfloat16", "--accumulate", 1)
+    code, found = planned(capsys, large, *words)
+    train = found["train"]
+    assert code == 0
+    assert train["fits"]
+    assert 0 < train["placement"]["resident"] < 80
+    assert train["placement"]["pages"] == "host"
+    assert train["total"]["gpu"] + train["left"]["gpu"] == train["limits"]["gpu"] == 24e9
+    assert train["longest_tokens"] == 8192
+    assert train["highest_rank"] > 64
+    assert {item["name"] for item in train["items"]} >= {"residual codes", "page slots", "pages", "CUDA context"}
+    assert found["quantize"]["fits"]
+    assert found["serve"]["fits"]
+
+
+def test_what_does_not_fit_ends_with_3_after_its_tables(capsys, large):
+    words = ["--gpu", "12GB", "--host", "64GB", "--rank", "128", "--optimizer", "adamw", "--for", "train"]
+    code = run(["plan", str(large), *words])
+    shown = capsys.readouterr()
+    assert code == 3
+    assert "does not fit: too little gpu" in shown.out
+    assert "trained parameters" in shown.out
+    assert "highest rank that fits:" in shown.out
+    assert "to change: --rank" in shown.out
+    assert shown.err.startswith("qsvd: qsvd train lacks ")
+    assert shown.err.endswith(" of gpu\n")
+
+
+def test_the_tables_say_what_everything_means(capsys, large):
+    assert run(["plan", str(large), "--gpu", "24GB", "--host", "64GB", "--tokens", "512"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "qsvd quantize: fits",
+        "qsvd train: fits",
+        "generating text: fits",
+        "estimate:",
+        "assumed: 100 TFLOP/s",
+    ):
+        assert words in shown
+    assert "resident blocks:" in shown
+    assert "CUDA itself is taken to need 0.6 GB: an assumption." in shown
+
+
+@pytest.mark.parametrize("name", ["folder", "file", "checkpoint"])
+def test_a_config_is_enough(capsys, tmp_path, large, name):
+    if name == "checkpoint":
+        write_checkpoint(tmp_path / "made")
+    where = {"folder": large, "file": large / "config.json", "checkpoint": tmp_path / "made"}[name]
+    rank = ("--rank", 8) if name == "checkpoint" else ()
+    tokens = ("--tokens", 64)
+    code, found = planned(capsys, where, "--for", "train", *rank, *tokens)
+    assert code == 0
+    assert found["train"]["limits"]["disk"] is None
+    assert found["blocks"] == (2 if name == "checkpoint" else 80)
+
+
+def test_only_the_config_of_a_hub_model_is_downloaded(capsys, monkeypatch, tmp_path, large):
+    asked = []
+
+    def snapshot_download(model, *, revision, allow_patterns, ignore_patterns):
+        asked.append((model, revision, allow_patterns, ignore_patterns))
+        shutil.copyfile(large / "config.json", tmp_path / "config.json")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    code, found = planned(capsys, "owner/name", "--for", "serve", "--gpu", "80GB", "--host", "64GB")
+    assert code == 0
+    assert asked == [("owner/name", None, ["config.json"], ["*/*"])]
+    assert "train" not in found
+
+
+def test_a_hub_model_without_a_config_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    assert run(["plan", "owner/name"]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+
+
+def test_the_stored_ranks_of_a_result_count(capsys, split):
+    _, found = planned(capsys, split, "--for", "train", "--tokens", 32)
+    sizes = {item["name"]: item["gpu"] for item in found["train"]["items"]}
+    config = AutoConfig.from_pretrained(split)
+    wide = config.hidden_size
+    shapes = [(wide, wide)] * 2 + [(wide // 2, wide)] * 2 + [(768, wide)] * 2 + [(wide, 768)]
+    assert sizes["trained parameters"] == 4 * 16 * sum(sum(shape) for shape in shapes)
+    assert "split already" in found["notes"][0]
+    assert found["train"]["highest_rank"] == 16
+    _, found = planned(capsys, split, "--for", "train", "--tokens", 32, "--method", "lora", "--rank", 8)
+    sizes = {item["name"]: item["gpu"] for item in found["train"]["items"]}
+    assert sizes["trained parameters"] == 4 * 8 * sum(sum(shape) for shape in shapes)
+    assert sizes["frozen components"] == 2 * 16 * sum(sum(shape) for shape in shapes)
+
+
+def test_lora_on_a_16_bit_model_is_qlora(capsys, large):
+    _, found = planned(capsys, large, "--for", "train", "--method", "lora", "--rank", 16)
+    items = {item["name"] for item in found["train"]["items"]}
+    assert "frozen components" not in items
+    assert "as QLoRA does" in found["notes"][0]
+
+
+def test_the_table_of_cards_has_a_share_or_no(capsys, large):
+    code, found = planned(capsys, large, "--explore", "--for", "train", "--gpu", "80GB", "--host", "64GB")
+    assert code == 0
+    cells = {(cell["rank"], cell["tokens"], cell["gpu"]): cell["share"] for cell in found["explore"]}
+    assert len(cells) == 4 * 4 * 6
+    assert cells[16, 1024, 80 * 10**9] == 1.0
+    assert cells[128, 8192, 8 * 10**9] is None
+    assert set(found["explore"][0]) == set(Cell.__dataclass_fields__)
+
+
+def test_experts_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
+    write_checkpoint(tmp_path / "made", "MixtralForCausalLM")
+    code, found = planned(capsys, tmp_path / "made", "--rank", 4, "--for", "train", "--tokens", 16)
+    assert code == 0
+    assert "cannot be split and are counted in 16 bits" in found["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--gpu", "24"], "--gpu '24' is no size: give a number and KB, MB, GB or TB, such as 24GB"),
+        (["--host", "much"], "--host 'much' is no size"),
+        (["--tokens", "0"], "--tokens 0 is below 2"),
+        (["--tokens", "-5", "--batch", "0"], "--tokens -5 is below 2; --batch 0 is below 1"),
+        (["--rank", "-1"], "--rank -1 is below 0"),
+        (["--rank", "2000"], "--rank 2000 is above 1024, the shorter side of the smallest weight"),
+        (["--accumulate", "0"], "--accumulate 0 is below 1"),
+        (["--resident", "1.5"], "--resident 1.5 is neither auto nor a share from 0 to 1"),
+        (["--tflops", "0"], "--tflops 0 is no number above 0"),
+        (["--link", "-3"], "--link -3 is no number above 0"),
+        (["--tokens", "9000"], "--tokens 9000 is above the 8192 positions of the model"),
+        (["--method", "edora", "--rank", "0"], "edora trains stored principal components, and rank 0 stores none"),
+        (["--layer-major", "--no-gradient-checkpointing"], "--layer-major computes each batch of a block again"),
+    ],
+)
+def test_bad_numbers_are_refused_in_one_sentence(capsys, large, words, sentence):
+    assert run(["plan", str(large), *words]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"qsvd: {sentence}")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "no-such-model"}, "transformers makes no config of"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "has no nn.Linear inside repeated blocks"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "cannot be run from tokens alone"),
+        (LLAMA | CONFIG | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized already"),
+    ],
+)
+def test_models_that_cannot_be_planned_are_refused(capsys, tmp_path, config, sentence):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(["plan", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_without_a_config_is_refused(capsys, tmp_path):
+    assert run(["plan", str(tmp_path)]) == 2
+    assert "no config.json in" in capsys.readouterr().err
+
+
+def test_pissa_keeps_its_stored_rank(capsys, split):
+    assert run(["plan", str(split), "--rank", "8"]) == 2
+    assert "--rank 8 is not the stored rank 16" in capsys.readouterr().err
+
+
+def test_what_is_not_given_has_no_limit(large):
+    job = prepare_plan(parse(["plan", str(large)]))
+    assert job.limits.gpu is None or job.limits.gpu > 0
+    assert job.training.optimizer == "paged_adamw_8bit"
+    assert (job.rank, job.most_rank, job.context) == (64, 1024, 8192)

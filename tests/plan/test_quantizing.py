@@ -1,0 +1,50 @@
+"""The planned bytes of splitting a weight against those of a real one, on the CPU."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.planned import planned
+from qsvd.decompose.alternate import Recipe, split_weight
+from qsvd.decompose.measure import measure
+from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.plan.memory import Limits
+from qsvd.plan.model import plan_model
+from qsvd.plan.quantizing import plan_quantizing
+from qsvd.plan.split_model import skeleton
+from tests.plan.large import GB, llama_70b
+from tests.plan.tracker import Tracker
+
+NEAR = 0.15  # of the peak: the plan bounds short-lived pieces of the encoder and of the norms
+CODEC = NormalFloat4(double_quant=True)
+
+
+def peak_of_splitting(shape, rank):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with Tracker() as tracker:
+        split = split_weight(weight, Recipe(CODEC, rank=rank, iterations=2))
+        measure(weight, split, name="w", role="q")
+    return tracker.peak + weight.nbytes
+
+
+@pytest.mark.parametrize("rank", [0, 32])
+def test_splitting_the_largest_weight_takes_what_is_planned(rank):
+    config = LlamaConfig(
+        hidden_size=1280, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=8, vocab_size=96
+    )
+    names = plan_model(config)
+    ranks = {spec.name: rank for spec in names.weights}
+    model = planned(skeleton(config, torch.bfloat16), names, CODEC, ranks, options=AdapterOptions())
+    plan = plan_quantizing(model, "cpu", Limits())
+    read = plan["weights that are read"].host
+    assert plan.total("host") - read == pytest.approx(peak_of_splitting((4096, 1280), rank), rel=NEAR)
+    assert read == 2 * 4096 * 1280, "the next one"
+
+
+def test_a_70b_is_split_on_a_small_card_with_little_host_memory():
+    plan = plan_quantizing(llama_70b(64), "cuda", Limits(8 * GB, 8 * GB, 100 * GB))
+    assert plan.fits
+    assert plan["residual"].disk == pytest.approx(35.3 * GB, rel=2e-3)
+    assert plan["weights that are read"].host == 2 * 2 * 8192 * 28672
+    assert not plan_quantizing(llama_70b(64), "cuda", Limits(disk=40 * GB)).fits

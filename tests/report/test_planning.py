@@ -1,0 +1,134 @@
+"""A plan as tables and as JSON: every number in its place."""
+
+import io
+
+from rich.console import Console
+
+from qsvd.plan.duration import Speed, StepTime
+from qsvd.plan.memory import Item, Limits, MemoryPlan
+from qsvd.plan.pages import Placement
+from qsvd.plan.placement import Placed
+from qsvd.plan.reach import Cell, Reach
+from qsvd.report.planning import Answer, QuantizeAnswer, TrainAnswer, lack, memory_table, plan_json, plan_tables
+
+ITEMS = (
+    Item("residual codes", gpu=6_500_000_000),
+    Item("pages", host=28_250_000_000),
+    Item("base", disk=41_000_000_000),
+    Item("steps", host=2240),
+)
+FITS = MemoryPlan("train", ITEMS, Limits(8 * 10**9, 64 * 10**9), ("One note.",))
+LACKS = MemoryPlan("serve", ITEMS, Limits(6 * 10**9, 64 * 10**9), ("One note.", "Another."))
+SPEED = Speed(1e14, 25e9, is_assumed=True)
+
+
+def shown(what):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(what)
+    return console.file.getvalue()
+
+
+def rows(text):
+    """The cells of every line of a table, by its first."""
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def answer_of(train, **changes):
+    parts = {"quantize": None, "train": train, "serve": None, "cells": (), "blocks": 80, "speed": SPEED, "notes": ()}
+    return Answer(**(parts | changes))
+
+
+def train_of(memory, *, placement=Placement(20, "disk", embeddings_on_host=True), advice=()):  # noqa: B008  # frozen
+    step = StepTime(compute=10.0, transfer=4.0, tokens=4096)
+    return TrainAnswer(Placed(placement, memory), Reach(8192, None), advice, step)
+
+
+def test_the_table_has_every_item_the_total_the_limit_and_what_is_left():
+    found = rows(shown(memory_table(FITS)))
+    assert found["residual codes"] == ["6.500", "", ""]
+    assert found["pages"] == ["", "28.250", ""]
+    assert found["steps"] == ["", "2e-06", ""], "small, and not nothing"
+    assert found["total"] == ["6.500", "28.250", "41.000"]
+    assert found["limit"] == ["8.000", "64.000", ""]
+    assert found["left"] == ["1.500", "35.750", ""]
+
+
+def test_the_title_says_what_is_too_little():
+    assert "qsvd train: fits" in shown(memory_table(FITS))
+    assert "generating text: does not fit: too little gpu" in shown(memory_table(LACKS))
+    assert lack(LACKS) == "generating text lacks 500 MB of gpu"
+
+
+def test_without_limits_there_is_nothing_left_to_say():
+    found = rows(shown(memory_table(MemoryPlan("train", ITEMS, Limits()))))
+    assert found.keys() == {"residual codes", "pages", "base", "steps", "total"}
+
+
+def test_what_a_placement_means_is_said():
+    text = shown(plan_tables("m", answer_of(train_of(FITS, advice=("--rank 8 fits",)))))
+    for line in (
+        "resident blocks: 20 of 80 (25%)",
+        "the others visit the card from the disk",
+        "embeddings are looked up on the host",
+        "longest sequence that fits: 8,192",
+        "highest rank that fits: none",
+        "estimate: 10 s a step, 410 tokens a second",
+        "to change: --rank 8 fits",
+        "- One note.",
+    ):
+        assert line in text
+    assert "checkpoints of activations" not in text
+
+
+def test_everything_on_the_card_needs_no_words():
+    text = shown(plan_tables("m", answer_of(train_of(FITS, placement=Placement(80)))))
+    assert "resident blocks: 80 of 80 (100%)" in text
+    assert "visit" not in text
+    offloaded = Placement(80, activation_offload=True)
+    assert "wait on the host" in shown(plan_tables("m", answer_of(train_of(FITS, placement=offloaded))))
+
+
+def test_a_note_is_said_once():
+    serve = Placed(Placement(80), LACKS)
+    text = shown(plan_tables("m", answer_of(train_of(FITS), serve=serve, notes=("First.",))))
+    assert text.count("- One note.") == text.count("- Another.") == text.count("- First.") == 1
+
+
+def test_splitting_has_its_time():
+    short, long = (
+        shown(plan_tables("m", answer_of(None, quantize=QuantizeAnswer(FITS, seconds)))) for seconds in (100, 600)
+    )
+    assert "estimate: 100 s to split" in short
+    assert "estimate: 10 min to split" in long
+
+
+def test_a_cell_is_a_percentage_or_no():
+    cells = (
+        Cell(16, 1024, 24 * 10**9, 0.254, offloads=False),
+        Cell(16, 1024, 8 * 10**9, None, offloads=True),
+        Cell(64, 1024, 24 * 10**9, 1.0, offloads=True),
+        Cell(64, 1024, 8 * 10**9, 0.0, offloads=False),
+    )
+    text = shown(plan_tables("m", answer_of(None, cells=cells)))
+    assert rows(text)["16"] == ["1,024", "no", "25"]
+    assert rows(text)["64"] == ["1,024", "0", "100*"]
+    assert "8 GB" in text
+    assert "* with checkpoints of activations on the host" in text
+
+
+def test_the_document_has_bytes_and_all_that_is_derived():
+    cells = (Cell(16, 1024, 24 * 10**9, None, offloads=False),)
+    serve = Placed(Placement(3), LACKS)
+    found = plan_json("m", answer_of(train_of(FITS), serve=serve, quantize=QuantizeAnswer(FITS, 5.0), cells=cells))
+    assert found["train"]["total"] == {"gpu": 6_500_000_000, "host": 28_250_002_240, "disk": 41_000_000_000}
+    assert found["train"]["left"]["gpu"] == 1_500_000_000
+    assert found["train"]["fits"]
+    assert not found["serve"]["fits"]
+    assert found["serve"]["placement"]["resident"] == 3
+    assert found["train"]["placement"]["pages"] == "disk"
+    assert (found["train"]["longest_tokens"], found["train"]["highest_rank"]) == (8192, None)
+    assert found["train"]["step"]["seconds"] == 10.0
+    assert found["quantize"]["seconds"] == 5.0
+    assert found["explore"][0]["share"] is None
+    assert found["speed"]["is_assumed"]
