@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from qsvd.commands.watch_steps import watching_steps
 from qsvd.evaluate.accuracy import accuracy
 from qsvd.evaluate.held_out import mean_loss
 from qsvd.options import Train
+from qsvd.plan.sizes import show_size
 from qsvd.report.loss_plot import loss_plot
 from qsvd.report.training import RunSummary, run_readme, training_tables
 from qsvd.train.checkpoints import checkpoints, step_of
@@ -234,6 +235,10 @@ def _show_plan(job: RunJob) -> None:
     table.add_row("trained tokens", f"{job.data.num_trained:,}")
     table.add_row("held out", f"{len(job.held_out.input_ids) if job.held_out else 0:,} sequences")
     table.add_row("steps", f"{_total_steps(job):,}" + (" at most" if job.settings.packing else ""))
+    table.add_row("4-bit weights on the device", job.resident)
+    place: Literal["gpu", "host"] = "gpu" if job.device.type == "cuda" else "host"
+    limit = getattr(job.placed.memory.limits, place)
+    table.add_row("memory", f"{show_size(job.placed.memory.total(place))} of {show_size(limit)}")
     Console().print(table)
 
 

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+RESERVE = 0.04  # of the bytes on a GPU: holes between pieces of memory, and what no plan sees
+HOST_RESERVE = 300_000_000  # bytes on a CPU: libraries that load late, and memory that is kept though it is free
+
 Where = Literal["gpu", "host", "disk"]
 PLACES: tuple[Where, ...] = ("gpu", "host", "disk")
 
@@ -66,9 +69,11 @@ class MemoryPlan:
         return next((item for item in self.items if item.name == name), Item(name))
 
 
-def items_of(items: Iterable[Item]) -> tuple[Item, ...]:
-    """Those that take something."""
-    return tuple(item for item in items if item.gpu or item.host or item.disk)
+def items_of(items: Iterable[Item], device: str) -> tuple[Item, ...]:
+    """Those that take something, and what is left free beside them on the device."""
+    found = [item for item in items if item.gpu or item.host or item.disk]
+    free = round(RESERVE * sum(item.gpu for item in found)) if device == "cuda" else HOST_RESERVE
+    return (*found, on(device, "reserve", free))
 
 
 def on(device: str, name: str, num_bytes: int) -> Item:

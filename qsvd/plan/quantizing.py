@@ -40,7 +40,7 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
     notes += context_notes(device)
     if model.dense.experts:
         notes += ("Experts are 3-D stacks, which qsvd does not split: --exclude them, and they are copied in 16 bits.",)
-    return MemoryPlan("quantize", items_of(items), limits, notes)
+    return MemoryPlan("quantize", items_of(items, device), limits, notes)
 
 
 def _sketch(shape: tuple[int, int], rank: int) -> int:

@@ -32,7 +32,7 @@ def plan_serving(model: SplitModelPlan, batch: Batch, placement: Placement, limi
         context_item(device),
     ]
     notes = ("All tokens but one are taken to be the prompt, read in one go.", *context_notes(device))
-    return MemoryPlan("serve", items_of(items), limits, notes)
+    return MemoryPlan("serve", items_of(items, device), limits, notes)
 
 
 def cache_bytes(model: SplitModelPlan, batch: Batch) -> int:

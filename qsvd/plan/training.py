@@ -80,7 +80,7 @@ def plan_training(model: SplitModelPlan, training: Training, placement: Placemen
         context_item(device),
         Item("checkpoints of the run", disk=KEPT_RUNS * (total_bytes(model.parameters) + state.device)),
     ]
-    return MemoryPlan("train", items_of(items), limits, _notes(model, training, device))
+    return MemoryPlan("train", items_of(items, device), limits, _notes(model, training, device))
 
 
 @lru_cache(maxsize=4096)
