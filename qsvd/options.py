@@ -51,9 +51,11 @@ class Plan:
     double_quant: Annotated[bool, arg(help="Scales in 8 bits: 4.13 bits a weight in all instead of 4.5.")] = True
     explore: Annotated[bool, arg(help="A table of what fits: rank by sequence by card.")] = False
     tflops: Annotated[
-        float | None, arg(help="Of the card in 16 bits, as it really does them, in 10^12 a second; None: 100.")
+        float | None,
+        arg(help="Of the card in 16 bits, as it really does them, 10^12 a second; None: measured here, or 100."),
     ] = None
-    link: Annotated[float | None, arg(help="Host to card, GB a second; None: 25.")] = None
+    link: Annotated[float | None, arg(help="Host to card, GB a second; None: measured here, or 25.")] = None
+    disk: Annotated[float | None, arg(help="Disk, GB a second; None: 3.")] = None
     json: Annotated[bool, arg(help="Print everything as JSON.")] = False
 
 

@@ -37,6 +37,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "explore": False,
         "tflops": None,
         "link": None,
+        "disk": None,
         "json": False,
     },
     "quantize": {

@@ -8,7 +8,7 @@ from qsvd.commands.failures import DoesNotFit
 from qsvd.commands.prepare_plan import PlanJob, prepare_plan
 from qsvd.commands.quiet import quiet
 from qsvd.options import Plan
-from qsvd.plan.duration import quantize_seconds, step_time
+from qsvd.plan.duration import quantize_time, step_time
 from qsvd.plan.placement import place, place_serving
 from qsvd.plan.quantizing import plan_quantizing
 from qsvd.plan.reach import Cell, Reach, advice, explore, highest, longest
@@ -43,8 +43,8 @@ def main(options: Plan) -> None:
 def answer(job: PlanJob) -> Answer:
     """Everything that is asked for."""
     model, task = job.model, job.options.task
-    seconds = quantize_seconds(model, ITERATIONS, job.speed)
-    quantize = QuantizeAnswer(plan_quantizing(model, job.training.batch.device, job.limits), seconds)
+    time = quantize_time(model, ITERATIONS, job.speed)
+    quantize = QuantizeAnswer(plan_quantizing(model, job.training.batch.device, job.limits), time)
     return Answer(
         quantize=quantize if task in ("all", "quantize") else None,
         train=_training(job, model) if task in ("all", "train") else None,

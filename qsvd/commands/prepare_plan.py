@@ -16,10 +16,11 @@ from qsvd.checkpoint.hub import download_config
 from qsvd.checkpoint.read import read_config
 from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.checkpoint.write import MANIFEST
+from qsvd.commands.measure_speed import measured_flops, measured_link
 from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.options import Plan
 from qsvd.plan.activations import Batch
-from qsvd.plan.duration import Speed
+from qsvd.plan.duration import Rate, Speed
 from qsvd.plan.memory import Limits
 from qsvd.plan.model import plan_model, unsplittable
 from qsvd.plan.placement import Wish
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 RANK = 64  # where nothing is stored and none is given
-TFLOPS, LINK = 100.0, 25.0  # assumed: 10^12 operations and 10^9 bytes a second, of a card on PCIe 4
+FLOPS, LINK, DISK = 1e14, 25e9, 3e9  # assumed: operations and bytes a second, of a card on PCIe 4 and an NVMe disk
 DTYPE = torch.bfloat16  # to compute in, on a GPU
 
 
@@ -160,9 +161,15 @@ def _job(
 
 
 def _speed(options: Plan) -> Speed:
-    flops = 1e12 * (TFLOPS if options.tflops is None else options.tflops)
-    link = 1e9 * (LINK if options.link is None else options.link)
-    return Speed(flops, link, is_assumed=options.tflops is None or options.link is None)
+    """As given, or as the card here does, or as a common one does."""
+    has_gpu = torch.cuda.is_available()
+    flops = Rate(measured_flops(), "measured") if has_gpu and options.tflops is None else Rate(FLOPS)
+    link = Rate(measured_link(), "measured") if has_gpu and options.link is None else Rate(LINK)
+    return Speed(
+        flops if options.tflops is None else Rate(1e12 * options.tflops, "given"),
+        link if options.link is None else Rate(1e9 * options.link, "given"),
+        Rate(DISK) if options.disk is None else Rate(1e9 * options.disk, "given"),
+    )
 
 
 def _limits(options: Plan) -> Limits:
@@ -187,7 +194,7 @@ def _check_numbers(options: Plan) -> None:
     wrong = [
         f"--{name} {value} is below {low}" for name, (value, low) in least.items() if value is not None and value < low
     ]
-    above = {"tflops": options.tflops, "link": options.link}
+    above = {"tflops": options.tflops, "link": options.link, "disk": options.disk}
     wrong += [
         f"--{name} {value:g} is no number above 0"
         for name, value in above.items()

@@ -2,32 +2,46 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from qsvd.numerics.error import PROBES
 from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
-from qsvd.plan.frozen import staying_blocks
+from qsvd.plan.frozen import base_bytes, staying_blocks
 from qsvd.plan.pages import Placement
 from qsvd.plan.split_model import SplitModelPlan
 from qsvd.plan.training import Training
 
 EXACT_SHARE = 0.25  # of the speed in 16 bits that float32 products are taken to reach
 LANCZOS_STEPS = 16  # of a norm's estimate, before and after: what noise needs
+TRAFFIC = (
+    60  # bytes of memory for a number in an iteration: copies in float32, encoded, decoded, subtracted, multiplied
+)
+BYTES_PER_OPERATION = 0.01  # of memory, while it computes at full speed: 1 TB/s beside 100 TFLOP/s, as on a 4090
+SOURCE = 2  # bytes of a number of the 16-bit checkpoint
 FIRST_PASSES, LATER_PASSES = 5, 1  # of the randomized SVD (decompose/alternate.py)
 
 
 @dataclass(frozen=True)
+class Rate:
+    """So much a second, and how that is known."""
+
+    value: float
+    source: Literal["assumed", "given", "measured"] = "assumed"
+
+
+@dataclass(frozen=True)
 class Speed:
-    """What a machine does.
+    """What a machine does in a second.
 
     Args:
-        flops: Products and sums a second, in 16 bits.
-        link: Bytes a second from where pages lie to the device.
-        is_assumed: Whether nobody gave these numbers.
+        flops: Products and sums, in 16 bits.
+        link: Bytes from host memory to the device.
+        disk: Bytes from the disk, or to it.
     """
 
-    flops: float
-    link: float
-    is_assumed: bool
+    flops: Rate
+    link: Rate
+    disk: Rate
 
 
 @dataclass(frozen=True)
@@ -60,11 +74,35 @@ def step_time(model: SplitModelPlan, training: Training, placement: Placement, s
     staying = staying_blocks(model, placement)
     paged = sum(block.page for number, block in enumerate(model.blocks) if number not in staying)
     visits = 2 * (1 if training.layer_major else training.accumulate)
-    return StepTime(each * numbers * tokens / speed.flops, visits * paged / speed.link, tokens)
+    link = speed.link.value if placement.pages == "host" else min(speed.link.value, speed.disk.value)
+    return StepTime(each * numbers * tokens / speed.flops.value, visits * paged / link, tokens)
 
 
-def quantize_seconds(model: SplitModelPlan, iterations: int, speed: Speed) -> float:
-    """Of a whole `qsvd quantize`, an estimate: products with sketches and with the probes of the error's norms."""
+@dataclass(frozen=True)
+class QuantizeTime:
+    """Seconds of a whole `qsvd quantize`, an estimate: reading hides behind computing or the other way round."""
+
+    compute: float
+    read: float
+    write: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.read) + self.write
+
+
+def quantize_time(model: SplitModelPlan, iterations: int, speed: Speed) -> QuantizeTime:
+    """Products with sketches and with the probes of the error's norms, the memory that is gone through, and the files.
+
+    The result is written twice: weight by weight, and joined to shards.
+    """
+    traffic = TRAFFIC * iterations * model.elements / (BYTES_PER_OPERATION * speed.flops.value)
+    products = _operations(model, iterations) / (EXACT_SHARE * speed.flops.value)
+    source = SOURCE * model.elements + model.dense.total
+    return QuantizeTime(products + traffic, source / speed.disk.value, 2 * base_bytes(model) / speed.disk.value)
+
+
+def _operations(model: SplitModelPlan, iterations: int) -> float:
     operations = 0.0
     for spec in model.names.weights:
         rank = model.ranks[spec.name]
@@ -72,4 +110,4 @@ def quantize_seconds(model: SplitModelPlan, iterations: int, speed: Speed) -> fl
         passes = 2 * (FIRST_PASSES + iterations * LATER_PASSES)
         norms = 2 * 2 * LANCZOS_STEPS * PROBES
         operations += 2 * math.prod(spec.shape) * (passes * columns + 2 * iterations * rank + norms)
-    return operations / (EXACT_SHARE * speed.flops)
+    return operations

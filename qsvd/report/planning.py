@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qsvd.plan.duration import Speed, StepTime
+from qsvd.plan.duration import QuantizeTime, Rate, Speed, StepTime
 from qsvd.plan.memory import PLACES, MemoryPlan
 from qsvd.plan.pages import Placement
 from qsvd.plan.placement import Placed
@@ -21,10 +21,10 @@ TITLES = {"quantize": "qsvd quantize", "train": "qsvd train", "serve": "generati
 
 @dataclass(frozen=True)
 class QuantizeAnswer:
-    """What is to say of splitting; seconds are an estimate."""
+    """What is to say of splitting; the time is an estimate."""
 
     memory: MemoryPlan
-    seconds: float
+    time: QuantizeTime
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def plan_json(model: str, answer: Answer) -> dict[str, Any]:
     found: dict[str, Any] = {"model": model, "blocks": answer.blocks, "notes": list(answer.notes)}
     found |= {"speed": asdict(answer.speed)}
     if answer.quantize is not None:
-        found["quantize"] = _memory_json(answer.quantize.memory) | {"seconds": answer.quantize.seconds}
+        found["quantize"] = _memory_json(answer.quantize.memory) | {"time": asdict(answer.quantize.time)}
     if answer.train is not None:
         train = answer.train
         step = asdict(train.step)
@@ -181,9 +181,12 @@ def _placement_lines(placement: Placement, blocks: int) -> list[str]:
 
 def _quantize_line(answer: Answer) -> str:
     assert answer.quantize is not None, "asked before"
-    seconds = answer.quantize.seconds
-    time = f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
-    return f"estimate: {time} to split, reading and writing not counted ({_speed(answer.speed)})"
+    found = answer.quantize.time
+    time = f"{found.seconds:,.0f} s" if found.seconds < 120 else f"{found.seconds / 60:,.0f} min"
+    parts = (
+        f"computing {found.compute:,.0f} s, beside it reading {found.read:,.0f} s, then writing {found.write:,.0f} s"
+    )
+    return f"estimate: {time} ({parts}; {_speed(answer.speed)})"
 
 
 def _lines(lines: Sequence[str]) -> Text:
@@ -206,5 +209,10 @@ def _reached(number: int | None) -> str:
 
 
 def _speed(speed: Speed) -> str:
-    source = "assumed" if speed.is_assumed else "given"
-    return f"{source}: {speed.flops / 1e12:g} TFLOP/s, {speed.link / 1e9:g} GB/s"
+    flops, link, disk = (f"{rate.value / size:.3g}" for rate, size in zip(_rates(speed), (1e12, 1e9, 1e9), strict=True))
+    sources = dict.fromkeys(rate.source for rate in _rates(speed))
+    return f"{' and '.join(sources)}: {flops} TFLOP/s, link {link} GB/s, disk {disk} GB/s"
+
+
+def _rates(speed: Speed) -> tuple[Rate, Rate, Rate]:
+    return speed.flops, speed.link, speed.disk

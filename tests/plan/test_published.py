@@ -2,7 +2,7 @@
 
 import pytest
 
-from qsvd.plan.duration import Speed, quantize_seconds, step_time
+from qsvd.plan.duration import Rate, Speed, quantize_time, step_time
 from qsvd.plan.memory import Limits
 from qsvd.plan.pages import EVERYTHING, Placement
 from qsvd.plan.training import plan_training
@@ -38,11 +38,16 @@ def test_three_checkpoints_of_the_run_may_be_on_disk_at_once():
 
 
 def test_splitting_takes_the_time_of_its_products():
-    speed = Speed(1e14, 25e9, is_assumed=True)
+    speed = Speed(Rate(1e14), Rate(25e9), Rate(3e9))
     of_norms = 2 * llama_70b(0).elements * 2 * 2 * 16 * 16  # before and after, twice a step: 16 steps, 16 probes
-    assert quantize_seconds(llama_70b(0), 5, speed) == pytest.approx(of_norms / (0.25 * 1e14))
+    memory = 60 * 5 * llama_70b(0).elements / 1e12
+    plain = quantize_time(llama_70b(0), 5, speed)
+    assert plain.compute == pytest.approx(of_norms / (0.25 * 1e14) + memory)
+    assert plain.read == pytest.approx(141.1 / 3, rel=0.01)  # GB of the checkpoint
+    assert plain.write == pytest.approx(2 * 39.5 / 3, rel=0.01)
+    assert plain.seconds == plain.read + plain.write
     passes = 2 * llama_70b(64).elements * (2 * (5 + 5) * 96 + 2 * 5 * 64)  # 64 and half of it columns
-    assert quantize_seconds(llama_70b(64), 5, speed) == pytest.approx((of_norms + passes) / (0.25 * 1e14))
+    assert quantize_time(llama_70b(64), 5, speed).compute == pytest.approx((of_norms + passes) / (0.25 * 1e14) + memory)
 
 
 def test_checkpoints_take_16_kilobytes_a_token_and_block():
@@ -51,7 +56,7 @@ def test_checkpoints_take_16_kilobytes_a_token_and_block():
 
 
 def test_every_page_moves_twice_a_batch_and_hides_behind_633_tokens():
-    speed = Speed(95e12, 25e9, is_assumed=True)
+    speed = Speed(Rate(95e12), Rate(25e9), Rate(3e9))
     step = step_time(llama_70b(64), training(633), Placement(0), speed)
     assert step.transfer == pytest.approx(2.8, rel=0.02)
     assert step.compute == pytest.approx(step.transfer, rel=0.03)  # the head is counted here, not there
@@ -60,3 +65,5 @@ def test_every_page_moves_twice_a_batch_and_hides_behind_633_tokens():
     assert major.transfer == pytest.approx(step.transfer)
     assert minor.transfer == pytest.approx(8 * step.transfer)
     assert minor.tokens == 8 * 633
+    from_disk = step_time(llama_70b(64), training(633), Placement(0, "disk"), speed)
+    assert from_disk.transfer == pytest.approx(step.transfer * 25 / 3)

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from qsvd.plan.duration import Speed, StepTime
+from qsvd.plan.duration import QuantizeTime, Rate, Speed, StepTime
 from qsvd.plan.memory import Item, Limits, MemoryPlan
 from qsvd.plan.pages import Placement
 from qsvd.plan.placement import Placed
@@ -19,7 +19,7 @@ ITEMS = (
 )
 FITS = MemoryPlan("train", ITEMS, Limits(8 * 10**9, 64 * 10**9), ("One note.",))
 LACKS = MemoryPlan("serve", ITEMS, Limits(6 * 10**9, 64 * 10**9), ("One note.", "Another."))
-SPEED = Speed(1e14, 25e9, is_assumed=True)
+SPEED = Speed(Rate(1e14), Rate(25e9, "given"), Rate(3e9))
 
 
 def shown(what):
@@ -97,10 +97,12 @@ def test_a_note_is_said_once():
 
 def test_splitting_has_its_time():
     short, long = (
-        shown(plan_tables("m", answer_of(None, quantize=QuantizeAnswer(FITS, seconds)))) for seconds in (100, 600)
+        shown(plan_tables("m", answer_of(None, quantize=QuantizeAnswer(FITS, QuantizeTime(compute, 60, 20)))))
+        for compute in (30, 580)
     )
-    assert "estimate: 100 s to split" in short
-    assert "estimate: 10 min to split" in long
+    assert "estimate: 80 s (computing 30 s, beside it reading 60 s, then writing 20 s" in short
+    assert "estimate: 10 min (computing 580 s" in long
+    assert "assumed and given: 100 TFLOP/s, link 25 GB/s, disk 3 GB/s" in " ".join(long.split())
 
 
 def test_a_cell_is_a_percentage_or_no():
@@ -120,7 +122,10 @@ def test_a_cell_is_a_percentage_or_no():
 def test_the_document_has_bytes_and_all_that_is_derived():
     cells = (Cell(16, 1024, 24 * 10**9, None, offloads=False),)
     serve = Placed(Placement(3), LACKS)
-    found = plan_json("m", answer_of(train_of(FITS), serve=serve, quantize=QuantizeAnswer(FITS, 5.0), cells=cells))
+    found = plan_json(
+        "m",
+        answer_of(train_of(FITS), serve=serve, quantize=QuantizeAnswer(FITS, QuantizeTime(5.0, 2.0, 1.0)), cells=cells),
+    )
     assert found["train"]["total"] == {"gpu": 6_500_000_000, "host": 28_250_002_240, "disk": 41_000_000_000}
     assert found["train"]["left"]["gpu"] == 1_500_000_000
     assert found["train"]["fits"]
@@ -129,6 +134,6 @@ def test_the_document_has_bytes_and_all_that_is_derived():
     assert found["train"]["placement"]["pages"] == "disk"
     assert (found["train"]["longest_tokens"], found["train"]["highest_rank"]) == (8192, None)
     assert found["train"]["step"]["seconds"] == 10.0
-    assert found["quantize"]["seconds"] == 5.0
+    assert found["quantize"]["time"] == {"compute": 5.0, "read": 2.0, "write": 1.0}
     assert found["explore"][0]["share"] is None
-    assert found["speed"]["is_assumed"]
+    assert found["speed"]["link"] == {"value": 25e9, "source": "given"}
