@@ -136,6 +136,8 @@ def _train(job: RunJob, folder: RunFolder, tell: Tell) -> None:
         _finish(job, folder, trainer, Peak(peak_bytes(), libraries))
     except torch.OutOfMemoryError as error:
         raise _too_little_memory(job, str(error).partition("\n")[0]) from error
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; {_what_is_saved(job)}", error.filename) from error
 
 
 def _keep_to(job: RunJob) -> None:
@@ -214,6 +216,13 @@ def _finish(job: RunJob, folder: RunFolder, trainer: Any, peak: Peak) -> None:
             file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
     write_text(job.out / "README.md", run_readme(summary, str(job.options.out)))
     folder.write(SUMMARY, asdict(summary))
+
+
+def _what_is_saved(job: RunJob) -> str:
+    saved = checkpoints(job.out)
+    if not saved:
+        return "nothing was saved yet"
+    return f"{saved[-1].name} is kept, and the same command with --resume goes on from it"
 
 
 def _too_little_memory(job: RunJob, reason: str) -> DoesNotFit:

@@ -13,9 +13,7 @@ from qsvd.plan.training import Training
 
 EXACT_SHARE = 0.25  # of the speed in 16 bits that float32 products are taken to reach
 LANCZOS_STEPS = 16  # of a norm's estimate, before and after: what noise needs
-TRAFFIC = (
-    60  # bytes of memory for a number in an iteration: copies in float32, encoded, decoded, subtracted, multiplied
-)
+TRAFFIC = 60  # bytes of memory for a number in an iteration: copied in float32, encoded, decoded, subtracted
 BYTES_PER_OPERATION = 0.01  # of memory, while it computes at full speed: 1 TB/s beside 100 TFLOP/s, as on a 4090
 SOURCE = 2  # bytes of a number of the 16-bit checkpoint
 FIRST_PASSES, LATER_PASSES = 5, 1  # of the randomized SVD (decompose/alternate.py)

@@ -1,5 +1,7 @@
 """Runs whose frozen weights visit: the bytes of a run in which they stay, stopped and resumed too."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.commands.failures import DoesNotFit
 from qsvd.commands.prepare_run import prepare_run
+from qsvd.commands.run_folder import RunFolder
 from qsvd.commands.train import train
 from tests.runs import interrupting, outcome, text_rows, training, words, write_rows
 
@@ -89,3 +92,26 @@ def test_what_makes_no_sense_is_refused(base, data, tmp_path, changes, sentence)
     with pytest.raises(ValueError, match=sentence):
         train(options(base, data, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_shard_that_is_cut_off_during_a_run_ends_it_with_what_is_kept(base, data, tmp_path, monkeypatch, capsys):
+    copied = shutil.copytree(base, tmp_path / "base")
+    whole = outcome(train(options(base, data, tmp_path / "whole", steps=4)))
+    cut = options(copied, data, tmp_path / "cut", steps=4, resident=0.0)
+    shard = next(copied.glob("*.safetensors"))
+    add_step = RunFolder.add_step
+
+    def cutting(self, step):
+        add_step(self, step)
+        if step.number == 3:
+            os.truncate(shard, 1000)
+
+    monkeypatch.setattr(RunFolder, "add_step", cutting)
+    assert run(words(cut)) == 1
+    said = capsys.readouterr().err
+    assert f"{shard}: was cut off during the run: it ends inside model.layers." in said
+    assert "; checkpoint-2 is kept, and the same command with --resume goes on from it" in said
+    monkeypatch.undo()
+    shutil.copyfile(base / shard.name, shard)
+    assert run([*words(cut), "--resume"]) == 0
+    assert outcome(cut.out) == whole
