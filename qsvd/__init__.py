@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from qsvd.decompose.split import Split
     from qsvd.numerics.normal_float import NormalFloat4
     from qsvd.options import Quantize
+    from qsvd.plan.pages import Placement
 
 __all__ = [
     "AdapterOptions",
     "NormalFloat4",
+    "Placement",
     "Quantize",
     "Recipe",
     "Split",
@@ -36,6 +38,7 @@ __all__ = [
 
 _HOMES = {
     "load": "qsvd.adapters.install",
+    "Placement": "qsvd.plan.pages",
     "AdapterOptions": "qsvd.adapters.adapter",
     "quantize": "qsvd.commands.quantize",
     "Quantize": "qsvd.options",

@@ -31,7 +31,7 @@ class Plan:
     method: Annotated[
         Literal["auto", "pissa", "lora", "edora"], arg(help="As in qsvd train; lora on a 16-bit MODEL is QLoRA.")
     ] = "auto"
-    tokens: Annotated[int, arg(help="Of a sequence.")] = 2048
+    tokens: Annotated[int | None, arg(help="Of a sequence; None: the context, 2048 at most.")] = None
     batch: Annotated[int, arg(help="Sequences that go through the model together.")] = 1
     accumulate: Annotated[int, arg(help="Batches in one step.")] = 4
     optimizer: Annotated[

@@ -25,7 +25,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "host": None,
         "rank": None,
         "method": "auto",
-        "tokens": 2048,
+        "tokens": None,
         "batch": 1,
         "accumulate": 4,
         "optimizer": "auto",

@@ -42,11 +42,9 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def common(left: list[Span], right: list[Span]) -> float:
-    """Microseconds that are in both lists of spans."""
+    """Microseconds that are in both lists of spans, as `merged` gives them."""
     total, place = 0.0, 0
     for begin, end in left:
-        while place and right[place - 1][1] > begin:
-            place -= 1
         while place < len(right) and right[place][1] <= begin:
             place += 1
         at = place

@@ -30,7 +30,7 @@ def in_micro_batches(rows: int, checkpoint: Callable[..., Any], block: Any, *inp
         named = {name: _rows(value, total, start, start + rows) for name, value in block.keywords.items()}
         part = partial(block.func, *block.args, **named)
         outputs.append(checkpoint(part, *(_rows(value, total, start, start + rows) for value in inputs)))
-    return _joined(outputs)
+    return _joined(outputs, rows)
 
 
 def _rows(value: Any, total: int, start: int, stop: int) -> Any:
@@ -42,8 +42,14 @@ def _rows(value: Any, total: int, start: int, stop: int) -> Any:
     return value
 
 
-def _joined(outputs: list[Any]) -> Any:
-    """The parts' outputs as the whole batch's: tensors one below the other, in tuples where there are some."""
-    if isinstance(outputs[0], tuple):
-        return tuple(_joined(list(one)) for one in zip(*outputs, strict=True))
-    return torch.cat(outputs) if isinstance(outputs[0], Tensor) else outputs[0]
+def _joined(outputs: list[Any], rows: int) -> Any:
+    """The parts' outputs as the whole batch's: tensors one below the other, in tuples where there are some.
+
+    A tensor of one row from parts of several, as T5's position bias, is the same for all of them.
+    """
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return tuple(_joined(list(one), rows) for one in zip(*outputs, strict=True))
+    if not isinstance(first, Tensor) or (first.ndim and len(first) == 1 != rows):
+        return first
+    return torch.cat(outputs)

@@ -16,6 +16,8 @@ class Slot(ABC):
 
     Args:
         room: uint8 on the device, at least as long as the largest page.
+
+    `page` is what it holds or fetches; None where nothing was asked for, or that failed.
     """
 
     def __init__(self, room: Tensor):
@@ -24,16 +26,23 @@ class Slot(ABC):
 
     def bring(self, page: int) -> None:
         """Begin to fetch a page; what still computes with the one before it comes first."""
-        self.page = page
+        self.page = None
         self._fetch(page)
+        self.page = page
+
+    def wait(self) -> None:
+        """Let what follows compute with the page; an OSError where it could not be read, and it is asked for again."""
+        page, self.page = self.page, None
+        self._wait()
+        self.page = page
 
     @abstractmethod
     def _fetch(self, page: int) -> None:
         """Begin to fetch."""
 
     @abstractmethod
-    def wait(self) -> None:
-        """Let what follows compute with the page; an OSError where it could not be read."""
+    def _wait(self) -> None:
+        """Wait."""
 
     @abstractmethod
     def leave(self) -> None:
@@ -51,7 +60,7 @@ class HostSlot(Slot):
     def _fetch(self, page: int) -> None:
         self._reading = self._reader.submit(self._store.read_into, page, self.room)
 
-    def wait(self) -> None:
+    def _wait(self) -> None:
         assert self._reading is not None, "brought before"
         self._reading.result()
 
@@ -64,8 +73,10 @@ class DeviceSlot(Slot):
 
     def __init__(self, room: Tensor, stream: torch.cuda.Stream):
         super().__init__(room)
+        room.record_stream(stream)  # nobody gets this memory while a copy is under way, though the model is gone
         self._stream = stream
         self._arrived, self._left = torch.cuda.Event(), torch.cuda.Event()
+        self.leave()  # by whoever had the memory before
 
     def _copy(self, page: Tensor) -> None:
         with torch.cuda.stream(self._stream):
@@ -73,7 +84,7 @@ class DeviceSlot(Slot):
             self.room[: len(page)].copy_(page, non_blocking=True)
             self._arrived.record(self._stream)
 
-    def wait(self) -> None:
+    def _wait(self) -> None:
         torch.cuda.current_stream(self.room.device).wait_event(self._arrived)
 
     def leave(self) -> None:
@@ -108,10 +119,10 @@ class RingSlot(DeviceSlot):
         self._store.read_into(page, self._place.bytes)
         self._copy(self._place.bytes[: self._store.sizes[page]])
 
-    def wait(self) -> None:
+    def _wait(self) -> None:
         assert self._reading is not None, "brought before"
         self._reading.result()
-        super().wait()
+        super()._wait()
 
 
 def make_slots(store: Store, device: torch.device) -> list[Slot]:

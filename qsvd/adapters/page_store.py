@@ -34,6 +34,7 @@ class Arena:
 
     def __del__(self) -> None:
         if getattr(self, "pinned", False):
+            torch.cuda.synchronize()  # a copy may read it still
             _cudart().cudaHostUnregister(self.bytes.data_ptr())
 
 

@@ -56,13 +56,14 @@ class Pager:
             self._slot_of(self._current).leave()
             is_next = abs(page - self._current) == 1
             self._upwards = page > self._current if is_next else page < self._current  # from the last to the first
-        self._current = page
+        self._current = None  # until it is there
         wanted = [page, *self._expected_after(page, turns=turns)]
         for number in wanted:
             if all(slot.page != number for slot in self._slots):
                 next(slot for slot in self._slots if slot.page not in wanted).bring(number)
                 self.moved_bytes += self.store.sizes[number]
         self._slot_of(page).wait()
+        self._current = page
 
     def _expected_after(self, page: int, *, turns: bool) -> list[int]:
         """As many pages as there is place for beside this one."""

@@ -42,12 +42,13 @@ def _groups() -> list[Path]:
 
 
 def _left(group: Path) -> int:
-    """Limit less usage, where what is kept of files does not count: it goes when memory is asked for."""
-    for limit, usage, cache in (
-        ("memory.max", "memory.current", "file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    """Limit less usage, where what is kept of files on disk does not count: it goes when memory is asked for."""
+    for limit, usage, cache, shared in (
+        ("memory.max", "memory.current", "file", "shmem"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
     ):
         if (group / limit).is_file() and (text := (group / limit).read_text().strip()) != "max":
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            return max(int(text) - int((group / usage).read_text()) + int(stat.get(cache, 0)), 0)
+            files = int(stat.get(cache, 0)) - int(stat.get(shared, 0))  # the cache has those in memory (tmpfs) too
+            return max(int(text) - int((group / usage).read_text()) + files, 0)
     return 2**63

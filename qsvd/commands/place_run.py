@@ -1,6 +1,6 @@
 """The planner asked about this machine: what of a model stays on the device, and whether a run fits at all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,7 +10,7 @@ from qsvd.checkpoint.host_memory import free_host_memory
 from qsvd.checkpoint.read_split import SplitFolder
 from qsvd.commands.failures import DoesNotFit
 from qsvd.plan.activations import Batch
-from qsvd.plan.memory import Limits, MemoryPlan
+from qsvd.plan.memory import Limits, MemoryPlan, on
 from qsvd.plan.pages import Placement, block_of
 from qsvd.plan.placement import Placed, Wish, place, place_serving
 from qsvd.plan.reach import longest
@@ -76,10 +76,15 @@ def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish:
     model = planned_base(split, record, there.dtype)
     choices = 0 if record.labels else model.text_config.vocab_size
     logits = 2 * there.dtype.itemsize * batch.batch * batch.tokens * choices  # and a copy of them
-    limits = Limits(*(None if size is None else size - logits for size in (there.limits.gpu, there.limits.host)))
-    found = place_serving(model, batch, limits, wish)
-    if not found.memory.fits:
-        raise DoesNotFit(f"{_lack(found.memory)}; give a smaller --batch-size or --window")
+    beside = on(there.device.type, "logits of every token", logits)
+    left = (
+        None if size is None else size - taken
+        for size, taken in ((there.limits.gpu, beside.gpu), (there.limits.host, beside.host))
+    )
+    found = place_serving(model, batch, Limits(*left), wish)
+    memory = replace(found.memory, items=(*found.memory.items, beside), limits=there.limits)
+    if not memory.fits:
+        raise DoesNotFit(f"{_lack(memory)}; give a smaller --batch-size or --window")
     return found.placement
 
 

@@ -31,6 +31,7 @@ from qsvd.plan.training import Training
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+MOST_TOKENS = 2048  # of a sequence, unless more are asked for
 RANK = 64  # where nothing is stored and none is given
 FLOPS, LINK, DISK = 1e14, 25e9, 3e9  # assumed: operations and bytes a second, of a card on PCIe 4 and an NVMe disk
 DTYPE = torch.bfloat16  # to compute in, on a GPU
@@ -136,10 +137,11 @@ def _job(
     if rank > most_rank:
         raise ValueError(f"--rank {rank} is above {most_rank}, the shorter side of the smallest weight")
     context = getattr(model.text_config, "max_position_embeddings", None) or 2**20
-    if options.tokens > context:
-        raise ValueError(f"--tokens {options.tokens} is above the {context} positions of the model")
+    tokens = min(MOST_TOKENS, context) if options.tokens is None else options.tokens
+    if tokens > context:
+        raise ValueError(f"--tokens {tokens} is above the {context} positions of the model")
     batch = Batch(
-        tokens=options.tokens,
+        tokens=tokens,
         batch=options.batch,
         is_masked=options.batch > 1,
         checkpointing=options.gradient_checkpointing,

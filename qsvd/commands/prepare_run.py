@@ -217,7 +217,8 @@ def _settings(options: Train, method: str, device: torch.device) -> Settings:
 def _training(settings: Settings, data: Tokenized, device: torch.device) -> Training:
     """What the planner is to count: the longest sequences that there are."""
     lengths = {len(tokens) for tokens in data.input_ids}
-    is_masked = settings.packing or (settings.batch_size > 1 and len(lengths) > 1)
+    rows = settings.batch_size * (settings.accumulate if settings.layer_major else 1)  # padded to one length
+    is_masked = settings.packing or (rows > 1 and len(lengths) > 1)
     tokens = settings.max_length if settings.packing else max(lengths)
     batch = Batch(tokens, settings.batch_size, is_masked, settings.gradient_checkpointing, device.type)
     is_language = not data.label_names

@@ -1,6 +1,6 @@
 """Bytes of what never changes, for one placement: residuals and their pages, embeddings, head and the rest."""
 
-from qsvd.plan.memory import Item, on
+from qsvd.plan.memory import RESERVE, Item, on
 from qsvd.plan.pages import Placement, num_slots, resident_blocks
 from qsvd.plan.split_model import SplitModelPlan
 
@@ -59,5 +59,5 @@ def context_notes(device: str) -> tuple[str, ...]:
         return ()
     return (
         f"CUDA itself is taken to need {CONTEXT / 1e9:g} GB: an assumption.",
-        "What torch's allocator reserves beyond tensors is not counted: leave some room.",
+        f"{RESERVE:.0%} is kept free, for holes between tensors and for what no plan sees: an assumption.",
     )

@@ -18,7 +18,7 @@ class Placement:
 
     Args:
         resident: Blocks whose residuals stay on the device; None is all of them.
-        pages: Where the residuals of the others are: "host" memory, or the shards on "disk".
+        pages: Where the residuals of the others are: "host" memory, or the shards on "disk", as a CPU wants it.
         embeddings_on_host: Look tokens up in host memory.
         activation_offload: Keep the checkpoints of activations in host memory.
     """
