@@ -6,6 +6,8 @@ import torch
 from transformers import AutoConfig
 
 import qsvd
+from qsvd.adapters.model import split_linears
+from qsvd.adapters.page_store import HostStore
 from qsvd.commands.demo import MODEL
 from qsvd.train.hooks import Hooks
 from tests.checkpoints import write_checkpoint
@@ -35,9 +37,8 @@ def size(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
 
 
-def held_after_a_step(base, run, *, method, rank, adapter_dtype, changes):
+def held_after_a_step(base, run, options, placement, changes, *, tokens):
     """Bytes by item at the end of one step, before its gradients go."""
-    options = qsvd.AdapterOptions(method, rank=rank, dtype=adapter_dtype)
     found = {}
 
     class Count(Hooks):
@@ -48,9 +49,9 @@ def held_after_a_step(base, run, *, method, rank, adapter_dtype, changes):
             assert step == 1
             found.update(count(self.model, made.optimizer))
 
-    tokens = torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = {"input_ids": tokens, "labels": tokens}
-    made = trainer(base, run, rows, settings(**changes), Count, options=options)
+    ids = torch.randint(VOCABULARY, (4, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = {"input_ids": ids, "labels": ids}
+    made = trainer(base, run, rows, settings(**changes), Count, options=options, placement=placement)
     made.train()
     return found
 
@@ -72,6 +73,10 @@ def count(model, optimizer):
         "embeddings": [embeddings],
         "output head": [] if head is embeddings else [head],
     }
+    pager = next((linear.paged.pager for _, linear in split_linears(model) if linear.paged), None)
+    groups["page slots"] = [] if pager is None else [slot.room for slot in pager._slots]
+    in_memory = pager is not None and isinstance(pager.store, HostStore)
+    groups["pages"] = [pager.store.view(page) for page in range(len(pager.store.sizes))] if in_memory else []
     taken = {id(t) for group in groups.values() for t in group}
     groups["norms and the rest"] = [t for _, t in named if id(t) not in taken]
     groups["gradients"] = [p.grad for p in model.parameters() if p.grad is not None]
