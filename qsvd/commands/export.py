@@ -17,16 +17,17 @@ from qsvd.checkpoint.export_peft import write_peft
 from qsvd.checkpoint.read import open_checkpoint
 from qsvd.commands.check_export import check, fits, plain, with_adapter
 from qsvd.commands.failures import DoesNotFit
-from qsvd.commands.prepare import parse_size
+from qsvd.commands.prepare import LEAST_SHARD
 from qsvd.commands.quiet import quiet
 from qsvd.commands.trained_model import Opened, open_trained
 from qsvd.options import Export
+from qsvd.plan.sizes import parse_size
 from qsvd.report.readme import vllm_rank
 
 
 def main(options: Export) -> None:
     """Export, check, and print what to do with the result."""
-    shard_bytes = parse_size(options.shard_size)
+    shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
     opened = open_trained(options.run, options.base)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with quiet(), warnings.catch_warnings():

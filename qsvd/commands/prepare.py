@@ -1,6 +1,6 @@
 """Everything that can be known, checked and refused before a weight is read."""
 
-import re
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,15 +16,18 @@ from qsvd.checkpoint.tensor_file import TORCH_DTYPES
 from qsvd.checkpoint.write import MANIFEST
 from qsvd.commands.device import device_of
 from qsvd.commands.failures import DoesNotFit
+from qsvd.commands.place_run import machine
 from qsvd.decompose.alternate import Recipe
 from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.options import Quantize
 from qsvd.plan.listing import listing
 from qsvd.plan.model import ModelPlan, WeightSpec, coverage, plan_model
+from qsvd.plan.quantizing import plan_splitting
+from qsvd.plan.sizes import parse_size
 from qsvd.report.header import Header
+from qsvd.report.planning import lack
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-LEAST_SHARD = 10**5
+LEAST_SHARD = 10**5  # bytes of one output file
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")  # trained anew on a split base, so never 4-bit
 
 
@@ -69,7 +72,7 @@ class Job:
         for name in ("out", "dry_run", "model"):
             del options[name]
         options |= {name: list(options[name]) for name in ("include", "exclude")}
-        options["shard_size"] = parse_size(self.options.shard_size)
+        options["shard_size"] = parse_size(self.options.shard_size, "--shard-size", least=LEAST_SHARD)
         return options | {"device": self.device.type, "source_fingerprint": self.checkpoint.fingerprint}
 
 
@@ -93,7 +96,7 @@ def prepare(options: Quantize, checkpoint: Checkpoint | None = None) -> Job:
         exact=options.svd == "exact",
         dtype=getattr(torch, options.dtype),
     )
-    most_bytes, device = parse_size(options.shard_size), device_of(options.device)
+    most_bytes, device = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD), device_of(options.device)
     checkpoint = checkpoint or open_checkpoint(options.model)
     check_not_quantized(checkpoint.config, checkpoint.tensors)
     plan = plan_model(checkpoint.config, include=options.include, exclude=options.exclude)
@@ -114,6 +117,24 @@ def prepare(options: Quantize, checkpoint: Checkpoint | None = None) -> Job:
     )
 
 
+def check_memory(job: Job) -> None:
+    """Refuse a run whose largest weight cannot be split in the memory that is free.
+
+    Raises:
+        DoesNotFit: with the numbers.
+    """
+    if not job.plan.weights or (job.out / MANIFEST).is_file():
+        return
+    largest = max(job.plan.weights, key=lambda spec: math.prod(spec.shape))
+    free = machine(job.device, job.compute_dtype).limits
+    plan = plan_splitting(largest.shape, job.options.rank, job.codec, job.device.type, free)
+    if not plan.fits:
+        raise DoesNotFit(
+            f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close what else uses it, take another "
+            "--device, or --exclude the weight"
+        )
+
+
 def check_disk(job: Job) -> None:
     """Refuse a run whose output cannot fit on the disk; a complete result needs no more.
 
@@ -132,19 +153,6 @@ def check_disk(job: Job) -> None:
             f"{job.options.out} needs {needed / 1e9:.2f} GB more disk space ({folder} has {free / 1e9:.2f} GB free); "
             "free some, or give --out another disk, a lower --rank or a smaller --shard-size"
         )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "500MB" or "5GB", in decimal units as transformers counts them.
-
-    Raises:
-        ValueError: the text is not a number and a unit, or less than LEAST_SHARD.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip().upper())
-    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
-    if size < LEAST_SHARD:
-        raise ValueError(f"--shard-size {text!r} is no size of at least 100KB such as 500MB or 5GB")
-    return size
 
 
 def _check_rank(rank: int, weights: Sequence[WeightSpec]) -> None:

@@ -20,7 +20,7 @@ from qsvd.checkpoint.write import UNFINISHED, OutputFolder
 from qsvd.commands.dry_run import show_plan
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.finish import finish
-from qsvd.commands.prepare import Job, check_disk, prepare
+from qsvd.commands.prepare import Job, check_disk, check_memory, prepare
 from qsvd.commands.report import show_report
 from qsvd.commands.watch import Standing, StopRequest, watching
 from qsvd.decompose.alternate import split_weight
@@ -58,6 +58,7 @@ def execute(job: Job) -> Iterator[Finished]:
 
     Stopping between two weights loses nothing: the same job goes on there, to the same bytes.
     """
+    check_memory(job)
     check_disk(job)
     with OutputFolder(job.out, job.identity) as folder:
         if not folder.is_complete:

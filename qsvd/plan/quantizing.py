@@ -2,6 +2,7 @@
 
 import math
 
+from qsvd.numerics.codec import Codec
 from qsvd.numerics.error import EXACT_SIDE, PROBES, STEPS
 from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
 from qsvd.plan.frozen import base_bytes, context_item, context_notes
@@ -21,16 +22,9 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
         device: "cuda" or "cpu".
     """
     largest = max(model.names.weights, key=lambda spec: math.prod(spec.shape))
-    numbers, rank = math.prod(largest.shape), max(model.ranks.values())
     factors = base_bytes(model) - model.dense.total - sum(block.residual for block in model.blocks)
-    host = 2 * SOURCE * numbers if device == "cuda" else SOURCE * numbers
     items = [
-        on(device, "largest weight, as it is stored", SOURCE * numbers),
-        on(device, "float32 copies of it", 4 * COPIES * numbers),
-        on(device, "its residual, kept and new", 2 * model.codec.num_bytes(largest.shape)),
-        on(device, "singular vectors and probes", max(_sketch(largest.shape, rank), _probes(largest.shape))),
-        Item("weights that are read", host=host),
-        context_item(device),
+        *_memory_items(largest.shape, max(model.ranks.values()), model.codec, device),
         Item("residual", disk=sum(block.residual for block in model.blocks)),
         Item("embeddings, norms, head", disk=model.dense.total),
         Item("factors, there twice while they are collected", disk=2 * factors),
@@ -41,6 +35,23 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
     if model.dense.experts:
         notes += ("Experts are 3-D stacks, which qsvd does not split: --exclude them, and they are copied in 16 bits.",)
     return MemoryPlan("quantize", items_of(items, device), limits, notes)
+
+
+def plan_splitting(shape: tuple[int, int], rank: int, codec: Codec, device: str, limits: Limits) -> MemoryPlan:
+    """What is in memory while a weight of this shape, the largest of its model, is split and measured."""
+    return MemoryPlan("quantize", items_of(_memory_items(shape, rank, codec, device), device), limits)
+
+
+def _memory_items(shape: tuple[int, int], rank: int, codec: Codec, device: str) -> list[Item]:
+    numbers = math.prod(shape)
+    return [
+        on(device, "largest weight, as it is stored", SOURCE * numbers),
+        on(device, "float32 copies of it", 4 * COPIES * numbers),
+        on(device, "its residual, kept and new", 2 * codec.num_bytes(shape)),
+        on(device, "singular vectors and probes", max(_sketch(shape, rank), _probes(shape))),
+        Item("weights that are read", host=(2 if device == "cuda" else 1) * SOURCE * numbers),
+        context_item(device),
+    ]
 
 
 def _sketch(shape: tuple[int, int], rank: int) -> int:

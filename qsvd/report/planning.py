@@ -16,6 +16,7 @@ from qsvd.plan.reach import Cell, Reach
 from qsvd.plan.sizes import show_size
 
 OFFLOADED = "*"
+MEMORY = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
 TITLES = {"quantize": "qsvd quantize", "train": "qsvd train", "serve": "generating text"}
 
 
@@ -138,7 +139,7 @@ def plan_json(model: str, answer: Answer) -> dict[str, Any]:
 
 def lack(plan: MemoryPlan) -> str:
     """One sentence of what a task lacks."""
-    missing = (f"{show_size(-(plan.spare(where) or 0))} of {where}" for where in plan.lacking)
+    missing = (f"{show_size(-(plan.spare(where) or 0))} of {MEMORY[where]}" for where in plan.lacking)
     return f"{TITLES[plan.task]} lacks {' and '.join(missing)}"
 
 

@@ -196,10 +196,11 @@ def test_nothing_left_to_split(refused, model):
     assert refused(model, "--exclude", "*").startswith("LlamaForCausalLM has no nn.Linear inside repeated blocks left")
 
 
-@pytest.mark.parametrize("size", ["5", "5TB", "", "GB", "-5GB", "99KB", "0.00001GB"])
+@pytest.mark.parametrize("size", ["5", "5PB", "", "GB", "-5GB", "99KB", "0.00001GB"])
 def test_a_shard_size_that_is_none(refused, model, size):
     sentence = refused(model, f"--shard-size={size}")
-    assert sentence == f"--shard-size {size!r} is no size of at least 100KB such as 500MB or 5GB"
+    refusal = "is no size of at least 100 KB: give a number and KB, MB, GB or TB, such as 24GB"
+    assert sentence == f"--shard-size {size!r} {refusal}"
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cpu:x", ""])

@@ -62,7 +62,7 @@ def test_what_does_not_fit_ends_with_3_after_its_tables(capsys, large):
     assert "highest rank that fits:" in shown.out
     assert "to change: --rank" in shown.out
     assert shown.err.startswith("qsvd: qsvd train lacks ")
-    assert shown.err.endswith(" of gpu\n")
+    assert shown.err.endswith(" of GPU memory\n")
 
 
 def test_the_tables_say_what_everything_means(capsys, large):

@@ -1,7 +1,6 @@
 """What is decided before any work: sizes, dtypes, the identity of a run, and what a loader must skip."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,27 +12,13 @@ import torch
 import qsvd
 import qsvd.commands.prepare
 from qsvd.commands.failures import DoesNotFit
-from qsvd.commands.prepare import check_disk, parse_size, prepare
+from qsvd.commands.prepare import check_disk, check_memory, prepare
 from tests.checkpoints import write_checkpoint
 
 
 @pytest.fixture
 def options(model, tmp_path):
     return qsvd.Quantize(str(model), out=tmp_path / "out", rank=4)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("100kb", 10**5), (" 1.5 gb ", 1_500_000_000), ("0.1MB", 10**5)],
-)
-def test_sizes_are_decimal_as_transformers_counts_them(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["5", "5 TB", "1e3MB", "5GiB", "99.9KB", "five GB", "5GB 5GB"])
-def test_other_sizes_are_refused(text):
-    with pytest.raises(ValueError, match=re.escape(f"--shard-size {text!r} is no size of at least 100KB")):
-        parse_size(text)
 
 
 def test_the_identity_is_json_and_comes_back_equal(options):
@@ -84,6 +69,16 @@ def test_a_split_that_transformers_would_not_load_is_refused(options, monkeypatc
     monkeypatch.setattr(qsvd.commands.prepare, "plan_model", with_another_linear_left)
     with pytest.raises(ValueError, match=r"cannot tell model\.layers\.0\.mlp\.up_proj from the layers left in 16 bits"):
         prepare(options)
+
+
+def test_a_weight_that_cannot_be_split_in_what_is_free_is_refused_before_any_is_read(options, monkeypatch):
+    monkeypatch.setattr("qsvd.commands.quantize.stream", None)
+    monkeypatch.setattr("qsvd.commands.place_run.free_host_memory", lambda: 310_000_000)
+    check_memory(prepare(options))  # 300 MB of them are a reserve
+    monkeypatch.setattr("qsvd.commands.place_run.free_host_memory", lambda: 300_000_000)
+    with pytest.raises(DoesNotFit, match=r"lacks .* of host memory to split model\.layers\.0\.mlp\.gate_proj\.weight"):
+        qsvd.quantize(options)
+    assert not options.out.exists()
 
 
 @pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False)])

@@ -57,7 +57,7 @@ def test_the_table_has_every_item_the_total_the_limit_and_what_is_left():
 def test_the_title_says_what_is_too_little():
     assert "qsvd train: fits" in shown(memory_table(FITS))
     assert "generating text: does not fit: too little gpu" in shown(memory_table(LACKS))
-    assert lack(LACKS) == "generating text lacks 500 MB of gpu"
+    assert lack(LACKS) == "generating text lacks 500 MB of GPU memory"
 
 
 def test_without_limits_there_is_nothing_left_to_say():
