@@ -1,7 +1,10 @@
 """Pages on a GPU: streamed from pinned memory, through a ring and from disk, to the bits of residuals that stay."""
 
+import gc
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qsvd
 from qsvd.adapters import page_store
@@ -15,6 +18,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 LAYERS = 9
+
+
+@pytest.fixture(autouse=True)
+def _exact_attention():
+    """The backward passes of the fused kernels add in an order that differs from run to run."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +66,6 @@ def steps(model, *, checkpointing):
 @pytest.mark.parametrize("pages", ["host", "disk"])
 @pytest.mark.parametrize("resident", [0, LAYERS // 2])
 def test_streamed_training_is_resident_training_to_the_bit(out, resident, pages, method, checkpointing):
-    torch.use_deterministic_algorithms(True, warn_only=True)
     expected = steps(load(out, Placement(), method), checkpointing=checkpointing)
     model = load(out, Placement(resident, pages), method)
     assert all(isinstance(slot, PinnedSlot if pages == "host" else RingSlot) for slot in slots_of(model))
@@ -85,6 +94,7 @@ def test_only_the_places_of_pages_are_on_the_device(out):
     resident = load(out, Placement())
     all_of_it = torch.cuda.memory_allocated() - before
     del resident
+    gc.collect()
     before = torch.cuda.memory_allocated()
     paged = load(out, Placement(0, "host"))
     pager = next(linear.paged.pager for _, linear in split_linears(paged) if linear.paged)
@@ -98,3 +108,16 @@ def test_embeddings_on_the_host_train_to_the_same_bits(out):
     model = load(out, Placement(embeddings_on_host=True))
     assert model.get_input_embeddings().weight.device.type == "cpu"
     assert all(map(torch.equal, steps(model, checkpointing=True), expected))
+
+
+def test_a_model_that_goes_while_pages_arrive_leaves_memory_to_others_only_then(out):
+    for _ in range(20):
+        model = load(out, Placement(0, "host"))
+        with torch.no_grad():
+            model(input_ids=IDS.cuda())
+        sizes = [len(slot.room) for slot in slots_of(model)]
+        del model
+        gc.collect()
+        others = [torch.full((size,), 3, dtype=torch.uint8, device="cuda") for size in sizes]
+        torch.cuda.synchronize()
+        assert all(other.eq(3).all() for other in others)
