@@ -151,6 +151,8 @@ def make_trainer(
         trainer = ClassifierTrainer(
             model, arguments, data_collator=DataCollatorWithPadding(tokenizer), train_dataset=data
         )
+        # A head takes the mean of its batch, whatever it is told of the step: the trainer has to divide by the batches.
+        trainer.model_accepts_loss_kwargs = False
     else:
         arguments = language_arguments(settings, run, model.device)
         trainer = LanguageTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)

@@ -146,17 +146,33 @@ def test_the_first_step_of_adamw_has_the_size_of_the_learning_rate(language, tmp
         assert torch.allclose(parameter - before[name], step, rtol=1e-3, atol=2.0**-24)  # of parameters below 1
 
 
-def test_a_classifier_has_the_mean_cross_entropy_of_its_examples(classifier, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"batch_size": 1, "accumulate": 4},
+        {"batch_size": 2, "accumulate": 2},
+        {"batch_size": 1, "accumulate": 4, "layer_major": True, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_a_classifier_has_the_mean_cross_entropy_of_its_examples_however_they_are_divided(
+    classifier, tmp_path, changes
+):
     rows = {"input_ids": sequences()["input_ids"], "labels": [2, 0, 1, 2]}
-    made = trainer(classifier, tmp_path, rows, settings(), labels=("a", "b", "c"))
+    made = trainer(classifier, tmp_path, rows, settings(**changes), Keep, labels=("a", "b", "c"))
     for module in made.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    with torch.no_grad():
-        logits = torch.cat([made.model(torch.tensor([ids])).logits for ids in rows["input_ids"]]).double()
-    expected = -logits.log_softmax(-1)[range(4), rows["labels"]].mean().item()
+    logits = torch.cat([made.model(torch.tensor([ids])).logits for ids in rows["input_ids"]]).double()
+    expected = -logits.log_softmax(-1)[range(4), rows["labels"]].mean()
+    parameters = trained(made.model)
+    gradients = dict(zip(parameters, torch.autograd.grad(expected, list(parameters.values())), strict=True))
     made.train()
-    assert made.state.log_history[0]["loss"] == pytest.approx(expected, rel=LOSS_ROUNDOFF)
+    assert made.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=LOSS_ROUNDOFF)
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert (made.watched.hooks.gradients[name] - gradient).abs().max() <= ROUNDOFF * largest, name
 
 
 def test_parameters_are_those_of_the_rank(language, tmp_path):
