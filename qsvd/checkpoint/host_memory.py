@@ -16,6 +16,11 @@ def free_host_memory() -> int:
     return min(psutil.virtual_memory().available, *(_left(group) for group in _groups()), 2**63)
 
 
+def taken_host_memory() -> int:
+    """Bytes that this process has already: Python, its libraries, what they hold."""
+    return psutil.Process().memory_info().rss
+
+
 def give_back_at_once() -> None:
     """Tell glibc to keep no large piece of memory that is free; another C library is left as it is.
 

@@ -49,9 +49,11 @@ class PageReader:
             try:
                 count = os.preadv(self._files[entry.file], [view[done:]], entry.start + done)
             except OSError as error:
-                raise OSError(error.errno, f"cannot be read any more ({error.strerror})", str(entry.file)) from error
+                reason = f"cannot be read any more ({error.strerror}); put it back"
+                raise OSError(error.errno, reason, str(entry.file)) from error
             if not count:
-                raise OSError(errno.EIO, f"was cut off during the run: it ends inside {entry.name}", str(entry.file))
+                reason = f"was cut off during the run and ends inside {entry.name}; put it back whole"
+                raise OSError(errno.EIO, reason, str(entry.file))
             done += count
 
 

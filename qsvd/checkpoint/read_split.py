@@ -18,6 +18,7 @@ from qsvd.checkpoint.layout import (
 from qsvd.checkpoint.tensor_file import TensorEntry, map_tensor, read_header, read_tensor
 from qsvd.checkpoint.write import MANIFEST
 from qsvd.numerics.codec import PackedBlocks
+from qsvd.plan.listing import listing
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,13 @@ def open_split(folder: Path) -> SplitFolder:
         raise ValueError(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
     manifest = json.loads((folder / MANIFEST).read_text())
     tensors: dict[str, TensorEntry] = {}
-    for file in _shards(folder, manifest):
+    shards = _shards(folder, manifest)
+    absent = [file for file in shards if not (folder / file).is_file()]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} of {len(shards)} shards of {folder} are missing: {listing(absent)}; copy them again"
+        )
+    for file in shards:
         tensors |= read_header(folder / file).tensors
     adapter = folder / "adapter" / "adapter_model.safetensors"
     if adapter.is_file():

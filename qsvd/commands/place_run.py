@@ -6,7 +6,7 @@ import torch
 
 from qsvd.adapters.planned import planned_base
 from qsvd.checkpoint.adapter_folder import AdapterRecord
-from qsvd.checkpoint.host_memory import free_host_memory
+from qsvd.checkpoint.host_memory import free_host_memory, taken_host_memory
 from qsvd.checkpoint.read_split import SplitFolder
 from qsvd.commands.failures import DoesNotFit
 from qsvd.plan.activations import Batch
@@ -25,7 +25,7 @@ class Machine:
     Args:
         device: That computes.
         dtype: To compute in.
-        limits: Bytes that it may take.
+        limits: Bytes that it may take, beside what the process has already.
     """
 
     device: torch.device
@@ -43,7 +43,8 @@ def machine(device: torch.device, dtype: torch.dtype, *, gpu: str | None = None,
         raise ValueError(f"--gpu {gpu} is for a GPU, and the device is {device}")
     free_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     most_gpu = _least(None if gpu is None else parse_size(gpu, "--gpu"), free_gpu)
-    most_host = _least(None if host is None else parse_size(host, "--host"), free_host_memory())
+    left = None if host is None else max(parse_size(host, "--host") - taken_host_memory(), 0)
+    most_host = _least(left, free_host_memory())
     return Machine(device, dtype, Limits(most_gpu, most_host))
 
 
@@ -63,8 +64,8 @@ def place_training(split: SplitFolder, record: AdapterRecord, training: Training
     if found.memory.fits:
         return found
     tokens = longest(model, training, there.limits, wish, training.batch.tokens)
-    changes = [f"--max-length {tokens}"] if tokens else []
-    raise DoesNotFit(f"{_lack(found.memory)}; {', or '.join(changes) or 'see qsvd plan for what does'}")
+    change = f"--max-length {tokens} would fit" if tokens else "no length would fit: take a smaller base or more memory"
+    raise DoesNotFit(f"{_lack(found.memory)}; {change}")
 
 
 def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, there: Machine) -> Placement:

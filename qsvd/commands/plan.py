@@ -8,12 +8,12 @@ from qsvd.commands.failures import DoesNotFit
 from qsvd.commands.prepare_plan import PlanJob, prepare_plan
 from qsvd.commands.quiet import quiet
 from qsvd.options import Plan
-from qsvd.plan.duration import quantize_time, step_time
+from qsvd.plan.duration import StepTime, page_seconds, quantize_time, step_time
 from qsvd.plan.placement import place, place_serving
 from qsvd.plan.quantizing import plan_quantizing
 from qsvd.plan.reach import Cell, Reach, advice, explore, highest, longest
 from qsvd.plan.split_model import SplitModelPlan
-from qsvd.report.planning import Answer, QuantizeAnswer, TrainAnswer, lack, plan_json, plan_tables
+from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, lack, plan_json, plan_tables
 
 ITERATIONS = 5  # of qsvd quantize, unless it is told otherwise
 RANKS = (16, 32, 64, 128)
@@ -46,14 +46,25 @@ def answer(job: PlanJob) -> Answer:
     time = quantize_time(model, ITERATIONS, job.speed)
     quantize = QuantizeAnswer(plan_quantizing(model, job.training.batch.device, job.limits), time)
     return Answer(
-        quantize=quantize if task in ("all", "quantize") else None,
+        quantize=quantize if task == "quantize" or (task == "all" and not job.is_split) else None,
         train=_training(job, model) if task in ("all", "train") else None,
-        serve=place_serving(model, job.training.batch, job.limits) if task in ("all", "serve") else None,
+        serve=_serving(job, model) if task == "serve" or (task == "all" and model.generates) else None,
         cells=_explored(job) if job.options.explore else (),
         blocks=len(model.blocks),
         speed=job.speed,
+        what=_what(job),
         notes=job.notes,
     )
+
+
+def _what(job: PlanJob) -> str:
+    batch, accumulate = job.training.batch, job.training.accumulate
+    return f"rank {job.rank}, {batch.tokens:,} tokens, {batch.batch} x {accumulate} sequences a step"
+
+
+def _serving(job: PlanJob, model: SplitModelPlan) -> ServeAnswer:
+    placed = place_serving(model, job.training.batch, job.limits)
+    return ServeAnswer(placed, page_seconds(model, placed.placement, job.speed))
 
 
 def _training(job: PlanJob, model: SplitModelPlan) -> TrainAnswer:
@@ -64,8 +75,16 @@ def _training(job: PlanJob, model: SplitModelPlan) -> TrainAnswer:
         rank=highest(job.make, job.training, limits, wish, job.most_rank),
     )
     step = step_time(model, job.training, placed.placement, job.speed)
-    changes = () if placed.memory.fits else advice(job.make, job.rank, job.training, limits, reach)
+    changes = _faster(job, step) if placed.memory.fits else advice(job.make, job.rank, job.training, limits, reach)
     return TrainAnswer(placed, reach, changes, step)
+
+
+def _faster(job: PlanJob, step: StepTime) -> tuple[str, ...]:
+    """What would hide the moving of weights, where it takes longer than computing."""
+    training = job.training
+    if step.transfer <= step.compute or training.layer_major or training.accumulate == 1:
+        return ()
+    return ("--layer-major moves the weights once a step, not once a batch",)
 
 
 def _explored(job: PlanJob) -> tuple[Cell, ...]:

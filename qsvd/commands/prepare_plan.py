@@ -47,6 +47,7 @@ class PlanJob:
         most_rank: That a split can have.
         context: Tokens that the model can read, as far as its config says.
         notes: About the model, a sentence each.
+        is_split: Whether the model is a result of `qsvd quantize` already.
     """
 
     options: Plan
@@ -59,6 +60,7 @@ class PlanJob:
     wish: Wish
     speed: Speed
     notes: tuple[str, ...]
+    is_split: bool = False
 
     @property
     def model(self) -> SplitModelPlan:
@@ -108,7 +110,8 @@ def _of_config(options: Plan, config: "PreTrainedConfig", limits: Limits, adapte
     notes = ("lora is counted on the residual alone (rank 0), as QLoRA does.",) if is_plain else ()
     if stacks:
         notes += (f"{len(stacks)} weights of the blocks cannot be split and are counted in 16 bits: {stacks[0]}, ...",)
-    return _job(options, make, limits, RANK if options.rank is None else options.rank, notes=notes)
+    least = min(min(spec.shape) for spec in names.weights)
+    return _job(options, make, limits, min(RANK, least) if options.rank is None else options.rank, notes=notes)
 
 
 def _of_split(options: Plan, split: SplitFolder, limits: Limits, adapter: AdapterOptions) -> PlanJob:
@@ -125,7 +128,7 @@ def _of_split(options: Plan, split: SplitFolder, limits: Limits, adapter: Adapte
 
     rank = options.rank or (RANK if record.method == "lora" else stored)
     notes = (f"{split.folder} is split already: its stored ranks and its quantization count.",)
-    job = _job(options, make, limits, rank, notes=notes)
+    job = replace(_job(options, make, limits, rank, notes=notes), is_split=True)
     return job if record.method == "lora" else replace(job, most_rank=stored)
 
 

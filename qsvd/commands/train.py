@@ -247,7 +247,7 @@ def _show_plan(job: RunJob) -> None:
     table.add_row("4-bit weights on the device", job.resident)
     place: Literal["gpu", "host"] = "gpu" if job.device.type == "cuda" else "host"
     limit = getattr(job.placed.memory.limits, place)
-    table.add_row("memory", f"{show_size(job.placed.memory.total(place))} of {show_size(limit)}")
+    table.add_row("memory, beside the libraries'", f"{show_size(job.placed.memory.total(place))} of {show_size(limit)}")
     Console().print(table)
 
 

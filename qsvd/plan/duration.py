@@ -69,11 +69,16 @@ def step_time(model: SplitModelPlan, training: Training, placement: Placement, s
     text = model.text_config
     numbers = model.elements + text.hidden_size * text.vocab_size
     each = 6 if training.batch.checkpointing else 4
+    visits = 2 * (1 if training.layer_major else training.accumulate)
+    transfer = visits * page_seconds(model, placement, speed)
+    return StepTime(each * numbers * tokens / speed.flops.value, transfer, tokens)
+
+
+def page_seconds(model: SplitModelPlan, placement: Placement, speed: Speed) -> float:
+    """Of all pages, moved once."""
     staying = staying_blocks(model, placement)
     paged = sum(block.page for number, block in enumerate(model.blocks) if number not in staying)
-    visits = 2 * (1 if training.layer_major else training.accumulate)
-    link = speed.link.value if placement.pages == "host" else min(speed.link.value, speed.disk.value)
-    return StepTime(each * numbers * tokens / speed.flops.value, visits * paged / link, tokens)
+    return paged / (speed.link.value if placement.pages == "host" else min(speed.link.value, speed.disk.value))
 
 
 @dataclass(frozen=True)

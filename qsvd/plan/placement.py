@@ -82,12 +82,17 @@ def ways(model: SplitModelPlan, device: str, wish: Wish) -> list[Placement]:
 
 def _best(count: Count, possible: list[Placement], wish: Wish) -> Placed:
     first = replace(possible[0], embeddings_on_host=False)
-    found = Placed(first, count(first))
+    tried = [Placed(first, count(first))]
     for way in possible:
-        if found.memory.fits:
-            break
-        found = _most_resident(count, way, wish)
-    return found
+        if tried[-1].memory.fits:
+            return tried[-1]
+        tried.append(_most_resident(count, way, wish))
+    return tried[-1] if tried[-1].memory.fits else min(tried, key=_lack)
+
+
+def _lack(placed: Placed) -> int:
+    """Bytes that are not there, of all places together."""
+    return sum(-(placed.memory.spare(where) or 0) for where in placed.memory.lacking)
 
 
 def _most_resident(count: Count, way: Placement, wish: Wish) -> Placed:

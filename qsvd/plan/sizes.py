@@ -1,12 +1,13 @@
-"""Sizes as people write them: "24GB", decimal as on the label of a card or a disk."""
+"""Sizes as people write them: "24GB", decimal as on the label of a disk, or "24GiB", as drivers and systems count."""
 
 import re
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(text: str, flag: str, *, least: int = 1) -> int:
-    """Bytes of "24GB", "500 MB" or "1.5TB".
+    """Bytes of "24GB", "500 MB" or "1.5TiB".
 
     Args:
         flag: What the sentence of an error begins with, "--gpu".
@@ -15,8 +16,8 @@ def parse_size(text: str, flag: str, *, least: int = 1) -> int:
     Raises:
         ValueError: the text is not a number and a unit, or is below `least`.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", text.strip().upper())
-    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", text.strip().upper())
+    size = int(float(found[1]) * (UNITS | BINARY)[found[2]]) if found else 0
     if not found or size < least:
         at_least = f" of at least {show_size(least)}" if least > 1 else ""
         raise ValueError(f"{flag} {text!r} is no size{at_least}: give a number and KB, MB, GB or TB, such as 24GB")

@@ -141,6 +141,11 @@ class SplitModelPlan:
         return Dense(**found, rest=sum(sizes.values()) + self.skeleton.buffers - sum(found.values()))
 
     @property
+    def generates(self) -> bool:
+        """Whether it makes text, token by token."""
+        return self.skeleton.model.can_generate()
+
+    @property
     def is_tied(self) -> bool:
         """Whether embeddings and head are one tensor."""
         return bool(self.names.tied)

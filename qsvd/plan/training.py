@@ -160,7 +160,8 @@ def _optimizer_item(state: OptimizerBytes, device: str) -> Item:
 
 
 def _notes(model: SplitModelPlan, training: Training, device: str) -> tuple[str, ...]:
-    notes = ["Everything is counted from shapes, at the worst moment of a step.", *context_notes(device)]
+    notes = ["Everything is counted from shapes, at the worst moment of a step; GB are 10^9 bytes."]
+    notes += context_notes(device)
     if training.optimizer.startswith("paged"):
         notes.append("The state of a paged optimizer counts on the GPU, and can leave it when the card is full.")
     if training.batch.is_masked:

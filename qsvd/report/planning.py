@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qsvd.plan.duration import QuantizeTime, Rate, Speed, StepTime
-from qsvd.plan.memory import PLACES, MemoryPlan
+from qsvd.plan.memory import PLACES, Limits, MemoryPlan
 from qsvd.plan.pages import Placement
 from qsvd.plan.placement import Placed
 from qsvd.plan.reach import Cell, Reach
@@ -39,15 +39,24 @@ class TrainAnswer:
 
 
 @dataclass(frozen=True)
+class ServeAnswer:
+    """What is to say of generating text; the seconds are those of all pages, which come once a token."""
+
+    placed: Placed
+    page_seconds: float
+
+
+@dataclass(frozen=True)
 class Answer:
-    """Everything that was asked for, the rest None; blocks are those of the model, notes are about it."""
+    """Everything that was asked for, the rest None; what was planned, and notes about the model of so many blocks."""
 
     quantize: QuantizeAnswer | None
     train: TrainAnswer | None
-    serve: Placed | None
+    serve: ServeAnswer | None
     cells: tuple[Cell, ...]
     blocks: int
     speed: Speed
+    what: str
     notes: tuple[str, ...]
 
     @property
@@ -56,20 +65,20 @@ class Answer:
         plans = (
             self.quantize and self.quantize.memory,
             self.train and self.train.placed.memory,
-            self.serve and self.serve.memory,
+            self.serve and self.serve.placed.memory,
         )
         return tuple(plan for plan in plans if plan is not None)
 
 
 def plan_tables(model: str, answer: Answer) -> Group:
     """A table for each task with what it means, the table of cards, and what was assumed."""
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [Text(f"{model}: {answer.what}\n")]
     if answer.quantize is not None:
         parts += [memory_table(answer.quantize.memory), _lines([_quantize_line(answer)])]
     if answer.train is not None:
         parts += [memory_table(answer.train.placed.memory), _lines(_train_lines(answer, answer.train))]
     if answer.serve is not None:
-        parts += [memory_table(answer.serve.memory), _lines(_placement_lines(answer.serve.placement, answer.blocks))]
+        parts += [memory_table(answer.serve.placed.memory), _lines(_serve_lines(answer, answer.serve))]
     if answer.cells:
         parts += [explore_table(answer.cells, model)]
         parts.append(
@@ -81,7 +90,10 @@ def plan_tables(model: str, answer: Answer) -> Group:
 
 def memory_table(plan: MemoryPlan) -> Table:
     """One row for each item, in GB, then totals, limits and what is left."""
-    verdict = "fits" if plan.fits else f"does not fit: too little {' and '.join(plan.lacking)}"
+    lacking = " and ".join(MEMORY[where] for where in plan.lacking)
+    verdict = f"does not fit: too little {lacking}" if lacking else "fits"
+    if plan.limits == Limits():
+        verdict = "give --gpu and --host to see whether it fits"
     table = Table(title=f"{TITLES[plan.task]}: {verdict}", title_justify="left", title_style="bold")
     table.add_column("GB")
     for where in PLACES:
@@ -116,7 +128,7 @@ def _cell(cell: Cell) -> str:
 
 def plan_json(model: str, answer: Answer) -> dict[str, Any]:
     """Bytes, limits, placements, reach and estimates of everything that was asked for."""
-    found: dict[str, Any] = {"model": model, "blocks": answer.blocks, "notes": list(answer.notes)}
+    found: dict[str, Any] = {"model": model, "what": answer.what, "blocks": answer.blocks, "notes": list(answer.notes)}
     found |= {"speed": asdict(answer.speed)}
     if answer.quantize is not None:
         found["quantize"] = _memory_json(answer.quantize.memory) | {"time": asdict(answer.quantize.time)}
@@ -131,7 +143,10 @@ def plan_json(model: str, answer: Answer) -> dict[str, Any]:
             "step": step | {"seconds": train.step.seconds, "tokens_per_second": train.step.tokens_per_second},
         }
     if answer.serve is not None:
-        found["serve"] = _memory_json(answer.serve.memory) | {"placement": asdict(answer.serve.placement)}
+        found["serve"] = _memory_json(answer.serve.placed.memory) | {
+            "placement": asdict(answer.serve.placed.placement),
+            "page_seconds": answer.serve.page_seconds,
+        }
     if answer.cells:
         found["explore"] = [asdict(cell) for cell in answer.cells]
     return found
@@ -158,12 +173,27 @@ def _train_lines(answer: Answer, train: TrainAnswer) -> list[str]:
     step = train.step
     return [
         *_placement_lines(train.placed.placement, answer.blocks),
-        f"longest sequence that fits: {_reached(train.reach.tokens)}",
-        f"highest rank that fits: {_reached(train.reach.rank)}",
+        *_reach_lines(train),
         f"estimate: {step.seconds:.2g} s a step, {step.tokens_per_second:,.0f} tokens a second "
         f"(computing {step.compute:.2g} s, moving {step.transfer:.2g} s; {_speed(answer.speed)})",
         *(f"to change: {sentence}" for sentence in train.advice),
     ]
+
+
+def _reach_lines(train: TrainAnswer) -> list[str]:
+    if train.placed.memory.limits == Limits():
+        return []
+    return [
+        f"longest sequence that fits: {_reached(train.reach.tokens)}",
+        f"highest rank that fits: {_reached(train.reach.rank)}",
+    ]
+
+
+def _serve_lines(answer: Answer, serve: ServeAnswer) -> list[str]:
+    lines = _placement_lines(serve.placed.placement, answer.blocks)
+    if serve.page_seconds:
+        lines.append(f"estimate: at least {serve.page_seconds:.2g} s a token, for what moves ({_speed(answer.speed)})")
+    return lines
 
 
 def _placement_lines(placement: Placement, blocks: int) -> list[str]:

@@ -44,7 +44,8 @@ def training_tables(summary: RunSummary) -> Group:
     table.columns[1].overflow = "fold"
     for name, value in rows(summary):
         table.add_row(name, value)
-    memory = Table("memory", "planned MB", "MB", title_justify="left")
+    whose = "memory of the process" if summary.device == "cpu" else "memory of torch"
+    memory = Table(whose, "planned MB", "MB", title_justify="left")
     for column in memory.columns[1:]:
         column.justify = "right"
     for name, num_bytes in summary.memory.items():

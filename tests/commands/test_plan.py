@@ -57,7 +57,7 @@ def test_what_does_not_fit_ends_with_3_after_its_tables(capsys, large):
     code = run(["plan", str(large), *words])
     shown = capsys.readouterr()
     assert code == 3
-    assert "does not fit: too little gpu" in shown.out
+    assert "does not fit: too little GPU memory" in shown.out
     assert "trained parameters" in shown.out
     assert "highest rank that fits:" in shown.out
     assert "to change: --rank" in shown.out

@@ -1,6 +1,7 @@
 """A plan as tables and as JSON: every number in its place."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -9,7 +10,16 @@ from qsvd.plan.memory import Item, Limits, MemoryPlan
 from qsvd.plan.pages import Placement
 from qsvd.plan.placement import Placed
 from qsvd.plan.reach import Cell, Reach
-from qsvd.report.planning import Answer, QuantizeAnswer, TrainAnswer, lack, memory_table, plan_json, plan_tables
+from qsvd.report.planning import (
+    Answer,
+    QuantizeAnswer,
+    ServeAnswer,
+    TrainAnswer,
+    lack,
+    memory_table,
+    plan_json,
+    plan_tables,
+)
 
 ITEMS = (
     Item("residual codes", gpu=6_500_000_000),
@@ -35,7 +45,8 @@ def rows(text):
 
 
 def answer_of(train, **changes):
-    parts = {"quantize": None, "train": train, "serve": None, "cells": (), "blocks": 80, "speed": SPEED, "notes": ()}
+    parts = {"quantize": None, "train": train, "serve": None, "cells": (), "blocks": 80, "speed": SPEED}
+    parts |= {"what": "rank 7", "notes": ()}
     return Answer(**(parts | changes))
 
 
@@ -56,7 +67,7 @@ def test_the_table_has_every_item_the_total_the_limit_and_what_is_left():
 
 def test_the_title_says_what_is_too_little():
     assert "qsvd train: fits" in shown(memory_table(FITS))
-    assert "generating text: does not fit: too little gpu" in shown(memory_table(LACKS))
+    assert "generating text: does not fit: too little GPU memory" in " ".join(shown(memory_table(LACKS)).split())
     assert lack(LACKS) == "generating text lacks 500 MB of GPU memory"
 
 
@@ -90,7 +101,7 @@ def test_everything_on_the_card_needs_no_words():
 
 
 def test_a_note_is_said_once():
-    serve = Placed(Placement(80), LACKS)
+    serve = ServeAnswer(Placed(Placement(80), LACKS), 0.0)
     text = shown(plan_tables("m", answer_of(train_of(FITS), serve=serve, notes=("First.",))))
     assert text.count("- One note.") == text.count("- Another.") == text.count("- First.") == 1
 
@@ -121,7 +132,7 @@ def test_a_cell_is_a_percentage_or_no():
 
 def test_the_document_has_bytes_and_all_that_is_derived():
     cells = (Cell(16, 1024, 24 * 10**9, None, offloads=False),)
-    serve = Placed(Placement(3), LACKS)
+    serve = ServeAnswer(Placed(Placement(3), LACKS), 0.77)
     found = plan_json(
         "m",
         answer_of(train_of(FITS), serve=serve, quantize=QuantizeAnswer(FITS, QuantizeTime(5.0, 2.0, 1.0)), cells=cells),
@@ -131,9 +142,25 @@ def test_the_document_has_bytes_and_all_that_is_derived():
     assert found["train"]["fits"]
     assert not found["serve"]["fits"]
     assert found["serve"]["placement"]["resident"] == 3
+    assert found["serve"]["page_seconds"] == 0.77
+    assert found["what"] == "rank 7"
     assert found["train"]["placement"]["pages"] == "disk"
     assert (found["train"]["longest_tokens"], found["train"]["highest_rank"]) == (8192, None)
     assert found["train"]["step"]["seconds"] == 10.0
     assert found["quantize"]["time"] == {"compute": 5.0, "read": 2.0, "write": 1.0}
     assert found["explore"][0]["share"] is None
     assert found["speed"]["link"] == {"value": 25e9, "source": "given"}
+
+
+def test_what_was_planned_stands_first_and_pages_cost_generating_its_time():
+    text = shown(plan_tables("m", answer_of(None, serve=ServeAnswer(Placed(Placement(3), LACKS), 0.77))))
+    assert text.startswith("m: rank 7\n")
+    assert "estimate: at least 0.77 s a token, for what moves" in text
+    still = shown(plan_tables("m", answer_of(None, serve=ServeAnswer(Placed(Placement(80), LACKS), 0.0))))
+    assert "a token" not in still
+
+
+def test_without_limits_nothing_is_said_to_fit():
+    text = " ".join(shown(plan_tables("m", answer_of(train_of(replace(FITS, limits=Limits()))))).split())
+    assert "qsvd train: give --gpu and --host to see whether it fits" in text
+    assert "that fits" not in text

@@ -55,7 +55,9 @@ def test_a_run_that_was_stopped_goes_on_with_another_share(base, data, tmp_path,
     assert outcome(stopped.out) == alone
 
 
-def test_auto_takes_less_on_the_device_where_there_is_less(base, data, tmp_path):
+def test_auto_takes_less_on_the_device_where_there_is_less(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("qsvd.commands.place_run.taken_host_memory", lambda: 0)
+
     def job(**changes):
         return prepare_run(options(base, data, tmp_path / "run", **changes))
 
@@ -71,7 +73,7 @@ def test_auto_takes_less_on_the_device_where_there_is_less(base, data, tmp_path)
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(base, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qsvd.commands.train.load", None)
     small = options(base, data, tmp_path / "run", host="1MB")
-    with pytest.raises(DoesNotFit, match=r"the run needs [\d.]+ MB of host memory, where 1 MB may be used; "):
+    with pytest.raises(DoesNotFit, match=r"the run needs [\d.]+ MB of host memory, where 0 bytes may be used; "):
         train(small)
     assert run(words(small)) == 3
     assert "the run needs" in capsys.readouterr().err
@@ -109,8 +111,8 @@ def test_a_shard_that_is_cut_off_during_a_run_ends_it_with_what_is_kept(base, da
     monkeypatch.setattr(RunFolder, "add_step", cutting)
     assert run(words(cut)) == 1
     said = capsys.readouterr().err
-    assert f"{shard}: was cut off during the run: it ends inside model.layers." in said
-    assert "; checkpoint-2 is kept, and the same command with --resume goes on from it" in said
+    assert f"{shard}: was cut off during the run and ends inside model.layers." in said
+    assert "; put it back whole; checkpoint-2 is kept, and the same command with --resume goes on from it" in said
     monkeypatch.undo()
     shutil.copyfile(base / shard.name, shard)
     assert run([*words(cut), "--resume"]) == 0
