@@ -143,14 +143,15 @@ def test_any_order_of_visits_finds_the_right_bytes(count):
     assert pager.num_bytes == min(3, count) * max(store.sizes)
 
 
-def test_what_comes_next_is_fetched_before_it_is_asked_for():
+@pytest.mark.parametrize("turns", [True, False])
+def test_what_comes_next_is_fetched_before_it_is_asked_for(turns):
     store = CountedStore(6)
     pager = Pager(store, CPU)
     upwards, downwards = range(6), range(5, -1, -1)
-    for page in itertools.chain(upwards, downwards, upwards):
+    for page in itertools.chain(upwards, downwards if turns else upwards, upwards):
         held = {slot.page for slot in pager._slots}
         assert page in held or not store.read, "the first page alone is waited for"
-        pager.visit(page, turns=True)
+        pager.visit(page, turns=turns)
 
 
 def test_a_reference_model_shares_the_pages(out):
@@ -177,7 +178,7 @@ def test_a_shard_that_is_cut_off_meanwhile_is_an_error_that_names_it(tmp_path):
     gradients(model)
     shard = out / "model.safetensors"
     os.truncate(shard, 4096)
-    with pytest.raises(OSError, match="was cut off during the run: it ends inside model") as raised:
+    with pytest.raises(OSError, match="was cut off during the run and ends inside model") as raised:
         gradients(model)
     assert raised.value.filename == str(shard)
 
@@ -187,6 +188,20 @@ def test_an_arena_that_the_host_cannot_hold_is_refused_before_it_is_filled(out, 
     monkeypatch.setattr(PageReader, "read_into", None)
     with pytest.raises(ValueError, match=r"take 0.00 GB of host memory, and 0.00 GB are free; keep more blocks"):
         load(out, 0, "host")
+
+
+def test_tensors_lie_in_a_page_one_after_the_other_each_at_a_multiple_of_256_bytes(out):
+    pages = {}
+    for _, linear in split_linears(load(out, 1, "disk")):
+        if linear.paged:
+            pages.setdefault(linear.paged.page, []).extend(linear.paged.places.values())
+            size = linear.paged.pager.store.sizes[linear.paged.page]
+            assert max(start + num_bytes for start, num_bytes in linear.paged.places.values()) <= size
+    assert len(pages) == LAYERS - 1
+    for places in pages.values():
+        assert all(start % 256 == 0 for start, _ in places)
+        ordered = sorted(places)
+        assert all(start + num_bytes <= later for (start, num_bytes), (later, _) in itertools.pairwise(ordered))
 
 
 def test_more_blocks_than_there_are_cannot_stay(out):
@@ -219,6 +234,7 @@ def test_tokens_looked_up_on_the_host_give_the_same_bits_and_stay_there_when_the
     names = {name for name, _ in plain.named_parameters()} - {name for name, _ in hosted.named_parameters()}
     assert names == {"model.embed_tokens.weight"}
     hosted.to("meta")
+    assert hosted.device == torch.device("meta"), "where generate and trainers send tokens"
     assert hosted.get_input_embeddings().weight.device == CPU
     assert torch.equal(hosted.get_input_embeddings().weight, plain.get_input_embeddings().weight)
 

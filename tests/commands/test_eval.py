@@ -15,6 +15,8 @@ import transformers
 
 import qsvd
 from qsvd.cli import run as qsvd_command
+from qsvd.commands import eval as qsvd_eval
+from qsvd.plan.activations import Batch
 from tests.checkpoint.export_cases import ROUNDINGS, make_base, residual
 from tests.commands.folders import shared_model
 from tests.commands.trained_runs import LABELS, factors_of, trained_weights, write_run
@@ -390,3 +392,28 @@ def test_pages_from_disk_change_no_digit(made, capsys, share):
 def test_a_share_that_is_none_is_refused(made, capsys):
     assert qsvd_command(["eval", str(made.base), "--data", made.jsonl, "--resident", "-1"]) == 2
     assert "--resident -1.0 is neither auto nor a share from 0 to 1" in capsys.readouterr().err
+
+
+def test_the_planner_is_asked_for_every_model_of_4_bits(made, measured, monkeypatch):
+    seen = []
+    real = qsvd_eval.place_reading
+
+    def place_reading(split, record, batch, wish, there):
+        seen.append((split.folder, record.method, batch, wish.share, there.dtype))
+        return real(split, record, batch, wish, there)
+
+    monkeypatch.setattr(qsvd_eval, "place_reading", place_reading)
+    run = made.folder / "edora"
+    write_run(made.base, run, "edora")
+    places = ["--device", "cpu", "--resident", "0.5", "--batch-size", "3"]
+    measured(made.source, made.base, run, "--data", made.jsonl, "--window", "40", *places)
+    batch = Batch(40, 3, is_masked=True, checkpointing=True, device="cpu")
+    assert seen == [(made.base, method, batch, 0.5, torch.float32) for method in ("pissa", "edora")]
+    seen.clear()
+    monkeypatch.setattr(qsvd_eval, "MOST_WINDOW", 33)
+    measured(made.base, "--data", made.jsonl)
+    monkeypatch.setattr(qsvd_eval, "MOST_WINDOW", 10**6)
+    measured(made.base, "--data", made.jsonl)
+    positions = transformers.AutoConfig.from_pretrained(made.source).max_position_embeddings
+    assert [batch.tokens for _, _, batch, _, _ in seen] == [33, positions]
+    assert {share for *_, share, _ in seen} == {"auto"}
