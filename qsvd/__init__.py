@@ -5,6 +5,7 @@
     model = qsvd.load("OUT")                            # a transformers model with the result inside, to train
     model = qsvd.load("OUT", adapter="RUN")             # with what `qsvd train` made of it
     qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat4(double_quant=True), rank=64))  # one matrix
+    qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat(bits=3, block_size=32), rank=16))  # in 2, 3, 4 or 8 bits
 
 torch and what stands on it are imported when a name is first used, so that `import qsvd` is fast.
 """
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
     from qsvd.decompose.measure import measure
     from qsvd.decompose.split import Split
     from qsvd.numerics.normal_float import NormalFloat4
+    from qsvd.numerics.normal_float_bits import Nesting, NormalFloat
     from qsvd.options import Quantize
     from qsvd.plan.pages import Placement
 
 __all__ = [
     "AdapterOptions",
+    "Nesting",
+    "NormalFloat",
     "NormalFloat4",
     "Placement",
     "Quantize",
@@ -47,6 +51,8 @@ _HOMES = {
     "Split": "qsvd.decompose.split",
     "measure": "qsvd.decompose.measure",
     "NormalFloat4": "qsvd.numerics.normal_float",
+    "NormalFloat": "qsvd.numerics.normal_float_bits",
+    "Nesting": "qsvd.numerics.normal_float_bits",
 }
 
 

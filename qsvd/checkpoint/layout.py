@@ -26,8 +26,12 @@ def residual_tensors(name: str, packed: PackedBlocks, dtype: torch.dtype) -> dic
     Args:
         name: The weight's own tensor name, "model.layers.0.self_attn.q_proj.weight".
         dtype: What the loader decodes to, the compute dtype.
+
+    Raises:
+        ValueError: the codec is not NormalFloat4, whose layout is bitsandbytes' own.
     """
-    assert isinstance(packed.codec, NormalFloat4), "the only codec with a bitsandbytes layout"
+    if not isinstance(packed.codec, NormalFloat4):
+        raise ValueError(f"{name} cannot be stored in {packed.codec.name}: NormalFloat4 alone has a layout on disk")
     nested = packed.scales if isinstance(packed.scales, NestedScales) else None
     inner = nested and bitsandbytes.QuantState(
         absmax=nested.absmax, code=nested.levels, blocksize=nested.block_size, dtype=torch.float32

@@ -6,24 +6,29 @@ Shape suffixes: O = out features, I = in features.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from qsvd.numerics.packing import packed_bytes, unpack
+
+BYTE_LEVELS = 256  # of nested scales that have a byte each
+
 
 @dataclass(frozen=True)
 class NestedScales:
-    """Block scales quantized once more, to 8 bits (double quantization: QLoRA, arXiv:2305.14314, section 3).
+    """Block scales quantized once more (double quantization: QLoRA, arXiv:2305.14314, section 3).
 
     scale[b] = levels[codes[b]] * absmax[b // block_size] + offset
 
     Args:
-        codes: uint8 [blocks].
+        codes: uint8 [ceil(blocks * bits / 8)], 2^bits being the number of levels; packed where that is less than 256.
         absmax: float32 [ceil(blocks / block_size)].
-        offset: float32 scalar, the mean of the scales before they were quantized.
-        levels: float32 [256], in -1..1.
+        offset: float32 scalar, taken off the scales before they were quantized: their mean, or the smallest.
+        levels: float32 [4, 8, 16 or 256], in -1..1.
         block_size: Scales that share one absmax.
+        num_scales: Blocks; None where every one has a byte of its own.
     """
 
     codes: Tensor
@@ -31,16 +36,20 @@ class NestedScales:
     offset: Tensor
     levels: Tensor
     block_size: int
+    num_scales: int | None = None
 
     def decode(self) -> Tensor:
         """The scales, float32 [blocks]."""
-        absmax = self.absmax.repeat_interleave(self.block_size)[: self.codes.numel()]
-        return self.levels[self.codes.long()] * absmax + self.offset
+        codes = self.codes
+        if self.num_scales is not None:
+            codes = unpack(codes, self.levels.numel().bit_length() - 1, self.num_scales)
+        absmax = self.absmax.repeat_interleave(self.block_size)[: codes.numel()]
+        return self.levels[codes.long()] * absmax + self.offset
 
     def to(self, device: torch.device) -> "NestedScales":
         """The same on another device."""
-        absmax, offset = self.absmax.to(device), self.offset.to(device)
-        return NestedScales(self.codes.to(device), absmax, offset, self.levels.to(device), self.block_size)
+        moved = {name: getattr(self, name).to(device) for name in ("codes", "absmax", "offset", "levels")}
+        return replace(self, **moved)
 
     @property
     def num_bytes(self) -> int:
@@ -52,8 +61,8 @@ class PackedBlocks:
     """A quantized matrix [O, I].
 
     Args:
-        codes: uint8 [ceil(O * I / codes per byte)], row-major; of two 4-bit codes the first is in the high half.
-        scales: float32 [blocks], or the same scales nested.
+        codes: uint8 [ceil(O * I * bits / 8)], row-major, each code in the highest bits that are free (packing.py).
+        scales: float32, or what the codec's scale_dtype is, [blocks]; or nested.
         shape: (O, I).
         codec: Who encoded it, and decodes it.
     """
@@ -86,10 +95,8 @@ class PackedBlocks:
             stop = min(start + height, rows)
             first, last = start * columns, stop * columns
             blocks = scales[first // self.codec.block_size : math.ceil(last / self.codec.block_size)]
-            yield (
-                slice(start, stop),
-                PackedBlocks(self.codes[first // 2 : (last + 1) // 2], blocks, (stop - start, columns), self.codec),
-            )
+            codes = self.codes[packed_bytes(first, self.codec.bits) : packed_bytes(last, self.codec.bits)]
+            yield slice(start, stop), PackedBlocks(codes, blocks, (stop - start, columns), self.codec)
 
     def to(self, device: torch.device) -> "PackedBlocks":
         """The same on another device."""
@@ -121,10 +128,15 @@ class PackedBlocks:
 
 
 class Codec(ABC):
-    """A block quantizer. Blocks run along the flattened row-major matrix, so they may cross rows."""
+    """A block quantizer. Blocks run along the flattened row-major matrix, so they may cross rows.
+
+    A block's codes fill whole bytes: bits * block_size divides by 8.
+    """
 
     name: str
     block_size: int  # elements that share a scale
+    bits: int = 4  # of a code
+    scale_dtype: torch.dtype = torch.float32  # of scales that are not nested
 
     @abstractmethod
     def encode(self, matrix_OI: Tensor) -> PackedBlocks:
@@ -138,9 +150,9 @@ class Codec(ABC):
     def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
         """Write the matrix into `out_OI`, contiguous, of any float dtype, rounded once from float32."""
 
-    @abstractmethod
     def num_bytes(self, shape: tuple[int, int]) -> int:
         """What `encode` of such a matrix will need, by the same count as PackedBlocks.num_bytes."""
+        return sum(size for name, size in self.parts(shape).items() if name != "levels")
 
     @abstractmethod
     def parts(self, shape: tuple[int, int]) -> dict[str, int]:
@@ -156,10 +168,10 @@ def from_bytes(
         parts: What PackedBlocks.tensors gives, each as flat uint8.
         nested_block: Scales that share one absmax; None where scales are not nested.
     """
-    absmax = parts["absmax"].view(torch.float32)
     if nested_block is None:
-        return PackedBlocks(parts["codes"], absmax, shape, codec)
-    offset, levels = parts["offset"].view(torch.float32).view(()), parts["levels"].view(torch.float32)
-    return PackedBlocks(
-        parts["codes"], NestedScales(parts["absmax_codes"], absmax, offset, levels, nested_block), shape, codec
-    )
+        return PackedBlocks(parts["codes"], parts["absmax"].view(codec.scale_dtype), shape, codec)
+    absmax, levels = parts["absmax"].view(torch.float32), parts["levels"].view(torch.float32)
+    offset = parts["offset"].view(torch.float32).view(())
+    num_scales = None if levels.numel() == BYTE_LEVELS else math.ceil(math.prod(shape) / codec.block_size)
+    scales = NestedScales(parts["absmax_codes"], absmax, offset, levels, nested_block, num_scales)
+    return PackedBlocks(parts["codes"], scales, shape, codec)

@@ -80,9 +80,6 @@ class NormalFloat4(Codec):
         else:
             _decode_on_cpu(packed.codes, scales_B, self.block_size, out_OI.view(-1))
 
-    def num_bytes(self, shape: tuple[int, int]) -> int:
-        return sum(size for name, size in self.parts(shape).items() if name != "levels")
-
     def parts(self, shape: tuple[int, int]) -> dict[str, int]:
         num_elements = prod(shape)
         num_blocks = ceil(num_elements / self.block_size)

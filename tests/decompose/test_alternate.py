@@ -41,8 +41,8 @@ class Scripted(Codec):
     def decode_into(self, packed, out_OI):
         out_OI.copy_(self.made[int(packed.codes)])
 
-    def num_bytes(self, shape):
-        return 1 + 0 * shape[0]
+    def parts(self, shape):
+        return {"codes": 1 + 0 * shape[0]}
 
 
 def weight_of(shape, seed=0, power=0.4):

@@ -1,0 +1,179 @@
+"""NormalFloat of 2, 3, 4 or 8 bits in small blocks, with scales of 32 or 16 bits or quantized again.
+
+The candidates of LQ-LoRA's mixed precision (arXiv:2311.12023, section 3.2). What bitsandbytes reads is NormalFloat4.
+On a GPU plain torch operations do the work.
+
+Shape suffixes: B = blocks, E = elements of one block, N = all elements, S = blocks of scales.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qsvd.numerics import codebook
+from qsvd.numerics.codec import BYTE_LEVELS, Codec, NestedScales, PackedBlocks
+from qsvd.numerics.packing import WIDTHS, pack, packed_bytes
+
+BLOCK_SIZES = (16, 32, 64, 128)
+NESTED_BLOCKS = (16, 64, 256)
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RUN = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements worked on at a time: on a CPU they stay in cache
+SMALLEST_SCALE = 1e-38  # bitsandbytes divides by no less
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """Scales quantized again, as LQ-LoRA does: in blocks, to 2^bits even steps from the smallest scale of the matrix.
+
+    The smallest is the offset, so that no scale turns negative; what is left of the others is divided by the largest
+    of each block, which is kept in float32. On real weights that mostly loses less than NormalFloat around the mean
+    with 2 and 3 bits, and as much with 4 and 8. A scale may become zero where the smallest is.
+
+    Args:
+        bits: Of a scale: 2, 3, 4 or 8.
+        block_size: Scales that share one float32: 16, 64 or 256.
+    """
+
+    bits: int = 8
+    block_size: int = 256
+
+    def __post_init__(self):
+        _check("scales have", self.bits, WIDTHS, "bits")
+        _check("blocks of scales have", self.block_size, NESTED_BLOCKS, "scales")
+
+
+class NormalFloat(Codec):
+    """NormalFloat of `bits` in blocks of `block_size`.
+
+    Args:
+        bits: Of a code: 2, 3, 4 or 8.
+        block_size: Elements that share a scale: 16, 32, 64 or 128.
+        scales: float32, float16 or bfloat16, or quantized again. Codes are chosen for the scales as they are stored.
+
+    Raises:
+        ValueError: one of them is something else.
+    """
+
+    def __init__(self, *, bits: int, block_size: int = 64, scales: torch.dtype | Nesting = torch.float32):
+        _check("codes have", bits, WIDTHS, "bits")
+        _check("blocks have", block_size, BLOCK_SIZES, "elements")
+        if not isinstance(scales, Nesting) and scales not in SCALE_DTYPES:
+            raise ValueError(f"scales are float32, float16, bfloat16 or a Nesting, not {scales}")
+        self.name = f"nf{bits}"
+        self.bits = bits
+        self.block_size = block_size
+        self.nesting = scales if isinstance(scales, Nesting) else None
+        self.scale_dtype = torch.float32 if isinstance(scales, Nesting) else scales
+
+    def encode(self, matrix_OI: Tensor) -> PackedBlocks:
+        """Round a matrix to the nearest levels.
+
+        Args:
+            matrix_OI: float32, bfloat16 or float16 [O, I], finite.
+
+        Raises:
+            ValueError: matrix_OI has another dtype or number of dimensions, holds a NaN or an infinity, or numbers too
+                large for scales of 16 bits.
+        """
+        if matrix_OI.ndim != 2 or matrix_OI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{self.name} encodes a float32, bfloat16 or float16 matrix, not {matrix_OI.dtype} "
+                f"{tuple(matrix_OI.shape)}"
+            )
+        flat_N = matrix_OI.reshape(-1)
+        largest_B = self._largest(flat_N)
+        if not torch.isfinite(largest_B).all():
+            raise ValueError(f"{self.name} cannot encode a matrix that holds a NaN or an infinity")
+        scales = self._stored(largest_B)
+        codes = self._codes(flat_N, _plain(scales))
+        return PackedBlocks(codes, scales, (matrix_OI.shape[0], matrix_OI.shape[1]), self)
+
+    def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
+        out_OI = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
+        self.decode_into(packed, out_OI)
+        return out_OI
+
+    def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
+        out_N, scales_B = out_OI.view(-1), _plain(packed.scales)
+        for run, blocks, part in self._runs(out_N):
+            out_BE = out_N[run].view(scales_B[blocks].numel(), -1)
+            levels_N = codebook.look_up(packed.codes[part], self.bits, out_BE.numel())
+            torch.mul(levels_N.view(out_BE.shape), scales_B[blocks, None], out=out_BE)
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, int]:
+        num_blocks = ceil(prod(shape) / self.block_size)
+        codes = {"codes": packed_bytes(prod(shape), self.bits)}
+        if self.nesting is None:
+            return codes | {"absmax": self.scale_dtype.itemsize * num_blocks}
+        absmax_codes = packed_bytes(num_blocks, self.nesting.bits)
+        nested = {"absmax_codes": absmax_codes, "absmax": 4 * ceil(num_blocks / self.nesting.block_size)}
+        return codes | nested | {"offset": 4, "levels": 4 * 2**self.nesting.bits}
+
+    def _runs(self, flat_N: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+        """Elements, their blocks and the bytes of their codes: runs of whole blocks, then what a short one holds."""
+        num_elements = flat_N.numel()
+        num_full = num_elements - num_elements % self.block_size
+        step = RUN[flat_N.device.type]
+        ends = [*range(0, num_full, step), num_full, num_elements]
+        for start, stop in pairwise(ends):
+            if start < stop:
+                blocks = slice(start // self.block_size, ceil(stop / self.block_size))
+                yield slice(start, stop), blocks, slice(packed_bytes(start, self.bits), packed_bytes(stop, self.bits))
+
+    def _largest(self, flat_N: Tensor) -> Tensor:
+        """The largest magnitude of each block, float32 [B]; NaN where one is."""
+        largest_B = torch.empty(ceil(flat_N.numel() / self.block_size), device=flat_N.device)
+        for run, blocks, _ in self._runs(flat_N):
+            largest = largest_B[blocks]
+            torch.amax(flat_N[run].float().view(len(largest), -1).abs(), dim=1, out=largest)
+        return largest_B
+
+    def _stored(self, largest_B: Tensor) -> Tensor | NestedScales:
+        if self.nesting is not None:
+            return _nest(largest_B, self.nesting)
+        scales_B = largest_B.to(self.scale_dtype)
+        if not torch.isfinite(scales_B).all():
+            most = torch.finfo(self.scale_dtype).max
+            raise ValueError(
+                f"a scale of {float(largest_B.max()):.4g} is above {most:.4g}, the largest {self.scale_dtype}; "
+                "float32 scales hold it"
+            )
+        return scales_B
+
+    def _codes(self, flat_N: Tensor, scales_B: Tensor) -> Tensor:
+        codes = torch.empty(packed_bytes(flat_N.numel(), self.bits), dtype=torch.uint8, device=flat_N.device)
+        inverse_B = scales_B.sign() / scales_B.clamp(min=SMALLEST_SCALE)  # a scale of zero takes the code of zero
+        for run, blocks, part in self._runs(flat_N):
+            inverse = inverse_B[blocks]
+            scaled_BE = flat_N[run].float().view(len(inverse), -1) * inverse[:, None]
+            zero = 2 ** (self.bits - 1) - 1
+            codes[part] = pack(codebook.nearest(scaled_BE.view(-1), self.bits), self.bits, filler=zero)
+        return codes
+
+
+def _plain(scales: Tensor | NestedScales) -> Tensor:
+    """The scales as they decode, float32 [B]."""
+    return scales.decode() if isinstance(scales, NestedScales) else scales.float()
+
+
+def _nest(scales_B: Tensor, nesting: Nesting) -> NestedScales:
+    offset = scales_B.min() if len(scales_B) else scales_B.new_zeros(())
+    rest_SB = pad(scales_B - offset, (0, -len(scales_B) % nesting.block_size)).view(-1, nesting.block_size)
+    absmax_S = rest_SB.amax(dim=1)
+    divisor_S = torch.where(absmax_S > 0, absmax_S, 1)
+    steps = 2**nesting.bits - 1
+    codes_B = (rest_SB / divisor_S[:, None] * steps).round_().to(torch.uint8).view(-1)[: len(scales_B)]
+    levels = torch.arange(steps + 1, dtype=torch.float32, device=scales_B.device) / steps
+    num_scales = None if len(levels) == BYTE_LEVELS else len(scales_B)
+    packed = pack(codes_B, nesting.bits)
+    return NestedScales(packed, absmax_S, offset, levels, nesting.block_size, num_scales)
+
+
+def _check(what: str, value: int, allowed: tuple[int, ...], unit: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} {', '.join(map(str, allowed[:-1]))} or {allowed[-1]} {unit}, not {value}")
