@@ -21,6 +21,7 @@ from qsvd.adapters.paging import PagedResidual, open_pages
 from qsvd.adapters.start import check_method, new_record, read_principal, start_from
 from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.checkpoint.check import resolve
+from qsvd.checkpoint.host_memory import keep_for_reuse
 from qsvd.checkpoint.layout import RESIDUAL_PARTS
 from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.checkpoint.tensor_file import map_tensor, read_tensor
@@ -113,6 +114,8 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
     if place.placement.embeddings_on_host:
         _keep_embeddings(model, place.device)
     model.to(place.device)  # buffers that are in no file
+    if pages and place.device.type == "cpu":
+        keep_for_reuse()
     model.split_record = replace(place.record, full=full)
     if adapter is not None:
         restore(model, adapter)

@@ -1,12 +1,12 @@
 """How much memory the host has left for this process, and how to take no more of it than is used."""
 
 import ctypes
+import os
 from pathlib import Path, PurePosixPath
 
 import psutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGE = 1 << 20  # bytes from which a piece of memory goes back at once
 ROOT = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 
@@ -22,15 +22,25 @@ def taken_host_memory() -> int:
 
 
 def give_back_at_once() -> None:
-    """Tell glibc to keep no large piece of memory that is free; another C library is left as it is.
+    """Tell glibc to keep no large piece of memory that is free, while a model is made.
 
-    By default it raises the size from which it gives pieces back with every piece that is freed, to 32 MB: some hundred
-    MB of a process that works on bands of weights are then holes.
+    By default it raises the size from which it gives pieces back with every piece that is freed, to 32 MB: what models
+    make and drop before they are filled then leaves holes of some GB, which later work fills here and there.
     """
+    _set_malloc(mapped=1 << 20, trimmed=1 << 20)
+
+
+def keep_for_reuse() -> None:
+    """Tell glibc to keep what is free up to its usual sizes: bands of weights come and go all the time."""
+    _set_malloc(mapped=1 << 25, trimmed=1 << 26)
+
+
+def _set_malloc(*, mapped: int, trimmed: int) -> None:
+    """Nothing where the user has chosen sizes, or where the C library is another one."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE)
-        mallopt(M_TRIM_THRESHOLD, LARGE)
+    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt(M_MMAP_THRESHOLD, mapped)
+        mallopt(M_TRIM_THRESHOLD, trimmed)
 
 
 def _groups() -> list[Path]:
