@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+PLENTY = 1 << 30  # bytes that are free
 ROOT = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 
@@ -31,8 +32,12 @@ def give_back_at_once() -> None:
 
 
 def keep_for_reuse() -> None:
-    """Tell glibc to keep what is free up to its usual sizes: bands of weights come and go all the time."""
-    _set_malloc(mapped=1 << 25, trimmed=1 << 26)
+    """Tell glibc to keep what is free, up to its usual sizes, if the host has plenty.
+
+    Bands of weights come and go all the time: to ask the system for each takes a third of a CPU's speed.
+    """
+    if free_host_memory() >= PLENTY:
+        _set_malloc(mapped=1 << 25, trimmed=1 << 26)
 
 
 def _set_malloc(*, mapped: int, trimmed: int) -> None:
