@@ -7,7 +7,6 @@ import psutil
 import pytest
 
 from qsvd.checkpoint import host_memory
-from qsvd.checkpoint import host_memory
 from qsvd.checkpoint.host_memory import free_host_memory, give_back_at_once, keep_for_reuse
 
 AVAILABLE = 10**12
