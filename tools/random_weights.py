@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qsvd.numerics.codec import NestedScales
-from qsvd.numerics.normal_float import NormalFloat4, _nest
+from qsvd.numerics.normal_float import NormalFloat4, nest
 
 STD = 0.02  # of a weight's noise, and of an embedding
 COMPONENTS = 256  # singular values above the noise, or a quarter of the shorter side
@@ -71,7 +71,7 @@ def draw_scales(shape: tuple[int, int], codec: NormalFloat4, generator: torch.Ge
     scales_B = torch.empty(math.ceil(math.prod(shape) / codec.block_size), device=generator.device)
     _pick_into(scales_B, "maxima", generator)
     scales_B.mul_(STD)
-    return _nest(scales_B) if codec.double_quant else scales_B
+    return nest(scales_B) if codec.double_quant else scales_B
 
 
 def draw_factors(shape: tuple[int, int], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

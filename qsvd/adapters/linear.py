@@ -13,9 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.paging import PagedResidual
-from qsvd.numerics.codec import PackedBlocks, from_bytes
-
-BAND = {"cpu": 1 << 21, "cuda": 1 << 25}  # elements of Q that are decoded at a time: 8 MB of float32, 64 of bfloat16
+from qsvd.numerics.codec import BAND, PackedBlocks, from_bytes
 
 
 class SplitLinear(nn.Module):

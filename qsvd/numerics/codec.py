@@ -14,6 +14,7 @@ from torch import Tensor
 from qsvd.numerics.packing import packed_bytes, unpack
 
 BYTE_LEVELS = 256  # of nested scales that have a byte each
+BAND = {"cpu": 1 << 21, "cuda": 1 << 25}  # elements that a layer decodes at a time: 8 MB of float32, 64 of bfloat16
 
 
 @dataclass(frozen=True)

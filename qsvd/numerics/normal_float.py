@@ -62,7 +62,7 @@ class NormalFloat4(Codec):
         if not finite:
             raise ValueError("NF4 cannot encode a matrix that holds a NaN or an infinity")
         shape = (matrix_OI.shape[0], matrix_OI.shape[1])
-        return PackedBlocks(codes, _nest(scales) if self.double_quant else scales, shape, self)
+        return PackedBlocks(codes, nest(scales) if self.double_quant else scales, shape, self)
 
     def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
         if packed.codes.is_cuda or prod(packed.shape) % self.block_size:
@@ -90,7 +90,8 @@ class NormalFloat4(Codec):
         return codes | nested | {"offset": 4, "levels": 4 * NESTED_LEVELS}
 
 
-def _nest(scales_B: Tensor) -> NestedScales:
+def nest(scales_B: Tensor) -> NestedScales:
+    """Block scales in 8 bits, as bitsandbytes' double quantization stores them."""
     offset = scales_B.mean()
     codes, state = bitsandbytes.quantize_blockwise(scales_B - offset, blocksize=NESTED_BLOCK)
     assert state.code is not None, "quantize_blockwise returns the levels it used"

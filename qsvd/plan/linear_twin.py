@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from qsvd.numerics.codec import Codec
+from qsvd.numerics.codec import BAND, Codec
 from qsvd.plan.live_bytes import LiveBytes
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
-BAND = {"cpu": 1 << 21, "cuda": 1 << 25}  # elements decoded at a time; adapters/linear.py has the same, a test says
 SCALE_PEAK, SCALE_KEPT = 16, 4  # bytes a block while 8-bit scales are decoded, and of the result
 
 

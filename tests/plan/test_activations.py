@@ -8,13 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import add_fused_lm_head
 
 import qsvd
-from qsvd.adapters import linear
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.micro_batches import in_micro_batches
 from qsvd.adapters.planned import planned_base
 from qsvd.adapters.start import new_record
 from qsvd.checkpoint.read_split import open_split
-from qsvd.plan import linear_twin
 from qsvd.plan.activations import Batch
 from qsvd.plan.training import Training, moments_of
 from tests.plan.counting import llama_base
@@ -107,7 +105,3 @@ def test_the_peak_is_the_planned_one_where_blocks_take_all_batches_of_a_step(bas
     run = Training(batch, 4, "adamw", layer_major=True)
     planned = max(moment.total for moment in moments_of(model, run) if moment.name != "optimizer step")
     assert planned == pytest.approx(peak, rel=NEAR)
-
-
-def test_the_twin_decodes_as_much_at_a_time_as_the_layer():
-    assert linear_twin.BAND == linear.BAND
