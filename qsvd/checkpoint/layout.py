@@ -17,7 +17,6 @@ ADAPTER_PREFIX = "base_model.model."
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
 RESIDUAL_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)  # after the weight's name
 Part = TypeVar("Part")
-STATE_BYTES = 320  # at most, for the JSON of one weight's quantization state
 
 
 def residual_tensors(name: str, packed: PackedBlocks, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -115,11 +114,6 @@ def adapter_tensors(module: str, split: Split) -> dict[str, Tensor]:
         f"{prefix}.lora_A.weight": split.down_RI.cpu().contiguous(),
         f"{prefix}.lora_B.weight": split.up_OR.cpu().contiguous(),
     }
-
-
-def residual_bytes(codec: NormalFloat4, shape: tuple[int, int]) -> int:
-    """An upper bound of the bytes of `residual_tensors`, within STATE_BYTES, before the weight is known."""
-    return codec.num_bytes(shape) + levels().nbytes + (1024 if codec.double_quant else 0) + STATE_BYTES
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qsvd.checkpoint.layout import residual_bytes
 from qsvd.checkpoint.read import Checkpoint
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics.codec import Codec
+from qsvd.plan.allocation import residual_bytes
 from qsvd.plan.model import WeightSpec
 
 HEADER_BYTES = 150  # of the JSON of one tensor in a header, at most
@@ -40,9 +40,7 @@ class Sizes:
         return self.residual + self.copied + 2 * self.factors + self.largest_shard
 
 
-def plan_shards(
-    checkpoint: Checkpoint, weights: Sequence[WeightSpec], codec: NormalFloat4, most_bytes: int
-) -> list[Shard]:
+def plan_shards(checkpoint: Checkpoint, weights: Sequence[WeightSpec], codec: Codec, most_bytes: int) -> list[Shard]:
     """Fill files in the order of the source, each up to `most_bytes`; a tensor larger than that has its own."""
     number_of = {spec.name: number for number, spec in enumerate(weights)}
     groups: list[list[str]] = [[]]

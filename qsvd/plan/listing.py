@@ -5,9 +5,9 @@ from collections.abc import Sequence
 LIMIT = 5  # names shown; enough to see the pattern, short enough for one sentence
 
 
-def listing(names: Sequence[str], limit: int = LIMIT) -> str:
+def listing(names: Sequence[str], limit: int = LIMIT, separator: str = ", ") -> str:
     """The first `limit` names, comma separated, and "and N more" if there are more."""
-    shown = ", ".join(names[:limit])
+    shown = separator.join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 

@@ -11,13 +11,11 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from qsvd.checkpoint.layout import (
-    STATE_BYTES,
     adapter_config,
     adapter_tensors,
     digest,
     fingerprint,
     quantization_config,
-    residual_bytes,
     residual_from_tensors,
     residual_tensors,
 )
@@ -25,6 +23,7 @@ from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, write_stream
 from qsvd.decompose.split import Split
 from qsvd.numerics.codec import NestedScales
 from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.plan.allocation import STATE_BYTES, residual_bytes
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
