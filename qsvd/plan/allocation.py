@@ -77,7 +77,7 @@ def stored_bytes(allocation: Allocation, weights: Sequence[WeightSpec], factor_b
 
 def to_text(allocation: Allocation, weights: Sequence[WeightSpec], factor_bytes: int = 2) -> str:
     """The table."""
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for spec in weights:
         choice = allocation.choices[spec.module]
         bits = 8 * choice.num_bytes(spec.shape, factor_bytes) / math.prod(spec.shape)
