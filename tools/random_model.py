@@ -26,7 +26,7 @@ from qsvd.checkpoint.read import Checkpoint, other_files
 from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, write_stream
 from qsvd.checkpoint.write import OutputFolder
 from qsvd.commands.finish import finish
-from qsvd.commands.prepare import Job, check_disk, prepare
+from qsvd.commands.job import Job, check_disk, prepare
 from qsvd.commands.quantize import copied
 from qsvd.decompose.split import Split
 from qsvd.numerics.codec import PackedBlocks
@@ -162,13 +162,15 @@ def write_split(model: RandomModel, options: Quantize) -> None:
         DoesNotFit: the result does not fit on the disk.
     """
     job = prepare(options, model.source)
-    job = replace(job, options=replace(options, iterations=0))  # which says "drawn" in every record and report
+    job = replace(
+        job, source=replace(job.source, options=replace(options, iterations=0))
+    )  # which says "drawn" in every record and report
     check_disk(job)
-    with OutputFolder(job.out, job.identity) as folder:
+    with OutputFolder(job.source.out, job.source.identity) as folder:
         if folder.is_complete:
             return
         for shard in job.shards:
-            if (job.out / shard.file).is_file():
+            if (job.source.out / shard.file).is_file():
                 continue
             started = time.perf_counter()
             residuals = [new for number in shard.weights for new in _residual(job, folder, number)]
@@ -183,18 +185,22 @@ def _residual(job: Job, folder: OutputFolder, number: int) -> Iterator[NewTensor
 
     The factors are kept then too, since their file holds the digest of the residual.
     """
-    spec = job.plan.weights[number]
+    source, spec = job.source, job.source.plan.weights[number]
+    codec, rank = job.recipes[spec.module].codec, job.recipes[spec.module].rank
     scales_of, factors_of, codes_of = (
-        generator_of(job.options.seed, f"{part} {spec.module}", job.device) for part in ("scales", "factors", "codes")
+        generator_of(source.options.seed, f"{part} {spec.module}", source.device)
+        for part in ("scales", "factors", "codes")
     )
-    scales, no_codes = draw_scales(spec.shape, job.codec, scales_of), torch.empty(0, dtype=torch.uint8)
-    small = residual_tensors(spec.name, PackedBlocks(no_codes, scales, spec.shape, job.codec), job.compute_dtype)
+    scales, no_codes = draw_scales(spec.shape, codec, scales_of), torch.empty(0, dtype=torch.uint8)
+    small = residual_tensors(spec.name, PackedBlocks(no_codes, scales, spec.shape, codec), source.compute_dtype)
     del small[spec.name]
 
     def codes() -> Tensor:
         drawn = draw_codes(spec.shape, codes_of).view(-1, 1).cpu()
-        factors = (factor.to(job.recipe.dtype) for factor in draw_factors(spec.shape, job.options.rank, factors_of))
-        split = Split(PackedBlocks(drawn, scales, spec.shape, job.codec), *factors, iteration=0, history=())
+        factors = (factor.to(source.recipe.dtype) for factor in draw_factors(spec.shape, rank, factors_of))
+        split = Split(
+            PackedBlocks(drawn, scales, spec.shape, job.recipes[spec.module].codec), *factors, iteration=0, history=()
+        )
         tensors = adapter_tensors(spec.module, split)
         folder.save_factors(number, tensors, None, digest({spec.name: drawn, **small}))
         return drawn

@@ -22,7 +22,6 @@ from qsvd.adapters.start import check_method, new_record, read_principal, start_
 from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.checkpoint.check import resolve
 from qsvd.checkpoint.host_memory import keep_for_reuse
-from qsvd.checkpoint.layout import RESIDUAL_PARTS
 from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.checkpoint.tensor_file import map_tensor, read_tensor
 from qsvd.plan.listing import listing
@@ -171,8 +170,8 @@ def _generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
 
 def _own_names(split: SplitFolder) -> list[str]:
     """Names of the tensors that the 16-bit model had."""
-    packed = {f"{name}.{part}" for name in split.weights for part in RESIDUAL_PARTS}
-    return [name for name in split.tensors if name not in packed and ".lora_" not in name]
+    parts = split.residual_names - split.weights.keys()
+    return [name for name in split.tensors if name not in parts and ".lora_" not in name]
 
 
 def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedResidual]) -> None:

@@ -6,11 +6,11 @@ from functools import cache
 
 import torch
 
-from qsvd.adapters.adapter import FEW, AdapterOptions, chosen
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, chosen
+from qsvd.adapters.methods import default_method, kind_of
 from qsvd.checkpoint.adapter_folder import AdapterRecord
 from qsvd.checkpoint.read_split import SplitFolder
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.plan.allocation import Allocation, Choice
 from qsvd.plan.model import ModelPlan, WeightSpec, describe
 from qsvd.plan.roles import role_of
 from qsvd.plan.split_model import Skeleton, SplitModelPlan, skeleton
@@ -31,13 +31,12 @@ def planner_of(split: SplitFolder, dtype: torch.dtype) -> Callable[[AdapterRecor
     config.architectures = [split.manifest["source"]["architecture"]]
     empty = skeleton(config, dtype)
     names = replace(describe(empty.model), weights=tuple(_spec(name, w) for name, w in split.weights.items()))
-    codec = NormalFloat4(double_quant=split.manifest["run"]["double_quant"])
-    ranks = {name: weight["rank"] for name, weight in split.weights.items()}
+    choices = {w["module"]: Choice(split.codec(name), w["rank"]) for name, w in split.weights.items()}
     stored = getattr(torch, split.manifest["run"]["dtype"])
 
     def make(record: AdapterRecord) -> SplitModelPlan:
         options = AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
-        return planned(empty, names, codec, ranks, options=options, stored_dtype=stored)
+        return planned(empty, names, Allocation(choices), options=options, stored_dtype=stored)
 
     return make
 
@@ -45,8 +44,7 @@ def planner_of(split: SplitFolder, dtype: torch.dtype) -> Callable[[AdapterRecor
 def planned(
     empty: Skeleton,
     names: ModelPlan,
-    codec: NormalFloat4,
-    ranks: Mapping[str, int],
+    allocation: Allocation,
     *,
     options: AdapterOptions,
     stored_dtype: torch.dtype = torch.bfloat16,
@@ -56,28 +54,31 @@ def planned(
     Args:
         empty: The 16-bit model, without memory.
         names: What of it is split.
-        ranks: Stored rank by the weight's tensor name.
+        allocation: Codec and stored rank of each.
         options: Of the adapters; method None is pissa, or lora where nothing is stored.
         stored_dtype: Of the stored factors.
 
     Raises:
         ValueError: the method cannot start from these ranks.
     """
-    name = options.method or ("pissa" if all(ranks.values()) else "lora")
-    method = METHODS[name]
-    if name != "lora" and not all(ranks.values()):
+    ranks = {module: choice.rank for module, choice in allocation.choices.items()}
+    name = options.method or default_method(ranks.values())
+    if name != "lora" and not any(ranks.values()):
         raise ValueError(f"{name} trains stored principal components, and rank 0 stores none; give lora, or a rank")
-    trained = {spec.name: chosen(options, method.defaults, ranks[spec.name])[0] for spec in names.weights}
-    dtype = torch_dtype(
-        options.dtype, sum(method.num_parameters(spec.shape, trained[spec.name]) for spec in names.weights)
-    )
+    kinds = {module: kind_of(name, rank, ranks.values()) for module, rank in ranks.items()}
+    trained = {module: chosen(options, kind.defaults, ranks[module])[0] for module, kind in kinds.items()}
+    count = sum(kinds[spec.module].num_parameters(spec.shape, trained[spec.module]) for spec in names.weights)
+    dtype = torch_dtype(options.dtype, count)
 
     @cache  # one record for all weights that are alike
-    def tensors(shape: tuple[int, int], stored_rank: int, rank: int) -> AdapterTensors:
-        return method.tensors(shape, stored_rank, rank, dtype, stored_dtype)
+    def tensors(kind: type[Adapter], shape: tuple[int, int], stored_rank: int, rank: int) -> AdapterTensors:
+        return kind.tensors(shape, stored_rank, rank, dtype, stored_dtype)
 
-    adapters = {spec.name: tensors(spec.shape, ranks[spec.name], trained[spec.name]) for spec in names.weights}
-    return SplitModelPlan(empty, names, codec, dict(ranks), adapters)
+    adapters = {
+        spec.name: tensors(kinds[spec.module], spec.shape, ranks[spec.module], trained[spec.module])
+        for spec in names.weights
+    }
+    return SplitModelPlan(empty, names, allocation, adapters)
 
 
 def torch_dtype(name: str, count: int) -> torch.dtype:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, Principal, chosen
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods import METHODS, default_method, kind_of
 from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord
 from qsvd.checkpoint.read_split import SplitFolder
 from qsvd.checkpoint.tensor_file import read_tensor
@@ -20,7 +20,7 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
     """
     method = options.method
     if method is None:
-        method = "pissa" if all(weight["rank"] for weight in split.weights.values()) else "lora"
+        method = default_method(split.ranks.values())
     check_method(method)
     if len(labels) == 1:
         raise ValueError(f"labels has the one class {labels[0]!r}; a classifier needs at least two")
@@ -49,9 +49,10 @@ def _dtype_name(split: SplitFolder, method: str, options: AdapterOptions) -> str
     if options.dtype != "auto":
         raise ValueError(f"adapter dtype {options.dtype!r} is none of auto, float32, bfloat16")
     count = 0
-    for weight in split.weights.values():
-        rank, _ = chosen(options, METHODS[method].defaults, weight["rank"])
-        count += METHODS[method].num_parameters(tuple(weight["shape"]), rank)
+    for name, weight in split.weights.items():
+        kind = kind_of(method, split.ranks[name], split.ranks.values())
+        rank, _ = chosen(options, kind.defaults, weight["rank"])
+        count += kind.num_parameters(tuple(weight["shape"]), rank)
     return "float32" if count <= FEW else "bfloat16"
 
 
@@ -76,7 +77,8 @@ def read_principal(
         is_paged: Leave the residual in its file, unless the method starts from its values.
     """
     up_OR, down_RI = stored_factors(split, name)
-    if is_paged and not METHODS[method].starts_from_residual:
+    kind = kind_of(method, split.ranks[name], split.ranks.values())
+    if is_paged and not kind.starts_from_residual:
         residual = split.residual(name, mapped=True)
     else:
         residual = split.residual(name).to(device)
@@ -95,7 +97,7 @@ def start_from(principal: Principal, split: SplitFolder, record: AdapterRecord, 
     digest = hashlib.sha256(f"{record.seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
     try:
-        return METHODS[record.method].start(principal, options, generator)
+        return kind_of(record.method, principal.rank, split.ranks.values()).start(principal, options, generator)
     except ValueError as error:
         raise ValueError(f"{split.folder}: {name}: {error}") from error
 

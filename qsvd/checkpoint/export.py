@@ -6,7 +6,6 @@ Shape suffixes: O = out features, I = in features, K = rank of one weight's trai
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -72,12 +71,11 @@ class TrainedModel:
 
     def others(self) -> dict[str, TensorEntry]:
         """Every tensor of the base that is no part of a split weight, by its name there."""
-        weights = self.split.weights
+        residuals = self.split.residual_names
         return {
             name: entry
             for name, entry in self.split.tensors.items()
-            if not name.startswith(ADAPTER_PREFIX)
-            and not any(start in weights for start in accumulate(name.split("."), "{}.{}".format))
+            if not name.startswith(ADAPTER_PREFIX) and name not in residuals
         }
 
 
@@ -87,7 +85,7 @@ class Inventory:
 
     Args:
         ranks: K of every split weight, by the name of its tensor.
-        has_gains: Whether rows are scaled; then those of every weight are.
+        has_gains: Whether rows are scaled; then those of every weight are that has factors.
         digest: SHA-256, in hex, over all trained values: what a resumed export must find again.
     """
 
@@ -123,8 +121,8 @@ def take_inventory(model: TrainedModel) -> Inventory:
     wrong += [f"{name}: {fault}" for name, tensor in model.full.items() for fault in _full_faults(model, name, tensor)]
     digests |= {f"full {name}": digest({name: tensor.detach().cpu()}) for name, tensor in model.full.items()}
     _refuse(model, missing, wrong)
-    if gained and len(gained) < len(ranks):
-        without = [name for name in ranks if name not in gained]
+    without = [name for name, rank in ranks.items() if rank and name not in gained]
+    if gained and without:
         raise ValueError(
             f"{len(without)} of {len(ranks)} weights have no gain ({listing(without)}); give all one or none"
         )

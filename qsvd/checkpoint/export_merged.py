@@ -71,7 +71,7 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
             new or has a new shape without changes of the config; the folder holds something else, or does not fit on
             the disk.
     """
-    stored = getattr(torch, _config(model)["quantization_config"]["bnb_4bit_compute_dtype"])
+    stored = model.split.stored_dtype
     dtype = form.dtype or stored
     check_dtype(dtype)
     inventory = take_inventory(model)

@@ -3,7 +3,7 @@
 Shape suffixes: O = out features, I = in features, K = rank of one weight's factors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -60,9 +60,11 @@ def write_peft(
     check_dtype(dtype)
     inventory = take_inventory(model)
     kept, whole = kept_modules(model, task)
-    new = [*_factors(model, inventory.ranks, dtype), *whole, *(_magnitudes(model) if inventory.has_gains else ())]
+    adapted = {name: rank for name, rank in inventory.ranks.items() if rank} or inventory.ranks
+    magnitudes = _magnitudes(model, adapted) if inventory.has_gains else ()
+    new = [*_factors(model, adapted, dtype), *whole, *magnitudes]
     modules = model.modules()
-    ranks = {modules[name]: max(rank, 1) for name, rank in inventory.ranks.items()}
+    ranks = {modules[name]: max(rank, 1) for name, rank in adapted.items()}
     config = adapter_settings(ranks, kept, task, base) | {"use_dora": inventory.has_gains}
     result = PeftExport(len(ranks), max(ranks.values()), min(ranks.values()), inventory.has_gains, kept, size_of(new))
     identity = {"to": "peft", "base": model.split.fingerprint, "trained": inventory.digest, "dtype": str(dtype)}
@@ -74,7 +76,7 @@ def write_peft(
 
 
 def _factors(model: TrainedModel, ranks: Mapping[str, int], dtype: torch.dtype) -> list[NewTensor]:
-    """B and A of every weight, read when their turn comes; PEFT has no rank 0, which becomes zeros of rank 1."""
+    """B and A of these weights, read when their turn comes; PEFT has no rank 0, which becomes zeros of rank 1."""
 
     @lru_cache(maxsize=1)  # A and B of a weight are neighbours in the file
     def read(name: str) -> dict[str, Tensor]:
@@ -85,11 +87,12 @@ def _factors(model: TrainedModel, ranks: Mapping[str, int], dtype: torch.dtype) 
         return {"A": rounded(down_KI, dtype, f"A of {name}"), "B": rounded(up_OK, dtype, f"B of {name}")}
 
     new = []
-    for name, module in model.modules().items():
+    modules = model.modules()
+    for name, own_rank in ranks.items():
         rows, columns = model.split.weights[name]["shape"]
-        rank = max(ranks[name], 1)
+        rank = max(own_rank, 1)
         for letter, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-            key = f"{ADAPTER_PREFIX}{module}.lora_{letter}.weight"
+            key = f"{ADAPTER_PREFIX}{modules[name]}.lora_{letter}.weight"
             new.append(NewTensor(key, DTYPE_NAMES[dtype], shape, _part(read, name, letter)))
     return new
 
@@ -98,16 +101,17 @@ def _part(read: Callable[[str], dict[str, Tensor]], name: str, letter: str) -> C
     return lambda: read(name)[letter]
 
 
-def _magnitudes(model: TrainedModel) -> list[NewTensor]:
-    """DoRA's magnitude of every weight, made when its turn comes."""
+def _magnitudes(model: TrainedModel, names: Iterable[str]) -> list[NewTensor]:
+    """DoRA's magnitude of these weights, made when its turn comes."""
+    modules = model.modules()
     return [
         NewTensor(
-            f"{ADAPTER_PREFIX}{module}.lora_magnitude_vector",
+            f"{ADAPTER_PREFIX}{modules[name]}.lora_magnitude_vector",
             "F32",
             (model.split.weights[name]["shape"][0],),
             partial(_magnitude, model, name),
         )
-        for name, module in model.modules().items()
+        for name in names
     ]
 
 

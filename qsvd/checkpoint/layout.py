@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from qsvd.checkpoint.stored import StoredResidual
 from qsvd.decompose.split import Split
-from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks, from_bytes
+from qsvd.numerics.codec import NestedScales, PackedBlocks
 from qsvd.numerics.normal_float import NormalFloat4, bitsandbytes, levels
 
 ADAPTER_PREFIX = "base_model.model."
@@ -25,12 +25,8 @@ def residual_tensors(name: str, packed: PackedBlocks, dtype: torch.dtype) -> dic
     Args:
         name: The weight's own tensor name, "model.layers.0.self_attn.q_proj.weight".
         dtype: What the loader decodes to, the compute dtype.
-
-    Raises:
-        ValueError: the codec is not NormalFloat4, whose layout is bitsandbytes' own.
     """
-    if not isinstance(packed.codec, NormalFloat4):
-        raise ValueError(f"{name} cannot be stored in {packed.codec.name}: NormalFloat4 alone has a layout on disk")
+    assert isinstance(packed.codec, NormalFloat4), "others have the layout of packed_layout.py"
     nested = packed.scales if isinstance(packed.scales, NestedScales) else None
     inner = nested and bitsandbytes.QuantState(
         absmax=nested.absmax, code=nested.levels, blocksize=nested.block_size, dtype=torch.float32
@@ -47,16 +43,6 @@ def residual_tensors(name: str, packed: PackedBlocks, dtype: torch.dtype) -> dic
     )
     tensors = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
     return {name: packed.codes.view(-1, 1)} | {key: value.cpu().contiguous() for key, value in tensors.items()}
-
-
-@dataclass(frozen=True)
-class StoredResidual(Generic[Part]):
-    """The tensors of a residual, or where they lie, by the names of PackedBlocks.tensors; and what they make up."""
-
-    parts: dict[str, Part | bytes]
-    shape: tuple[int, int]
-    codec: Codec
-    nested_block: int | None
 
 
 def stored_residual(name: str, tensors: Mapping[str, Part], state: bytes) -> StoredResidual[Part]:
@@ -85,19 +71,6 @@ def stored_residual(name: str, tensors: Mapping[str, Part], state: bytes) -> Sto
         "levels": tensors[f"{name}.nested_quant_map"],
     }
     return StoredResidual(parts, (rows, columns), codec, known["nested_blocksize"])
-
-
-def residual_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> PackedBlocks:
-    """What `residual_tensors` was given, from its result; a ValueError as from `stored_residual`."""
-    _check_is_nf4(name, tensors)
-    stored = stored_residual(name, tensors, tensors[f"{name}.{QUANT_STATE}"].numpy().tobytes())
-    parts = {
-        part: torch.frombuffer(bytearray(value), dtype=torch.uint8)
-        if isinstance(value, bytes)
-        else value.reshape(-1).view(torch.uint8)
-        for part, value in stored.parts.items()
-    }
-    return from_bytes(parts, stored.shape, stored.codec, stored.nested_block)
 
 
 def _check_is_nf4(name: str, tensors: Mapping[str, object]) -> None:

@@ -2,22 +2,28 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from qsvd.checkpoint.index import read_object
 from qsvd.checkpoint.layout import (
     ADAPTER_PREFIX,
     QUANT_STATE,
     RESIDUAL_PARTS,
-    StoredResidual,
-    residual_from_tensors,
     stored_residual,
 )
+from qsvd.checkpoint.packed_layout import PARTS, part_name, stored_packed
+from qsvd.checkpoint.stored import StoredResidual
 from qsvd.checkpoint.tensor_file import TensorEntry, map_tensor, read_header, read_tensor
 from qsvd.checkpoint.write import MANIFEST
-from qsvd.numerics.codec import PackedBlocks
+from qsvd.numerics.codec import Codec, PackedBlocks
+from qsvd.numerics.codecs import codec_named
+from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics.normal_float_bits import NormalFloat
 from qsvd.plan.listing import listing
 
 
@@ -25,7 +31,7 @@ from qsvd.plan.listing import listing
 class SplitFolder:
     """OUT, open for reading; tensors are read when asked for.
 
-    weights maps each split weight's tensor name to its entry in the manifest: module, shape, role, rank, file.
+    weights maps each split weight's tensor name to its entry in the manifest: module, shape, role, codec, rank, file.
     tensors are those of all shards and of the adapter.
     """
 
@@ -37,6 +43,11 @@ class SplitFolder:
     def weights(self) -> dict[str, dict[str, Any]]:
         return self.manifest["weights"]
 
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Of the stored factors, by the weight's tensor name."""
+        return {name: weight["rank"] for name, weight in self.weights.items()}
+
     @property
     def fingerprint(self) -> str:
         """Of all residuals."""
@@ -44,18 +55,40 @@ class SplitFolder:
 
     def residual(self, name: str, *, mapped: bool = False) -> PackedBlocks:
         """Q of one weight; mapped: its bytes stay in the file until they are looked at."""
-        read = map_tensor if mapped else read_tensor
-        return residual_from_tensors(name, {key: read(entry) for key, entry in self._entries(name).items()})
+        return self.stored(name).read(map_tensor if mapped else read_tensor)
 
     def stored(self, name: str) -> StoredResidual[TensorEntry]:
         """Where the parts of Q of one weight lie."""
-        entries = self._entries(name)
+        codec, entries = self.codec(name), {key: self.tensors[key] for key in self._part_names(name)}
+        if isinstance(codec, NormalFloat):
+            rows, columns = self.weights[name]["shape"]
+            return stored_packed(name, entries, (rows, columns), codec)
         state = entries.get(f"{name}.{QUANT_STATE}")
         return stored_residual(name, entries, b"" if state is None else read_tensor(state).numpy().tobytes())
 
-    def _entries(self, name: str) -> dict[str, TensorEntry]:
-        keys = (name, *(f"{name}.{part}" for part in RESIDUAL_PARTS))
-        return {key: self.tensors[key] for key in keys if key in self.tensors}
+    def codec(self, name: str) -> Codec:
+        """That the residual of one weight is in; results of version 0.1.0 name none, and have one for all."""
+        if "codec" in self.weights[name]:
+            return codec_named(self.weights[name]["codec"])
+        return NormalFloat4(double_quant=self.manifest["run"]["double_quant"])
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """Of most of the weights before they were split."""
+        quantization = read_object(self.folder / "config.json")["quantization_config"]
+        return getattr(torch, quantization.get("dtype") or quantization["bnb_4bit_compute_dtype"])
+
+    @cached_property
+    def residual_names(self) -> frozenset[str]:
+        """Every tensor that is part of a residual."""
+        return frozenset(part for name in self.weights for part in self._part_names(name))
+
+    def _part_names(self, name: str) -> list[str]:
+        if isinstance(self.codec(name), NormalFloat):
+            keys = (name, *(part_name(name, part) for part in PARTS))
+        else:
+            keys = (name, *(f"{name}.{part}" for part in RESIDUAL_PARTS))
+        return [key for key in keys if key in self.tensors]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """B [O, R] and A [R, I] of one weight, or None at rank 0."""

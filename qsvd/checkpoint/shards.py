@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from qsvd.checkpoint.read import Checkpoint
-from qsvd.numerics.codec import Codec
-from qsvd.plan.allocation import residual_bytes
+from qsvd.plan.allocation import Allocation, residual_bytes
 from qsvd.plan.model import WeightSpec
 
 HEADER_BYTES = 150  # of the JSON of one tensor in a header, at most
@@ -40,7 +39,9 @@ class Sizes:
         return self.residual + self.copied + 2 * self.factors + self.largest_shard
 
 
-def plan_shards(checkpoint: Checkpoint, weights: Sequence[WeightSpec], codec: Codec, most_bytes: int) -> list[Shard]:
+def plan_shards(
+    checkpoint: Checkpoint, weights: Sequence[WeightSpec], allocation: Allocation, most_bytes: int
+) -> list[Shard]:
     """Fill files in the order of the source, each up to `most_bytes`; a tensor larger than that has its own."""
     number_of = {spec.name: number for number, spec in enumerate(weights)}
     groups: list[list[str]] = [[]]
@@ -49,7 +50,9 @@ def plan_shards(checkpoint: Checkpoint, weights: Sequence[WeightSpec], codec: Co
         number = number_of.get(name)
         size = HEADER_BYTES + entry.num_bytes
         if number is not None:
-            size = TENSORS_PER_WEIGHT * HEADER_BYTES + residual_bytes(codec, weights[number].shape)
+            spec = weights[number]
+            codec = allocation.choices[spec.module].codec
+            size = TENSORS_PER_WEIGHT * HEADER_BYTES + residual_bytes(codec, spec.shape)
         if groups[-1] and sizes[-1] + size > most_bytes:
             groups.append([])
             sizes.append(0)
@@ -67,16 +70,20 @@ def plan_shards(checkpoint: Checkpoint, weights: Sequence[WeightSpec], codec: Co
 
 
 def sizes_of(
-    checkpoint: Checkpoint, weights: Sequence[WeightSpec], shards: Sequence[Shard], rank: int, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    weights: Sequence[WeightSpec],
+    shards: Sequence[Shard],
+    allocation: Allocation,
+    dtype: torch.dtype,
 ) -> Sizes:
     """Count the bytes of a run."""
     copied = sum(checkpoint.tensors[name].num_bytes for shard in shards for name in shard.copied)
-    factors = sum(rank * sum(spec.shape) * dtype.itemsize + 4 * HEADER_BYTES for spec in weights)
+    numbers = sum(allocation.choices[spec.module].rank * sum(spec.shape) for spec in weights)
     return Sizes(
         source=sum(checkpoint.tensors[spec.name].num_bytes for spec in weights),
         residual=sum(shard.num_bytes for shard in shards) - copied,
         copied=copied,
-        factors=factors,
+        factors=numbers * dtype.itemsize + 4 * HEADER_BYTES * len(weights),
         largest_shard=max(shard.num_bytes for shard in shards),
     )
 

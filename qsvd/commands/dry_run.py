@@ -5,7 +5,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from qsvd.commands.prepare import Job
+from qsvd.commands.job import Job
+from qsvd.numerics.codecs import spelling
 from qsvd.report.header import left_line
 
 
@@ -13,16 +14,18 @@ def show_plan(job: Job) -> None:
     """Print the plan of a job to stdout."""
     console = Console()
     options = Table("option", "value", title="Options", title_justify="left")
-    for name, value in asdict(job.options).items():
+    for name, value in asdict(job.source.options).items():
         options.add_row(f"--{name.replace('_', '-')}", str(value))
-    options.add_row("(device)", str(job.device))
-    weights = Table("weight", "role", "shape", title="Weights", title_justify="left")
-    for spec in job.plan.weights:
-        weights.add_row(spec.module, spec.role, f"{spec.shape[0]} x {spec.shape[1]}")
+    options.add_row("(device)", str(job.source.device))
+    weights = Table("weight", "role", "shape", "codec", "rank", title="Weights", title_justify="left")
+    for spec in job.source.plan.weights:
+        choice = job.allocation.choices[spec.module]
+        shape = f"{spec.shape[0]} x {spec.shape[1]}"
+        weights.add_row(spec.module, spec.role, shape, spelling(choice.codec), str(choice.rank))
     sizes = Table("part", "MB", title="Sizes", title_justify="left")
     for name, num_bytes in (
         ("weights to split, as they are", job.sizes.source),
-        ("4-bit residual", job.sizes.residual),
+        ("residual", job.sizes.residual),
         ("principal components", job.sizes.factors),
         ("copied as it is", job.sizes.copied),
         ("most on disk at any moment", job.sizes.disk),

@@ -20,6 +20,7 @@ from qsvd.commands.measure_speed import measured_flops, measured_link
 from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.options import Plan
 from qsvd.plan.activations import Batch
+from qsvd.plan.allocation import Choice, uniform
 from qsvd.plan.duration import Rate, Speed
 from qsvd.plan.memory import Limits
 from qsvd.plan.model import plan_model, unsplittable
@@ -103,9 +104,9 @@ def _of_config(options: Plan, config: "PreTrainedConfig", limits: Limits, adapte
     is_plain = adapter.method == "lora"
 
     def make(rank: int) -> SplitModelPlan:
-        ranks = dict.fromkeys((spec.name for spec in names.weights), 0 if is_plain else rank)
+        allocation = uniform(names.weights, Choice(codec, 0 if is_plain else rank))
         trained = AdapterOptions(adapter.method, rank or None, None, adapter.dtype) if is_plain else adapter
-        return planned(empty, names, codec, ranks, options=trained)
+        return planned(empty, names, allocation, options=trained)
 
     notes = ("lora is counted on the residual alone (rank 0), as QLoRA does.",) if is_plain else ()
     if stacks:

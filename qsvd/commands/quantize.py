@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qsvd.checkpoint.layout import adapter_tensors, residual_tensors
+from qsvd.checkpoint.packed_layout import packed_tensors
 from qsvd.checkpoint.read import Checkpoint
 from qsvd.checkpoint.stream import stream
 from qsvd.checkpoint.tensor_file import NewTensor, TensorEntry
@@ -20,7 +21,7 @@ from qsvd.checkpoint.write import UNFINISHED, OutputFolder
 from qsvd.commands.dry_run import show_plan
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.finish import finish
-from qsvd.commands.prepare import Job, check_disk, check_memory, prepare
+from qsvd.commands.job import Job, check_disk, check_memory, prepare
 from qsvd.commands.report import show_report
 from qsvd.commands.watch import Standing, StopRequest, watching
 from qsvd.decompose.alternate import split_weight
@@ -50,7 +51,7 @@ def quantize(options: Quantize) -> Path:
     job = prepare(options)
     for _ in execute(job):
         pass
-    return job.out
+    return job.source.out
 
 
 def execute(job: Job) -> Iterator[Finished]:
@@ -60,7 +61,7 @@ def execute(job: Job) -> Iterator[Finished]:
     """
     check_memory(job)
     check_disk(job)
-    with OutputFolder(job.out, job.identity) as folder:
+    with OutputFolder(job.source.out, job.source.identity) as folder:
         if not folder.is_complete:
             yield from _fill(job, folder)
             finish(job, folder)
@@ -68,16 +69,16 @@ def execute(job: Job) -> Iterator[Finished]:
 
 def _fill(job: Job, folder: OutputFolder) -> Iterator[Finished]:
     """Split what is not split yet and write every shard that is not there."""
-    weights = job.plan.weights
+    weights = job.source.plan.weights
     pending = [number for shard in job.shards for number in shard.weights if not folder.is_done(number)]
-    tensors = stream(job.checkpoint, [weights[number].name for number in pending])
+    tensors = stream(job.source.checkpoint, [weights[number].name for number in pending])
     for shard in job.shards:
-        is_written = (job.out / shard.file).is_file()
+        is_written = (job.source.out / shard.file).is_file()
         for number in shard.weights:
             is_new = not folder.is_done(number)
             if is_new:
                 _split(job, folder, number, next(tensors))
-            num_bytes = job.checkpoint.tensors[weights[number].name].num_bytes
+            num_bytes = job.source.checkpoint.tensors[weights[number].name].num_bytes
             yield Finished(num_bytes, from_record(folder.record(number)), is_new)
         if not is_written:
             folder.write_shard(shard.file, shard.weights, [copied(job, name) for name in shard.copied])
@@ -85,20 +86,23 @@ def _fill(job: Job, folder: OutputFolder) -> Iterator[Finished]:
 
 def _split(job: Job, folder: OutputFolder, number: int, weight_OI: Tensor) -> None:
     """Split, measure and keep one weight."""
-    spec = job.plan.weights[number]
-    seed = _seed(job.options.seed, spec)
+    source, spec = job.source, job.source.plan.weights[number]
+    seed = _seed(source.options.seed, spec)
     try:
-        weight_OI = weight_OI.to(job.device)
-        split = split_weight(weight_OI, job.recipe, seed=seed)
+        weight_OI = weight_OI.to(source.device)
+        split = split_weight(weight_OI, job.recipes[spec.module], seed=seed)
         measured = measure(weight_OI, split, name=spec.module, role=spec.role, seed=seed)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
-            f"{spec.name} {list(spec.shape)} needs about {16 * weight_OI.numel() / 1e9:.1f} GB on {job.device}; "
+            f"{spec.name} {list(spec.shape)} needs about {16 * weight_OI.numel() / 1e9:.1f} GB on {source.device}; "
             "close what else uses it, or give --device cpu"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{job.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
-    residual = residual_tensors(spec.name, split.residual, job.compute_dtype)
+        raise ValueError(f"{source.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
+    if job.allocation.is_plain:
+        residual = residual_tensors(spec.name, split.residual, source.compute_dtype)
+    else:
+        residual = packed_tensors(spec.name, split.residual)
     residual = {name: tensor.cpu() for name, tensor in residual.items()}
     folder.save(number, residual, adapter_tensors(spec.module, split), to_record(measured))
 
@@ -110,9 +114,10 @@ def _seed(seed: int, spec: WeightSpec) -> int:
 
 def copied(job: Job, name: str) -> NewTensor:
     """A tensor of the source as it is; copied from its file, or read when its turn comes."""
-    entry = job.checkpoint.tensors[name]
-    source = entry if isinstance(entry, TensorEntry) else partial(job.checkpoint.read, name)
-    return NewTensor(name, entry.dtype, entry.shape, source)
+    checkpoint = job.source.checkpoint
+    entry = checkpoint.tensors[name]
+    values = entry if isinstance(entry, TensorEntry) else partial(checkpoint.read, name)
+    return NewTensor(name, entry.dtype, entry.shape, values)
 
 
 def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
@@ -137,9 +142,9 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
             if stop.made:
                 raise Interrupted(f"interrupted; finished weights are kept, the same command goes on in {options.out}")
     if not any(weight.is_new for weight in finished):
-        print(f"{job.out} was complete already", file=sys.stderr)
-    show_report(job.out, worst=5)
-    print(f"\n{job.out}")
+        print(f"{job.source.out} was complete already", file=sys.stderr)
+    show_report(job.source.out, worst=5)
+    print(f"\n{job.source.out}")
 
 
 @contextmanager
@@ -148,9 +153,9 @@ def _said_what_stays(job: Job) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not (job.out / UNFINISHED).is_dir():
+        if not (job.source.out / UNFINISHED).is_dir():
             raise
-        reason = f"{error.strerror}; finished weights are kept, the same command goes on in {job.out}"
+        reason = f"{error.strerror}; finished weights are kept, the same command goes on in {job.source.out}"
         raise OSError(error.errno, reason, error.filename) from error
 
 
@@ -160,7 +165,7 @@ def _standing(job: Job, finished: Sequence[Finished]) -> Standing:
     )
     return Standing(
         weights=len(finished),
-        num_weights=len(job.plan.weights),
+        num_weights=len(job.source.plan.weights),
         num_bytes=sum(weight.num_bytes for weight in finished),
         new_bytes=sum(weight.num_bytes for weight in finished if weight.is_new),
         total_bytes=job.sizes.source,

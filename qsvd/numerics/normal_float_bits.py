@@ -46,6 +46,11 @@ class Nesting:
         _check("scales have", self.bits, WIDTHS, "bits")
         _check("blocks of scales have", self.block_size, NESTED_BLOCKS, "scales")
 
+    def levels(self) -> Tensor:
+        """The steps from 0 to 1, float32 [2^bits]."""
+        steps = 2**self.bits - 1
+        return torch.arange(steps + 1, dtype=torch.float32) / steps
+
 
 class NormalFloat(Codec):
     """NormalFloat of `bits` in blocks of `block_size`.
@@ -166,9 +171,9 @@ def _nest(scales_B: Tensor, nesting: Nesting) -> NestedScales:
     rest_SB = pad(scales_B - offset, (0, -len(scales_B) % nesting.block_size)).view(-1, nesting.block_size)
     absmax_S = rest_SB.amax(dim=1)
     divisor_S = torch.where(absmax_S > 0, absmax_S, 1)
-    steps = 2**nesting.bits - 1
+    levels = nesting.levels().to(scales_B.device)
+    steps = len(levels) - 1
     codes_B = (rest_SB / divisor_S[:, None] * steps).round_().to(torch.uint8).view(-1)[: len(scales_B)]
-    levels = torch.arange(steps + 1, dtype=torch.float32, device=scales_B.device) / steps
     num_scales = None if len(levels) == BYTE_LEVELS else len(scales_B)
     packed = pack(codes_B, nesting.bits)
     return NestedScales(packed, absmax_S, offset, levels, nesting.block_size, num_scales)

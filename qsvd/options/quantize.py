@@ -31,6 +31,9 @@ class Quantize:
     )
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="Of the stored components.")] = "bfloat16"
     double_quant: Annotated[bool, arg(help="Scales in 8 bits: 4.13 bits a weight in all instead of 4.5.")] = True
+    allocation: Annotated[
+        Path | None, arg(metavar="FILE", help="Codec and rank of every weight, as qsvd allocate writes them.")
+    ] = None
     include: Annotated[
         tuple[str, ...], arg(metavar="GLOB ...", help="Split only modules that match: '*.self_attn.*'.")
     ] = ()

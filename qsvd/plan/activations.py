@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.plan import attention
 from qsvd.plan.linear_twin import Decoding, LinearTwin
 from qsvd.plan.listing import first_line
@@ -136,11 +135,10 @@ def _set_attention(model: SplitModelPlan, batch: Batch) -> int:
 def _with_twins(model: SplitModelPlan, path: str, live: LiveBytes, device: str) -> nn.Module:
     """A copy of the block with twins in the place of its split layers."""
     block = copy.deepcopy(model.skeleton.model.get_submodule(path))
-    assert isinstance(model.codec, NormalFloat4), "the only codec there is"
     for spec in model.names.weights:
         if spec.module.startswith(f"{path}."):
             inside = spec.module.removeprefix(f"{path}.")
-            decoding = Decoding(spec.shape, model.codec, model.codec.double_quant, device, live)
+            decoding = Decoding(spec.shape, model.allocation.choices[spec.module].codec, device, live)
             bias = dict(block.get_submodule(inside).named_parameters()).get("bias")
             block.set_submodule(inside, LinearTwin(decoding, model.adapters[spec.name], bias))
     return block

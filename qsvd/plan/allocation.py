@@ -75,6 +75,12 @@ def stored_bytes(allocation: Allocation, weights: Sequence[WeightSpec], factor_b
     return sum(allocation.choices[spec.module].num_bytes(spec.shape, factor_bytes) for spec in weights)
 
 
+def residual_bits(allocation: Allocation, weights: Sequence[WeightSpec]) -> float:
+    """Bits that the residuals take for each number of the weights, without factors, as LQ-LoRA counts."""
+    sizes = (residual_bytes(allocation.choices[spec.module].codec, spec.shape) for spec in weights)
+    return 8 * sum(sizes) / sum(math.prod(spec.shape) for spec in weights)
+
+
 def to_text(allocation: Allocation, weights: Sequence[WeightSpec], factor_bytes: int = 2) -> str:
     """The table."""
     rows: list[tuple[str, ...]] = [COLUMNS]

@@ -108,7 +108,7 @@ def quantize_time(model: SplitModelPlan, iterations: int, speed: Speed) -> Quant
 def _operations(model: SplitModelPlan, iterations: int) -> float:
     operations = 0.0
     for spec in model.names.weights:
-        rank = model.ranks[spec.name]
+        rank = model.allocation.choices[spec.module].rank
         columns = rank + max(OVERSAMPLE, rank // OVERSAMPLE_SHARE) if rank else 0
         passes = 2 * (FIRST_PASSES + iterations * LATER_PASSES)
         norms = 2 * 2 * LANCZOS_STEPS * PROBES

@@ -44,7 +44,8 @@ def staying_blocks(model: SplitModelPlan, placement: Placement) -> frozenset[int
 
 def base_bytes(model: SplitModelPlan) -> int:
     """Bytes of a result of `qsvd quantize` on disk, its small files not counted."""
-    factors = sum(model.ranks[spec.name] * sum(spec.shape) for spec in model.names.weights)
+    choices = model.allocation.choices
+    factors = sum(choices[spec.module].rank * sum(spec.shape) for spec in model.names.weights)
     return sum(block.residual for block in model.blocks) + model.dense.total + STORED * factors
 
 

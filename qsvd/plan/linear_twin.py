@@ -25,7 +25,6 @@ class Decoding:
 
     shape: tuple[int, int]
     codec: Codec
-    is_nested: bool
     device: str
     live: LiveBytes
 
@@ -51,9 +50,9 @@ class Decoding:
 
     def _scales(self, x: Tensor) -> Tensor | None:
         """The scales in float32, where they have to be decoded first."""
-        blocks = math.ceil(math.prod(self.shape) / self.codec.block_size)
-        if not self.is_nested:
+        if "absmax_codes" not in self.codec.parts(self.shape):
             return None
+        blocks = math.ceil(math.prod(self.shape) / self.codec.block_size)
         work = x.new_empty((SCALE_PEAK - SCALE_KEPT) * blocks, dtype=torch.uint8)
         scales = x.new_empty(SCALE_KEPT * blocks, dtype=torch.uint8)
         del work
@@ -75,8 +74,8 @@ class LinearTwin(nn.Module):
         self.adapter = adapter
         self.bias = bias
         self.trained = nn.ParameterDict({name: _empty(tensor) for name, tensor in adapter.parameters.items()})
-        frozen = adapter.buffers.get("frozen_down")
-        self.frozen_down = None if frozen is None else _empty(frozen, is_trained=False)
+        frozen = {part: adapter.buffers.get(f"frozen_{part}") for part in ("up", "down")}
+        self.frozen = {part: _empty(t, is_trained=False) for part, t in frozen.items() if t is not None}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
@@ -89,11 +88,12 @@ class LinearTwin(nn.Module):
         """up, down and gain: made, trained or frozen."""
         parameters = list(self.trained.values())
         if not self.adapter.made:
-            return self.trained["up"], self.trained["down"], None
+            found = self.frozen | dict(self.trained.items())
+            return found["up"], found["down"], None
         made: Mapping[str, Any] = dict(
             zip(self.adapter.made, _Made.apply(self.adapter.made, *parameters), strict=True)  # pyright: ignore[reportArgumentType]
         )
-        own = dict(self.trained.items()).get("down", self.frozen_down)
+        own = dict(self.trained.items()).get("down", self.frozen.get("down"))
         return made["up"], made.get("down", own), made.get("gain")
 
 

@@ -22,9 +22,10 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
         device: "cuda" or "cpu".
     """
     largest = max(model.names.weights, key=lambda spec: math.prod(spec.shape))
+    choices = model.allocation.choices
     factors = base_bytes(model) - model.dense.total - sum(block.residual for block in model.blocks)
     items = [
-        *_memory_items(largest.shape, max(model.ranks.values()), model.codec, device),
+        *_memory_items(largest.shape, choices[largest.module].rank, choices[largest.module].codec, device),
         Item("residual", disk=sum(block.residual for block in model.blocks)),
         Item("embeddings, norms, head", disk=model.dense.total),
         Item("factors, there twice while they are collected", disk=2 * factors),

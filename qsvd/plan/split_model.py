@@ -1,15 +1,15 @@
 """A split model before it is made: what is frozen in each block, what is trained, what stays as it was."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from qsvd.numerics.codec import Codec
-from qsvd.plan.model import ModelPlan, build
+from qsvd.plan.allocation import Allocation
+from qsvd.plan.model import ModelPlan, WeightSpec, build
 from qsvd.plan.pages import block_of, page_bytes
 from qsvd.plan.tensors import AdapterTensors, TensorShape, total_bytes
 
@@ -92,15 +92,13 @@ class SplitModelPlan:
     Args:
         skeleton: Of the 16-bit model.
         names: What is split, and all shapes.
-        codec: Of the residuals.
-        ranks: Stored rank by the weight's tensor name.
+        allocation: Codec and stored rank of each weight.
         adapters: By the weight's tensor name.
     """
 
     skeleton: Skeleton
     names: ModelPlan
-    codec: Codec
-    ranks: Mapping[str, int]
+    allocation: Allocation
     adapters: Mapping[str, AdapterTensors]
 
     @property
@@ -116,11 +114,10 @@ class SplitModelPlan:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """In model order."""
-        members: dict[str, list[str]] = {}
-        shapes = {spec.name: spec.shape for spec in self.names.weights}
+        members: dict[str, list[WeightSpec]] = {}
         for spec in self.names.weights:
-            members.setdefault(block_of(spec.module), []).append(spec.name)
-        return tuple(self._block(path, {name: shapes[name] for name in names}) for path, names in members.items())
+            members.setdefault(block_of(spec.module), []).append(spec)
+        return tuple(self._block(path, specs) for path, specs in members.items())
 
     @cached_property
     def dense(self) -> Dense:
@@ -165,11 +162,11 @@ class SplitModelPlan:
         """Bytes that the adapters keep frozen."""
         return sum(block.buffers for block in self.blocks)
 
-    def _block(self, path: str, shapes: Mapping[str, tuple[int, int]]) -> Block:
-        parts = [self.codec.parts(shape) for shape in shapes.values()]
+    def _block(self, path: str, specs: Sequence[WeightSpec]) -> Block:
+        parts = [self.allocation.choices[spec.module].codec.parts(spec.shape) for spec in specs]
         sizes = [size for sizes in parts for size in sizes.values()]
         codes = sum(sizes["codes"] for sizes in parts)
-        adapters = [self.adapters[name] for name in shapes]
+        adapters = [self.adapters[spec.name] for spec in specs]
         return Block(
             path=path,
             codes=codes,

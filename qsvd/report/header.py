@@ -1,7 +1,10 @@
 """What was done to which part of a model: the head of every report."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qsvd.numerics.codec import Codec
+from qsvd.numerics.codecs import spelling
 from qsvd.plan.model import Coverage, LeftTensors
 
 
@@ -9,8 +12,11 @@ from qsvd.plan.model import Coverage, LeftTensors
 class Header:
     """The model, the method as it was asked for, and which part of the model it reached.
 
-    codec, order and end are words of the options (order: what comes first; end: what each iteration ends with); rank
-    is of the factors, iterations the most allowed; 0 iterations stand for parts that were drawn at random, not split.
+    codec, order and end are words of the options (order: what comes first; end: what each iteration ends with);
+    iterations is the most allowed; 0 stands for parts that were drawn at random, not split. rank is the highest of the
+    factors and least_rank the lowest, None where it is the same; residual_bits is what the residuals take for each
+    number of the weights, None where they have one codec that says it. quantizer is the library that loads the residual
+    into transformers.
     """
 
     model: str
@@ -20,24 +26,39 @@ class Header:
     iterations: int
     end: str
     coverage: Coverage
+    least_rank: int | None = None
+    residual_bits: float | None = None
+    quantizer: str = "bitsandbytes"
 
     @property
     def before(self) -> str:
         """The name of the state before in a table: the codec on the weight itself."""
-        return f"{self.codec.upper()} alone"
+        return f"{self.codec.upper()} alone"  # every weight in the codec that its residual is in
+
+    @property
+    def residual(self) -> str:
+        """In words."""
+        if self.residual_bits is None:
+            return f"{self.codec.upper()} residual"
+        return f"{self.codec.upper()} residuals of {self.residual_bits:.3f} bits a weight"
+
+    @property
+    def factors(self) -> str:
+        """In words."""
+        if self.least_rank in (None, self.rank):
+            return f"factors of rank {self.rank}"
+        return f"factors of ranks {self.least_rank} to {self.rank}"
 
     @property
     def method(self) -> str:
         """One line on how the weights were split."""
         if self.iterations == 0:
-            return f"{self.codec.upper()} residual + factors of rank {self.rank}, all drawn at random"
+            return f"{self.residual} + {self.factors}, all drawn at random"
         if self.rank == 0:
-            return f"{self.codec.upper()} without factors (rank 0)"
+            bits = "" if self.residual_bits is None else f" of {self.residual_bits:.3f} bits a weight"
+            return f"{self.codec.upper()}{bits} without factors (rank 0)"
         iterations = "1 iteration" if self.iterations == 1 else f"up to {self.iterations} iterations"
-        return (
-            f"{self.codec.upper()} residual + factors of rank {self.rank}; {self.order} first, {iterations}, "
-            f"ending with {self.end}"
-        )
+        return f"{self.residual} + {self.factors}; {self.order} first, {iterations}, ending with {self.end}"
 
     @property
     def reach(self) -> str:
@@ -54,3 +75,12 @@ def left_line(left: LeftTensors) -> str:
     """How many tensors and elements stay as they were under one pattern."""
     noun = "tensor" if left.count == 1 else "tensors"
     return f"{left.count:,} {noun}, {left.elements:,} elements"
+
+
+def codec_words(codecs: Sequence[Codec]) -> str:
+    """One codec by its name, several by the numbers of their bits: "nf2, nf3 and nf4"."""
+    spellings = {spelling(codec) for codec in codecs}
+    if len(spellings) == 1:
+        return spellings.pop()
+    *names, last = sorted({codec.name for codec in codecs})
+    return f"{', '.join(names)} and {last}" if names else last

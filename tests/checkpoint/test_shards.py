@@ -10,6 +10,7 @@ from qsvd.checkpoint.check import check_complete
 from qsvd.checkpoint.read import open_checkpoint
 from qsvd.checkpoint.shards import plan_shards, sizes_of
 from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.plan.allocation import Choice, uniform
 from qsvd.plan.model import plan_model
 from tests.checkpoints import write_checkpoint
 
@@ -26,8 +27,9 @@ def source(tmp_path_factory):
 def planned(source, most_bytes, *, double_quant=True, rank=4):
     checkpoint = open_checkpoint(str(source))
     plan = check_complete(checkpoint, plan_model(checkpoint.config))
-    shards = plan_shards(checkpoint, plan.weights, NormalFloat4(double_quant=double_quant), most_bytes)
-    return checkpoint, plan, shards, sizes_of(checkpoint, plan.weights, shards, rank, torch.bfloat16)
+    same = uniform(plan.weights, Choice(NormalFloat4(double_quant=double_quant), rank))
+    shards = plan_shards(checkpoint, plan.weights, same, most_bytes)
+    return checkpoint, plan, shards, sizes_of(checkpoint, plan.weights, shards, same, torch.bfloat16)
 
 
 def test_one_file_has_the_plain_name_and_holds_everything(source):

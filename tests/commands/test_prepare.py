@@ -12,7 +12,7 @@ import torch
 import qsvd
 import qsvd.commands.prepare
 from qsvd.commands.failures import DoesNotFit
-from qsvd.commands.prepare import check_disk, check_memory, prepare
+from qsvd.commands.job import check_disk, check_memory, prepare
 from tests.checkpoints import write_checkpoint
 
 
@@ -22,26 +22,26 @@ def options(model, tmp_path):
 
 
 def test_the_identity_is_json_and_comes_back_equal(options):
-    identity = prepare(replace(options, include=("*.q_proj",))).identity
+    identity = prepare(replace(options, include=("*.q_proj",))).source.identity
     assert json.loads(json.dumps(identity)) == identity
 
 
 def test_what_changes_the_bytes_changes_the_identity_and_nothing_else_does(options, tmp_path):
-    identity = prepare(options).identity
+    identity = prepare(options).source.identity
     changes = {"rank": 5, "iterations": 2, "order": "quantize", "end": "quantize", "stop": "never", "svd": "exact"}
     changes |= {"dtype": "float32", "double_quant": False, "include": ("*",), "exclude": ("*.q_proj",)}
     changes |= {"shard_size": "1GB", "seed": 1}
     for name, value in changes.items():
-        assert prepare(replace(options, **{name: value})).identity != identity, name
-    assert prepare(replace(options, out=tmp_path / "elsewhere", device="cpu")).identity == identity
+        assert prepare(replace(options, **{name: value})).source.identity != identity, name
+    assert prepare(replace(options, out=tmp_path / "elsewhere", device="cpu")).source.identity == identity
     moved = shutil.copytree(options.model, tmp_path / "moved")
-    assert prepare(replace(options, model=str(moved))).identity == identity
+    assert prepare(replace(options, model=str(moved))).source.identity == identity
 
 
 def test_another_source_is_another_identity(options, tmp_path):
     write_checkpoint(tmp_path / "wider", vocab_size=97)
     other = replace(options, model=str(tmp_path / "wider"))
-    assert prepare(other).identity != prepare(options).identity
+    assert prepare(other).source.identity != prepare(options).source.identity
 
 
 def test_a_loader_decodes_to_the_dtype_of_most_elements(model, tmp_path):
@@ -51,9 +51,9 @@ def test_a_loader_decodes_to_the_dtype_of_most_elements(model, tmp_path):
         tensors[name] = tensor.float() if "self_attn" in name else tensor.half() if "mlp" in name else tensor
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     options = qsvd.Quantize(str(folder), out=tmp_path / "out", rank=4)
-    assert prepare(options).compute_dtype == torch.float16
-    assert prepare(replace(options, include=("*.self_attn.*", "*.0.mlp.up_proj"))).compute_dtype == torch.float32
-    assert prepare(qsvd.Quantize(str(model), out=tmp_path / "out", rank=4)).compute_dtype == torch.bfloat16
+    assert prepare(options).source.compute_dtype == torch.float16
+    assert prepare(replace(options, include=("*.self_attn.*", "*.0.mlp.up_proj"))).source.compute_dtype == torch.float32
+    assert prepare(qsvd.Quantize(str(model), out=tmp_path / "out", rank=4)).source.compute_dtype == torch.bfloat16
 
 
 def test_heads_that_a_user_may_add_are_skipped_by_a_loader(options):
@@ -94,8 +94,8 @@ def test_the_disk_must_hold_the_largest_moment_to_the_byte(options, monkeypatch,
 
 def test_what_an_earlier_run_wrote_need_not_fit_again(options, monkeypatch):
     job = prepare(options)
-    (job.out / "unfinished").mkdir(parents=True)
-    (job.out / "unfinished" / "00000.residual").write_bytes(bytes(1000))
+    (job.source.out / "unfinished").mkdir(parents=True)
+    (job.source.out / "unfinished" / "00000.residual").write_bytes(bytes(1000))
     give_disk(monkeypatch, job.sizes.disk - 1000)
     check_disk(job)
     give_disk(monkeypatch, job.sizes.disk - 1001)
@@ -111,7 +111,7 @@ def test_the_disk_is_that_of_the_nearest_folder_that_exists(options, tmp_path, m
 
 def test_a_tilde_is_the_home_folder(options, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert prepare(replace(options, out=Path("~/result"))).out == tmp_path / "result"
+    assert prepare(replace(options, out=Path("~/result"))).source.out == tmp_path / "result"
 
 
 def give_disk(monkeypatch, free):

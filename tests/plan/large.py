@@ -9,6 +9,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.planned import planned
 from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.plan.activations import Batch
+from qsvd.plan.allocation import Choice, uniform
 from qsvd.plan.model import plan_model
 from qsvd.plan.split_model import skeleton
 from qsvd.plan.training import Training
@@ -35,8 +36,8 @@ def parts():
 def llama_70b(rank, *, dtype="bfloat16", double_quant=True):
     """At a rank, with PiSSA."""
     names, empty = parts()
-    ranks = {spec.name: rank for spec in names.weights}
-    return planned(empty, names, NormalFloat4(double_quant=double_quant), ranks, options=AdapterOptions(dtype=dtype))
+    same = uniform(names.weights, Choice(NormalFloat4(double_quant=double_quant), rank))
+    return planned(empty, names, same, options=AdapterOptions(dtype=dtype))
 
 
 def training(

@@ -36,7 +36,7 @@ def test_a_layer_of_several_bands_has_the_peaks_of_its_twin(dtype, double_quant)
     real = peaks(SplitLinear(residual, adapter, None), torch.randn(TOKENS, SHAPE[1], dtype=dtype), Tracker())
     live = LiveBytes()
     tensors = METHODS["pissa"].tensors(SHAPE, RANK, RANK, torch.float32, torch.bfloat16)
-    twin = LinearTwin(Decoding(SHAPE, codec, double_quant, "cpu", live), tensors, None)
+    twin = LinearTwin(Decoding(SHAPE, codec, "cpu", live), tensors, None)
     planned = peaks(twin, torch.empty(TOKENS, SHAPE[1], dtype=dtype, device="meta"), live)
     assert planned == pytest.approx(real, rel=NEAR)
     assert real[0] > 2**21 * dtype.itemsize

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.plan.memory import Limits
 from qsvd.plan.pages import Placement, page_bytes
 from qsvd.plan.placement import Wish, can_fit, place, place_serving
@@ -51,7 +52,7 @@ def test_the_host_holds_the_pages_of_the_blocks_that_visit():
     found = placed(24)
     visitors = 80 - found.placement.resident
     shapes = [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)]
-    page = page_bytes(size for shape in shapes for size in llama_70b(64).codec.parts(shape).values())
+    page = page_bytes(size for shape in shapes for size in NormalFloat4(double_quant=True).parts(shape).values())
     assert found.memory["pages"].host == visitors * page
     assert found.memory["page slots"].gpu == 3 * page
 

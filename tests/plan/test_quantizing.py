@@ -9,6 +9,7 @@ from qsvd.adapters.planned import planned
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.measure import measure
 from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.plan.allocation import Choice, uniform
 from qsvd.plan.memory import Limits
 from qsvd.plan.model import plan_model
 from qsvd.plan.quantizing import plan_quantizing
@@ -34,8 +35,8 @@ def test_splitting_the_largest_weight_takes_what_is_planned(rank):
         hidden_size=1280, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=8, vocab_size=96
     )
     names = plan_model(config)
-    ranks = {spec.name: rank for spec in names.weights}
-    model = planned(skeleton(config, torch.bfloat16), names, CODEC, ranks, options=AdapterOptions())
+    same = uniform(names.weights, Choice(CODEC, rank))
+    model = planned(skeleton(config, torch.bfloat16), names, same, options=AdapterOptions())
     plan = plan_quantizing(model, "cpu", Limits())
     read = plan["weights that are read"].host
     assert plan.total("host") - read - plan["reserve"].host == pytest.approx(

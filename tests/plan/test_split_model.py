@@ -8,6 +8,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.planned import planned
 from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.plan.activations import Batch, run_blocks
+from qsvd.plan.allocation import Choice, uniform
 from qsvd.plan.memory import Limits
 from qsvd.plan.model import plan_model, unsplittable
 from qsvd.plan.pages import EVERYTHING
@@ -44,10 +45,8 @@ def config_of(name):
 def planned_family(name, rank=4):
     config = config_of(name)
     names = plan_model(config, exclude=unsplittable(config))
-    ranks = {spec.name: rank for spec in names.weights}
-    return planned(
-        skeleton(config, torch.bfloat16), names, NormalFloat4(double_quant=False), ranks, options=AdapterOptions()
-    )
+    same = uniform(names.weights, Choice(NormalFloat4(double_quant=False), rank))
+    return planned(skeleton(config, torch.bfloat16), names, same, options=AdapterOptions())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,9 +108,8 @@ def test_a_block_that_cannot_be_run_is_refused():
     kind, options = GEMMAS["Qwen3MoeForCausalLM"]
     config = getattr(transformers, kind)(**(options | {"num_experts_per_tok": 8}))  # of 4
     names = plan_model(config, exclude=unsplittable(config))
-    ranks = {spec.name: 4 for spec in names.weights}
-    codec = NormalFloat4(double_quant=True)
-    model = planned(skeleton(config, torch.bfloat16), names, codec, ranks, options=AdapterOptions())
+    same = uniform(names.weights, Choice(NormalFloat4(double_quant=True), 4))
+    model = planned(skeleton(config, torch.bfloat16), names, same, options=AdapterOptions())
     with pytest.raises(ValueError, match=r"model\.layers\.0 of Qwen3MoeForCausalLM cannot be run on its own"):
         run_blocks(model, Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"))
 
@@ -125,14 +123,9 @@ def test_the_optimizer_must_be_known():
 def test_methods_that_train_components_need_some():
     config = config_of("LlamaForCausalLM")
     names = plan_model(config)
+    plain = uniform(names.weights, Choice(NormalFloat4(double_quant=True), 0))
     with pytest.raises(ValueError, match="edora trains stored principal components, and rank 0 stores none"):
-        planned(
-            skeleton(config, torch.float32),
-            names,
-            NormalFloat4(double_quant=True),
-            {spec.name: 0 for spec in names.weights},
-            options=AdapterOptions("edora"),
-        )
+        planned(skeleton(config, torch.float32), names, plain, options=AdapterOptions("edora"))
 
 
 @pytest.mark.parametrize(("name", "may_move"), [("LlamaForCausalLM", True), ("GemmaForCausalLM", False)])

@@ -25,7 +25,7 @@ from qsvd.checkpoint.read_split import open_split
 from qsvd.checkpoint.write import MANIFEST
 from qsvd.cli import run
 from qsvd.commands.demo import MODEL
-from qsvd.commands.prepare import prepare
+from qsvd.commands.job import prepare
 from qsvd.commands.quantize import execute
 from tests.checkpoints import tiny_config
 from tests.commands.folders import files_of, tensors_of
@@ -132,7 +132,7 @@ def test_a_stopped_split_of_what_is_drawn_goes_on(tmp_path):
     for _ in range(9):
         next(steps)
     steps.close()
-    resumed = [weight.is_new for weight in execute(prepare(stopped.options, drawn_model().source))]
+    resumed = [weight.is_new for weight in execute(prepare(stopped.source.options, drawn_model().source))]
     assert resumed == [False] * 9 + [True] * 12
     assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "whole")
 
