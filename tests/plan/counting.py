@@ -11,19 +11,26 @@ from qsvd.adapters.page_store import HostStore
 from qsvd.commands.demo import MODEL
 from qsvd.train.hooks import Hooks
 from tests.checkpoints import write_checkpoint
+from tests.mixed import modules_of, write_table
 from tests.runs import settings, trainer
 
 VOCABULARY = 4096  # of the embedded model's tokenizer
 
 
-def llama_base(folder, rank, *, double_quant=True, **shape):
-    """A split random Llama with the embedded model's tokenizer; made if it is not there."""
+def llama_base(folder, rank, *, double_quant=True, ranks=(), **shape):
+    """A split random Llama with the embedded model's tokenizer; made if it is not there.
+
+    ranks, where given, and all codecs take turns over the weights.
+    """
     source, out = folder / "source", folder / "out"
     if not (out / "qsvd.json").exists():
         write_checkpoint(source, **({"vocab_size": VOCABULARY} | shape))
         for path in MODEL.glob("tokenizer*.json"):
             shutil.copyfile(path, source / path.name)
         options = {"out": out, "rank": rank, "iterations": 1, "device": "cpu", "double_quant": double_quant}
+        if ranks:
+            options["allocation"] = folder / "table.txt"
+            write_table(folder / "table.txt", modules_of(source), ranks=ranks)
         qsvd.quantize(qsvd.Quantize(str(source), **options))
     return out
 

@@ -56,6 +56,9 @@ CASES = {
     "odd sizes, lora, bfloat16 in 8 bits, half of six blocks wait in memory": Case(
         "odd", AdapterOptions("lora", rank=40, dtype="bfloat16"), "adamw_8bit", Placement(3, "host")
     ),
+    "mixed bits and ranks, pissa, two of six blocks stay": Case(
+        "mixed", AdapterOptions("pissa"), "adamw", Placement(2, "host")
+    ),
 }
 
 
@@ -68,6 +71,8 @@ def bases(tmp_path_factory):
         folder = home / name.replace(" ", "-")
         if name == "wide":
             return llama_base(folder, 8, double_quant=False, **WIDE)
+        if name == "mixed":
+            return llama_base(folder, 4, ranks=(16, 0, 5), **ODD)
         if name == "odd":
             return llama_base(folder, 4, **ODD)
         return language_base(folder, rank=int(name.removeprefix("embedded ")))
