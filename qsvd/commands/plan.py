@@ -46,20 +46,20 @@ def answer(job: PlanJob) -> Answer:
     time = quantize_time(model, ITERATIONS, job.speed)
     quantize = QuantizeAnswer(plan_quantizing(model, job.training.batch.device, job.limits), time)
     return Answer(
-        quantize=quantize if task == "quantize" or (task == "all" and not job.is_split) else None,
+        quantize=quantize if task == "quantize" or (task == "all" and not job.source.is_split) else None,
         train=_training(job, model) if task in ("all", "train") else None,
         serve=_serving(job, model) if task == "serve" or (task == "all" and model.generates) else None,
         cells=_explored(job) if job.options.explore else (),
         blocks=len(model.blocks),
         speed=job.speed,
         what=_what(job),
-        notes=job.notes,
+        notes=job.source.notes,
     )
 
 
 def _what(job: PlanJob) -> str:
     batch, accumulate = job.training.batch, job.training.accumulate
-    return f"rank {job.rank}, {batch.tokens:,} tokens, {batch.batch} x {accumulate} sequences a step"
+    return f"rank {job.source.rank}, {batch.tokens:,} tokens, {batch.batch} x {accumulate} sequences a step"
 
 
 def _serving(job: PlanJob, model: SplitModelPlan) -> ServeAnswer:
@@ -72,10 +72,14 @@ def _training(job: PlanJob, model: SplitModelPlan) -> TrainAnswer:
     placed = place(model, job.training, limits, wish)
     reach = Reach(
         tokens=longest(model, job.training, limits, wish, job.context),
-        rank=highest(job.make, job.training, limits, wish, job.most_rank),
+        rank=highest(job.source.make, job.training, limits, wish, job.source.most_rank),
     )
     step = step_time(model, job.training, placed.placement, job.speed)
-    changes = _faster(job, step) if placed.memory.fits else advice(job.make, job.rank, job.training, limits, reach)
+    changes = (
+        _faster(job, step)
+        if placed.memory.fits
+        else advice(job.source.make, job.source.rank, job.training, limits, reach)
+    )
     return TrainAnswer(placed, reach, changes, step)
 
 
@@ -88,6 +92,8 @@ def _faster(job: PlanJob, step: StepTime) -> tuple[str, ...]:
 
 
 def _explored(job: PlanJob) -> tuple[Cell, ...]:
-    ranks = [rank for rank in RANKS if rank <= job.most_rank] or [job.most_rank]
+    ranks = [rank for rank in RANKS if rank <= job.source.most_rank] or [job.source.most_rank]
+    if job.source.is_fixed:
+        ranks = [job.source.rank]
     lengths = [length for length in LENGTHS if length <= job.context] or [job.context]
-    return explore(job.make, job.training, job.limits.host, ranks, lengths, CARDS)
+    return explore(job.source.make, job.training, job.limits.host, ranks, lengths, CARDS)

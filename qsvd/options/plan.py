@@ -1,6 +1,7 @@
 """Flags of qsvd plan."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -48,6 +49,12 @@ class Plan:
         bool, arg(help="All batches of a step go through a block before the next block: weights move once for all.")
     ] = False
     double_quant: Annotated[bool, arg(help="Scales in 8 bits: 4.13 bits a weight in all instead of 4.5.")] = True
+    budget: Annotated[
+        str | None, arg(metavar="SIZE", help="For residuals and components of rank --rank: 2.75bits, 20GB. None: NF4.")
+    ] = None
+    allocation: Annotated[
+        Path | None, arg(metavar="FILE", help="Codec and rank of every weight, as qsvd allocate writes them.")
+    ] = None
     explore: Annotated[bool, arg(help="A table of what fits: rank by sequence by card.")] = False
     tflops: Annotated[
         float | None,

@@ -9,8 +9,10 @@ from transformers import AutoConfig
 
 from qsvd.cli import parse, run
 from qsvd.commands.prepare_plan import prepare_plan
+from qsvd.plan.model import plan_model
 from qsvd.plan.reach import Cell
 from tests.checkpoints import write_checkpoint
+from tests.mixed import modules_of, write_table
 from tests.plan.large import CONFIG
 from tests.runs import language_base
 
@@ -210,4 +212,49 @@ def test_what_is_not_given_has_no_limit(large):
     job = prepare_plan(parse(["plan", str(large)]))
     assert job.limits.gpu is None or job.limits.gpu > 0
     assert job.training.optimizer == "paged_adamw_8bit"
-    assert (job.rank, job.most_rank, job.context) == (64, 1024, 8192)
+    assert (job.source.rank, job.source.most_rank, job.context) == (64, 1024, 8192)
+
+
+def test_a_budget_is_planned_to_the_byte_that_it_allows(capsys, large):
+    words = ("--budget", "2.75bits", "--rank", 64, "--gpu", "24GB", "--host", "64GB", "--tokens", 4096)
+    _, found = planned(capsys, large, *words, "--adapter-dtype", "bfloat16")
+    disk = {item["name"]: item["disk"] for item in found["quantize"]["items"]}
+    elements = 80 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
+    stored = disk["residual"] + disk["factors, there twice while they are collected"] / 2
+    assert 2.74 < 8 * stored / elements <= 2.7501, "level tables of nested scales, 1 kB a weight, are there beside them"
+    assert found["train"]["fits"]
+    assert found["train"]["placement"]["resident"] > 20
+
+
+def test_a_table_says_the_ranks(capsys, tmp_path):
+    write_checkpoint(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    chosen = write_table(tmp_path / "table.txt", modules_of(tmp_path / "model"), ranks=(3, 0, 7))
+    words = (tmp_path / "model", "--allocation", tmp_path / "table.txt", "--tokens", 16, "--for", "train")
+    _, found = planned(capsys, *words)
+    shapes = {spec.module: spec.shape for spec in plan_model(AutoConfig.from_pretrained(tmp_path / "model")).weights}
+    numbers = sum(rank * sum(shapes[module]) for module, (_, rank) in chosen.items())
+    items = {item["name"]: item["gpu"] for item in found["train"]["items"]}
+    assert items["trained parameters"] == 4 * numbers
+    assert run(["plan", *map(str, words), "--rank", "3"]) == 2
+    assert "--rank 3 is not 7, which the table says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--budget", "2.5bits", "--allocation", "x"], "one of them says how many bits a weight gets; leave one out"),
+        (["--budget", "2.2bits", "--rank", "64"], "--rank 64 is above 53, the highest that --budget 2.2bits holds"),
+        (["--budget", "1bits"], "--budget 1bits is too small"),
+        (["--budget", "17bits"], "above 16 bits"),
+        (["--budget", "20 apples"], "is no budget"),
+        (["--allocation", "nowhere.txt"], "--allocation nowhere.txt cannot be read"),
+    ],
+)
+def test_budgets_and_tables_that_cannot_be_used_are_refused(capsys, large, words, sentence):
+    assert run(["plan", str(large), *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_what_is_split_already_takes_no_budget(capsys, split):
+    assert run(["plan", str(split), "--budget", "3bits"]) == 2
+    assert "is split already" in capsys.readouterr().err
