@@ -15,11 +15,11 @@ from qsvd.numerics.normal_float_bits import BLOCK_SIZES, NESTED_BLOCKS, Nesting,
 from qsvd.numerics.packing import WIDTHS
 
 SCALES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FAMILY = re.compile(r"nf(\d+)-(\d+)-(?:(fp32|fp16|bf16)|(\d+)x(\d+))")
+FAMILY = re.compile(r"nf(\d+)-(\d+)-(?:(fp32|fp16|bf16)|(\d+)x(\d+))(-fit)?")
 ALLOWED = (
     f"nf4 or nf4+dq (bitsandbytes'), or nf<bits>-<block>-<scales> with {', '.join(map(str, WIDTHS))} bits, blocks of "
     f"{', '.join(map(str, BLOCK_SIZES))}, and scales fp32, fp16, bf16 or <bits>x<block> with blocks of "
-    f"{', '.join(map(str, NESTED_BLOCKS))}, such as nf3-64-8x256"
+    f"{', '.join(map(str, NESTED_BLOCKS))}, and -fit after it for fitted scales, such as nf3-64-8x256-fit"
 )
 
 
@@ -35,10 +35,10 @@ def codec_named(name: str) -> Codec:
     found = FAMILY.fullmatch(name)
     if found is None:
         raise ValueError(f"codec {name!r} is none of {ALLOWED}")
-    bits, block_size, dtype, scale_bits, scale_block = found.groups()
+    bits, block_size, dtype, scale_bits, scale_block, fit = found.groups()
     try:
         scales = SCALES[dtype] if dtype else Nesting(int(scale_bits), int(scale_block))
-        return NormalFloat(bits=int(bits), block_size=int(block_size), scales=scales)
+        return NormalFloat(bits=int(bits), block_size=int(block_size), scales=scales, fit=bool(fit))
     except ValueError as error:
         raise ValueError(f"codec {name!r}: {error}; a codec is {ALLOWED}") from error
 
@@ -55,7 +55,7 @@ def spelling(codec: Codec) -> str:
         return "nf4+dq" if codec.double_quant else "nf4"
     assert isinstance(codec, NormalFloat), "the two kinds that there are"
     nesting = codec.nesting
-    if nesting is not None:
-        return f"{codec.name}-{codec.block_size}-{nesting.bits}x{nesting.block_size}"
     scales = next(name for name, dtype in SCALES.items() if dtype == codec.scale_dtype)
-    return f"{codec.name}-{codec.block_size}-{scales}"
+    if nesting is not None:
+        scales = f"{nesting.bits}x{nesting.block_size}"
+    return f"{codec.name}-{codec.block_size}-{scales}{'-fit' if codec.fit else ''}"

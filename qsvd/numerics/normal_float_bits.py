@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from qsvd.numerics import codebook
 from qsvd.numerics.codec import BYTE_LEVELS, Codec, NestedScales, PackedBlocks
 from qsvd.numerics.packing import WIDTHS, pack, packed_bytes
+from qsvd.numerics.scale_fit import fitted
 
 BLOCK_SIZES = (16, 32, 64, 128)
 NESTED_BLOCKS = (16, 64, 256)
@@ -59,18 +60,23 @@ class NormalFloat(Codec):
         bits: Of a code: 2, 3, 4 or 8.
         block_size: Elements that share a scale: 16, 32, 64 or 128.
         scales: float32, float16 or bfloat16, or quantized again. Codes are chosen for the scales as they are stored.
+        fit: Choose the scales for the least error (scale_fit.py); else each is the largest magnitude of its block, as
+            the papers have it. A decoder does not see the difference.
 
     Raises:
         ValueError: one of them is something else.
     """
 
-    def __init__(self, *, bits: int, block_size: int = 64, scales: torch.dtype | Nesting = torch.float32):
+    def __init__(
+        self, *, bits: int, block_size: int = 64, scales: torch.dtype | Nesting = torch.float32, fit: bool = False
+    ):
         _check("codes have", bits, WIDTHS, "bits")
         _check("blocks have", block_size, BLOCK_SIZES, "elements")
         if not isinstance(scales, Nesting) and scales not in SCALE_DTYPES:
             raise ValueError(f"scales are float32, float16, bfloat16 or a Nesting, not {scales}")
         self.name = f"nf{bits}"
         self.bits = bits
+        self.fit = fit
         self.block_size = block_size
         self.nesting = scales if isinstance(scales, Nesting) else None
         self.scale_dtype = torch.float32 if isinstance(scales, Nesting) else scales
@@ -94,7 +100,7 @@ class NormalFloat(Codec):
         largest_B = self._largest(flat_N)
         if not torch.isfinite(largest_B).all():
             raise ValueError(f"{self.name} cannot encode a matrix that holds a NaN or an infinity")
-        scales = self._stored(largest_B)
+        scales = self._stored(self._fitted(flat_N, largest_B) if self.fit else largest_B)
         codes = self._codes(flat_N, _plain(scales))
         return PackedBlocks(codes, scales, (matrix_OI.shape[0], matrix_OI.shape[1]), self)
 
@@ -138,17 +144,25 @@ class NormalFloat(Codec):
             torch.amax(flat_N[run].float().view(len(largest), -1).abs(), dim=1, out=largest)
         return largest_B
 
-    def _stored(self, largest_B: Tensor) -> Tensor | NestedScales:
+    def _fitted(self, flat_N: Tensor, largest_B: Tensor) -> Tensor:
+        """The scale of each block that leaves the least error of those that are tried, float32 [B]."""
+        scales_B = torch.empty_like(largest_B)
+        for run, blocks, _ in self._runs(flat_N):
+            largest = largest_B[blocks]
+            scales_B[blocks] = fitted(flat_N[run].float().view(len(largest), -1), largest, self.bits)
+        return scales_B
+
+    def _stored(self, scales_B: Tensor) -> Tensor | NestedScales:
         if self.nesting is not None:
-            return _nest(largest_B, self.nesting)
-        scales_B = largest_B.to(self.scale_dtype)
-        if not torch.isfinite(scales_B).all():
+            return _nest(scales_B, self.nesting)
+        stored_B = scales_B.to(self.scale_dtype)
+        if not torch.isfinite(stored_B).all():
             most = torch.finfo(self.scale_dtype).max
             raise ValueError(
-                f"a scale of {float(largest_B.max()):.4g} is above {most:.4g}, the largest {self.scale_dtype}; "
+                f"a scale of {float(scales_B.max()):.4g} is above {most:.4g}, the largest {self.scale_dtype}; "
                 "float32 scales hold it"
             )
-        return scales_B
+        return stored_B
 
     def _codes(self, flat_N: Tensor, scales_B: Tensor) -> Tensor:
         codes = torch.empty(packed_bytes(flat_N.numel(), self.bits), dtype=torch.uint8, device=flat_N.device)
