@@ -7,10 +7,14 @@
     qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat4(double_quant=True), rank=64))  # one matrix
     qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat(bits=3, block_size=32), rank=16))  # in 2, 3, 4 or 8 bits
 
-torch and what stands on it are imported when a name is first used, so that `import qsvd` is fast.
+After `import qsvd`, transformers' own from_pretrained opens a result of mixed bits too. To say so takes transformers
+and its seconds; qsvd's own command line registers only where it loads a model. The names above are imported when they
+are first used.
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,3 +64,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qsvd' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def _is_own_command_line() -> bool:
+    """Whether this process is `qsvd` or `python -m qsvd`, whose argv[0] is "-m" while the package is imported."""
+    program = "".join(sys.argv[:1])
+    return program == "-m" or Path(program).name == "qsvd"
+
+
+if not _is_own_command_line():
+    import_module("qsvd.adapters.quantizer").register()

@@ -17,11 +17,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from qsvd.commands.failures import DoesNotFit, Interrupted
-from qsvd.options import Demo, Eval, Export, Plan, Quantize, Report, Train
+from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
 from qsvd.train.failures import TrainingStopped
 
 COMMANDS = {
     "plan": Plan,
+    "allocate": Allocate,
+    "calibrate": Calibrate,
     "quantize": Quantize,
     "train": Train,
     "eval": Eval,

@@ -26,8 +26,9 @@ from qsvd.checkpoint.read import Checkpoint, other_files
 from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, write_stream
 from qsvd.checkpoint.write import OutputFolder
 from qsvd.commands.finish import finish
-from qsvd.commands.job import Job, check_disk, prepare
+from qsvd.commands.job import Job, check_disk
 from qsvd.commands.quantize import copied
+from qsvd.commands.settle import prepare
 from qsvd.decompose.split import Split
 from qsvd.numerics.codec import PackedBlocks
 from qsvd.options import Quantize

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.paging import PagedResidual
-from qsvd.numerics.codec import BAND, PackedBlocks, from_bytes
+from qsvd.adapters.product import times, times_transposed
+from qsvd.numerics.codec import PackedBlocks, from_bytes
 
 
 class SplitLinear(nn.Module):
@@ -71,25 +72,6 @@ def _scaled(y_TO: Tensor, gain_O: Tensor) -> Tensor:
     return torch.mul(y_TO, gain_O, out=torch.empty_like(y_TO))
 
 
-def _times_transposed(x_TI: Tensor, residual: PackedBlocks) -> Tensor:
-    """x Q^T, with no more of Q decoded than a band of rows."""
-    y_TO = x_TI.new_empty(len(x_TI), residual.shape[0])
-    for rows, band in residual.in_rows(BAND[x_TI.device.type]):
-        torch.mm(x_TI, band.decode(dtype=x_TI.dtype).T, out=y_TO[:, rows])
-    return y_TO
-
-
-def _times(y_TO: Tensor, residual: PackedBlocks) -> Tensor:
-    """y Q, in bands of rows; in 16 bits all of Q at once, since sums of bands would be rounded one by one."""
-    if y_TO.dtype.itemsize < 4:
-        return y_TO @ residual.decode(dtype=y_TO.dtype)
-    x_TI = y_TO.new_empty(len(y_TO), residual.shape[1])
-    for rows, band in residual.in_rows(BAND[y_TO.device.type]):
-        band_RI = band.decode(dtype=y_TO.dtype)
-        torch.addmm(x_TI, y_TO[:, rows], band_RI, beta=1 if rows.start else 0, out=x_TI)  # 0: x is not read
-    return x_TI
-
-
 class _Product(Function):
     """gain * (x Q^T + (x A^T) B^T) + bias, with Q asked for and decoded again for the gradient.
 
@@ -108,7 +90,7 @@ class _Product(Function):
         linear: SplitLinear,
     ) -> Tensor:
         hidden_TK = x_TI @ down_KI.to(x_TI.dtype).T
-        y_TO = _times_transposed(x_TI, linear.residual)
+        y_TO = times_transposed(x_TI, linear.residual)
         y_TO.addmm_(hidden_TK, up_OK.to(x_TI.dtype).T)
         ctx.linear = linear
         ctx.save_for_backward(x_TI, hidden_TK, up_OK, down_KI, gain_O, None if gain_O is None else y_TO)
@@ -132,6 +114,6 @@ class _Product(Function):
         d_down_KI = (dh_TK.T @ x_TI).to(down_KI.dtype) if needs_down and dh_TK is not None else None
         dx_TI = None
         if needs_x and dh_TK is not None:
-            dx_TI = _times(dy_TO, ctx.linear.residual)
+            dx_TI = times(dy_TO, ctx.linear.residual)
             dx_TI.addmm_(dh_TK, down_KI.to(dy_TO.dtype))
         return dx_TI, d_up_OK, d_down_KI, d_gain_O, None, None

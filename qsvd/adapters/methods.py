@@ -16,8 +16,8 @@ METHODS: dict[str, type[Adapter]] = {
 
 
 def default_method(ranks: Iterable[int]) -> str:
-    """The method for a base with these stored ranks: pissa, or lora where nothing is stored."""
-    return "pissa" if any(ranks) else "lora"
+    """The method for a base with these stored ranks: pissa, or lora where a weight stores nothing."""
+    return "pissa" if all(ranks) else "lora"
 
 
 def kind_of(method: str, stored_rank: int, ranks: Iterable[int]) -> type[Adapter]:

@@ -11,15 +11,13 @@ from qsvd.checkpoint.peft_folder import adapter_settings
 from qsvd.checkpoint.tensor_file import read_header
 from qsvd.checkpoint.whole_file import whole_file, write_text
 from qsvd.checkpoint.write import MANIFEST, OutputFolder, to_json
-from qsvd.commands.job import Job
+from qsvd.commands.job import ALLOCATION, Job
 from qsvd.numerics.codecs import spelling
-from qsvd.plan.allocation import to_text
 from qsvd.report.markdown import to_markdown
 from qsvd.report.readme import readme
 from qsvd.report.record import from_record, to_record
 
 FORMAT = 1
-ALLOCATION = "allocation.txt"
 LIBRARIES = ("qsvd", "torch", "bitsandbytes", "transformers", "peft", "safetensors")
 TASKS = {  # PEFT's task_type; for classifiers none, since PEFT would look for a head among the factors
     "ForCausalLM": "CAUSAL_LM",
@@ -45,9 +43,8 @@ def finish(job: Job, folder: OutputFolder) -> None:
             file.write(source.read_bytes())
     write_text(job.source.out / "errors.jsonl", "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
     write_text(job.source.out / "report.md", to_markdown(job.header, errors) if errors else _unmeasured(job))
-    if job.source.table is not None:
-        text = to_text(job.allocation, job.source.plan.weights, job.source.recipe.dtype.itemsize)
-        write_text(job.source.out / ALLOCATION, text)
+    if job.text is not None:
+        write_text(job.source.out / ALLOCATION, job.text)
     write_text(job.source.out / "README.md", readme(job.header, str(job.source.out), job.source.plan.architecture))
     write_text(job.source.out / MANIFEST, to_json(_manifest(job, digests, base)))
     folder.close()

@@ -5,14 +5,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from qsvd.checkpoint.read import Checkpoint
 from qsvd.checkpoint.shards import Shard, Sizes, plan_shards, sizes_of
 from qsvd.checkpoint.write import MANIFEST
 from qsvd.commands.failures import DoesNotFit
 from qsvd.commands.place_run import machine
-from qsvd.commands.prepare import Source, prepare_source
+from qsvd.commands.prepare import Source, Table
 from qsvd.decompose.alternate import Recipe
-from qsvd.options import Quantize
 from qsvd.plan.allocation import Allocation, Choice, residual_bits, uniform
 from qsvd.plan.listing import listing
 from qsvd.plan.model import ModelPlan, coverage
@@ -20,6 +18,7 @@ from qsvd.plan.quantizing import plan_splitting
 from qsvd.report.header import Header, codec_words
 from qsvd.report.planning import lack
 
+ALLOCATION = "allocation.txt"  # in the folder of the result
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")  # trained anew on a split base, so never 4-bit
 
 
@@ -28,12 +27,14 @@ class Job:
     """A request with an allocation.
 
     Args:
+        text: Of the table that says the allocation.
         recipes: By the path of the module.
         skipped: What transformers must not make 4-bit, where it is bitsandbytes that does.
     """
 
     source: Source
     allocation: Allocation
+    text: str | None
     recipes: Mapping[str, Recipe]
     shards: tuple[Shard, ...]
     sizes: Sizes
@@ -60,24 +61,23 @@ class Job:
         )
 
 
-def prepare(options: Quantize, checkpoint: Checkpoint | None = None) -> Job:
-    """A job that is settled before a weight is read; a ValueError as from `prepare_source`."""
-    source = prepare_source(options, checkpoint)
-    choice = Choice(source.recipe.codec, source.recipe.rank)
-    return job_of(source, source.table or uniform(source.plan.weights, choice))
+def job_of(source: Source, table: Table | None) -> Job:
+    """The job of a request.
 
-
-def job_of(source: Source, allocation: Allocation) -> Job:
-    """The job of a request and what every weight gets.
+    Args:
+        table: What every weight gets; None is the codec and the rank of the request.
 
     Raises:
         ValueError: transformers could not tell the weights that are split from others.
     """
+    choice = Choice(source.recipe.codec, source.recipe.rank)
+    allocation = table.allocation if table else uniform(source.plan.weights, choice)
     checkpoint, weights, dtype = source.checkpoint, source.plan.weights, source.recipe.dtype
     shards = plan_shards(checkpoint, weights, allocation, source.shard_bytes)
     return Job(
         source=source,
         allocation=allocation,
+        text=table.text if table else None,
         recipes={
             module: replace(source.recipe, codec=choice.codec, rank=choice.rank)
             for module, choice in allocation.choices.items()

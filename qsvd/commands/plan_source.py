@@ -15,7 +15,7 @@ from qsvd.checkpoint.hub import download_config
 from qsvd.checkpoint.read import read_config
 from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.checkpoint.write import MANIFEST
-from qsvd.commands.prepare import read_allocation
+from qsvd.commands.prepare import read_table
 from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.options import Plan
 from qsvd.plan.allocation import Allocation, Choice, uniform
@@ -124,7 +124,7 @@ def _allocation_of(options: Plan, weights: Sequence[WeightSpec]) -> Callable[[in
     if options.allocation is not None:
         if options.budget is not None:
             raise ValueError("--budget and --allocation: one of them says how many bits a weight gets; leave one out")
-        table = read_allocation(options.allocation, weights)
+        table = read_table(options.allocation, weights).allocation
         return lambda _: table
     budget = options.budget
     if budget is not None:

@@ -21,9 +21,12 @@ from qsvd.checkpoint.write import UNFINISHED, OutputFolder
 from qsvd.commands.dry_run import show_plan
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.finish import finish
-from qsvd.commands.job import Job, check_disk, check_memory, prepare
+from qsvd.commands.job import Job, check_disk, check_memory, job_of
+from qsvd.commands.prepare import Source, prepare_source
 from qsvd.commands.report import show_report
+from qsvd.commands.settle import prepare, settled
 from qsvd.commands.watch import Standing, StopRequest, watching
+from qsvd.commands.watch_measuring import Progressed, watching_measuring
 from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.measure import WeightError, measure
 from qsvd.options import Quantize
@@ -90,7 +93,7 @@ def _split(job: Job, folder: OutputFolder, number: int, weight_OI: Tensor) -> No
     seed = _seed(source.options.seed, spec)
     try:
         weight_OI = weight_OI.to(source.device)
-        split = split_weight(weight_OI, job.recipes[spec.module], seed=seed)
+        split = split_weight(weight_OI, job.recipes[spec.module], seed=seed, objective=source.objective(spec.module))
         measured = measure(weight_OI, split, name=spec.module, role=spec.role, seed=seed)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
@@ -129,33 +132,54 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
     Raises:
         Interrupted: after Ctrl-C; the weights that are finished are kept.
     """
-    job = prepare(options, checkpoint)
+    source = prepare_source(options, checkpoint)
     if options.dry_run:
+        job = job_of(source, source.table)
         check_disk(job)
         show_plan(job)
         return
     finished: list[Finished] = []
-    with StopRequest("weight") as stop, watching() as show, _said_what_stays(job):
-        for weight in execute(job):
-            finished.append(weight)
-            show(_standing(job, finished))
-            if stop.made:
-                raise Interrupted(f"interrupted; finished weights are kept, the same command goes on in {options.out}")
+    with StopRequest("weight") as stop, _said_what_stays(source.out):
+        job = _settled(source, stop)
+        with watching() as show:
+            for weight in execute(job):
+                finished.append(weight)
+                show(_standing(job, finished))
+                if stop.made:
+                    raise _interrupted("finished", source)
     if not any(weight.is_new for weight in finished):
         print(f"{job.source.out} was complete already", file=sys.stderr)
     show_report(job.source.out, worst=5)
     print(f"\n{job.source.out}")
 
 
+def _settled(source: Source, stop: StopRequest) -> Job:
+    """The job; with a budget, measuring is shown and can be stopped."""
+    if source.options.budget is None:
+        return job_of(source, source.table)
+    with watching_measuring() as show:
+
+        def show_or_stop(done: Progressed) -> None:
+            show(done)
+            if stop.made:
+                raise _interrupted("measured", source)
+
+        return settled(source, show_or_stop)
+
+
+def _interrupted(which: str, source: Source) -> Interrupted:
+    return Interrupted(f"interrupted; {which} weights are kept, the same command goes on in {source.out}")
+
+
 @contextmanager
-def _said_what_stays(job: Job) -> Iterator[None]:
+def _said_what_stays(out: Path) -> Iterator[None]:
     """Add to an error of the disk that nothing is lost, where that is so."""
     try:
         yield
     except OSError as error:
-        if not (job.source.out / UNFINISHED).is_dir():
+        if not (out / UNFINISHED).is_dir():
             raise
-        reason = f"{error.strerror}; finished weights are kept, the same command goes on in {job.source.out}"
+        reason = f"{error.strerror}; finished weights are kept, the same command goes on in {out}"
         raise OSError(error.errno, reason, error.filename) from error
 
 

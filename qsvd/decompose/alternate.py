@@ -2,6 +2,9 @@
 
 QPiSSA (arXiv:2404.02948, section 4.2), LoftQ (arXiv:2310.08659, algorithm 1) and LQ-LoRA (arXiv:2311.12023, algorithm
 2) are orders and lengths of this one loop. Unlike theirs it returns the best iterate, measured as it will be stored.
+With an objective that weights rows and columns, as LQ-LoRA's Fisher information does, the loop goes on from the plain
+split: every fit of the factors is then of the scaled matrix and scaled back, and "best" and "rise" mean the weighted
+error. The quantizer stays as it is, so that a loop of weighted fits alone can end above the plain split; this cannot.
 
 Shape suffixes: O = out features, I = in features, R = rank, K = sketch columns.
 """
@@ -14,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split
 from qsvd.numerics import error, svd
 from qsvd.numerics.codec import Codec, PackedBlocks
@@ -66,17 +70,28 @@ class Recipe:
             )
 
 
-def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0) -> Split:
+@dataclass(frozen=True)
+class _Task:
+    """A recipe, what it is to minimise, and the draws it takes."""
+
+    recipe: Recipe
+    objective: Objective
+    generator: torch.Generator
+
+
+def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0, objective: Objective = PLAIN) -> Split:
     """The best split of one weight that the recipe finds.
 
     Args:
         weight_OI: float32, bfloat16 or float16 [O, I], finite; the work is done in float32 on its device.
         recipe: How to fit.
         seed: Of the random sketch; the same seed gives the same bytes on the same machine.
+        objective: What counts as an error, on any device; `history` is in its norm, and where it is not plain begins
+            with the plain split. Multiplied by a power of two it gives the same bytes.
 
     Raises:
         ValueError: weight_OI has another dtype or number of dimensions, or holds a NaN or an infinity (how many), or
-            the rank is above min(O, I).
+            the rank is above min(O, I), or the objective is one of a matrix of another shape.
     """
     if weight_OI.ndim != 2 or weight_OI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
@@ -85,73 +100,113 @@ def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0) -> Split:
     limit = min(weight_OI.shape)
     if recipe.rank > limit:
         raise ValueError(f"rank {recipe.rank} is outside 0..{limit}, the ranks of a {tuple(weight_OI.shape)} matrix")
+    objective.check_fits(tuple(weight_OI.shape))
     weight_OI = weight_OI.float().contiguous()
     if not torch.isfinite(weight_OI.sum()):  # one pass finds nearly all; the count below decides
         num_bad = int((~torch.isfinite(weight_OI)).sum())
         if num_bad:
             raise ValueError(f"{num_bad} of {weight_OI.numel()} values are NaN or infinite")
     generator = torch.Generator(weight_OI.device).manual_seed(seed)
+    plain = _best(weight_OI, _Task(recipe, PLAIN, generator), None)
+    if objective.is_plain:
+        return plain
+    return _best(weight_OI, _Task(recipe, objective.to(weight_OI.device), generator), plain)
+
+
+def _best(weight_OI: Tensor, task: _Task, start: Split | None) -> Split:
+    """The best of what the loop makes, from nothing or from an earlier split, which is then the first of them."""
     best: Split | None = None
     history: list[float] = []
-    for packed, up_OR, down_RI, left_over_OI in _iterates(weight_OI, recipe, generator):
-        history.append(_distance(left_over_OI, up_OR, down_RI))
+    for packed, up_OR, down_RI, left_over_OI in _iterates(weight_OI, task, start):
+        history.append(_distance(left_over_OI, up_OR, down_RI, task.objective))
         if best is None or history[-1] < min(history[:-1]):
             best = Split(packed, up_OR, down_RI, len(history), ())
-        elif recipe.stop == "rise" and history[-1] > history[-2]:
+        elif task.recipe.stop == "rise" and history[-1] > history[-2]:
             break
     assert best is not None, "a recipe has at least one iteration"
     return replace(best, history=tuple(history))
 
 
 def _iterates(
-    weight_OI: Tensor, recipe: Recipe, generator: torch.Generator
+    weight_OI: Tensor, task: _Task, start: Split | None
 ) -> Iterator[tuple[PackedBlocks, Tensor, Tensor, Tensor]]:
     """Residual, up, down and W - Q of each pass; W - Q lies in a buffer that the next pass overwrites."""
-    work_OI = torch.empty_like(weight_OI)
-    top = _fit(weight_OI, recipe, generator, None) if recipe.order == "svd" else None
-    for number in range(1, _passes(recipe) + 1):
-        up_OR, down_RI = _factors(top, weight_OI, recipe)
+    recipe, work_OI = task.recipe, torch.empty_like(weight_OI)
+    if start is None:
+        top = _fit(weight_OI, task, None) if recipe.order == "svd" else None
+    else:
+        torch.sub(weight_OI, start.residual.decode(out=work_OI), out=work_OI)
+        yield start.residual, start.up_OR, start.down_RI, work_OI
+        top = _fit(work_OI, task, _subspace(start, task))
+        if recipe.end == "svd" and recipe.rank > 0:
+            yield start.residual, *_factors(top, weight_OI, task), work_OI
+    for number in range(1, _passes(recipe, start) + 1):
+        up_OR, down_RI = _factors(top, weight_OI, task)
         torch.addmm(weight_OI, up_OR.float(), down_RI.float(), alpha=-1, out=work_OI)
         packed = recipe.codec.encode(work_OI)
         torch.sub(weight_OI, packed.decode(out=work_OI), out=work_OI)
         if recipe.end == "svd":
-            top = _fit(work_OI, recipe, generator, top)
-            up_OR, down_RI = _factors(top, weight_OI, recipe)
+            top = _fit(work_OI, task, None if top is None else top.right_KI)
+            up_OR, down_RI = _factors(top, weight_OI, task)
         yield packed, up_OR, down_RI, work_OI
         if recipe.end == "quantize" and number < recipe.iterations:
-            top = _fit(work_OI, recipe, generator, top)
+            top = _fit(work_OI, task, None if top is None else top.right_KI)
 
 
-def _passes(recipe: Recipe) -> int:
-    return recipe.iterations if recipe.rank > 0 else 1  # without factors every pass would be the same
+def _passes(recipe: Recipe, start: Split | None) -> int:
+    if recipe.rank > 0:
+        return recipe.iterations
+    return 1 if start is None else 0  # without factors every pass would be the same
 
 
-def _fit(
-    matrix_OI: Tensor, recipe: Recipe, generator: torch.Generator, earlier: svd.TopSVD | None
-) -> svd.TopSVD | None:
+def _fit(matrix_OI: Tensor, task: _Task, start_KI: Tensor | None) -> svd.TopSVD | None:
+    """Of the matrix as the objective scales it; from a subspace of its rows, if one is known."""
+    recipe = task.recipe
     if recipe.rank == 0:
         return None
+    scaled_OI = task.objective.scaled(matrix_OI)
     if recipe.exact:
-        return svd.exact_svd(matrix_OI, recipe.rank)
-    start_KI, passes = (earlier.right_KI, LATER_PASSES) if earlier else (None, FIRST_PASSES)
-    return svd.randomized_svd(matrix_OI, recipe.rank, passes=passes, generator=generator, start_KI=start_KI)
+        return svd.exact_svd(scaled_OI, recipe.rank)
+    passes = FIRST_PASSES if start_KI is None else LATER_PASSES
+    return svd.randomized_svd(scaled_OI, recipe.rank, passes=passes, generator=task.generator, start_KI=start_KI)
 
 
-def _factors(top: svd.TopSVD | None, weight_OI: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def _subspace(start: Split, task: _Task) -> Tensor:
+    """Rows [K, I] that span those of the split's factors, scaled: a fit from there is no worse than these factors."""
+    down_RI = task.objective.scaled_columns(start.down_RI.float())
+    shape, device = (svd.OVERSAMPLE, down_RI.shape[1]), down_RI.device
+    return torch.cat((down_RI, torch.randn(shape, generator=task.generator, device=device)))
+
+
+def _factors(top: svd.TopSVD | None, weight_OI: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
     """The factors as they will be stored: up [O, R] and down [R, I]; zeros before the first fit."""
-    if top is not None:
-        return top.factors(recipe.rank, recipe.dtype)
-    rows, columns = weight_OI.shape
-    return weight_OI.new_zeros(rows, recipe.rank, dtype=recipe.dtype), weight_OI.new_zeros(
-        recipe.rank, columns, dtype=recipe.dtype
-    )
+    rank, dtype = task.recipe.rank, task.recipe.dtype
+    if top is None:
+        rows, columns = weight_OI.shape
+        return weight_OI.new_zeros(rows, rank, dtype=dtype), weight_OI.new_zeros(rank, columns, dtype=dtype)
+    if task.objective.is_plain:
+        return top.factors(rank, dtype)
+    return _scaled_back(top, task)
 
 
-def _distance(left_over_OI: Tensor, up_OR: Tensor, down_RI: Tensor) -> float:
-    """||E - up down||_F, a few rows at a time."""
+def _scaled_back(top: svd.TopSVD, task: _Task) -> tuple[Tensor, Tensor]:
+    """diag(rows)^-1 U and V^T diag(columns)^-1, each component with S shared so that both its halves are as long.
+
+    Training starts from balanced factors (PiSSA, eq. 2-3), and so the unit of the weights leaves no trace.
+    """
+    rank, dtype = task.recipe.rank, task.recipe.dtype
+    up_OR, down_RI = task.objective.unscaled(top.left_OK[:, :rank], top.right_KI[:rank])
+    up_R, down_R = (torch.linalg.vector_norm(one, dim=dim) for one, dim in ((up_OR, 0), (down_RI, 1)))
+    lengths_R = (top.values_K[:rank] * up_R * down_R).sqrt()  # of either half
+    return (up_OR * (lengths_R / up_R)).to(dtype), (down_RI * (lengths_R / down_R)[:, None]).to(dtype)
+
+
+def _distance(left_over_OI: Tensor, up_OR: Tensor, down_RI: Tensor, objective: Objective) -> float:
+    """|| diag(rows) (E - up down) diag(columns) ||_F, a few rows at a time."""
     down_RI = down_RI.float()
     squares = 0.0
     for start in range(0, left_over_OI.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        squares += error.frobenius(torch.addmm(left_over_OI[rows], up_OR[rows].float(), down_RI, alpha=-1)) ** 2
+        error_OI = torch.addmm(left_over_OI[rows], up_OR[rows].float(), down_RI, alpha=-1)
+        squares += error.frobenius(objective.of_rows(rows).scaled(error_OI)) ** 2
     return sqrt(squares)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6  # of the mean: a row that no example touched may be wrong, but not by any amount
+SIDES = ("rows", "columns")
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,57 @@ class Objective:
 
     Args:
         rows_O, columns_I: float32, above zero; None is all ones.
+
+    Raises:
+        ValueError: a weight is not finite or not above zero, or has another dtype or shape; both sides in one sentence.
     """
 
     rows_O: Tensor | None = None
     columns_I: Tensor | None = None
 
+    def __post_init__(self):
+        wrong = [
+            f"the weights of {side} {problem}"
+            for side, weights in zip(SIDES, (self.rows_O, self.columns_I), strict=True)
+            if weights is not None and (problem := _problem(weights))
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all errors count alike."""
+        return self.rows_O is None and self.columns_I is None
+
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        """Refuse, by ValueError, weights of another number than a matrix of this shape has rows and columns."""
+        wrong = [
+            f"{weights.numel()} {side} for {size}"
+            for side, size, weights in zip(SIDES, shape, (self.rows_O, self.columns_I), strict=True)
+            if weights is not None and weights.numel() != size
+        ]
+        if wrong:
+            raise ValueError(f"the objective has weights of {' and '.join(wrong)} of a {shape} matrix")
+
     def scaled(self, matrix_OI: Tensor) -> Tensor:
         """diag(rows) M diag(columns), float32; the matrix itself where nothing is weighted."""
         if self.rows_O is not None:
             matrix_OI = matrix_OI * self.rows_O[:, None]
+        return self.scaled_columns(matrix_OI)
+
+    def scaled_columns(self, matrix_OI: Tensor) -> Tensor:
+        """M diag(columns), float32."""
         return matrix_OI if self.columns_I is None else matrix_OI * self.columns_I
+
+    def unscaled(self, up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
+        """diag(rows)^-1 up and down diag(columns)^-1, float32."""
+        if self.rows_O is not None:
+            up_OR = up_OR / self.rows_O[:, None]
+        return up_OR, down_RI if self.columns_I is None else down_RI / self.columns_I
+
+    def of_rows(self, rows: slice) -> "Objective":
+        """The same for a matrix of these rows alone."""
+        return self if self.rows_O is None else Objective(self.rows_O[rows], self.columns_I)
 
     def to(self, device: torch.device) -> "Objective":
         """The same on another device."""
@@ -47,9 +89,24 @@ def fisher(rows_O: Tensor, columns_I: Tensor) -> Objective:
     Args:
         rows_O, columns_I: float32, mean_j F_ij and mean_i F_ij, not negative; each is raised to FLOOR of the mean, and
             where all are zero the objective is plain.
+
+    Raises:
+        ValueError: a moment is negative, NaN or infinite.
     """
-    mean = rows_O.double().mean()
+    both = torch.cat((rows_O.double(), columns_I.double()))
+    bad = int((~(torch.isfinite(both) & (both >= 0))).sum())
+    if bad:
+        raise ValueError(f"{bad} of {both.numel()} moments of the gradient are negative, NaN or infinite")
+    mean = float(rows_O.double().mean())
     if mean == 0:
         return PLAIN
-    rows, columns = (moments.double().clamp(min=FLOOR * float(mean)) for moments in (rows_O, columns_I))
+    rows, columns = (moments.double().clamp(min=FLOOR * mean) for moments in (rows_O, columns_I))
     return Objective(rows.sqrt().float(), (columns / mean).sqrt().float())
+
+
+def _problem(weights: Tensor) -> str:
+    """What is wrong with the weights of one side, in words; empty where nothing is."""
+    if weights.ndim != 1 or weights.dtype != torch.float32:
+        return f"are {weights.dtype} {tuple(weights.shape)}, not a float32 vector"
+    bad = int((~(torch.isfinite(weights) & (weights > 0))).sum())
+    return f"are not all finite and above zero: {bad} of {weights.numel()}" if bad else ""

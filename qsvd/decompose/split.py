@@ -19,7 +19,8 @@ class Split:
         up_OR: B of LoRA, in the dtype of the adapter; the scale alpha / r is 1.
         down_RI: A of LoRA.
         iteration: Which pass of the loop made it, from 1.
-        history: ||W - Q - B A||_F after every pass, the discarded ones too.
+        history: ||W - Q - B A||_F after every pass, the discarded ones too; as the objective weights it, and then the
+            plain split that the loop goes on from is the first.
     """
 
     residual: PackedBlocks

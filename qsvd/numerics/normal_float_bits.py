@@ -1,15 +1,17 @@
 """NormalFloat of 2, 3, 4 or 8 bits in small blocks, with scales of 32 or 16 bits or quantized again.
 
 The candidates of LQ-LoRA's mixed precision (arXiv:2311.12023, section 3.2). What bitsandbytes reads is NormalFloat4.
-On a GPU plain torch operations do the work.
+On a GPU Triton kernels do the work where Triton is installed, else plain torch operations; the results are the same.
 
 Shape suffixes: B = blocks, E = elements of one block, N = all elements, S = blocks of scales.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from math import ceil, prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 NESTED_BLOCKS = (16, 64, 256)
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RUN = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements worked on at a time: on a CPU they stay in cache
+HAS_TRITON = find_spec("triton") is not None
 SMALLEST_SCALE = 1e-38  # bitsandbytes divides by no less
 
 
@@ -110,6 +113,9 @@ class NormalFloat(Codec):
         return out_OI
 
     def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
+        if kernels := _kernels(out_OI):
+            kernels.decode_into(packed, out_OI.view(-1))
+            return
         out_N, scales_B = out_OI.view(-1), _plain(packed.scales)
         for run, blocks, part in self._runs(out_N):
             out_BE = out_N[run].view(scales_B[blocks].numel(), -1)
@@ -138,6 +144,8 @@ class NormalFloat(Codec):
 
     def _largest(self, flat_N: Tensor) -> Tensor:
         """The largest magnitude of each block, float32 [B]; NaN where one is."""
+        if kernels := _kernels(flat_N):
+            return kernels.largest(flat_N, self.block_size)
         largest_B = torch.empty(ceil(flat_N.numel() / self.block_size), device=flat_N.device)
         for run, blocks, _ in self._runs(flat_N):
             largest = largest_B[blocks]
@@ -165,14 +173,25 @@ class NormalFloat(Codec):
         return stored_B
 
     def _codes(self, flat_N: Tensor, scales_B: Tensor) -> Tensor:
-        codes = torch.empty(packed_bytes(flat_N.numel(), self.bits), dtype=torch.uint8, device=flat_N.device)
         inverse_B = scales_B.sign() / scales_B.clamp(min=SMALLEST_SCALE)  # a scale of zero takes the code of zero
+        if kernels := _kernels(flat_N):
+            return kernels.nearest_codes(flat_N, inverse_B, self.bits, self.block_size)
+        codes = torch.empty(packed_bytes(flat_N.numel(), self.bits), dtype=torch.uint8, device=flat_N.device)
         for run, blocks, part in self._runs(flat_N):
             inverse = inverse_B[blocks]
             scaled_BE = flat_N[run].float().view(len(inverse), -1) * inverse[:, None]
             zero = 2 ** (self.bits - 1) - 1
             codes[part] = pack(codebook.nearest(scaled_BE.view(-1), self.bits), self.bits, filler=zero)
         return codes
+
+
+def _kernels(matrix: Tensor) -> ModuleType | None:
+    """What works on this matrix in Triton; None where torch's operations do."""
+    if not (HAS_TRITON and matrix.is_cuda and matrix.dtype in SCALE_DTYPES):
+        return None
+    from qsvd.numerics import normal_float_kernels
+
+    return normal_float_kernels
 
 
 def _plain(scales: Tensor | NestedScales) -> Tensor:

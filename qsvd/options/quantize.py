@@ -9,7 +9,9 @@ from tyro.conf import Positional, arg
 
 @dataclass(frozen=True)
 class Quantize:
-    """Split a 16-bit checkpoint into a 4-bit residual and principal components, with a report of the error.
+    """Split a 16-bit checkpoint into a residual of few bits and principal components, with a report of the error.
+
+    4 bits and --rank for every weight, or bits and ranks where they count within one --budget.
 
     Flags may stand in a YAML file, `--config FILE.yaml`; those on the command line win.
     """
@@ -31,6 +33,21 @@ class Quantize:
     )
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="Of the stored components.")] = "bfloat16"
     double_quant: Annotated[bool, arg(help="Scales in 8 bits: 4.13 bits a weight in all instead of 4.5.")] = True
+    budget: Annotated[
+        str | None,
+        arg(metavar="SIZE", help="2.75bits for each number that is split, or 20GB for all, components included."),
+    ] = None
+    allocator: Annotated[
+        Literal["both", "bits", "uniform", "sara", "prilora"],
+        arg(help="What a budget decides, as in qsvd allocate: both: bits and ranks; bits: at --rank (LQ-LoRA)."),
+    ] = "both"
+    objective: Annotated[
+        Literal["frobenius", "fisher", "hessian"],
+        arg(help="Errors count plainly, by Fisher information (in the split too), or by traces of the Hessian."),
+    ] = "frobenius"
+    statistics: Annotated[
+        Path | None, arg(metavar="FILE", help="Of qsvd calibrate; for the objectives fisher and hessian.")
+    ] = None
     allocation: Annotated[
         Path | None, arg(metavar="FILE", help="Codec and rank of every weight, as qsvd allocate writes them.")
     ] = None

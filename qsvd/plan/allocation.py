@@ -111,19 +111,21 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
     """
     shapes = {spec.module: spec.shape for spec in weights}
     choices: dict[str, Choice] = {}
+    named: set[str] = set()
     wrong: list[str] = []
     for number, line in enumerate(text.split("\n"), start=1):
         cells = line.split()
         if not cells or line.lstrip().startswith("#") or tuple(cells[:3]) == COLUMNS[:3]:
             continue
         try:
-            if cells[0] in choices:
+            if cells[0] in named:
                 raise ValueError(f"{cells[0]} stands there twice")
+            named.add(cells[0])
             choices[cells[0]] = _choice(cells, shapes)
         except ValueError as error:
             wrong.append(f"line {number}: {error}")
-    missing = [module for module in shapes if module not in choices]
-    if missing and not wrong:
+    missing = [module for module in shapes if module not in named]
+    if missing:
         wrong.append(f"{len(missing)} weights have no line: {listing(missing)}")
     if not wrong:
         wrong = _mixed(choices)

@@ -38,12 +38,12 @@ def test_the_record_says_what_was_asked_for_and_of_which_base(results):
     assert (record.labels, record.full) == (("a", "b"), ())
 
 
-def test_pissa_is_the_method_where_components_are_stored_and_lora_where_none_are(results):
+def test_pissa_is_the_method_where_all_weights_have_components_and_lora_where_one_has_none(results):
     assert new_record(results[4], AdapterOptions()).method == "pissa"
     assert new_record(results[0], AdapterOptions()).method == "lora"
     weights = results[4].weights | {NAME: results[0].weights[NAME]}
     mixed = dataclasses.replace(results[4], manifest=results[4].manifest | {"weights": weights})
-    assert new_record(mixed, AdapterOptions()).method == "pissa"
+    assert new_record(mixed, AdapterOptions()).method == "lora"
 
 
 @pytest.mark.parametrize(

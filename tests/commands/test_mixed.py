@@ -14,8 +14,8 @@ import qsvd
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import trained
 from qsvd.cli import run
-from qsvd.commands.job import prepare
 from qsvd.commands.quantize import execute
+from qsvd.commands.settle import prepare
 from qsvd.numerics.codecs import codec_named
 from qsvd.plan.pages import Placement
 from tests.adapters import results

@@ -12,7 +12,8 @@ import torch
 import qsvd
 import qsvd.commands.prepare
 from qsvd.commands.failures import DoesNotFit
-from qsvd.commands.job import check_disk, check_memory, prepare
+from qsvd.commands.job import check_disk, check_memory
+from qsvd.commands.settle import prepare
 from tests.checkpoints import write_checkpoint
 
 

@@ -7,7 +7,6 @@ from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.page_store import DiskStore
 from qsvd.adapters.paging import PagedResidual, Pager
-from qsvd.checkpoint.layout import residual_tensors
 from qsvd.checkpoint.page_reader import PageReader
 from qsvd.numerics.normal_float_bits import Nesting, NormalFloat
 from qsvd.plan.pages import padded
@@ -72,9 +71,3 @@ def test_a_linear_layer_computes_with_it_resident_or_paged(codec):
         dense = dense_output(inputs.double(), packed.decode().double(), adapter.up.double(), adapter.down.double())
         assert torch.allclose(y.double(), dense, rtol=0, atol=1e-5 * float(dense.abs().max().detach()))
     assert all(map(torch.equal, *found))
-
-
-def test_no_file_is_written_in_a_layout_that_there_is_not_yet():
-    packed = NormalFloat(bits=3).encode(torch.zeros(4, 64))
-    with pytest.raises(ValueError, match="w cannot be stored in nf3: NormalFloat4 alone has a layout on disk"):
-        residual_tensors("w", packed, torch.bfloat16)

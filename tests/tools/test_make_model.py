@@ -25,8 +25,8 @@ from qsvd.checkpoint.read_split import open_split
 from qsvd.checkpoint.write import MANIFEST
 from qsvd.cli import run
 from qsvd.commands.demo import MODEL
-from qsvd.commands.job import prepare
 from qsvd.commands.quantize import execute
+from qsvd.commands.settle import prepare
 from tests.checkpoints import tiny_config
 from tests.commands.folders import files_of, tensors_of
 

@@ -1,0 +1,158 @@
+"""A frozen linear layer of a transformers model whose weight is packed: y = x Q^T + bias.
+
+It is an nn.Linear by class, since that is what PEFT puts an adapter on.
+
+Shape suffixes: T = tokens, all leading dimensions of the input in one, O = out features, I = in features.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from qsvd.adapters.product import times, times_transposed
+from qsvd.numerics.codec import NestedScales, PackedBlocks
+from qsvd.numerics.normal_float_bits import Nesting, NormalFloat
+
+NOT_NUMBERS = (
+    "the weight of a packed layer is codes, not numbers that could be summed or cast: an adapter cannot be merged into "
+    "it, nor built on its size; call dequantize() on the transformers model first, or merge with `qsvd export`"
+)
+
+
+class Codes(Tensor):
+    """What others see as the weight of a packed layer: a look at its codes, which refuses to become numbers.
+
+    int8: the one dtype to which T5 does not cast the layer's input.
+    """
+
+    _is_param = True  # to torch, which then finds it by get_parameter
+    _is_hf_initialized = True  # to transformers, which then draws no random numbers into it
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """
+        Raises:
+            ValueError: `.data` is asked for, by which PEFT merges, or what comes out would be of a float dtype.
+        """
+        del types
+        if getattr(func, "__self__", None) is Tensor.data:
+            raise ValueError(NOT_NUMBERS)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            raise ValueError(NOT_NUMBERS)
+        return result
+
+
+class PackedLinear(nn.Linear):
+    """nn.Linear with the weight Q, decoded for the product and again for the gradient of the input, and not kept.
+
+    Its tensors are those of a checkpoint, to be filled by who makes it: weight (the codes), absmax, and with nested
+    scales absmax_codes and offset. A change of the module's dtype leaves them.
+
+    Args:
+        in_features, out_features: I and O.
+        codec: How the weight is packed.
+        bias_dtype: None where there is no bias.
+        device: Where the tensors are made.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        codec: NormalFloat,
+        *,
+        bias_dtype: torch.dtype | None = None,
+        device: torch.device | str = "meta",
+    ):
+        super().__init__(in_features, out_features, bias=bias_dtype is not None, device="meta", dtype=bias_dtype)
+        self.codec = codec
+        if self.bias is not None:
+            self.bias = nn.Parameter(torch.empty_like(self.bias, device=device))
+        sizes = codec.parts((out_features, in_features))
+        codes = torch.empty(sizes.pop("codes"), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        for part in sizes.keys() - {"levels"}:
+            dtype = torch.uint8 if part == "absmax_codes" else codec.scale_dtype
+            shape = () if part == "offset" else (sizes[part] // dtype.itemsize,)
+            self.register_buffer(part, torch.empty(shape, dtype=dtype, device=device))
+
+    @property
+    def packed(self) -> PackedBlocks:
+        """Q [O, I]."""
+        codes = self._parameters["weight"]
+        assert codes is not None, "set when it was made"
+        codes = codes.detach().view(torch.uint8)  # accelerate may have brought them as what others see, int8
+        return PackedBlocks(codes, self._scales(), (self.out_features, self.in_features), self.codec)
+
+    def forward(self, input: Tensor) -> Tensor:  # the name is nn.Linear's
+        """[..., I] to [..., O], in the dtype of the input, or of autocast where that is on."""
+        device = input.device.type
+        x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
+        outputs_TO = _Product.apply(x.reshape(-1, self.in_features), self.bias, self)
+        assert isinstance(outputs_TO, Tensor), "apply returns what forward does"
+        return outputs_TO.view(*x.shape[:-1], self.out_features)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary layer with the same numbers, each rounded once from float32; frozen."""
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, bias=has_bias, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(self.packed.decode(dtype=dtype), requires_grad=False)
+        if has_bias:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return linear.train(self.training)
+
+    def __getattr__(self, name: str) -> Any:
+        found: Any = super().__getattr__(name)
+        return found.detach().view(torch.int8).as_subclass(Codes) if name == "weight" else found
+
+    def _scales(self) -> Tensor | NestedScales:
+        nesting = self.codec.nesting
+        if nesting is None:
+            return self.absmax
+        levels = _levels(nesting, self.absmax.device)
+        num_blocks = ceil(prod((self.out_features, self.in_features)) / self.codec.block_size)
+        return NestedScales(self.absmax_codes, self.absmax, self.offset, levels, nesting.block_size, num_blocks)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """What .to, .half and .cuda call: scales go through it as bytes, so that they move and are not cast."""
+        scales = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        for name, buffer in scales.items():
+            self._buffers[name] = buffer.reshape(-1).view(torch.uint8)
+        super()._apply(fn, recurse)
+        for name, buffer in scales.items():
+            self._buffers[name] = self.get_buffer(name).view(buffer.dtype).view(buffer.shape)
+        return self
+
+
+@cache
+def _levels(nesting: Nesting, device: torch.device) -> Tensor:
+    return nesting.levels().to(device)
+
+
+class _Product(Function):
+    """x Q^T + bias, with nothing kept for the gradient of x, for which Q is decoded again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, bias_O: Tensor | None, linear: PackedLinear) -> Tensor:
+        ctx.linear = linear
+        y_TO = times_transposed(x_TI, linear.packed)
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needs_x, needs_bias = ctx.needs_input_grad[:2]
+        dy_TO = gradients[0]
+        dx_TI = times(dy_TO, ctx.linear.packed) if needs_x else None
+        d_bias_O = dy_TO.sum(0, dtype=ctx.linear.bias.dtype) if needs_bias else None
+        return dx_TI, d_bias_O, None

@@ -1,0 +1,211 @@
+"""A 16-bit model of which one block at a time is in memory, beside what lies around the blocks.
+
+It is built without memory; embeddings, head and norms are filled from the checkpoint once, and a block's tensors are
+read each time the block is wanted, and let go with the dictionary that holds them.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qsvd.calibrate.stand_in import NOT_ALONE, AllCalled, Call, StandIn, Tape
+from qsvd.checkpoint.read import Checkpoint
+from qsvd.plan.listing import first_line, listing
+from qsvd.plan.model import BUILD_ERRORS, ModelPlan
+from qsvd.plan.pages import block_of
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How it is computed.
+
+    Args:
+        device: Where blocks visit.
+        dtype: Of weights and activations.
+        twice: Whether gradients are differentiated again, which fused attention does not allow.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    twice: bool = False
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One text on its way: the hidden states before the first block [1, T, D], and how each block is called."""
+
+    hidden: Tensor
+    calls: tuple[Call, ...]
+
+
+class StreamedModel:
+    """A model whose blocks are read when they are wanted.
+
+    Args:
+        checkpoint: 16-bit.
+        plan: Of the checkpoint, in its spelling; the weights in it are those that statistics are wanted of.
+        compute: How.
+
+    Raises:
+        ValueError: tensors of the model are not in the checkpoint as they are in the model, or it has no blocks.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: ModelPlan, compute: Compute):
+        self.checkpoint, self.plan, self.compute = checkpoint, plan, compute
+        self._model = _build(checkpoint, plan, compute)
+        self._empty = {path: self._model.get_submodule(path) for path in _block_paths(self._model, plan)}
+        self._tapes: list[Tape] = []
+        self._names = {path: [n for n in plan.shapes if n.startswith(f"{path}.")] for path in self._empty}
+        _check_readable(self._model, plan)
+        inside = {name for names in self._names.values() for name in names}
+        self._around = self._read([name for name in plan.shapes if name not in inside])
+        for path, block in self._empty.items():
+            self._model.set_submodule(path, StandIn(path, block, self._tapes))
+        self._returns: int | None = None  # until a block has been run
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that a text goes through."""
+        return len(self._empty)
+
+    def wanted(self, path: str) -> tuple[str, ...]:
+        """The weights of one block that statistics are wanted of, by their names inside the block."""
+        modules = (spec.module for spec in self.plan.weights if spec.module.startswith(f"{path}."))
+        return tuple(f"{module.removeprefix(f'{path}.')}.weight" for module in modules)
+
+    def read_block(self, path: str) -> dict[str, Tensor]:
+        """All tensors of one block on the device, by their names inside the block."""
+        return {name.removeprefix(f"{path}."): tensor for name, tensor in self._read(self._names[path]).items()}
+
+    def record(self, inputs: Mapping[str, Tensor]) -> Recorded:
+        """What one text meets before and beside the blocks.
+
+        Args:
+            inputs: Arguments of the model's forward, with a batch of one, on the device.
+
+        Raises:
+            ValueError: the model does not call every block once, each with the output of the one before.
+        """
+        if self._returns is None:
+            self._returns = self._look_at_a_block(inputs)
+        tape = Tape(self.num_blocks, None, self._returns, keep=True)
+        self._run(inputs, tape)
+        called = [call.path for call in tape.calls]
+        never = [path for path in self._empty if path not in called]
+        if never or tape.hidden is None:
+            raise ValueError(
+                f"{self.plan.architecture} does not call {listing(never)} for a text; --exclude them, or give the part "
+                "of the model that reads texts"
+            )
+        return Recorded(tape.hidden.cpu(), tuple(tape.calls))
+
+    def run_block(self, call: Call, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """The hidden states after a block, differentiable in the weights and in those before it."""
+        returned = call.run(self._empty[call.path], weights, hidden)
+        return returned if isinstance(returned, Tensor) else returned[0]
+
+    def logits(self, inputs: Mapping[str, Tensor], hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the model makes of the last block's output, and what must have no part in it.
+
+        Args:
+            inputs: As for `record`.
+            hidden: The last block's output on the device; the logits are differentiable in it.
+
+        Returns:
+            Logits, and stand-ins for the outputs of the other blocks: where a gradient reaches one of these, the model
+            uses it beside the next block.
+        """
+        assert self._returns is not None, "a text has been recorded"
+        tape = Tape(self.num_blocks, hidden, self._returns, keep=False)
+        return self._run(inputs, tape).logits, tape.passed[:-1]
+
+    def _run(self, inputs: Mapping[str, Tensor], tape: Tape) -> Any:
+        self._tapes.append(tape)
+        try:
+            with torch.enable_grad():
+                return functional_call(self._model, self._around, (), dict(inputs))
+        except AllCalled:
+            return None
+        finally:
+            self._tapes.pop()
+
+    def _look_at_a_block(self, inputs: Mapping[str, Tensor]) -> int:
+        """Length of the tuple that a block returns, or 0 for the hidden states alone: the first is run once."""
+        tape = Tape(1, None, 0, keep=True)
+        try:
+            self._run(inputs, tape)
+        except (torch.OutOfMemoryError, ValueError):
+            raise
+        except BUILD_ERRORS as error:
+            raise ValueError(
+                f"{self.plan.architecture} cannot be run from tokens alone: {first_line(error)}"
+            ) from error
+        if tape.hidden is None:
+            raise ValueError(f"{self.plan.architecture} calls no block for a text; give a model that reads texts")
+        call = tape.calls[0]
+        with torch.no_grad():
+            returned = call.run(self._empty[call.path], self.read_block(call.path), tape.hidden)
+        first, length = (returned, 0) if isinstance(returned, Tensor) else (returned[0], len(returned))
+        if not isinstance(first, Tensor) or first.shape != tape.hidden.shape:
+            raise ValueError(f"{call.path} does not return the next hidden states, so {NOT_ALONE}")
+        return length
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors of the model on the device, floating point ones in the compute dtype; tied ones are one tensor."""
+        device, dtype = self.compute.device, self.compute.dtype
+        read: dict[str, Tensor] = {}
+        for name in names:
+            spelled = _spelled(name, self.plan)
+            if spelled is not None and spelled not in read:
+                tensor = self.checkpoint.read(spelled)
+                read[spelled] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        return {name: read[spelled] for name in names if (spelled := _spelled(name, self.plan)) is not None}
+
+
+def _build(checkpoint: Checkpoint, plan: ModelPlan, compute: Compute) -> Any:
+    """The model, parameters without memory, buffers as transformers makes them and on the device."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    config: Any = copy.deepcopy(checkpoint.config)
+    for one in {id(c): c for c in (config, config.get_text_config())}.values():
+        one.use_cache = False  # a block that is run again must not find what it left
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = getattr(transformers, plan.architecture)(config)
+        if compute.twice:
+            model.set_attn_implementation("eager")
+    except BUILD_ERRORS as error:
+        raise ValueError(f"transformers cannot build {plan.architecture}: {first_line(error)}") from error
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(compute.device)
+    return model.requires_grad_(False).eval()
+
+
+def _block_paths(model: nn.Module, plan: ModelPlan) -> list[str]:
+    """Every element of every list that has a weight to split, in model order."""
+    lists = {block_of(spec.module).rpartition(".")[0] for spec in plan.weights}
+    return [f"{parent}.{name}" for parent in sorted(lists) for name, _ in model.get_submodule(parent).named_children()]
+
+
+def _spelled(name: str, plan: ModelPlan) -> str | None:
+    """The name in the checkpoint of what has this name in the model, or of what it is tied to."""
+    source = plan.tied.get(name, name)
+    alike = (name, source, *(other for other, one in plan.tied.items() if one == source))
+    return next((plan.spelling[one] for one in alike if one in plan.spelling), None)
+
+
+def _check_readable(model: nn.Module, plan: ModelPlan) -> None:
+    """Refuse parameters that transformers would compute or draw on loading."""
+    absent = [name for name, _ in model.named_parameters() if _spelled(name, plan) is None]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} tensors of {plan.architecture} are not in the checkpoint as they are in the model "
+            f"({listing(absent)}): transformers joins or draws them on loading; such a model cannot be calibrated"
+        )

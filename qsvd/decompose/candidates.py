@@ -1,0 +1,178 @@
+"""What every candidate of one weight would cost: the error of its split at each codec and each rank.
+
+LQ-LoRA (arXiv:2311.12023, section 3.2) measures the error of every bit width after the low-rank fit, by whole
+decompositions. Here one SVD of the weight starts all ranks, each candidate makes PASSES short passes of the loop of
+alternate.py, and what the later ones gain is foreseen. On the weights of three small models, at ranks up to an eighth
+of the shorter side, the squared error that the whole loop ends with is 0.89 to 1.06 of what is foreseen at 2 bits, 0.98
+to 1.03 at 3 and 4, 0.81 to 1.00 at 8 (nine in ten). One pass alone, or projecting the first error off the factors,
+which is as good, leaves 0.83 to 0.98, 0.74 to 0.98 and 0.44 to 0.97, less the higher the rank: it sells ranks short.
+
+Shape suffixes: O = out features, I = in features, R = rank, K = sketch columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsvd.decompose.objective import PLAIN, Objective
+from qsvd.numerics import error, svd
+from qsvd.numerics.codec import Codec
+
+PASSES = 2  # that are made of each candidate; a third changes the choices of the program by a percent at most
+FIRST_PASSES = 5  # over W, from a random sketch, as in alternate.py
+ROWS = 256  # measured at a time
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Errors of the candidates of one weight, in the norm of an objective.
+
+    Args:
+        ranks: Rising, from 0.
+        squares: squares[n][c] is the squared error at ranks[n] and the codec of number c, which splitting would leave.
+        norm: ||W||^2, by which an error becomes relative.
+        values: The leading singular values of W, as many as the highest rank.
+        nuclear: Sum of all singular values of W, perhaps estimated.
+    """
+
+    ranks: tuple[int, ...]
+    squares: tuple[tuple[float, ...], ...]
+    norm: float
+    values: tuple[float, ...]
+    nuclear: float
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """W, what is made of it once, and two buffers of its size: `target_OI` is W - B A, `work_OI` changes."""
+
+    weight_OI: Tensor
+    target_OI: Tensor
+    work_OI: Tensor
+    objective: Objective
+    top: svd.TopSVD | None
+    dtype: torch.dtype
+
+
+def measure_candidates(
+    weight_OI: Tensor,
+    codecs: Sequence[Codec],
+    ranks: Sequence[int],
+    *,
+    objective: Objective = PLAIN,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Measured:
+    """The error of every codec at every rank; at most three more float32 matrices of the weight's size are held.
+
+    Args:
+        weight_OI: float32, bfloat16 or float16 [O, I], finite; the work is done in float32 on its device.
+        codecs: Any number of them.
+        ranks: Rising, 0..min(O, I); 0 is the codec alone.
+        objective: What counts as an error, on any device.
+        dtype: Of the stored factors.
+        seed: Of the random sketch and of the probes of a nuclear norm.
+
+    Raises:
+        ValueError: weight_OI holds a NaN or an infinity (how many), ranks are none or do not fit it, or the objective
+            is one of a matrix of another shape.
+    """
+    limit = min(weight_OI.shape)
+    if not ranks or list(ranks) != sorted({*ranks}) or not 0 <= ranks[0] <= ranks[-1] <= limit:
+        raise ValueError(f"ranks {list(ranks)} are not rising within 0..{limit}, those of a {tuple(weight_OI.shape)}")
+    objective.check_fits(tuple(weight_OI.shape))
+    num_bad = int((~torch.isfinite(weight_OI)).sum())
+    if num_bad:
+        raise ValueError(f"{num_bad} of {weight_OI.numel()} values are NaN or infinite")
+    generator = torch.Generator(weight_OI.device).manual_seed(seed)
+    weight_OI, objective = weight_OI.float().contiguous(), objective.to(weight_OI.device)
+    scaled_OI = objective.scaled(weight_OI)
+    norm = error.frobenius(scaled_OI) ** 2
+    top, nuclear = _spectrum(scaled_OI, ranks[-1], generator)
+    del scaled_OI
+    weight = _Weight(weight_OI, torch.empty_like(weight_OI), torch.empty_like(weight_OI), objective, top, dtype)
+    squares = tuple(_of_rank(weight, codecs, rank) for rank in ranks)
+    values = () if top is None else tuple(top.values_K[: ranks[-1]].tolist())
+    return Measured(tuple(ranks), squares, norm, values, nuclear)
+
+
+def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[svd.TopSVD | None, float]:
+    """The leading triples, none for rank 0, and the sum of all singular values."""
+    if rank == 0:
+        return None, error.norms(scaled_OI, generator).nuclear
+    if min(scaled_OI.shape) <= svd.SMALL:
+        top = svd.exact_svd(scaled_OI, min(scaled_OI.shape))
+        return top, float(top.values_K.double().sum())
+    top = svd.randomized_svd(scaled_OI, rank, passes=FIRST_PASSES, generator=generator)
+    return top, error.norms(scaled_OI, generator).nuclear
+
+
+def _of_rank(weight: _Weight, codecs: Sequence[Codec], rank: int) -> tuple[float, ...]:
+    """The squared error of every codec at this rank."""
+    if rank == 0:
+        return tuple(_quantized(weight, weight.weight_OI, codec) for codec in codecs)
+    assert weight.top is not None, "made for the highest rank"
+    left_OR = weight.top.left_OK[:, :rank] * weight.top.values_K[:rank]
+    up_OR, down_RI = _stored(weight, left_OR, weight.top.right_KI[:rank])
+    torch.addmm(weight.weight_OI, up_OR, down_RI, alpha=-1, out=weight.target_OI)
+    return tuple(_foreseen(_after_passes(weight, codec, rank)) for codec in codecs)
+
+
+def _quantized(weight: _Weight, target_OI: Tensor, codec: Codec) -> float:
+    """The squared error of the codec on a target; work_OI is overwritten."""
+    codec.encode(target_OI).decode(out=weight.work_OI)
+    torch.sub(target_OI, weight.work_OI, out=weight.work_OI)
+    return _square(weight)
+
+
+def _after_passes(weight: _Weight, codec: Codec, rank: int) -> list[float]:
+    """The squared error after each pass: quantize the target, fit the factors to what the quantizer leaves of W."""
+    assert weight.top is not None, "made for the highest rank"
+    target_OI, basis_IR = weight.target_OI, weight.top.right_KI[:rank].mT
+    squares = []
+    for number in range(1, PASSES + 1):
+        codec.encode(target_OI).decode(out=weight.work_OI)
+        torch.sub(weight.weight_OI, weight.work_OI, out=weight.work_OI)  # W - Q
+        up_OR, down_RI, basis_IR = _refitted(weight, basis_IR)
+        weight.work_OI.addmm_(up_OR, down_RI, alpha=-1)
+        squares.append(_square(weight))
+        if number < PASSES:
+            target_OI = torch.addmm(weight.weight_OI, up_OR, down_RI, alpha=-1, out=weight.work_OI)
+    return squares
+
+
+def _refitted(weight: _Weight, basis_IR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of work_OI as they are stored, by one half-step of subspace iteration, and the next basis.
+
+    What is decomposed is diag(rows) M diag(columns); the thin matrices take the weights, so that M is not copied.
+    """
+    rows, columns = weight.objective.rows_O, weight.objective.columns_I
+    left_OR = svd.orthonormal(_times(rows, weight.work_OI @ _times(columns, basis_IR)))
+    right_IR = _times(columns, weight.work_OI.mT @ _times(rows, left_OR))
+    up_OR, down_RI = _stored(weight, left_OR, right_IR.mT)
+    return up_OR, down_RI, svd.orthonormal(right_IR)
+
+
+def _times(weights_N: Tensor | None, tall_NR: Tensor) -> Tensor:
+    """diag(weights) tall."""
+    return tall_NR if weights_N is None else tall_NR * weights_N[:, None]
+
+
+def _stored(weight: _Weight, left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of a scaled matrix as factors of the matrix, rounded as they will be stored, in float32."""
+    up_OR, down_RI = weight.objective.unscaled(left_OR, right_RI)
+    return up_OR.to(weight.dtype).float(), down_RI.to(weight.dtype).float()
+
+
+def _square(weight: _Weight) -> float:
+    """The squared norm of work_OI as the objective counts it, a few rows at a time."""
+    parts = (slice(start, start + ROWS) for start in range(0, weight.work_OI.shape[0], ROWS))
+    return sum(error.frobenius(weight.objective.of_rows(rows).scaled(weight.work_OI[rows])) ** 2 for rows in parts)
+
+
+def _foreseen(squares: Sequence[float]) -> float:
+    """What the whole loop will end with: the passes to come gain together about what the last one gained."""
+    *_, before, last = squares
+    return min(before, last) if last >= before else last * (last / before)

@@ -1,0 +1,194 @@
+"""One candidate for each weight, within a budget, at the least cost: an integer program (LQ-LoRA, section 3.2).
+
+scipy.optimize.milp (HiGHS) solves it. HiGHS works in floating point with tolerances, so the answer is counted again in
+whole numbers, and the budget tightened until it holds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+ROUNDS = 8  # of tightening, each by twice what was too much
+ENOUGH = 1e-12  # relative; below it a gap is roundoff
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the candidates of one weight take of the budget, and what they cost; both of one length."""
+
+    num_bytes: Sequence[int]
+    costs: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One candidate for each weight.
+
+    Args:
+        picked: Their numbers.
+        num_bytes, cost: Sums over all weights.
+        gap: (cost - bound) / cost, where no choice costs less than the bound; 0 is optimal.
+        status: What the solver ended with, in words.
+    """
+
+    picked: tuple[int, ...]
+    num_bytes: int
+    cost: float
+    gap: float
+    status: str
+
+
+@dataclass(frozen=True)
+class _Program:
+    """Candidates that can be part of a best answer, all weights in one row: less the cheapest of each weight."""
+
+    owners: np.ndarray  # int, number of the weight
+    numbers: np.ndarray  # int, number of the candidate in its weight
+    num_bytes: np.ndarray  # int, above the smallest of the weight
+    costs: np.ndarray  # float, above the least of the weight
+
+
+def least_bytes(weights: Sequence[Options]) -> int:
+    """The smallest budget that can be met."""
+    return sum(min(one.num_bytes) for one in weights)
+
+
+def solve(weights: Sequence[Options], budget: int, *, gap: float = 1e-4, time_limit: float = 60.0) -> Solution:
+    """The best choice.
+
+    Args:
+        weights: At least one, each with at least one candidate; costs finite and not negative.
+        budget: Bytes.
+        gap: Relative, at which the solver may stop.
+        time_limit: Seconds, after which it stops with the best that it has.
+
+    Raises:
+        ValueError: the budget is below `least_bytes`.
+    """
+    least = least_bytes(weights)
+    if budget < least:
+        raise ValueError(f"a budget of {budget} bytes is below the {least} bytes of the smallest candidates")
+    first = _by_steps(weights, budget)
+    program = _reduced(weights, first)
+    allowed = budget - least
+    floor = sum(min(one.costs) for one in weights)
+    unit = max(first.cost - floor, 0.0) / len(weights)
+    if unit == 0:
+        return first
+    found, bound, status = first.picked, floor, "time limit"
+    for number in range(ROUNDS):
+        tried, above, status = _highs(program, allowed, unit, (gap, time_limit))
+        if number == 0:  # of a tightened budget the bound would be too high
+            bound = floor + above
+        if tried is None:
+            break
+        over = _total(weights, tried)[0] - budget
+        if over <= 0:
+            found = min(tried, first.picked, key=lambda picked: _total(weights, picked)[1])
+            break
+        allowed -= 2 * over
+    num_bytes, cost = _total(weights, found)
+    reached = max(cost - bound, 0.0) / cost if cost > 0 else 0.0
+    return Solution(found, num_bytes, cost, reached if reached > ENOUGH else 0.0, status)
+
+
+def _total(weights: Sequence[Options], picked: tuple[int, ...]) -> tuple[int, float]:
+    pairs = list(zip(weights, picked, strict=True))
+    return sum(one.num_bytes[number] for one, number in pairs), float(sum(one.costs[number] for one, number in pairs))
+
+
+def _by_steps(weights: Sequence[Options], budget: int) -> Solution:
+    """A fair answer: from the smallest candidates up, always the step that saves most for its bytes, if it fits."""
+    ladders = [_hull(one) for one in weights]
+    steps = []
+    for owner, ladder in enumerate(ladders):
+        one = weights[owner]
+        for place in range(1, len(ladder)):
+            more = one.num_bytes[ladder[place]] - one.num_bytes[ladder[place - 1]]
+            saved = one.costs[ladder[place - 1]] - one.costs[ladder[place]]
+            steps.append((-saved / more, owner, place, more))
+    places, left = [0] * len(weights), budget - least_bytes(weights)
+    for _, owner, place, more in sorted(steps):
+        if place == places[owner] + 1 and more <= left:
+            places[owner], left = place, left - more
+    picked = tuple(ladder[place] for ladder, place in zip(ladders, places, strict=True))
+    return Solution(picked, *_total(weights, picked), gap=0.0, status="optimal")
+
+
+def _front(one: Options) -> list[int]:
+    """Candidates that no other beats in bytes and cost, by bytes."""
+    order = sorted(range(len(one.costs)), key=lambda number: (one.num_bytes[number], one.costs[number]))
+    front: list[int] = []
+    for number in order:
+        if not front or one.costs[number] < one.costs[front[-1]]:
+            front.append(number)
+    return front
+
+
+def _hull(one: Options) -> list[int]:
+    """Of the front, what a straight line between two others does not undercut."""
+    hull: list[int] = []
+    for number in _front(one):
+        while len(hull) > 1 and not _bends(one, hull[-2], hull[-1], number):
+            hull.pop()
+        hull.append(number)
+    return hull
+
+
+def _bends(one: Options, first: int, middle: int, last: int) -> bool:
+    """Whether the first step saves more for a byte than the second."""
+    before = (one.costs[first] - one.costs[middle]) * (one.num_bytes[last] - one.num_bytes[middle])
+    return before > (one.costs[middle] - one.costs[last]) * (one.num_bytes[middle] - one.num_bytes[first])
+
+
+def _reduced(weights: Sequence[Options], known: Solution) -> _Program:
+    """Without what is beaten within its weight, or costs more than a known answer has left for all."""
+    floors = [min(one.costs) for one in weights]
+    spare = (known.cost - sum(floors)) * (1 + 1e-9)
+    kept = [
+        (owner, number)
+        for owner, one in enumerate(weights)
+        for number in _front(one)
+        if one.costs[number] - floors[owner] <= spare or number == known.picked[owner]
+    ]
+    num_bytes = [weights[owner].num_bytes[number] - min(weights[owner].num_bytes) for owner, number in kept]
+    costs = [weights[owner].costs[number] - floors[owner] for owner, number in kept]
+    owners, numbers = np.array(kept, dtype=np.int64).T
+    return _Program(owners, numbers, np.array(num_bytes, dtype=np.int64), np.array(costs, dtype=np.float64))
+
+
+def _highs(
+    program: _Program, allowed: int, unit: float, limits: tuple[float, float]
+) -> tuple[tuple[int, ...] | None, float, str]:
+    """The picked candidates, a bound on the cost above the floors, and how it ended; (None, 0, status) without any.
+
+    Args:
+        allowed: Bytes above the smallest candidates.
+        unit: Of cost, so that HiGHS sees numbers around 1.
+        limits: Gap and seconds.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    count, num_weights = len(program.owners), int(program.owners.max()) + 1
+    one_each = csr_array((np.ones(count), (program.owners, np.arange(count))), shape=(num_weights, count))
+    scale = max(allowed, 1)
+    found = milp(
+        program.costs / unit,
+        integrality=np.ones(count),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(csr_array(program.num_bytes[None, :] / scale), -np.inf, allowed / scale),
+        ],
+        options={"mip_rel_gap": limits[0], "time_limit": limits[1]},
+    )
+    status = {0: "optimal within the gap", 1: "time limit"}.get(found.status, str(found.message))
+    if found.x is None:
+        return None, 0.0, status
+    best = np.full(num_weights, -1, dtype=np.int64)
+    for place in np.argsort(found.x, kind="stable"):  # the largest share of each weight comes last
+        best[program.owners[place]] = program.numbers[place]
+    bound = found.mip_dual_bound
+    return tuple(best.tolist()), 0.0 if bound is None else max(float(bound), 0.0) * unit, status

@@ -1,0 +1,194 @@
+"""`qsvd quantize --budget`: what is on disk is within the budget, a stopped run goes on, bad budgets are refused."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import qsvd
+from qsvd.checkpoint.read import open_checkpoint
+from qsvd.checkpoint.statistics import write_statistics
+from qsvd.cli import run
+from qsvd.commands.prepare import prepare_source
+from qsvd.commands.quantize import execute
+from qsvd.commands.settle import prepare, settled
+from tests.checkpoints import write_checkpoint
+from tests.commands.folders import files_of, tensors_of
+from tests.mixed import modules_of, residual
+
+KEPT = (".safetensors", "allocation.txt", "config.json")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    write_checkpoint(folder, hidden_size=48, intermediate_size=64, num_hidden_layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def statistics(source):
+    """Moments in which some rows and columns matter a thousand times as much."""
+    shapes = {name: t.shape for name, t in tensors_of(source).items() if name.endswith("_proj.weight")}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, (rows, columns) in shapes.items():
+        module = name.removesuffix(".weight")
+        tensors[f"{module}.rows"] = 10.0 ** (3 * torch.rand(rows, generator=generator))
+        tensors[f"{module}.columns"] = 10.0 ** (3 * torch.rand(columns, generator=generator))
+        tensors[f"{module}.columns"] *= tensors[f"{module}.rows"].mean() / tensors[f"{module}.columns"].mean()
+    file = source / "statistics.safetensors"
+    write_statistics(file, tensors, fingerprint=open_checkpoint(str(source)).fingerprint, record={"model": "tiny"})
+    return file
+
+
+def options(source, out, **changes):
+    return qsvd.Quantize(str(source), out=out, **({"budget": "3bits", "iterations": 2} | changes))
+
+
+def stored(out):
+    """Bytes in the files of everything that belongs to a split weight, and numbers of these weights."""
+    weights = json.loads((out / "qsvd.json").read_text())["weights"]
+    modules = {weight["module"] for weight in weights.values()}
+    held = sum(t.nbytes for name, t in tensors_of(out).items() if name.rpartition(".")[0] in modules)
+    adapter = out / "adapter"
+    held += sum(t.nbytes for t in tensors_of(adapter).values()) if adapter.is_dir() else 0
+    return held, sum(math.prod(weight["shape"]) for weight in weights.values())
+
+
+def kept_files(out):
+    return {name: content for name, content in files_of(out).items() if name.endswith(KEPT)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"budget": "2.3bits"},
+        {"budget": "2.75bits", "dtype": "float32"},
+        {"budget": "9KB"},
+        {"budget": "5bits", "allocator": "bits", "rank": 2},
+        {"budget": "4.5bits", "allocator": "uniform"},
+        {"budget": "3.5bits", "allocator": "sara"},
+        {"budget": "3.5bits", "allocator": "prilora"},
+    ],
+)
+def test_the_files_are_within_the_budget_and_use_it(source, tmp_path, changes):
+    out = qsvd.quantize(options(source, tmp_path / "out", **changes))
+    held, elements = stored(out)
+    budget = changes["budget"]
+    most = 9_000 if budget == "9KB" else float(budget.removesuffix("bits")) * elements / 8
+    assert held <= most
+    slack = 1.0 if changes.get("allocator") == "uniform" else 0.12
+    assert held > (1 - slack) * most
+    assert "import qsvd" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("stage", ["measuring", "splitting"])
+def test_a_run_that_was_stopped_ends_in_the_same_files(source, tmp_path, stage):
+    alone = qsvd.quantize(options(source, tmp_path / "alone"))
+    wanted = options(source, tmp_path / "stopped")
+    if stage == "measuring":
+        seen = []
+
+        def stop(done):
+            seen.append(done)
+            if done.weights == 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            settled(prepare_source(wanted), stop)
+        settled(prepare_source(wanted), seen.append)
+        assert [done.weights for done in seen] == [1, 2, 3, 4, 5, 6, 7], "none is measured twice"
+    else:
+        steps = execute(prepare(wanted))
+        for _ in range(3):
+            next(steps)
+        steps.close()
+    assert kept_files(qsvd.quantize(wanted)) == kept_files(alone)
+    assert not (wanted.out / "unfinished").exists()
+    assert kept_files(qsvd.quantize(wanted)) == kept_files(alone), "a complete result is left as it is"
+    with pytest.raises(ValueError, match="holds a run with other options: budget"):
+        qsvd.quantize(replace(wanted, budget="4bits"))
+
+
+def weighted_error(out, source, statistics):
+    """By docs/format.md and LQ-LoRA's approximation of the Fisher information, float64."""
+    before, after, factors = tensors_of(source), tensors_of(out), tensors_of(out / "adapter")
+    moments = {name: t.double().numpy() for name, t in tensors_of(statistics.parent).items() if "proj" in name}
+    total = 0.0
+    for name, weight in json.loads((out / "qsvd.json").read_text())["weights"].items():
+        module = weight["module"]
+        dense = residual(weight["codec"], module, weight["shape"], after)
+        if weight["rank"]:
+            key = f"base_model.model.{module}.lora_"
+            dense = dense + factors[f"{key}B.weight"].double().numpy() @ factors[f"{key}A.weight"].double().numpy()
+        rows, columns = moments[f"{module}.rows"], moments[f"{module}.columns"]
+        total += ((before[name].double().numpy() - dense) ** 2 * np.outer(rows, columns) / rows.mean()).sum()
+    return total
+
+
+def test_fisher_information_is_what_the_split_minimises(source, statistics, tmp_path):
+    fisher = {"objective": "fisher", "statistics": statistics}
+    errors = {}
+    for name, changes in {"plain": {}, "fisher": fisher}.items():
+        out = qsvd.quantize(options(source, tmp_path / name, budget="3.5bits", **changes))
+        errors[name] = weighted_error(out, source, statistics)
+    assert errors["fisher"] < 0.98 * errors["plain"]
+    without = options(source, tmp_path / "uniform", budget=None, rank=4)
+    uniform = [
+        qsvd.quantize(replace(without, out=tmp_path / f"uniform{n}", **way)) for n, way in enumerate(({}, fisher))
+    ]
+    kinds = [json.loads((out / "config.json").read_text())["quantization_config"] for out in uniform]
+    assert kinds[0] == kinds[1], "bitsandbytes' NF4 either way"
+    before, after = (of_plain_bits(out, source, statistics) for out in uniform)
+    assert after < 0.9 * before
+
+
+def of_plain_bits(out, source, statistics):
+    """The weighted error of a base of one codec, whose dense weights qsvd.load has been judged on."""
+    moments = tensors_of(statistics.parent)
+    split = {name: module for name, module in qsvd.load(out).named_modules() if hasattr(module, "residual")}
+    before, total = tensors_of(source), 0.0
+    for path, linear in split.items():
+        up, down = (factor.detach() for factor in linear.adapter.factors())
+        left = before[f"{path}.weight"].double() - linear.residual.decode().double() - (up @ down).double()
+        weights = torch.outer(moments[f"{path}.rows"], moments[f"{path}.columns"]).double()
+        total += float((left.square() * weights).sum() / moments[f"{path}.rows"].mean())
+    return total
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--budget", "1.5bits"], "--budget 1.5bits is too small"),
+        (["--budget", "17bits"], "is above 16 bits a number"),
+        (["--budget", "3 bytes"], "is no budget: give bits"),
+        (["--budget", "3bits", "--allocation", "x.txt"], "one of them says how many bits a weight gets; leave one out"),
+        (["--budget", "3bits", "--dry-run"], "qsvd allocate measures them"),
+        (["--objective", "fisher"], "--objective fisher needs --statistics FILE"),
+        (["--objective", "hessian", "--statistics", "x"], "it matters with --budget only"),
+        (["--statistics", "x"], "--statistics are for --objective fisher or hessian"),
+        (["--budget", "3bits", "--objective", "fisher", "--statistics", "nowhere"], "no file nowhere; qsvd calibrate"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(source, tmp_path, capsys, flags, sentence):
+    assert run(["quantize", str(source), "--out", str(tmp_path / "out"), "--rank", "4", *flags]) == 2
+    shown = capsys.readouterr().err
+    assert sentence in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_another_model_are_refused(statistics, tmp_path, capsys):
+    write_checkpoint(tmp_path / "other", hidden_size=64, intermediate_size=96, seed=1)
+    flags = ["--objective", "fisher", "--statistics", str(statistics), "--out", str(tmp_path / "out"), "--rank", "4"]
+    assert run(["quantize", str(tmp_path / "other"), *flags]) == 2
+    assert "holds statistics of another model (tiny, fingerprint" in capsys.readouterr().err
+
+
+def test_every_weight_of_the_table_is_one_of_the_model(source, tmp_path):
+    job = prepare(options(source, tmp_path / "out"))
+    assert list(job.allocation.choices) == modules_of(source)

@@ -1,0 +1,121 @@
+"""A run of `qsvd calibrate` that dies or is stopped goes on to the same bytes; a complete one stays as it is."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from qsvd.cli import run
+from qsvd.commands import calibrate as command
+from qsvd.commands.calibrate import calibrate, execute
+from qsvd.commands.prepare_calibrate import prepare_calibrate
+from tests.commands import calibrations
+from tests.commands.calibrations import TEXTS, options_of, write_rows
+
+EXIT = 9
+
+
+@pytest.fixture(name="stories")
+def _stories():
+    return calibrations.stories()
+
+
+@pytest.fixture(name="texts")
+def _texts():
+    return calibrations.texts()
+
+
+def die_at(options, number, changes=None):
+    """Run in a forked process that is gone, without any clean-up, right before its so-manieth rename."""
+    process = multiprocessing.get_context("fork").Process(target=_calibrate, args=(options, number, changes))
+    process.start()
+    process.join(timeout=60)
+    return process.exitcode
+
+
+def _calibrate(options, number, changes):
+    count = 0
+
+    def watch(event, _arguments):
+        nonlocal count
+        if event == "os.rename":
+            count += 1
+            if changes is not None:
+                changes.value = count
+            if count == number:
+                os._exit(EXIT)
+
+    sys.addaudithook(watch)
+    calibrate(options)
+
+
+def test_a_run_that_dies_before_any_rename_goes_on_to_the_same_bytes(stories, texts, tmp_path):
+    """Also with other chunks than before, which are no part of the result."""
+    changes = multiprocessing.Value("i")
+    whole = options_of(stories, texts, tmp_path / "whole", traces=1, chunk=1)
+    assert die_at(whole, None, changes) == 0
+    assert changes.value == 5  # four chunks, the result
+    for number in range(1, 6):
+        out = tmp_path / f"dies-{number}"
+        assert die_at(options_of(stories, texts, out, traces=1, chunk=1), number) == EXIT
+        assert not out.exists()
+        assert out.with_name(f"{out.name}.unfinished").exists() == (number > 1)
+        calibrate(options_of(stories, texts, out, traces=1, chunk=1 if number % 2 else 3))
+        assert out.read_bytes() == whole.out.read_bytes()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"whole", *(f"dies-{number}" for number in range(1, 6))}
+
+
+def test_what_is_kept_is_not_done_again(stories, texts, tmp_path):
+    options = options_of(stories, texts, tmp_path / "s", chunk=1)
+    for position in execute(prepare_calibrate(options)):
+        if position.is_kept and position.examples == 3:
+            break
+    positions = list(execute(prepare_calibrate(options)))
+    assert min(position.share for position in positions) > 3 / 4
+    assert [position.examples for position in positions if position.is_kept] == [4]
+    assert len(positions) == 2 * 5 + 1  # five blocks, up and down
+
+
+def test_ctrl_c_ends_after_the_chunk_and_says_what_stays(stories, texts, tmp_path, capsys, monkeypatch):
+    stopped = []
+
+    @contextmanager
+    def once():
+        def show(_position):
+            if not stopped:
+                stopped.append(True)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield show
+
+    monkeypatch.setattr(command, "watching_calibration", once)
+    out = tmp_path / "s"
+    assert run(["calibrate", str(stories), str(texts), "--out", str(out), "--examples", "4", "--chunk", "2"]) == 130
+    stopping, sentence = capsys.readouterr().err.splitlines()
+    assert stopping == "stopping after this chunk of examples; once more to stop at once"
+    assert sentence == f"qsvd: interrupted; finished examples are kept, the same command goes on for {out}"
+    positions = list(execute(prepare_calibrate(options_of(stories, texts, out))))
+    assert positions[0].examples == 2
+    assert out.is_file()
+
+
+def test_a_complete_file_stays_as_it_is(stories, texts, tmp_path, capsys):
+    out = tmp_path / "s"
+    flags = ["calibrate", str(stories), str(texts), "--out", str(out), "--examples", "2", "--device", "cpu"]
+    assert run(flags) == 0
+    before, stamp = out.read_bytes(), out.stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(flags) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == (f"{out}\n", f"{out} was complete already\n")
+    assert (out.read_bytes(), out.stat().st_mtime_ns) == (before, stamp)
+    for name, there, now in (("seed", "0", "1"), ("traces", "0", "3"), ("dtype", '"float32"', '"bfloat16"')):
+        assert run([*flags, f"--{name}", now.strip('"')]) == 2
+        assert f"s is of a run with other options: {name} {there} there, {now} now" in capsys.readouterr().err
+    others = write_rows(tmp_path / "t.jsonl", [{"text": text.upper()} for text in TEXTS])
+    assert run([*flags[:2], str(others), *flags[3:]]) == 2
+    assert 's is of a run with other options: tokens_sha256 "' in capsys.readouterr().err

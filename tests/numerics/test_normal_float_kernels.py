@@ -1,0 +1,27 @@
+"""The Triton kernels without a GPU: interpreted, and compiled. With one, tests/gpu/test_normal_float_bits_gpu.py."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which comes with torch for CUDA")
+
+
+def checked(what, cache, **variables):
+    """How many comparisons kernel_checks.py made; a process of its own, since Triton reads variables when imported."""
+    command = (sys.executable, "-m", "tests.numerics.kernel_checks", what)
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)} | variables
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout)
+
+
+def test_interpreted_they_give_what_torchs_operations_give(tmp_path):
+    assert checked("interpret", tmp_path, TRITON_INTERPRET="1") == 4 * (8 * 2 + 4)
+
+
+def test_compiled_for_a_gpu_they_round_as_torchs_operations_do(tmp_path):
+    assert checked("compile", tmp_path) == 4 * (2 + 1 + 1)
