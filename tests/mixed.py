@@ -12,7 +12,7 @@ from tests import normal_floats
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import tensors_of
 
-CODECS = ("nf3-64-8x256", "nf2-16-fp16", "nf8-128-bf16", "nf4-32-3x16", "nf3-64-fp32")
+CODECS = ("nf3-64-8x256-fit", "nf2-16-fp16", "nf8-128-bf16", "nf4-32-3x16", "nf3-64-fp32")
 RANKS = (3, 0, 4, 1)
 SCALES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,7 +41,7 @@ def mixed_base(folder, *, shard_size="5GB", **options):
 def residual(codec, module, shape, stored):
     """Q [O, I], float64, rounded to float32 once as a decoder does."""
     bits, block, dtype, scale_bits, scale_block = re.fullmatch(
-        r"nf(\d)-(\d+)-(?:(fp32|fp16|bf16)|(\d+)x(\d+))", codec
+        r"nf(\d)-(\d+)-(?:(fp32|fp16|bf16)|(\d+)x(\d+))(?:-fit)?", codec
     ).groups()
     count = shape[0] * shape[1]
     blocks = -(-count // int(block))

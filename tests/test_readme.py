@@ -26,8 +26,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path" / "or").mkdir(parents=True)
     (tmp_path / "path" / "or" / "hub-id").symlink_to(MODEL)
-    pages = [line for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 200][:12]
-    for name, part in (("data.jsonl", pages[:8]), ("test.jsonl", pages[8:])):
+    pages = [line[:200] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 60][:132]
+    for name, part in (("data.jsonl", pages[:128]), ("test.jsonl", pages[128:])):
         (tmp_path / name).write_text("".join(f"{json.dumps({'text': page})}\n" for page in part))
     return tmp_path
 
@@ -36,10 +36,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for an old name
 def test_the_commands_and_the_code_that_loads_their_result_run(folder: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("qsvd ")]
-    assert len(lines) == 8
+    assert len(lines) == 12
     for line in lines:
         assert run(shlex.split(line, comments=True)[1:]) == 0, line
     assert (folder / "OUT" / "qsvd.json").is_file()
+    assert "objective: fisher" in (folder / "OUT275" / "allocation.txt").read_text()
+    assert (folder / "bits.txt").is_file()
     exec(blocks("python")[2], loaded := {})
     assert loaded["model"].split_record.method == "pissa"
     names: dict = {}

@@ -28,11 +28,10 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("arguments", [None, ["--help"], ["quantize", "--help"], ["--version"], ["quantize"]])
-def test_nothing_heavy_is_imported_by_import_help_version_or_a_wrong_flag(arguments):
-    lines = ["import sys", "import qsvd", f"arguments = {arguments!r}"]
-    lines += ["if arguments is not None:", "    from qsvd.cli import main", "    try:", "        main(arguments)"]
-    lines += ["    except SystemExit:", "        pass"]
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["--version"], ["quantize"]])
+def test_nothing_heavy_is_imported_by_help_version_or_a_wrong_flag(arguments):
+    lines = ["import sys", "sys.argv = ['qsvd']", "from qsvd.cli import main"]
+    lines += ["try:", f"    main({arguments!r})", "except SystemExit:", "    pass"]
     lines += [f"print('heavy:', [name for name in {HEAVY} if name in sys.modules])"]
     environment = os.environ | {"PYTHONPATH": python_path()}
     done = subprocess.run(

@@ -229,7 +229,17 @@ def test_a_budget_is_planned_to_the_byte_that_it_allows(capsys, large):
 def test_a_table_says_the_ranks(capsys, tmp_path):
     write_checkpoint(tmp_path / "model", hidden_size=64, intermediate_size=128)
     chosen = write_table(tmp_path / "table.txt", modules_of(tmp_path / "model"), ranks=(3, 0, 7))
-    words = (tmp_path / "model", "--allocation", tmp_path / "table.txt", "--tokens", 16, "--for", "train")
+    words = (
+        tmp_path / "model",
+        "--allocation",
+        tmp_path / "table.txt",
+        "--tokens",
+        16,
+        "--for",
+        "train",
+        "--method",
+        "pissa",
+    )
     _, found = planned(capsys, *words)
     shapes = {spec.module: spec.shape for spec in plan_model(AutoConfig.from_pretrained(tmp_path / "model")).weights}
     numbers = sum(rank * sum(shapes[module]) for module, (_, rank) in chosen.items())
@@ -243,7 +253,7 @@ def test_a_table_says_the_ranks(capsys, tmp_path):
     ("words", "sentence"),
     [
         (["--budget", "2.5bits", "--allocation", "x"], "one of them says how many bits a weight gets; leave one out"),
-        (["--budget", "2.2bits", "--rank", "64"], "--rank 64 is above 53, the highest that --budget 2.2bits holds"),
+        (["--budget", "2.2bits", "--rank", "64"], "--rank 64 is above 57, the highest that --budget 2.2bits holds"),
         (["--budget", "1bits"], "--budget 1bits is too small"),
         (["--budget", "17bits"], "above 16 bits"),
         (["--budget", "20 apples"], "is no budget"),
