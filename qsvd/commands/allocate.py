@@ -17,8 +17,8 @@ from qsvd.checkpoint.whole_file import write_text
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.prepare_allocate import AllocateJob, importances, prepare_allocate, sealed
 from qsvd.commands.silence import silent_stdout
-from qsvd.commands.watch import StopRequest
-from qsvd.commands.watch_measuring import Progressed, ShowProgress, watching_measuring
+from qsvd.commands.watch import StopRequest, watching
+from qsvd.commands.watch_measuring import Progressed, ShowProgress
 from qsvd.decompose.candidates import Measured, measure_candidates
 from qsvd.decompose.objective import PLAIN
 from qsvd.numerics.codecs import codec_named
@@ -67,7 +67,7 @@ def main(options: Allocate, checkpoint: Checkpoint | None = None) -> None:
         Interrupted: after Ctrl-C; the weights that are measured are kept.
     """
     job = prepare_allocate(options, checkpoint)
-    with StopRequest("weight") as stop, watching_measuring() as show:
+    with StopRequest("weight") as stop, watching() as show:
 
         def show_or_stop(done: Progressed) -> None:
             show(done)

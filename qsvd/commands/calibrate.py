@@ -14,8 +14,8 @@ from qsvd.checkpoint.statistics import open_unfinished, save_unfinished, unfinis
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.prepare_calibrate import Calibration, prepare_calibrate
 from qsvd.commands.quiet import quiet
-from qsvd.commands.watch import StopRequest
-from qsvd.commands.watch_calibrate import Position, watching_calibration
+from qsvd.commands.watch import StopRequest, watching
+from qsvd.commands.watch_calibrate import Position
 from qsvd.options import Calibrate
 
 HOST_SHARE = 0.5  # of the free host memory, for the hidden states of a chunk
@@ -45,7 +45,7 @@ def main(options: Calibrate) -> None:
         job = prepare_calibrate(options)
         if job.is_complete:
             print(f"{job.out} was complete already", file=sys.stderr)
-        with StopRequest("chunk of examples") as stop, watching_calibration() as show:
+        with StopRequest("chunk of examples") as stop, watching() as show:
             for position in execute(job):
                 show(position)
                 if stop.made and position.is_kept:

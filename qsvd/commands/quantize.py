@@ -26,7 +26,7 @@ from qsvd.commands.prepare import Source, prepare_source
 from qsvd.commands.report import show_report
 from qsvd.commands.settle import prepare, settled
 from qsvd.commands.watch import Standing, StopRequest, watching
-from qsvd.commands.watch_measuring import Progressed, watching_measuring
+from qsvd.commands.watch_measuring import Progressed
 from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.measure import WeightError, measure
 from qsvd.options import Quantize
@@ -157,7 +157,7 @@ def _settled(source: Source, stop: StopRequest) -> Job:
     """The job; with a budget, measuring is shown and can be stopped."""
     if source.options.budget is None:
         return job_of(source, source.table)
-    with watching_measuring() as show:
+    with watching() as show:
 
         def show_or_stop(done: Progressed) -> None:
             show(done)

@@ -1,4 +1,4 @@
-"""What a person sees while `qsvd quantize` runs, on stderr: a bar on a terminal, else a line every few percent."""
+"""What a person sees while a command runs, on stderr: a bar on a terminal, else a line every few percent."""
 
 import signal
 import sys
@@ -7,16 +7,35 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-LINE_EVERY = 0.05  # of the bytes
+LINE_EVERY = 0.05  # of the work
+
+
+class Shown(Protocol):
+    """How far a run is, whatever it does."""
+
+    @property
+    def share(self) -> float:
+        """Of the work, 0 to 1."""
+        ...
+
+    @property
+    def is_end(self) -> bool:
+        """Whether there is no more to come."""
+        ...
+
+    def line(self, seconds: float) -> str:
+        """In words, after so many seconds of this run."""
+        ...
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a run is.
+    """How far `qsvd quantize` is.
 
     num_bytes, of total_bytes, are the source bytes of finished weights; new_bytes those of this run alone.
     reduction is of the Frobenius error so far, in percent.
@@ -29,15 +48,22 @@ class Standing:
     total_bytes: int
     reduction: float
 
+    @property
+    def share(self) -> float:
+        return self.num_bytes / self.total_bytes
+
+    @property
+    def is_end(self) -> bool:
+        return self.weights == self.num_weights
+
     def line(self, seconds: float) -> str:
-        """The standing in words, after so many seconds of this run."""
         speed = self.new_bytes / max(seconds, 1e-9)
         left = f"{(self.total_bytes - self.num_bytes) / speed:.0f} s left" if speed else "resumed"
         error = f"error {0 - self.reduction:+.1f} %"  # 0 - x, since -0.0 prints a sign
         return f"{self.weights}/{self.num_weights} weights, {speed / 1e6:.0f} MB/s, {left}, {error}"
 
 
-Show = Callable[[Standing], None]
+Show = Callable[[Shown], None]
 
 
 def watching() -> AbstractContextManager[Show]:
@@ -49,11 +75,11 @@ def watching() -> AbstractContextManager[Show]:
 def _bar() -> Iterator[Show]:
     started = time.monotonic()
     with Progress(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
-        task = progress.add_task("reading", total=None)
+        task = progress.add_task("reading", total=1.0)
 
-        def show(standing: Standing) -> None:
+        def show(standing: Shown) -> None:
             line = standing.line(time.monotonic() - started)
-            progress.update(task, total=standing.total_bytes, completed=standing.num_bytes, description=line)
+            progress.update(task, completed=standing.share, description=line)
 
         yield show
 
@@ -62,11 +88,10 @@ def _bar() -> Iterator[Show]:
 def _lines() -> Iterator[Show]:
     started, shown = time.monotonic(), 0.0
 
-    def show(standing: Standing) -> None:
+    def show(standing: Shown) -> None:
         nonlocal shown
-        share = standing.num_bytes / standing.total_bytes
-        if share - shown >= LINE_EVERY or standing.weights == standing.num_weights:
-            shown = share
+        if standing.share - shown >= LINE_EVERY or standing.is_end:
+            shown = standing.share
             print(standing.line(time.monotonic() - started), file=sys.stderr, flush=True)
 
     yield show

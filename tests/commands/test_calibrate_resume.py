@@ -92,7 +92,7 @@ def test_ctrl_c_ends_after_the_chunk_and_says_what_stays(stories, texts, tmp_pat
 
         yield show
 
-    monkeypatch.setattr(command, "watching_calibration", once)
+    monkeypatch.setattr(command, "watching", once)
     out = tmp_path / "s"
     assert run(["calibrate", str(stories), str(texts), "--out", str(out), "--examples", "4", "--chunk", "2"]) == 130
     stopping, sentence = capsys.readouterr().err.splitlines()

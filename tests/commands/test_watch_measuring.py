@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from qsvd.commands.watch_measuring import Progressed, watching_measuring
+from qsvd.commands.watch import watching
+from qsvd.commands.watch_measuring import Progressed
 
 
 def test_the_time_that_is_left_is_at_the_speed_of_this_run_alone():
@@ -19,7 +20,7 @@ def test_nothing_new_has_no_speed():
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_lines_come_every_few_percent_and_at_the_end(capsys, monkeypatch, is_terminal):
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
-    with watching_measuring() as show:
+    with watching() as show:
         for number in range(1, 101):
             show(Progressed(number, 100, 10 * number, 10 * number, 1000))
     shown = capsys.readouterr()
