@@ -3,7 +3,7 @@
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,34 +23,19 @@ from qsvd.decompose.candidates import Measured, measure_candidates
 from qsvd.decompose.objective import PLAIN
 from qsvd.numerics.codecs import codec_named
 from qsvd.options import Allocate
-from qsvd.plan.allocate import Result
+from qsvd.plan.allocate import Result, over_norms
 from qsvd.plan.allocate import allocate as solve
-from qsvd.plan.allocation import Allocation, to_text
-from qsvd.plan.model import ModelPlan, WeightSpec
+from qsvd.plan.allocation import to_text
+from qsvd.plan.model import WeightSpec
 from qsvd.report.allocation import allocation_tables, summary
-
-
-def allocated(
-    options: Allocate, checkpoint: Checkpoint, plan: ModelPlan, show: Callable[[Progressed], None]
-) -> Allocation:
-    """The choices for the weights of an open checkpoint; the table is not written.
-
-    Args:
-        options: As of the command; measurements are kept beside options.out, and found there again.
-        plan: Of the checkpoint, complete; options.include and exclude are not read.
-        show: Is told after every weight; what it raises ends the work, and measured weights stay.
-
-    Raises:
-        ValueError: an option or the statistics are not usable.
-        DoesNotFit: the largest weight cannot be measured in the memory that is free.
-    """
-    return execute(prepare_allocate(options, checkpoint, plan), show).allocation
 
 
 def execute(job: AllocateJob, show: ShowProgress) -> Result:
     """Measure what is not measured yet, then choose; the allocation has its remarks."""
     counts_with, remarks = importances(job)
     measured = _measured(job, show)
+    if job.options.objective == "relative":
+        counts_with = over_norms(job.task.weights, measured)
     with silent_stdout():
         result = solve(job.task, job.options.allocator, measured, counts_with)
     allocation = replace(result.allocation, remarks=_remarks(job, result) + remarks)

@@ -68,9 +68,9 @@ class Source:
             del options[name]
         if self.options.budget is None:
             del options["budget"], options["allocator"]
-        if self.statistics is None:
-            del options["objective"]
-        else:
+            if self.statistics is None:
+                del options["objective"]
+        if self.statistics is not None:
             options["statistics"] = file_sha256(self.statistics.path)
         options |= {name: list(options[name]) for name in ("include", "exclude")}
         options["shard_size"] = self.shard_bytes
@@ -161,16 +161,15 @@ def statistics_for(
     Raises:
         ValueError: they are not given, or not needed, or those of another model, or without traces for the Hessian.
     """
-    if objective == "frobenius":
+    if objective in ("relative", "frobenius"):
         if file is not None:
             raise ValueError(
-                "--statistics are for --objective fisher or hessian, and it is frobenius; give one of them"
+                f"--statistics are for --objective fisher or hessian, and it is {objective}; give one of them"
             )
         return None
     if file is None:
         raise ValueError(
-            f"--objective {objective} needs --statistics FILE, which qsvd calibrate makes; or give --objective "
-            "frobenius"
+            f"--objective {objective} needs --statistics FILE, which qsvd calibrate makes; or leave --objective out"
         )
     path = file.expanduser()
     statistics = open_statistics(path)

@@ -27,9 +27,11 @@ class Allocate:
         arg(help="both: bits and ranks; bits: at --rank (LQ-LoRA); uniform: one pair; sara, prilora: ranks by rule."),
     ] = "both"
     objective: Annotated[
-        Literal["frobenius", "fisher", "hessian"],
-        arg(help="Errors count plainly, by Fisher information, or by the mean trace of the Hessian."),
-    ] = "frobenius"
+        Literal["relative", "frobenius", "fisher", "hessian"],
+        arg(
+            help="Errors over the norm of their weight, plain ones, by Fisher information, or by traces of the Hessian."
+        ),
+    ] = "relative"
     statistics: Annotated[
         Path | None, arg(metavar="FILE", help="Of qsvd calibrate; for the objectives fisher and hessian.")
     ] = None

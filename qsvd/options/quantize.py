@@ -42,9 +42,9 @@ class Quantize:
         arg(help="What a budget decides, as in qsvd allocate: both: bits and ranks; bits: at --rank (LQ-LoRA)."),
     ] = "both"
     objective: Annotated[
-        Literal["frobenius", "fisher", "hessian"],
-        arg(help="Errors count plainly, by Fisher information (in the split too), or by traces of the Hessian."),
-    ] = "frobenius"
+        Literal["relative", "frobenius", "fisher", "hessian"],
+        arg(help="What a budget minimises: errors over the norm of each weight, plain ones, or by statistics."),
+    ] = "relative"
     statistics: Annotated[
         Path | None, arg(metavar="FILE", help="Of qsvd calibrate; for the objectives fisher and hessian.")
     ] = None

@@ -9,7 +9,7 @@ prilora   one codec; ranks by depth (arXiv:2401.11316)
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import exp, log, prod, sqrt
 from typing import Literal, get_args
 
 from qsvd.decompose.candidates import Measured
@@ -109,6 +109,12 @@ def allocate(
         return _by_program(task, allocator, measured, factors)
     tried = _uniforms(task) if allocator == "uniform" else _scheduled(task, allocator, measured)
     return _cheapest(task, tried, measured, factors)
+
+
+def over_norms(weights: Sequence[WeightSpec], measured: Mapping[str, Measured]) -> dict[str, float]:
+    """Importances by which errors are relative: of two weights of one size a tenth of each counts the same."""
+    norms = {spec.module: measured[spec.module].norm / prod(spec.shape) for spec in weights}
+    return {module: 1 / norm if norm > 0 else 1.0 for module, norm in norms.items()}
 
 
 def expected(measured: Measured, codec: int, rank: int) -> float:

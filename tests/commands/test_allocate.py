@@ -14,7 +14,7 @@ import qsvd.commands.prepare_allocate
 from qsvd.checkpoint.read import Checkpoint, open_checkpoint
 from qsvd.checkpoint.statistics import write_statistics
 from qsvd.cli import run
-from qsvd.commands.allocate import allocated
+from qsvd.commands.allocate import execute
 from qsvd.commands.prepare_allocate import importances, prepare_allocate
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.candidates import measure_candidates
@@ -92,7 +92,7 @@ def test_the_table_fits_the_budget_and_the_errors_are_those_of_the_splits(alloca
     assert f"bits a number: {8 * used / numbers:.3f} stored with factors" in " ".join(out.split())
     checkpoint = open_checkpoint(str(model))
     assert {f"model: {model}", f"source: {checkpoint.fingerprint}"} <= {*table.remarks}
-    assert "allocator: both, objective: frobenius" in table.remarks
+    assert "allocator: both, objective: relative" in table.remarks
     for line in text.splitlines():
         module, *_, expected = line.split()
         if module in table.choices:
@@ -372,7 +372,7 @@ BAD = {
     "a negative gap": ("--gap=-1", "--gap -1.0 and --time-limit 60.0: at least 0, and above 0 seconds"),
     "no time": ("--time-limit 0", "--gap 0.0001 and --time-limit 0.0: at least 0, and above 0 seconds"),
     "no statistics": ("--objective fisher", "--objective fisher needs --statistics FILE, which qsvd calibrate makes"),
-    "statistics for nothing": ("--statistics x", "--statistics are for --objective fisher or hessian, and it is frob"),
+    "statistics for nothing": ("--statistics x", "--statistics are for --objective fisher or hessian, and it is rel"),
     "no such statistics": ("--objective hessian --statistics x", "no file x; qsvd calibrate MODEL DATA --out x makes"),
     "a pattern that matches nothing": ("--include *.query", "no linear layer in the blocks matches '*.query'"),
     "a device": ("--device tpu", "--device 'tpu' is none of auto, cpu, cuda, cuda:N"),
@@ -452,9 +452,9 @@ def test_another_command_can_ask_for_an_allocation_and_stop_it(model, weights, t
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        allocated(options, checkpoint, plan, stop)
+        execute(prepare_allocate(options, checkpoint, plan), stop)
     shapes, shown = counted(monkeypatch), []
-    found = allocated(options, checkpoint, plan, shown.append)
+    found = execute(prepare_allocate(options, checkpoint, plan), shown.append).allocation
     assert len(shapes) == len(shown) == 11
     assert shown[-1].elements == shown[-1].total_elements
     assert [*found.choices] == [spec.module for spec in weights]
@@ -467,6 +467,7 @@ def test_on_a_trained_model_bits_and_ranks_are_no_worse_than_bits_and_those_than
     weights = plan_model(checkpoint.config).weights
     read = {spec.module: checkpoint.read(spec.name).float() for spec in weights}
     codecs = ("--codecs", "nf2-16-2x64", "nf3-16-3x64", "nf4-16-4x64", "--ranks", "0", "1", "2", "--rank", "0")
+    codecs += ("--objective", "frobenius")
     real = {}
     for allocator in ("both", "bits", "uniform"):
         for budget in ("2.5bits", "3.25bits", "4bits"):

@@ -9,7 +9,7 @@ import pytest
 
 from qsvd.decompose.candidates import Measured
 from qsvd.numerics.codecs import codec_named
-from qsvd.plan.allocate import ALLOCATORS, Task, allocate, check_feasible, expected
+from qsvd.plan.allocate import ALLOCATORS, Task, allocate, check_feasible, expected, over_norms
 from qsvd.plan.allocation import Choice
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import Grid
@@ -220,3 +220,27 @@ def test_a_weight_of_zeros_has_no_error():
 def test_a_rank_that_needs_more_than_16_bits_is_not_advised():
     with pytest.raises(ValueError, match=r"the 6 weights need [\d.]+bits; give a lower --rank, or --allocator both$"):
         check_feasible(task("16bits", rank=24), "bits")
+
+
+def test_relative_errors_do_not_ask_in_which_unit_a_weight_is_written():
+    job = task("3.4bits")
+    measured = measurements(job)
+    first = WEIGHTS[0].module
+    one = measured[first]
+    louder = measured | {
+        first: replace(one, norm=1e4 * one.norm, squares=tuple(tuple(1e4 * s for s in row) for row in one.squares))
+    }
+    plain, relative = (
+        [dict(allocate(job, "both", m, weigh(m)).allocation.choices) for m in (measured, louder)]
+        for weigh in (lambda _: None, lambda m: over_norms(WEIGHTS, m))
+    )
+    assert relative[0] == relative[1]
+    assert plain[0] != plain[1]
+    wanted = {spec.module: math.prod(spec.shape) / measured[spec.module].norm for spec in WEIGHTS}
+    assert over_norms(WEIGHTS, measured) == pytest.approx(wanted)
+
+
+def test_a_weight_of_zeros_counts_as_it_is():
+    measured = measurements(task("3.4bits"))
+    first = WEIGHTS[0].module
+    assert over_norms(WEIGHTS[:1], {first: replace(measured[first], norm=0.0)}) == {first: 1.0}
