@@ -12,6 +12,7 @@ and its seconds; qsvd's own command line registers only where it loads a model. 
 are first used.
 """
 
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -69,7 +70,10 @@ def __getattr__(name: str) -> Any:
 def _is_own_command_line() -> bool:
     """Whether this process is `qsvd` or `python -m qsvd`, whose argv[0] is "-m" while the package is imported."""
     program = "".join(sys.argv[:1])
-    return program == "-m" or Path(program).name == "qsvd"
+    if program != "-m":
+        return Path(program).name == "qsvd"
+    words = "".join(f" {word}" for word in sys.orig_argv)  # the module follows -m, perhaps without a space
+    return re.search(r" -\w*m ?qsvd(\s|$)", words) is not None
 
 
 if not _is_own_command_line():

@@ -41,3 +41,13 @@ def test_every_name_that_is_promised_is_there_and_no_other():
     assert all(getattr(qsvd, name) is not None for name in qsvd.__all__)
     with pytest.raises(AttributeError, match="module 'qsvd' has no attribute 'nothing'"):
         qsvd.nothing  # noqa: B018  # asked for, to be refused
+
+
+def test_a_program_of_others_that_imports_it_while_python_looks_for_it_has_the_method(tmp_path):
+    tool = tmp_path / "mytool"
+    tool.mkdir()
+    (tool / "__init__.py").write_text("import qsvd\n")
+    asks = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\nprint('qsvd' in known)\n"
+    (tool / "__main__.py").write_text(asks)
+    path = os.pathsep.join((str(tmp_path), str(Path(qsvd.__file__).parents[1])))
+    assert run(sys.executable, "-m", "mytool", PYTHONPATH=path).stdout == "True\n"

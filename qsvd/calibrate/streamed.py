@@ -131,20 +131,21 @@ class StreamedModel:
                 return functional_call(self._model, self._around, (), dict(inputs))
         except AllCalled:
             return None
+        except (torch.OutOfMemoryError, ValueError):
+            raise
+        except BUILD_ERRORS as error:
+            length = inputs["input_ids"].shape[-1]
+            raise ValueError(
+                f"{self.plan.architecture} cannot be run on a text of {length} tokens: {first_line(error)}; a smaller "
+                "--max-length may do"
+            ) from error
         finally:
             self._tapes.pop()
 
     def _look_at_a_block(self, inputs: Mapping[str, Tensor]) -> int:
         """Length of the tuple that a block returns, or 0 for the hidden states alone: the first is run once."""
         tape = Tape(1, None, 0, keep=True)
-        try:
-            self._run(inputs, tape)
-        except (torch.OutOfMemoryError, ValueError):
-            raise
-        except BUILD_ERRORS as error:
-            raise ValueError(
-                f"{self.plan.architecture} cannot be run from tokens alone: {first_line(error)}"
-            ) from error
+        self._run(inputs, tape)
         if tape.hidden is None:
             raise ValueError(f"{self.plan.architecture} calls no block for a text; give a model that reads texts")
         call = tape.calls[0]

@@ -173,6 +173,11 @@ def _turn(model: StreamedModel, track: _Track) -> float:
     tangents = track.tangents.pop()
     logits, others = model.logits(track.example.inputs(device), hidden)
     loss = track.example.loss(logits)
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the loss of an example is {float(loss.detach())}: the checkpoint holds numbers that are none, or they "
+            f"overflow in {model.compute.dtype}; repair it, or give --dtype float32"
+        )
     gradient, *strays = torch.autograd.grad(loss, (hidden, *others), create_graph=bool(tangents), allow_unused=True)
     if any(stray is not None for stray in strays):
         raise ValueError("the model's output uses more than the last block's; it cannot be run block by block")

@@ -65,6 +65,8 @@ class CostsFile:
         content = self.path.read_bytes() if self.path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
+            if content and not content.startswith(b"{"):
+                raise ValueError(f"{self.path} holds no measurements of qsvd; give another --out")
             self.path.unlink(missing_ok=True)
             self._append(self._identity)
             return {}

@@ -11,6 +11,7 @@ Shape suffixes: O = out features, I = in features.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,11 +66,14 @@ class Statistics:
         """The trace of the Hessian in one weight: how much the loss bends, summed over the weight's numbers.
 
         Raises:
-            ValueError: the file has no traces, or lacks the module.
+            ValueError: the file has no traces, or lacks the module, or its trace is no finite number.
         """
         if not self.has_traces:
             raise ValueError(f"{self.path} has no traces of the Hessian; make it again by qsvd calibrate --traces 8")
-        return float(self._read(module, TRACE))
+        trace = float(self._read(module, TRACE))
+        if not math.isfinite(trace):
+            raise ValueError(f"{self.path}: {module}: its trace is {trace}; make the file again by qsvd calibrate")
+        return trace
 
     def trace_error(self, module: str) -> float:
         """The standard error of `trace`.
@@ -100,8 +104,11 @@ def open_statistics(path: Path) -> Statistics:
         raise ValueError(f"{path} holds no statistics of qsvd calibrate (format {header.metadata.get('format')!r})")
     modules = tuple(sorted(name.removesuffix(f".{ROWS}") for name in header.tensors if name.endswith(f".{ROWS}")))
     _check_parts(path, header.tensors, modules)
-    record = json.loads(header.metadata["record"])
-    return Statistics(path, header.metadata["fingerprint"], modules, record, header.tensors)
+    try:
+        record, fingerprint = json.loads(header.metadata["record"]), header.metadata["fingerprint"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its metadata lack {error}; make it again by qsvd calibrate") from error
+    return Statistics(path, fingerprint, modules, record, header.tensors)
 
 
 def check_statistics(statistics: Statistics, fingerprint: str, modules: Sequence[str], path: Path) -> None:

@@ -1,8 +1,6 @@
 """`qsvd allocate`: measure the candidates of every weight, solve for the best choices, write them as a table."""
 
-import hashlib
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,6 +14,7 @@ from qsvd.checkpoint.stream import stream
 from qsvd.checkpoint.whole_file import write_text
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.commands.prepare_allocate import AllocateJob, importances, prepare_allocate, sealed
+from qsvd.commands.seeds import seed_of
 from qsvd.commands.silence import silent_stdout
 from qsvd.commands.watch import StopRequest, watching
 from qsvd.commands.watch_measuring import Progressed, ShowProgress
@@ -72,34 +71,45 @@ def _measured(job: AllocateJob, show: ShowProgress) -> dict[str, Measured]:
     weights = job.task.weights
     job.costs.parent.mkdir(parents=True, exist_ok=True)
     with CostsFile(job.costs, job.identity) as kept:
-        pending = [spec for spec in weights if spec.module not in kept.measured]
-        if not pending:
-            print(f"all weights are measured already, in {job.costs}", file=sys.stderr)
-        done = [spec for spec in weights if spec.module in kept.measured]
+        done = [spec for spec in weights if _is_measured(job, spec, kept)]
+        pending = [spec for spec in weights if spec not in done]
         before = len(done)
         for spec, weight_OI in zip(pending, stream(job.checkpoint, [spec.name for spec in pending]), strict=True):
-            kept.keep(spec.module, _measure(job, spec, weight_OI))
+            kept.keep(spec.module, _measure(job, spec, weight_OI, _ranks(job, spec, kept)))
             done.append(spec)
             elements, old, total = map(_elements, (done, done[:before], weights))
             show(Progressed(len(done), len(weights), elements, elements - old, total))
         return dict(kept.measured)
 
 
+def _is_measured(job: AllocateJob, spec: WeightSpec, kept: CostsFile) -> bool:
+    """Whether there is a line with every rank that is asked for; where ranks lack, a new line takes its place."""
+    found = kept.measured.get(spec.module)
+    return found is not None and tuple(found.ranks) == _ranks(job, spec, kept)
+
+
+def _ranks(job: AllocateJob, spec: WeightSpec, kept: CostsFile) -> tuple[int, ...]:
+    """What is to be measured of a weight, and what has been, rising from 0."""
+    found = kept.measured.get(spec.module)
+    asked = job.task.grid.measured(spec.shape, with_fixed=job.options.allocator == "bits")
+    return tuple(sorted({*asked, *(found.ranks if found else ())}))
+
+
 def _elements(weights: Sequence[WeightSpec]) -> int:
     return sum(math.prod(spec.shape) for spec in weights)
 
 
-def _measure(job: AllocateJob, spec: WeightSpec, weight_OI: Tensor) -> Measured:
+def _measure(job: AllocateJob, spec: WeightSpec, weight_OI: Tensor, ranks: Sequence[int]) -> Measured:
     grid = job.task.grid
+    objective = job.statistics.objective(spec.module) if job.is_fisher and job.statistics else PLAIN
     try:
-        objective = job.statistics.objective(spec.module) if job.is_fisher and job.statistics else PLAIN
         return measure_candidates(
             weight_OI.to(job.device),
             [codec_named(name) for name in grid.codecs],
-            grid.measured(spec.shape),
+            ranks,
             objective=objective,
             dtype=job.dtype,
-            seed=_seed(job.options.seed, spec),
+            seed=seed_of(job.options.seed, spec),
         )
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
@@ -108,11 +118,6 @@ def _measure(job: AllocateJob, spec: WeightSpec, weight_OI: Tensor) -> Measured:
         ) from error
     except ValueError as error:
         raise ValueError(f"{job.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
-
-
-def _seed(seed: int, spec: WeightSpec) -> int:
-    """Of this weight alone, so that a resumed run draws the same."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {spec.module}".encode()).digest()[:6])
 
 
 def _remarks(job: AllocateJob, result: Result) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from qsvd.commands.watch_calibrate import Position
 from qsvd.options import Calibrate
 
 HOST_SHARE = 0.5  # of the free host memory, for the hidden states of a chunk
+MOST_CHUNK = 16  # examples that a killed run may lose; for each chunk the weights are read twice
 
 
 def calibrate(options: Calibrate) -> Path:
@@ -126,7 +127,7 @@ def _chunk(job: Calibration, model: StreamedModel) -> int:
     states = tokens * hidden * (model.num_blocks + 1) * (1 + job.options.traces)
     masks = tokens**2 * model.num_blocks  # at most, where every block has its own
     each = (states + masks) * job.dtype.itemsize
-    return max(1, min(len(job.examples), int(HOST_SHARE * free_host_memory()) // each))
+    return max(1, min(len(job.examples), MOST_CHUNK, int(HOST_SHARE * free_host_memory()) // each))
 
 
 def _longest(job: Calibration) -> int:

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qsvd.checkpoint.shards import Shard, Sizes, plan_shards, sizes_of
 from qsvd.checkpoint.write import MANIFEST
@@ -58,6 +59,7 @@ class Job:
             least_rank=min(ranks),
             residual_bits=None if self.allocation.is_plain else residual_bits(self.allocation, weights),
             quantizer="bitsandbytes" if self.allocation.is_plain else "qsvd",
+            objective="fisher" if options.objective == "fisher" else "plain",
         )
 
 
@@ -100,7 +102,8 @@ def check_memory(job: Job) -> None:
     largest = max(source.plan.weights, key=lambda spec: math.prod(spec.shape))
     free = machine(source.device, source.compute_dtype).limits
     choice = job.allocation.choices[largest.module]
-    plan = plan_splitting(largest.shape, choice.rank, choice.codec, source.device.type, free)
+    weighted = source.options.objective == "fisher"
+    plan = plan_splitting(largest.shape, choice, source.device.type, free, weighted=weighted)
     if not plan.fits:
         raise DoesNotFit(
             f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close what else uses it, take another "
@@ -114,14 +117,18 @@ def check_disk(job: Job) -> None:
     Raises:
         DoesNotFit: too little space is free, with the numbers.
     """
-    out = job.source.out
+    check_room(job.source.out, job.sizes.disk)
+
+
+def check_room(out: Path, num_bytes: int) -> None:
+    """Refuse, by DoesNotFit, so many bytes in a folder that is not complete, those counted that are there."""
     if (out / MANIFEST).is_file():
         return
     folder = out.absolute()
     written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     while not folder.exists():
         folder = folder.parent
-    needed, free = job.sizes.disk - written, shutil.disk_usage(folder).free
+    needed, free = num_bytes - written, shutil.disk_usage(folder).free
     if needed > free:
         raise DoesNotFit(
             f"{out} needs {needed / 1e9:.2f} GB more disk space ({folder} has {free / 1e9:.2f} GB free); "

@@ -1,7 +1,7 @@
 """The split model that `qsvd plan` counts: a result of `qsvd quantize`, or what a config will become."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.methods import default_method
 from qsvd.adapters.planned import planned, planner_of
 from qsvd.adapters.start import new_record
 from qsvd.checkpoint.hub import download_config
@@ -83,6 +84,9 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
     empty = skeleton(config, DTYPE)
     is_plain = adapter.method == "lora" and options.allocation is None
     allocation_of = _allocation_of(options, names.weights)
+    if options.allocation is not None and adapter.method is None:
+        method = default_method(choice.rank for choice in allocation_of(0).choices.values())
+        adapter = replace(adapter, method=method)
 
     def make(rank: int) -> SplitModelPlan:
         trained = AdapterOptions("lora", rank or None, None, adapter.dtype) if adapter.method == "lora" else adapter

@@ -97,7 +97,7 @@ def prepare_source(options: Quantize, checkpoint: Checkpoint | None = None) -> S
     """
     recipe = Recipe(
         codec=NormalFloat4(double_quant=options.double_quant),
-        rank=options.rank,
+        rank=options.rank if options.budget is None and options.allocation is None else 1,  # of any that has factors
         iterations=options.iterations,
         order=options.order,
         end=options.end,
@@ -149,6 +149,8 @@ def _check_choices(options: Quantize) -> None:
             "--dry-run cannot show what a budget leads to before the weights are measured; qsvd allocate measures "
             "them, and qsvd plan --budget says the bytes"
         )
+    if options.allocator != "both" and options.budget is None:
+        raise ValueError(f"--allocator {options.allocator} spends a --budget, and none is given; add one")
     if options.objective == "hessian" and options.budget is None:
         raise ValueError("--objective hessian weights whole matrices, so it matters with --budget only; add one")
 
@@ -175,8 +177,14 @@ def statistics_for(
     statistics = open_statistics(path)
     modules = [spec.module for spec in weights]
     check_statistics(statistics, checkpoint.fingerprint, modules, path)
-    if objective == "hessian":
-        statistics.trace(modules[0])  # refuses a file without traces
+    wrong = []
+    for module in modules:
+        try:
+            _ = statistics.objective(module) if objective == "fisher" else statistics.trace(module)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(modules)} weights have no usable statistics: {listing(wrong, 2)}")
     return statistics
 
 

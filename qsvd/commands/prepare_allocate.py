@@ -25,7 +25,7 @@ from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import grid_of
 from qsvd.plan.model import ModelPlan, plan_model
 
-COPY_BYTES = 20  # of a number: the weight in float32, three copies of it, and two weights as they are stored
+COPY_BYTES = 24  # of a number: the weight in float32, three copies of it, and two weights as they are stored
 DIGEST = "# digest: "  # of all other lines; an edited table has another
 
 
@@ -64,7 +64,6 @@ class AllocateJob:
             "source_fingerprint": self.checkpoint.fingerprint,
             "codecs": list(grid.codecs),
             "ranks": None if grid.ranks is None else list(grid.ranks),
-            "rank": grid.rank,
             "passes": PASSES,
             "statistics": None if fisher is None else file_sha256(fisher.path),
             "dtype": options.dtype,

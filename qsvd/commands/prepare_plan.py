@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,13 +17,8 @@ from qsvd.plan.sizes import parse_size
 from qsvd.plan.split_model import SplitModelPlan
 from qsvd.plan.training import Training
 
-if TYPE_CHECKING:
-    pass
-
 MOST_TOKENS = 2048  # of a sequence, unless more are asked for
-RANK = 64  # where nothing is stored and none is given
 FLOPS, LINK, DISK = 1e14, 25e9, 3e9  # assumed: operations and bytes a second, of a card on PCIe 4 and an NVMe disk
-DTYPE = torch.bfloat16  # to compute in, on a GPU
 
 
 @dataclass(frozen=True)

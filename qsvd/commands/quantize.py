@@ -1,6 +1,5 @@
 """`qsvd quantize`: one weight after another from the checkpoint into OUT, then the files around them."""
 
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,13 +23,13 @@ from qsvd.commands.finish import finish
 from qsvd.commands.job import Job, check_disk, check_memory, job_of
 from qsvd.commands.prepare import Source, prepare_source
 from qsvd.commands.report import show_report
+from qsvd.commands.seeds import seed_of
 from qsvd.commands.settle import prepare, settled
 from qsvd.commands.watch import Standing, StopRequest, watching
 from qsvd.commands.watch_measuring import Progressed
 from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.measure import WeightError, measure
 from qsvd.options import Quantize
-from qsvd.plan.model import WeightSpec
 from qsvd.report.record import from_record, to_record
 
 
@@ -90,10 +89,10 @@ def _fill(job: Job, folder: OutputFolder) -> Iterator[Finished]:
 def _split(job: Job, folder: OutputFolder, number: int, weight_OI: Tensor) -> None:
     """Split, measure and keep one weight."""
     source, spec = job.source, job.source.plan.weights[number]
-    seed = _seed(source.options.seed, spec)
+    seed, objective = seed_of(source.options.seed, spec), source.objective(spec.module)
     try:
         weight_OI = weight_OI.to(source.device)
-        split = split_weight(weight_OI, job.recipes[spec.module], seed=seed, objective=source.objective(spec.module))
+        split = split_weight(weight_OI, job.recipes[spec.module], seed=seed, objective=objective)
         measured = measure(weight_OI, split, name=spec.module, role=spec.role, seed=seed)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
@@ -108,11 +107,6 @@ def _split(job: Job, folder: OutputFolder, number: int, weight_OI: Tensor) -> No
         residual = packed_tensors(spec.name, split.residual)
     residual = {name: tensor.cpu() for name, tensor in residual.items()}
     folder.save(number, residual, adapter_tensors(spec.module, split), to_record(measured))
-
-
-def _seed(seed: int, spec: WeightSpec) -> int:
-    """A seed for this weight alone, so that neither the order nor a resumed run changes its sketch."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {spec.module}".encode()).digest()[:6])
 
 
 def copied(job: Job, name: str) -> NewTensor:

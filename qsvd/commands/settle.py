@@ -4,11 +4,11 @@ from pathlib import Path
 
 from qsvd.checkpoint.read import Checkpoint
 from qsvd.checkpoint.whole_file import write_text
-from qsvd.checkpoint.write import UNFINISHED, OutputFolder
+from qsvd.checkpoint.write import MANIFEST, UNFINISHED, OutputFolder
 from qsvd.commands.allocate import execute
-from qsvd.commands.job import ALLOCATION, Job, job_of
+from qsvd.commands.job import ALLOCATION, Job, check_room, job_of
 from qsvd.commands.prepare import Source, Table, prepare_source
-from qsvd.commands.prepare_allocate import prepare_allocate
+from qsvd.commands.prepare_allocate import is_sealed, prepare_allocate, sealed
 from qsvd.commands.watch_measuring import Progressed, ShowProgress
 from qsvd.options import Allocate, Quantize
 from qsvd.plan.allocation import from_text, to_text
@@ -43,15 +43,27 @@ def settled(source: Source, show: ShowProgress) -> Job:
         return job_of(source, source.table)
     unfinished = source.out / UNFINISHED / ALLOCATION
     job = None
-    if not unfinished.is_file():  # bad budgets are refused before the folder is made
+    if not unfinished.is_file() and not (source.out / MANIFEST).is_file():
         job = prepare_allocate(_questions(source, unfinished), source.checkpoint, source.plan)
+        check_room(source.out, _most_bytes(source, job.task.budget.num_bytes))  # both before the folder is made
     with OutputFolder(source.out, source.identity) as folder:
         kept = source.out / ALLOCATION if folder.is_complete else unfinished
         if job is not None and not folder.is_complete:
             allocation = execute(job, show).allocation
-            write_text(kept, to_text(allocation, source.plan.weights, source.recipe.dtype.itemsize))
+            write_text(kept, sealed(to_text(allocation, source.plan.weights, source.recipe.dtype.itemsize)))
         text = kept.read_text(encoding="utf-8")
+        if not folder.is_complete and not is_sealed(text):
+            raise ValueError(
+                f"{kept} was edited, and weights may be split already by what it said; copy it, and give it as "
+                "--allocation with another --out"
+            )
     return job_of(source, Table(from_text(text, source.plan.weights, str(kept)), text))
+
+
+def _most_bytes(source: Source, budget: int) -> int:
+    """On the disk at any moment: all of the budget there twice at worst, and what is copied."""
+    split = {spec.name for spec in source.plan.weights}
+    return 2 * budget + sum(t.num_bytes for name, t in source.checkpoint.tensors.items() if name not in split)
 
 
 def _questions(source: Source, file: Path) -> Allocate:

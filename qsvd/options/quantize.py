@@ -35,7 +35,10 @@ class Quantize:
     double_quant: Annotated[bool, arg(help="Scales in 8 bits: 4.13 bits a weight in all instead of 4.5.")] = True
     budget: Annotated[
         str | None,
-        arg(metavar="SIZE", help="2.75bits for each number that is split, or 20GB for all, components included."),
+        arg(
+            metavar="SIZE",
+            help="2.75bits for each number that is split, or 20GB for all: tensors, components included.",
+        ),
     ] = None
     allocator: Annotated[
         Literal["both", "bits", "uniform", "sara", "prilora"],

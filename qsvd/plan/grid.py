@@ -58,9 +58,10 @@ class Grid:
         """The rank of an [O, I] weight where bits alone vary."""
         return min(self.rank, min(shape))
 
-    def measured(self, shape: tuple[int, int]) -> tuple[int, ...]:
-        """Ranks that are measured, rising from 0."""
-        return tuple(sorted({0, self.fixed(shape), *self.offered(shape)}))
+    def measured(self, shape: tuple[int, int], *, with_fixed: bool) -> tuple[int, ...]:
+        """Ranks that are measured, rising from 0; the fixed one is for allocator "bits" alone."""
+        fixed = (self.fixed(shape),) if with_fixed else ()
+        return tuple(sorted({0, *fixed, *self.offered(shape)}))
 
     def choices(self, ranks: Sequence[int]) -> list[Choice]:
         """Every codec at each of these ranks."""

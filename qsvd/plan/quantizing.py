@@ -2,9 +2,9 @@
 
 import math
 
-from qsvd.numerics.codec import Codec
 from qsvd.numerics.error import EXACT_SIDE, PROBES, STEPS
 from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
+from qsvd.plan.allocation import Choice
 from qsvd.plan.frozen import base_bytes, context_item, context_notes
 from qsvd.plan.memory import Item, Limits, MemoryPlan, items_of, on
 from qsvd.plan.split_model import SplitModelPlan
@@ -25,7 +25,7 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
     choices = model.allocation.choices
     factors = base_bytes(model) - model.dense.total - sum(block.residual for block in model.blocks)
     items = [
-        *_memory_items(largest.shape, choices[largest.module].rank, choices[largest.module].codec, device),
+        *_memory_items(largest.shape, choices[largest.module], device),
         Item("residual", disk=sum(block.residual for block in model.blocks)),
         Item("embeddings, norms, head", disk=model.dense.total),
         Item("factors, there twice while they are collected", disk=2 * factors),
@@ -38,18 +38,25 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
     return MemoryPlan("quantize", items_of(items, device), limits, notes)
 
 
-def plan_splitting(shape: tuple[int, int], rank: int, codec: Codec, device: str, limits: Limits) -> MemoryPlan:
-    """What is in memory while a weight of this shape, the largest of its model, is split and measured."""
-    return MemoryPlan("quantize", items_of(_memory_items(shape, rank, codec, device), device), limits)
+def plan_splitting(
+    shape: tuple[int, int], choice: Choice, device: str, limits: Limits, *, weighted: bool = False
+) -> MemoryPlan:
+    """What is in memory while a weight of this shape, the largest of its model, is split and measured.
+
+    Args:
+        weighted: Whether rows and columns are; what is decomposed is then a copy.
+    """
+    items = _memory_items(shape, choice, device, copies=COPIES + weighted)
+    return MemoryPlan("quantize", items_of(items, device), limits)
 
 
-def _memory_items(shape: tuple[int, int], rank: int, codec: Codec, device: str) -> list[Item]:
+def _memory_items(shape: tuple[int, int], choice: Choice, device: str, copies: int = COPIES) -> list[Item]:
     numbers = math.prod(shape)
     return [
         on(device, "largest weight, as it is stored", SOURCE * numbers),
-        on(device, "float32 copies of it", 4 * COPIES * numbers),
-        on(device, "its residual, kept and new", 2 * codec.num_bytes(shape)),
-        on(device, "singular vectors and probes", max(_sketch(shape, rank), _probes(shape))),
+        on(device, "float32 copies of it", 4 * copies * numbers),
+        on(device, "its residual, kept and new", 2 * choice.codec.num_bytes(shape)),
+        on(device, "singular vectors and probes", max(_sketch(shape, choice.rank), _probes(shape))),
         Item("weights that are read", host=(2 if device == "cuda" else 1) * SOURCE * numbers),
         context_item(device),
     ]

@@ -16,7 +16,7 @@ class Header:
     iterations is the most allowed; 0 stands for parts that were drawn at random, not split. rank is the highest of the
     factors and least_rank the lowest, None where it is the same; residual_bits is what the residuals take for each
     number of the weights, None where they have one codec that says it. quantizer is the library that loads the residual
-    into transformers.
+    into transformers; objective is what the splits minimise, "plain" or "fisher".
     """
 
     model: str
@@ -29,6 +29,7 @@ class Header:
     least_rank: int | None = None
     residual_bits: float | None = None
     quantizer: str = "bitsandbytes"
+    objective: str = "plain"
 
     @property
     def before(self) -> str:
@@ -58,7 +59,8 @@ class Header:
             bits = "" if self.residual_bits is None else f" of {self.residual_bits:.3f} bits a weight"
             return f"{self.codec.upper()}{bits} without factors (rank 0)"
         iterations = "1 iteration" if self.iterations == 1 else f"up to {self.iterations} iterations"
-        return f"{self.residual} + {self.factors}; {self.order} first, {iterations}, ending with {self.end}"
+        weighted = ", weighted by Fisher information" if self.objective == "fisher" else ""
+        return f"{self.residual} + {self.factors}; {self.order} first, {iterations}, ending with {self.end}{weighted}"
 
     @property
     def reach(self) -> str:

@@ -170,7 +170,7 @@ def stored_components(model: nn.Module, split: SplitFolder) -> Iterator[None]:
     try:
         for module in modules:
             up_OR, down_RI = stored_factors(split, module.name)
-            device = next(module.adapter.parameters()).device
+            device = module.adapter.factors()[0].device  # frozen ones have no parameters
             module.adapter = Pissa(up_OR.to(device), down_RI.to(device)).requires_grad_(False)
         yield
     finally:

@@ -100,7 +100,7 @@ def test_models_that_are_no_plain_chain_are_refused(architecture, sentence):
 
 def test_a_model_that_takes_more_than_tokens_is_refused():
     with pytest.raises(
-        ValueError, match=r"^MusicgenForCausalLM cannot be run from tokens alone: shape '\[-1, 2, 9\]' is"
+        ValueError, match=r"^MusicgenForCausalLM cannot be run on a text of 9 tokens: shape '\[-1, 2, 9\]' is"
     ):
         means_of(case("MusicgenForCausalLM").streamed(), examples_of("MusicgenForCausalLM"))
 

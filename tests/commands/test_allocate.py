@@ -128,6 +128,12 @@ def test_another_budget_or_allocator_measures_nothing_again(allocate, weights, t
         assert code == 0
         tables[flags] = from_text((tmp_path / "table.txt").read_text(), weights, "")
     assert len(shapes) == 14
+    assert allocate("--allocator", "bits", "--rank", "4", budget="4bits")[0] == 0
+    assert len(shapes) == 14, "rank 4 is one of --ranks"
+    assert allocate("--allocator", "bits", "--rank", "3", budget="4bits")[0] == 0
+    assert len(shapes) == 28, "rank 3 is not"
+    assert allocate(budget="3bits")[0] == 0
+    assert len(shapes) == 28
     choices = [[*table.choices.values()] for table in tables.values()]
     assert all(one != other for place, one in enumerate(choices) for other in choices[:place])
     assert len({*choices[2]}) == 1
@@ -202,7 +208,7 @@ def test_a_weight_that_was_left_out_is_measured_when_it_comes_back(allocate, mon
     assert shapes == [(64, 128)] * 2
 
 
-@pytest.mark.parametrize("flags", [("--seed", "1"), ("--dtype", "float16"), ("--ranks", "0", "2"), ("--rank", "8")])
+@pytest.mark.parametrize("flags", [("--seed", "1"), ("--dtype", "float16"), ("--ranks", "0", "2")])
 def test_measurements_with_other_options_are_refused(allocate, flags):
     allocate()
     code, _, err = allocate(*flags)

@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import qsvd
 from qsvd.checkpoint.read import open_checkpoint
 from qsvd.checkpoint.statistics import write_statistics
 from qsvd.cli import run
+from qsvd.commands.failures import DoesNotFit
 from qsvd.commands.prepare import prepare_source
 from qsvd.commands.quantize import execute
 from qsvd.commands.settle import prepare, settled
@@ -107,6 +110,12 @@ def test_a_run_that_was_stopped_ends_in_the_same_files(source, tmp_path, stage):
         for _ in range(3):
             next(steps)
         steps.close()
+        table = wanted.out / "unfinished" / "allocation.txt"
+        text = table.read_text()
+        table.write_text(text.replace("nf3-", "nf2-"))
+        with pytest.raises(ValueError, match=r"allocation\.txt was edited, and weights may be split already"):
+            qsvd.quantize(wanted)
+        table.write_text(text)
     assert kept_files(qsvd.quantize(wanted)) == kept_files(alone)
     assert not (wanted.out / "unfinished").exists()
     assert kept_files(qsvd.quantize(wanted)) == kept_files(alone), "a complete result is left as it is"
@@ -168,6 +177,7 @@ def of_plain_bits(out, source, statistics):
         (["--budget", "3 bytes"], "is no budget: give bits"),
         (["--budget", "3bits", "--allocation", "x.txt"], "one of them says how many bits a weight gets; leave one out"),
         (["--budget", "3bits", "--dry-run"], "qsvd allocate measures them"),
+        (["--allocator", "bits"], "--allocator bits spends a --budget, and none is given"),
         (["--objective", "fisher"], "--objective fisher needs --statistics FILE"),
         (["--objective", "hessian", "--statistics", "x"], "it matters with --budget only"),
         (["--statistics", "x"], "--statistics are for --objective fisher or hessian"),
@@ -187,6 +197,27 @@ def test_statistics_of_another_model_are_refused(statistics, tmp_path, capsys):
     flags = ["--objective", "fisher", "--statistics", str(statistics), "--out", str(tmp_path / "out"), "--rank", "4"]
     assert run(["quantize", str(tmp_path / "other"), *flags]) == 2
     assert "holds statistics of another model (tiny, fingerprint" in capsys.readouterr().err
+
+
+def test_damaged_statistics_are_refused_before_any_work(source, statistics, tmp_path, capsys):
+    tensors = safetensors.torch.load_file(statistics)
+    name = sorted(tensors)[-1]
+    tensors[name][0] = float("nan")
+    file = tmp_path / "damaged.safetensors"
+    write_statistics(file, tensors, fingerprint=open_checkpoint(str(source)).fingerprint, record={"model": "tiny"})
+    flags = ["--objective", "fisher", "--statistics", str(file), "--out", str(tmp_path / "out"), "--rank", "4"]
+    assert run(["quantize", str(source), *flags]) == 2
+    assert "1 of 7 weights have no usable statistics" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_the_disk_does_not_hold_is_refused_before_measuring(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("qsvd.commands.settle.execute", None)
+    with pytest.raises(DoesNotFit, match="GB more disk space"):
+        prepare(options(source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_weight_of_the_table_is_one_of_the_model(source, tmp_path):

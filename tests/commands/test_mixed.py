@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ import qsvd
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import trained
 from qsvd.cli import run
+from qsvd.commands.demo import MODEL
 from qsvd.commands.quantize import execute
 from qsvd.commands.settle import prepare
 from qsvd.numerics.codecs import codec_named
@@ -23,6 +25,7 @@ from tests.adapters.results import IDS, ROUNDINGS, distance, outputs
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of, tensors_of
 from tests.mixed import CODECS, RANKS, mixed_base, modules_of, plain_model, residual, write_table
+from tests.runs import text_rows, write_rows
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}  # blocks of 128 cross rows
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for an old name
@@ -193,3 +196,23 @@ def test_an_allocation_that_does_not_fit_is_refused_before_any_work(out, tmp_pat
     assert "line 1: model.layers.0.self_attn.z_proj is no weight that is split here" in shown
     assert "line 2: codec 'nf5-64-fp32'" in shown
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["pissa", "edora", "lora"])
+def test_a_run_trains_what_is_stored_and_leaves_the_rest(tmp_path, method):
+    """Through the command: a base whose first weight, and others, store nothing."""
+    source = tmp_path / "source"
+    write_checkpoint(source, **(WIDTHS | {"vocab_size": 4096}))
+    for path in MODEL.glob("tokenizer*.json"):
+        shutil.copyfile(path, source / path.name)
+    write_table(tmp_path / "table.txt", modules_of(source), ranks=(0, 3))
+    options = {"iterations": 1, "allocation": tmp_path / "table.txt"}
+    base = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", **options))
+    data = write_rows(tmp_path / "data.jsonl", text_rows())
+    run_folder = tmp_path / "run"
+    flags = ["--method", method, "--steps", "1", "--max-length", "16", "--resident", "0.5", "--any-start"]
+    assert run(["train", str(base), str(data), "--out", str(run_folder), *flags]) == 0
+    names = safetensors.torch.load_file(run_folder / "qsvd_adapter.safetensors").keys()
+    ranks = {weight["module"]: weight["rank"] for weight in weights_of(base).values()}
+    assert {name.rpartition(".")[0] for name in names} == {m for m, rank in ranks.items() if rank or method == "lora"}
+    assert run(["export", str(run_folder), "--to", "merged", "--out", str(tmp_path / "merged")]) == 0

@@ -30,7 +30,7 @@ def measurements(job, seed=0):
     rng = np.random.default_rng(seed)
     made = {}
     for spec in job.weights:
-        ranks = job.grid.measured(spec.shape)
+        ranks = job.grid.measured(spec.shape, with_fixed=True)
         size, fall = rng.lognormal(sigma=1.5), rng.uniform(0.05, 0.4)
         squares = tuple(
             tuple(size * 4.0 ** -codec_named(name).bits * math.exp(-fall * rank) for name in job.grid.codecs)

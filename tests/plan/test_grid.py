@@ -39,13 +39,14 @@ def test_ranks_that_are_given_are_cut_to_the_shorter_side():
     grid = grid_of((), (8, 24, 0, 24), 20, WEIGHTS)
     assert [grid.offered(shape) for shape in ((32, 32), (16, 32))] == [(0, 8, 24), (0, 8, 16)]
     assert [grid.fixed(shape) for shape in ((32, 32), (16, 32))] == [20, 16]
-    assert [grid.measured(shape) for shape in ((32, 32), (16, 32))] == [(0, 8, 20, 24), (0, 8, 16)]
+    assert [grid.measured(shape, with_fixed=True) for shape in ((32, 32), (16, 32))] == [(0, 8, 20, 24), (0, 8, 16)]
 
 
 def test_without_0_among_the_given_ranks_it_is_measured_and_not_offered():
     grid = grid_of((), (8,), 4, WEIGHTS)
     assert grid.offered((32, 32)) == (8,)
-    assert grid.measured((32, 32)) == (0, 4, 8)
+    assert grid.measured((32, 32), with_fixed=True) == (0, 4, 8)
+    assert grid.measured((32, 32), with_fixed=False) == (0, 8)
 
 
 def test_candidates_are_every_codec_at_every_rank():
