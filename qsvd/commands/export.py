@@ -60,6 +60,8 @@ def _peft(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:
         return [*lines, "vLLM and llama.cpp load no DoRA: export --to merged for them"]
     if opened.task != "CAUSAL_LM":
         return lines
+    if opened.split.manifest["header"].get("quantizer", "bitsandbytes") == "qsvd":
+        return [*lines, "mixed bits: import qsvd, then PEFT loads it; for vLLM and llama.cpp export --to merged"]
     return [
         *lines,
         f"vLLM: vllm serve {quote(base)} --quantization bitsandbytes {_vllm_flags(done.rank, options)}",

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import transformers
 
 from qsvd.cli import run
@@ -121,3 +122,14 @@ def test_an_out_that_is_something_else_is_refused(stories, texts, tmp_path, refu
     )
     shutil.copyfile(stories / "model.safetensors", tmp_path / "model")
     assert "holds no statistics of qsvd calibrate" in refused(stories, texts, "--examples", 4, out=tmp_path / "model")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_without_a_file(tmp_path, capsys):
+    folder = shutil.copytree(calibrations.stories(), tmp_path / "model")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "s.safetensors"
+    assert run(["calibrate", str(folder), str(calibrations.texts()), "--out", str(out), "--examples", "2"]) == 2
+    assert "the loss of an example is nan: the checkpoint holds numbers that are none" in capsys.readouterr().err
+    assert not out.exists()

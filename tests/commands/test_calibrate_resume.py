@@ -119,3 +119,12 @@ def test_a_complete_file_stays_as_it_is(stories, texts, tmp_path, capsys):
     others = write_rows(tmp_path / "t.jsonl", [{"text": text.upper()} for text in TEXTS])
     assert run([*flags[:2], str(others), *flags[3:]]) == 2
     assert 's is of a run with other options: tokens_sha256 "' in capsys.readouterr().err
+
+
+def test_without_a_chunk_asked_for_few_examples_can_be_lost(stories, texts, tmp_path, monkeypatch):
+    whole = calibrate(options_of(stories, texts, tmp_path / "whole"))
+    monkeypatch.setattr(command, "MOST_CHUNK", 3)
+    options = options_of(stories, texts, tmp_path / "s")
+    kept = [position.examples for position in execute(prepare_calibrate(options)) if position.is_kept]
+    assert kept == [3, 4]
+    assert options.out.read_bytes() == whole.read_bytes()

@@ -143,7 +143,10 @@ def test_what_was_trained_is_exported(out, capsys, tmp_path):
     model.save_pretrained(tmp_path / "run")
     saved = safetensors.torch.load_file(tmp_path / "run" / "qsvd_adapter.safetensors")
     for form in ("merged", "peft", "lora"):
-        assert "checked: logits differ by at most" in exported(tmp_path / "run", form, tmp_path / form, capsys)
+        shown = exported(tmp_path / "run", form, tmp_path / form, capsys)
+        assert "checked: logits differ by at most" in shown
+        assert ("mixed bits: import qsvd" in shown) == (form == "peft")
+        assert "bitsandbytes" not in shown
     merged, stored = tensors_of(tmp_path / "merged"), tensors_of(out)
     source = tensors_of(out.parent / "source")
     assert merged.keys() == source.keys()
