@@ -56,9 +56,10 @@ class Objective:
 
     def scaled(self, matrix_OI: Tensor) -> Tensor:
         """diag(rows) M diag(columns), float32; the matrix itself where nothing is weighted."""
-        if self.rows_O is not None:
-            matrix_OI = matrix_OI * self.rows_O[:, None]
-        return self.scaled_columns(matrix_OI)
+        if self.rows_O is None:
+            return self.scaled_columns(matrix_OI)
+        scaled_OI = matrix_OI * self.rows_O[:, None]
+        return scaled_OI if self.columns_I is None else scaled_OI.mul_(self.columns_I)
 
     def scaled_columns(self, matrix_OI: Tensor) -> Tensor:
         """M diag(columns), float32."""

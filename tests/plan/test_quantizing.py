@@ -8,11 +8,12 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.planned import planned
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.measure import measure
+from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.plan.allocation import Choice, uniform
 from qsvd.plan.memory import Limits
 from qsvd.plan.model import plan_model
-from qsvd.plan.quantizing import plan_quantizing
+from qsvd.plan.quantizing import plan_quantizing, plan_splitting
 from qsvd.plan.split_model import skeleton
 from tests.plan.large import GB, llama_70b
 from tests.plan.tracker import Tracker
@@ -21,10 +22,10 @@ NEAR = 0.15  # of the peak: the plan bounds short-lived pieces of the encoder an
 CODEC = NormalFloat4(double_quant=True)
 
 
-def peak_of_splitting(shape, rank):
+def peak_of_splitting(shape, rank, objective=PLAIN):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     with Tracker() as tracker:
-        split = split_weight(weight, Recipe(CODEC, rank=rank, iterations=2))
+        split = split_weight(weight, Recipe(CODEC, rank=rank, iterations=2), objective=objective)
         measure(weight, split, name="w", role="q")
     return tracker.peak + weight.nbytes
 
@@ -51,3 +52,11 @@ def test_a_70b_is_split_on_a_small_card_with_little_host_memory():
     assert plan["residual"].disk == pytest.approx(35.3 * GB, rel=2e-3)
     assert plan["weights that are read"].host == 2 * 2 * 8192 * 28672
     assert not plan_quantizing(llama_70b(64), "cuda", Limits(disk=40 * GB)).fits
+
+
+def test_a_weighted_split_takes_the_copy_that_is_planned():
+    shape = (4096, 1280)
+    rows, columns = (torch.rand(size, generator=torch.Generator().manual_seed(size)) + 0.5 for size in shape)
+    plan = plan_splitting(shape, Choice(CODEC, 32), "cpu", Limits(), weighted=True)
+    held = plan.total("host") - plan["weights that are read"].host - plan["reserve"].host
+    assert held == pytest.approx(peak_of_splitting(shape, 32, Objective(rows, columns)), rel=NEAR)
