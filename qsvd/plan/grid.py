@@ -18,7 +18,7 @@ from qsvd.plan.model import WeightSpec
 from qsvd.plan.optimizer import optimizer_bytes
 from qsvd.plan.tensors import TensorShape, total_bytes
 
-# Of 180 of the family, mixtures of these leave the least error on weights of three models at any budget: fitted scales,
+# Of 176 of the family, mixtures of these leave the least error on weights of three models at any budget: fitted scales,
 # nested to about as few bits as the codes. Of each number of bits there is a cheap and a good end.
 CODECS = (
     *("nf2-128-3x64-fit", "nf2-32-3x64-fit", "nf3-64-4x64-fit", "nf3-16-4x64-fit"),
