@@ -4,7 +4,6 @@ Every line is appended whole and is on the disk before the next weight is measur
 line without its end was cut off and is dropped.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -104,12 +103,6 @@ class CostsFile:
     def _let_go(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
-
-
-def file_sha256(path: Path) -> str:
-    """Of all that a file holds."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_record(record: Mapping[str, Any]) -> tuple[str, Measured]:

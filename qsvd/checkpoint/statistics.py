@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, TensorEntry, read_header, read_tensor, write_stream
-from qsvd.checkpoint.write import differences
+from qsvd.checkpoint.tensor_file import TensorEntry, read_header, read_tensor, write_stream
+from qsvd.checkpoint.write import differences, in_memory
 from qsvd.decompose.objective import Objective, fisher
 from qsvd.plan.listing import listing
 
@@ -145,7 +145,7 @@ def write_statistics(path: Path, tensors: Mapping[str, Tensor], *, fingerprint: 
         record: JSON-able; how they were made.
     """
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "record": json.dumps(record, sort_keys=True)}
-    write_stream(path, _in_memory(tensors), metadata)
+    write_stream(path, in_memory(tensors), metadata)
 
 
 def unfinished_path(path: Path) -> Path:
@@ -156,7 +156,7 @@ def unfinished_path(path: Path) -> Path:
 def save_unfinished(path: Path, sums: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
     """Keep the sums of a run; `path` is that of the result."""
     metadata = {"format": UNFINISHED_FORMAT, "identity": json.dumps(identity, sort_keys=True)}
-    write_stream(unfinished_path(path), _in_memory(sums), metadata)
+    write_stream(unfinished_path(path), in_memory(sums), metadata)
 
 
 def open_unfinished(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -182,10 +182,6 @@ def check_same_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
             f"{path} is of a run with other options: {different}; give the same options, remove it, or give --out "
             "another file"
         )
-
-
-def _in_memory(tensors: Mapping[str, Tensor]) -> list[NewTensor]:
-    return [NewTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
 
 
 def _check_parts(path: Path, entries: Mapping[str, TensorEntry], modules: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Files that are complete or not there: written under another name, on the disk, then renamed."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +34,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def file_sha256(path: Path) -> str:
+    """Of all that a file holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

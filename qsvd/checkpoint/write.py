@@ -70,13 +70,13 @@ class OutputFolder:
 
     def save(self, index: int, residual: Mapping[str, Tensor], factors: Mapping[str, Tensor], record: object) -> None:
         """Keep one finished weight; `record` is JSON-able and comes back from `record`."""
-        write_stream(self._residual(index), _in_memory(residual), PYTORCH)
+        write_stream(self._residual(index), in_memory(residual), PYTORCH)
         self.save_factors(index, factors, record, digest(residual))
 
     def save_factors(self, index: int, factors: Mapping[str, Tensor], record: object, residual_sha256: str) -> None:
         """Keep one weight whose residual goes straight into its shard; else as `save`."""
         metadata = PYTORCH | {"record": json.dumps(record), "residual_sha256": residual_sha256}
-        write_stream(self._factors(index), _in_memory(factors), metadata)
+        write_stream(self._factors(index), in_memory(factors), metadata)
 
     def record(self, index: int) -> Any:
         """What `save` was given for this weight."""
@@ -156,7 +156,8 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     )
 
 
-def _in_memory(tensors: Mapping[str, Tensor]) -> list[NewTensor]:
+def in_memory(tensors: Mapping[str, Tensor]) -> list[NewTensor]:
+    """Tensors to write as they are."""
     return [NewTensor(name, DTYPE_NAMES[t.dtype], tuple(t.shape), t) for name, t in tensors.items()]
 
 

@@ -14,6 +14,7 @@ from qsvd.adapters.start import new_record
 from qsvd.checkpoint.adapter_folder import open_adapter
 from qsvd.checkpoint.read_split import open_split
 from qsvd.commands.check_train import positions
+from qsvd.commands.class_names import class_names
 from qsvd.commands.open_model import NamedModel, load_model
 from qsvd.commands.place_run import machine, place_reading
 from qsvd.commands.prepare_eval import Subject, Work, prepare_eval
@@ -29,7 +30,6 @@ from qsvd.plan.activations import Batch
 from qsvd.plan.pages import EVERYTHING, Placement
 from qsvd.plan.placement import Wish
 from qsvd.report.evaluation import Measured, evaluation_json, evaluation_table
-from qsvd.train.columns import Examples
 from qsvd.train.tokens import question_prompts, tokenize
 
 MOST_WINDOW = 2048  # tokens, unless more are asked for
@@ -116,7 +116,7 @@ def _answers(subject: Subject, work: Work) -> Values:
 def _accuracy(subject: Subject, work: Work) -> Values:
     model = _load(subject, work)
     window = _window(model, subject, work.options)
-    names = subject.found.labels or _class_names(model, work.examples)
+    names = subject.found.labels or class_names(model.config, work.examples)
     data = tokenize(work.examples, subject.tokenizer, max_length=window, label_names=names)
     pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
     config = model.config.get_text_config()
@@ -135,13 +135,6 @@ def _accuracy(subject: Subject, work: Work) -> Values:
         "total": measured.total,
         "label_nats": measured.nats,
     }
-
-
-def _class_names(model: Any, examples: Examples) -> tuple[str, ...]:
-    """Of a 16-bit classifier: its own names, or its numbers where the data has numbers."""
-    names = tuple(model.config.id2label[number] for number in sorted(model.config.id2label))
-    found, numbers = {str(row["label"]) for row in examples.rows}, tuple(str(number) for number in range(len(names)))
-    return numbers if found <= set(numbers) else names
 
 
 def _exact_match(subject: Subject, work: Work) -> Values:

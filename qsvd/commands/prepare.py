@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from qsvd.checkpoint.check import check_complete, check_not_quantized
-from qsvd.checkpoint.costs_file import file_sha256
 from qsvd.checkpoint.read import Checkpoint, open_checkpoint
 from qsvd.checkpoint.statistics import Statistics, check_statistics, open_statistics
 from qsvd.checkpoint.tensor_file import TORCH_DTYPES
+from qsvd.checkpoint.whole_file import file_sha256
 from qsvd.commands.device import device_of
 from qsvd.decompose.alternate import Recipe
 from qsvd.decompose.objective import PLAIN, Objective

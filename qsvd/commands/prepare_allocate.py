@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from qsvd.checkpoint.check import check_complete, check_not_quantized
-from qsvd.checkpoint.costs_file import file_sha256
 from qsvd.checkpoint.read import Checkpoint, open_checkpoint
 from qsvd.checkpoint.statistics import Statistics
+from qsvd.checkpoint.whole_file import file_sha256
 from qsvd.commands.device import device_of
 from qsvd.commands.failures import DoesNotFit
 from qsvd.commands.place_run import machine

@@ -13,8 +13,9 @@ from qsvd.calibrate.examples import Example
 from qsvd.checkpoint.check import check_complete, check_not_quantized
 from qsvd.checkpoint.read import Checkpoint, open_checkpoint
 from qsvd.checkpoint.statistics import check_same_run, open_statistics
+from qsvd.commands.class_names import class_names
 from qsvd.commands.device import device_of, dtype_of
-from qsvd.commands.prepare_run import mapping_of, open_tokenizer, stop_ids
+from qsvd.commands.prepare_run import MOST_LENGTH, mapping_of, open_tokenizer, stop_ids
 from qsvd.options import Calibrate
 from qsvd.plan.listing import listing
 from qsvd.plan.model import ModelPlan, plan_model
@@ -23,7 +24,6 @@ from qsvd.train.read import read_rows
 from qsvd.train.tokenized import Tokenized
 from qsvd.train.tokens import tokenize
 
-MOST_LENGTH = 1024  # tokens of an example, unless more are asked for
 CLASSIFIER = "ForSequenceClassification"
 
 
@@ -146,18 +146,16 @@ def _tokenize(options: Calibrate, checkpoint: Checkpoint, examples: Examples, is
         max_length=options.max_length,
         loss_on=options.loss_on,
         stop_ids=stop_ids(checkpoint.folder),
-        label_names=_class_names(checkpoint, examples) if is_classifier else None,
+        label_names=_labels(checkpoint, examples) if is_classifier else None,
     )
 
 
-def _class_names(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:
-    """The model's own names, or its numbers where the data has numbers."""
-    known: dict[Any, str] = dict(checkpoint.config.id2label or {})
-    if len(known) < 2:
-        raise ValueError(f"{checkpoint.name} has {len(known)} class, as for regression; 2 or more are needed")
-    names = tuple(known[number] for number in sorted(known))  # by their numbers
-    numbers = tuple(str(number) for number in range(len(names)))
-    return numbers if {str(row["label"]) for row in examples.rows} <= set(numbers) else names
+def _labels(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:
+    """The classes of the checkpoint."""
+    names = class_names(checkpoint.config, examples)
+    if len(names) < 2:
+        raise ValueError(f"{checkpoint.name} has {len(names)} class, as for regression; 2 or more are needed")
+    return names
 
 
 def _check_vocabulary(data: Tokenized, checkpoint: Checkpoint) -> None:

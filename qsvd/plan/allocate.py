@@ -10,7 +10,7 @@ prilora   one codec; ranks by depth (arXiv:2401.11316)
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log, prod, sqrt
-from typing import Literal, get_args
+from typing import Literal
 
 from qsvd.decompose.candidates import Measured
 from qsvd.numerics.codecs import codec_named
@@ -22,7 +22,6 @@ from qsvd.plan.program import Options, solve
 from qsvd.plan.schedules import Ranks, prilora, sara, turned
 
 Allocator = Literal["both", "bits", "uniform", "sara", "prilora"]
-ALLOCATORS = get_args(Allocator)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Lines that begin with # are remarks. Of the columns the first three count; the o
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from qsvd.numerics.codec import Codec
 from qsvd.numerics.codecs import codec_named, spelling
@@ -50,7 +51,7 @@ class Allocation:
     errors: Mapping[str, float] = field(default_factory=dict)
     remarks: Sequence[str] = ()
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether all residuals are bitsandbytes' NF4 of one kind, which loads without qsvd."""
         codecs = {choice.codec for choice in self.choices.values()}

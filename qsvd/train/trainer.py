@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def stored_components(model: nn.Module, split: SplitFolder) -> Iterator[None]:
     try:
         for module in modules:
             up_OR, down_RI = stored_factors(split, module.name)
-            device = module.adapter.factors()[0].device  # frozen ones have no parameters
+            device = next(chain(module.adapter.parameters(), module.adapter.buffers())).device  # frozen: buffers alone
             module.adapter = Pissa(up_OR.to(device), down_RI.to(device)).requires_grad_(False)
         yield
     finally:

@@ -7,7 +7,8 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.checkpoint.costs_file import CostsFile, file_sha256
+from qsvd.checkpoint.costs_file import CostsFile
+from qsvd.checkpoint.whole_file import file_sha256
 from qsvd.decompose.candidates import Measured
 
 IDENTITY = {"source_fingerprint": "abc", "codecs": ["nf4-64-fp16"], "ranks": None, "seed": 0}

@@ -5,6 +5,7 @@ from transformers.utils import logging
 
 import qsvd
 from tests.checkpoints import write_checkpoint
+from tests.commands import calibrations
 from tests.commands.folders import shared_model
 
 
@@ -36,3 +37,21 @@ def bases(tmp_path_factory):
         return made[name]
 
     return base
+
+
+@pytest.fixture
+def stories():
+    """A small model that was really trained."""
+    return calibrations.stories()
+
+
+@pytest.fixture
+def texts():
+    """A few texts, as a file."""
+    return calibrations.texts()
+
+
+@pytest.fixture
+def classifier():
+    """A random BERT with names for its classes."""
+    return calibrations.classifier()

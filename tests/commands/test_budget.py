@@ -152,6 +152,8 @@ def test_fisher_information_is_what_the_split_minimises(source, statistics, tmp_
     ]
     kinds = [json.loads((out / "config.json").read_text())["quantization_config"] for out in uniform]
     assert kinds[0] == kinds[1], "bitsandbytes' NF4 either way"
+    said = ["weighted by Fisher information" in (out / "report.md").read_text() for out in uniform]
+    assert said == [False, True]
     before, after = (of_plain_bits(out, source, statistics) for out in uniform)
     assert after < 0.9 * before
 

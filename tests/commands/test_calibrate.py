@@ -15,25 +15,9 @@ from qsvd.commands import calibrate as command
 from qsvd.commands.calibrate import calibrate, execute
 from qsvd.commands.prepare_calibrate import prepare_calibrate
 from qsvd.commands.watch_calibrate import Position
-from tests.commands import calibrations
 from tests.commands.calibrations import TEXTS, options_of, write_rows
 
 ROUNDOFF = 64 * 2.0**-24  # of the largest moment of a weight, as in tests/calibrate/test_moments.py
-
-
-@pytest.fixture(name="stories")
-def _stories():
-    return calibrations.stories()
-
-
-@pytest.fixture(name="texts")
-def _texts():
-    return calibrations.texts()
-
-
-@pytest.fixture(name="classifier")
-def _classifier():
-    return calibrations.classifier()
 
 
 def moments_of(model, batches):

@@ -14,21 +14,6 @@ from tests.commands.calibrations import write_rows
 from tests.commands.folders import shared_model
 
 
-@pytest.fixture(name="stories")
-def _stories():
-    return calibrations.stories()
-
-
-@pytest.fixture(name="texts")
-def _texts():
-    return calibrations.texts()
-
-
-@pytest.fixture(name="classifier")
-def _classifier():
-    return calibrations.classifier()
-
-
 @pytest.fixture
 def refused(tmp_path, capsys):
     """Run the command, which must be refused before it makes anything; the sentence."""

@@ -6,26 +6,13 @@ import signal
 import sys
 from contextlib import contextmanager
 
-import pytest
-
 from qsvd.cli import run
 from qsvd.commands import calibrate as command
 from qsvd.commands.calibrate import calibrate, execute
 from qsvd.commands.prepare_calibrate import prepare_calibrate
-from tests.commands import calibrations
 from tests.commands.calibrations import TEXTS, options_of, write_rows
 
 EXIT = 9
-
-
-@pytest.fixture(name="stories")
-def _stories():
-    return calibrations.stories()
-
-
-@pytest.fixture(name="texts")
-def _texts():
-    return calibrations.texts()
 
 
 def die_at(options, number, changes=None):

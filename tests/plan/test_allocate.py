@@ -3,13 +3,14 @@
 import math
 from dataclasses import replace
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from qsvd.decompose.candidates import Measured
 from qsvd.numerics.codecs import codec_named
-from qsvd.plan.allocate import ALLOCATORS, Task, allocate, check_feasible, expected, over_norms
+from qsvd.plan.allocate import Allocator, Task, allocate, check_feasible, expected, over_norms
 from qsvd.plan.allocation import Choice
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import Grid
@@ -167,7 +168,7 @@ def test_of_several_codecs_the_one_is_kept_that_costs_least(allocator):
     assert allocate(job, allocator, measured).allocation.choices == min(alone, key=lambda pair: pair[0])[1]
 
 
-@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("allocator", get_args(Allocator))
 def test_importance_moves_the_budget_to_what_matters(allocator):
     job = task("3.4bits", rank=0)
     measured = measurements(job)
