@@ -179,6 +179,10 @@ def of_plain_bits(out, source, statistics):
         (["--budget", "3 bytes"], "is no budget: give bits"),
         (["--budget", "3bits", "--allocation", "x.txt"], "one of them says how many bits a weight gets; leave one out"),
         (["--budget", "3bits", "--dry-run"], "qsvd allocate measures them"),
+        (
+            ["--budget", "3bits", "--rank", "0", "--order", "quantize", "--end", "quantize", "--iterations", "1"],
+            "needs at least 2 iterations",
+        ),
         (["--allocator", "bits"], "--allocator bits spends a --budget, and none is given"),
         (["--objective", "fisher"], "--objective fisher needs --statistics FILE"),
         (["--objective", "hessian", "--statistics", "x"], "it matters with --budget only"),
@@ -199,6 +203,16 @@ def test_statistics_of_another_model_are_refused(statistics, tmp_path, capsys):
     flags = ["--objective", "fisher", "--statistics", str(statistics), "--out", str(tmp_path / "out"), "--rank", "4"]
     assert run(["quantize", str(tmp_path / "other"), *flags]) == 2
     assert "holds statistics of another model (tiny, fingerprint" in capsys.readouterr().err
+
+
+def test_a_result_by_other_statistics_is_another_result(source, statistics, tmp_path):
+    wanted = options(source, tmp_path / "out", budget=None, rank=2, objective="fisher", statistics=statistics)
+    qsvd.quantize(wanted)
+    tensors = {name: 2 * tensor for name, tensor in safetensors.torch.load_file(statistics).items()}
+    other = tmp_path / "other.safetensors"
+    write_statistics(other, tensors, fingerprint=open_checkpoint(str(source)).fingerprint, record={"model": "tiny"})
+    with pytest.raises(ValueError, match="holds a run with other options: statistics"):
+        qsvd.quantize(replace(wanted, statistics=other))
 
 
 def test_damaged_statistics_are_refused_before_any_work(source, statistics, tmp_path, capsys):

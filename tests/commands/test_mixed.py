@@ -13,13 +13,15 @@ import transformers
 
 import qsvd
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.model import trained
+from qsvd.adapters.model import split_linears, trained
+from qsvd.checkpoint.read_split import open_split
 from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.commands.quantize import execute
 from qsvd.commands.settle import prepare
 from qsvd.numerics.codecs import codec_named
 from qsvd.plan.pages import Placement
+from qsvd.train.trainer import stored_components
 from tests.adapters import results
 from tests.adapters.results import IDS, ROUNDINGS, distance, outputs
 from tests.checkpoints import write_checkpoint
@@ -219,3 +221,16 @@ def test_a_run_trains_what_is_stored_and_leaves_the_rest(tmp_path, method):
     ranks = {weight["module"]: weight["rank"] for weight in weights_of(base).values()}
     assert {name.rpartition(".")[0] for name in names} == {m for m, rank in ranks.items() if rank or method == "lora"}
     assert run(["export", str(run_folder), "--to", "merged", "--out", str(tmp_path / "merged")]) == 0
+
+
+@pytest.mark.parametrize("method", ["pissa", "edora", "lora"])
+def test_stored_components_take_the_place_of_every_adapter_for_a_while(out, plain, method):
+    model = qsvd.load(out, options=qsvd.AdapterOptions(method))
+    before = [linear.adapter for _, linear in split_linears(model)]
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(1.0)
+    with stored_components(model, open_split(out)):
+        assert_as_exact_as_float32(model, plain)
+    assert [linear.adapter for _, linear in split_linears(model)] == before
+    assert distance(outputs(model), outputs(plain)) > 0.1

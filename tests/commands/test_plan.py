@@ -247,6 +247,8 @@ def test_a_table_says_the_ranks(capsys, tmp_path):
     assert items["trained parameters"] == 4 * numbers
     _, beside = planned(capsys, *words[:-2])
     assert {item["name"]: item["gpu"] for item in beside["train"]["items"]}["trained parameters"] > 4 * numbers, "lora"
+    assert run(["plan", *map(str, words[:-2]), "--rank", "5"]) == 0, "lora's rank is its own"
+    capsys.readouterr()
     assert run(["plan", *map(str, words), "--rank", "3"]) == 2
     assert "--rank 3 is not 7, which the table says" in capsys.readouterr().err
 
