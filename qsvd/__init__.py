@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from qsvd.options import Quantize
     from qsvd.plan.pages import Placement
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdapterOptions",
     "Nesting",

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
+import qsvd
 from qsvd.commands.failures import DoesNotFit, Interrupted
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
 from qsvd.train.failures import TrainingStopped
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; its exit code. Bad flags raise SystemExit(2), as argparse does."""
     if arguments == ["--version"]:
-        print(f"qsvd {version('qsvd')}")
+        print(f"qsvd {qsvd.__version__}")
         return 0
     try:
         options = parse(arguments)

@@ -24,6 +24,7 @@ from qsvd.checkpoint.check import resolve
 from qsvd.checkpoint.host_memory import keep_for_reuse
 from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.checkpoint.tensor_file import map_tensor, read_tensor
+from qsvd.plan.device import device_of, dtype_of
 from qsvd.plan.listing import listing
 from qsvd.plan.model import ModelPlan, describe
 from qsvd.plan.pages import EVERYTHING, Placement
@@ -97,10 +98,8 @@ def _place(
     dtype: torch.dtype | None,
     placement: Placement,
 ) -> _Place:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    device = device_of(str(device))
+    dtype = dtype or dtype_of("auto", device)
     return _Place(split, record, device, dtype, placement)
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import qsvd
 from qsvd.checkpoint.layout import fingerprint, quantization_config
 from qsvd.checkpoint.packed_layout import packed_config
 from qsvd.checkpoint.peft_folder import adapter_settings
@@ -18,7 +19,7 @@ from qsvd.report.readme import readme
 from qsvd.report.record import from_record, to_record
 
 FORMAT = 1
-LIBRARIES = ("qsvd", "torch", "bitsandbytes", "transformers", "peft", "safetensors")
+LIBRARIES = ("torch", "bitsandbytes", "transformers", "peft", "safetensors")
 TASKS = {  # PEFT's task_type; for classifiers none, since PEFT would look for a head among the factors
     "ForCausalLM": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
@@ -110,7 +111,7 @@ def _manifest(job: Job, digests: dict[str, str], base: str) -> dict[str, Any]:
             "architecture": job.source.plan.architecture,
         },
         "run": job.source.identity,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {"qsvd": qsvd.__version__} | {name: version(name) for name in LIBRARIES},
         "header": asdict(job.header),
         "weights": weights,
     }

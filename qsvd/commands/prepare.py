@@ -12,13 +12,13 @@ from qsvd.checkpoint.read import Checkpoint, open_checkpoint
 from qsvd.checkpoint.statistics import Statistics, check_statistics, open_statistics
 from qsvd.checkpoint.tensor_file import TORCH_DTYPES
 from qsvd.checkpoint.whole_file import file_sha256
-from qsvd.commands.device import device_of
 from qsvd.decompose.alternate import Recipe
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.numerics.codecs import spelling
 from qsvd.numerics.normal_float import NormalFloat4
 from qsvd.options import Quantize
 from qsvd.plan.allocation import Allocation, from_text
+from qsvd.plan.device import device_of
 from qsvd.plan.listing import listing
 from qsvd.plan.model import ModelPlan, WeightSpec, plan_model
 from qsvd.plan.sizes import parse_size

@@ -13,7 +13,6 @@ from qsvd.checkpoint.check import check_complete, check_not_quantized
 from qsvd.checkpoint.read import Checkpoint, open_checkpoint
 from qsvd.checkpoint.statistics import Statistics
 from qsvd.checkpoint.whole_file import file_sha256
-from qsvd.commands.device import device_of
 from qsvd.commands.failures import DoesNotFit
 from qsvd.commands.place_run import machine
 from qsvd.commands.prepare import statistics_for
@@ -22,6 +21,7 @@ from qsvd.options import Allocate
 from qsvd.plan.allocate import Task, check_feasible
 from qsvd.plan.allocation import TITLE
 from qsvd.plan.budget import parse_budget
+from qsvd.plan.device import device_of
 from qsvd.plan.grid import grid_of
 from qsvd.plan.model import ModelPlan, plan_model
 

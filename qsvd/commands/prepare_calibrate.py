@@ -14,9 +14,9 @@ from qsvd.checkpoint.check import check_complete, check_not_quantized
 from qsvd.checkpoint.read import Checkpoint, open_checkpoint
 from qsvd.checkpoint.statistics import check_same_run, open_statistics
 from qsvd.commands.class_names import class_names
-from qsvd.commands.device import device_of, dtype_of
 from qsvd.commands.prepare_run import MOST_LENGTH, mapping_of, open_tokenizer, stop_ids
 from qsvd.options import Calibrate
+from qsvd.plan.device import device_of, dtype_of
 from qsvd.plan.listing import listing
 from qsvd.plan.model import ModelPlan, plan_model
 from qsvd.train.columns import Examples, recognise

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from qsvd.commands.device import device_of, dtype_of
 from qsvd.commands.open_model import NamedModel, check_kind, find_model
 from qsvd.commands.prepare_run import mapping_of, open_tokenizer
 from qsvd.evaluate.exact_match import MARKER, final_number
 from qsvd.options import Eval
+from qsvd.plan.device import device_of, dtype_of
 from qsvd.train.columns import Examples, recognise
 from qsvd.train.read import read_rows
 

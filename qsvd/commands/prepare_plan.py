@@ -90,7 +90,7 @@ def _speed(options: Plan) -> Speed:
 def _limits(options: Plan) -> Limits:
     """As given, or what is here."""
     has_gpu = torch.cuda.is_available()
-    gpu = torch.cuda.get_device_properties(0).total_memory if has_gpu else None
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if has_gpu else None
     host = free_host_memory() if has_gpu else None
     return Limits(
         gpu=gpu if options.gpu is None else parse_size(options.gpu, "--gpu"),

@@ -14,10 +14,10 @@ from qsvd.adapters.start import new_record
 from qsvd.checkpoint.adapter_folder import AdapterRecord
 from qsvd.checkpoint.read_split import SplitFolder, open_split
 from qsvd.commands.check_train import check_kind, check_lengths, check_options, check_start_of, positions
-from qsvd.commands.device import device_of, dtype_of
 from qsvd.commands.place_run import machine, place_training, show_placement
 from qsvd.options import Train
 from qsvd.plan.activations import Batch
+from qsvd.plan.device import device_of, dtype_of
 from qsvd.plan.placement import Placed, Wish
 from qsvd.plan.training import Training
 from qsvd.train.columns import Examples, recognise

@@ -59,7 +59,7 @@ def memory_advice(error: str, settings: Settings, *, used: float, total: float) 
     lower = [f"--batch-size {batch_size // 2} (with twice the --accumulate)"] if batch_size > 1 else []
     lower.append(f"--max-length {max_length // 2}")
     lower += [] if settings.gradient_checkpointing else ["--gradient-checkpointing"]
-    lower += ["--activation-offload"] if total and not settings.activation_offload else []
+    lower += ["--activation-offload yes"] if total and not settings.activation_offload else []
     lower.append("a smaller --rank")
     held = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB in use with " if total else ""
     return f"out of memory: {held}batch size {batch_size} x {max_length} tokens; try {', or '.join(lower)} ({error})"

@@ -64,20 +64,28 @@ def language_arguments(settings: Settings, folder: Path, device: torch.device) -
     """For TRL's SFTTrainer, on data that is tokenized, labelled and cut already."""
     from trl import SFTConfig
 
-    return SFTConfig(
+    arguments = SFTConfig(
         **_common(settings, folder, device),
         max_length=settings.max_length,
         packing=settings.packing,
         dataset_kwargs={"skip_prepare_dataset": not settings.packing},
         activation_offloading=settings.activation_offload,
     )
+    return _on_one_gpu(arguments)
 
 
 def classifier_arguments(settings: Settings, folder: Path, device: torch.device) -> "TrainingArguments":
     """For transformers' Trainer."""
     from transformers import TrainingArguments
 
-    return TrainingArguments(**_common(settings, folder, device))
+    return _on_one_gpu(TrainingArguments(**_common(settings, folder, device)))
+
+
+def _on_one_gpu(arguments: Any) -> Any:
+    """Return the arguments, told to use the current GPU alone: by default a Trainer copies a model to all of them."""
+    if arguments.device.type == "cuda":  # asking for the device counts the GPUs
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_what_is_said_of_no_number_names_the_step_and_what_was_saved():
 def test_the_advice_has_what_was_used_and_what_is_left_to_lower(changed, lower, is_on):
     both = {"gradient_checkpointing": is_on, "activation_offload": is_on}
     text = memory_advice("tried 2 GiB", settings(max_length=1024, **changed, **both), used=7.5e9, total=8e9)
-    rest = "" if is_on else "--gradient-checkpointing, or --activation-offload, or "
+    rest = "" if is_on else "--gradient-checkpointing, or --activation-offload yes, or "
     assert text == (
         f"out of memory: 7.5 of 8.0 GB in use with batch size {changed['batch_size']} x 1024 tokens; try {lower}{rest}"
         "a smaller --rank (tried 2 GiB)"

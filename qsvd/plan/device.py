@@ -1,0 +1,37 @@
+"""The device, and the dtype to compute in, that options name."""
+
+import torch
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device that an option names; "auto" is a GPU if there is one.
+
+    A GPU has an index, since some functions of torch.cuda refuse a device without one. It also becomes the current
+    GPU: transformers' trainers compute on that one, whatever device the model is on.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device {name!r} is not there: torch sees {count} CUDA devices")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype that an option names; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
