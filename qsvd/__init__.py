@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qsvd.adapters.adapter import AdapterOptions
-    from qsvd.adapters.install import load
+    from qsvd.adapters.load import load
     from qsvd.commands.quantize import quantize
     from qsvd.decompose.alternate import Recipe, split_weight
-    from qsvd.decompose.measure import measure
-    from qsvd.decompose.split import Split
-    from qsvd.numerics.normal_float import NormalFloat4
-    from qsvd.numerics.normal_float_bits import Nesting, NormalFloat
+    from qsvd.decompose.split import Split, measure
+    from qsvd.memory.items import Placement
+    from qsvd.numerics.nf4 import NormalFloat4
+    from qsvd.numerics.normal_float import Nesting, NormalFloat
     from qsvd.options import Quantize
-    from qsvd.plan.pages import Placement
 
 __version__ = "0.1.0"
 
@@ -48,18 +47,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "load": "qsvd.adapters.install",
-    "Placement": "qsvd.plan.pages",
+    "load": "qsvd.adapters.load",
+    "Placement": "qsvd.memory.items",
     "AdapterOptions": "qsvd.adapters.adapter",
     "quantize": "qsvd.commands.quantize",
     "Quantize": "qsvd.options",
     "split_weight": "qsvd.decompose.alternate",
     "Recipe": "qsvd.decompose.alternate",
     "Split": "qsvd.decompose.split",
-    "measure": "qsvd.decompose.measure",
-    "NormalFloat4": "qsvd.numerics.normal_float",
-    "NormalFloat": "qsvd.numerics.normal_float_bits",
-    "Nesting": "qsvd.numerics.normal_float_bits",
+    "measure": "qsvd.decompose.split",
+    "NormalFloat4": "qsvd.numerics.nf4",
+    "NormalFloat": "qsvd.numerics.normal_float",
+    "Nesting": "qsvd.numerics.normal_float",
 }
 
 

@@ -16,9 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 import qsvd
-from qsvd.commands.failures import DoesNotFit, Interrupted
+from qsvd.errors import DoesNotFit, Interrupted, TrainingStopped
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
-from qsvd.train.failures import TrainingStopped
 
 COMMANDS = {
     "plan": Plan,

@@ -15,12 +15,11 @@ from transformers import AutoTokenizer
 
 import qsvd
 from qsvd.commands.demo import FINE_TUNING, MODEL
-from qsvd.commands.run_folder import RunFolder
+from qsvd.data.columns import UNTRAINED
 from qsvd.options import Train
-from qsvd.train.hooks import Hooks
-from qsvd.train.settings import Settings
-from qsvd.train.tokenized import UNTRAINED
-from qsvd.train.trainer import Watched, make_trainer
+from qsvd.training.run_folder import RunFolder
+from qsvd.training.settings import Settings
+from qsvd.training.trainer import Hooks, Watched, make_trainer
 from tests.checkpoints import write_checkpoint
 
 RANK = 16

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import qsvd.commands
-import qsvd.train.settings
+import qsvd
+import qsvd.training.settings
 from qsvd.cli import COMMANDS, parse
-from qsvd.train.settings import Settings
+from qsvd.training.settings import Settings
 
-COMMANDS_FOLDER = Path(qsvd.commands.__file__).parent
+PACKAGE = Path(qsvd.__file__).parent
 REQUIRED = "required"
 
 AGREED = {  # a new flag edits this list, and with it the minds of those who agreed on it
@@ -175,15 +175,15 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
     "demo": {"out": Path("build/demo"), "ranks": (0, 16, 32, 64), "tokens": 20_000, "epochs": 2.0},
 }
 READERS = {
-    "calibrate": ("prepare_calibrate", "calibrate"),
-    "plan": ("prepare_plan", "plan_source", "plan"),
-    "allocate": ("prepare_allocate", "allocate"),
-    "quantize": ("prepare", "settle", "job", "quantize", "finish", "dry_run"),
-    "train": ("prepare_run", "check_train", "train"),
-    "eval": ("eval", "prepare_eval", "open_model"),
-    "export": ("export", "trained_model", "check_export"),
-    "report": ("report",),
-    "demo": ("demo",),
+    "calibrate": ("prepare/calibrate", "commands/calibrate"),
+    "plan": ("prepare/plan", "commands/plan"),
+    "allocate": ("prepare/allocate", "commands/allocate"),
+    "quantize": ("prepare/quantize", "prepare/outputs", "commands/quantize"),
+    "train": ("prepare/train", "commands/train"),
+    "eval": ("prepare/evaluate", "prepare/models", "commands/eval"),
+    "export": ("prepare/models", "commands/export"),
+    "report": ("commands/report",),
+    "demo": ("commands/demo",),
 }
 POSITIONAL = {
     "calibrate": ("model", "data"),
@@ -222,12 +222,12 @@ def read_in(path, owners):
 def copied_to_settings():
     """Options of `qsvd train` that prepare_run copies by name into Settings, and that become arguments there."""
     names = {field.name for field in fields(Settings)}
-    return names & read_in(Path(qsvd.train.settings.__file__), ("settings",))
+    return names & read_in(Path(qsvd.training.settings.__file__), ("settings",))
 
 
 @pytest.mark.parametrize(("command", "name"), FLAGS)
 def test_each_flag_is_read_by_its_command(command, name):
-    read = set().union(*(read_in(COMMANDS_FOLDER / f"{module}.py", ("options",)) for module in READERS[command]))
+    read = set().union(*(read_in(PACKAGE / f"{module}.py", ("options",)) for module in READERS[command]))
     if command == "train":
         read |= copied_to_settings()
     assert name in read, "asdict only records a flag; something must act on it"
@@ -237,7 +237,7 @@ def test_settings_are_options_and_each_becomes_an_argument_of_a_trainer_or_is_ke
     names = {field.name for field in fields(Settings)}
     assert names <= AGREED["train"].keys()
     assert names - copied_to_settings() == {"keep"}
-    assert "keep" in read_in(COMMANDS_FOLDER / "train.py", ("options",))
+    assert "keep" in read_in(PACKAGE / "commands" / "train.py", ("options",))
 
 
 @pytest.mark.parametrize("command", AGREED)

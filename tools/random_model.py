@@ -20,20 +20,18 @@ from random_weights import draw_codes, draw_factors, draw_gaussian, draw_scales,
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 
-from qsvd.checkpoint.drawn import DrawnEntry
-from qsvd.checkpoint.layout import adapter_tensors, digest, residual_tensors
-from qsvd.checkpoint.read import Checkpoint, other_files
-from qsvd.checkpoint.tensor_file import DTYPE_NAMES, NewTensor, write_stream
-from qsvd.checkpoint.write import OutputFolder
-from qsvd.commands.finish import finish
-from qsvd.commands.job import Job, check_disk
 from qsvd.commands.quantize import copied
-from qsvd.commands.settle import prepare
 from qsvd.decompose.split import Split
+from qsvd.errors import first_line
+from qsvd.files.layout import adapter_tensors, digest, residual_tensors
+from qsvd.files.output import OutputFolder
+from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, write_stream
+from qsvd.files.source import Checkpoint, DrawnEntry, other_files
 from qsvd.numerics.codec import PackedBlocks
 from qsvd.options import Quantize
-from qsvd.plan.listing import first_line
-from qsvd.plan.model import plan_model
+from qsvd.plan.weights import plan_model
+from qsvd.prepare.outputs import finish
+from qsvd.prepare.quantize import Job, check_disk, prepare
 
 BLOCK = re.compile(r"(.*?\.\d+)\.")  # "model.layers.7" of a tensor's name
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qsvd.numerics.codec import NestedScales
-from qsvd.numerics.normal_float import NormalFloat4, nest
+from qsvd.numerics.nf4 import NormalFloat4, nest
 
 STD = 0.02  # of a weight's noise, and of an embedding
 COMPONENTS = 256  # singular values above the noise, or a quarter of the shorter side

@@ -22,12 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
 import qsvd
+from qsvd.commands.console import quiet
 from qsvd.commands.demo import MODEL
-from qsvd.commands.quiet import quiet
-from qsvd.train.hooks import Hooks
-from qsvd.train.settings import Settings, default_optimizer, language_arguments
-from qsvd.train.steps import peak_bytes_of
-from qsvd.train.trainer import Watched, make_trainer
+from qsvd.training.settings import Settings, default_optimizer, language_arguments
+from qsvd.training.steps import peak_bytes_of
+from qsvd.training.trainer import Hooks, Watched, make_trainer
 
 WARM_UP = 2  # steps that do not count
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

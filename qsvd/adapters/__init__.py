@@ -1,1 +1,1 @@
-"""Modules on the device: a frozen residual and what is trained beside it."""
+"""Floor 7: modules of a loaded model: the frozen residual and the adapter that is trained."""

@@ -1,12 +1,267 @@
-"""The methods by name: one line each."""
+"""PiSSA: train the principal factors themselves (arXiv:2404.02948, section 3; on a quantized residual: QPiSSA).
 
+The factors are the stored ones, whichever loop fitted them, so LoftQ's and LQ-LoRA's splits are trained alike.
+Shape suffixes as in adapter.py.
+"""
+
+import math
 from collections.abc import Iterable
 
-from qsvd.adapters.adapter import Adapter
-from qsvd.adapters.edora import EDora
-from qsvd.adapters.frozen import Frozen
-from qsvd.adapters.lora import Lora
-from qsvd.adapters.pissa import Pissa
+import torch
+from torch import Tensor, nn
+
+from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal, chosen, stored_factors
+from qsvd.plan.tensors import AdapterTensors, TensorShape
+
+
+class Pissa(Adapter):
+    """W' = Q + B A, with B and A trained from where `qsvd quantize` put them. Parameters: R (O + I)."""
+
+    defaults = Defaults(
+        rank=None,
+        alpha=None,
+        learning_rate=2e-5,
+        reason="the authors' rate; large principal values make the loss sharper than LoRA's, so the rate is smaller",
+    )
+
+    def __init__(self, up_OR: Tensor, down_RI: Tensor):
+        super().__init__()
+        self.up = nn.Parameter(up_OR)
+        self.down = nn.Parameter(down_RI)
+
+    @classmethod
+    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Pissa":
+        del generator  # nothing is drawn
+        if principal.rank == 0:
+            raise ValueError(
+                "pissa trains stored principal components, and this base has none (rank 0); "
+                "quantize with --rank above 0, or train with --method lora"
+            )
+        if options.rank not in (None, principal.rank):
+            raise ValueError(
+                f"rank {options.rank} is not the stored rank {principal.rank}, the only one that pissa can train; "
+                "leave the rank out, or quantize with another one"
+            )
+        if options.alpha not in (None, principal.rank):
+            raise ValueError(
+                f"alpha {options.alpha:g} would scale the stored components; with pissa it is the rank "
+                f"{principal.rank}: leave it out"
+            )
+        return cls(*(factor.to(options.torch_dtype, copy=True) for factor in (principal.up_OR, principal.down_RI)))
+
+    @classmethod
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        del stored_rank, stored_dtype  # the stored factors are the trained ones, in another dtype
+        parameters = {"up": TensorShape((shape[0], rank), dtype), "down": TensorShape((rank, shape[1]), dtype)}
+        return AdapterTensors(parameters, buffers={}, made={})
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.up, self.down
+
+
+# LoRA beside what is frozen: the residual alone (QLoRA, arXiv:2305.14314) or with its principal components.
+
+
+class Lora(Adapter):
+    """W' = Q + B0 A0 + (alpha / K) B A, with B and A trained from B = 0 (arXiv:2106.09685, section 4.1).
+
+    Parameters: K (O + I). K is cut to the smaller side of the weight, the scale stays.
+    """
+
+    defaults = Defaults(
+        rank=64,
+        alpha=16,
+        learning_rate=2e-4,
+        reason="QLoRA's own rank, alpha and rate for 7B and 13B",
+    )
+
+    def __init__(self, principal: Principal, up_OK: Tensor, down_KI: Tensor, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.up = nn.Parameter(up_OK)
+        self.down = nn.Parameter(down_KI)
+        self.register_buffer("frozen_up", principal.up_OR, persistent=False)
+        self.register_buffer("frozen_down", principal.down_RI, persistent=False)
+
+    @classmethod
+    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Lora":
+        rank, scale = chosen(options, cls.defaults, principal.rank)
+        out_features, in_features = principal.residual.shape
+        if rank < 1:
+            raise ValueError(f"rank {rank} is below 1, the least that trains anything")
+        rank = min(rank, out_features, in_features)  # more would only repeat
+        bound = 1 / math.sqrt(in_features)  # Kaiming's uniform bound with a = sqrt 5, as LoRA and PEFT draw A
+        down_KI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+        device = principal.up_OR.device
+        up_OK = torch.zeros(out_features, rank, dtype=options.torch_dtype, device=device)
+        return cls(principal, up_OK, down_KI.to(device, options.torch_dtype), scale)
+
+    @classmethod
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        rows, columns = shape
+        rank = min(rank, rows, columns)
+        parameters = {"up": TensorShape((rows, rank), dtype), "down": TensorShape((rank, columns), dtype)}
+        both = stored_rank + rank
+        made = {"up": TensorShape((rows, both), dtype)}  # scaled, and beside the frozen ones
+        if stored_rank:
+            made["down"] = TensorShape((both, columns), dtype)
+        return AdapterTensors(parameters, stored_factors(shape, stored_rank, stored_dtype), made)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        up_OK = self.scale * self.up
+        frozen_up, frozen_down = self.get_buffer("frozen_up"), self.get_buffer("frozen_down")
+        if not len(frozen_down):
+            return up_OK, self.down
+        down_KI = 1 * self.down  # else its gradient is a view that keeps the frozen part's alive
+        return torch.cat((frozen_up.to(up_OK), up_OK), dim=1), torch.cat((frozen_down.to(self.down), down_KI))
+
+
+# EDoRA: a small trained core between frozen singular directions, and a magnitude per output (arXiv:2501.12067).
+
+
+TINY = torch.finfo(torch.float32).tiny  # the square of a norm is no less: a row of zeros keeps the gain 1
+
+
+class EDora(Adapter):
+    """A core R [K, K] from zero and a magnitude m [O] from the row norms of Q + B0 A0. Parameters: K^2 + O."""
+
+    defaults = Defaults(
+        rank=None,
+        alpha=None,
+        learning_rate=1e-3,
+        reason="the largest but one of the authors' grid; few parameters between frozen directions bear a large rate",
+    )
+
+    starts_from_residual = True
+
+    def __init__(self, principal: Principal, rank: int, scale: float, dtype: torch.dtype):
+        super().__init__()
+        self.scale = scale
+        up_OR, down_RI = principal.up_OR, principal.down_RI
+        directions_OR = _left_directions(up_OR, down_RI)
+        frozen = {
+            "frozen_up": up_OR,
+            "frozen_down": down_RI,
+            "directions": directions_OR[:, :rank].to(up_OR.dtype),
+            "inner": directions_OR[:, :rank].T @ up_OR.float(),
+        } | _norm_constants(principal)
+        for name, tensor in frozen.items():
+            self.register_buffer(name, tensor.contiguous(), persistent=False)
+        self.core = nn.Parameter(torch.zeros(rank, rank, dtype=dtype, device=up_OR.device))
+        self.magnitude = nn.Parameter(self._row_norms(up_OR.float()))  # float32: its steps vanish in bfloat16
+
+    @classmethod
+    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "EDora":
+        del generator  # R starts at zero: the core has a gradient there, since what surrounds it is not zero
+        if principal.rank == 0:
+            raise ValueError(
+                "edora trains between stored principal components, and this base has none (rank 0); "
+                "quantize with --rank above 0, or train with --method lora"
+            )
+        rank, scale = chosen(options, cls.defaults, principal.rank)
+        if not 1 <= rank <= principal.rank:
+            raise ValueError(f"rank {rank} is outside 1..{principal.rank}, the principal components that are stored")
+        return cls(principal, rank, scale, options.torch_dtype)
+
+    @classmethod
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        rows = shape[0]
+
+        def exact(*sizes: int) -> TensorShape:
+            return TensorShape(sizes, torch.float32)
+
+        parameters = {"core": TensorShape((rank, rank), dtype), "magnitude": exact(rows)}
+        constants = {
+            "directions": TensorShape((rows, rank), stored_dtype),
+            "inner": exact(rank, stored_rank),
+            "residual_squares": exact(rows),
+            "residual_down": exact(rows, stored_rank),
+            "down_gram": exact(stored_rank, stored_rank),
+        }
+        made = {"up": exact(rows, stored_rank), "gain": exact(rows), "norms": exact(rows)}
+        if stored_dtype != torch.float32:
+            made["exact_directions"] = exact(rows, rank)
+        return AdapterTensors(parameters, stored_factors(shape, stored_rank, stored_dtype) | constants, made)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        inner_KR, frozen_OR = self.get_buffer("inner"), self.get_buffer("frozen_up")  # float32, and as stored
+        core_KR = self.scale * self.core.to(inner_KR) @ inner_KR
+        return frozen_OR.to(inner_KR) + self.get_buffer("directions").to(inner_KR) @ core_KR, self.get_buffer(
+            "frozen_down"
+        )
+
+    def gain(self) -> Tensor:
+        with torch.no_grad():
+            norms_O = self._row_norms(self.factors()[0])
+        return self.magnitude / norms_O
+
+    def _row_norms(self, up_OR: Tensor) -> Tensor:
+        """||q_i + b_i A0|| of every row, float32 [O]."""
+        cross_O = (self.get_buffer("residual_down") * up_OR).sum(dim=1)
+        inner_O = (up_OR @ self.get_buffer("down_gram") * up_OR).sum(dim=1)
+        return (self.get_buffer("residual_squares") + 2 * cross_O + inner_O).clamp_(min=TINY).sqrt_()
+
+
+def _left_directions(up_OR: Tensor, down_RI: Tensor) -> Tensor:
+    """Left singular vectors of up @ down, largest value first, float32 [O, R], by two thin QRs and an R x R SVD.
+
+    A saved core means nothing between other vectors, so they are the same on every machine: from the CPU, in float64,
+    the largest entry of each positive.
+    """
+    basis_OR, inner_RR = torch.linalg.qr(up_OR.cpu().double())
+    outer_RR = torch.linalg.qr(down_RI.cpu().double().T, mode="r").R
+    vectors_OR = basis_OR @ torch.linalg.svd(inner_RR @ outer_RR.T).U
+    largest_R = vectors_OR.gather(0, vectors_OR.abs().argmax(dim=0, keepdim=True))
+    return (vectors_OR * largest_R.sign()).to(up_OR.device, torch.float32)
+
+
+def _norm_constants(principal: Principal) -> dict[str, Tensor]:
+    """||q_i||^2 [O], Q A0^T [O, R] and A0 A0^T [R, R], float32; the one decoding of Q."""
+    residual_OI, down_RI = principal.residual.decode(), principal.down_RI.float()
+    return {
+        "residual_squares": residual_OI.square().sum(dim=1),
+        "residual_down": residual_OI @ down_RI.T,
+        "down_gram": down_RI @ down_RI.T,
+    }
+
+
+# What a method that trains stored components leaves of a weight that stores none: the residual, as it is.
+
+
+class Frozen(Adapter):
+    """W' = Q. Parameters: none."""
+
+    defaults = Defaults(rank=None, alpha=None, learning_rate=0.0, reason="nothing is trained")
+
+    def __init__(self, up_OR: Tensor, down_RI: Tensor):
+        super().__init__()
+        self.register_buffer("frozen_up", up_OR, persistent=False)
+        self.register_buffer("frozen_down", down_RI, persistent=False)
+
+    @classmethod
+    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Frozen":
+        del options, generator  # nothing is chosen or drawn
+        return cls(principal.up_OR.float(), principal.down_RI.float())
+
+    @classmethod
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        del rank, dtype, stored_dtype
+        return AdapterTensors(parameters={}, buffers=stored_factors(shape, stored_rank, torch.float32), made={})
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.get_buffer("frozen_up"), self.get_buffer("frozen_down")
+
+
+# The methods by name: one line each.
+
 
 METHODS: dict[str, type[Adapter]] = {
     "pissa": Pissa,

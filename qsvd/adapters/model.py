@@ -11,13 +11,57 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.micro_batches import in_micro_batches
-from qsvd.checkpoint.adapter_folder import AdapterFolder, AdapterRecord, write_adapter
-from qsvd.checkpoint.tensor_file import read_tensor
-from qsvd.plan.listing import listing
+from qsvd.errors import listing
+from qsvd.files.adapter import AdapterFolder, AdapterRecord, write_adapter
+from qsvd.files.safetensors import read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Layer-major accumulation: a block sees all micro-batches of a step before the next block sees any.
+
+
+def in_micro_batches(rows: int, checkpoint: Callable[..., Any], block: Any, *inputs: Any) -> Any:
+    """What a block returns for a batch, computed for so many rows at a time.
+
+    Args:
+        checkpoint: As torch.utils.checkpoint.checkpoint: a function and its inputs.
+        block: A partial of the block's forward that holds its keyword arguments, as transformers gives it.
+        inputs: Its positional arguments, the hidden states [batch, tokens, hidden] first. Of all arguments, tensors
+            with as many rows as these are divided, the others are the same for every part.
+    """
+    total = len(inputs[0])
+    if total <= rows:
+        return checkpoint(block, *inputs)
+    outputs = []
+    for start in range(0, total, rows):
+        named = {name: _rows(value, total, start, start + rows) for name, value in block.keywords.items()}
+        part = partial(block.func, *block.args, **named)
+        outputs.append(checkpoint(part, *(_rows(value, total, start, start + rows) for value in inputs)))
+    return _joined(outputs, rows)
+
+
+def _rows(value: Any, total: int, start: int, stop: int) -> Any:
+    """Of a tensor, or of the tensors in a tuple, what belongs to these rows of the batch."""
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.ndim and len(value) == total else value
+    if isinstance(value, tuple):
+        return tuple(_rows(one, total, start, stop) for one in value)
+    return value
+
+
+def _joined(outputs: list[Any], rows: int) -> Any:
+    """The parts' outputs as the whole batch's: tensors one below the other, in tuples where there are some.
+
+    A tensor of one row from parts of several, as T5's position bias, is the same for all of them.
+    """
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return tuple(_joined(list(one), rows) for one in zip(*outputs, strict=True))
+    if not isinstance(first, Tensor) or (first.ndim and len(first) == 1 != rows):
+        return first
+    return torch.cat(outputs)
+
 
 ADAPTER = ".adapter."  # between a module's path and the name of an adapter's parameter
 
@@ -105,3 +149,32 @@ def _check_names(parameters: Mapping[str, Tensor], adapter: AdapterFolder) -> No
     ]
     if sentences:
         raise ValueError(f"{adapter.folder} does not fit the model: {'; '.join(sentences)}")
+
+
+# Token embeddings that stay in host memory: 2 GB of a 70B model, of which a batch needs a few rows.
+
+
+class HostEmbedding(nn.Module):
+    """The embedding of a model, looked up on the host; its rows go to the device.
+
+    Args:
+        embedding: On the CPU. It is kept outside of torch's list of modules, so that `model.to` leaves it there.
+    """
+
+    def __init__(self, embedding: nn.Module, device: torch.device):
+        super().__init__()
+        self._outside = (embedding,)
+        self._device = device
+
+    @property
+    def weight(self) -> Tensor:
+        """[vocabulary, hidden], on the CPU."""
+        return self._outside[0].get_parameter("weight")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[...] to [..., hidden]."""
+        return self._outside[0](tokens.cpu()).to(self._device, non_blocking=True)
+
+    def __deepcopy__(self, memo: dict) -> "HostEmbedding":
+        """Itself: it is frozen."""
+        return self

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from qsvd.adapters.product import times, times_transposed
+from qsvd.adapters.linear import times, times_transposed
 from qsvd.numerics.codec import NestedScales, PackedBlocks
-from qsvd.numerics.normal_float_bits import Nesting, NormalFloat
+from qsvd.numerics.normal_float import Nesting, NormalFloat
 
 NOT_NUMBERS = (
     "the weight of a packed layer is codes, not numbers that could be summed or cast: an adapter cannot be merged into "

@@ -13,10 +13,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsvd.adapters.packed_linear import PackedLinear
-from qsvd.checkpoint.packed_layout import METHOD
-from qsvd.numerics.codecs import codec_named, spelling
-from qsvd.numerics.normal_float_bits import NormalFloat
-from qsvd.plan.listing import listing
+from qsvd.errors import listing
+from qsvd.files.layout import METHOD
+from qsvd.numerics.names import codec_named, spelling
+from qsvd.numerics.normal_float import NormalFloat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qsvd.plan.listing import listing
+from qsvd.errors import listing
 
 HIDDEN = "hidden_states"  # what the argument is called where it is given by name
 VALUES = (bool, int, float, str, torch.dtype, torch.device)  # other objects could carry something from block to block

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qsvd.calibrate.stand_in import NOT_ALONE, AllCalled, Call, StandIn, Tape
-from qsvd.checkpoint.read import Checkpoint
-from qsvd.plan.listing import first_line, listing
-from qsvd.plan.model import BUILD_ERRORS, ModelPlan
-from qsvd.plan.pages import block_of
+from qsvd.errors import first_line, listing
+from qsvd.files.source import Checkpoint
+from qsvd.memory.items import block_of
+from qsvd.plan.weights import BUILD_ERRORS, ModelPlan
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qsvd.calibrate.examples import Example
 from qsvd.calibrate.streamed import Recorded, StreamedModel
-from qsvd.calibrate.sums import Sums
-from qsvd.plan.listing import first_line
+from qsvd.calibrate.sums import Example, Sums
+from qsvd.errors import first_line
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Layer 10: where layers meet; opens user paths, prints, reads the clock."""
+"""Floor 11: one file for each command. Prints and reads the clock."""

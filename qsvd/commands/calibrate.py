@@ -9,14 +9,12 @@ import torch
 from qsvd.calibrate.streamed import Compute, StreamedModel
 from qsvd.calibrate.sums import Sums, means
 from qsvd.calibrate.walk import Probes, add_examples
-from qsvd.checkpoint.host_memory import free_host_memory
-from qsvd.checkpoint.statistics import open_unfinished, save_unfinished, unfinished_path, write_statistics
-from qsvd.commands.failures import DoesNotFit, Interrupted
-from qsvd.commands.prepare_calibrate import Calibration, prepare_calibrate
-from qsvd.commands.quiet import quiet
-from qsvd.commands.watch import StopRequest, watching
-from qsvd.commands.watch_calibrate import Position
+from qsvd.commands.console import Position, StopRequest, quiet, watching
+from qsvd.errors import DoesNotFit, Interrupted
+from qsvd.files.pages import free_host_memory
+from qsvd.files.statistics import open_unfinished, save_unfinished, unfinished_path, write_statistics
 from qsvd.options import Calibrate
+from qsvd.prepare.calibrate import Calibration, prepare_calibrate
 
 HOST_SHARE = 0.5  # of the free host memory, for the hidden states of a chunk
 MOST_CHUNK = 16  # examples that a killed run may lose; for each chunk the weights are read twice

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qsvd.checkpoint.read_split import open_split
-from qsvd.checkpoint.whole_file import write_text
 from qsvd.commands.quantize import quantize
 from qsvd.commands.report import load_report, show_report
 from qsvd.commands.train import train
 from qsvd.evaluate.perplexity import Perplexity, perplexity_of_text
+from qsvd.files.atomic import write_text
+from qsvd.files.split_folder import open_split
 from qsvd.options import Demo, Quantize, Train
 from qsvd.report.totals import relative, totals
 

@@ -11,26 +11,23 @@ from rich.console import Console
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.start import new_record
-from qsvd.checkpoint.adapter_folder import open_adapter
-from qsvd.checkpoint.read_split import open_split
-from qsvd.commands.check_train import positions
-from qsvd.commands.class_names import class_names
-from qsvd.commands.open_model import NamedModel, load_model
-from qsvd.commands.place_run import machine, place_reading
-from qsvd.commands.prepare_eval import Subject, Work, prepare_eval
-from qsvd.commands.prepare_run import stop_ids
-from qsvd.commands.quiet import quiet
-from qsvd.evaluate.accuracy import accuracy
+from qsvd.commands.console import quiet
+from qsvd.data.tokens import question_prompts, tokenize
+from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.evaluate.divergence import Divergence, divergence_of_documents, divergence_of_text
 from qsvd.evaluate.exact_match import exact_match
-from qsvd.evaluate.held_out import mean_loss
 from qsvd.evaluate.perplexity import perplexity_of_documents, perplexity_of_text
+from qsvd.files.adapter import open_adapter
+from qsvd.files.split_folder import open_split
+from qsvd.memory.block_bytes import Batch
+from qsvd.memory.items import EVERYTHING, Placement
+from qsvd.memory.placement import Wish
 from qsvd.options import Eval
-from qsvd.plan.activations import Batch
-from qsvd.plan.pages import EVERYTHING, Placement
-from qsvd.plan.placement import Wish
+from qsvd.prepare.evaluate import Subject, Work, prepare_eval
+from qsvd.prepare.machine import machine, place_reading
+from qsvd.prepare.models import NamedModel, class_names, load_model
+from qsvd.prepare.train import positions, stop_ids
 from qsvd.report.evaluation import Measured, evaluation_json, evaluation_table
-from qsvd.train.tokens import question_prompts, tokenize
 
 MOST_WINDOW = 2048  # tokens, unless more are asked for
 MOST_NEW_TOKENS = 512  # likewise

@@ -4,15 +4,15 @@ import json
 
 from rich.console import Console
 
-from qsvd.commands.failures import DoesNotFit
-from qsvd.commands.prepare_plan import PlanJob, prepare_plan
-from qsvd.commands.quiet import quiet
+from qsvd.commands.console import quiet
+from qsvd.errors import DoesNotFit
+from qsvd.memory.duration import StepTime, page_seconds, quantize_time, step_time
+from qsvd.memory.other_tasks import plan_quantizing
+from qsvd.memory.placement import place, place_serving
+from qsvd.memory.reach import Cell, Reach, advice, explore, highest, longest
+from qsvd.memory.split_model import SplitModelPlan
 from qsvd.options import Plan
-from qsvd.plan.duration import StepTime, page_seconds, quantize_time, step_time
-from qsvd.plan.placement import place, place_serving
-from qsvd.plan.quantizing import plan_quantizing
-from qsvd.plan.reach import Cell, Reach, advice, explore, highest, longest
-from qsvd.plan.split_model import SplitModelPlan
+from qsvd.prepare.plan import PlanJob, prepare_plan
 from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, lack, plan_json, plan_tables
 
 ITERATIONS = 5  # of qsvd quantize, unless it is told otherwise

@@ -11,26 +11,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qsvd.checkpoint.layout import adapter_tensors, residual_tensors
-from qsvd.checkpoint.packed_layout import packed_tensors
-from qsvd.checkpoint.read import Checkpoint
-from qsvd.checkpoint.stream import stream
-from qsvd.checkpoint.tensor_file import NewTensor, TensorEntry
-from qsvd.checkpoint.write import UNFINISHED, OutputFolder
-from qsvd.commands.dry_run import show_plan
-from qsvd.commands.failures import DoesNotFit, Interrupted
-from qsvd.commands.finish import finish
-from qsvd.commands.job import Job, check_disk, check_memory, job_of
-from qsvd.commands.prepare import Source, prepare_source
+from qsvd.commands.console import Standing, StopRequest, watching
 from qsvd.commands.report import show_report
-from qsvd.commands.seeds import seed_of
-from qsvd.commands.settle import prepare, settled
-from qsvd.commands.watch import Standing, StopRequest, watching
-from qsvd.commands.watch_measuring import Progressed
 from qsvd.decompose.alternate import split_weight
-from qsvd.decompose.measure import WeightError, measure
+from qsvd.decompose.split import WeightError, measure
+from qsvd.errors import DoesNotFit, Interrupted
+from qsvd.files.layout import adapter_tensors, packed_tensors, residual_tensors
+from qsvd.files.output import UNFINISHED, OutputFolder
+from qsvd.files.safetensors import NewTensor, TensorEntry
+from qsvd.files.source import Checkpoint, stream
 from qsvd.options import Quantize
-from qsvd.report.record import from_record, to_record
+from qsvd.prepare.allocate import Progressed
+from qsvd.prepare.machine import seed_of
+from qsvd.prepare.outputs import finish, show_plan
+from qsvd.prepare.quantize import Job, Source, check_disk, check_memory, job_of, prepare, prepare_source, settled
+from qsvd.report.errors import from_record, to_record
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qsvd.checkpoint.write import MANIFEST, UNFINISHED
-from qsvd.decompose.measure import WeightError
+from qsvd.decompose.split import WeightError
+from qsvd.files.output import MANIFEST, UNFINISHED
 from qsvd.options import Report
-from qsvd.plan.model import Coverage, LeftTensors
-from qsvd.report.document import to_json
+from qsvd.plan.weights import Coverage, LeftTensors
+from qsvd.report.errors import from_record, to_json, to_terminal
 from qsvd.report.header import Header
-from qsvd.report.record import from_record
-from qsvd.report.terminal import to_terminal
 
 
 def main(options: Report) -> None:

@@ -12,28 +12,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qsvd.adapters.install import load
+from qsvd.adapters.load import load
 from qsvd.adapters.model import moved_bytes, trained
-from qsvd.checkpoint.whole_file import whole_file, write_text
-from qsvd.commands.failures import DoesNotFit, Interrupted
-from qsvd.commands.prepare_run import RunJob, prepare_run
-from qsvd.commands.quiet import quiet
-from qsvd.commands.run_folder import START, SUMMARY, RunFolder
-from qsvd.commands.watch import StopRequest
-from qsvd.commands.watch_steps import watching_steps
-from qsvd.evaluate.accuracy import accuracy
-from qsvd.evaluate.held_out import mean_loss
+from qsvd.commands.console import StopRequest, quiet, watching_steps
+from qsvd.data.preview import preview
+from qsvd.errors import DoesNotFit, Interrupted, show_size
+from qsvd.evaluate.accuracy import accuracy, mean_loss
+from qsvd.files.atomic import whole_file, write_text
 from qsvd.options import Train
-from qsvd.plan.sizes import show_size
-from qsvd.report.loss_plot import loss_plot
-from qsvd.report.training import RunSummary, run_readme, training_tables
-from qsvd.train.checkpoints import checkpoints, step_of
-from qsvd.train.guards import memory_advice
-from qsvd.train.hooks import Hooks
-from qsvd.train.memory import memory_by_item, planned_by_item
-from qsvd.train.preview import preview
-from qsvd.train.steps import Step, TellSteps, peak_bytes_of
-from qsvd.train.trainer import Watched, make_trainer
+from qsvd.prepare.train import RunJob, prepare_run
+from qsvd.report.training import RunSummary, loss_plot, run_readme, training_tables
+from qsvd.training.guards import memory_advice
+from qsvd.training.run_folder import START, SUMMARY, RunFolder, checkpoints, step_of
+from qsvd.training.steps import Step, TellSteps, memory_by_item, peak_bytes_of, planned_by_item
+from qsvd.training.trainer import Hooks, Watched, make_trainer
 
 Tell = Callable[[Step], bool]  # True asks for a checkpoint and the end
 

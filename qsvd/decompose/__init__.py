@@ -1,1 +1,1 @@
-"""Layer 2: one weight in, one Split out, with its error."""
+"""Floor 2: one weight in, one Split and its error out."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split
-from qsvd.numerics import error, svd
+from qsvd.numerics import norms, svd
 from qsvd.numerics.codec import Codec, PackedBlocks
 
 FIRST_PASSES = 5  # over W, from a random sketch: within 0.1 % of the error that full SVDs lead to
@@ -208,5 +208,5 @@ def _distance(left_over_OI: Tensor, up_OR: Tensor, down_RI: Tensor, objective: O
     for start in range(0, left_over_OI.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         error_OI = torch.addmm(left_over_OI[rows], up_OR[rows].float(), down_RI, alpha=-1)
-        squares += error.frobenius(objective.of_rows(rows).scaled(error_OI)) ** 2
+        squares += norms.frobenius(objective.of_rows(rows).scaled(error_OI)) ** 2
     return sqrt(squares)

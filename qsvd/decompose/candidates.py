@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qsvd.decompose.objective import PLAIN, Objective
-from qsvd.numerics import error, svd
+from qsvd.numerics import norms, svd
 from qsvd.numerics.codec import Codec
 
 PASSES = 2  # that are made of each candidate; a third changes the choices of the program by a percent at most
@@ -89,7 +89,7 @@ def measure_candidates(
     generator = torch.Generator(weight_OI.device).manual_seed(seed)
     weight_OI, objective = weight_OI.float().contiguous(), objective.to(weight_OI.device)
     scaled_OI = objective.scaled(weight_OI)
-    norm = error.frobenius(scaled_OI) ** 2
+    norm = norms.frobenius(scaled_OI) ** 2
     top, nuclear = _spectrum(scaled_OI, ranks[-1], generator)
     del scaled_OI
     weight = _Weight(weight_OI, torch.empty_like(weight_OI), torch.empty_like(weight_OI), objective, top, dtype)
@@ -101,12 +101,12 @@ def measure_candidates(
 def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[svd.TopSVD | None, float]:
     """The leading triples, none for rank 0, and the sum of all singular values."""
     if rank == 0:
-        return None, error.norms(scaled_OI, generator).nuclear
+        return None, norms.norms(scaled_OI, generator).nuclear
     if min(scaled_OI.shape) <= svd.SMALL:
         top = svd.exact_svd(scaled_OI, min(scaled_OI.shape))
         return top, float(top.values_K.double().sum())
     top = svd.randomized_svd(scaled_OI, rank, passes=FIRST_PASSES, generator=generator)
-    return top, error.norms(scaled_OI, generator).nuclear
+    return top, norms.norms(scaled_OI, generator).nuclear
 
 
 def _of_rank(weight: _Weight, codecs: Sequence[Codec], rank: int) -> tuple[float, ...]:
@@ -169,7 +169,7 @@ def _stored(weight: _Weight, left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor,
 def _square(weight: _Weight) -> float:
     """The squared norm of work_OI as the objective counts it, a few rows at a time."""
     parts = (slice(start, start + ROWS) for start in range(0, weight.work_OI.shape[0], ROWS))
-    return sum(error.frobenius(weight.objective.of_rows(rows).scaled(weight.work_OI[rows])) ** 2 for rows in parts)
+    return sum(norms.frobenius(weight.objective.of_rows(rows).scaled(weight.work_OI[rows])) ** 2 for rows in parts)
 
 
 def _foreseen(squares: Sequence[float]) -> float:

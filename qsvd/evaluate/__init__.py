@@ -1,1 +1,1 @@
-"""Layer 8: what a model is worth: perplexity, held-out loss, accuracy, exact match, divergence from another model."""
+"""Floor 9: perplexity, divergence, accuracy, exact match."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from qsvd.plan.listing import listing
+from qsvd.errors import listing
 
 if TYPE_CHECKING:
     from peft import PeftModel

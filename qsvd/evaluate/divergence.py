@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qsvd.evaluate.batches import Model, check_ready, equal_lengths
-from qsvd.evaluate.windows import Window, alike, check_window, last_predictions, slide
+from qsvd.evaluate.perplexity import Window, alike, check_window, last_predictions, slide
 
 CHUNK_ELEMENTS = 1 << 22  # logits that are float64 at one time: 32 MB, and five such arrays
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig
 
+from qsvd.errors import listing
+from qsvd.evaluate.accuracy import wilson_interval
 from qsvd.evaluate.batches import Model, by_length, check_ready, check_sequences, padded
-from qsvd.evaluate.share import wilson_interval
-from qsvd.plan.listing import listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

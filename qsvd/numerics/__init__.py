@@ -1,1 +1,1 @@
-"""Layer 1: tensors in, tensors out."""
+"""Floor 1: tensors in, tensors out."""

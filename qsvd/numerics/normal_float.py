@@ -1,191 +1,216 @@
-"""NF4: sixteen levels, one scale for 64 weights, bit for bit as bitsandbytes stores it (arXiv:2305.14314, section 3).
+"""NormalFloat of 2, 3, 4 or 8 bits in small blocks, with scales of 32 or 16 bits or quantized again.
 
-On a GPU bitsandbytes' kernels do the work. On a CPU they decode wrongly on AVX-512 machines where a block crosses rows,
-so that they are given one block to a row; and they are slow to encode, which is done here by a table: a scaled weight,
-rounded to half precision, is an index into 65,536 codes. Only the fifteen halves around a decision boundary need the
-exact comparison.
+The candidates of LQ-LoRA's mixed precision (arXiv:2311.12023, section 3.2). What bitsandbytes reads is NormalFloat4.
+On a GPU Triton kernels do the work where Triton is installed, else plain torch operations; the results are the same.
 
-Shape suffixes: B = blocks, E = elements of one block, N = elements of a run of blocks.
+Shape suffixes: B = blocks, E = elements of one block, N = all elements, S = blocks of scales.
 """
 
-import logging
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
 from math import ceil, prod
+from types import ModuleType
 
-import numpy
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks
+from qsvd.numerics import codebook
+from qsvd.numerics.codebook import fitted
+from qsvd.numerics.codec import BYTE_LEVELS, WIDTHS, Codec, NestedScales, PackedBlocks, pack, packed_bytes
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # warns of a kernel that qsvd never calls
-import bitsandbytes.functional as bitsandbytes  # noqa: E402
-
-NESTED_LEVELS = 256
-NESTED_BLOCK = 256
-RUN = 1 << 19  # elements worked on at a time: a few MB, which stay in cache
-UNDECIDED = 255  # a half-precision value whose float32 neighbours have two different codes
+BLOCK_SIZES = (16, 32, 64, 128)
+NESTED_BLOCKS = (16, 64, 256)
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RUN = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements worked on at a time: on a CPU they stay in cache
+HAS_TRITON = find_spec("triton") is not None
 SMALLEST_SCALE = 1e-38  # bitsandbytes divides by no less
 
 
-class NormalFloat4(Codec):
-    """NF4 in blocks of `block_size`, with the scales in float32 or, with double_quant, in 8 bits."""
+@dataclass(frozen=True)
+class Nesting:
+    """Scales quantized again, as LQ-LoRA does: in blocks, to 2^bits even steps from the smallest scale of the matrix.
 
-    name = "nf4"
+    The smallest is the offset, so that no scale turns negative; what is left of the others is divided by the largest
+    of each block, which is kept in float32. On real weights that mostly loses less than NormalFloat around the mean
+    with 2 and 3 bits, and as much with 4 and 8. A scale may become zero where the smallest is.
 
-    def __init__(self, *, double_quant: bool, block_size: int = 64):
-        if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-            raise ValueError(f"block size {block_size} is not one of bitsandbytes': a power of two from 32 to 4096")
-        self.double_quant = double_quant
+    Args:
+        bits: Of a scale: 2, 3, 4 or 8.
+        block_size: Scales that share one float32: 16, 64 or 256.
+    """
+
+    bits: int = 8
+    block_size: int = 256
+
+    def __post_init__(self):
+        _check("scales have", self.bits, WIDTHS, "bits")
+        _check("blocks of scales have", self.block_size, NESTED_BLOCKS, "scales")
+
+    def levels(self) -> Tensor:
+        """The steps from 0 to 1, float32 [2^bits]."""
+        steps = 2**self.bits - 1
+        return torch.arange(steps + 1, dtype=torch.float32) / steps
+
+
+class NormalFloat(Codec):
+    """NormalFloat of `bits` in blocks of `block_size`.
+
+    Args:
+        bits: Of a code: 2, 3, 4 or 8.
+        block_size: Elements that share a scale: 16, 32, 64 or 128.
+        scales: float32, float16 or bfloat16, or quantized again. Codes are chosen for the scales as they are stored.
+        fit: Choose the scales for the least error (scale_fit.py); else each is the largest magnitude of its block, as
+            the papers have it. A decoder does not see the difference.
+
+    Raises:
+        ValueError: one of them is something else.
+    """
+
+    def __init__(
+        self, *, bits: int, block_size: int = 64, scales: torch.dtype | Nesting = torch.float32, fit: bool = False
+    ):
+        _check("codes have", bits, WIDTHS, "bits")
+        _check("blocks have", block_size, BLOCK_SIZES, "elements")
+        if not isinstance(scales, Nesting) and scales not in SCALE_DTYPES:
+            raise ValueError(f"scales are float32, float16, bfloat16 or a Nesting, not {scales}")
+        self.name = f"nf{bits}"
+        self.bits = bits
+        self.fit = fit
         self.block_size = block_size
+        self.nesting = scales if isinstance(scales, Nesting) else None
+        self.scale_dtype = torch.float32 if isinstance(scales, Nesting) else scales
 
     def encode(self, matrix_OI: Tensor) -> PackedBlocks:
-        """Round a matrix to NF4.
+        """Round a matrix to the nearest levels.
 
         Args:
             matrix_OI: float32, bfloat16 or float16 [O, I], finite.
 
         Raises:
-            ValueError: matrix_OI has another dtype or number of dimensions, or holds a NaN or an infinity.
+            ValueError: matrix_OI has another dtype or number of dimensions, holds a NaN or an infinity, or numbers too
+                large for scales of 16 bits.
         """
         if matrix_OI.ndim != 2 or matrix_OI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"NF4 encodes a float32, bfloat16 or float16 matrix, not {matrix_OI.dtype} {tuple(matrix_OI.shape)}"
+                f"{self.name} encodes a float32, bfloat16 or float16 matrix, not {matrix_OI.dtype} "
+                f"{tuple(matrix_OI.shape)}"
             )
-        if matrix_OI.is_cuda:
-            finite = torch.isfinite(matrix_OI).all()  # the kernel's maximum passes over a NaN
-            codes, state = bitsandbytes.quantize_4bit(matrix_OI, blocksize=self.block_size, quant_type="nf4")
-            codes, scales = codes.view(-1), state.absmax
-        else:
-            codes, scales = _encode_on_cpu(matrix_OI.contiguous().view(-1), self.block_size)
-            finite = torch.isfinite(scales).all()
-        if not finite:
-            raise ValueError("NF4 cannot encode a matrix that holds a NaN or an infinity")
-        shape = (matrix_OI.shape[0], matrix_OI.shape[1])
-        return PackedBlocks(codes, nest(scales) if self.double_quant else scales, shape, self)
+        flat_N = matrix_OI.reshape(-1)
+        largest_B = self._largest(flat_N)
+        if not torch.isfinite(largest_B).all():
+            raise ValueError(f"{self.name} cannot encode a matrix that holds a NaN or an infinity")
+        scales = self._stored(self._fitted(flat_N, largest_B) if self.fit else largest_B)
+        codes = self._codes(flat_N, _plain(scales))
+        return PackedBlocks(codes, scales, (matrix_OI.shape[0], matrix_OI.shape[1]), self)
 
     def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
-        if packed.codes.is_cuda or prod(packed.shape) % self.block_size:
-            out_OI = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
-            self.decode_into(packed, out_OI)
-            return out_OI
-        return _decode_blocks(packed.codes, _plain(packed.scales), self.block_size, dtype).view(packed.shape)
+        out_OI = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
+        self.decode_into(packed, out_OI)
+        return out_OI
 
     def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
-        scales_B = _plain(packed.scales)
-        if out_OI.is_cuda:
-            codes = packed.codes.view(-1, 1)
-            kind = {"blocksize": self.block_size, "quant_type": "nf4"}
-            bitsandbytes.dequantize_4bit(codes, absmax=scales_B, out=out_OI, **kind)
-        else:
-            _decode_on_cpu(packed.codes, scales_B, self.block_size, out_OI.view(-1))
+        if kernels := _kernels(out_OI):
+            kernels.decode_into(packed, out_OI.view(-1))
+            return
+        out_N, scales_B = out_OI.view(-1), _plain(packed.scales)
+        for run, blocks, part in self._runs(out_N):
+            out_BE = out_N[run].view(scales_B[blocks].numel(), -1)
+            levels_N = codebook.look_up(packed.codes[part], self.bits, out_BE.numel())
+            torch.mul(levels_N.view(out_BE.shape), scales_B[blocks, None], out=out_BE)
 
     def parts(self, shape: tuple[int, int]) -> dict[str, int]:
-        num_elements = prod(shape)
-        num_blocks = ceil(num_elements / self.block_size)
-        codes = {"codes": ceil(num_elements / 2)}
-        if not self.double_quant:
-            return codes | {"absmax": 4 * num_blocks}
-        nested = {"absmax_codes": num_blocks, "absmax": 4 * ceil(num_blocks / NESTED_BLOCK)}
-        return codes | nested | {"offset": 4, "levels": 4 * NESTED_LEVELS}
+        num_blocks = ceil(prod(shape) / self.block_size)
+        codes = {"codes": packed_bytes(prod(shape), self.bits)}
+        if self.nesting is None:
+            return codes | {"absmax": self.scale_dtype.itemsize * num_blocks}
+        absmax_codes = packed_bytes(num_blocks, self.nesting.bits)
+        nested = {"absmax_codes": absmax_codes, "absmax": 4 * ceil(num_blocks / self.nesting.block_size)}
+        return codes | nested | {"offset": 4, "levels": 4 * 2**self.nesting.bits}
+
+    def _runs(self, flat_N: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+        """Elements, their blocks and the bytes of their codes: runs of whole blocks, then what a short one holds."""
+        num_elements = flat_N.numel()
+        num_full = num_elements - num_elements % self.block_size
+        step = RUN[flat_N.device.type]
+        ends = [*range(0, num_full, step), num_full, num_elements]
+        for start, stop in pairwise(ends):
+            if start < stop:
+                blocks = slice(start // self.block_size, ceil(stop / self.block_size))
+                yield slice(start, stop), blocks, slice(packed_bytes(start, self.bits), packed_bytes(stop, self.bits))
+
+    def _largest(self, flat_N: Tensor) -> Tensor:
+        """The largest magnitude of each block, float32 [B]; NaN where one is."""
+        if kernels := _kernels(flat_N):
+            return kernels.largest(flat_N, self.block_size)
+        largest_B = torch.empty(ceil(flat_N.numel() / self.block_size), device=flat_N.device)
+        for run, blocks, _ in self._runs(flat_N):
+            largest = largest_B[blocks]
+            torch.amax(flat_N[run].float().view(len(largest), -1).abs(), dim=1, out=largest)
+        return largest_B
+
+    def _fitted(self, flat_N: Tensor, largest_B: Tensor) -> Tensor:
+        """The scale of each block that leaves the least error of those that are tried, float32 [B]."""
+        scales_B = torch.empty_like(largest_B)
+        for run, blocks, _ in self._runs(flat_N):
+            largest = largest_B[blocks]
+            scales_B[blocks] = fitted(flat_N[run].float().view(len(largest), -1), largest, self.bits)
+        return scales_B
+
+    def _stored(self, scales_B: Tensor) -> Tensor | NestedScales:
+        if self.nesting is not None:
+            return _nest(scales_B, self.nesting)
+        stored_B = scales_B.to(self.scale_dtype)
+        if not torch.isfinite(stored_B).all():
+            most = torch.finfo(self.scale_dtype).max
+            raise ValueError(
+                f"a scale of {float(scales_B.max()):.4g} is above {most:.4g}, the largest {self.scale_dtype}; "
+                "float32 scales hold it"
+            )
+        return stored_B
+
+    def _codes(self, flat_N: Tensor, scales_B: Tensor) -> Tensor:
+        inverse_B = scales_B.sign() / scales_B.clamp(min=SMALLEST_SCALE)  # a scale of zero takes the code of zero
+        if kernels := _kernels(flat_N):
+            return kernels.nearest_codes(flat_N, inverse_B, self.bits, self.block_size)
+        codes = torch.empty(packed_bytes(flat_N.numel(), self.bits), dtype=torch.uint8, device=flat_N.device)
+        for run, blocks, part in self._runs(flat_N):
+            inverse = inverse_B[blocks]
+            scaled_BE = flat_N[run].float().view(len(inverse), -1) * inverse[:, None]
+            zero = 2 ** (self.bits - 1) - 1
+            codes[part] = pack(codebook.nearest(scaled_BE.view(-1), self.bits), self.bits, filler=zero)
+        return codes
 
 
-def nest(scales_B: Tensor) -> NestedScales:
-    """Block scales in 8 bits, as bitsandbytes' double quantization stores them."""
-    offset = scales_B.mean()
-    codes, state = bitsandbytes.quantize_blockwise(scales_B - offset, blocksize=NESTED_BLOCK)
-    assert state.code is not None, "quantize_blockwise returns the levels it used"
-    return NestedScales(codes, state.absmax, offset, state.code, NESTED_BLOCK)
+def _kernels(matrix: Tensor) -> ModuleType | None:
+    """What works on this matrix in Triton; None where torch's operations do."""
+    if not (HAS_TRITON and matrix.is_cuda and matrix.dtype in SCALE_DTYPES):
+        return None
+    from qsvd.numerics import kernels as normal_float_kernels
 
-
-@cache
-def levels() -> Tensor:
-    """The sixteen levels of NF4, float32 [16], ascending from -1 to 1, the eighth an exact zero."""
-    return bitsandbytes.get_4bit_type("nf4", device="cpu")
-
-
-@cache
-def _boundaries() -> Tensor:
-    """Half-way points between levels, float32 [15]; a value on one takes the lower code."""
-    return (levels()[:-1] + levels()[1:]) / 2
-
-
-@cache
-def _code_of_half() -> numpy.ndarray:
-    """The code of each half-precision number, by its bits; UNDECIDED where its float32 neighbours differ."""
-    halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
-    codes = torch.bucketize(halves.float(), _boundaries()).to(torch.uint8)
-    codes[_boundaries().half().view(torch.uint16).long()] = UNDECIDED
-    return codes.numpy()
-
-
-@cache
-def _levels_of_byte() -> numpy.ndarray:
-    """The two levels that a byte stands for, as one 64-bit item: [256]."""
-    byte = torch.arange(256)
-    pairs = torch.stack((levels()[byte >> 4], levels()[byte & 15]), dim=1)
-    return pairs.contiguous().view(torch.int64).view(-1).numpy()
-
-
-def _encode_on_cpu(flat_N: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    num_elements = flat_N.numel()
-    num_full = num_elements - num_elements % block_size
-    codes = torch.empty(ceil(num_elements / 2), dtype=torch.uint8)
-    scales = torch.empty(ceil(num_elements / block_size), dtype=torch.float32)
-    for start in range(0, num_full, RUN):
-        stop = min(start + RUN, num_full)
-        blocks_BE = flat_N[start:stop].float().view(-1, block_size)
-        absmax_B = blocks_BE.abs().amax(dim=1)
-        scales[start // block_size : stop // block_size] = absmax_B
-        scaled_BE = blocks_BE * absmax_B.clamp_(min=SMALLEST_SCALE).reciprocal_()[:, None]
-        codes[start // 2 : stop // 2] = _pack(_codes_of(scaled_BE.view(-1)))
-    if num_full < num_elements:  # bitsandbytes divides in the short last block, and stores a scale above zero
-        short_E = flat_N[num_full:].float()
-        scales[-1] = short_E.abs().max().clamp(min=SMALLEST_SCALE)
-        codes[num_full // 2 :] = _pack(_codes_of(short_E / scales[-1]))
-    return codes, scales
-
-
-def _codes_of(scaled_N: Tensor) -> numpy.ndarray:
-    """The code of each scaled weight, uint8 [N]."""
-    codes = _code_of_half().take(scaled_N.half().view(torch.uint16).numpy())
-    undecided = numpy.flatnonzero(codes == UNDECIDED)
-    codes[undecided] = torch.bucketize(scaled_N[torch.from_numpy(undecided)], _boundaries()).numpy()
-    return codes
-
-
-def _pack(codes_N: numpy.ndarray) -> Tensor:
-    """Two codes to a byte, uint8 [ceil(N / 2)], the first in the high half; an odd end takes the code of zero."""
-    if codes_N.size % 2:
-        codes_N = numpy.append(codes_N, _codes_of(torch.zeros(1)))
-    return torch.from_numpy((codes_N[::2] << 4) | codes_N[1::2])
+    return normal_float_kernels
 
 
 def _plain(scales: Tensor | NestedScales) -> Tensor:
-    return scales.decode() if isinstance(scales, NestedScales) else scales
+    """The scales as they decode, float32 [B]."""
+    return scales.decode() if isinstance(scales, NestedScales) else scales.float()
 
 
-def _decode_on_cpu(codes: Tensor, scales_B: Tensor, block_size: int, out_N: Tensor) -> None:
-    """Runs of whole blocks, and by table what a short last block holds."""
-    num_elements = out_N.numel()
-    num_full = num_elements - num_elements % block_size
-    for start in range(0, num_full, RUN):
-        stop = min(start + RUN, num_full)
-        scales = scales_B[start // block_size : stop // block_size]
-        out_N[start:stop] = _decode_blocks(codes[start // 2 : stop // 2], scales, block_size, out_N.dtype)
-    if num_full < num_elements:
-        pairs = torch.from_numpy(_levels_of_byte().take(codes.numpy()[num_full // 2 :])).view(torch.float32)
-        out_N[num_full:] = pairs[: num_elements - num_full] * scales_B[-1]
+def _nest(scales_B: Tensor, nesting: Nesting) -> NestedScales:
+    offset = scales_B.min() if len(scales_B) else scales_B.new_zeros(())
+    rest_SB = pad(scales_B - offset, (0, -len(scales_B) % nesting.block_size)).view(-1, nesting.block_size)
+    absmax_S = rest_SB.amax(dim=1)
+    divisor_S = torch.where(absmax_S > 0, absmax_S, 1)
+    levels = nesting.levels().to(scales_B.device)
+    steps = len(levels) - 1
+    codes_B = (rest_SB / divisor_S[:, None] * steps).round_().to(torch.uint8).view(-1)[: len(scales_B)]
+    num_scales = None if len(levels) == BYTE_LEVELS else len(scales_B)
+    packed = pack(codes_B, nesting.bits)
+    return NestedScales(packed, absmax_S, offset, levels, nesting.block_size, num_scales)
 
 
-def _decode_blocks(codes: Tensor, scales_B: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Whole blocks, [N] in `dtype`, by bitsandbytes: with one block to a row its kernel is right."""
-    state = bitsandbytes.QuantState(
-        absmax=scales_B,
-        shape=torch.Size((len(scales_B), block_size)),
-        code=levels(),
-        blocksize=block_size,
-        quant_type="nf4",
-        dtype=dtype if dtype.itemsize < 8 else torch.float32,
-    )
-    return bitsandbytes.dequantize_4bit(codes.view(-1, 1), state).view(-1).to(dtype)
+def _check(what: str, value: int, allowed: tuple[int, ...], unit: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} {', '.join(map(str, allowed[:-1]))} or {allowed[-1]} {unit}, not {value}")

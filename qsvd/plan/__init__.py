@@ -1,1 +1,1 @@
-"""Layer 3: arithmetic before work; needs shapes, never weights."""
+"""Floor 3: what every weight becomes. Needs shapes, never weights."""

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from qsvd.errors import listing
 from qsvd.numerics.codec import Codec
-from qsvd.numerics.codecs import codec_named, spelling
-from qsvd.numerics.normal_float import NormalFloat4
-from qsvd.plan.listing import listing
-from qsvd.plan.model import WeightSpec
+from qsvd.numerics.names import codec_named, spelling
+from qsvd.numerics.nf4 import NormalFloat4
+from qsvd.plan.weights import WeightSpec
 
 TITLE = "# qsvd allocation"
 LEVELS_BYTES, NESTED_LEVELS_BYTES = 64, 1024  # float32 tables that bitsandbytes keeps with every weight

@@ -10,12 +10,12 @@ from functools import cache
 
 import torch
 
-from qsvd.numerics.codecs import codec_named
+from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Allocation, Choice, residual_bytes
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import CODECS
-from qsvd.plan.model import WeightSpec
 from qsvd.plan.program import Options, solve
+from qsvd.plan.weights import WeightSpec
 
 SAMPLE = (256, 256)
 FACTOR_BYTES = 2  # of a stored number of the factors

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, prod
 
-from qsvd.plan.model import WeightSpec
-from qsvd.plan.sizes import BINARY, UNITS, parse_size
+from qsvd.errors import BINARY, UNITS, parse_size
+from qsvd.plan.weights import WeightSpec
 
 MOST_BITS = 16  # what the weights have as they are
 BITS = re.compile(r"(\d+(?:\.\d+)?)\s*bits?", re.IGNORECASE)

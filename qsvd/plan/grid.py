@@ -10,13 +10,12 @@ from typing import Literal
 
 import torch
 
-from qsvd.numerics.codecs import codec_named
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.errors import listing
+from qsvd.numerics.names import codec_named
+from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.plan.allocation import Choice, residual_bytes
-from qsvd.plan.listing import listing
-from qsvd.plan.model import WeightSpec
-from qsvd.plan.optimizer import optimizer_bytes
-from qsvd.plan.tensors import TensorShape, total_bytes
+from qsvd.plan.tensors import TensorShape, optimizer_bytes, total_bytes
+from qsvd.plan.weights import WeightSpec
 
 # Of 176 of the family, mixtures of these leave the least error on weights of three models at any budget: fitted scales,
 # nested to about as few bits as the codes. Of each number of bits there is a cheap and a good end.

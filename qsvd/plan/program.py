@@ -4,7 +4,11 @@ scipy.optimize.milp (HiGHS) solves it. HiGHS works in floating point with tolera
 whole numbers, and the budget tightened until it holds.
 """
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -192,3 +196,24 @@ def _highs(
         best[program.owners[place]] = program.numbers[place]
     bound = found.mip_dual_bound
     return tuple(best.tolist()), 0.0 if bound is None else max(float(bound), 0.0) * unit, status
+
+
+STDOUT = 1  # its number, whatever sys.stdout is
+
+
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Nothing reaches the process's stdout, neither from Python nor from C.
+
+    HiGHS, as scipy 1.17 has it, prints a line for programmers whenever it mends an answer, even when told to be silent.
+    """
+    sys.stdout.flush()
+    kept, nowhere = os.dup(STDOUT), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, STDOUT)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C holds back would come out later
+        os.dup2(kept, STDOUT)
+        os.close(kept)
+        os.close(nowhere)

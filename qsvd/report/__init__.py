@@ -1,1 +1,1 @@
-"""Layer 9: records in, tables out; opens no model."""
+"""Floor 6: records in, tables and pages out. Opens no model."""

@@ -8,12 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qsvd.numerics.codecs import spelling
-from qsvd.plan.allocate import Result, Task, relative
+from qsvd.errors import show_size
+from qsvd.numerics.names import spelling
 from qsvd.plan.allocation import residual_bits, stored_bytes
-from qsvd.plan.model import WeightSpec
-from qsvd.plan.sizes import show_size
-from qsvd.report.cells import number, short_count
+from qsvd.plan.solve import Result, Task, relative
+from qsvd.plan.weights import WeightSpec
+from qsvd.report.errors import number, short_count
 
 
 def allocation_tables(task: Task, result: Result) -> Group:

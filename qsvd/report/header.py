@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qsvd.numerics.codec import Codec
-from qsvd.numerics.codecs import spelling
-from qsvd.plan.model import Coverage, LeftTensors
+from qsvd.numerics.names import spelling
+from qsvd.plan.weights import Coverage, LeftTensors
 
 
 @dataclass(frozen=True)

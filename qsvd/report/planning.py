@@ -8,12 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qsvd.plan.duration import QuantizeTime, Rate, Speed, StepTime
-from qsvd.plan.memory import PLACES, Limits, MemoryPlan
-from qsvd.plan.pages import Placement
-from qsvd.plan.placement import Placed
-from qsvd.plan.reach import Cell, Reach
-from qsvd.plan.sizes import show_size
+from qsvd.errors import show_size
+from qsvd.memory.duration import QuantizeTime, Rate, Speed, StepTime
+from qsvd.memory.items import PLACES, Limits, MemoryPlan, Placement
+from qsvd.memory.placement import Placed
+from qsvd.memory.reach import Cell, Reach
 
 OFFLOADED = "*"
 MEMORY = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from qsvd.decompose.measure import WeightError
-from qsvd.numerics.error import Norms
-from qsvd.plan.roles import Role
+from qsvd.decompose.split import WeightError
+from qsvd.numerics.norms import Norms
+from qsvd.plan.weights import Role
 
 ROLES: tuple[str, ...] = get_args(Role)
 MODEL = "model"  # the role of the total over all weights

@@ -8,7 +8,7 @@ from torch import nn
 
 from qsvd.adapters.adapter import Adapter, Defaults, Principal
 from qsvd.numerics.codec import NestedScales
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics.nf4 import NormalFloat4
 from tests import reference
 
 SHAPES = ((70, 172), (64, 128), (33, 64), (172, 7), (3, 5), (1, 1))  # blocks cross rows in the first, odd ends follow

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qsvd.adapters.adapter import AdapterOptions, Principal
-from qsvd.adapters.edora import EDora
 from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.methods import EDora
 from tests import reference
 from tests.adapters.principals import UNIT, decoded, dense_output, packed_residual, principal_of
 

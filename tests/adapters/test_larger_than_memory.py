@@ -23,7 +23,7 @@ import resource, sys
 import torch
 import qsvd
 from qsvd.evaluate.perplexity import perplexity_of_documents
-from qsvd.plan.pages import Placement
+from qsvd.memory.items import Placement
 
 torch.set_num_threads(1)
 warm_up, base, resident, limit = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

@@ -263,7 +263,7 @@ def test_bands_of_rows_change_nothing_but_the_order_of_sums(monkeypatch, shape, 
         return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], gradients)]
 
     whole = outcome()
-    monkeypatch.setattr("qsvd.adapters.product.BAND", {"cpu": 1})
+    monkeypatch.setattr("qsvd.adapters.linear.BAND", {"cpu": 1})
     assert len(list(principal.residual.in_rows(1))) > 2
     for found, wanted in zip(outcome(), whole, strict=True):
         bound = 0 if dtype == torch.bfloat16 else 1e-13 * wanted.abs().max().item()

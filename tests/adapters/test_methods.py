@@ -8,9 +8,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.lora import Lora
-from qsvd.adapters.methods import METHODS
-from qsvd.adapters.pissa import Pissa
+from qsvd.adapters.methods import METHODS, Lora, Pissa
 from tests import reference
 from tests.adapters.principals import SHAPES, UNIT, decoded, dense_output, principal_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from qsvd.adapters.micro_batches import in_micro_batches
+from qsvd.adapters.model import in_micro_batches
 from tests.checkpoints import FAMILIES, tiny_model
 
 ROUNDOFF = 64 * 2.0**-24  # of a float32 gradient relative to its largest element; measured: 10

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qsvd.adapters import product
+from qsvd.adapters import linear as product
 from qsvd.adapters.packed_linear import PackedLinear
 from qsvd.numerics.codec import PackedBlocks
-from qsvd.numerics.codecs import codec_named
+from qsvd.numerics.names import codec_named
 from tests import reference
 from tests.adapters import packed_files
 from tests.adapters.principals import SHAPES, UNIT

@@ -10,7 +10,7 @@ import qsvd
 from qsvd.adapters import start
 from qsvd.adapters.adapter import FEW, AdapterOptions
 from qsvd.adapters.start import new_record, start_adapter
-from qsvd.checkpoint.read_split import open_split
+from qsvd.files.split_folder import open_split
 from tests.checkpoints import write_checkpoint
 
 NAME = "model.layers.0.mlp.down_proj.weight"

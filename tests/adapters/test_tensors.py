@@ -5,7 +5,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions, Principal
 from qsvd.adapters.methods import METHODS
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics.nf4 import NormalFloat4
 
 SHAPES = [(48, 80), (80, 48), (64, 64)]
 

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 import transformers
 
-from qsvd.calibrate.examples import Example
 from qsvd.calibrate.streamed import Compute, StreamedModel
-from qsvd.calibrate.sums import Sums, means
+from qsvd.calibrate.sums import Example, Sums, means
 from qsvd.calibrate.walk import Probes, add_examples
-from qsvd.checkpoint.check import check_complete
-from qsvd.checkpoint.read import Checkpoint, open_checkpoint
-from qsvd.plan.model import ModelPlan, plan_model
+from qsvd.files.check import check_complete
+from qsvd.files.source import Checkpoint, open_checkpoint
+from qsvd.plan.weights import ModelPlan, plan_model
 from tests.checkpoints import COMMON, FAMILIES, GROUPED
 
 CPU = torch.device("cpu")

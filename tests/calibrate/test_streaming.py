@@ -8,7 +8,7 @@ import torch
 
 from qsvd.calibrate.stand_in import Call, Tape
 from qsvd.calibrate.streamed import StreamedModel
-from qsvd.checkpoint.read import Checkpoint
+from qsvd.files.source import Checkpoint
 from tests.calibrate.cases import case, examples_of, means_of, sums_of
 
 

@@ -9,8 +9,8 @@ import pytest
 
 import qsvd
 from qsvd.cli import COMMANDS, parse
-from qsvd.train.guards import memory_advice
-from qsvd.train.settings import Settings
+from qsvd.training.guards import memory_advice
+from qsvd.training.settings import Settings
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 FIRST = {"quantize": ["M", "--out", "O"], "train": ["O", "D", "--out", "R"]}

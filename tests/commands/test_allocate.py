@@ -9,20 +9,18 @@ import signal
 import pytest
 import torch
 
-import qsvd.commands.allocate
-import qsvd.commands.prepare_allocate
-from qsvd.checkpoint.read import Checkpoint, open_checkpoint
-from qsvd.checkpoint.statistics import write_statistics
+import qsvd.prepare.allocate
 from qsvd.cli import run
-from qsvd.commands.allocate import execute
-from qsvd.commands.prepare_allocate import importances, prepare_allocate
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.candidates import measure_candidates
 from qsvd.decompose.objective import fisher
+from qsvd.files.source import Checkpoint, open_checkpoint
+from qsvd.files.statistics import write_statistics
+from qsvd.memory.items import Limits
 from qsvd.options import Allocate
 from qsvd.plan.allocation import from_text
-from qsvd.plan.memory import Limits
-from qsvd.plan.model import plan_model
+from qsvd.plan.weights import plan_model
+from qsvd.prepare.allocate import execute, importances, prepare_allocate
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import shared_model
 
@@ -63,7 +61,7 @@ def counted(monkeypatch):
         shapes.append(tuple(weight_OI.shape))
         return measure_candidates(weight_OI, *arguments, **options)
 
-    monkeypatch.setattr(qsvd.commands.allocate, "measure_candidates", counting)
+    monkeypatch.setattr(qsvd.prepare.allocate, "measure_candidates", counting)
     return shapes
 
 
@@ -145,8 +143,8 @@ def test_what_the_solver_prints_by_itself_does_not_stand_in_the_output(allocate,
         ctypes.CDLL(None).puts(b"a line for programmers")
         return solve(*arguments)
 
-    solve = qsvd.commands.allocate.solve
-    monkeypatch.setattr(qsvd.commands.allocate, "solve", noisy)
+    solve = qsvd.prepare.allocate.solve
+    monkeypatch.setattr(qsvd.prepare.allocate, "solve", noisy)
     code, out, _ = allocate()
     assert code == 0
     assert "By role" in out
@@ -174,7 +172,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(allocate, tmp_path, monkey
             signal.raise_signal(signal.SIGINT)
         return measure_candidates(*arguments, **options)
 
-    monkeypatch.setattr(qsvd.commands.allocate, "measure_candidates", interrupted)
+    monkeypatch.setattr(qsvd.prepare.allocate, "measure_candidates", interrupted)
     code, out, err = allocate()
     assert code == 130
     assert out == ""
@@ -226,7 +224,7 @@ def test_every_weight_draws_from_a_seed_of_its_own_whatever_came_before_it(alloc
         seeds.append(seed)
         return measure_candidates(*arguments, seed=seed, **options)
 
-    monkeypatch.setattr(qsvd.commands.allocate, "measure_candidates", noting)
+    monkeypatch.setattr(qsvd.prepare.allocate, "measure_candidates", noting)
     allocate()
     whole = [*seeds]
     assert len({*whole}) == 14
@@ -417,9 +415,9 @@ def test_the_hessian_needs_traces(allocate, statistics):
 
 @pytest.mark.usefixtures("unread")
 def test_a_model_without_a_place_in_memory_is_refused(allocate, monkeypatch):
-    real = qsvd.commands.prepare_allocate.machine
+    real = qsvd.prepare.allocate.machine
     monkeypatch.setattr(
-        qsvd.commands.prepare_allocate,
+        qsvd.prepare.allocate,
         "machine",
         lambda *arguments: dataclasses.replace(real(*arguments), limits=Limits(host=1000)),
     )

@@ -11,13 +11,12 @@ import safetensors.torch
 import torch
 
 import qsvd
-from qsvd.checkpoint.read import open_checkpoint
-from qsvd.checkpoint.statistics import write_statistics
 from qsvd.cli import run
-from qsvd.commands.failures import DoesNotFit
-from qsvd.commands.prepare import prepare_source
 from qsvd.commands.quantize import execute
-from qsvd.commands.settle import prepare, settled
+from qsvd.errors import DoesNotFit
+from qsvd.files.source import open_checkpoint
+from qsvd.files.statistics import write_statistics
+from qsvd.prepare.quantize import prepare, prepare_source, settled
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of, tensors_of
 from tests.mixed import modules_of, residual
@@ -230,7 +229,7 @@ def test_damaged_statistics_are_refused_before_any_work(source, statistics, tmp_
 def test_a_budget_that_the_disk_does_not_hold_is_refused_before_measuring(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr("qsvd.commands.settle.execute", None)
+    monkeypatch.setattr("qsvd.prepare.quantize.execute", None)
     with pytest.raises(DoesNotFit, match="GB more disk space"):
         prepare(options(source, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -9,12 +9,12 @@ import safetensors.torch
 import torch
 import transformers
 
-from qsvd.checkpoint.statistics import open_statistics
 from qsvd.cli import run
 from qsvd.commands import calibrate as command
 from qsvd.commands.calibrate import calibrate, execute
-from qsvd.commands.prepare_calibrate import prepare_calibrate
-from qsvd.commands.watch_calibrate import Position
+from qsvd.commands.console import Position
+from qsvd.files.statistics import open_statistics
+from qsvd.prepare.calibrate import prepare_calibrate
 from tests.commands.calibrations import TEXTS, options_of, write_rows
 
 ROUNDOFF = 64 * 2.0**-24  # of the largest moment of a weight, as in tests/calibrate/test_moments.py

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from qsvd.cli import run
 from qsvd.commands import calibrate as command
 from qsvd.commands.calibrate import calibrate, execute
-from qsvd.commands.prepare_calibrate import prepare_calibrate
+from qsvd.prepare.calibrate import prepare_calibrate
 from tests.commands.calibrations import TEXTS, options_of, write_rows
 
 EXIT = 9

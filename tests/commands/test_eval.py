@@ -16,11 +16,11 @@ import transformers
 import qsvd
 from qsvd.cli import run as qsvd_command
 from qsvd.commands import eval as qsvd_eval
-from qsvd.plan.activations import Batch
-from tests.checkpoint.export_cases import ROUNDINGS, make_base, residual
+from qsvd.memory.block_bytes import Batch
 from tests.commands.folders import shared_model
 from tests.commands.trained_runs import LABELS, factors_of, trained_weights, write_run
 from tests.evaluate.tiny import shared, sliding_windows
+from tests.export.cases import ROUNDINGS, make_base, residual
 from tests.runs import write_rows
 
 pytestmark = pytest.mark.slow

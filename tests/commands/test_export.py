@@ -12,13 +12,13 @@ import transformers
 
 import qsvd
 import qsvd.commands.export as command
-from qsvd.checkpoint import export_merged
 from qsvd.cli import run as qsvd_command
-from qsvd.commands import check_export
+from qsvd.commands import export as check_export
 from qsvd.commands.train import train
-from tests.checkpoint.export_cases import make_base, residual
+from qsvd.export import merged as export_merged
 from tests.commands.folders import files_of, tensors_of
 from tests.commands.trained_runs import LABELS, factors_of, trained_weights, write_run
+from tests.export.cases import make_base, residual
 from tests.runs import language_base, text_rows, training, write_rows
 
 pytestmark = [

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import qsvd
-from qsvd.checkpoint.read_split import open_split
+from qsvd.files.split_folder import open_split
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import shared_model, write_dense
 

@@ -14,14 +14,14 @@ import transformers
 import qsvd
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import split_linears, trained
-from qsvd.checkpoint.read_split import open_split
 from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.commands.quantize import execute
-from qsvd.commands.settle import prepare
-from qsvd.numerics.codecs import codec_named
-from qsvd.plan.pages import Placement
-from qsvd.train.trainer import stored_components
+from qsvd.files.split_folder import open_split
+from qsvd.memory.items import Placement
+from qsvd.numerics.names import codec_named
+from qsvd.prepare.quantize import prepare
+from qsvd.training.trainer import stored_components
 from tests.adapters import results
 from tests.adapters.results import IDS, ROUNDINGS, distance, outputs
 from tests.checkpoints import write_checkpoint

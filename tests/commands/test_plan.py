@@ -8,12 +8,12 @@ import pytest
 from transformers import AutoConfig
 
 from qsvd.cli import parse, run
-from qsvd.commands.prepare_plan import prepare_plan
-from qsvd.plan.model import plan_model
-from qsvd.plan.reach import Cell
+from qsvd.memory.reach import Cell
+from qsvd.plan.weights import plan_model
+from qsvd.prepare.plan import prepare_plan
 from tests.checkpoints import write_checkpoint
+from tests.memory.large import CONFIG
 from tests.mixed import modules_of, write_table
-from tests.plan.large import CONFIG
 from tests.runs import language_base
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}

@@ -14,9 +14,9 @@ import transformers
 
 import qsvd
 from qsvd.cli import run as qsvd_command
-from tests.checkpoint.export_cases import HALF_ULP, ROUNDINGS, base_in_float32, files_of, outputs
 from tests.commands.folders import shared_model
 from tests.commands.trained_runs import LABELS, METHODS, factors_of, head_of, trained_weights, write_run
+from tests.export.cases import HALF_ULP, ROUNDINGS, base_in_float32, files_of, outputs
 
 pytestmark = [
     pytest.mark.slow,

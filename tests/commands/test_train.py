@@ -12,12 +12,11 @@ import torch
 
 import qsvd
 import qsvd.commands.train
-from qsvd.adapters.lora import Lora
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods import METHODS, Lora
 from qsvd.cli import parse, run
-from qsvd.commands.prepare_run import prepare_run
-from qsvd.commands.run_folder import RunFolder
 from qsvd.commands.train import train
+from qsvd.prepare.train import prepare_run
+from qsvd.training.run_folder import RunFolder
 from tests.runs import (
     TEXTS,
     TRAINED,
@@ -127,7 +126,7 @@ def refused(options, sentence):
     ],
 )
 def test_everything_that_is_out_of_range_is_named_at_once(options, monkeypatch, changes, sentences):
-    monkeypatch.setattr("qsvd.commands.check_train.find_spec", lambda _: None)
+    monkeypatch.setattr("qsvd.prepare.train.find_spec", lambda _: None)
     refused(replace(options, **changes), f"^{re.escape(sentences)}$")
 
 

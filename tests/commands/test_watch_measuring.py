@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from qsvd.commands.watch import watching
-from qsvd.commands.watch_measuring import Progressed
+from qsvd.commands.console import watching
+from qsvd.prepare.allocate import Progressed
 
 
 def test_the_time_that_is_left_is_at_the_speed_of_this_run_alone():

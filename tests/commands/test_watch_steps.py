@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from qsvd.commands.watch_steps import line, watching_steps
-from qsvd.train.steps import Step
+from qsvd.commands.console import line, watching_steps
+from qsvd.training.steps import Step
 
 
 def step(number):

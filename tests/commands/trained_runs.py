@@ -9,7 +9,7 @@ import torch
 
 import qsvd
 from qsvd.adapters.model import split_linears, trained
-from tests.checkpoint.export_cases import files_of, residual
+from tests.export.cases import files_of, residual
 
 METHODS = {"pissa": {}, "lora": {"rank": 4, "alpha": 8.0}, "edora": {}}
 SCALE = 2.0  # alpha / rank of the LoRA

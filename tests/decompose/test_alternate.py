@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qsvd.decompose import alternate
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics.nf4 import NormalFloat4
 from tests import reference
 
 UNIT = 2.0**-24  # float32 rounds within this, relatively

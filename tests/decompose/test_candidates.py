@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from qsvd.decompose.candidates import measure_candidates
 from qsvd.decompose.objective import Objective
-from qsvd.numerics.codecs import codec_named
+from qsvd.numerics.names import codec_named
 from tests import reference
-from tests.plan.tracker import Tracker
+from tests.memory.tracker import Tracker
 
 NF4 = (codec_named("nf4"),)
 ROUNDOFF = 1e-4  # of an error: float32 sums beside errors of a tenth of the weight

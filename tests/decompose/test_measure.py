@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from qsvd.decompose.alternate import Recipe, split_weight
-from qsvd.decompose.measure import measure
-from qsvd.numerics import error
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.decompose.split import measure
+from qsvd.numerics import norms
+from qsvd.numerics.nf4 import NormalFloat4
 from tests import reference
 
 ROUNDOFF = 40 * 2.0**-24  # of ||W||_F: the error matrices are float32 differences of entries as large as the weight's
@@ -76,7 +76,7 @@ def test_the_iteration_is_that_of_the_split():
 
 
 def test_the_seed_decides_the_probes_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(error, "EXACT_SIDE", 32)
+    monkeypatch.setattr(norms, "EXACT_SIDE", 32)
     weight, recipe = torch.from_numpy(reference.gaussian(60, 96)), Recipe(NormalFloat4(double_quant=False), 3, 1)
     found = [measured(weight, recipe, seed) for seed in (1, 1, 2)]
     assert found[0] == found[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qsvd.decompose.alternate import Recipe, split_weight
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics.nf4 import NormalFloat4
 from tests import reference
 
 NF4 = NormalFloat4(double_quant=False)

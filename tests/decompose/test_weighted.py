@@ -11,8 +11,8 @@ from qsvd.decompose import alternate
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.objective import Objective, fisher
 from qsvd.numerics.codec import Codec, PackedBlocks
-from qsvd.numerics.normal_float import NormalFloat4
-from qsvd.numerics.normal_float_bits import NormalFloat
+from qsvd.numerics.nf4 import NormalFloat4
+from qsvd.numerics.normal_float import NormalFloat
 from tests import reference
 from tests.checkpoints import SHARED_MODELS
 

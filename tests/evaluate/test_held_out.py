@@ -6,7 +6,7 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qsvd.evaluate import perplexity
-from qsvd.evaluate.held_out import IGNORED, mean_loss
+from qsvd.evaluate.accuracy import IGNORED, mean_loss
 from tests.evaluate.tiny import (
     EMPTY_BATCH,
     IN_TRAINING,

@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binomtest
 
-from qsvd.evaluate.share import wilson_interval
+from qsvd.evaluate.accuracy import wilson_interval
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 1), (1, 1), (0, 20), (20, 20), (1, 2), (437, 872), (1319, 1319)])

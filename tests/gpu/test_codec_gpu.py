@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qsvd.numerics.codec import NestedScales, PackedBlocks
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics.nf4 import NormalFloat4
 from tests import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qsvd
-from qsvd.adapters import page_store
+from qsvd.adapters import page_buffers as page_store
 from qsvd.adapters.model import split_linears, trained
-from qsvd.adapters.page_slots import PinnedSlot, RingSlot
-from qsvd.plan.pages import Placement
+from qsvd.adapters.page_buffers import PinnedSlot, RingSlot
+from qsvd.memory.items import Placement
 from tests.adapters.results import IDS, split_checkpoint
 
 pytestmark = [

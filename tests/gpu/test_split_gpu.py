@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from qsvd.decompose.alternate import Recipe, split_weight
-from qsvd.decompose.measure import measure
-from qsvd.numerics import error
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.decompose.split import measure
+from qsvd.numerics import norms
+from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.svd import orthonormal
 from tests import reference
 
@@ -94,7 +94,7 @@ def test_nans_and_infinities_are_counted():
 
 @pytest.mark.parametrize("estimated", [False, True])
 def test_norms_are_those_of_the_error_in_float64(estimated, monkeypatch):
-    monkeypatch.setattr(error, "EXACT_SIDE", 64 if estimated else 1024)
+    monkeypatch.setattr(norms, "EXACT_SIDE", 64 if estimated else 1024)
     weight = weight_of((300, 420))
     split = split_weight(weight.cuda(), Recipe(NF4, 16, 2))
     found = measure(weight.cuda(), split, name="", role="").after

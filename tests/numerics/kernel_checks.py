@@ -11,8 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qsvd.numerics import normal_float_kernels as kernels
-from qsvd.numerics.normal_float_bits import BLOCK_SIZES, SMALLEST_SCALE, Nesting, NormalFloat
+from qsvd.numerics import kernels
+from qsvd.numerics.normal_float import BLOCK_SIZES, SMALLEST_SCALE, Nesting, NormalFloat
 from tests import reference
 
 BITS = (2, 3, 4, 8)

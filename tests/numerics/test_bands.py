@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics.nf4 import NormalFloat4
 
 SHAPES = [(70, 172), (172, 70), (33, 64), (3, 5), (1, 1), (64, 1), (129, 96), (5, 200)]
 

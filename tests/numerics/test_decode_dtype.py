@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qsvd.numerics import normal_float
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics import nf4
+from qsvd.numerics.nf4 import NormalFloat4
 from tests import reference
 
 SHAPES = ((1, 1), (1, 63), (3, 64), (7, 9), (70, 172), (172, 64), (300, 65), (5, 13), (128, 33))
@@ -22,7 +22,7 @@ def packed_matrix(shape, *, double_quant):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decode_rounds_once_from_float32(shape, dtype, double_quant, run, monkeypatch):
-    monkeypatch.setattr(normal_float, "RUN", run)
+    monkeypatch.setattr(nf4, "RUN", run)
     packed = packed_matrix(shape, double_quant=double_quant)
     decoded = packed.decode(dtype=dtype)
     assert (decoded.dtype, tuple(decoded.shape)) == (dtype, shape)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qsvd.numerics.error import norms
+from qsvd.numerics.norms import norms
 
 
 def test_the_estimated_nuclear_norm_of_a_nearly_rank_1_error_is_right() -> None:

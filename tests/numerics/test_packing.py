@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsvd.numerics import codebook
-from qsvd.numerics.packing import pack, packed_bytes, unpack
+from qsvd.numerics.codec import pack, packed_bytes, unpack
 from tests import normal_floats
 
 

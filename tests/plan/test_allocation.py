@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.numerics.codecs import codec_named, spelling
+from qsvd.numerics.names import codec_named, spelling
 from qsvd.plan.allocation import Allocation, Choice, from_text, stored_bytes, to_text
 from tests.plan.weights import specs
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from qsvd.numerics.codecs import codec_named
+from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Choice
 from qsvd.plan.grid import CODECS, FACTOR_BITS, MOST_RANKS, counted_bytes, grid_of, ladder
 from tests.plan.weights import specs

@@ -4,8 +4,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from qsvd.plan.optimizer import OptimizerBytes, optimizer_bytes
-from qsvd.plan.tensors import TensorShape
+from qsvd.plan.tensors import OptimizerBytes, TensorShape, optimizer_bytes
 
 SIZES = [(1,), (255,), (256,), (4095,), (4096,), (4097,), (64, 65), (300, 1000)]
 MAKERS = {

@@ -2,11 +2,10 @@
 
 import pytest
 
-from qsvd.plan.duration import Rate, Speed, quantize_time, step_time
-from qsvd.plan.memory import Limits
-from qsvd.plan.pages import EVERYTHING, Placement
-from qsvd.plan.training import plan_training
-from tests.plan.large import GB, llama_70b, training
+from qsvd.memory.duration import Rate, Speed, quantize_time, step_time
+from qsvd.memory.items import EVERYTHING, Limits, Placement
+from qsvd.memory.training import plan_training
+from tests.memory.large import GB, llama_70b, training
 
 LINEARS = 68.45e9  # numbers in the linear layers of the blocks
 

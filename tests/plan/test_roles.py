@@ -2,7 +2,7 @@
 
 import pytest
 
-from qsvd.plan.roles import role_of
+from qsvd.plan.weights import role_of
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qsvd.plan.schedules import prilora, sara, turned
+from qsvd.plan.solve import prilora, sara, turned
 from tests import reference
 from tests.plan.weights import specs
 

@@ -1,6 +1,6 @@
 """Small made-up models: names, shapes and layers, without a config."""
 
-from qsvd.plan.model import WeightSpec
+from qsvd.plan.weights import WeightSpec
 
 SHAPES = {"q_proj": (32, 32), "k_proj": (16, 32), "down_proj": (32, 80)}
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qsvd.decompose.measure import WeightError
-from qsvd.numerics.error import Norms
-from qsvd.plan.model import Coverage, LeftTensors
+from qsvd.decompose.split import WeightError
+from qsvd.numerics.norms import Norms
+from qsvd.plan.weights import Coverage, LeftTensors
 from qsvd.report.header import Header
 
 WEIGHTS = [  # name, role, shape, bits, size of the error before and after

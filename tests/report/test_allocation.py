@@ -4,12 +4,12 @@ import io
 
 from rich.console import Console
 
-from qsvd.numerics.codecs import codec_named
-from qsvd.plan.allocate import Result, Task
+from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Allocation, Choice
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import Grid
-from qsvd.plan.model import WeightSpec
+from qsvd.plan.solve import Result, Task
+from qsvd.plan.weights import WeightSpec
 from qsvd.report.allocation import allocation_tables, summary
 
 WEIGHTS = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qsvd.report.cells import estimate, number, short_count
+from qsvd.report.errors import estimate, number, short_count
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 import json
 
-from qsvd.report.document import to_json
-from qsvd.report.record import from_record
+from qsvd.report.errors import from_record, to_json
 
 
 def test_json_has_stable_keys_and_numbers_in_full(samples, header):

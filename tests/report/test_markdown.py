@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from qsvd.plan.model import Coverage
-from qsvd.report.cells import number
-from qsvd.report.markdown import to_markdown
+from qsvd.plan.weights import Coverage
+from qsvd.report.errors import number, to_markdown
 
 
 def rows_of(markdown, heading):

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from qsvd.plan.duration import QuantizeTime, Rate, Speed, StepTime
-from qsvd.plan.memory import Item, Limits, MemoryPlan
-from qsvd.plan.pages import Placement
-from qsvd.plan.placement import Placed
-from qsvd.plan.reach import Cell, Reach
+from qsvd.memory.duration import QuantizeTime, Rate, Speed, StepTime
+from qsvd.memory.items import Item, Limits, MemoryPlan, Placement
+from qsvd.memory.placement import Placed
+from qsvd.memory.reach import Cell, Reach
 from qsvd.report.planning import (
     Answer,
     QuantizeAnswer,

@@ -7,7 +7,7 @@ import shlex
 import pytest
 import transformers
 
-from qsvd.plan.model import Coverage
+from qsvd.plan.weights import Coverage
 from qsvd.report.header import Header
 from qsvd.report.readme import readme
 from tests.checkpoints import FAMILIES, tiny_config

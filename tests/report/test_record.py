@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.decompose.measure import WeightError
-from qsvd.numerics.error import Norms
-from qsvd.report.record import from_record, to_record
+from qsvd.decompose.split import WeightError
+from qsvd.numerics.norms import Norms
+from qsvd.report.errors import from_record, to_record
 
 MEASURES = st.floats(min_value=0, allow_nan=False, allow_infinity=False, allow_subnormal=True)
 COUNTS = st.integers(0, 10**6)

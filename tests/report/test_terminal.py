@@ -8,9 +8,8 @@ import numpy as np
 from rich.console import Console
 from scipy.linalg import block_diag
 
-from qsvd.numerics.error import Norms
-from qsvd.report.cells import number
-from qsvd.report.terminal import to_terminal
+from qsvd.numerics.norms import Norms
+from qsvd.report.errors import number, to_terminal
 
 
 def printed(renderable, width=80, **options):

@@ -14,8 +14,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from qsvd.cli import parse
-from qsvd.report.loss_plot import FEW, SMOOTH, loss_plot
-from qsvd.report.training import RunSummary, rows, run_readme, training_tables
+from qsvd.report.training import FEW, SMOOTH, RunSummary, loss_plot, rows, run_readme, training_tables
 
 SUMMARY = RunSummary(
     base="some/base",

@@ -19,14 +19,14 @@ import transformers
 import tyro
 
 import qsvd
-from qsvd.checkpoint.layout import digest, fingerprint
-from qsvd.checkpoint.read import open_checkpoint
-from qsvd.checkpoint.read_split import open_split
-from qsvd.checkpoint.write import MANIFEST
 from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.commands.quantize import execute
-from qsvd.commands.settle import prepare
+from qsvd.files.layout import digest, fingerprint
+from qsvd.files.output import MANIFEST
+from qsvd.files.source import open_checkpoint
+from qsvd.files.split_folder import open_split
+from qsvd.prepare.quantize import prepare
 from tests.checkpoints import tiny_config
 from tests.commands.folders import files_of, tensors_of
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.numerics.normal_float import NormalFloat4
+from qsvd.numerics.nf4 import NormalFloat4
 
 CPU = torch.device("cpu")
 SHAPE = (512, 768)

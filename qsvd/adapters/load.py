@@ -1,0 +1,271 @@
+"""A transformers model straight from a result of `qsvd quantize`: built empty, filled tensor by tensor on the device.
+
+No dense weight is made. Host memory holds one tensor at a time besides what stays on the host.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.model import HostEmbedding, SplitModel, restore
+from qsvd.adapters.page_cache import PagedResidual, open_pages
+from qsvd.adapters.start import check_method, new_record, read_principal, start_from
+from qsvd.errors import listing
+from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
+from qsvd.files.check import resolve
+from qsvd.files.pages import keep_for_reuse
+from qsvd.files.safetensors import map_tensor, read_tensor
+from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.memory.device import device_of, dtype_of
+from qsvd.memory.items import EVERYTHING, Placement
+from qsvd.plan.weights import ModelPlan, describe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# The new head of a classifier: drawn as transformers does, float32, trained in full.
+
+
+def classifier(config: "PreTrainedConfig", labels: tuple[str, ...]) -> Any:
+    """The class of transformers' sequence classifier for this config, which is told the labels.
+
+    Raises:
+        ValueError: there is none for this type of model.
+    """
+    import transformers
+
+    mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in mapping:
+        raise ValueError(f"transformers has no sequence classifier of model type {config.model_type!r}")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    return mapping[type(config)]
+
+
+def start_head(model: Any, plan: ModelPlan, *, is_classifier: bool, seed: int) -> tuple[str, ...]:
+    """Make the parameters that no file holds, on the device of the others; their names.
+
+    Raises:
+        ValueError: parameters are missing that are not a new head's.
+    """
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+    empty = [name for name, p in model.named_parameters() if p.is_meta and name not in plan.tied]
+    head = [n for n in empty if is_classifier and not n.startswith(f"{plan.base_prefix}.")]
+    missing = sorted(set(empty) - set(head) - plan.optional)
+    if missing:
+        raise ValueError(f"the base lacks {len(missing)} tensors of {plan.architecture}: {listing(missing)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in head):
+            module = model.get_submodule(path).to_empty(device="cpu", recurse=False).float()
+            model._init_weights(module)
+            module.to(device).requires_grad_(True)
+    for child in dict.fromkeys(name.partition(".")[0] for name in head):
+        model.get_submodule(child).register_forward_pre_hook(_in_float32)
+    return tuple(head)
+
+
+def _in_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model is made, and with which adapters."""
+
+    split: SplitFolder
+    record: AdapterRecord
+    device: torch.device
+    dtype: torch.dtype
+    placement: Placement = EVERYTHING
+
+
+def load(  # noqa: PLR0913  # each is a choice of its own
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    options: AdapterOptions | None = None,
+    labels: tuple[str, ...] = (),
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    placement: Placement = EVERYTHING,
+) -> Any:
+    """A transformers model with the residuals of `folder` and an adapter beside each, ready to generate or to train.
+
+    Args:
+        folder: A result of `qsvd quantize`.
+        adapter: A run of `qsvd train` on this folder, or a checkpoint of it; None is an adapter before its first step.
+        options: Of a new adapter.
+        labels: Names of the classes; the model is then a sequence classifier with a new head, trained in full.
+        device: "auto" is a GPU if there is one.
+        dtype: Of everything but residuals and adapters; None is bfloat16 on a GPU and float32 on a CPU.
+        placement: Which residuals stay on the device, and where the others wait until they visit it. The results are
+            the same, to the bit.
+
+    Returns:
+        An instance of the transformers class, in evaluation mode, in which only the adapters (and a new head) require
+        gradients.
+
+    Raises:
+        ValueError: the folder is no result, the adapter belongs to another one or does not fit, the method is unknown
+            or cannot start from this base, or transformers cannot build the model; or the placement cannot be had.
+    """
+    split = open_split(Path(folder).expanduser())
+    if adapter is None:
+        record = new_record(split, options or AdapterOptions(), labels)
+        return _load(_place(split, record, device, dtype, placement), None)
+    if options is not None or labels:
+        raise ValueError(f"the adapter {adapter} says itself what it is: leave out options and labels")
+    trained = open_adapter(Path(adapter).expanduser())
+    check_base(trained, split.folder, split.fingerprint)
+    check_method(trained.record.method)
+    return _load(_place(split, trained.record, device, dtype, placement), trained)
+
+
+def names_of(split: SplitFolder, record: AdapterRecord) -> ModelPlan:
+    """The names of the model that `load` would make, in the spelling of the base's files; no weight is read."""
+    return _empty(_Place(split, record, torch.device("cpu"), torch.float32))[1]
+
+
+def _place(
+    split: SplitFolder,
+    record: AdapterRecord,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    placement: Placement,
+) -> _Place:
+    device = device_of(str(device))
+    dtype = dtype or dtype_of("auto", device)
+    return _Place(split, record, device, dtype, placement)
+
+
+def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
+    pages = open_pages(place.split, place.device, place.placement)  # first: it makes free memory go back at once
+    model, plan = _empty(place)
+    _fill(model, plan, place, pages)
+    full = start_head(model, plan, is_classifier=bool(place.record.labels), seed=place.record.seed)
+    model.tie_weights()
+    if place.placement.embeddings_on_host:
+        _keep_embeddings(model, place.device)
+    model.to(place.device)  # buffers that are in no file
+    if pages and place.device.type == "cpu":
+        keep_for_reuse()
+    model.split_record = replace(place.record, full=full)
+    if adapter is not None:
+        restore(model, adapter)
+    return model.eval()
+
+
+def _keep_embeddings(model: Any, device: torch.device) -> None:
+    """Put what looks tokens up on the host in the place of the embedding."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        raise ValueError(
+            f"the embedding of {type(model).__name__} is its output head too, which computes on the device; "
+            "leave embeddings_on_host out"
+        )
+    model.set_input_embeddings(HostEmbedding(embedding, device))
+
+
+def _empty(place: _Place) -> tuple[Any, ModelPlan]:
+    """The model without memory for parameters, all of them frozen, and its names in the spelling of the files."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    folder = place.split.folder
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    delattr(config, "quantization_config")
+    config.dtype = place.dtype
+    # A trainer that looks for a reference model by this name would load the residual alone; now it says what to do.
+    config.name_or_path = f"qsvd.load({str(folder)!r}): give ref_model=model.reference()"
+    architecture = _class(config, place)
+    kind = type(architecture.__name__, (SplitModel, architecture), {"__module__": architecture.__module__})
+    with init_empty_weights(include_buffers=False):
+        model = kind(config)
+    if model.can_generate():
+        model.generation_config = _generation_config(folder, config)
+    return model.requires_grad_(False), resolve(_own_names(place.split), describe(model))
+
+
+def _class(config: "PreTrainedConfig", place: _Place) -> Any:
+    import transformers
+
+    if place.record.labels:
+        return classifier(config, place.record.labels)
+    return getattr(transformers, place.split.manifest["source"]["architecture"])
+
+
+def _generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
+
+
+def _own_names(split: SplitFolder) -> list[str]:
+    """Names of the tensors that the 16-bit model had."""
+    parts = split.residual_names - split.weights.keys()
+    return [name for name in split.tensors if name not in parts and ".lora_" not in name]
+
+
+def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedResidual]) -> None:
+    """Every tensor of the folder to its place."""
+    spelled = {name: model_name for model_name, name in plan.spelling.items()}
+    lost = [name for name in place.split.weights if name not in spelled]
+    if lost:
+        raise ValueError(f"{plan.architecture} has no place for {len(lost)} split weights: {listing(lost)}")
+    split_modules = {spelled[name].removesuffix(".weight"): name for name in place.split.weights}
+    embedding = model.get_input_embeddings() if place.placement.embeddings_on_host else None
+    for name, model_name in sorted(spelled.items(), key=lambda pair: place.split.tensors[pair[0]].start):
+        owner, _, last = model_name.rpartition(".")
+        if owner in split_modules:
+            if last == "weight":
+                linear = _split_linear(model, owner, plan, name, place, pages.get(name))
+                model.set_submodule(owner, linear, strict=True)
+        else:
+            module = model.get_submodule(owner)
+            dtype = torch.float32 if _stays_float32(model, model_name, place.dtype) else place.dtype
+            tensor = _dense(place, name, dtype, torch.device("cpu") if module is embedding else place.device)
+            if last in module._parameters:
+                module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                module._buffers[last] = tensor
+
+
+def _split_linear(
+    model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
+) -> SplitLinear:
+    if not isinstance(model.get_submodule(path), nn.Linear):
+        raise ValueError(f"{path} of {plan.architecture} is no nn.Linear, yet {place.split.folder} has it split")
+    bias = plan.spelling.get(f"{path}.bias")
+    principal = read_principal(place.split, name, place.device, place.record.method, is_paged=paged is not None)
+    adapter = start_from(principal, place.split, place.record, name)
+    bias_O = None if bias is None else _dense(place, bias, place.dtype, place.device)
+    return SplitLinear(paged or principal.residual, adapter, bias_O, name)
+
+
+def _dense(place: _Place, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    entry = place.split.tensors[name]
+    tensor = map_tensor(entry) if place.device.type == "cpu" else read_tensor(entry)
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps this parameter in float32 when it loads a model in `dtype`: patterns say which."""
+    patterns = set[str]()
+    if dtype == torch.float16:
+        patterns.update(model._keep_in_fp32_modules or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns.update(model._keep_in_fp32_modules_strict or ())
+    return any(re.search(pattern, name) for pattern in patterns)

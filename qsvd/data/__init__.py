@@ -1,0 +1,1 @@
+"""Floor 8: rows of a file become tokens and labels."""

@@ -1,0 +1,52 @@
+"""One example as the model sees it, with what is trained in brackets: to be looked at before hours are spent."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from qsvd.data.columns import UNTRAINED, Tokenized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRAINED = "bold green"
+OPEN, CLOSE = "[[", "]]"  # so that it shows without colours, on any terminal
+
+
+def preview(tokenized: Tokenized, tokenizer: "PreTrainedTokenizerBase", index: int = 0) -> Text:
+    """A line that says where the example is from and how much of it is trained, and the example decoded.
+
+    Trained tokens stand in [[ ]] and in colour; for labelled text the class stands in the first line.
+
+    Raises:
+        ValueError: index is outside the sequences.
+    """
+    count = len(tokenized.input_ids)
+    if not 0 <= index < count:
+        raise ValueError(f"example {index} is outside 0..{count - 1}, the sequences of {tokenized.places.source}")
+    tokens, label = tokenized.input_ids[index], tokenized.labels[index]
+    if isinstance(label, int):
+        head = f"{tokenized.where(index)}: {len(tokens)} tokens, label {label} ({tokenized.label_names[label]})"
+        return Text(f"{head}\n{_decode(tokens, tokenizer)}")
+    trained = [one != UNTRAINED for one in label]
+    share = sum(trained) / len(tokens)
+    text = Text(f"{tokenized.where(index)}: {len(tokens)} tokens, {sum(trained)} trained ({share:.0%})\n")
+    for piece, is_trained in _pieces(tokens, trained, tokenizer):
+        text.append(f"{OPEN}{piece}{CLOSE}" if is_trained else piece, style=TRAINED if is_trained else None)
+    return text
+
+
+def _pieces(tokens: list[int], trained: list[bool], tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, bool]]:
+    """Runs of tokens of one sort as text; decoded from the start, because a token alone may lose its space."""
+    end, before = 0, ""
+    for is_trained, run in groupby(trained):
+        end += len(list(run))
+        text = _decode(tokens[:end], tokenizer)
+        yield text[len(before) :], is_trained
+        before = text
+
+
+def _decode(tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,138 @@
+"""A source of rows, as a user names it: a file, a folder with a file for each split, or a data set of the hub."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qsvd.data.row_files import SUFFIXES, Places, Rows, read_file
+from qsvd.errors import first_line, listing
+from qsvd.files.source import MODEL_ID
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+VALID_NAMES = ("valid", "validation", "dev", "test")  # what the second split is called, preferred first
+SYNONYMS = VALID_NAMES[:3]
+
+
+def read_rows(source: str | Path, *, split: str = "train") -> Rows:
+    """All rows of one split.
+
+    Args:
+        source: A file (.jsonl .json .csv .parquet .txt), a folder with one such file named for each split
+            (train.jsonl, valid.jsonl), or a hub id "owner/name", "owner/name:config". What exists here is never
+            looked for on the hub; nor is what looks like a path.
+        split: In a folder, the name of the file without its suffix; on the hub, the split. valid, validation and dev
+            mean the same. A file has none but "train".
+
+    Raises:
+        ValueError: no such source or split, two files for one split, or what `read_file` refuses.
+    """
+    names = SYNONYMS if split in SYNONYMS else (split,)
+    local = _local(source)
+    if local is None:
+        found = _hub_split(str(source), names)
+    elif local.is_dir():
+        path = _split_file(local, names)
+        found = read_file(path) if path else None
+    elif split == "train":
+        return read_file(local)
+    else:
+        raise ValueError(f"{local} is one file and has no split {split!r}; leave the split out, or name its folder")
+    if found is None:
+        raise ValueError(_no_split(str(source), local, names))
+    return found
+
+
+def read_pair(source: str | Path) -> tuple[Rows, Rows | None]:
+    """The training rows, and those to validate on where the source has a split named as in VALID_NAMES.
+
+    Raises:
+        ValueError: as `read_rows`.
+    """
+    local = _local(source)
+    train = read_rows(source)
+    if local is None:
+        return train, _hub_split(str(source), VALID_NAMES)
+    path = _split_file(local, VALID_NAMES) if local.is_dir() else None
+    return train, read_file(path) if path else None
+
+
+def _local(source: str | Path) -> Path | None:
+    """The file or folder that a source names; None if it can only be a data set of the hub."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    text = str(source)
+    looks_like_path = (
+        isinstance(source, Path)
+        or text.startswith((".", "~", os.sep))
+        or text.count("/") > 1
+        or "\\" in text
+        or path.suffix.lower() in SUFFIXES
+    )
+    if looks_like_path:
+        raise ValueError(f"no such file or folder: {text}")
+    if not MODEL_ID.fullmatch(text.partition(":")[0]):
+        raise ValueError(
+            f"no file or folder {text!r} here, and a hub id looks like 'owner/name' or 'owner/name:config'"
+        )
+    return None
+
+
+def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
+    """The file of the first name that has one."""
+    for name in names:
+        files = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").is_file()]
+        if len(files) > 1:
+            raise ValueError(
+                f"{folder} has several files for one split, {listing([path.name for path in files])}: keep one"
+            )
+        if files:
+            return files[0]
+    return None
+
+
+def _no_split(source: str, local: Path | None, names: Sequence[str]) -> str:
+    if local is None:
+        there = sorted(map(str, _hub_splits(source)))
+        return f"{source!r} on the hub has no split {' or '.join(names)}; it has {listing(there)}"
+    files = sorted(path.name for path in local.iterdir())
+    return (
+        f"{source} has no file {' or '.join(names)} with a suffix of {', '.join(SUFFIXES)}; "
+        f"in it: {listing(files) if files else 'nothing'}"
+    )
+
+
+def _hub_split(source: str, names: Sequence[str]) -> Rows | None:
+    splits = _hub_splits(source)
+    name = next((name for name in names if name in splits), None)
+    if name is None:
+        return None
+    rows = splits[name].to_list()
+    if not rows:
+        raise ValueError(f"the split {name!r} of {source!r} on the hub is empty: it has no row to train on")
+    return Rows(rows, Places(f"{source} ({name})", "row", range(1, len(rows) + 1)))
+
+
+def _hub_splits(source: str) -> "DatasetDict":
+    """All splits, memory mapped from the cache of the datasets library after the first time."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    name, _, config = source.partition(":")
+    try:
+        splits = datasets.load_dataset(name, config or None)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        several = re.search(r"available configs: (\[.*\])", str(error), re.DOTALL)
+        if several:
+            raise ValueError(
+                f"{source!r} on the hub is several data sets; choose {name}:CONFIG of {several[1]}"
+            ) from error
+        raise ValueError(
+            f"no file or folder {source!r} here, and the hub gave no data set of that name: {first_line(error)}"
+        ) from error
+    assert isinstance(splits, datasets.DatasetDict), "without a split and not streaming, load_dataset gives all splits"
+    return splits

@@ -1,0 +1,237 @@
+"""One file of rows, JSON, JSON lines, CSV, Parquet or plain text, read with the exact place of every row.
+
+Our own reader, because a converted table has forgotten the lines: datasets.load_dataset gives the same rows.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qsvd.errors import first_line, listing
+
+# Rows of a data set, each with the place it was read from, and the sentence that names those which are refused.
+
+
+Problem = tuple[str, str]  # a place, "line 3", and what is wrong there
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each row was found.
+
+    unit is "line" (the first line of the row), "item" of a JSON list, "row" of a table, or "" for a row that is a
+    whole file; numbers count from 1.
+    """
+
+    source: str
+    unit: str
+    numbers: Sequence[int]
+
+    def short(self, index: int) -> str:
+        """The place within the source, "line 3"."""
+        return f"{self.unit} {self.numbers[index]}" if self.unit else "the file"
+
+    def where(self, index: int) -> str:
+        """The place with its source, "train.jsonl, line 3"."""
+        return f"{self.source}, {self.short(index)}" if self.unit else self.source
+
+    def take(self, indexes: Sequence[int]) -> "Places":
+        """The places of some rows, in the order given; a row may come twice."""
+        return Places(self.source, self.unit, [self.numbers[index] for index in indexes])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set as it was read: a dictionary by column for each row, and where it stands."""
+
+    rows: list[dict[str, Any]]
+    places: Places
+
+    def where(self, index: int) -> str:
+        """ "train.jsonl, line 3"."""
+        return self.places.where(index)
+
+
+def refusal(source: str | Path, what: str, problems: Sequence[Problem]) -> str:
+    """One sentence that counts all problems and shows the first few: "t.jsonl: 2 broken lines: line 3 (...), ..."."""
+    plural = what if len(problems) == 1 else f"{what}s"
+    return f"{source}: {len(problems)} {plural}: {listing([f'{place} ({wrong})' for place, wrong in problems])}"
+
+
+BOM = b"\xef\xbb\xbf"  # some editors write it in front of UTF-8
+LARGEST_CELL = 2**31 - 1  # bytes of a CSV cell; Python's own limit of 128 KiB is below a long document
+
+
+def read_file(path: Path) -> Rows:
+    """All rows of a file, by its suffix (SUFFIXES). UTF-8 with or without a byte order mark; empty lines are skipped.
+
+    A .txt file is one row {"text": all of it}. A .json file is a list of objects, or an object per line.
+
+    Raises:
+        ValueError: another suffix, no row, broken lines (all counted, the first few shown), or a table without names.
+    """
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"{path} has the suffix {path.suffix!r}; those read are {', '.join(READERS)}")
+    rows = READERS[path.suffix.lower()](path)
+    if not rows.rows:
+        raise ValueError(f"{path} is empty: it has no row to train on")
+    return rows
+
+
+def _read_json_lines(path: Path) -> Rows:
+    rows, numbers, broken = [], [], []
+    with path.open("rb") as file:  # as bytes, lines end at b"\n" only: JSON allows U+2028 and others inside a string
+        for number, line in enumerate(file, 1):
+            raw = line.removeprefix(BOM) if number == 1 else line
+            if not raw.strip():
+                continue
+            try:
+                rows.append(_parse_row(raw))
+                numbers.append(number)
+            except ValueError as error:
+                broken.append((f"line {number}", str(error)))
+    if broken:
+        raise ValueError(refusal(path, "broken line", broken))
+    return Rows(rows, Places(str(path), "line", numbers))
+
+
+def _read_json(path: Path) -> Rows:
+    text = _read_text(path)
+    if text.lstrip()[:1] != "[":
+        try:
+            return _read_json_lines(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; a .json file holds a list of objects, [{{...}}, {{...}}], or one object per line"
+            ) from error
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is no list of rows: it is nested too deep") from error
+    broken: list[Problem] = []
+    for number, item in enumerate(items, 1):
+        try:
+            _check_row(item, may_have_surrogates="\\u" in text)
+        except ValueError as error:
+            broken.append((f"item {number}", str(error)))
+    if broken:
+        raise ValueError(refusal(path, "broken item", broken))
+    return Rows(items, Places(str(path), "item", range(1, len(items) + 1)))
+
+
+def _read_csv(path: Path) -> Rows:
+    rows, numbers, broken = [], [], []
+    start = 1  # the line at which the next row begins
+    before = csv.field_size_limit(LARGEST_CELL)
+    try:
+        reader = csv.reader(_decoded_lines(path, broken), strict=True)
+        header = _read_header(path, reader)
+        while True:
+            start = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                broken.append((f"line {start}", str(error)))
+                continue
+            if len(cells) not in (0, len(header)):
+                broken.append((f"line {start}", f"{len(cells)} cells under {len(header)} column names"))
+            elif cells:
+                rows.append(dict(zip(header, cells, strict=True)))
+                numbers.append(start)
+    finally:
+        csv.field_size_limit(before)
+    if broken:
+        raise ValueError(refusal(path, "broken line", broken))
+    return Rows(rows, Places(str(path), "line", numbers))
+
+
+def _read_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
+    """The first row that is not empty; none in an empty file."""
+    try:
+        header = next((cells for cells in reader if cells), [])
+    except csv.Error as error:
+        raise ValueError(f"{path} has a broken header: {error}") from error
+    doubtful = [repr(name) for number, name in enumerate(header) if not name.strip() or name in header[:number]]
+    if doubtful:
+        raise ValueError(
+            f"{path}: the first line must name each column once, but these are empty or repeated: {listing(doubtful)}"
+        )
+    return header
+
+
+def _decoded_lines(path: Path, broken: list[Problem]) -> Iterator[str]:
+    """Lines with their ends; one that is no UTF-8 is noted in `broken` and goes on with marks in its place."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            raw = line.removeprefix(BOM) if number == 1 else line
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                broken.append((f"line {number}", _not_utf8(error)))
+                yield raw.decode("utf-8", errors="replace")
+
+
+def _read_parquet(path: Path) -> Rows:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file, or cut off: {first_line(error)}") from error
+    return Rows(rows, Places(str(path), "row", range(1, len(rows) + 1)))
+
+
+def _read_document(path: Path) -> Rows:
+    text = _read_text(path)
+    return Rows([{"text": text}] if text.strip() else [], Places(str(path), "", [1]))
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_document,
+}
+SUFFIXES = tuple(READERS)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is {_not_utf8(error)}; save it as UTF-8") from error
+
+
+def _parse_row(raw: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(raw.decode("utf-8").rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(error)) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    return _check_row(row, may_have_surrogates=b"\\u" in raw)
+
+
+def _check_row(row: object, *, may_have_surrogates: bool) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}, not an object with a value for each column")
+    if may_have_surrogates:  # JSON can spell half a character, which is no text and which no tokenizer takes
+        try:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError("half of a surrogate pair, which is no character") from error
+    return row
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start + 1}"

@@ -1,0 +1,200 @@
+"""Examples -> token ids with the trained tokens marked; the one place where each kind of example gets its mask."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from qsvd.data import chat, plain
+from qsvd.data.chat import Chat, ChatTemplate
+from qsvd.data.columns import Examples, Marked, Tokenized
+from qsvd.data.masks import mark_chats, says_nothing, stop_tokens_of
+from qsvd.data.plain import tokenize_labelled
+from qsvd.data.row_files import Places, Problem, refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SEPARATOR = "\n"  # between question and answer where no chat template says what stands there
+
+
+def tokenize(
+    examples: Examples,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int,
+    loss_on: Literal["answers", "all"] = "answers",
+    stop_ids: Sequence[int] = (),
+    label_names: Sequence[str] | None = None,
+) -> Tokenized:
+    """Token ids of all examples, and for each token whether it is trained.
+
+    chat: every assistant turn is trained with its end-of-turn token, see chat.py. pair: the completion and the
+    end-of-sequence token; a question goes through the chat template where there is one, a literal prompt does not.
+    Both are cut at max_length; one that has no trained token left is dropped and counted. text: all tokens, in
+    windows. labelled: see labelled.py.
+
+    Args:
+        examples: As `recognise` gives them.
+        tokenizer: The model's.
+        max_length: Tokens of a sequence, 2 or more.
+        loss_on: "answers", or "all" tokens of a chat or pair. Text has no answers: all is trained.
+        stop_ids: Tokens that end a turn beside the tokenizer's own (the model's generation_config.eos_token_id).
+        label_names: For labelled text, the classes that the training rows gave; None finds them.
+
+    Raises:
+        ValueError: examples without a trained token (all counted, the first few shown) or that the chat template
+            refuses; a template that drops the end of a turn; nothing, or everything, trained in chats or pairs with
+            the loss on answers; nothing left after cutting; messages but no chat template.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length {max_length} is below 2, the least that holds a token and one to predict from it")
+    if loss_on not in ("answers", "all"):
+        raise ValueError(f"loss_on {loss_on!r} is none of answers, all")
+    if examples.kind == "labelled":
+        return tokenize_labelled(examples, tokenizer, max_length, label_names)
+    if examples.kind == "text":
+        return _tokenize_text(examples, tokenizer, max_length)
+    sequences = _mark_answers(examples, tokenizer, loss_on, stop_ids)
+    if loss_on == "answers":
+        _check_share(sequences, examples.places.source)
+    return _cut(examples, sequences, max_length)
+
+
+def question_prompts(questions: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """For each question the tokens that training puts before its answer, for a model that is to answer now."""
+    template = chat.chat_template(tokenizer)
+    if template is None:
+        return plain.prompts([question + SEPARATOR for question in questions], tokenizer)
+    asked = [[{"role": "user", "content": question}] for question in questions]
+    return plain.encode([chat.render(template, messages, begin=True) for messages in asked], tokenizer)
+
+
+def _mark_answers(
+    examples: Examples, tokenizer: "PreTrainedTokenizerBase", loss_on: str, stop_ids: Sequence[int]
+) -> list[Marked]:
+    template = chat.chat_template(tokenizer)
+    if not _goes_through_template(examples, template):
+        return _mark_pairs(examples, tokenizer, loss_on)
+    if template is None:
+        raise ValueError(
+            f"{examples.places.source} holds messages, but the tokenizer has no chat template; take a model that was "
+            "trained to chat, put a chat_template.jinja beside the tokenizer, or give prompt and completion as text"
+        )
+    return _mark_chats(examples, template, loss_on, stop_tokens_of(tokenizer, stop_ids))
+
+
+def _goes_through_template(examples: Examples, template: ChatTemplate | None) -> bool:
+    if examples.kind == "chat" or any(isinstance(row["prompt"], list) for row in examples.rows):
+        return True
+    return not examples.literal and template is not None
+
+
+def _tokenize_text(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Tokenized:
+    texts = [row["text"] for row in examples.rows]
+    windows = plain.documents(texts, tokenizer, max_length)
+    blank = [
+        not (text.strip() and sum(window.num_trained for window in of)) for text, of in zip(texts, windows, strict=True)
+    ]
+    _refuse_untrained(examples.places, blank, "no text")
+    kept = [(index, window) for index, of in enumerate(windows) for window in of]
+    return _collect(examples, kept, truncated=0, dropped=0)
+
+
+def _mark_pairs(examples: Examples, tokenizer: "PreTrainedTokenizerBase", loss_on: str) -> list[Marked]:
+    rows, separator = examples.rows, "" if examples.literal else SEPARATOR
+    if loss_on == "answers":
+        _refuse_untrained(examples.places, [not row["completion"].strip() for row in rows], "the answer is empty")
+    sequences = plain.pairs([row["prompt"] + separator for row in rows], [row["completion"] for row in rows], tokenizer)
+    return sequences if loss_on == "answers" else [_all_trained(sequence) for sequence in sequences]
+
+
+def _mark_chats(examples: Examples, template: ChatTemplate, loss_on: str, stop_tokens: frozenset[int]) -> list[Marked]:
+    conversations = [_conversation(row) for row in examples.rows]
+    if loss_on == "answers":
+        silent = [not chat.speaks(messages[first:]) for messages, first in conversations]
+        _refuse_untrained(examples.places, silent, "the assistant says nothing")
+    chats, problems = [], []
+    for index, (messages, first) in enumerate(conversations):
+        try:
+            tools = examples.rows[index].get("tools")
+            if loss_on == "answers":
+                chats.append(chat.render_marked(template, messages, tools, first))
+            else:
+                chats.append(_whole(chat.render(template, messages, tools), messages))
+        except ValueError as error:
+            problems.append((examples.places.short(index), str(error)))
+    if problems:
+        raise ValueError(refusal(examples.places.source, "unusable example", problems))
+    where = [examples.where(index) for index in range(len(chats))]
+    sequences = mark_chats(chats, template.tokenizer, stop_tokens, where)
+    if loss_on == "all":
+        return [_all_trained(sequence) for sequence in sequences]
+    lost = [says_nothing(sequence, template.tokenizer, stop_tokens) for sequence in sequences]
+    _refuse_untrained(examples.places, lost, "the chat template writes nothing that the assistant says")
+    return sequences
+
+
+def _conversation(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """The messages of a row, and the number of the first that may be trained."""
+    if "messages" in row:
+        return row["messages"], 0
+    if isinstance(row["prompt"], list):
+        return row["prompt"] + row["completion"], len(row["prompt"])
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}], 1
+
+
+def _whole(text: str, messages: list[dict[str, Any]]) -> Chat:
+    """All of a conversation, as one span if it ends with the assistant, whose end is then looked at."""
+    return Chat(text, [(0, len(text))] if messages[-1]["role"] == "assistant" else [])
+
+
+def _all_trained(sequence: Marked) -> Marked:
+    return Marked(sequence.input_ids, list(sequence.input_ids))
+
+
+def _refuse_untrained(places: Places, untrained: Sequence[bool], reason: str) -> None:
+    problems: list[Problem] = [
+        (places.short(index), f"no trained token: {reason}") for index, is_so in enumerate(untrained) if is_so
+    ]
+    if problems:
+        raise ValueError(refusal(places.source, "untrained example", problems))
+
+
+def _check_share(sequences: Sequence[Marked], source: str) -> None:
+    """Refuse a mask that masks everything or nothing: the usual signs of a template that does not fit."""
+    total = sum(len(sequence.input_ids) for sequence in sequences)
+    trained = sum(label >= 0 for sequence in sequences for label in sequence.labels)
+    if trained in (0, total):
+        raise ValueError(
+            f"{source}: {trained} of {total} tokens would be trained ({'100' if trained else '0'} %), so that nothing "
+            "tells answers from the rest; see where the chat template has {% generation %}, and whether prompts are "
+            "empty, or train on all tokens (--loss-on all)"
+        )
+
+
+def _cut(examples: Examples, sequences: Sequence[Marked], max_length: int) -> Tokenized:
+    kept, truncated, untrained = [], 0, []
+    for index, sequence in enumerate(sequences):
+        short = Marked(sequence.input_ids[:max_length], sequence.labels[:max_length])
+        truncated += len(short.input_ids) < len(sequence.input_ids)
+        untrained.append(sequence.num_trained == 0)
+        if short.num_trained:
+            kept.append((index, short))
+    _refuse_untrained(examples.places, untrained, "the chat template marks nothing")
+    if not kept:
+        shortest = min(len(sequence.input_ids) for sequence in sequences)
+        raise ValueError(
+            f"{examples.places.source}: no example has a trained token within max_length {max_length}; "
+            f"the shortest has {shortest} tokens: allow more"
+        )
+    return _collect(examples, kept, truncated, dropped=len(sequences) - len(kept))
+
+
+def _collect(examples: Examples, kept: Sequence[tuple[int, Marked]], truncated: int, dropped: int) -> Tokenized:
+    return Tokenized(
+        examples.kind,
+        [sequence.input_ids for _, sequence in kept],
+        [sequence.labels for _, sequence in kept],
+        examples.places.take([index for index, _ in kept]),
+        truncated,
+        dropped,
+    )

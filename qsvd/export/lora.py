@@ -1,0 +1,265 @@
+"""A trained adapter as a PEFT LoRA on the original 16-bit model; lora_difference has the algebra.
+
+Shape suffixes: O = out features, I = in features, S = rank of one weight's difference.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qsvd.errors import listing
+from qsvd.export.folder import ExportFolder, disk_bytes, size_of
+from qsvd.export.peft import adapter_settings, kept_modules, write_adapter_files
+from qsvd.export.trained import Inventory, Trained, TrainedModel, check_dtype, rounded, take_inventory
+from qsvd.files.layout import ADAPTER_PREFIX
+from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, read_header, read_tensor, write_stream
+from qsvd.files.source import Checkpoint
+from qsvd.files.split_folder import SplitFolder
+from qsvd.numerics.norms import frobenius
+
+# What training changed in one weight, as a LoRA on the original weight, and the error that remains.
+
+
+ROUNDOFF = torch.finfo(torch.float32).eps  # rounding both factors to float32 moves a product by eps |B| |A| at most
+
+
+@dataclass(frozen=True)
+class LoraWeight:
+    """What is left between one original weight with its LoRA and the trained one.
+
+    Args:
+        name: Of the tensor.
+        rank: Of the difference; 0 where training changed nothing.
+        error: ||W + dW - W'||_F.
+        norm: ||W||_F.
+    """
+
+    name: str
+    rank: int
+    error: float
+    norm: float
+
+    @property
+    def relative_error(self) -> float:
+        return self.error / self.norm if self.norm else 0.0
+
+
+def difference(trained: Trained, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Balanced factors, float64 [O, S] and [S, I], of what training changed; S is its numerical rank.
+
+    Singular values that a rounding of the factors to float32 could have made (Weyl's inequality) count as zero.
+
+    Args:
+        trained: B [O, K] and A [K, I].
+        stored: B0 [O, R] and A0 [R, I] of any float dtype; None is R = 0.
+    """
+    left_OM, right_MI = trained.up_OK.double(), trained.down_KI.double()
+    size = left_OM.norm() * right_MI.norm()
+    if stored is not None:
+        up_OR, down_RI = (factor.double() for factor in stored)
+        size += up_OR.norm() * down_RI.norm()
+        left_OM, right_MI = torch.cat((left_OM, -up_OR), dim=1), torch.cat((right_MI, down_RI))
+    left_OM, left_core = torch.linalg.qr(left_OM)
+    right_IM, right_core = torch.linalg.qr(right_MI.mT)
+    left, values, right = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+    rank = int((values > ROUNDOFF * size).sum())
+    roots_S = values[:rank].sqrt()
+    return left_OM @ (left[:, :rank] * roots_S), (right_IM @ (right[:rank].mT * roots_S)).mT
+
+
+def measured(dense_OI: Tensor, weight_OI: Tensor, up_OS: Tensor, down_SI: Tensor) -> tuple[float, float]:
+    """||W + dW - W'||_F and ||W||_F.
+
+    Args:
+        dense_OI: W', float32.
+        weight_OI: W, of any float dtype.
+        up_OS, down_SI: dW as it is written, rounded.
+    """
+    error_OI = dense_OI.neg().add_(weight_OI).addmm_(up_OS.float(), down_SI.float())
+    return frobenius(error_OI), frobenius(weight_OI.float())
+
+
+def recorded(split: SplitFolder) -> dict[str, tuple[float, float]]:
+    """||W - Q - B0 A0||_F and ||W||_F of every split weight, as `qsvd quantize` measured them.
+
+    Raises:
+        ValueError: errors.jsonl is not there, is damaged or lacks a weight.
+    """
+    path = split.folder / "errors.jsonl"
+    advice = "give the original model, on which the error can be measured"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; {advice}")
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = {line["name"]: (float(line["after"]["frobenius"]), float(line["weight_frobenius"])) for line in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); {advice}") from error
+    missing = [weight["module"] for weight in split.weights.values() if weight["module"] not in found]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} weights ({listing(missing)}); {advice}")
+    return {name: found[weight["module"]] for name, weight in split.weights.items()}
+
+
+SOURCE_FINGERPRINT = "qsvd_source_fingerprint"
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `write_lora` wrote.
+
+    Args:
+        weights: In the order of the base's manifest.
+        rank: Of every factor in the file; lower ranks are filled up with zeros.
+        is_measured: Whether errors were measured on the original; else they are those that `qsvd quantize` recorded,
+            which leave out the rounding of the new factors.
+        kept_modules: Modules saved whole, PEFT's modules_to_save.
+        num_bytes: Of all tensors.
+    """
+
+    weights: tuple[LoraWeight, ...]
+    rank: int
+    is_measured: bool
+    kept_modules: tuple[str, ...]
+    num_bytes: int
+
+    @property
+    def relative_error(self) -> float:
+        """Of all weights together, ||W + dW - W'||_F / ||W||_F."""
+        norm = sqrt(sum(weight.norm**2 for weight in self.weights))
+        return sqrt(sum(weight.error**2 for weight in self.weights)) / norm if norm else 0.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a LoRA is written for.
+
+    Args:
+        base: Where a loader finds the original model: a path, or a hub id.
+        task: PEFT's task_type, "CAUSAL_LM"; None for a bare encoder.
+        original: The same model, to measure the remaining error on; None takes what `qsvd quantize` recorded.
+        dtype: Of the factors: float32, bfloat16 or float16.
+    """
+
+    base: str
+    task: str | None
+    original: Checkpoint | None = None
+    dtype: torch.dtype = torch.float32
+
+
+def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
+    """Write a PEFT LoRA for the model that the base was made from; every weight in turn, one in memory.
+
+    All factors have the same rank, lower ones filled up with zeros: llama.cpp divides alpha by the rank of each factor,
+    vLLM by the one in the config, and neither knows PEFT's rank_pattern.
+
+    Args:
+        model: What was trained, without gains.
+        folder: Empty or not there, or left by the same export.
+        target: What it is written for.
+
+    Raises:
+        ValueError: the trained values are not usable or have gains; the original is another model; no errors are
+            recorded; PEFT cannot save what was trained in full; the folder holds something else, or does not fit.
+    """
+    check_dtype(target.dtype)
+    known = _known_errors(model, target.original)
+    inventory = take_inventory(model)
+    if inventory.has_gains:
+        raise ValueError(
+            "rows are scaled (DoRA, EDoRA), which no LoRA on the original weights can do; export a PEFT adapter for "
+            "the residual base, or merged weights"
+        )
+    kept, whole = kept_modules(model, target.task)
+    most_bytes = _most_bytes(model, inventory, target.dtype) + disk_bytes(whole)
+    with ExportFolder(folder, _identity(model, target, inventory), most_bytes) as export:
+        if not export.is_complete:
+            paths = {
+                name: export.unfinished / f"{number:05d}.factors" for number, name in enumerate(model.split.weights)
+            }
+            weights = tuple(_reduced(model, name, paths[name], target, known.get(name)) for name in paths)
+            rank = max(1, *(weight.rank for weight in weights))
+            new = [*_factors(model, paths, rank, target.dtype), *whole]
+            config = adapter_settings(dict.fromkeys(model.modules().values(), rank), kept, target.task, target.base)
+            write_adapter_files(export, new, config, {SOURCE_FINGERPRINT: _source(model)["fingerprint"]})
+            export.close(asdict(LoraExport(weights, rank, target.original is not None, kept, size_of(new))))
+        return _from_result(export.result())
+
+
+def _source(model: TrainedModel) -> dict[str, Any]:
+    return model.split.manifest["source"]
+
+
+def _known_errors(model: TrainedModel, original: Checkpoint | None) -> dict[str, tuple[float, float]]:
+    """Error and norm of every weight where no original is given; else the original must be the right one."""
+    if original is None:
+        return recorded(model.split)
+    if original.fingerprint != _source(model)["fingerprint"]:
+        raise ValueError(
+            f"{original.name} is not the model that {model.split.folder} was made from, {_source(model)['model']}: its "
+            "fingerprint differs; give that model, as it was then"
+        )
+    return {}
+
+
+def _identity(model: TrainedModel, target: Target, inventory: Inventory) -> dict[str, Any]:
+    return {
+        "to": "lora",
+        "residual": model.split.fingerprint,
+        "trained": inventory.digest,
+        "base": target.base,
+        "task": target.task,
+        "dtype": str(target.dtype),
+        "is_measured": target.original is not None,
+    }
+
+
+def _most_bytes(model: TrainedModel, inventory: Inventory, dtype: torch.dtype) -> int:
+    """Of the factors, which are on the disk twice for a moment: each on its own, and filled up in one file."""
+    shapes = {name: weight["shape"] for name, weight in model.split.weights.items()}
+    ranks = (min(rank + model.split.weights[name]["rank"], *shapes[name]) for name, rank in inventory.ranks.items())
+    return 2 * max(1, *ranks) * sum(sum(shape) for shape in shapes.values()) * dtype.itemsize
+
+
+def _reduced(
+    model: TrainedModel, name: str, path: Path, target: Target, known: tuple[float, float] | None
+) -> LoraWeight:
+    """Write one weight's difference to a file of its own, unless an earlier run did."""
+    if not path.is_file():
+        factors = difference(model.read(name), model.split.factors(name))
+        up_OS, down_SI = (rounded(factor, target.dtype, f"the LoRA of {name}") for factor in factors)
+        if known is None:
+            assert target.original is not None, "an original, or recorded errors"
+            known = measured(model.dense(name), target.original.read(name), up_OS, down_SI)
+        parts = [NewTensor(key, DTYPE_NAMES[t.dtype], tuple(t.shape), t) for key, t in (("B", up_OS), ("A", down_SI))]
+        write_stream(path, parts, {"record": json.dumps(asdict(LoraWeight(name, len(down_SI), *known)))})
+    return LoraWeight(**json.loads(read_header(path).metadata["record"]))
+
+
+def _factors(model: TrainedModel, paths: Mapping[str, Path], rank: int, dtype: torch.dtype) -> list[NewTensor]:
+    """B and A of every weight, read and filled up when their turn comes."""
+    new = []
+    for name, module in model.modules().items():
+        rows, columns = model.split.weights[name]["shape"]
+        for letter, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            key = f"{ADAPTER_PREFIX}{module}.lora_{letter}.weight"
+            new.append(NewTensor(key, DTYPE_NAMES[dtype], shape, partial(_filled_up, paths[name], letter, shape)))
+    return new
+
+
+def _filled_up(path: Path, letter: str, shape: tuple[int, int]) -> Tensor:
+    """A finished factor with rows or columns of zeros after it."""
+    factor = read_tensor(read_header(path).tensors[letter])
+    return pad(factor, (0, shape[1] - factor.shape[1], 0, shape[0] - factor.shape[0]))
+
+
+def _from_result(result: Mapping[str, Any]) -> LoraExport:
+    weights = tuple(LoraWeight(**weight) for weight in result["weights"])
+    return replace(LoraExport(**result), weights=weights, kept_modules=tuple(result["kept_modules"]))

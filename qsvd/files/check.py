@@ -1,0 +1,145 @@
+"""Is a checkpoint what its config promises, and is it still unquantized? Names, shapes and dtypes only; values are
+looked at when they are split.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qsvd.errors import listing
+from qsvd.files.source import Checkpoint, Entry
+from qsvd.plan.weights import ModelPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SPLITTABLE = ("F32", "BF16", "F16")
+QUANTIZED_NAMES = {  # checked in this order; a tensor whose name ends like this, and never a 16-bit one's
+    "bitsandbytes": re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|\.quant_state\."),
+    "GPTQ": re.compile(r"\.g_idx$"),
+    "AWQ": re.compile(r"\.(qweight|qzeros)$"),
+    "compressed-tensors": re.compile(r"\.weight_packed$"),
+    "an 8-bit format": re.compile(r"\.(weight_scale|weight_scale_inv)$"),
+}
+PACKED_DTYPES = re.compile(r"F8_.*|[UI]\d+")
+
+
+def check_not_quantized(config: "PreTrainedConfig", tensors: Mapping[str, Entry]) -> None:
+    """Refuse a checkpoint that is already quantized, recognised by what it is.
+
+    Args:
+        config: A quantization_config in it is evidence by itself.
+        tensors: Names of quantizers' own tensors, and integer or 8-bit float tensors called ".weight", are evidence.
+
+    Raises:
+        ValueError: evidence was found; the sentence names all kinds of it, each with an example.
+    """
+    evidence = []
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        evidence.append(f"config.json has a quantization_config with quant_method {method!r}")
+    kinds = {kind: [n for n in tensors if pattern.search(n)] for kind, pattern in QUANTIZED_NAMES.items()}
+    if kinds["GPTQ"]:
+        kinds["AWQ"] = []  # the two share all names but one
+    evidence += [f"{len(named)} tensors such as {named[0]} are {kind}'s" for kind, named in kinds.items() if named]
+    packed = [n for n, entry in tensors.items() if n.endswith(".weight") and PACKED_DTYPES.fullmatch(entry.dtype)]
+    if packed:
+        evidence.append(f"{len(packed)} weights such as {packed[0]} are {tensors[packed[0]].dtype}")
+    if evidence:
+        raise ValueError(
+            f"this checkpoint is already quantized: {'; '.join(evidence)}. "
+            "qsvd splits 16-bit weights; give it the 16-bit model that this one was made from"
+        )
+
+
+def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
+    """The plan in the checkpoint's own spelling: `spelling` filled in, and every `WeightSpec.name` as the file has it.
+
+    A checkpoint may spell names otherwise than the model does: without or with the prefix of the base model, or as an
+    older release did (LayerNorm.gamma). transformers renames on loading; the same renamings are applied here.
+
+    Args:
+        names: Of the tensors in the checkpoint. Names that the model does not know are left out.
+        plan: From `plan_model`.
+
+    Raises:
+        ValueError: two tensors claim one place in the model, or transformers computes a weight to split from other
+            tensors while it loads.
+    """
+    transforms = [copy.copy(transform) for transform in plan.transforms]  # some remember what they have seen
+    spelling: dict[str, str] = {}
+    clashes, computed = [], set()
+    for name in sorted(names):
+        model_name, is_computed = _model_name(name, plan, transforms)
+        if is_computed:
+            computed.add(model_name)
+        elif spelling.setdefault(model_name, name) != name and model_name in plan.shapes:
+            clashes.append(f"{spelling[model_name]} and {name} for {model_name}")
+    if clashes:
+        raise ValueError(f"the checkpoint has two tensors for one place in {plan.architecture}: {listing(clashes)}")
+    fused = [spec.module for spec in plan.weights if f"{spec.module}.weight" in computed]
+    if fused:
+        raise ValueError(
+            f"transformers computes {len(fused)} weights of {plan.architecture} from other tensors on loading "
+            f"({listing(fused)}); load the model and save it in the new form, or exclude them"
+        )
+    weights = (replace(spec, name=spelling.get(f"{spec.module}.weight", spec.name)) for spec in plan.weights)
+    known = {model_name: name for model_name, name in spelling.items() if model_name in plan.shapes}
+    return replace(plan, weights=tuple(weights), spelling=known, optional=plan.optional | computed)
+
+
+def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
+    """The plan in the checkpoint's spelling (see `resolve`), if every tensor it names is there as promised.
+
+    Raises:
+        ValueError: tensors are missing, have another shape than the config gives them, or are to be split and have
+            another dtype than F32, BF16 or F16; all kinds of trouble in one sentence each.
+    """
+    plan = resolve(checkpoint.tensors, plan)
+    present = {name: checkpoint.tensors[spelled] for name, spelled in plan.spelling.items()}
+    missing = [name for name in plan.shapes if name not in present and not _may_be_absent(name, plan, present)]
+    reshaped = [
+        f"{entry.name} is {list(entry.shape)} instead of {list(plan.shapes[name])}"
+        for name, entry in present.items()
+        if entry.shape != plan.shapes[name]
+    ]
+    entries = (checkpoint.tensors[spec.name] for spec in plan.weights if spec.name in checkpoint.tensors)
+    retyped = [f"{entry.name} is {entry.dtype}" for entry in entries if entry.dtype not in SPLITTABLE]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors that config.json promises are in no weight file: {listing(missing)}")
+    if reshaped:
+        problems.append(f"{len(reshaped)} tensors have another shape than config.json gives them: {listing(reshaped)}")
+    if retyped:
+        problems.append(f"{len(retyped)} weights to split are none of {', '.join(SPLITTABLE)}: {listing(retyped)}")
+    if problems:
+        raise ValueError(f"{checkpoint.name} is not the {plan.architecture} of its config: {'; '.join(problems)}")
+    return plan
+
+
+def _model_name(name: str, plan: ModelPlan, transforms: list) -> tuple[str, bool]:
+    """The model's name for a tensor of the checkpoint, and whether its values are computed from those in the file."""
+    from transformers.core_model_loading import WeightConverter
+
+    converted = False
+    for transform in sorted(transforms, key=lambda transform: isinstance(transform, WeightConverter)):
+        if not (converted and isinstance(transform, WeightConverter)):  # renamings chain, but one conversion at most
+            name, source = transform.rename_source_key(name)
+            converted = converted or (isinstance(transform, WeightConverter) and source is not None)
+    prefix = f"{plan.base_prefix}."
+    if name.startswith(prefix) and name.removeprefix(prefix) in plan.shapes:
+        return name.removeprefix(prefix), converted
+    if f"{prefix}{name}" in plan.shapes:
+        return f"{prefix}{name}", converted
+    return name, converted
+
+
+def _may_be_absent(name: str, plan: ModelPlan, present: Mapping[str, Entry]) -> bool:
+    """Whether the model works without this tensor of its own: another one is tied to it, or it is optional."""
+    if name in plan.optional:
+        return True
+    source = plan.tied.get(name, name)
+    return any(other in present for other in (source, *(target for target, s in plan.tied.items() if s == source)))

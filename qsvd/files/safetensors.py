@@ -1,0 +1,288 @@
+"""The safetensors format, read and written as a stream (https://github.com/huggingface/safetensors, "Format").
+
+The safetensors library maps a file into memory to read it and wants all tensors in memory to write it. Here a tensor is
+read into a buffer of its own and a file is written tensor by tensor, so that resident memory stays countable.
+
+    8 bytes   length N of the header, little endian
+    N bytes   JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__" -> {str: str}
+    the rest  the tensors' bytes, row-major, little endian, without holes
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from io import RawIOBase
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy
+import torch
+
+from qsvd.errors import listing
+from qsvd.files.atomic import whole_file
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+CHUNK_BYTES = 8 * 2**20  # copied at a time from file to file
+ALIGNMENT = 8  # the data start at a multiple of this, so that every tensor is aligned to its dtype
+METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str  # as safetensors spells it, "BF16"
+    shape: tuple[int, ...]
+    file: Path
+    start: int  # offset of the first byte in the file
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself."""
+
+    tensors: dict[str, TensorEntry]  # in the order of their bytes
+    metadata: dict[str, str]
+    raw: bytes = field(repr=False)  # the JSON as it stands in the file
+    file_bytes: int
+
+
+class NewTensor(NamedTuple):
+    """A tensor to write: its values, what makes them when their turn comes, or where they lie in another file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: torch.Tensor | TensorEntry | Callable[[], torch.Tensor]
+
+
+def read_header(path: Path) -> Header:
+    """The tensors and the metadata of a safetensors file; no tensor is read.
+
+    Raises:
+        ValueError: the file breaks the format, is cut off or too long; the sentence names it and what is wrong.
+    """
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if file_bytes < 8 or length > file_bytes - 8:
+            asked = f"its header should have {length} bytes" if file_bytes >= 8 else "a header starts with 8 bytes"
+            raise ValueError(f"{path} is truncated or no safetensors file: {asked}, the file has {file_bytes}")
+        raw = file.read(length)
+    table = _parse(path, raw)
+    metadata = table.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"{path} is no safetensors file: {METADATA} must map strings to strings")
+    entries = [_entry(path, name, fields, 8 + length) for name, fields in table.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
+    _check_extent(path, entries, 8 + length, file_bytes)
+    return Header({entry.name: entry for entry in entries}, metadata, raw, file_bytes)
+
+
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """The tensor, in memory of its own; a ValueError when the file ends before the tensor does."""
+    flat = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    view = flat.numpy().data
+    done = 0
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        while done < entry.num_bytes:  # one call reads 2 GiB at most
+            done += _read_some(file, view[done:], entry)
+    return flat.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def map_tensor(entry: TensorEntry) -> torch.Tensor:
+    """The tensor in the file, of which only what is read comes into memory; changes of it stay out of the file."""
+    if not entry.num_bytes:
+        return read_tensor(entry)
+    place = numpy.memmap(entry.file, dtype=numpy.uint8, mode="c", offset=entry.start, shape=(entry.num_bytes,))
+    return torch.from_numpy(place).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is complete or not there.
+
+    The bytes depend on names, values and metadata only, not on the order given. The file grows under the name
+    PATH.partial and is renamed when it is whole and on the disk; after any error the partial file is gone.
+
+    Args:
+        tensors: Values are taken from memory, made one tensor at a time, or copied from another file in chunks.
+        metadata: Strings by name; transformers expects {"format": "pt"}.
+
+    Raises:
+        ValueError: a name comes twice or is reserved; a source has another dtype or shape than stated, or is cut off.
+    """
+    ordered = sorted(tensors, key=lambda new: (-TORCH_DTYPES[new.dtype].itemsize, new.name))
+    _check_new(path, ordered)
+    with whole_file(path) as file:
+        file.write(_header(ordered, metadata))
+        for new in ordered:
+            if isinstance(new.source, TensorEntry):
+                _copy(new.source, file)
+            else:
+                _write_values(path, new, new.source, file)
+
+
+def _parse(path: Path, raw: bytes) -> dict:
+    def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            raise ValueError("a name comes twice")
+        return table
+
+    try:
+        table = json.loads(raw, object_pairs_hook=no_duplicates)
+    except ValueError as error:
+        raise ValueError(f"{path} is no safetensors file: its header is no valid JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is no safetensors file: its header is a JSON {type(table).__name__}, not an object")
+    return table
+
+
+def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntry:
+    match fields:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if _are_sizes(shape):
+            pass
+        case _:
+            raise ValueError(f"{path} is no safetensors file: {name} lacks a valid dtype, shape or data_offsets")
+    if dtype not in TORCH_DTYPES:
+        raise ValueError(f"{path}: {name} has the unknown dtype {dtype!r}; known are {', '.join(TORCH_DTYPES)}")
+    num_bytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    if end - begin != num_bytes:
+        raise ValueError(
+            f"{path} has a wrong header: {name}, {dtype} {shape}, has {end - begin} bytes, not {num_bytes}"
+        )
+    return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, num_bytes)
+
+
+def _are_sizes(shape: list) -> bool:
+    return all(isinstance(size, int) and size >= 0 for size in shape)
+
+
+def _check_extent(path: Path, entries: Sequence[TensorEntry], data_start: int, file_bytes: int) -> None:
+    """Refuse tensors that overlap or leave holes, and a file of another length than they need."""
+    end = data_start
+    misplaced = []
+    for entry in entries:
+        if entry.start != end:
+            misplaced.append(
+                f"{entry.name} ({'overlaps' if entry.start < end else 'leaves a hole after'} its neighbour)"
+            )
+        end = entry.start + entry.num_bytes
+    if misplaced:
+        raise ValueError(f"{path} has a wrong header: {listing(misplaced)}")
+    if file_bytes < end:
+        raise ValueError(
+            f"{path} is truncated: {end - file_bytes} of {end} bytes are missing; download or copy it again"
+        )
+    if file_bytes > end:
+        raise ValueError(f"{path} has a wrong header: {file_bytes - end} bytes follow the last tensor")
+
+
+def _check_new(path: Path, ordered: Sequence[NewTensor]) -> None:
+    counts = Counter([METADATA, *(new.name for new in ordered)])
+    refused = [name for name, count in counts.items() if count > 1]
+    if refused:
+        raise ValueError(f"{path}: tensor names must be unique and not {METADATA}: {listing(refused)}")
+    for new in ordered:
+        if isinstance(new.source, (TensorEntry, torch.Tensor)):
+            _check_source(path, new, new.source)
+
+
+def _check_source(path: Path, new: NewTensor, source: TensorEntry | torch.Tensor) -> None:
+    dtype = source.dtype if isinstance(source, TensorEntry) else DTYPE_NAMES.get(source.dtype)
+    found, stated = f"{dtype} {list(source.shape)}", f"{new.dtype} {list(new.shape)}"
+    if found != stated:
+        raise ValueError(f"{path}: {new.name} is stated as {stated}, but its source is {found}")
+
+
+def _header(ordered: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
+    """Length and JSON, padded with spaces as the format allows."""
+    table: dict[str, object] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for new in ordered:
+        begin, end = end, end + math.prod(new.shape) * TORCH_DTYPES[new.dtype].itemsize
+        table[new.name] = {"dtype": new.dtype, "shape": list(new.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_values(
+    path: Path, new: NewTensor, source: torch.Tensor | Callable[[], torch.Tensor], target: BinaryIO
+) -> None:
+    """Values from memory; those that are made are let go on return."""
+    if not isinstance(source, torch.Tensor):
+        source = source()
+        _check_source(path, new, source)
+    target.write(source.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _copy(entry: TensorEntry, target: BinaryIO) -> None:
+    buffer, left = memoryview(bytearray(min(CHUNK_BYTES, entry.num_bytes))), entry.num_bytes
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        while left:
+            count = _read_some(file, buffer[:left], entry)
+            left -= target.write(buffer[:count])
+
+
+def _read_some(file: RawIOBase, view: memoryview, entry: TensorEntry) -> int:
+    if not (count := file.readinto(view)):
+        raise ValueError(f"{entry.file} is truncated: it ends inside {entry.name}; download or copy it again")
+    return count
+
+
+# The JSON files of a checkpoint: objects by name, and the index that says which shard holds which tensor.
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file is no valid JSON, or something other than an object.
+    """
+    try:
+        table = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}); download or write it again") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is a JSON {type(table).__name__}, not an object; download or write it again")
+    return table
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of its shard.
+
+    Raises:
+        ValueError: the index is no JSON object with such a table under "weight_map".
+    """
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to files; download it again")
+    return weight_map

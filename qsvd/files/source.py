@@ -1,0 +1,339 @@
+"""A 16-bit checkpoint as transformers stores it: a folder or a hub id -> its config, and its tensors one at a time.
+
+Opening reads headers only. What the config promises and whether the checkpoint is already quantized is for `check`.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qsvd.errors import first_line, listing
+from qsvd.files.safetensors import DTYPE_NAMES, TensorEntry, read_header, read_object, read_tensor, read_weight_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Tensors of a checkpoint that lies nowhere: their values are made each time they are asked for.
+
+
+@dataclass(frozen=True)
+class DrawnEntry:
+    """One tensor that is made when it is read, always with the same values, on a device of its maker's choice."""
+
+    name: str
+    dtype: str  # as safetensors spells it, "BF16"
+    shape: tuple[int, ...]
+    num_bytes: int
+    make: Callable[[], Tensor] = field(repr=False, compare=False)
+
+
+# Tensors of a pytorch_model.bin, for checkpoints without safetensors. Unpickled with weights_only: no code runs.
+
+
+@dataclass(frozen=True)
+class PickleEntry:
+    """One tensor of a pickled file; it has no place of its own in the file, only a name."""
+
+    name: str
+    dtype: str  # as safetensors spells it, "BF16"
+    shape: tuple[int, ...]
+    file: Path
+    num_bytes: int
+
+
+def read_pickle_header(path: Path) -> dict[str, PickleEntry]:
+    """The tensors of the file by name.
+
+    Raises:
+        ValueError: the file is damaged, of a form that cannot be mapped, or holds something other than named tensors.
+    """
+    entries = {}
+    for name, tensor in _load(path).items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{path}: {name} is no dense tensor; save the model's state_dict as safetensors")
+        num_bytes = tensor.numel() * tensor.element_size()
+        entries[name] = PickleEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path, num_bytes)
+    return entries
+
+
+def read_pickled(entry: PickleEntry) -> torch.Tensor:
+    """The tensor, in memory of its own. The file is mapped only while it is copied."""
+    return _load(entry.file)[entry.name].clone(memory_format=torch.contiguous_format)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is truncated or no PyTorch file that weights_only can map ({first_line(error)}); "
+            "download it again, or save the model as safetensors"
+        ) from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} holds a {type(table).__name__}, not tensors by name; save the model as safetensors")
+    return table
+
+
+# A model id of the Hugging Face hub -> a folder in the local cache, with no more files than qsvd reads.
+
+
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*")
+WEIGHT_INDEXES = ("model.safetensors", "pytorch_model.bin")  # preferred first
+MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def download(model: str) -> Path:
+    """The snapshot folder of a hub model; its name is the commit.
+
+    Files below the top folder and weights in formats that are not needed stay on the hub.
+
+    Raises:
+        ValueError: `model` is no such model, or the hub cannot be reached and the cache does not have it.
+    """
+    _check_id(model)
+    folder = _snapshot(model, SMALL_FILES, revision=None)
+    for weights in WEIGHT_INDEXES:
+        index = folder / f"{weights}.index.json"
+        shards = sorted(set(read_weight_map(index).values())) if index.is_file() else []
+        _snapshot(model, [weights, *shards], revision=folder.name)
+        if shards or (folder / weights).is_file():
+            break
+    return folder
+
+
+def download_config(model: str) -> Path:
+    """The config.json of a hub model, and nothing else.
+
+    Raises:
+        ValueError: as `download` does, or the model has no config.json.
+    """
+    _check_id(model)
+    path = _snapshot(model, ["config.json"], revision=None) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{model!r} on the hub has no config.json: it is no transformers model")
+    return path
+
+
+def _check_id(model: str) -> None:
+    if not MODEL_ID.fullmatch(model):
+        raise ValueError(f"no folder {model!r} here, and a hub id looks like 'owner/name'")
+
+
+def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+    except errors.GatedRepoError as error:
+        raise ValueError(f"{model!r} on the hub is gated: accept its terms there, then run `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(f"no folder {model!r} here, and no such model on the hub (or it is private)") from error
+    except (OSError, ValueError, errors.EntryNotFoundError, errors.RevisionResolutionError, errors.HTTPError) as error:
+        raise ValueError(
+            f"no folder {model!r} here, and the hub cannot be reached for a model of that name (offline?): "
+            f"{first_line(error)}"
+        ) from error
+    return Path(folder)
+
+
+Entry = TensorEntry | PickleEntry | DrawnEntry
+
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the names that transformers looks for, in this order
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for the fingerprint
+LARGEST_COPY = 50 * 10**6  # bytes; a tokenizer file is smaller, a stray weight file larger
+NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.json", "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint; nothing but headers is in memory."""
+
+    name: str  # as given: a folder or a hub id; of drawn values a description
+    folder: Path | None  # None where the values are drawn
+    revision: str | None  # the hub's commit; None for a folder
+    config: "PreTrainedConfig" = field(repr=False)
+    config_json: dict[str, Any] = field(repr=False)  # config.json as it is
+    tensors: dict[str, Entry] = field(repr=False)
+    other_files: tuple[Path, ...]  # tokenizer, generation and chat template files, to copy beside the result
+    fingerprint: str  # sha256 of config.json and of every weight file's header, size and a sample of its bytes
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of this name, in memory of its own, in the dtype and shape of its entry.
+
+        On the CPU, but for a drawn one, which is where it was made.
+        """
+        entry = self.tensors[name]
+        if isinstance(entry, DrawnEntry):
+            return entry.make()
+        return read_tensor(entry) if isinstance(entry, TensorEntry) else read_pickled(entry)
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open a local folder, which never touches the network, or else a model of the hub.
+
+    Args:
+        model: A folder with config.json and model.safetensors, its index and shards, or the same as pytorch_model.bin;
+            or a hub id, "owner/name".
+
+    Raises:
+        ValueError: no such folder or id; config.json or the weights are missing, damaged or of an unknown format.
+    """
+    folder = Path(model).expanduser()
+    is_local = model != "" and folder.is_dir()
+    if not is_local:
+        if folder.is_file():
+            raise ValueError(f"{model!r} is a file; give the folder that holds it and config.json")
+        folder = download(model)
+    _refuse_gguf(folder)
+    config, config_json = _read_config(folder)
+    tensors, seen = _read_tensors(folder)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(seen):
+        digest.update(f"\n{file} {(folder / file).stat().st_size}\n".encode() + seen[file])
+    return Checkpoint(
+        name=model,
+        folder=folder,
+        revision=None if is_local else folder.name,
+        config=config,
+        config_json=config_json,
+        tensors=tensors,
+        other_files=other_files(folder),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _refuse_gguf(folder: Path) -> None:
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds GGUF files ({listing(gguf)}), which are quantized or for llama.cpp only; "
+            "give the 16-bit safetensors checkpoint that they were made from"
+        )
+
+
+def _read_config(folder: Path) -> tuple["PreTrainedConfig", dict[str, Any]]:
+    path = folder / "config.json"
+    if not path.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = "this is an adapter: give its base model" if adapter else "give the folder of a transformers checkpoint"
+        raise ValueError(f"no config.json in {folder}; {hint}")
+    config_json = read_object(path)
+    return read_config(folder), config_json
+
+
+def read_config(path: Path) -> "PreTrainedConfig":
+    """What transformers makes of a config.json, given as the file itself or as its folder.
+
+    Raises:
+        ValueError: it makes nothing of it; the sentence says why.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError, StrictDataclassError) as error:
+        raise ValueError(f"transformers makes no config of {file}: {first_line(error)}") from error
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Entry], dict[str, bytes]]:
+    """Every tensor by name, and for every weight file the bytes that describe its tensors."""
+    for weights in (SAFE, PICKLED):
+        index = folder / f"{weights}.index.json"
+        if (folder / weights).is_file():
+            return _read_files(folder, [weights])
+        if index.is_file():
+            return _read_indexed(folder, index)
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".h5"))
+    raise ValueError(
+        f"no weights in {folder}: neither {SAFE} nor {PICKLED} nor an index of either is there"
+        + (f", only {listing(found)}" if found else "")
+    )
+
+
+def _read_indexed(folder: Path, index: Path) -> tuple[dict[str, Entry], dict[str, bytes]]:
+    weight_map = read_weight_map(index)
+    files = sorted(set(weight_map.values()))
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise ValueError(f"{len(absent)} of {len(files)} shards of {folder} are missing: {listing(absent)}")
+    tensors, seen = _read_files(folder, files)
+    lacking = [f"{name} ({file})" for name, file in weight_map.items() if name not in tensors]
+    if lacking:
+        raise ValueError(f"{index} promises {len(lacking)} tensors that its shards lack: {listing(lacking)}")
+    return tensors, seen
+
+
+def _read_files(folder: Path, files: Iterable[str]) -> tuple[dict[str, Entry], dict[str, bytes]]:
+    """The tensors of all files; the errors of all damaged files as one."""
+    tensors: dict[str, Entry] = {}
+    seen: dict[str, bytes] = {}
+    errors = []
+    for file in files:
+        try:
+            found, seen[file] = _read_one(folder / file)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        twice = [name for name in found if name in tensors]
+        if twice:
+            errors.append(f"{folder / file} repeats tensors of another shard: {listing(twice)}")
+        tensors |= found
+    if errors:
+        raise ValueError("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))
+    return tensors, seen
+
+
+def _read_one(path: Path) -> tuple[dict[str, Entry], bytes]:
+    if path.suffix == ".bin":
+        pickled = read_pickle_header(path)
+        described = [(name, entry.dtype, entry.shape) for name, entry in pickled.items()]
+        return dict(pickled), json.dumps(described).encode() + _sample(path)
+    header = read_header(path)
+    return dict(header.tensors), header.raw + _sample(path)
+
+
+def _sample(path: Path) -> bytes:
+    """A few kilobytes from all over a file: two models of the same shapes differ there."""
+    size = path.stat().st_size
+    samples = []
+    with path.open("rb") as file:
+        for number in range(SAMPLES):
+            file.seek(number * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+            samples.append(file.read(SAMPLE_BYTES))
+    return b"".join(samples)
+
+
+def other_files(folder: Path) -> tuple[Path, ...]:
+    """What else a user of the result needs: small files of the kinds that tokenizers are stored in, and the licence."""
+
+    def is_copied(path: Path) -> bool:
+        wanted = any(path.match(pattern) for pattern in SMALL_FILES)
+        refused = any(path.match(pattern) for pattern in NOT_COPIED)
+        return path.is_file() and wanted and not refused and path.stat().st_size <= LARGEST_COPY
+
+    return tuple(sorted(path for path in folder.iterdir() if is_copied(path)))
+
+
+# Weights of a checkpoint one after another, the next one being read while this one is worked on.
+
+
+def stream(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[Tensor]:
+    """The tensors of these names, in order; at most two are in memory, the one yielded and the one after it."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = [reader.submit(checkpoint.read, name) for name in names[:1]]
+        for number in range(len(names)):
+            tensor = coming.pop().result()
+            coming += [reader.submit(checkpoint.read, name) for name in names[number + 1 : number + 2]]
+            yield tensor
+            del tensor

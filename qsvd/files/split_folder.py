@@ -1,0 +1,143 @@
+"""A result of `qsvd quantize`, read back: residual and factors of each weight, and the dense matrix they stand for."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsvd.errors import listing
+from qsvd.files.layout import (
+    ADAPTER_PREFIX,
+    PARTS,
+    QUANT_STATE,
+    RESIDUAL_PARTS,
+    StoredResidual,
+    part_name,
+    stored_packed,
+    stored_residual,
+)
+from qsvd.files.output import MANIFEST
+from qsvd.files.safetensors import TensorEntry, map_tensor, read_header, read_object, read_tensor
+from qsvd.numerics.codec import Codec, PackedBlocks
+from qsvd.numerics.names import codec_named
+from qsvd.numerics.nf4 import NormalFloat4
+from qsvd.numerics.normal_float import NormalFloat
+
+
+@dataclass(frozen=True)
+class SplitFolder:
+    """OUT, open for reading; tensors are read when asked for.
+
+    weights maps each split weight's tensor name to its entry in the manifest: module, shape, role, codec, rank, file.
+    tensors are those of all shards and of the adapter.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def weights(self) -> dict[str, dict[str, Any]]:
+        return self.manifest["weights"]
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Of the stored factors, by the weight's tensor name."""
+        return {name: weight["rank"] for name, weight in self.weights.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all residuals."""
+        return self.manifest["fingerprint"]
+
+    def residual(self, name: str, *, mapped: bool = False) -> PackedBlocks:
+        """Q of one weight; mapped: its bytes stay in the file until they are looked at."""
+        return self.stored(name).read(map_tensor if mapped else read_tensor)
+
+    def stored(self, name: str) -> StoredResidual[TensorEntry]:
+        """Where the parts of Q of one weight lie."""
+        codec, entries = self.codec(name), {key: self.tensors[key] for key in self._part_names(name)}
+        if isinstance(codec, NormalFloat):
+            rows, columns = self.weights[name]["shape"]
+            return stored_packed(name, entries, (rows, columns), codec)
+        state = entries.get(f"{name}.{QUANT_STATE}")
+        return stored_residual(name, entries, b"" if state is None else read_tensor(state).numpy().tobytes())
+
+    def codec(self, name: str) -> Codec:
+        """That the residual of one weight is in; results of version 0.1.0 name none, and have one for all."""
+        if "codec" in self.weights[name]:
+            return codec_named(self.weights[name]["codec"])
+        return NormalFloat4(double_quant=self.manifest["run"]["double_quant"])
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """Of most of the weights before they were split."""
+        quantization = read_object(self.folder / "config.json")["quantization_config"]
+        return getattr(torch, quantization.get("dtype") or quantization["bnb_4bit_compute_dtype"])
+
+    @cached_property
+    def residual_names(self) -> frozenset[str]:
+        """Every tensor that is part of a residual."""
+        return frozenset(part for name in self.weights for part in self._part_names(name))
+
+    def _part_names(self, name: str) -> list[str]:
+        if isinstance(self.codec(name), NormalFloat):
+            keys = (name, *(part_name(name, part) for part in PARTS))
+        else:
+            keys = (name, *(f"{name}.{part}" for part in RESIDUAL_PARTS))
+        return [key for key in keys if key in self.tensors]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """B [O, R] and A [R, I] of one weight, or None at rank 0."""
+        if self.weights[name]["rank"] == 0:
+            return None
+        prefix = f"{ADAPTER_PREFIX}{self.weights[name]['module']}"
+        up_OR, down_RI = (read_tensor(self.tensors[f"{prefix}.lora_{letter}.weight"]) for letter in "BA")
+        return up_OR, down_RI
+
+    def dense(self, name: str) -> Tensor:
+        """Q + B A, float32 [O, I]."""
+        dense_OI, factors = self.residual(name).decode(), self.factors(name)
+        return dense_OI if factors is None else dense_OI.addmm_(factors[0].float(), factors[1].float())
+
+
+def open_split(folder: Path) -> SplitFolder:
+    """Open a result.
+
+    Raises:
+        ValueError: the folder is no result of qsvd quantize, or adapter and residual do not belong together.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    tensors: dict[str, TensorEntry] = {}
+    shards = _shards(folder, manifest)
+    absent = [file for file in shards if not (folder / file).is_file()]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} of {len(shards)} shards of {folder} are missing: {listing(absent)}; copy them again"
+        )
+    for file in shards:
+        tensors |= read_header(folder / file).tensors
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    if adapter.is_file():
+        header = read_header(adapter)
+        if header.metadata.get("qsvd_base_fingerprint") != manifest["fingerprint"]:
+            raise ValueError(
+                f"{adapter} belongs to another residual than {folder}: its fingerprint differs; use the adapter that "
+                "was made with this folder"
+            )
+        tensors |= header.tensors
+    return SplitFolder(folder, manifest, tensors)
+
+
+def _shards(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The weight files, those without a split weight too."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return sorted({weight["file"] for weight in manifest["weights"].values()})

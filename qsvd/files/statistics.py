@@ -1,0 +1,334 @@
+"""Statistics of a model's gradients, as `qsvd calibrate` writes them: one safetensors file (docs/format.md).
+
+    {module}.rows         float32 [O]  mean over a row of F_ij, the mean over examples of the squared gradient
+    {module}.columns      float32 [I]  mean over a column of F_ij
+    {module}.trace        float32 [1]  of the Hessian of the mean loss in this weight, estimated; only where asked for
+    {module}.trace_error  float32 [1]  standard error of that estimate
+
+Metadata: format, fingerprint (of the checkpoint), and a JSON record of how they were made.
+
+Shape suffixes: O = out features, I = in features.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from qsvd.decompose.candidates import Measured
+from qsvd.decompose.objective import Objective, fisher
+from qsvd.errors import listing
+from qsvd.files.output import differences, in_memory
+from qsvd.files.safetensors import TensorEntry, read_header, read_tensor, write_stream
+from qsvd.files.source import Checkpoint
+from qsvd.plan.weights import WeightSpec
+
+FORMAT = "qsvd statistics 1"
+UNFINISHED_FORMAT = "qsvd unfinished statistics 1"
+ROWS, COLUMNS, TRACE, TRACE_ERROR = "rows", "columns", "trace", "trace_error"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """An open file of statistics; a module's tensors are read when they are asked for.
+
+    Args:
+        path: The file.
+        fingerprint: Of the checkpoint they are of, `Checkpoint.fingerprint`.
+        modules: Paths of the weights in the transformers model, sorted.
+        record: How they were made: model, data, examples, tokens, seed, and so on.
+    """
+
+    path: Path
+    fingerprint: str
+    modules: tuple[str, ...]
+    record: Mapping[str, Any]
+    _entries: Mapping[str, TensorEntry] = field(repr=False)
+
+    @property
+    def has_traces(self) -> bool:
+        """Whether traces of the Hessian were estimated."""
+        return all(f"{module}.{TRACE}" in self._entries for module in self.modules)
+
+    def objective(self, module: str) -> Objective:
+        """LQ-LoRA's weights of the rows and columns of one weight.
+
+        Raises:
+            ValueError: the file lacks the module, or holds moments that are none.
+        """
+        try:
+            return fisher(self._read(module, ROWS), self._read(module, COLUMNS))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {module}: {error}") from error
+
+    def trace(self, module: str) -> float:
+        """The trace of the Hessian in one weight: how much the loss bends, summed over the weight's numbers.
+
+        Raises:
+            ValueError: the file has no traces, or lacks the module, or its trace is no finite number.
+        """
+        if not self.has_traces:
+            raise ValueError(f"{self.path} has no traces of the Hessian; make it again by qsvd calibrate --traces 8")
+        trace = float(self._read(module, TRACE))
+        if not math.isfinite(trace):
+            raise ValueError(f"{self.path}: {module}: its trace is {trace}; make the file again by qsvd calibrate")
+        return trace
+
+    def trace_error(self, module: str) -> float:
+        """The standard error of `trace`.
+
+        Raises:
+            ValueError: as `trace`.
+        """
+        self.trace(module)
+        return float(self._read(module, TRACE_ERROR))
+
+    def _read(self, module: str, part: str) -> Tensor:
+        entry = self._entries.get(f"{module}.{part}")
+        if entry is None:
+            raise ValueError(f"no {part} of {module} are there")
+        return read_tensor(entry)
+
+
+def open_statistics(path: Path) -> Statistics:
+    """Open a file that `qsvd calibrate` wrote; only its header is read.
+
+    Raises:
+        ValueError: there is no such file, or it is none of ours, or damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file {path}; qsvd calibrate MODEL DATA --out {path} makes one")
+    header = read_header(path)
+    if header.metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no statistics of qsvd calibrate (format {header.metadata.get('format')!r})")
+    modules = tuple(sorted(name.removesuffix(f".{ROWS}") for name in header.tensors if name.endswith(f".{ROWS}")))
+    _check_parts(path, header.tensors, modules)
+    try:
+        record, fingerprint = json.loads(header.metadata["record"]), header.metadata["fingerprint"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its metadata lack {error}; make it again by qsvd calibrate") from error
+    return Statistics(path, fingerprint, modules, record, header.tensors)
+
+
+def check_statistics(statistics: Statistics, fingerprint: str, modules: Sequence[str], path: Path) -> None:
+    """Refuse statistics that are not those of this model.
+
+    Args:
+        fingerprint: Of the checkpoint that is to be split.
+        modules: Paths of the weights that need statistics.
+        path: The file, for the sentence of an error.
+
+    Raises:
+        ValueError: they were made of another checkpoint, or lack weights.
+    """
+    if statistics.fingerprint != fingerprint:
+        made_of = statistics.record.get("model")
+        raise ValueError(
+            f"{path} holds statistics of another model ({made_of}, fingerprint {statistics.fingerprint[:12]} instead "
+            f"of {fingerprint[:12]}); run qsvd calibrate on this one"
+        )
+    lacking = sorted({*modules} - {*statistics.modules})
+    if lacking:
+        raise ValueError(
+            f"{path} lacks {len(lacking)} of {len(modules)} weights: {listing(lacking)}; run qsvd calibrate with the "
+            "same --include and --exclude, or with none"
+        )
+
+
+def write_statistics(path: Path, tensors: Mapping[str, Tensor], *, fingerprint: str, record: Mapping[str, Any]) -> None:
+    """Write a file that is whole or not there.
+
+    Args:
+        tensors: By name, as above.
+        fingerprint: Of the checkpoint.
+        record: JSON-able; how they were made.
+    """
+    metadata = {"format": FORMAT, "fingerprint": fingerprint, "record": json.dumps(record, sort_keys=True)}
+    write_stream(path, in_memory(tensors), metadata)
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where a run keeps what it has added up so far."""
+    return path.with_name(f"{path.name}.unfinished")
+
+
+def save_unfinished(path: Path, sums: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
+    """Keep the sums of a run; `path` is that of the result."""
+    metadata = {"format": UNFINISHED_FORMAT, "identity": json.dumps(identity, sort_keys=True)}
+    write_stream(unfinished_path(path), in_memory(sums), metadata)
+
+
+def open_unfinished(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The sums of an earlier run with the same identity, or None where there are none.
+
+    Raises:
+        ValueError: they are of a run with other options or other data, or the file is something else.
+    """
+    unfinished = unfinished_path(path)
+    if not unfinished.exists():
+        return None
+    header = read_header(unfinished)
+    if header.metadata.get("format") != UNFINISHED_FORMAT:
+        raise ValueError(f"{unfinished} is no unfinished run of qsvd calibrate; move it, or give --out another file")
+    check_same_run(unfinished, json.loads(header.metadata["identity"]), identity)
+    return {name: read_tensor(entry) for name, entry in header.tensors.items()}
+
+
+def check_same_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse, by ValueError, what a run with other options or data has left at this path."""
+    if different := differences(found, wanted):
+        raise ValueError(
+            f"{path} is of a run with other options: {different}; give the same options, remove it, or give --out "
+            "another file"
+        )
+
+
+def _check_parts(path: Path, entries: Mapping[str, TensorEntry], modules: Sequence[str]) -> None:
+    """Refuse weights of which a part is missing or has another form."""
+    wanted = [f"{module}.{part}" for module in modules for part in (ROWS, COLUMNS)]
+    wrong = [
+        name for name in wanted if name not in entries or entries[name].dtype != "F32" or len(entries[name].shape) != 1
+    ]
+    if wrong or not modules:
+        raise ValueError(f"{path} is damaged: {listing(wrong) or 'it has no weights'}; make it again by qsvd calibrate")
+
+
+# Measured candidates of weights, kept as they come: FILE.costs.jsonl, a line of identity and then a line a weight.
+
+
+class CostsFile:
+    """The file, opened for one run; a `with` block lets it go again.
+
+    Args:
+        path: Made when the first weight is kept; or left by a run with the same `identity`.
+        identity: What the measurements depend on, JSON-able.
+
+    Raises:
+        ValueError: the file is of something else (the sentence says what differs) or damaged, or another process is at
+            work on it.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]):
+        self.path = path
+        self._identity = json.loads(json.dumps(identity))
+        self._lock = FileLock(path.with_name(f"{path.name}.lock"))
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(f"another qsvd measures into {path}; wait for it, or stop it") from error
+        try:
+            self._measured = self._read()
+        except BaseException:
+            self._let_go()
+            raise
+
+    def __enter__(self) -> "CostsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
+
+    @property
+    def measured(self) -> Mapping[str, Measured]:
+        """What is there, by module."""
+        return self._measured
+
+    def keep(self, module: str, measured: Measured) -> None:
+        """Append one weight."""
+        self._append({"module": module} | asdict(measured))
+        self._measured[module] = measured
+
+    def _read(self) -> dict[str, Measured]:
+        """What an earlier run measured; the end of a torn line goes."""
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole:
+            if content and not content.startswith(b"{"):
+                raise ValueError(f"{self.path} holds no measurements of qsvd; give another --out")
+            self.path.unlink(missing_ok=True)
+            self._append(self._identity)
+            return {}
+        if whole != content:
+            os.truncate(self.path, len(whole))
+        records = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            records.append(self._parsed(number, line))
+        return dict(records[1:])
+
+    def _parsed(self, number: int, line: bytes) -> tuple[str, Measured]:
+        """A line; of the first one, which has to be the identity, nothing."""
+        try:
+            record = json.loads(line)
+            if number > 1:
+                return _from_record(record)
+            different = differences(record, self._identity)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"line {number} of {self.path} is damaged; delete the file, or give another --out"
+            ) from error
+        if different:
+            raise ValueError(
+                f"{self.path} holds measurements with other options: {different}; give the same options, or another "
+                "--out, or delete the file"
+            )
+        return "", Measured((), (), 0.0, (), 0.0)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _let_go(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def _from_record(record: Mapping[str, Any]) -> tuple[str, Measured]:
+    measured = Measured(
+        ranks=tuple(record["ranks"]),
+        squares=tuple(tuple(map(float, row)) for row in record["squares"]),
+        norm=float(record["norm"]),
+        values=tuple(map(float, record["values"])),
+        nuclear=float(record["nuclear"]),
+    )
+    return record["module"], measured
+
+
+def statistics_for(
+    objective: str, file: Path | None, checkpoint: Checkpoint, weights: Sequence[WeightSpec]
+) -> Statistics | None:
+    """The statistics that an objective needs.
+
+    Raises:
+        ValueError: they are not given, or not needed, or those of another model, or without traces for the Hessian.
+    """
+    if objective in ("relative", "frobenius"):
+        if file is not None:
+            raise ValueError(
+                f"--statistics are for --objective fisher or hessian, and it is {objective}; give one of them"
+            )
+        return None
+    if file is None:
+        raise ValueError(
+            f"--objective {objective} needs --statistics FILE, which qsvd calibrate makes; or leave --objective out"
+        )
+    path = file.expanduser()
+    statistics = open_statistics(path)
+    modules = [spec.module for spec in weights]
+    check_statistics(statistics, checkpoint.fingerprint, modules, path)
+    wrong = []
+    for module in modules:
+        try:
+            _ = statistics.objective(module) if objective == "fisher" else statistics.trace(module)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(modules)} weights have no usable statistics: {listing(wrong, 2)}")
+    return statistics

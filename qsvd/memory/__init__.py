@@ -1,0 +1,1 @@
+"""Floor 4: where everything fits, by item, before any work."""

@@ -1,0 +1,224 @@
+"""Bytes that one block needs in a training step: it is run, forward and back, on the meta device.
+
+Nothing is assumed of an architecture: the block is transformers' own, with its linear layers replaced by twins of
+SplitLinear and its attention by one that keeps what the fused kernels keep.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from qsvd.errors import first_line
+from qsvd.memory import twins as attention
+from qsvd.memory.split_model import SplitModelPlan
+from qsvd.memory.twins import Decoding, LinearTwin, LiveBytes
+from qsvd.plan.weights import BUILD_ERRORS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the model together.
+
+    Args:
+        tokens: Of a sequence.
+        batch: Sequences.
+        is_masked: Whether sequences are padded or packed.
+        checkpointing: Whether a block keeps its input only, and runs again in the backward pass.
+        device: "cuda" or "cpu": how much is decoded at a time.
+    """
+
+    tokens: int
+    batch: int
+    is_masked: bool
+    checkpointing: bool
+    device: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A peak in bytes, and how much of it is decoded residual."""
+
+    total: int
+    decoding: int
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """Bytes of one block in a training step, its input not counted.
+
+    Args:
+        input: The hidden state that it takes, which is what a checkpoint holds.
+        kept: From its forward pass to its backward pass, its output included.
+        forward: Peak of the forward pass.
+        first: Peak of the backward pass where its parameters have no gradients yet; it includes the new ones.
+        later: The same where they have; those are not included.
+        around: What lies round the blocks: tokens, position embeddings.
+    """
+
+    input: int
+    kept: int
+    forward: Peak
+    first: Peak
+    later: Peak
+    around: int
+
+
+@lru_cache(maxsize=4096)
+def run_blocks(model: SplitModelPlan, batch: Batch) -> tuple[BlockBytes, ...]:
+    """Of every block, in model order; blocks of the same shapes are run once.
+
+    Raises:
+        ValueError: the model cannot be run from tokens alone.
+    """
+    attention.register()
+    found: dict[Any, BlockBytes] = {}
+    runs = []
+    for block in model.blocks:
+        kind = _kind(model, block.path)
+        if kind not in found:
+            found[kind] = _run(model, block.path, batch)
+        runs.append(found[kind])
+    return tuple(runs)
+
+
+def _kind(model: SplitModelPlan, path: str) -> Any:
+    """What tells blocks apart that need different bytes."""
+    module = model.skeleton.model.get_submodule(path)
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    mine = [spec for spec in model.names.weights if spec.module.startswith(f"{path}.")]
+    adapters = tuple((spec.module.removeprefix(path), id(model.adapters[spec.name])) for spec in mine)
+    return type(module), shapes, adapters
+
+
+def _run(model: SplitModelPlan, path: str, batch: Batch) -> BlockBytes:
+    live = LiveBytes()
+    empty = model.skeleton.model
+    mask = _set_attention(model, batch)
+    arguments, around = _call_of(empty, path, batch)
+    block = _with_twins(model, path, live, batch.device)
+    try:
+        first = _step(block, arguments, batch, live)
+        for parameter in block.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        later = _step(block, arguments, batch, live)
+    except BUILD_ERRORS as error:
+        raise ValueError(f"{path} of {type(empty).__name__} cannot be run on its own: {first_line(error)}") from error
+    return replace(first, later=later.first, around=around + mask)
+
+
+def _set_attention(model: SplitModelPlan, batch: Batch) -> int:
+    """Give the empty model the attention that the real one will have; bytes of the mask that all blocks share."""
+    positions = batch.batch * batch.tokens**2
+    if not model.skeleton.has_fused_attention:
+        kind, mask = attention.WHOLE, positions * model.dtype.itemsize
+    elif batch.is_masked:
+        kind, mask = attention.MASKED, positions
+    else:
+        kind, mask = attention.PLAIN, 0
+    for module in model.skeleton.model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation = kind
+    return mask
+
+
+def _with_twins(model: SplitModelPlan, path: str, live: LiveBytes, device: str) -> nn.Module:
+    """A copy of the block with twins in the place of its split layers."""
+    block = copy.deepcopy(model.skeleton.model.get_submodule(path))
+    for spec in model.names.weights:
+        if spec.module.startswith(f"{path}."):
+            inside = spec.module.removeprefix(f"{path}.")
+            decoding = Decoding(spec.shape, model.allocation.choices[spec.module].codec, device, live)
+            bias = dict(block.get_submodule(inside).named_parameters()).get("bias")
+            block.set_submodule(inside, LinearTwin(decoding, model.adapters[spec.name], bias))
+    return block
+
+
+class _End(Function):
+    """Takes the place of what comes after a block: keeps nothing of its output, and returns a gradient for it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor | None) -> Tensor:
+        ctx.gradient, ctx.like = gradient, (output.shape, output.dtype)
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        shape, dtype = ctx.like
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradients[0].new_empty(shape, dtype=dtype) if gradient is None else gradient, None
+
+
+def _step(block: nn.Module, arguments: tuple[Any, Any], batch: Batch, live: LiveBytes) -> BlockBytes:
+    """One forward and backward pass of the block; `later` and `around` are for the caller to fill."""
+    positional, named = arguments
+    positional[0].grad = None
+    before = live.now
+    live.restart()
+    with live, torch.set_grad_enabled(not batch.checkpointing):
+        output = _first_tensor(block(*positional, **named))
+    forward, kept = _peak(live, before), live.now - before
+    gradient = None
+    if batch.checkpointing:
+        del output
+        live.restart()
+        with live:
+            gradient = positional[0].new_empty(positional[0].shape)
+            output = _first_tensor(block(*positional, **named))
+    else:
+        live.restart()
+    with live:
+        end = _End.apply(output, gradient)
+        del output, gradient
+        assert isinstance(end, Tensor), "apply returns what forward does"
+        end.backward()
+    return BlockBytes(positional[0].nbytes, kept, forward, _peak(live, before), Peak(0, 0), 0)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """The hidden state that a block returns, alone or before others."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _peak(live: LiveBytes, before: int) -> Peak:
+    return Peak(live.peak - before, live.marked_at_peak)
+
+
+class _Reached(Exception):
+    """The block that is looked for was called."""
+
+    def __init__(self, arguments: tuple[Any, Any]):
+        super().__init__()
+        self.arguments = arguments
+
+
+def _call_of(empty: "PreTrainedModel", path: str, batch: Batch) -> tuple[tuple[Any, Any], int]:
+    """The arguments with which the model calls a block, and the bytes of what it made before, the input not counted."""
+
+    def stop(_module: nn.Module, arguments: Any, options: Any) -> None:
+        raise _Reached((arguments, options))
+
+    hook = empty.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
+    ids = torch.empty(batch.batch, batch.tokens, dtype=torch.long, device="meta")
+    live = LiveBytes([*empty.parameters(), *empty.buffers(), ids])
+    try:
+        with live:
+            empty.base_model(input_ids=ids, use_cache=False)
+    except _Reached as reached:
+        (hidden, *others), options = reached.arguments
+        leaf = torch.empty_like(hidden, device="meta").requires_grad_()
+        return ((leaf, *others), options), live.now - hidden.nbytes
+    except BUILD_ERRORS as error:
+        raise ValueError(f"{type(empty).__name__} cannot be run from tokens alone: {first_line(error)}") from error
+    finally:
+        hook.remove()
+    raise ValueError(f"{type(empty).__name__} does not call {path} for tokens; only language models can be planned")

@@ -1,0 +1,112 @@
+"""Bytes of `qsvd quantize` at its worst moment, on the largest weight."""
+
+import math
+from dataclasses import replace
+
+from qsvd.memory.block_bytes import Batch, run_blocks
+from qsvd.memory.frozen import base_bytes, context_item, context_notes, dense_items, residual_items
+from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, items_of, on
+from qsvd.memory.split_model import SplitModelPlan
+from qsvd.numerics.norms import EXACT_SIDE, PROBES, STEPS
+from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
+from qsvd.plan.allocation import Choice
+from qsvd.plan.tensors import total_bytes
+
+SOURCE = 2  # bytes of a number of a 16-bit checkpoint
+COPIES = 2  # float32 matrices at once: the weight and what is left of it
+SKETCHES = 4  # tall float32 matrices at once in the randomized SVD
+SHARD = 5 * 10**9  # of the output, which is there twice while it is written
+
+
+def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> MemoryPlan:
+    """What is where while the largest weight is split and measured.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+    largest = max(model.names.weights, key=lambda spec: math.prod(spec.shape))
+    choices = model.allocation.choices
+    factors = base_bytes(model) - model.dense.total - sum(block.residual for block in model.blocks)
+    items = [
+        *_memory_items(largest.shape, choices[largest.module], device),
+        Item("residual", disk=sum(block.residual for block in model.blocks)),
+        Item("embeddings, norms, head", disk=model.dense.total),
+        Item("factors, there twice while they are collected", disk=2 * factors),
+        Item("one shard, there twice while it is written", disk=min(SHARD, base_bytes(model))),
+    ]
+    notes = (f"The largest weight is {largest.module}, {largest.shape[0]:,} x {largest.shape[1]:,}.",)
+    notes += context_notes(device)
+    if model.dense.experts:
+        notes += ("Experts are 3-D stacks, which qsvd does not split: --exclude them, and they are copied in 16 bits.",)
+    return MemoryPlan("quantize", items_of(items, device), limits, notes)
+
+
+def plan_splitting(
+    shape: tuple[int, int], choice: Choice, device: str, limits: Limits, *, weighted: bool = False
+) -> MemoryPlan:
+    """What is in memory while a weight of this shape, the largest of its model, is split and measured.
+
+    Args:
+        weighted: Whether rows and columns are; what is decomposed is then a copy.
+    """
+    items = _memory_items(shape, choice, device, copies=COPIES + weighted)
+    return MemoryPlan("quantize", items_of(items, device), limits)
+
+
+def _memory_items(shape: tuple[int, int], choice: Choice, device: str, copies: int = COPIES) -> list[Item]:
+    numbers = math.prod(shape)
+    return [
+        on(device, "largest weight, as it is stored", SOURCE * numbers),
+        on(device, "float32 copies of it", 4 * copies * numbers),
+        on(device, "its residual, kept and new", 2 * choice.codec.num_bytes(shape)),
+        on(device, "singular vectors and probes", max(_sketch(shape, choice.rank), _probes(shape))),
+        Item("weights that are read", host=(2 if device == "cuda" else 1) * SOURCE * numbers),
+        context_item(device),
+    ]
+
+
+def _sketch(shape: tuple[int, int], rank: int) -> int:
+    columns = rank + max(OVERSAMPLE, rank // OVERSAMPLE_SHARE) if rank else 0
+    return 4 * SKETCHES * columns * max(shape)
+
+
+def _probes(shape: tuple[int, int]) -> int:
+    """Of the estimate of a nuclear norm, or of an exact one."""
+    short = min(shape)
+    return 8 * 3 * short**2 if short <= EXACT_SIDE else 4 * PROBES * max(STEPS) * short
+
+
+# Bytes of generating text from a split model: what is frozen, and the keys and values of the tokens.
+
+
+def plan_serving(model: SplitModelPlan, batch: Batch, placement: Placement, limits: Limits) -> MemoryPlan:
+    """What is where while the last token of so many sequences of so many tokens is made.
+
+    Raises:
+        ValueError: the model cannot be run from tokens alone.
+    """
+    device = batch.device
+    blocks = run_blocks(model, replace(batch, checkpointing=True))
+    peak = max((block.forward for block in blocks), key=lambda peak: peak.total)
+    adapters = total_bytes(model.parameters) + model.buffers
+    text = model.text_config
+    items = [
+        *residual_items(model, placement, device),
+        *dense_items(model, placement, device),
+        on(device, "components and adapters", adapters),
+        on(device, "keys and values", cache_bytes(model, batch)),
+        on(device, "activations of one block", blocks[0].around + blocks[0].input + peak.total - peak.decoding),
+        on(device, "decode workspace", peak.decoding),
+        on(device, "logits of the last token", 4 * batch.batch * text.vocab_size),
+        context_item(device),
+    ]
+    notes = ("All tokens but one are taken to be the prompt, read in one go.", *context_notes(device))
+    return MemoryPlan("serve", items_of(items, device), limits, notes)
+
+
+def cache_bytes(model: SplitModelPlan, batch: Batch) -> int:
+    """Of keys and values of all tokens in all blocks; windows of sliding attention are not taken off."""
+    text = model.text_config
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * len(model.blocks) * heads * width * model.dtype.itemsize * batch.tokens * batch.batch

@@ -1,0 +1,112 @@
+"""Which frozen weights stay on the device: as many as fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qsvd.memory.block_bytes import Batch
+from qsvd.memory.items import Limits, MemoryPlan, Placement, num_resident
+from qsvd.memory.other_tasks import plan_serving
+from qsvd.memory.split_model import SplitModelPlan
+from qsvd.memory.training import Training, plan_training
+
+OFFLOADS = {"auto": (False, True), "yes": (True,), "no": (False,)}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user wants of a placement.
+
+    Args:
+        share: Of the blocks that stay on the device, 0 to 1, or "auto".
+        offload: Whether checkpoints of activations go to the host.
+    """
+
+    share: float | Literal["auto"] = "auto"
+    offload: Literal["auto", "yes", "no"] = "auto"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A placement, and the bytes that it leads to. Its `resident` is always a number."""
+
+    placement: Placement
+    memory: MemoryPlan
+
+
+FREE = Wish()
+Count = Callable[[Placement], MemoryPlan]
+
+
+def place(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish = FREE) -> Placed:
+    """The placement of a training run with the most resident blocks that fits; if none does, the last one tried.
+
+    Tried in this order: everything on the device; embeddings on the host, where the head does not share their tensor;
+    fewer resident blocks; pages on disk; checkpoints of activations on the host.
+
+    Raises:
+        ValueError: as plan_training does.
+    """
+    possible = ways(model, training.batch.device, wish)
+    return _best(lambda placement: plan_training(model, training, placement, limits), possible, wish)
+
+
+def place_serving(model: SplitModelPlan, batch: Batch, limits: Limits, wish: Wish = FREE) -> Placed:
+    """The same for generating text."""
+    possible = ways(model, batch.device, replace(wish, offload="no"))
+    return _best(lambda placement: plan_serving(model, batch, placement, limits), possible, wish)
+
+
+def can_fit(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish = FREE) -> bool:
+    """Whether there is a placement of a training run that fits, looked for where it needs least."""
+    every, possible = len(model.blocks), ways(model, training.batch.device, wish)
+    numbers = (every, 0) if wish.share == "auto" else (num_resident(wish.share, every),)
+    extremes = [replace(way, resident=resident) for way in possible for resident in numbers]
+    return any(plan_training(model, training, placement, limits).fits for placement in extremes)
+
+
+def ways(model: SplitModelPlan, device: str, wish: Wish) -> list[Placement]:
+    """Placements with as many resident blocks as wished, "auto" being all, to take some from; the best first."""
+    every = len(model.blocks)
+    resident = every if wish.share == "auto" else num_resident(wish.share, every)
+    if device != "cuda":
+        return [Placement(resident, "disk")]
+    sources: tuple[Literal["host"], Literal["disk"]] = ("host", "disk")
+    return [
+        Placement(resident, pages, embeddings_on_host=not model.is_tied, activation_offload=offload)
+        for offload in OFFLOADS[wish.offload]
+        for pages in sources
+    ]
+
+
+def _best(count: Count, possible: list[Placement], wish: Wish) -> Placed:
+    first = replace(possible[0], embeddings_on_host=False)
+    tried = [Placed(first, count(first))]
+    for way in possible:
+        if tried[-1].memory.fits:
+            return tried[-1]
+        tried.append(_most_resident(count, way, wish))
+    return tried[-1] if tried[-1].memory.fits else min(tried, key=_lack)
+
+
+def _lack(placed: Placed) -> int:
+    """Bytes that are not there, of all places together."""
+    return sum(-(placed.memory.spare(where) or 0) for where in placed.memory.lacking)
+
+
+def _most_resident(count: Count, way: Placement, wish: Wish) -> Placed:
+    """With the most resident blocks that fit, by bisection; with none if none fit."""
+    whole, every = Placed(way, count(way)), way.resident or 0
+    if whole.memory.fits or wish.share != "auto":
+        return whole
+    none = replace(way, resident=0)
+    best = Placed(none, count(none))
+    low, high = 0, every if best.memory.fits else 0
+    while high - low > 1:
+        middle = replace(way, resident=(low + high) // 2)
+        found = Placed(middle, count(middle))
+        if found.memory.fits:
+            low, best = (low + high) // 2, found
+        else:
+            high = (low + high) // 2
+    return best

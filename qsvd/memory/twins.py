@@ -1,0 +1,289 @@
+"""SplitLinear (adapters/linear.py) on the meta device: the same tensors come and go, and nothing is computed.
+
+Shape suffixes: T = tokens, O = out features, I = in features, K = rank of the adapter's factors.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qsvd.numerics.codec import BAND, Codec
+from qsvd.plan.tensors import AdapterTensors, TensorShape
+
+# How many bytes of tensors are alive while something runs on the meta device: exact, and without the memory.
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts storages that are made while it is on; those that were there before are not counted.
+
+    now and peak are in bytes; marked_at_peak is what of the peak was made inside `marking`.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = self.marked_at_peak = 0
+        self._marked = 0
+        self._is_marking = False
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def restart(self) -> None:
+        """Take the peak from here on."""
+        self.peak, self.marked_at_peak = self.now, self._marked
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Mark what is made inside."""
+        self._is_marking = True
+        yield
+        self._is_marking = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._seen:
+                self._seen.add(leaf.untyped_storage()._cdata)  # made outside
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size, is_marked = storage.nbytes(), self._is_marking
+        self.now += size
+        self._marked += size * is_marked
+        if self.now > self.peak:
+            self.peak, self.marked_at_peak = self.now, self._marked
+        weakref.finalize(storage, self._gone, key, size, is_marked)
+
+    def _gone(self, key: int, size: int, is_marked: bool) -> None:
+        self._seen.discard(key)
+        self.now -= size
+        self._marked -= size * is_marked
+
+
+SCALE_PEAK, SCALE_KEPT = 16, 4  # bytes a block while 8-bit scales are decoded, and of the result
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the residual of an [O, I] weight is decoded, on "cpu" or "cuda", and who counts the bytes."""
+
+    shape: tuple[int, int]
+    codec: Codec
+    device: str
+    live: LiveBytes
+
+    def whole(self, y_TO: Tensor) -> Tensor:
+        """y Q, [T, I], for which all of Q is decoded at once in the dtype of y."""
+        with self.live.marking():
+            scales = None if self.device == "cuda" else self._scales(y_TO)
+            matrix_OI = y_TO.new_empty(self.shape)
+            if self.device == "cuda":  # there the matrix is made first
+                scales = self._scales(y_TO)
+        del scales
+        return y_TO @ matrix_OI
+
+    def bands(self, x: Tensor, *, at_once: int) -> None:
+        """Bands come and go, so many of them there together."""
+        rows, columns = self.shape
+        step = self.codec.block_size // math.gcd(columns, self.codec.block_size)
+        height = min(max(BAND[self.device] // columns // step, 1) * step, rows)
+        with self.live.marking():
+            scales = self._scales(x)
+            bands = [x.new_empty(height, columns) for _ in range(min(at_once, math.ceil(rows / height)))]
+        del scales, bands
+
+    def _scales(self, x: Tensor) -> Tensor | None:
+        """The scales in float32, where they have to be decoded first."""
+        if "absmax_codes" not in self.codec.parts(self.shape):
+            return None
+        blocks = math.ceil(math.prod(self.shape) / self.codec.block_size)
+        work = x.new_empty((SCALE_PEAK - SCALE_KEPT) * blocks, dtype=torch.uint8)
+        scales = x.new_empty(SCALE_KEPT * blocks, dtype=torch.uint8)
+        del work
+        return scales
+
+
+class LinearTwin(nn.Module):
+    """A split linear layer without numbers.
+
+    Args:
+        decoding: Of its residual.
+        adapter: Its tensors.
+        bias: Of the layer, or None.
+    """
+
+    def __init__(self, decoding: Decoding, adapter: AdapterTensors, bias: Tensor | None):
+        super().__init__()
+        self.decoding = decoding
+        self.adapter = adapter
+        self.bias = bias
+        self.trained = nn.ParameterDict({name: _empty(tensor) for name, tensor in adapter.parameters.items()})
+        frozen = {part: adapter.buffers.get(f"frozen_{part}") for part in ("up", "down")}
+        self.frozen = {part: _empty(t, is_trained=False) for part, t in frozen.items() if t is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
+        factors = self._factors()
+        outputs_TO = _Product.apply(x.reshape(-1, x.shape[-1]), *factors, self.bias, self.decoding)
+        assert isinstance(outputs_TO, Tensor), "apply returns what forward does"
+        return outputs_TO.view(*x.shape[:-1], outputs_TO.shape[-1])
+
+    def _factors(self) -> tuple[Any, Any, Any]:
+        """up, down and gain: made, trained or frozen."""
+        parameters = list(self.trained.values())
+        if not self.adapter.made:
+            found = self.frozen | dict(self.trained.items())
+            return found["up"], found["down"], None
+        made: Mapping[str, Any] = dict(
+            zip(self.adapter.made, _Made.apply(self.adapter.made, *parameters), strict=True)  # pyright: ignore[reportArgumentType]
+        )
+        own = dict(self.trained.items()).get("down", self.frozen.get("down"))
+        return made["up"], made.get("down", own), made.get("gain")
+
+
+def _empty(tensor: TensorShape, *, is_trained: bool = True) -> nn.Parameter:
+    return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=is_trained)
+
+
+class _Made(Function):
+    """What a forward pass makes of the parameters: kept until the backward pass, which gives each its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, made: Mapping[str, TensorShape], *parameters: Tensor) -> tuple[Tensor, ...]:
+        tensors = [parameters[0].new_empty(tensor.shape, dtype=tensor.dtype) for tensor in made.values()]
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.parameters = [(parameter.shape, parameter.dtype) for parameter in parameters]
+        return tuple(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        made = next(gradient for gradient in gradients if gradient is not None)
+        return None, *(made.new_empty(shape, dtype=dtype) for shape, dtype in ctx.parameters)
+
+
+class _Product(Function):
+    """The steps of SplitLinear's product in their order."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913  # autograd takes them one by one
+        ctx: Any, x_TI: Tensor, up_OK: Tensor, down_KI: Tensor, gain_O: Tensor | None, bias_O: Any, decoding: Decoding
+    ) -> Tensor:
+        del bias_O  # added in place
+        hidden_TK = x_TI @ down_KI.to(x_TI.dtype).T
+        y_TO = x_TI.new_empty(len(x_TI), decoding.shape[0])
+        decoding.bands(x_TI, at_once=1)
+        y_TO.addmm_(hidden_TK, up_OK.to(x_TI.dtype).T)
+        ctx.decoding, ctx.has_gain = decoding, gain_O is not None
+        ctx.save_for_backward(x_TI, hidden_TK, up_OK, down_KI, gain_O, y_TO if ctx.has_gain else None)
+        return torch.empty_like(y_TO) if ctx.has_gain else y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TI, hidden_TK, up_OK, down_KI, gain_O, product_TO = ctx.saved_tensors
+        _, needs_up, needs_down = ctx.needs_input_grad[:3]
+        dy_TO = gradients[0]
+        d_gain_O = None
+        if gain_O is not None:
+            d_gain_O = torch.einsum("to,to->o", dy_TO, product_TO).to(gain_O.dtype)
+            dy_TO = torch.empty_like(dy_TO)
+        dh_TK = dy_TO @ up_OK.to(dy_TO.dtype)
+        d_up_OK = (dy_TO.T @ hidden_TK).to(up_OK.dtype) if needs_up else None
+        d_down_KI = (dh_TK.T @ x_TI).to(down_KI.dtype) if needs_down else None
+        if dy_TO.dtype.itemsize < 4:
+            dx_TI = ctx.decoding.whole(dy_TO)
+        else:
+            dx_TI = torch.empty_like(x_TI)
+            ctx.decoding.bands(dy_TO, at_once=2)
+        dx_TI.addmm_(dh_TK, down_KI.to(dy_TO.dtype))
+        return dx_TI, d_up_OK, d_down_KI, d_gain_O, None, None
+
+
+# An attention for the meta device that keeps what the fused kernels keep: q, k, v, the output and log-sum-exps.
+
+
+PLAIN, MASKED, WHOLE = "qsvd_plain", "qsvd_masked", "qsvd_whole"
+
+
+def register() -> None:
+    """Make the kinds known to transformers; none of them is given a mask, they make their own.
+
+    PLAIN is one sequence or several of equal length, MASKED has padding or packed sequences, and WHOLE holds the
+    T x T matrix, as transformers' eager attention does for models that its fused kernels cannot do.
+    """
+    from transformers import AttentionInterface
+
+    kinds: dict[str, Callable[..., Any]] = {PLAIN: _plain, MASKED: _masked, WHOLE: _whole}
+    for name, kind in kinds.items():
+        AttentionInterface.register(name, kind)
+
+
+def _plain(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    del module, attention_mask
+    output = _Fused.apply(query, key, value, None)
+    assert isinstance(output, Tensor), "apply returns what forward does"
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _masked(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """The kernels do not group heads where there is a mask, and add it as a matrix in the dtype of the query."""
+    del module, attention_mask
+    key, value = _repeated(key, query), _repeated(value, query)
+    bias = query.new_empty(len(query), 1, query.shape[2], key.shape[2])
+    output = _Fused.apply(query, key, value, bias)
+    assert isinstance(output, Tensor), "apply returns what forward does"
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _whole(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    del module, attention_mask
+    key, value = _repeated(key, query), _repeated(value, query)
+    scores = torch.matmul(query, key.transpose(2, 3)) * 1.0
+    if options.get("softcap") is not None:
+        scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
+    scores = scores + query.new_empty(len(query), 1, query.shape[2], key.shape[2])
+    shares = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(shares, value).transpose(1, 2).contiguous(), shares
+
+
+def _repeated(key: Tensor, query: Tensor) -> Tensor:
+    heads, groups = query.shape[1], key.shape[1]
+    return key if heads == groups else key.repeat_interleave(heads // groups, dim=1)
+
+
+class _Fused(Function):
+    """softmax(q k^T) v without the matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        sequences, heads, tokens = query.shape[:3]
+        output = query.new_empty(sequences, tokens, heads, value.shape[-1]).transpose(1, 2)
+        sums = query.new_empty(sequences, heads, tokens, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, bias, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value = ctx.saved_tensors[:3]
+        return *(torch.empty_like(one) for one in (query, key, value)), None

@@ -1,0 +1,273 @@
+"""A config -> the linear weights to split, by name, shape and role. The model is built on the meta device: no memory.
+
+What is split is every nn.Linear inside the repeated blocks. Embeddings, output head, poolers and norms stay as they
+are. Weights of a block that qsvd cannot split (transposed Conv1D, stacked experts, subclasses of nn.Linear) are
+refused, never silently left in 16 bits.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from qsvd.errors import first_line, listing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import WeightTransform
+
+# What a linear layer does in its block, told from the name that transformers gives it.
+
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down", "other"]
+
+BY_LAST_NAME: dict[str, Role] = {
+    **dict.fromkeys(("q_proj", "query", "query_proj", "q_lin", "q", "q_a_proj", "q_b_proj"), "q"),
+    **dict.fromkeys(("k_proj", "key", "key_proj", "k_lin", "k"), "k"),
+    **dict.fromkeys(("v_proj", "value", "value_proj", "v_lin", "v"), "v"),
+    **dict.fromkeys(("o_proj", "out_proj", "out_lin", "o"), "o"),
+    **dict.fromkeys(("gate_proj", "w1", "wi_0"), "gate"),
+    **dict.fromkeys(("up_proj", "w3", "wi", "wi_1", "fc1", "fc_in", "lin1", "c_fc", "dense_h_to_4h", "ffn"), "up"),
+    **dict.fromkeys(("down_proj", "w2", "fc2", "fc_out", "lin2", "dense_4h_to_h", "ffn_output"), "down"),
+}
+
+
+def role_of(module: str) -> Role:
+    """The role of the linear layer at this path, e.g. "o" for "encoder.layer.0.attention.output.dense"."""
+    *parents, last = module.split(".")
+    in_attention = any("att" in part.lower() for part in parents[-2:])
+    if last == "dense" and parents[-1:] == ["intermediate"]:
+        return "up"
+    if last in ("dense", "wo", "c_proj"):
+        feeds_forward = last != "dense" or parents[-1:] == ["output"]
+        return "o" if in_attention else "down" if feeds_forward else "other"
+    return BY_LAST_NAME.get(last, "other")
+
+
+BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One weight to split: a 2-D tensor y = x W^T of a plain nn.Linear."""
+
+    name: str  # tensor in the checkpoint, "model.layers.0.self_attn.q_proj.weight"
+    module: str  # path in the transformers model, "model.layers.0.self_attn.q_proj"
+    shape: tuple[int, int]  # (out features, in features)
+    role: Role
+    layer: int  # index of the block
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What a model consists of, and what of it is split. Tensor names are the model's own, except `WeightSpec.name`."""
+
+    architecture: str  # class name in transformers
+    weights: tuple[WeightSpec, ...]  # to split, in model order
+    left_linears: tuple[str, ...]  # paths of every other linear layer: bitsandbytes' llm_int8_skip_modules
+    shapes: dict[str, tuple[int, ...]]  # every parameter and persistent buffer
+    tied: dict[str, str]  # name -> the name it shares its tensor with; one of the two may be absent from a checkpoint
+    optional: frozenset[str]  # untied names that transformers does without
+    base_prefix: str  # "model": the prefix that a checkpoint of the bare model lacks
+    spelling: dict[str, str] = field(default_factory=dict)  # model name -> name in the checkpoint; filled by `resolve`
+    transforms: tuple["WeightTransform", ...] = field(default=(), repr=False, compare=False)  # transformers' renamings
+
+
+@dataclass(frozen=True)
+class LeftTensors:
+    """Tensors that are not split and differ only in their numbers, "model.layers.*.input_layernorm.weight"."""
+
+    pattern: str
+    count: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model is split. Tied tensors count once; persistent buffers count."""
+
+    weights: int
+    elements_split: int
+    elements: int
+    left: tuple[LeftTensors, ...]  # largest first
+
+    @property
+    def share(self) -> float:
+        """Elements split over all elements, 0 to 1."""
+        return self.elements_split / self.elements
+
+
+def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> ModelPlan:
+    """The plan of the model that the config describes.
+
+    Args:
+        config: Its first architecture names the class; without one, AutoModelForCausalLM, then AutoModel choose.
+        include: Glob patterns on module paths ("*.self_attn.*"); only what matches one of them is split. Empty: all.
+        exclude: Glob patterns on module paths; what matches one of them is left.
+
+    Raises:
+        ValueError: no class can be built from the config; a pattern matches nothing; a weight of a block that is wanted
+            is of a kind that cannot be split; nothing is left to split.
+    """
+    model = build(config)
+    kinds = _block_weights(model)
+    _check_patterns((*include, *exclude), list(kinds))
+    wanted = {path for path in kinds if _is_wanted(path, include, exclude)}
+    _refuse_unsplittable({path: kind for path, kind in kinds.items() if path in wanted and kind != "Linear"})
+    linears = {path: module for path, module in model.named_modules() if _is_linear(module)}
+    weights = tuple(_spec(path, linear.get_parameter("weight")) for path, linear in linears.items() if path in wanted)
+    if not weights:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear inside repeated blocks left to split; give another "
+            "model or other patterns"
+        )
+    left = tuple(path for path in linears if path not in wanted)
+    return replace(describe(model), weights=weights, left_linears=left)
+
+
+def unsplittable(config: "PreTrainedConfig") -> tuple[str, ...]:
+    """Paths in the blocks that plan_model refuses unless they are excluded: stacks of experts, transposed weights."""
+    return tuple(path for path, kind in _block_weights(build(config)).items() if kind != "Linear")
+
+
+def describe(model: "PreTrainedModel") -> ModelPlan:
+    """The names and shapes of a model, with nothing to split."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return ModelPlan(
+        architecture=type(model).__name__,
+        weights=(),
+        left_linears=(),
+        shapes=shapes,
+        tied=dict(model.all_tied_weights_keys),
+        optional=_optional(model, shapes),
+        base_prefix=model.base_model_prefix,
+        transforms=tuple(get_model_conversion_mapping(model)),
+    )
+
+
+def coverage(plan: ModelPlan) -> Coverage:
+    """Count what the plan splits, and group what it leaves."""
+    split = {f"{spec.module}.weight": math.prod(spec.shape) for spec in plan.weights}
+    groups: dict[str, list[int]] = {}
+    for name, shape in plan.shapes.items():
+        if name not in split and name not in plan.tied:
+            groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(math.prod(shape))
+    left = [LeftTensors(pattern, len(sizes), sum(sizes)) for pattern, sizes in groups.items()]
+    left.sort(key=lambda tensors: -tensors.elements)
+    elements_split = sum(split.values())
+    return Coverage(len(split), elements_split, elements_split + sum(tensors.elements for tensors in left), tuple(left))
+
+
+def build(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """An instance without memory of the class that the config names.
+
+    Raises:
+        ValueError: transformers has no such class, or cannot build it from this config.
+    """
+    import transformers
+
+    named = (config.architectures or [""])[0]
+    found = getattr(transformers, named, None) if named else None
+    config = copy.deepcopy(config)  # building a model writes its attention choice into the config
+    try:
+        with torch.device("meta"):
+            if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+                return found(config)
+            auto = transformers.AutoModelForCausalLM
+            if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                auto = transformers.AutoModel
+            return auto.from_config(config, trust_remote_code=False)
+    except BUILD_ERRORS as error:
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot build {named or 'a model'} from this config (model_type "
+            f"{config.model_type!r}): {first_line(error)}; models that bring their own code are not supported"
+        ) from error
+
+
+def _block_weights(model: "PreTrainedModel") -> dict[str, str]:
+    """Path -> kind of everything in the blocks that holds matrices to multiply with, in model order.
+
+    A block is an element of an nn.ModuleList. The kind is "Linear" for what can be split.
+    """
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    kinds = {}
+    for path, module in model.named_modules():
+        if not _is_in_block(model, path) or f"{path}.weight" in tied or _stays_float32(model, path):
+            continue
+        if _is_linear(module):
+            kinds[path] = type(module).__name__
+        elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            kinds |= {f"{path}.{name}": "3-D" for name, p in module.named_parameters(recurse=False) if _is_stack(p)}
+    return kinds
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether bitsandbytes or another library may take the module for a linear layer."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _is_in_block(model: nn.Module, path: str) -> bool:
+    """Whether the path leads into an element of an nn.ModuleList, and past it: a list of linears is a set of heads."""
+    parts = path.split(".")
+    ancestors = (".".join(parts[:depth]) for depth in range(1, len(parts) - 1))
+    return any(isinstance(model.get_submodule(ancestor), nn.ModuleList) for ancestor in ancestors)
+
+
+def _stays_float32(model: "PreTrainedModel", path: str) -> bool:
+    """Whether transformers' 4-bit loading leaves this module alone (T5's wo), so that a split one would not load."""
+    return any(path.endswith(name) or path.startswith(f"{name}.") for name in model._keep_in_fp32_modules or ())
+
+
+def _is_stack(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is several matrices, as fused experts are, rather than a vector with extra dimensions."""
+    return parameter.ndim >= 3 and min(parameter.shape[-2:]) > 1
+
+
+def _is_wanted(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    included = not include or any(fnmatchcase(path, pattern) for pattern in include)
+    return included and not any(fnmatchcase(path, pattern) for pattern in exclude)
+
+
+def _check_patterns(patterns: Sequence[str], paths: list[str]) -> None:
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(path, pattern) for path in paths)]
+    if unknown:
+        raise ValueError(
+            f"no linear layer in the blocks matches {', '.join(map(repr, unknown))}; "
+            f"patterns are globs on paths such as {listing(paths, 3)}"
+        )
+
+
+def _refuse_unsplittable(kinds: dict[str, str]) -> None:
+    """Say what each unsplittable kind is; all kinds in one error."""
+    reasons = {
+        "Conv1D": "are transformers' Conv1D, which stores its weight transposed; qsvd splits nn.Linear weights only",
+        "3-D": "are 3-D stacks of expert weights in one tensor; qsvd splits 2-D nn.Linear weights only",
+    }
+    sentences = []
+    for kind in dict.fromkeys(kinds.values()):
+        paths = [path for path, other in kinds.items() if other == kind]
+        reason = reasons.get(kind, f"are {kind}, which bitsandbytes does not replace; qsvd splits plain nn.Linear only")
+        sentences.append(f"{len(paths)} weights ({listing(paths, 3)}) {reason}")
+    if sentences:
+        raise ValueError(f"{'; '.join(sentences)}; exclude them by a pattern to keep them in 16 bits")
+
+
+def _spec(path: str, weight_OI: torch.Tensor) -> WeightSpec:
+    out_features, in_features = weight_OI.shape
+    layer = next(int(part) for part in path.split(".") if part.isdigit())
+    return WeightSpec(f"{path}.weight", path, (out_features, in_features), role_of(path), layer)
+
+
+def _optional(model: "PreTrainedModel", shapes: dict[str, tuple[int, ...]]) -> frozenset[str]:
+    """Names that transformers itself neither saves nor misses."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    unsaved = set(model._keys_to_ignore_on_save or ())
+    return frozenset(name for name in shapes if name in unsaved or any(re.search(p, name) for p in patterns))

@@ -1,0 +1,195 @@
+"""What `qsvd calibrate` measures, and on what: everything that can be refused before a weight is read."""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsvd.calibrate.sums import Example
+from qsvd.data.columns import Examples, Tokenized, recognise
+from qsvd.data.read import read_rows
+from qsvd.data.tokens import tokenize
+from qsvd.errors import listing
+from qsvd.files.check import check_complete, check_not_quantized
+from qsvd.files.source import Checkpoint, open_checkpoint
+from qsvd.files.statistics import check_same_run, open_statistics
+from qsvd.memory.device import device_of, dtype_of
+from qsvd.options import Calibrate
+from qsvd.plan.weights import ModelPlan, plan_model
+from qsvd.prepare.models import class_names
+from qsvd.prepare.train import MOST_LENGTH, mapping_of, open_tokenizer, stop_ids
+
+CLASSIFIER = "ForSequenceClassification"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A checked run of `qsvd calibrate`."""
+
+    options: Calibrate
+    checkpoint: Checkpoint
+    plan: ModelPlan
+    examples: tuple[Example, ...]
+    device: torch.device
+    dtype: torch.dtype
+    is_complete: bool  # by an earlier run
+
+    @property
+    def out(self) -> Path:
+        """The file of the result."""
+        return self.options.out.expanduser()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the bytes of the result depend on."""
+        return _identity(self.options, self.checkpoint, self.examples, self.device, self.dtype)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all examples."""
+        return sum(len(example.input_ids) for example in self.examples)
+
+
+def prepare_calibrate(options: Calibrate) -> Calibration:
+    """Open the checkpoint and the data, tokenize, and refuse what cannot be calibrated.
+
+    Raises:
+        ValueError: an option, the checkpoint or the data is not usable, or OUT is of another run.
+    """
+    _check_numbers(options)
+    device = device_of(options.device)
+    checkpoint = open_checkpoint(options.model)
+    check_not_quantized(checkpoint.config, checkpoint.tensors)
+    plan = check_complete(checkpoint, plan_model(checkpoint.config, include=options.include, exclude=options.exclude))
+    options = replace(options, max_length=_length(options, checkpoint))
+    examples = _examples(options, checkpoint, plan)
+    dtype = dtype_of(options.dtype, device)
+    is_complete = _is_complete(options, _identity(options, checkpoint, examples, device, dtype))
+    return Calibration(options, checkpoint, plan, examples, device, dtype, is_complete)
+
+
+def _check_numbers(options: Calibrate) -> None:
+    """Every number that is out of its range, in one sentence."""
+    least = {
+        "examples": (options.examples, 1),
+        "max-length": (options.max_length, 2),
+        "traces": (options.traces, 0),
+        "chunk": (options.chunk, 1),
+    }
+    wrong = [
+        f"--{name} {value} is below {low}" for name, (value, low) in least.items() if value is not None and value < low
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
+    """Tokens of an example: as asked for, or the model's context, MOST_LENGTH at most."""
+    context = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    if options.max_length is None:
+        return min(MOST_LENGTH, context)
+    if options.max_length > context:
+        raise ValueError(f"--max-length {options.max_length} is above {context}, the positions of {options.model}")
+    return options.max_length
+
+
+def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[Example, ...]:
+    """As many as are asked for, in the order of the data."""
+    is_classifier = _is_classifier(plan, options.model)
+    examples = recognise(read_rows(options.data, split=options.split), mapping_of(options.map))
+    if is_classifier != (examples.kind == "labelled"):
+        wanted = "labelled texts" if is_classifier else "texts, chats or completions"
+        raise ValueError(
+            f"{options.data} holds {examples.kind} examples, and {options.model} is a {plan.architecture}, which "
+            f"learns from {wanted}"
+        )
+    data = _tokenize(options, checkpoint, examples, is_classifier)
+    _check_vocabulary(data, checkpoint)
+    there = len(data.input_ids)
+    if there < options.examples:
+        raise ValueError(
+            f"{options.data} gives {there} examples of at most {options.max_length} tokens, fewer than --examples "
+            f"{options.examples}; give more data, or --examples {there}"
+        )
+    order = torch.randperm(there, generator=torch.Generator().manual_seed(options.seed))
+    types = data.token_types
+    return tuple(
+        Example(data.input_ids[index], data.labels[index], None if types is None else types[index])
+        for index in sorted(order[: options.examples].tolist())
+    )
+
+
+def _is_classifier(plan: ModelPlan, model: str) -> bool:
+    """Whether the model learns classes; a ValueError where it is no language model either."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    is_classifier = plan.architecture.endswith(CLASSIFIER)
+    if not is_classifier and plan.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(
+            f"{model} is a {plan.architecture}, which has no loss on texts or labels; give a language model "
+            f"(...ForCausalLM) or a classifier (...{CLASSIFIER})"
+        )
+    return is_classifier
+
+
+def _tokenize(options: Calibrate, checkpoint: Checkpoint, examples: Examples, is_classifier: bool) -> Tokenized:
+    assert checkpoint.folder is not None, "opened from files"
+    assert options.max_length is not None, "chosen by now"
+    return tokenize(
+        examples,
+        open_tokenizer(checkpoint.folder),
+        max_length=options.max_length,
+        loss_on=options.loss_on,
+        stop_ids=stop_ids(checkpoint.folder),
+        label_names=_labels(checkpoint, examples) if is_classifier else None,
+    )
+
+
+def _labels(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:
+    """The classes of the checkpoint."""
+    names = class_names(checkpoint.config, examples)
+    if len(names) < 2:
+        raise ValueError(f"{checkpoint.name} has {len(names)} class, as for regression; 2 or more are needed")
+    return names
+
+
+def _check_vocabulary(data: Tokenized, checkpoint: Checkpoint) -> None:
+    """Refuse tokens that the model has no embedding of: on a GPU they would end the process."""
+    size = checkpoint.config.get_text_config().vocab_size
+    outside = sorted({token for tokens in data.input_ids for token in tokens if not 0 <= token < size})
+    if outside:
+        raise ValueError(
+            f"the tokenizer of {checkpoint.name} gives token {listing([str(token) for token in outside])}, outside "
+            f"0..{size - 1}, the vocabulary of its model; put the model's own tokenizer beside it"
+        )
+
+
+def _is_complete(options: Calibrate, identity: dict[str, Any]) -> bool:
+    """Whether OUT is there already, by a run with the same identity; a ValueError where it is something else."""
+    out = options.out.expanduser()
+    if not out.exists():
+        return False
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; give a file, such as {out / 'statistics.safetensors'}")
+    check_same_run(out, open_statistics(out).record.get("run", {}), identity)
+    return True
+
+
+def _identity(
+    options: Calibrate,
+    checkpoint: Checkpoint,
+    examples: tuple[Example, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    names = ("examples", "max_length", "traces", "loss_on", "include", "exclude", "seed")
+    chosen = {name: value for name, value in asdict(options).items() if name in names}
+    chosen |= {name: list(chosen[name]) for name in ("include", "exclude")}
+    sequences = [[list(one.input_ids), one.target, one.segments] for one in examples]
+    digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
+    kind = {"dtype": str(dtype).removeprefix("torch."), "device": device.type}
+    return chosen | kind | {"source_fingerprint": checkpoint.fingerprint, "tokens_sha256": digest}

@@ -1,0 +1,118 @@
+"""What `qsvd eval` measures, and how: everything that can be refused before a model is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qsvd.data.columns import Examples, recognise
+from qsvd.data.read import read_rows
+from qsvd.evaluate.exact_match import MARKER, final_number
+from qsvd.memory.device import device_of, dtype_of
+from qsvd.options import Eval
+from qsvd.prepare.models import NamedModel, check_kind, find_model
+from qsvd.prepare.train import mapping_of, open_tokenizer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured, with its tokenizer; not yet loaded."""
+
+    found: NamedModel
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is measured, and how."""
+
+    options: Eval
+    subjects: tuple[Subject, ...]
+    examples: Examples
+    is_one_text: bool
+    task: str
+    reference: Subject | None
+    device: torch.device
+    dtype: torch.dtype
+
+
+def prepare_eval(options: Eval) -> Work:
+    """Everything that can be refused before a model is loaded.
+
+    Raises:
+        ValueError: an option or the data is not usable.
+    """
+    _check_numbers(options)
+    device = device_of(options.device)
+    rows = read_rows(options.data, split=options.split)
+    examples = recognise(rows, mapping_of(options.map))
+    task = _task(options, examples)
+    is_one_text = examples.kind == "text" and not examples.places.unit
+    if options.stride is not None and not is_one_text:
+        raise ValueError(f"--stride {options.stride} is for one text, such as a .txt file; {options.data} is none")
+    if options.reference is not None and examples.kind != "text":
+        raise ValueError(f"--reference compares models on text; {options.data} holds {examples.kind} examples")
+    if options.limit is not None:
+        count = min(options.limit, len(examples.rows))
+        examples = Examples(
+            examples.kind, examples.rows[:count], examples.places.take(list(range(count))), examples.literal
+        )
+    if task == "exact-match":
+        _check_answers(examples)
+    subjects = tuple(_subject(name, options, task) for name in options.models)
+    reference = None if options.reference is None else _subject(options.reference, options, task)
+    return Work(options, subjects, examples, is_one_text, task, reference, device, dtype_of(options.dtype, device))
+
+
+def _check_numbers(options: Eval) -> None:
+    """Every number that is out of its range, in one sentence."""
+    least = {
+        "batch-size": (options.batch_size, 1),
+        "max-new-tokens": (options.max_new_tokens, 1),
+        "limit": (options.limit, 1),
+        "window": (options.window, 2),
+        "stride": (options.stride, 1),
+    }
+    wrong = [
+        f"--{name} {value} is below {low}" for name, (value, low) in least.items() if value is not None and value < low
+    ]
+    if options.window and options.stride and options.stride > options.window:
+        wrong.append(f"--stride {options.stride} is above --window {options.window}")
+    if options.resident != "auto" and not 0 <= options.resident <= 1:
+        wrong.append(f"--resident {options.resident} is neither auto nor a share from 0 to 1")
+    if not options.models:
+        wrong.append("no model is given: name at least one folder")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _check_answers(examples: Examples) -> None:
+    answers = [row["completion"] for row in examples.rows]
+    without = [examples.where(i) for i, answer in enumerate(answers) if final_number(answer) is None]
+    if without:
+        raise ValueError(f"{without[0]}: the answer has no number to compare with ({len(without)} such rows)")
+
+
+def _subject(name: str, options: Eval, task: str) -> Subject:
+    found = find_model(name, options.base)
+    check_kind(found, classifier=task == "accuracy")
+    return Subject(found, open_tokenizer(found.home))
+
+
+def _task(options: Eval, examples: Examples) -> str:
+    """As asked for, or by what the data is."""
+    is_question = examples.kind == "pair" and all(isinstance(row["prompt"], str) for row in examples.rows)
+    fits = {
+        "perplexity": examples.kind != "labelled",
+        "accuracy": examples.kind == "labelled",
+        "exact-match": is_question,
+    }
+    if options.task != "auto":
+        if not fits[options.task]:
+            raise ValueError(f"--task {options.task} does not go with {examples.kind} examples, as {options.data} has")
+        return options.task
+    if fits["accuracy"]:
+        return "accuracy"
+    if is_question and all(MARKER in row["completion"] for row in examples.rows):
+        return "exact-match"
+    return "perplexity"

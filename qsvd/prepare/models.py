@@ -1,0 +1,208 @@
+"""A model as a user names it: a 16-bit checkpoint, a result of qsvd quantize, or a run of qsvd train."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.load import load, names_of
+from qsvd.adapters.start import new_record, stored_factors, trained_adapter
+from qsvd.data.columns import Examples
+from qsvd.errors import first_line, listing
+from qsvd.export.trained import Trained, TrainedModel
+from qsvd.files.adapter import RECORD, AdapterFolder, AdapterRecord, check_base, open_adapter
+from qsvd.files.output import MANIFEST
+from qsvd.files.safetensors import read_tensor
+from qsvd.files.source import MODEL_ID, download
+from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.memory.items import EVERYTHING, Placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Kind = Literal["16-bit", "split", "trained"]
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that is there, not yet loaded.
+
+    home is the folder of the tokenizer and config.json: the checkpoint or the base. architecture is the class in
+    transformers of a result or of a run's base; labels are the classes of a run.
+    """
+
+    name: str
+    kind: Kind
+    home: Path
+    architecture: str = ""
+    labels: tuple[str, ...] = ()
+
+
+def find_model(name: str, base: Path | None) -> NamedModel:
+    """What a name stands for.
+
+    Args:
+        base: Of a run, where it is now; None: where it was when the run was made.
+
+    Raises:
+        ValueError: there is no such folder or hub model, it holds nothing that is known, or the run belongs to another
+            base.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if MODEL_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
+            return NamedModel(name, "16-bit", download(name))
+        raise ValueError(f"{name} is no folder, and no hub id either")
+    if (folder / RECORD).is_file():
+        adapter = open_adapter(folder)
+        home = base.expanduser() if base is not None else Path(adapter.record.base)
+        if not home.is_dir():
+            raise ValueError(f"{name} was trained beside {home}, which is not there; give --base where it is now")
+        split = open_split(home)
+        check_base(adapter, home, split.fingerprint)
+        return NamedModel(name, "trained", home, _architecture(split), adapter.record.labels)
+    if (folder / MANIFEST).is_file():
+        return NamedModel(name, "split", folder, _architecture(open_split(folder)))
+    if (folder / "config.json").is_file():
+        return NamedModel(name, "16-bit", folder)
+    raise ValueError(f"{name} is no checkpoint (config.json), no result of qsvd quantize, and no run of qsvd train")
+
+
+def _architecture(split: SplitFolder) -> str:
+    return split.manifest["source"]["architecture"]
+
+
+def check_kind(found: NamedModel, *, classifier: bool) -> None:
+    """Refuse a result or a run that is no classifier, or no language model, where one is asked for.
+
+    What a 16-bit checkpoint lacks is seen when it is loaded.
+    """
+    if found.kind == "16-bit":
+        return
+    is_classifier = bool(found.labels) or found.architecture.endswith("ForSequenceClassification")
+    if classifier and not is_classifier:
+        raise ValueError(
+            f"{found.name} has no classification head, which labelled examples need; give a run trained on labels"
+        )
+    if not classifier and found.labels:
+        raise ValueError(f"{found.name} is a classifier ({listing(found.labels)}), which needs labelled examples")
+    if not classifier and found.architecture not in _causal_classes():
+        raise ValueError(f"{found.name} is a {found.architecture}, which predicts no next token; give a language model")
+
+
+def _causal_classes() -> set[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+def load_model(
+    found: NamedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    classifier: bool = False,
+    placement: Placement = EVERYTHING,
+) -> Any:
+    """The model, in evaluation mode; the placement is for results and runs.
+
+    Raises:
+        ValueError: it cannot be built, or is no classifier, or no language model, where one is asked for.
+    """
+    check_kind(found, classifier=classifier)
+    if found.kind == "trained":
+        return load(found.home, adapter=found.name, device=device, dtype=dtype, placement=placement)
+    if found.kind == "split":
+        return load(found.home, device=device, dtype=dtype, placement=placement)
+    import transformers
+
+    from qsvd.adapters.quantizer import register
+
+    register()  # a mixed base that transformers saved again
+    auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
+    try:
+        loaded: Any = auto.from_pretrained(found.home, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"transformers cannot open {found.name}: {first_line(error)}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers draws them at random
+        raise ValueError(f"{found.name} lacks {len(missing)} weights of a {type(model).__name__}: {listing(missing)}")
+    return model.to(device).eval()
+
+
+# What an export starts from, opened: a base and what a run trained beside it, or the base alone.
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base, and perhaps a run.
+
+    Args:
+        adapter: None: the stored components as they are.
+        trained: The same as exports want it.
+    """
+
+    split: SplitFolder
+    adapter: AdapterFolder | None
+    record: AdapterRecord
+    trained: TrainedModel
+
+    @property
+    def task(self) -> str | None:
+        """PEFT's task_type."""
+        if self.record.labels:
+            return "SEQ_CLS"
+        return "CAUSAL_LM" if self.split.manifest["source"]["architecture"].endswith("ForCausalLM") else None
+
+    def load(self) -> Any:
+        """The trained model as qsvd runs it, float32 on the CPU."""
+        adapter = None if self.adapter is None else self.adapter.folder
+        return load(self.split.folder, adapter=adapter, device="cpu", dtype=torch.float32)
+
+
+def open_trained(run: Path, base: Path | None) -> Opened:
+    """Open a run with its base, or a base.
+
+    Raises:
+        ValueError: the folder is neither, or the base is not there or another one.
+    """
+    if not run.expanduser().exists():  # a hub id would be downloaded, and then refused
+        raise ValueError(f"no folder {run} here; give a run of qsvd train, or a result of qsvd quantize")
+    found = find_model(str(run), base)
+    if found.kind == "16-bit":
+        raise ValueError(f"{run} is a 16-bit checkpoint; give a run of qsvd train, or a result of qsvd quantize")
+    split = open_split(found.home)
+    if found.kind == "split":
+        return Opened(split, None, new_record(split, AdapterOptions()), TrainedModel(split, _stored(split)))
+    adapter = open_adapter(run.expanduser())
+    spelling = names_of(split, adapter.record).spelling
+    modules = {name: path.removesuffix(".weight") for path, name in spelling.items()}
+
+    def weight(name: str) -> Trained:
+        made = trained_adapter(split, adapter, name, modules[name])
+        up_OK, down_KI = made.factors()
+        return Trained(up_OK.float(), down_KI.float(), made.gain())
+
+    full = {name: read_tensor(adapter.tensors[name]) for name in adapter.record.full}
+    return Opened(split, adapter, adapter.record, TrainedModel(split, weight, full, spelling))
+
+
+def _stored(split: SplitFolder) -> Any:
+    def weight(name: str) -> Trained:
+        up_OR, down_RI = stored_factors(split, name)
+        return Trained(up_OR.float(), down_RI.float())
+
+    return weight
+
+
+# The classes of a 16-bit classifier, as labelled examples spell them.
+
+
+def class_names(config: "PreTrainedConfig", examples: Examples) -> tuple[str, ...]:
+    """Its own names in the order of their numbers, or these numbers where the examples have numbers."""
+    known: dict[Any, str] = dict(config.id2label or {})
+    names = tuple(known[number] for number in sorted(known))
+    numbers = tuple(str(number) for number in range(len(names)))
+    return numbers if {str(row["label"]) for row in examples.rows} <= set(numbers) else names

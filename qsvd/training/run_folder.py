@@ -1,0 +1,156 @@
+"""Checkpoints that are whole or not there: written in RUN/unfinished, then renamed to RUN/checkpoint-N."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from qsvd.files.adapter import RECORD
+from qsvd.files.atomic import write_text
+from qsvd.files.output import differences
+from qsvd.training.steps import Step
+
+UNFINISHED = "unfinished"
+NAME = re.compile(r"checkpoint-(\d+)")
+PARTS = (RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def finish(run: Path, step: int, *, keep: int) -> None:
+    """Put RUN/unfinished/checkpoint-N in its place, once it is on the disk, and drop all but the newest `keep`."""
+    written = run / UNFINISHED / f"checkpoint-{step}"
+    for file in [path for path in written.rglob("*") if path.is_file()]:
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+    place = run / f"checkpoint-{step}"
+    if place.exists():
+        shutil.rmtree(place)
+    written.rename(place)
+    shutil.rmtree(run / UNFINISHED)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first; one that lacks a part is passed over."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if all((path / part).is_file() for part in PARTS)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was written."""
+    match = NAME.fullmatch(checkpoint.name)
+    assert match, "from checkpoints()"
+    return int(match[1])
+
+
+# RUN, the folder of one training run: who may write in it, what it holds, what its steps were.
+
+
+IDENTITY = "run.json"
+START = "start.json"
+STEPS = "steps.jsonl"
+SUMMARY = "summary.json"
+LOCK = "lock"
+
+
+class RunFolder:
+    """RUN, opened for one run of `qsvd train`; a `with` block lets it go again.
+
+    Args:
+        folder: Made if it is not there. Empty, or with resume a run of the same identity.
+        identity: What the bytes of the adapter depend on.
+        resume: Whether to go on with what is there.
+
+    Raises:
+        ValueError: the folder holds something else, or a run and no --resume, or another run (the sentence says what
+            differs), or another process is at work in it.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool):
+        self.folder = folder
+        self._check(identity, resume=resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / LOCK)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(f"another qsvd train is at work in {folder}; wait for it, or stop it") from error
+        write_text(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._lock.release()
+        (self.folder / LOCK).unlink(missing_ok=True)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """Of a run that is complete."""
+        return self._json(SUMMARY)
+
+    @property
+    def start(self) -> dict[str, Any] | None:
+        """What was measured before the first step."""
+        return self._json(START)
+
+    def write(self, name: str, value: object) -> None:
+        """A JSON file."""
+        write_text(self.folder / name, json.dumps(value, indent=2) + "\n")
+
+    def steps(self) -> list[Step]:
+        """All steps so far; a last line that a kill has cut is left out."""
+        path = self.folder / STEPS
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        return [Step(**json.loads(line)) for line in lines]
+
+    def keep_steps(self, last: int) -> list[Step]:
+        """Forget the steps after `last`, which a resumed run makes again."""
+        kept = [step for step in self.steps() if step.number <= last]
+        write_text(self.folder / STEPS, "".join(f"{json.dumps(asdict(step))}\n" for step in kept))
+        return kept
+
+    def add_step(self, step: Step) -> None:
+        """One line more."""
+        with (self.folder / STEPS).open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(asdict(step))}\n")
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); give --out another folder") from error
+
+    def _check(self, identity: Mapping[str, Any], *, resume: bool) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is no folder; give --out another name")
+        found = self._json(IDENTITY)
+        if found is None:
+            if self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
+                raise ValueError(
+                    f"{self.folder} is not empty and holds no run of qsvd train; give --out another folder"
+                )
+            return
+        if not (checkpoints(self.folder) or (self.folder / SUMMARY).is_file()):
+            return  # it ended before it saved anything: nothing is lost when another one starts here
+        if not resume:
+            raise ValueError(
+                f"{self.folder} holds a run already; give --resume to go on with it, or --out another folder"
+            )
+        wanted = json.loads(json.dumps(identity))
+        different = differences(found, wanted)
+        if different:
+            raise ValueError(
+                f"{self.folder} holds a run with other options: {different}; give the same ones, "
+                "or --out another folder"
+            )

@@ -1,0 +1,223 @@
+"""TRL's SFTTrainer and transformers' Trainer, with a thin layer of ours: adapter-only checkpoints, hooks and guards."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+
+from qsvd.adapters.methods import Pissa
+from qsvd.adapters.model import restore, split_linears
+from qsvd.adapters.start import stored_factors
+from qsvd.files.adapter import open_adapter
+from qsvd.files.split_folder import SplitFolder
+from qsvd.training.guards import check_start, no_number
+from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of
+from qsvd.training.settings import Settings, classifier_arguments, language_arguments
+
+# Where a method may act during training, beyond its factors: AdaLoRA's budget, Riemannian gradients.
+
+
+class Hooks:
+    """What a method does in every optimizer step; the base class does nothing. `step` counts from 1.
+
+    Every hook runs once a step, when the gradients of all its batches are summed.
+    """
+
+    def after_backward(self, step: int) -> None:
+        """Gradients are whole and not yet clipped."""
+
+    def transform_grads(self, step: int) -> None:
+        """Gradients are clipped; the optimizer comes next."""
+
+    def after_step(self, step: int) -> None:
+        """The parameters have moved; the gradients are still there."""
+
+
+class CallHooks(TrainerCallback):
+    """Calls the two hooks that transformers' Trainer has a place for."""
+
+    def __init__(self, hooks: Hooks):
+        self.hooks = hooks
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        del args, control, kwargs
+        self.hooks.transform_grads(state.global_step + 1)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        del args, control, kwargs
+        self.hooks.after_step(state.global_step + 1)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What our layer needs beside the trainers' own arguments.
+
+    Args:
+        split: The base, for the loss that the stored components give; None skips the comparison at the start.
+        keep: Checkpoints that stay.
+        hooks: Of the method.
+    """
+
+    split: SplitFolder | None
+    keep: int
+    hooks: Hooks
+
+
+class SplitTraining(Trainer):
+    """What both trainers have in common."""
+
+    model: Any
+    watched: Watched
+    is_classifier: bool
+
+    @property
+    def run(self) -> Path:
+        """Folder of the checkpoints."""
+        assert self.args.output_dir, "given by make_trainer"
+        return Path(self.args.output_dir)
+
+    @abstractmethod
+    def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Mean nats of a batch."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One batch forward and back, watched."""
+        if self.state.global_step == 0 and self.watched.split is not None:
+            self._check_start(self._prepare_inputs(inputs))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._check_number("loss", loss.item())
+        if self.accelerator.sync_gradients:
+            self.watched.hooks.after_backward(self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Looked at before the optimizer step, which would spoil every parameter."""
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_number("gradient norm", float(norm))
+        return norm
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter alone."""
+        del state_dict
+        self.model.save_pretrained(output_dir or self.run)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        finish(self.run, self.state.global_step, keep=self.watched.keep)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        del trial
+        return str(self.run / UNFINISHED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore(model or self.model, open_adapter(Path(resume_from_checkpoint)))
+
+    def create_model_card(self, *_: object, **__: object) -> None:
+        """None: the run has a README of its own."""
+
+    def _run_epoch(self, *epoch: Any, **named: Any) -> None:
+        """Nothing after the last step: resumed there, transformers would make one more before it looks."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*epoch, **named)
+
+    def _check_number(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            saved = checkpoints(self.run)
+            raise no_number(what, value, self.state.global_step + 1, step_of(saved[-1]) if saved else None)
+
+    def _check_start(self, inputs: dict[str, Any]) -> None:
+        split, self.watched = self.watched.split, Watched(None, self.watched.keep, self.watched.hooks)
+        assert split is not None, "asked before"
+        self.model.eval()
+        with torch.no_grad():
+            loss = self.start_loss(inputs).item()
+            with stored_components(self.model, split):
+                base_loss = self.start_loss(inputs).item()
+        config = self.model.config
+        choices = config.num_labels if self.is_classifier else config.get_text_config().vocab_size
+        check_start(loss, base_loss, choices, is_classifier=self.is_classifier)
+
+
+class LanguageTrainer(SplitTraining, SFTTrainer):
+    """For causal language models; the loss never holds all logits."""
+
+    is_classifier = False
+
+    def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+        return -outputs.log_probs.sum() / outputs.label_mask.sum()
+
+
+class ClassifierTrainer(SplitTraining, Trainer):
+    """For sequence classification."""
+
+    is_classifier = True
+
+    def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model(**inputs).loss
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, data: Any, settings: Settings, run: Path, watched: Watched
+) -> LanguageTrainer | ClassifierTrainer:
+    """A trainer for a model from `qsvd.load`.
+
+    Args:
+        data: A datasets.Dataset with the columns input_ids and labels.
+        run: Folder of the checkpoints.
+    """
+    is_classifier = bool(model.split_record.labels)
+    model.micro_batch = settings.batch_size if settings.layer_major else None
+    if is_classifier:
+        arguments = classifier_arguments(settings, run, model.device)
+        trainer = ClassifierTrainer(
+            model, arguments, data_collator=DataCollatorWithPadding(tokenizer), train_dataset=data
+        )
+        # A head takes the mean of its batch, whatever it is told of the step: the trainer has to divide by the batches.
+        trainer.model_accepts_loss_kwargs = False
+    else:
+        arguments = language_arguments(settings, run, model.device)
+        trainer = LanguageTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.watched = watched
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(CallHooks(watched.hooks))
+    return trainer
+
+
+@contextmanager
+def stored_components(model: nn.Module, split: SplitFolder) -> Iterator[None]:
+    """The model with the stored components in the place of its adapters, read from the base once more."""
+    modules = [module for _, module in split_linears(model)]
+    adapters = [module.adapter for module in modules]
+    try:
+        for module in modules:
+            up_OR, down_RI = stored_factors(split, module.name)
+            device = next(chain(module.adapter.parameters(), module.adapter.buffers())).device  # frozen: buffers alone
+            module.adapter = Pissa(up_OR.to(device), down_RI.to(device)).requires_grad_(False)
+        yield
+    finally:
+        for module, adapter in zip(modules, adapters, strict=True):
+            module.adapter = adapter

@@ -1,0 +1,245 @@
+"""Residuals that visit the device: the same bits as residuals that stay, whatever the order of visits."""
+
+import copy
+import itertools
+import os
+import random
+
+import pytest
+import torch
+
+import qsvd
+from qsvd.adapters import page_cache as paging
+from qsvd.adapters.model import split_linears, trained
+from qsvd.adapters.page_buffers import Arena, HostStore, Store
+from qsvd.adapters.page_cache import Pager
+from qsvd.files.pages import PageReader
+from qsvd.files.safetensors import NewTensor, read_header, write_stream
+from qsvd.memory.items import Placement
+from tests.adapters.results import IDS, split_checkpoint
+
+CPU = torch.device("cpu")
+LAYERS = 7
+SHARES = [(resident, pages) for resident in (0, 3, LAYERS) for pages in ("host", "disk")]
+
+
+class CountedStore(Store):
+    """Pages that are their own number, in every byte; `read` lists them in the order in which they were asked for."""
+
+    place = "memory"
+
+    def __init__(self, count):
+        self.sizes = [8 + number for number in range(count)]
+        self.read = []
+
+    def read_into(self, page, out):
+        self.read.append(page)
+        out[: self.sizes[page]] = page
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return split_checkpoint(tmp_path_factory.mktemp("result"), num_hidden_layers=LAYERS, shard_size="100KB")
+
+
+def load(out, resident, pages, method="pissa", **more):
+    options = qsvd.AdapterOptions(method, seed=3)
+    return qsvd.load(out, options=options, device="cpu", placement=Placement(resident, pages, **more))
+
+
+def pager_of(model):
+    return next(linear.paged.pager for _, linear in split_linears(model) if linear.paged)
+
+
+def gradients(model):
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in trained(model).values())]
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    assert all(map(torch.equal, left, right))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["pissa", "lora", "edora"])
+@pytest.mark.parametrize(("resident", "pages"), SHARES)
+def test_training_eval_and_generation_give_the_bits_of_a_resident_model(out, resident, pages, method, checkpointing):
+    found = []
+    for model in (load(out, None, "host", method), load(out, resident, pages, method)):
+        seen = []
+        optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        for _ in range(2):
+            model.train()
+            seen += gradients(model)
+            optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                seen.append(model(input_ids=IDS).logits)
+                seen.append(model.generate(IDS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0))
+        found.append(seen)
+    assert_equal(*found)
+
+
+def test_no_more_than_three_pages_are_in_memory(out):
+    model = load(out, 1, "disk")
+    buffers = {id(linear): sum(b.nbytes for b in linear.buffers()) for _, linear in split_linears(model)}
+    held = [linear for _, linear in split_linears(model) if buffers[id(linear)]]
+    assert len(held) == 7  # of the one resident block
+    pager = pager_of(model)
+    assert len(pager.store.sizes) == LAYERS - 1
+    assert pager.num_bytes == 3 * max(pager.store.sizes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_moves_every_page_twice_but_those_that_are_there_at_the_turns(out, checkpointing):
+    model = load(out, 0, "disk").train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    pager = pager_of(model)
+    for step in range(3):
+        before = pager.moved_bytes
+        gradients(model)
+        moved = (pager.moved_bytes - before) / pager.store.sizes[0]
+        assert moved == (2 * LAYERS - 3 if step == 0 else 2 * (LAYERS - 3)), step
+
+
+def test_layer_major_moves_the_pages_of_a_step_once_for_all_its_batches(out):
+    model = load(out, 0, "disk").train()
+    model.micro_batch = 1
+    model.activation_checkpointing_enable()
+    pager = pager_of(model)
+    gradients(model)
+    before = pager.moved_bytes
+    gradients(model)  # two rows, one at a time
+    assert pager.moved_bytes - before == 2 * (LAYERS - 3) * pager.store.sizes[0]
+
+
+def test_evaluation_begins_again_at_the_first_page(out):
+    model = load(out, 0, "disk")
+    pager = pager_of(model)
+    with torch.no_grad():
+        for _ in range(2):
+            model(input_ids=IDS)
+        before = pager.moved_bytes
+        model(input_ids=IDS)
+    assert pager.moved_bytes - before == LAYERS * pager.store.sizes[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_any_order_of_visits_finds_the_right_bytes(count):
+    store = CountedStore(count)
+    pager = Pager(store, CPU)
+    draws = random.Random(count)
+    for _ in range(300):
+        page, turns = draws.randrange(count), draws.random() < 0.5
+        for _ in range(draws.randint(1, 3)):
+            found = pager.visit(page, turns=turns)
+            assert found[: store.sizes[page]].eq(page).all()
+    assert pager.num_bytes == min(3, count) * max(store.sizes)
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_what_comes_next_is_fetched_before_it_is_asked_for(turns):
+    store = CountedStore(6)
+    pager = Pager(store, CPU)
+    upwards, downwards = range(6), range(5, -1, -1)
+    for page in itertools.chain(upwards, downwards if turns else upwards, upwards):
+        held = {slot.page for slot in pager._slots}
+        assert page in held or not store.read, "the first page alone is waited for"
+        pager.visit(page, turns=turns)
+
+
+def test_a_reference_model_shares_the_pages(out):
+    model = load(out, 0, "host")
+    reference = model.reference()
+    assert pager_of(reference) is pager_of(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        assert_equal([reference(input_ids=IDS).logits, copied(input_ids=IDS).logits], [model(input_ids=IDS).logits] * 2)
+
+
+def test_shards_that_are_deleted_meanwhile_are_still_read(tmp_path):
+    out = split_checkpoint(tmp_path, num_hidden_layers=5)
+    model = load(out, 0, "disk").train()
+    before = gradients(model)
+    for shard in out.glob("*.safetensors"):
+        shard.unlink()
+    assert_equal(gradients(model), before)
+
+
+def test_a_shard_that_is_cut_off_meanwhile_is_an_error_that_names_it(tmp_path):
+    out = split_checkpoint(tmp_path, num_hidden_layers=5)
+    model = load(out, 0, "disk").train()
+    gradients(model)
+    shard = out / "model.safetensors"
+    os.truncate(shard, 4096)
+    with pytest.raises(OSError, match="was cut off during the run and ends inside model") as raised:
+        gradients(model)
+    assert raised.value.filename == str(shard)
+
+
+def test_an_arena_that_the_host_cannot_hold_is_refused_before_it_is_filled(out, monkeypatch):
+    monkeypatch.setattr(paging, "free_host_memory", lambda: 1000)
+    monkeypatch.setattr(PageReader, "read_into", None)
+    with pytest.raises(ValueError, match=r"take 0.00 GB of host memory, and 0.00 GB are free; keep more blocks"):
+        load(out, 0, "host")
+
+
+def test_tensors_lie_in_a_page_one_after_the_other_each_at_a_multiple_of_256_bytes(out):
+    pages = {}
+    for _, linear in split_linears(load(out, 1, "disk")):
+        if linear.paged:
+            pages.setdefault(linear.paged.page, []).extend(linear.paged.places.values())
+            size = linear.paged.pager.store.sizes[linear.paged.page]
+            assert max(start + num_bytes for start, num_bytes in linear.paged.places.values()) <= size
+    assert len(pages) == LAYERS - 1
+    for places in pages.values():
+        assert all(start % 256 == 0 for start, _ in places)
+        ordered = sorted(places)
+        assert all(start + num_bytes <= later for (start, num_bytes), (later, _) in itertools.pairwise(ordered))
+
+
+def test_more_blocks_than_there_are_cannot_stay(out):
+    with pytest.raises(ValueError, match=f"8 resident blocks are outside 0..{LAYERS}"):
+        load(out, LAYERS + 1, "disk")
+
+
+def test_an_arena_of_more_than_all_memory_is_refused():
+    with pytest.raises(MemoryError, match="in one piece"):
+        Arena(2**53, pin=False)
+
+
+def test_the_arena_holds_the_pages_one_after_the_other(tmp_path):
+    values = torch.arange(100, dtype=torch.uint8)
+    write_stream(tmp_path / "x.safetensors", [NewTensor("x", "U8", (100,), values)], {})
+    entry = read_header(tmp_path / "x.safetensors").tensors["x"]
+    store = HostStore(PageReader([{0: b"ab", 2: entry}, {5: b"c"}]), [102, 6], pin=False)
+    assert bytes(store.view(0).numpy()) == b"ab" + bytes(range(100))
+    assert bytes(store.view(1).numpy())[5:] == b"c"
+    assert not store.pinned
+    out = torch.zeros(200, dtype=torch.uint8)
+    store.read_into(0, out)
+    assert torch.equal(out[:102], store.view(0))
+    assert not out[102:].any()
+
+
+def test_tokens_looked_up_on_the_host_give_the_same_bits_and_stay_there_when_the_model_moves(out):
+    plain, hosted = load(out, None, "host"), load(out, None, "host", embeddings_on_host=True)
+    assert_equal(gradients(plain.train()), gradients(hosted.train()))
+    names = {name for name, _ in plain.named_parameters()} - {name for name, _ in hosted.named_parameters()}
+    assert names == {"model.embed_tokens.weight"}
+    hosted.to("meta")
+    assert hosted.device == torch.device("meta"), "where generate and trainers send tokens"
+    assert hosted.get_input_embeddings().weight.device == CPU
+    assert torch.equal(hosted.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+
+
+def test_an_embedding_that_is_the_head_too_cannot_stay_on_the_host(tmp_path):
+    out = split_checkpoint(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="the embedding of LlamaForCausalLM is its output head too"):
+        load(out, None, "host", embeddings_on_host=True)

@@ -1,0 +1,86 @@
+"""Conversations and templates that cannot be trained on, each refused by name, place and way out."""
+
+import pytest
+
+from tests.data.templates import CHATML, DOUBLE, LLAMA3, MARKS, NO_END, SINGLE, STRIPS_EARLIER, demo, tokenized
+
+
+@pytest.fixture(params=[CHATML, LLAMA3])
+def tokenizer(request):
+    return demo(request.param, MARKS)
+
+
+def refused(sentence):
+    return pytest.raises(ValueError, match=sentence)
+
+
+def test_a_template_that_drops_the_end_of_a_turn_is_refused():
+    rows = [{"messages": SINGLE}]
+    for loss_on in ("answers", "all"):
+        with refused(
+            r"drops the end of a turn: what the assistant says in t\.jsonl, line 1 ends with '\.', which is no"
+        ):
+            tokenized(rows, demo(NO_END, MARKS), loss_on=loss_on)
+    with refused(r"ends with '>'.*make the mark that stands there a special token of the tokenizer"):
+        tokenized(rows, demo(CHATML))  # its marks are text to this tokenizer
+    tokenizer = demo(CHATML)
+    end = tokenizer.encode(">", add_special_tokens=False)
+    assert tokenized(rows, tokenizer, stop_ids=end).num_trained > 0
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_by_line():
+    tokenizer = demo(STRIPS_EARLIER, MARKS)
+    thinks = [SINGLE[0], {"role": "assistant", "content": "hm</think>Yes"}]
+    assert tokenized([{"messages": thinks}], tokenizer).num_trained > 2
+    with refused(
+        r"t\.jsonl: 1 unusable example: line 2 \(message 2, the assistant's, cannot be told apart: .*generation"
+    ):
+        tokenized([{"messages": thinks}, {"messages": [*thinks, *SINGLE]}], tokenizer)
+    marked = STRIPS_EARLIER.replace("<|im_end|>", "{% generation %}{% endgeneration %}<|im_end|>")
+    with refused(r"line 1 \(the chat template writes the prompt differently once a completion follows\)"):
+        tokenized([{"prompt": thinks, "completion": SINGLE}], demo(marked, MARKS))
+
+
+def test_an_example_without_a_trained_token_is_refused_by_line(tokenizer):
+    silent, blank = [SINGLE[0]], [SINGLE[0], {"role": "assistant", "content": " \n"}]
+    rows = [{"messages": SINGLE}, {"messages": silent}, {"messages": blank}]
+    with refused(r"t\.jsonl: 2 untrained examples: line 2 \(no trained token: the assistant says nothing\), line 3"):
+        tokenized(rows, tokenizer)
+    with refused(r"1 untrained example: line 1 \(no trained token: the assistant says nothing\)"):
+        tokenized([{"question": "a", "answer": " "}], tokenizer)
+    with refused(r"1 untrained example: line 1 \(no trained token: the assistant says nothing\)"):
+        tokenized([{"prompt": DOUBLE[:3], "completion": DOUBLE[3:4]}], tokenizer)
+
+
+def test_a_template_that_leaves_answers_out_is_refused():
+    no_content = "{% for m in messages %}<|im_start|>{% generation %}<|im_end|>{% endgeneration %}{% endfor %}"
+    with refused(r"line 1 \(no trained token: the chat template writes nothing that the assistant says\)"):
+        tokenized([{"messages": SINGLE}], demo(no_content, MARKS))
+
+
+def test_a_template_that_marks_everything_is_refused():
+    everything = "{% generation %}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% endgeneration %}"
+    with refused(r"t\.jsonl: (\d+) of \1 tokens would be trained \(100 %\), so that nothing tells answers from"):
+        tokenized([{"messages": SINGLE}], demo(everything, MARKS))
+
+
+def test_what_the_template_refuses_is_named():
+    strict = "{{ raise_exception('No system role') if messages[0].role == 'system' }}" + CHATML
+    with refused(r"1 unusable example: line 2 \(the chat template refuses it: No system role\)"):
+        tokenized([{"messages": SINGLE}, {"messages": DOUBLE}], demo(strict, MARKS))
+    with refused(r"line 1 \(the assistant speaks first, so that nothing shows where its turn begins\)"):
+        tokenized([{"messages": SINGLE[1:]}], demo(CHATML, MARKS))
+
+
+def test_messages_need_a_chat_template():
+    for row in ({"messages": SINGLE}, {"prompt": SINGLE[:1], "completion": SINGLE[1:]}):
+        with refused(r"t\.jsonl holds messages, but the tokenizer has no chat template; take a model"):
+            tokenized([row], demo())
+
+
+def test_a_length_that_leaves_no_answer_at_all_is_refused(tokenizer):
+    long = [{"role": "user", "content": "word " * 50}, SINGLE[1]]
+    with refused(
+        r"t\.jsonl: no example has a trained token within max_length 4; the shortest has \d+ tokens: allow more"
+    ):
+        tokenized([{"messages": SINGLE}, {"messages": long}], tokenizer, max_length=4)

@@ -1,0 +1,72 @@
+"""A result read back: residual and factors as bitsandbytes and safetensors see the files."""
+
+import json
+import shutil
+
+import bitsandbytes.functional as bitsandbytes
+import pytest
+import safetensors.torch
+import torch
+
+import qsvd
+from qsvd.files.split_folder import open_split
+from tests.checkpoints import write_checkpoint
+
+NAME = "model.layers.1.mlp.down_proj.weight"
+PREFIX = "base_model.model.model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    write_checkpoint(folder / "source", hidden_size=64, intermediate_size=128)
+    for rank in (0, 4):
+        qsvd.quantize(qsvd.Quantize(str(folder / "source"), out=folder / str(rank), rank=rank, shard_size="100KB"))
+    return folder
+
+
+def decoded(folder):
+    tensors = safetensors.torch.load_file(
+        folder / json.loads((folder / "qsvd.json").read_text())["weights"][NAME]["file"]
+    )
+    mine = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{NAME}.")}
+    state = bitsandbytes.QuantState.from_dict(mine, device="cpu")
+    state.dtype = torch.float32
+    return bitsandbytes.dequantize_4bit(tensors[NAME], state)
+
+
+def test_residual_factors_and_dense_matrix_are_those_of_the_files(results):
+    split = open_split(results / "4")
+    assert len(split.weights) == 14
+    residual = decoded(results / "4")
+    assert torch.equal(split.residual(NAME).decode(), residual)
+    adapter = safetensors.torch.load_file(results / "4" / "adapter" / "adapter_model.safetensors")
+    up, down = split.factors(NAME)
+    assert torch.equal(up, adapter[f"{PREFIX}.lora_B.weight"])
+    assert torch.equal(down, adapter[f"{PREFIX}.lora_A.weight"])
+    exact = residual.double() + up.double() @ down.double()
+    roundoff = 2**-22 * (residual.abs() + up.float().abs() @ down.float().abs())  # 4 products and sums of float32
+    assert (split.dense(NAME) - exact).abs().le(roundoff).all()
+
+
+def test_rank_0_has_no_factors_and_its_dense_matrix_is_the_residual(results):
+    split = open_split(results / "0")
+    assert split.factors(NAME) is None
+    assert torch.equal(split.dense(NAME), decoded(results / "0"))
+
+
+def test_an_adapter_of_another_base_is_refused(results, tmp_path):
+    out = shutil.copytree(results / "4", tmp_path / "out")
+    path = out / "adapter" / "adapter_model.safetensors"
+    adapter = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(adapter, path, metadata={"format": "pt", "qsvd_base_fingerprint": "0" * 64})
+    with pytest.raises(ValueError, match=r"belongs to another residual than .*: its fingerprint differs"):
+        open_split(out)
+    safetensors.torch.save_file(adapter, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="belongs to another residual"):
+        open_split(out)
+
+
+def test_a_folder_that_is_no_result_is_refused(results):
+    with pytest.raises(ValueError, match=r"source is no result of qsvd quantize: it has no qsvd\.json"):
+        open_split(results / "source")

@@ -1,0 +1,133 @@
+"""The file of statistics: read back as written, judged by the safetensors library, and what is no such file."""
+
+import json
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from qsvd.files.statistics import (
+    check_statistics,
+    open_statistics,
+    open_unfinished,
+    save_unfinished,
+    unfinished_path,
+    write_statistics,
+)
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+FINGERPRINT = "3f" * 32
+RECORD = {"model": "some/model", "examples": 4, "loss": 1.25, "run": {"seed": 0}}
+
+
+def tensors(*, traces=True):
+    found = {}
+    for number, module in enumerate((Q, DOWN)):
+        found[f"{module}.rows"] = torch.tensor([1.0, 2.0, 6.0]) + number
+        found[f"{module}.columns"] = torch.tensor([2.0, 4.0]) + number
+        if traces:
+            found[f"{module}.trace"] = torch.tensor([-1.5 - number])
+            found[f"{module}.trace_error"] = torch.tensor([0.25])
+    return found
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_statistics(tmp_path / "s.safetensors", tensors(), fingerprint=FINGERPRINT, record=RECORD)
+    return tmp_path / "s.safetensors"
+
+
+def test_what_was_written_comes_back(path):
+    found = open_statistics(path)
+    assert (found.fingerprint, found.modules, dict(found.record)) == (FINGERPRINT, (Q, DOWN), RECORD)
+    assert [found.trace(module) for module in (Q, DOWN)] == [-1.5, -2.5]
+    assert found.trace_error(Q) == 0.25
+    objective = found.objective(DOWN)  # moments 2, 3, 7 and 3, 5: F_ij ~ row_i column_j / 4
+    assert objective.rows_O.square().tolist() == pytest.approx([2, 3, 7], rel=1e-6)
+    assert objective.columns_I.square().tolist() == pytest.approx([3 / 4, 5 / 4], rel=1e-6)
+
+
+def test_other_libraries_read_it(path):
+    found = safetensors.torch.load_file(path)
+    assert found.keys() == tensors().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors().items())
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "qsvd statistics 1"
+    assert metadata["fingerprint"] == FINGERPRINT
+    assert json.loads(metadata["record"]) == RECORD
+
+
+def test_without_traces_the_fix_is_named(tmp_path):
+    path = tmp_path / "s.safetensors"
+    write_statistics(path, tensors(traces=False), fingerprint=FINGERPRINT, record=RECORD)
+    found = open_statistics(path)
+    assert not found.has_traces
+    assert found.objective(Q).rows_O is not None
+    with pytest.raises(
+        ValueError, match=r"^.*s.safetensors has no traces of the Hessian; .* qsvd calibrate --traces 8$"
+    ):
+        found.trace(Q)
+    with pytest.raises(ValueError, match="has no traces of the Hessian"):
+        found.trace_error(Q)
+
+
+def test_statistics_of_another_model_are_refused(path):
+    found = open_statistics(path)
+    check_statistics(found, FINGERPRINT, [DOWN], path)
+    sentence = (
+        r"^.*s.safetensors holds statistics of another model \(some/model, fingerprint 3f3f3f3f3f3f instead of "
+        r"aaaaaaaaaaaa\); run qsvd calibrate on this one$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        check_statistics(found, "a" * 64, [Q], path)
+
+
+def test_statistics_that_lack_weights_are_refused(path):
+    sentence = r"lacks 2 of 3 weights: model.layers.2.a, model.layers.2.b; run qsvd calibrate with the same --include"
+    with pytest.raises(ValueError, match=sentence):
+        check_statistics(open_statistics(path), FINGERPRINT, ["model.layers.2.b", Q, "model.layers.2.a"], path)
+    with pytest.raises(ValueError, match=r"s.safetensors: model.layers.2.a: no rows of model.layers.2.a are there"):
+        open_statistics(path).objective("model.layers.2.a")
+
+
+def test_moments_that_are_none_are_refused_with_their_place(tmp_path):
+    broken = tensors() | {f"{Q}.rows": torch.tensor([1.0, float("nan"), 2.0])}
+    write_statistics(tmp_path / "s", broken, fingerprint=FINGERPRINT, record=RECORD)
+    with pytest.raises(ValueError, match=rf"/s: {Q}: 1 of 5 moments of the gradient are negative, NaN or infinite$"):
+        open_statistics(tmp_path / "s").objective(Q)
+
+
+def test_what_is_no_file_of_statistics_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^no file .*/absent; qsvd calibrate MODEL DATA --out .*/absent makes one$"):
+        open_statistics(tmp_path / "absent")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "model", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model holds no statistics of qsvd calibrate \(format 'pt'\)$"):
+        open_statistics(tmp_path / "model")
+    some = {name: tensor for name, tensor in tensors().items() if name != f"{DOWN}.columns"}
+    write_statistics(tmp_path / "part", some, fingerprint=FINGERPRINT, record=RECORD)
+    with pytest.raises(ValueError, match=rf"part is damaged: {DOWN}.columns; make it again by qsvd calibrate$"):
+        open_statistics(tmp_path / "part")
+    write_statistics(tmp_path / "none", {}, fingerprint=FINGERPRINT, record=RECORD)
+    with pytest.raises(ValueError, match=r"none is damaged: it has no weights; make it again by qsvd calibrate$"):
+        open_statistics(tmp_path / "none")
+
+
+def test_unfinished_sums_come_back_for_the_same_run_alone(tmp_path):
+    out, sums = tmp_path / "s.safetensors", {"q.rows": torch.arange(3, dtype=torch.float64) / 7}
+    assert open_unfinished(out, {"seed": 0}) is None
+    save_unfinished(out, sums, {"seed": 0, "traces": 2})
+    assert unfinished_path(out).name == "s.safetensors.unfinished"
+    assert torch.equal(open_unfinished(out, {"traces": 2, "seed": 0})["q.rows"], sums["q.rows"])
+    sentence = (
+        r"unfinished is of a run with other options: seed 0 there, 1 now; give the same options, remove it, "
+        r"or give --out another file$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        open_unfinished(out, {"seed": 1, "traces": 2})
+    write_statistics(unfinished_path(out), tensors(), fingerprint=FINGERPRINT, record=RECORD)
+    with pytest.raises(
+        ValueError, match=r"is no unfinished run of qsvd calibrate; move it, or give --out another file$"
+    ):
+        open_unfinished(out, {"seed": 0, "traces": 2})

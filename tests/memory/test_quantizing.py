@@ -1,0 +1,62 @@
+"""The planned bytes of splitting a weight against those of a real one, on the CPU."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.start import planned
+from qsvd.decompose.alternate import Recipe, split_weight
+from qsvd.decompose.objective import PLAIN, Objective
+from qsvd.decompose.split import measure
+from qsvd.memory.items import Limits
+from qsvd.memory.other_tasks import plan_quantizing, plan_splitting
+from qsvd.memory.split_model import skeleton
+from qsvd.numerics.nf4 import NormalFloat4
+from qsvd.plan.allocation import Choice, uniform
+from qsvd.plan.weights import plan_model
+from tests.memory.large import GB, llama_70b
+from tests.memory.tracker import Tracker
+
+NEAR = 0.15  # of the peak: the plan bounds short-lived pieces of the encoder and of the norms
+CODEC = NormalFloat4(double_quant=True)
+
+
+def peak_of_splitting(shape, rank, objective=PLAIN):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with Tracker() as tracker:
+        split = split_weight(weight, Recipe(CODEC, rank=rank, iterations=2), objective=objective)
+        measure(weight, split, name="w", role="q")
+    return tracker.peak + weight.nbytes
+
+
+@pytest.mark.parametrize("rank", [0, 32])
+def test_splitting_the_largest_weight_takes_what_is_planned(rank):
+    config = LlamaConfig(
+        hidden_size=1280, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=8, vocab_size=96
+    )
+    names = plan_model(config)
+    same = uniform(names.weights, Choice(CODEC, rank))
+    model = planned(skeleton(config, torch.bfloat16), names, same, options=AdapterOptions())
+    plan = plan_quantizing(model, "cpu", Limits())
+    read = plan["weights that are read"].host
+    assert plan.total("host") - read - plan["reserve"].host == pytest.approx(
+        peak_of_splitting((4096, 1280), rank), rel=NEAR
+    )
+    assert read == 2 * 4096 * 1280, "the next one"
+
+
+def test_a_70b_is_split_on_a_small_card_with_little_host_memory():
+    plan = plan_quantizing(llama_70b(64), "cuda", Limits(8 * GB, 8 * GB, 100 * GB))
+    assert plan.fits
+    assert plan["residual"].disk == pytest.approx(35.3 * GB, rel=2e-3)
+    assert plan["weights that are read"].host == 2 * 2 * 8192 * 28672
+    assert not plan_quantizing(llama_70b(64), "cuda", Limits(disk=40 * GB)).fits
+
+
+def test_a_weighted_split_takes_the_copy_that_is_planned():
+    shape = (4096, 1280)
+    rows, columns = (torch.rand(size, generator=torch.Generator().manual_seed(size)) + 0.5 for size in shape)
+    plan = plan_splitting(shape, Choice(CODEC, 32), "cpu", Limits(), weighted=True)
+    held = plan.total("host") - plan["weights that are read"].host - plan["reserve"].host
+    assert held == pytest.approx(peak_of_splitting(shape, 32, Objective(rows, columns)), rel=NEAR)

@@ -1,0 +1,133 @@
+"""Every family is counted whole, from its config alone."""
+
+import pytest
+import torch
+import transformers
+
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.start import planned
+from qsvd.memory.block_bytes import Batch, run_blocks
+from qsvd.memory.items import EVERYTHING, Limits
+from qsvd.memory.other_tasks import cache_bytes
+from qsvd.memory.placement import FREE, ways
+from qsvd.memory.split_model import skeleton
+from qsvd.memory.training import Training, plan_training
+from qsvd.numerics.nf4 import NormalFloat4
+from qsvd.plan.allocation import Choice, uniform
+from qsvd.plan.weights import plan_model, unsplittable
+from tests.checkpoints import FAMILIES, GROUPED, tiny_config
+
+GEMMAS = {
+    "Gemma2ForCausalLM": ("Gemma2Config", GROUPED | {"head_dim": 8}),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", GROUPED | {"head_dim": 8}),
+    "Qwen3MoeForCausalLM": (
+        "Qwen3MoeConfig",
+        GROUPED | {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+    ),
+}
+NAMES = [
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM"),
+    *("Phi3ForCausalLM", "GPTNeoXForCausalLM", "BertForMaskedLM", "MixtralForCausalLM", *GEMMAS),
+]
+EAGER = {"Gemma2ForCausalLM"}
+
+
+def config_of(name):
+    if name in FAMILIES:
+        return tiny_config(name)
+    kind, options = GEMMAS[name]
+    config = getattr(transformers, kind)(**options)
+    config.architectures = [name]
+    return config
+
+
+def planned_family(name, rank=4):
+    config = config_of(name)
+    names = plan_model(config, exclude=unsplittable(config))
+    same = uniform(names.weights, Choice(NormalFloat4(double_quant=False), rank))
+    return planned(skeleton(config, torch.bfloat16), names, same, options=AdapterOptions())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_of_a_family_is_split_or_counted_in_16_bits(name):
+    model = planned_family(name)
+    real = getattr(transformers, name)(config_of(name))
+    assert model.elements + (model.dense.total - model.skeleton.buffers) // 2 == sum(
+        tensor.numel() for tensor in real.parameters()
+    )
+    assert model.dense.embeddings == 2 * real.get_input_embeddings().weight.numel()
+    is_tied = real.get_output_embeddings().weight is real.get_input_embeddings().weight
+    assert model.is_tied == is_tied
+    assert (model.dense.head == 0) == is_tied
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family_needs_more_for_more_tokens_and_less_with_checkpoints(name, is_masked):
+    def blocks(tokens, *, checkpointing=True):
+        return run_blocks(model, Batch(tokens, 1, is_masked, checkpointing, "cuda"))
+
+    model = planned_family(name)
+    once, twice, whole = blocks(64), blocks(128), blocks(64, checkpointing=False)
+    assert len(once) == len(model.blocks) == 2
+    assert once[0].input == once[0].kept == 64 * 32 * 2
+    assert twice[0].first.total > once[0].first.total
+    assert whole[0].kept > once[0].kept
+    grows_quadratically = twice[0].first.total > 3 * once[0].first.total
+    assert model.skeleton.has_fused_attention == (name not in EAGER)
+    assert grows_quadratically <= (name in EAGER or is_masked)
+
+
+def test_experts_are_counted_in_16_bits_and_it_is_said():
+    model = planned_family("MixtralForCausalLM")
+    assert model.dense.experts == 2 * 2 * 4 * 3 * 32 * 64  # bytes, blocks, experts, matrices
+    run = Training(Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"), 1, "adamw")
+    plan = plan_training(model, run, EVERYTHING, Limits())
+    assert plan["experts in 16 bits"].gpu == model.dense.experts
+    assert any("Experts are 3-D stacks" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "ViTModel"])
+def test_what_is_no_language_model_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} cannot be run from tokens alone"):
+        run_blocks(planned_family(name), Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"))
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "GPTNeoXForCausalLM"])
+def test_keys_and_values_are_those_of_a_real_cache(name):
+    model = planned_family(name)
+    real = getattr(transformers, name)(config_of(name)).bfloat16()
+    tokens = torch.zeros(3, 20, dtype=torch.long)
+    cache = real(input_ids=tokens, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(model, Batch(20, 3, is_masked=False, checkpointing=True, device="cuda")) == held
+
+
+def test_a_block_that_cannot_be_run_is_refused():
+    kind, options = GEMMAS["Qwen3MoeForCausalLM"]
+    config = getattr(transformers, kind)(**(options | {"num_experts_per_tok": 8}))  # of 4
+    names = plan_model(config, exclude=unsplittable(config))
+    same = uniform(names.weights, Choice(NormalFloat4(double_quant=True), 4))
+    model = planned(skeleton(config, torch.bfloat16), names, same, options=AdapterOptions())
+    with pytest.raises(ValueError, match=r"model\.layers\.0 of Qwen3MoeForCausalLM cannot be run on its own"):
+        run_blocks(model, Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"))
+
+
+def test_the_optimizer_must_be_known():
+    run = Training(Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"), 1, "lion")
+    with pytest.raises(ValueError, match="optimizer 'lion' is none of adamw, adamw_8bit"):
+        plan_training(planned_family("LlamaForCausalLM"), run, EVERYTHING, Limits())
+
+
+def test_methods_that_train_components_need_some():
+    config = config_of("LlamaForCausalLM")
+    names = plan_model(config)
+    plain = uniform(names.weights, Choice(NormalFloat4(double_quant=True), 0))
+    with pytest.raises(ValueError, match="edora trains stored principal components, and rank 0 stores none"):
+        planned(skeleton(config, torch.float32), names, plain, options=AdapterOptions("edora"))
+
+
+@pytest.mark.parametrize(("name", "may_move"), [("LlamaForCausalLM", True), ("GemmaForCausalLM", False)])
+def test_embeddings_that_are_the_head_too_stay_on_the_card(name, may_move):
+    assert {way.embeddings_on_host for way in ways(planned_family(name), "cuda", FREE)} == {may_move}
+    assert not any(way.embeddings_on_host for way in ways(planned_family(name), "cpu", FREE))

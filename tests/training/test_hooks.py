@@ -1,0 +1,78 @@
+"""Where a method may act: each hook once an optimizer step, between the right neighbours."""
+
+import pytest
+import torch
+
+from qsvd.adapters.model import trained
+from qsvd.training.trainer import Hooks
+from tests.runs import sequences, settings, trainer
+
+ROUNDOFF = 16 * 2.0**-24  # of a product of two float32 numbers, over a norm of some ten thousand
+
+
+class Watch(Hooks):
+    """Writes down what the parameters and gradients are at each call."""
+
+    def __init__(self, model):
+        self.parameters, self.calls = trained(model), []
+
+    def after_backward(self, step):
+        self._note("after_backward", step)
+
+    def transform_grads(self, step):
+        self._note("transform_grads", step)
+
+    def after_step(self, step):
+        self._note("after_step", step)
+
+    def _note(self, name, step):
+        values = [p.detach().clone() for p in self.parameters.values()]
+        gradients = [p.grad.clone() for p in self.parameters.values()]
+        self.calls.append((name, step, values, gradients))
+
+
+class Project(Hooks):
+    """Leaves no gradient to all but one parameter."""
+
+    def __init__(self, model):
+        self.parameters = trained(model)
+
+    def transform_grads(self, step):
+        assert step == 1
+        for name, parameter in self.parameters.items():
+            if not name.endswith("o_proj.up"):
+                parameter.grad.zero_()
+
+
+def norm(tensors):
+    return torch.cat([tensor.double().flatten() for tensor in tensors]).norm().item()
+
+
+def same(left, right):
+    return all(map(torch.equal, left, right))
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 2}, {"batch_size": 1, "accumulate": 2}], ids=str)
+def test_hooks_come_once_a_step_around_the_clipping_and_the_move(language, tmp_path, changes):
+    chosen = settings(steps=2, epochs=2.0, max_grad_norm=0.125, **changes)
+    made = trainer(language, tmp_path, sequences(), chosen, Watch)
+    made.train()
+    calls = made.watched.hooks.calls
+    names = ("after_backward", "transform_grads", "after_step")
+    assert [call[:2] for call in calls] == [(name, step) for step in (1, 2) for name in names]
+    for number, log in enumerate(made.state.log_history[:2]):
+        (*_, start, whole), (*_, waiting, clipped), (*_, moved, kept) = calls[3 * number : 3 * number + 3]
+        assert norm(whole) == pytest.approx(log["grad_norm"], rel=ROUNDOFF)
+        assert norm(whole) > 0.125
+        assert norm(clipped) == pytest.approx(0.125, rel=1e-5)  # torch divides by the norm + 1e-6
+        assert same(start, waiting)
+        assert not any(map(torch.equal, waiting, moved))
+        assert same(clipped, kept)
+
+
+def test_the_optimizer_takes_the_gradients_as_a_hook_leaves_them(language, tmp_path):
+    made = trainer(language, tmp_path, sequences(), settings(), Project)
+    before = {name: parameter.detach().clone() for name, parameter in trained(made.model).items()}
+    made.train()
+    moved = [name for name, parameter in trained(made.model).items() if not parameter.equal(before[name])]
+    assert moved == ["model.layers.0.self_attn.o_proj.up"]

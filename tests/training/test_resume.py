@@ -1,0 +1,177 @@
+"""A run that is stopped and resumed ends in the bytes of one that was left alone, and tells the same steps."""
+
+import shutil
+import signal
+
+import pytest
+import torch
+
+from qsvd.cli import run
+from qsvd.commands.train import train
+from qsvd.training.run_folder import checkpoints
+from qsvd.training.settings import OPTIMIZERS
+from tests.commands.folders import finished, start
+from tests.commands.test_resume import wait_for
+from tests.runs import interrupting, labelled_rows, outcome, steps_of, training, words, write_rows
+
+LEAST_8_BIT = 4096  # elements; bitsandbytes' min_8bit_size
+LARGE = 12  # of 14 trained matrices; the other two are those of 128 outputs
+EPOCH = 4  # steps: 14 texts in batches of 2, two at a time
+
+
+def stopped_and_resumed(options, monkeypatch, *stops):
+    """Interrupt a run at the end of these steps, one after the other, and let it end at last."""
+    line = words(options)
+    for number, stop in enumerate(stops):
+        interrupting(monkeypatch, stop)
+        assert run(line + (["--resume"] if number else [])) == 130
+        monkeypatch.undo()
+        assert len(steps_of(options.out)) == stop
+    assert run([*line, "--resume"]) == 0
+    return outcome(options.out)
+
+
+def assert_resumes(options, tmp_path, monkeypatch, *stops):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    undisturbed = outcome(train(type(options)(**(vars(options) | {"out": alone}))))
+    assert len(undisturbed[1]) == options.steps
+    assert stopped_and_resumed(type(options)(**(vars(options) | {"out": stopped})), monkeypatch, *stops) == undisturbed
+    return stopped
+
+
+def test_forty_steps_are_seventeen_and_the_rest(language, texts, tmp_path, monkeypatch):
+    options = training(language, texts, tmp_path, steps=40, optimizer="adamw_8bit", save_every=10)
+    assert_resumes(options, tmp_path, monkeypatch, 17)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_goes_on_as_if_nothing_had_happened(language, texts, tmp_path, monkeypatch, optimizer, packing):
+    options = training(language, texts, tmp_path, steps=5, optimizer=optimizer, packing=packing, max_length=48)
+    stopped = assert_resumes(options, tmp_path, monkeypatch, 2)
+    state = torch.load(stopped / "checkpoint-5" / "optimizer.pt", weights_only=True)["state"]
+    moments = [tensor for tensor in tensors_in(state) if tensor.numel() >= LEAST_8_BIT]
+    assert {tensor.dtype for tensor in moments} == {torch.uint8 if "8bit" in optimizer else torch.float32}
+    assert len(moments) == 2 * LARGE
+
+
+def tensors_in(state):
+    """Every tensor in nested dictionaries."""
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from tensors_in(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+
+
+@pytest.mark.parametrize("method", ["lora", "edora"])
+def test_every_method_goes_on_as_if_nothing_had_happened(language, texts, tmp_path, monkeypatch, method):
+    assert_resumes(training(language, texts, tmp_path, steps=6, method=method, rank=8), tmp_path, monkeypatch, 2)
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_dropout_is_drawn_as_in_a_run_without_a_stop(classifier, tmp_path, monkeypatch, method):
+    data = write_rows(tmp_path / "labelled.jsonl", labelled_rows())
+    options = training(classifier, data, tmp_path, steps=6, method=method, held_out=0.2, learning_rate=1e-3)
+    assert_resumes(options, tmp_path, monkeypatch, 2)
+
+
+@pytest.mark.parametrize("stops", [(EPOCH,), (EPOCH - 1, EPOCH + 1), (1, 2)], ids=str)
+def test_stops_at_the_end_of_an_epoch_around_it_and_at_once(language, texts, tmp_path, monkeypatch, stops):
+    assert_resumes(training(language, texts, tmp_path, steps=2 * EPOCH), tmp_path, monkeypatch, *stops)
+
+
+def test_a_run_that_died_after_its_last_checkpoint_makes_its_summary(language, texts, tmp_path):
+    options = training(language, texts, tmp_path / "run", steps=2)
+    before = outcome(train(options))
+    names = {path.name for path in options.out.iterdir()}
+    for name in names - {"run.json", "start.json", "steps.jsonl", "checkpoint-2"}:
+        (options.out / name).unlink()
+    assert run([*words(options), "--resume"]) == 0
+    assert outcome(options.out) == before
+    assert {path.name for path in options.out.iterdir()} == names
+
+
+def damaged_run(options, tmp_path, damage):
+    """What a run of three steps ends in when it was killed after the second one, with some damage done."""
+    before = outcome(train(options))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in ("run.json", "start.json", "steps.jsonl"):
+        shutil.copyfile(options.out / name, kept / name)
+    for number in (1, 2):
+        shutil.copytree(options.out / f"checkpoint-{number}", kept / f"checkpoint-{number}")
+    damage(kept)
+    shutil.rmtree(options.out)
+    kept.rename(options.out)
+    assert run([*words(options), "--resume"]) == 0
+    assert outcome(options.out) == before
+
+
+def without(part):
+    return lambda folder: (folder / "checkpoint-2" / part).unlink()
+
+
+def unfinished(folder):
+    shutil.copytree(folder / "checkpoint-2", folder / "unfinished" / "checkpoint-3")
+    (folder / "unfinished" / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
+
+
+def torn(folder):
+    lines = (folder / "steps.jsonl").read_text().splitlines(keepends=True)
+    (folder / "steps.jsonl").write_text("".join(lines[:2]) + lines[2][:25])
+
+
+def untold(folder):
+    lines = (folder / "steps.jsonl").read_text().splitlines(keepends=True)
+    (folder / "steps.jsonl").write_text(lines[0])
+
+
+def nothing_saved(folder):
+    for number in (1, 2):
+        shutil.rmtree(folder / f"checkpoint-{number}")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [without("optimizer.pt"), without("qsvd_adapter.json"), unfinished, torn, untold, nothing_saved],
+    ids=["no optimizer", "no record", "unfinished", "torn line", "no line", "no checkpoint"],
+)
+def test_what_a_kill_leaves_behind_is_passed_over(language, texts, tmp_path, damage):
+    damaged_run(training(language, texts, tmp_path / "run", steps=3, save_every=1, keep=3), tmp_path, damage)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_in_another_one(language, texts, tmp_path):
+    options = training(language, texts, tmp_path / "run", steps=20, save_every=3)
+    line = words(options)
+    process = start(*line, cwd=tmp_path)
+    wait_for(lambda: checkpoints(options.out), process)
+    process.kill()
+    assert finished(process)[0] == -signal.SIGKILL
+    assert 0 < len(steps_of(options.out)) < 20
+    code, out, err = finished(start(*line, "--resume", cwd=tmp_path))
+    assert code == 0, err
+    assert out.endswith(f"\n{options.out}\n")
+    assert "step 20/20, loss " in err
+    alone = training(language, texts, tmp_path / "alone", steps=20, save_every=3)
+    assert outcome(train(alone)) == outcome(options.out)
+
+
+@pytest.mark.slow
+def test_an_interrupted_process_saves_its_step_ends_with_130_and_goes_on(language, texts, tmp_path):
+    options = training(language, texts, tmp_path / "run", steps=20)
+    line = words(options)
+    process = start(*line, cwd=tmp_path)
+    wait_for(lambda: (options.out / "steps.jsonl").is_file() and len(steps_of(options.out)) > 1, process)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finished(process)
+    done = len(steps_of(options.out))
+    assert code == 130
+    assert out == ""
+    assert "stopping after this step; once more to stop at once" in err
+    assert err.endswith(f"the same command with --resume goes on in {options.out}\n")
+    assert [path.name for path in checkpoints(options.out)] == [f"checkpoint-{done}"]
+    assert 1 < done < 20
+    assert run([*line, "--resume"]) == 0
+    assert outcome(train(training(language, texts, tmp_path / "alone", steps=20))) == outcome(options.out)

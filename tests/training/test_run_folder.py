@@ -1,0 +1,135 @@
+"""RUN: who may write in it, and what was told there is told again."""
+
+import json
+
+import pytest
+
+from qsvd.training.run_folder import IDENTITY, LOCK, PARTS, START, STEPS, SUMMARY, RunFolder
+from qsvd.training.steps import Step
+
+ME = {"rank": 4, "map": ["a=text"], "steps": None}
+
+
+def step(number):
+    return Step(number, 1.0 / number, 0.5, 1e-4, 10 * number, 0.25 * number, 1000)
+
+
+def refused(folder, sentence, *, identity=ME, resume=False):
+    with pytest.raises(ValueError, match=sentence):
+        RunFolder(folder, identity, resume=resume)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_folder_is_made_with_its_parents_and_its_identity(tmp_path, resume):
+    folder = tmp_path / "some" / "run"
+    with RunFolder(folder, ME, resume=resume) as run:
+        assert names(folder) == [LOCK, IDENTITY]
+        assert (run.summary, run.start, run.steps()) == (None, None, [])
+    assert names(folder) == [IDENTITY]
+    assert json.loads((folder / IDENTITY).read_text()) == ME
+
+
+def test_an_empty_folder_or_one_that_a_kill_left_locked_is_taken(tmp_path):
+    (tmp_path / LOCK).touch()
+    with RunFolder(tmp_path, ME, resume=False):
+        pass
+    assert names(tmp_path) == [IDENTITY]
+
+
+def test_a_file_or_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file", r"file is no folder; give --out another name$")
+    refused(tmp_path, r"is not empty and holds no run of qsvd train; give --out another folder$", resume=True)
+    assert names(tmp_path) == ["file"]
+
+
+def save(folder, step):
+    """A checkpoint, by its parts."""
+    for part in PARTS:
+        (folder / f"checkpoint-{step}").mkdir(exist_ok=True)
+        (folder / f"checkpoint-{step}" / part).touch()
+
+
+@pytest.mark.parametrize("left", [[], [START, STEPS], ["checkpoint-5"]])
+def test_a_run_that_saved_nothing_makes_way_for_another(tmp_path, left):
+    with RunFolder(tmp_path, ME, resume=False):
+        pass
+    for name in left:
+        (tmp_path / name).mkdir() if name.startswith("checkpoint") else (tmp_path / name).write_text("{}")
+    with RunFolder(tmp_path, ME | {"rank": 8}, resume=False):
+        pass
+    assert json.loads((tmp_path / IDENTITY).read_text())["rank"] == 8
+
+
+def test_a_complete_run_is_kept_even_without_checkpoints(tmp_path):
+    with RunFolder(tmp_path, ME, resume=False) as run:
+        run.write(SUMMARY, {})
+    refused(tmp_path, "holds a run already")
+
+
+def test_a_run_is_resumed_only_when_asked_and_with_the_same_options(tmp_path):
+    with RunFolder(tmp_path, ME, resume=False):
+        save(tmp_path, 5)
+    refused(tmp_path, r"holds a run already; give --resume to go on with it, or --out another folder$")
+    other = {"rank": 8, "map": ["a=text"], "seed": 1}
+    sentence = (
+        r"holds a run with other options: rank 4 there, 8 now; seed null there, 1 now; give the same ones, or --out "
+        r"another folder$"
+    )
+    refused(tmp_path, sentence, identity=other, resume=True)
+    with RunFolder(tmp_path, ME | {"map": ("a=text",)}, resume=True):  # JSON has no tuples
+        pass
+
+
+def test_two_cannot_write_at_once(tmp_path):
+    with RunFolder(tmp_path, ME, resume=False):
+        refused(tmp_path, r"^another qsvd train is at work in .*; wait for it, or stop it$", resume=True)
+    with RunFolder(tmp_path, ME, resume=True):
+        pass
+
+
+def test_the_folder_is_let_go_after_an_error(tmp_path):
+    with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path, ME, resume=False):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == [IDENTITY]
+
+
+@pytest.mark.parametrize("name", [IDENTITY, SUMMARY])
+def test_a_damaged_file_is_named(tmp_path, name):
+    with RunFolder(tmp_path, ME, resume=False) as run:
+        (tmp_path / name).write_text("{")
+        with pytest.raises(ValueError, match=rf"{name} is damaged \(.*\); give --out another folder$"):
+            _ = run.summary if name == SUMMARY else RunFolder(tmp_path, ME, resume=True)
+
+
+def test_steps_are_read_back_and_a_torn_last_line_is_left_out(tmp_path):
+    with RunFolder(tmp_path, ME, resume=False) as run:
+        for number in (1, 2, 3):
+            run.add_step(step(number))
+        assert run.steps() == [step(1), step(2), step(3)]
+        whole = (tmp_path / STEPS).read_text()
+        for length in range(len(whole) - len(json.dumps({})), len(whole)):
+            (tmp_path / STEPS).write_text(whole[:length])
+            assert run.steps() == [step(1), step(2)]
+
+
+def test_steps_that_are_made_again_are_forgotten(tmp_path):
+    with RunFolder(tmp_path, ME, resume=False) as run:
+        for number in (1, 2, 3):
+            run.add_step(step(number))
+        assert run.keep_steps(2) == run.steps() == [step(1), step(2)]
+        run.add_step(step(3))
+        assert run.steps() == [step(1), step(2), step(3)]
+        assert run.keep_steps(0) == run.steps() == []
+
+
+def test_what_is_written_is_read(tmp_path):
+    with RunFolder(tmp_path, ME, resume=False) as run:
+        run.write(SUMMARY, {"loss": 0.5})
+        run.write("start.json", {"held_out_before": None})
+        assert run.summary == {"loss": 0.5}
+        assert run.start == {"held_out_before": None}
