@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 import qsvd
-from qsvd.errors import DoesNotFit, Interrupted, TrainingStopped
+from qsvd.errors import BadInput, QsvdError
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
 
 COMMANDS = {
@@ -49,20 +49,19 @@ def run(arguments: list[str]) -> int:
         options = parse(arguments)
         command = import_module(f"qsvd.commands.{_name_of(options)}")
         command.main(options)
-    except ValueError as error:
-        return _fail(error, 2)
-    except DoesNotFit as error:
-        return _fail(error, 3)
-    except TrainingStopped as error:
-        return _fail(error, 1)
+    except QsvdError as error:
+        return _fail(error, error.exit_code)
     except BrokenPipeError:  # a reader such as `head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 1)
-    except (Interrupted, KeyboardInterrupt) as error:
-        return _fail(str(error) or "interrupted", 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        error.add_note("This is a fault of qsvd: please report it with the lines above.")
+        raise
     return 0
 
 
@@ -70,7 +69,7 @@ def parse(arguments: list[str]) -> Any:
     """The options record of a command line.
 
     Raises:
-        ValueError: the file after --config cannot be used.
+        BadInput: the file after --config cannot be used.
     """
     arguments, config = _take_config(arguments)
     command = arguments[0] if arguments else ""
@@ -93,7 +92,7 @@ def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
         if flag == "--config":
             values = [value] if joined else arguments[number + 1 : number + 2]
             if not any(values):
-                raise ValueError("--config needs a YAML file after it")
+                raise BadInput("--config needs a YAML file after it")
             rest = number + (1 if joined else 2)
             return arguments[:number] + arguments[rest:], Path(values[0]).expanduser()
     return arguments, None
@@ -114,7 +113,7 @@ def _from_yaml(record: type, file: Path) -> Any:
             except TypeError as error:
                 wrong.append(f"{name} {error}")
     if wrong:
-        raise ValueError(f"--config {file}: {'; '.join(wrong)}")
+        raise BadInput(f"--config {file}: {'; '.join(wrong)}")
     missing = {field.name: tyro.MISSING for field in fields(record) if field.default is MISSING}
     return record(**(missing | checked))
 
@@ -125,13 +124,13 @@ def _yaml_mapping(file: Path) -> Mapping[Any, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"--config {file}: no such file") from error
+        raise BadInput(f"--config {file}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {file} cannot be read as a text file: {error}") from error
+        raise BadInput(f"--config {file} cannot be read as a text file: {error}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {file} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise BadInput(f"--config {file} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
-        raise ValueError(f"--config {file} must hold `name: value` lines")
+        raise BadInput(f"--config {file} must hold `name: value` lines")
     return values
 
 

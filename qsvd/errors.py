@@ -1,9 +1,42 @@
-"""What fits into the one sentence of an error: the first few names, the first line of another library's error."""
+"""What ends a command, and the pieces of the one sentence that it ends with.
+
+A new exception is a subclass of QsvdError with its own exit code and one line on when to raise it. `BadInput` is the
+only one for which the caller is to blame: an option, a file or a model that cannot be used, found before any slow work.
+Any other ValueError is a fault of qsvd.
+"""
 
 import re
 from collections.abc import Sequence
 
 LIMIT = 5  # names shown; enough to see the pattern, short enough for one sentence
+
+
+class QsvdError(Exception):
+    """Ends a command with one sentence and an exit code."""
+
+    exit_code = 1
+
+
+class BadInput(QsvdError, ValueError):
+    """An option, a file or a model cannot be used."""
+
+    exit_code = 2
+
+
+class DoesNotFit(QsvdError):
+    """There is too little disk space or memory for the work; known before it starts."""
+
+    exit_code = 3
+
+
+class TrainingStopped(QsvdError):
+    """Training cannot go on: the first loss is too high, or a loss is NaN. Checkpoints are kept."""
+
+
+class Interrupted(QsvdError):
+    """The user asked to stop. Finished work is kept."""
+
+    exit_code = 130
 
 
 def listing(names: Sequence[str], limit: int = LIMIT, separator: str = ", ") -> str:
@@ -21,9 +54,7 @@ def first_line(error: BaseException) -> str:
     return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
-# Sizes as people write them: "24GB", decimal as on the label of a disk, or "24GiB", as drivers and systems count.
-
-
+# Sizes are written as people write them: 24GB is decimal, as on the label of a disk, 24GiB binary, as drivers count.
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -36,13 +67,13 @@ def parse_size(text: str, flag: str, *, least: int = 1) -> int:
         least: Bytes below which a size is refused.
 
     Raises:
-        ValueError: the text is not a number and a unit, or is below `least`.
+        BadInput: the text is not a number and a unit, or is below `least`.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", text.strip().upper())
     size = int(float(found[1]) * (UNITS | BINARY)[found[2]]) if found else 0
     if not found or size < least:
         at_least = f" of at least {show_size(least)}" if least > 1 else ""
-        raise ValueError(f"{flag} {text!r} is no size{at_least}: give a number and KB, MB, GB or TB, such as 24GB")
+        raise BadInput(f"{flag} {text!r} is no size{at_least}: give a number and KB, MB, GB or TB, such as 24GB")
     return size
 
 
@@ -54,21 +85,3 @@ def show_size(num_bytes: int) -> str:
                 f"{num_bytes / size:.3g} {unit}" if abs(num_bytes) < 1000 * size else f"{num_bytes / size:,.0f} {unit}"
             )
     return f"{num_bytes} bytes"
-
-
-# What ends a command early, and its exit code: 0 done, 1 failed while running, 2 bad input, 3 does not fit,
-
-
-class DoesNotFit(Exception):
-    """There is not enough disk or memory for the work, known before it starts."""
-
-
-class Interrupted(Exception):
-    """The user asked to stop; what is finished is kept."""
-
-
-# What ends a training run by itself.
-
-
-class TrainingStopped(Exception):
-    """The run cannot go on: an absurd start, a loss that is no number. What was saved before is kept."""

@@ -17,7 +17,7 @@ from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import HostEmbedding, SplitModel, restore
 from qsvd.adapters.page_cache import PagedResidual, open_pages
 from qsvd.adapters.start import check_method, new_record, read_principal, start_from
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.check import resolve
 from qsvd.files.pages import keep_for_reuse
@@ -37,13 +37,13 @@ def classifier(config: "PreTrainedConfig", labels: tuple[str, ...]) -> Any:
     """The class of transformers' sequence classifier for this config, which is told the labels.
 
     Raises:
-        ValueError: there is none for this type of model.
+        BadInput: there is none for this type of model.
     """
     import transformers
 
     mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if type(config) not in mapping:
-        raise ValueError(f"transformers has no sequence classifier of model type {config.model_type!r}")
+        raise BadInput(f"transformers has no sequence classifier of model type {config.model_type!r}")
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
@@ -56,14 +56,14 @@ def start_head(model: Any, plan: ModelPlan, *, is_classifier: bool, seed: int) -
     """Make the parameters that no file holds, on the device of the others; their names.
 
     Raises:
-        ValueError: parameters are missing that are not a new head's.
+        BadInput: parameters are missing that are not a new head's.
     """
     device = next(p.device for p in model.parameters() if not p.is_meta)
     empty = [name for name, p in model.named_parameters() if p.is_meta and name not in plan.tied]
     head = [n for n in empty if is_classifier and not n.startswith(f"{plan.base_prefix}.")]
     missing = sorted(set(empty) - set(head) - plan.optional)
     if missing:
-        raise ValueError(f"the base lacks {len(missing)} tensors of {plan.architecture}: {listing(missing)}")
+        raise BadInput(f"the base lacks {len(missing)} tensors of {plan.architecture}: {listing(missing)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for path in dict.fromkeys(name.rpartition(".")[0] for name in head):
@@ -117,7 +117,7 @@ def load(  # noqa: PLR0913  # each is a choice of its own
         gradients.
 
     Raises:
-        ValueError: the folder is no result, the adapter belongs to another one or does not fit, the method is unknown
+        BadInput: the folder is no result, the adapter belongs to another one or does not fit, the method is unknown
             or cannot start from this base, or transformers cannot build the model; or the placement cannot be had.
     """
     split = open_split(Path(folder).expanduser())
@@ -125,7 +125,7 @@ def load(  # noqa: PLR0913  # each is a choice of its own
         record = new_record(split, options or AdapterOptions(), labels)
         return _load(_place(split, record, device, dtype, placement), None)
     if options is not None or labels:
-        raise ValueError(f"the adapter {adapter} says itself what it is: leave out options and labels")
+        raise BadInput(f"the adapter {adapter} says itself what it is: leave out options and labels")
     trained = open_adapter(Path(adapter).expanduser())
     check_base(trained, split.folder, split.fingerprint)
     check_method(trained.record.method)
@@ -170,7 +170,7 @@ def _keep_embeddings(model: Any, device: torch.device) -> None:
     """Put what looks tokens up on the host in the place of the embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
-        raise ValueError(
+        raise BadInput(
             f"the embedding of {type(model).__name__} is its output head too, which computes on the device; "
             "leave embeddings_on_host out"
         )
@@ -224,7 +224,7 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
     spelled = {name: model_name for model_name, name in plan.spelling.items()}
     lost = [name for name in place.split.weights if name not in spelled]
     if lost:
-        raise ValueError(f"{plan.architecture} has no place for {len(lost)} split weights: {listing(lost)}")
+        raise BadInput(f"{plan.architecture} has no place for {len(lost)} split weights: {listing(lost)}")
     split_modules = {spelled[name].removesuffix(".weight"): name for name in place.split.weights}
     embedding = model.get_input_embeddings() if place.placement.embeddings_on_host else None
     for name, model_name in sorted(spelled.items(), key=lambda pair: place.split.tensors[pair[0]].start):
@@ -247,7 +247,7 @@ def _split_linear(
     model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
 ) -> SplitLinear:
     if not isinstance(model.get_submodule(path), nn.Linear):
-        raise ValueError(f"{path} of {plan.architecture} is no nn.Linear, yet {place.split.folder} has it split")
+        raise BadInput(f"{path} of {plan.architecture} is no nn.Linear, yet {place.split.folder} has it split")
     bias = plan.spelling.get(f"{path}.bias")
     principal = read_principal(place.split, name, place.device, place.record.method, is_paged=paged is not None)
     adapter = start_from(principal, place.split, place.record, name)

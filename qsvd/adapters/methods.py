@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal, chosen, stored_factors
+from qsvd.errors import BadInput
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 
@@ -33,17 +34,17 @@ class Pissa(Adapter):
     def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Pissa":
         del generator  # nothing is drawn
         if principal.rank == 0:
-            raise ValueError(
+            raise BadInput(
                 "pissa trains stored principal components, and this base has none (rank 0); "
                 "quantize with --rank above 0, or train with --method lora"
             )
         if options.rank not in (None, principal.rank):
-            raise ValueError(
+            raise BadInput(
                 f"rank {options.rank} is not the stored rank {principal.rank}, the only one that pissa can train; "
                 "leave the rank out, or quantize with another one"
             )
         if options.alpha not in (None, principal.rank):
-            raise ValueError(
+            raise BadInput(
                 f"alpha {options.alpha:g} would scale the stored components; with pissa it is the rank "
                 f"{principal.rank}: leave it out"
             )
@@ -90,7 +91,7 @@ class Lora(Adapter):
         rank, scale = chosen(options, cls.defaults, principal.rank)
         out_features, in_features = principal.residual.shape
         if rank < 1:
-            raise ValueError(f"rank {rank} is below 1, the least that trains anything")
+            raise BadInput(f"rank {rank} is below 1, the least that trains anything")
         rank = min(rank, out_features, in_features)  # more would only repeat
         bound = 1 / math.sqrt(in_features)  # Kaiming's uniform bound with a = sqrt 5, as LoRA and PEFT draw A
         down_KI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
@@ -158,13 +159,13 @@ class EDora(Adapter):
     def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "EDora":
         del generator  # R starts at zero: the core has a gradient there, since what surrounds it is not zero
         if principal.rank == 0:
-            raise ValueError(
+            raise BadInput(
                 "edora trains between stored principal components, and this base has none (rank 0); "
                 "quantize with --rank above 0, or train with --method lora"
             )
         rank, scale = chosen(options, cls.defaults, principal.rank)
         if not 1 <= rank <= principal.rank:
-            raise ValueError(f"rank {rank} is outside 1..{principal.rank}, the principal components that are stored")
+            raise BadInput(f"rank {rank} is outside 1..{principal.rank}, the principal components that are stored")
         return cls(principal, rank, scale, options.torch_dtype)
 
     @classmethod

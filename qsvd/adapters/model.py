@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsvd.adapters.linear import SplitLinear
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, write_adapter
 from qsvd.files.safetensors import read_tensor
 
@@ -128,7 +128,7 @@ def restore(model: nn.Module, adapter: AdapterFolder) -> None:
     """Give the trained parameters the values of a folder.
 
     Raises:
-        ValueError: the folder lacks parameters of the model, has others, or of other shapes.
+        BadInput: the folder lacks parameters of the model, has others, or of other shapes.
     """
     parameters = trained(model)
     _check_names(parameters, adapter)
@@ -148,7 +148,7 @@ def _check_names(parameters: Mapping[str, Tensor], adapter: AdapterFolder) -> No
         if names
     ]
     if sentences:
-        raise ValueError(f"{adapter.folder} does not fit the model: {'; '.join(sentences)}")
+        raise BadInput(f"{adapter.folder} does not fit the model: {'; '.join(sentences)}")
 
 
 # Token embeddings that stay in host memory: 2 GB of a 70B model, of which a batch needs a few rows.

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from qsvd.adapters.linear import times, times_transposed
+from qsvd.errors import BadInput
 from qsvd.numerics.codec import NestedScales, PackedBlocks
 from qsvd.numerics.normal_float import Nesting, NormalFloat
 
@@ -40,15 +41,15 @@ class Codes(Tensor):
     ) -> Any:
         """
         Raises:
-            ValueError: `.data` is asked for, by which PEFT merges, or what comes out would be of a float dtype.
+            BadInput: `.data` is asked for, by which PEFT merges, or what comes out would be of a float dtype.
         """
         del types
         if getattr(func, "__self__", None) is Tensor.data:
-            raise ValueError(NOT_NUMBERS)
+            raise BadInput(NOT_NUMBERS)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.is_floating_point():
-            raise ValueError(NOT_NUMBERS)
+            raise BadInput(NOT_NUMBERS)
         return result
 
 

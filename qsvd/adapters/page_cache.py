@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qsvd.adapters.page_buffers import DiskStore, HostStore, Slot, Store, make_slots
+from qsvd.errors import BadInput
 from qsvd.files.pages import PageReader, free_host_memory
 from qsvd.files.split_folder import SplitFolder
 from qsvd.memory.items import Placement, block_of, padded, page_bytes, resident_blocks
@@ -106,7 +107,7 @@ def open_pages(split: SplitFolder, device: torch.device, placement: Placement) -
     """The residuals of a result that do not stay on the device, by the names of their weights.
 
     Raises:
-        ValueError: there are fewer blocks than are to stay, or the host has too little memory for the others.
+        BadInput: there are fewer blocks than are to stay, or the host has too little memory for the others.
     """
     blocks: dict[str, list[str]] = {}
     for name, weight in split.weights.items():
@@ -114,7 +115,7 @@ def open_pages(split: SplitFolder, device: torch.device, placement: Placement) -
     if placement.resident is None:
         return {}
     if not 0 <= placement.resident <= len(blocks):
-        raise ValueError(f"{placement.resident} resident blocks are outside 0..{len(blocks)}, those of {split.folder}")
+        raise BadInput(f"{placement.resident} resident blocks are outside 0..{len(blocks)}, those of {split.folder}")
     stay = resident_blocks(len(blocks), placement.resident)
     paged = [names for number, names in enumerate(blocks.values()) if number not in stay]
     return _open(split, paged, device, placement) if paged else {}
@@ -147,7 +148,7 @@ def _open(
 def _check_host(num_bytes: int, split: SplitFolder) -> None:
     free = free_host_memory()
     if num_bytes > free:
-        raise ValueError(
+        raise BadInput(
             f"the pages of {split.folder} take {num_bytes / 1e9:.2f} GB of host memory, and {free / 1e9:.2f} GB are "
             "free; keep more blocks on the device, or leave the pages on disk"
         )

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsvd.adapters.packed_linear import PackedLinear
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.layout import METHOD
 from qsvd.numerics.names import codec_named, spelling
 from qsvd.numerics.normal_float import NormalFloat
@@ -33,7 +33,7 @@ class PackedConfig(QuantizationConfigMixin):
         quant_method: "qsvd".
 
     Raises:
-        ValueError: a codec is unknown or not of the NormalFloat family, a path has two codecs, or dtype is another.
+        BadInput: a codec is unknown or not of the NormalFloat family, a path has two codecs, or dtype is another.
     """
 
     def __init__(self, codecs: Mapping[str, Sequence[str]], dtype: str, quant_method: str = METHOD):
@@ -51,17 +51,17 @@ class PackedConfig(QuantizationConfigMixin):
         if twice := sorted({path for path in paths if paths.count(path) > 1}):
             wrong.append(f"{listing(twice)} stand twice in it")
         if wrong:
-            raise ValueError(f"the quantization_config of method {METHOD!r} cannot be used: {'; '.join(wrong)}")
+            raise BadInput(f"the quantization_config of method {METHOD!r} cannot be used: {'; '.join(wrong)}")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config that a config.json has; the arguments are transformers' own.
 
         Raises:
-            ValueError: it has other keys than those of the method, and what __init__ refuses.
+            BadInput: it has other keys than those of the method, and what __init__ refuses.
         """
         if sorted(config_dict) != ["codecs", "dtype", "quant_method"]:
-            raise ValueError(
+            raise BadInput(
                 f"a quantization_config of method {METHOD!r} has codecs, dtype and quant_method, not "
                 f"{listing(sorted(config_dict))}"
             )
@@ -88,7 +88,7 @@ class PackedQuantizer(HfQuantizer):
     """Puts a PackedLinear in the place of every linear layer that the config names; transformers then fills them.
 
     Raises:
-        ValueError: the checkpoint is not packed, so that it would have to be quantized while it is loaded.
+        BadInput: the checkpoint is not packed, so that it would have to be quantized while it is loaded.
     """
 
     quantization_config: PackedConfig
@@ -97,7 +97,7 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         self.missing = set[str]()  # tensors of packed layers that are still to come from the files
         if not pre_quantized:
-            raise ValueError(
+            raise BadInput(
                 f"from_pretrained does not quantize by the method {METHOD!r}: leave quantization_config out, make OUT "
                 "with `qsvd quantize MODEL --out OUT`, and load it with from_pretrained(OUT)"
             )
@@ -129,7 +129,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
         """
         Raises:
-            ValueError: a path has no linear layer, or one that shares its weight.
+            BadInput: a path has no linear layer, or one that shares its weight.
         """
         packing = _located(model, self.quantization_config.packing())
         self.quantization_config = self.quantization_config.at(packing)
@@ -143,10 +143,10 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> "PreTrainedModel":
         """
         Raises:
-            ValueError: the files lack tensors of packed layers.
+            BadInput: the files lack tensors of packed layers.
         """
         if self.missing:
-            raise ValueError(
+            raise BadInput(
                 f"{model.config.name_or_path} lacks {len(self.missing)} tensors of packed layers: "
                 f"{listing(sorted(self.missing))}; fetch or make it again"
             )
@@ -179,7 +179,7 @@ def _located(model: "PreTrainedModel", packing: Mapping[str, NormalFloat]) -> di
             wrong.append(path)
     made_for = model.config.architectures or []
     if wrong and type(model).__name__ in made_for:
-        raise ValueError(
+        raise BadInput(
             f"the quantization_config names {len(wrong)} modules that are no linear layers of a {type(model).__name__} "
             f"with a weight of their own: {listing(wrong)}"
         )

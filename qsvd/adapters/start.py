@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, Principal, chosen
 from qsvd.adapters.methods import METHODS, default_method, kind_of
+from qsvd.errors import BadInput
 from qsvd.files.adapter import AdapterFolder, AdapterRecord
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.split_folder import SplitFolder
@@ -23,14 +24,14 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
     """The record of a new adapter, on disk as in memory.
 
     Raises:
-        ValueError: the method or the dtype is unknown, or there is only one label.
+        BadInput: the method or the dtype is unknown, or there is only one label.
     """
     method = options.method
     if method is None:
         method = default_method(split.ranks.values())
     check_method(method)
     if len(labels) == 1:
-        raise ValueError(f"labels has the one class {labels[0]!r}; a classifier needs at least two")
+        raise BadInput(f"labels has the one class {labels[0]!r}; a classifier needs at least two")
     return AdapterRecord(
         base=str(split.folder.resolve()),
         fingerprint=split.fingerprint,
@@ -46,7 +47,7 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
 def check_method(method: str) -> None:
     """Refuse a method that there is not."""
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        raise BadInput(f"method {method!r} is none of {', '.join(METHODS)}")
 
 
 def _dtype_name(split: SplitFolder, method: str, options: AdapterOptions) -> str:
@@ -54,7 +55,7 @@ def _dtype_name(split: SplitFolder, method: str, options: AdapterOptions) -> str
     if options.dtype in ("float32", "bfloat16"):
         return options.dtype
     if options.dtype != "auto":
-        raise ValueError(f"adapter dtype {options.dtype!r} is none of auto, float32, bfloat16")
+        raise BadInput(f"adapter dtype {options.dtype!r} is none of auto, float32, bfloat16")
     count = 0
     for name, weight in split.weights.items():
         kind = kind_of(method, split.ranks[name], split.ranks.values())
@@ -70,7 +71,7 @@ def start_adapter(split: SplitFolder, record: AdapterRecord, name: str, device: 
         name: Of the weight's tensor in the base.
 
     Raises:
-        ValueError: the method cannot start from the weight's factors; the sentence names the weight.
+        BadInput: the method cannot start from the weight's factors; the sentence names the weight.
     """
     return start_from(read_principal(split, name, device, record.method), split, record, name)
 
@@ -106,7 +107,7 @@ def start_from(principal: Principal, split: SplitFolder, record: AdapterRecord, 
     try:
         return kind_of(record.method, principal.rank, split.ranks.values()).start(principal, options, generator)
     except ValueError as error:
-        raise ValueError(f"{split.folder}: {name}: {error}") from error
+        raise BadInput(f"{split.folder}: {name}: {error}") from error
 
 
 def trained_adapter(split: SplitFolder, adapter: AdapterFolder, name: str, module: str) -> Adapter:
@@ -117,12 +118,12 @@ def trained_adapter(split: SplitFolder, adapter: AdapterFolder, name: str, modul
         module: Path of its module in the trained model.
 
     Raises:
-        ValueError: the folder lacks parameters of it.
+        BadInput: the folder lacks parameters of it.
     """
     made = start_adapter(split, adapter.record, name, torch.device("cpu")).requires_grad_(False)
     missing = [f"{module}.{part}" for part, _ in made.named_parameters() if f"{module}.{part}" not in adapter.tensors]
     if missing:
-        raise ValueError(f"{adapter.folder} lacks {', '.join(missing)}")
+        raise BadInput(f"{adapter.folder} lacks {', '.join(missing)}")
     for part, parameter in made.named_parameters():
         parameter.copy_(read_tensor(adapter.tensors[f"{module}.{part}"]))
     return made
@@ -173,12 +174,12 @@ def planned(
         stored_dtype: Of the stored factors.
 
     Raises:
-        ValueError: the method cannot start from these ranks.
+        BadInput: the method cannot start from these ranks.
     """
     ranks = {module: choice.rank for module, choice in allocation.choices.items()}
     name = options.method or default_method(ranks.values())
     if name != "lora" and not any(ranks.values()):
-        raise ValueError(f"{name} trains stored principal components, and rank 0 stores none; give lora, or a rank")
+        raise BadInput(f"{name} trains stored principal components, and rank 0 stores none; give lora, or a rank")
     kinds = {module: kind_of(name, rank, ranks.values()) for module, rank in ranks.items()}
     trained = {module: chosen(options, kind.defaults, ranks[module])[0] for module, kind in kinds.items()}
     count = sum(kinds[spec.module].num_parameters(spec.shape, trained[spec.module]) for spec in names.weights)

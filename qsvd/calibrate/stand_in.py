@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 
 HIDDEN = "hidden_states"  # what the argument is called where it is given by name
 VALUES = (bool, int, float, str, torch.dtype, torch.device)  # other objects could carry something from block to block
@@ -43,14 +43,14 @@ class Call:
         """What the block returns with these weights; differentiable in them and in the hidden states.
 
         Raises:
-            ValueError: the block hands something to later blocks beside the hidden states.
+            BadInput: the block hands something to later blocks beside the hidden states.
         """
         positional, named = _on(hidden.device, (self.positional, dict(self.named)))
         before = len(tree_leaves((positional, named)))
         given = ((), {HIDDEN: hidden}) if self.is_named else ((hidden,), {})
         returned = functional_call(block, dict(weights), (*given[0], *positional), {**given[1], **named})
         if len(tree_leaves((positional, named))) != before:
-            raise ValueError(f"{self.path} hands tensors to later blocks beside the hidden states, so {NOT_ALONE}")
+            raise BadInput(f"{self.path} hands tensors to later blocks beside the hidden states, so {NOT_ALONE}")
         return returned
 
 
@@ -82,7 +82,7 @@ class Tape:
 
         Raises:
             AllCalled: this was the last block, and nothing after it is wanted.
-            ValueError: the block is called again, or with more of the earlier ones than their output.
+            BadInput: the block is called again, or with more of the earlier ones than their output.
         """
         is_named = HIDDEN in named
         hidden: Any = named.pop(HIDDEN) if is_named else next(iter(positional), None)
@@ -102,19 +102,17 @@ class Tape:
     def _check_alone(self, path: str, hidden: Any, others: Any) -> None:
         """Refuse a call that depends on more than the output of the block before it."""
         if not isinstance(hidden, Tensor):
-            raise ValueError(f"{path} is not given hidden states first, so {NOT_ALONE}")
+            raise BadInput(f"{path} is not given hidden states first, so {NOT_ALONE}")
         leaves = [leaf for leaf in tree_leaves(others) if leaf is not None]
         kinds = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *VALUES))}
         if any(call.path == path for call in self.calls):
-            raise ValueError(f"{path} is called more than once for one text, so {NOT_ALONE}")
+            raise BadInput(f"{path} is called more than once for one text, so {NOT_ALONE}")
         if self.passed and hidden is not self.passed[-1]:
-            raise ValueError(
-                f"the model changes what {self.calls[-1].path} gives before {path} gets it, so {NOT_ALONE}"
-            )
+            raise BadInput(f"the model changes what {self.calls[-1].path} gives before {path} gets it, so {NOT_ALONE}")
         if kinds:
-            raise ValueError(f"{path} is given a {listing(sorted(kinds))}, which may change, so {NOT_ALONE}")
+            raise BadInput(f"{path} is given a {listing(sorted(kinds))}, which may change, so {NOT_ALONE}")
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            raise ValueError(f"{path} takes more of earlier blocks than what the one before it returns, so {NOT_ALONE}")
+            raise BadInput(f"{path} takes more of earlier blocks than what the one before it returns, so {NOT_ALONE}")
 
     def _host(self, leaf: Any) -> Any:
         """A tensor on the host, once however many blocks take it."""

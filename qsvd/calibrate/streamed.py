@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qsvd.calibrate.stand_in import NOT_ALONE, AllCalled, Call, StandIn, Tape
-from qsvd.errors import first_line, listing
+from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.source import Checkpoint
 from qsvd.memory.items import block_of
 from qsvd.plan.weights import BUILD_ERRORS, ModelPlan
@@ -52,7 +52,7 @@ class StreamedModel:
         compute: How.
 
     Raises:
-        ValueError: tensors of the model are not in the checkpoint as they are in the model, or it has no blocks.
+        BadInput: tensors of the model are not in the checkpoint as they are in the model, or it has no blocks.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: ModelPlan, compute: Compute):
@@ -89,7 +89,7 @@ class StreamedModel:
             inputs: Arguments of the model's forward, with a batch of one, on the device.
 
         Raises:
-            ValueError: the model does not call every block once, each with the output of the one before.
+            BadInput: the model does not call every block once, each with the output of the one before.
         """
         if self._returns is None:
             self._returns = self._look_at_a_block(inputs)
@@ -98,7 +98,7 @@ class StreamedModel:
         called = [call.path for call in tape.calls]
         never = [path for path in self._empty if path not in called]
         if never or tape.hidden is None:
-            raise ValueError(
+            raise BadInput(
                 f"{self.plan.architecture} does not call {listing(never)} for a text; --exclude them, or give the part "
                 "of the model that reads texts"
             )
@@ -135,7 +135,7 @@ class StreamedModel:
             raise
         except BUILD_ERRORS as error:
             length = inputs["input_ids"].shape[-1]
-            raise ValueError(
+            raise BadInput(
                 f"{self.plan.architecture} cannot be run on a text of {length} tokens: {first_line(error)}; a smaller "
                 "--max-length may do"
             ) from error
@@ -147,13 +147,13 @@ class StreamedModel:
         tape = Tape(1, None, 0, keep=True)
         self._run(inputs, tape)
         if tape.hidden is None:
-            raise ValueError(f"{self.plan.architecture} calls no block for a text; give a model that reads texts")
+            raise BadInput(f"{self.plan.architecture} calls no block for a text; give a model that reads texts")
         call = tape.calls[0]
         with torch.no_grad():
             returned = call.run(self._empty[call.path], self.read_block(call.path), tape.hidden)
         first, length = (returned, 0) if isinstance(returned, Tensor) else (returned[0], len(returned))
         if not isinstance(first, Tensor) or first.shape != tape.hidden.shape:
-            raise ValueError(f"{call.path} does not return the next hidden states, so {NOT_ALONE}")
+            raise BadInput(f"{call.path} does not return the next hidden states, so {NOT_ALONE}")
         return length
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def _build(checkpoint: Checkpoint, plan: ModelPlan, compute: Compute) -> Any:
         if compute.twice:
             model.set_attn_implementation("eager")
     except BUILD_ERRORS as error:
-        raise ValueError(f"transformers cannot build {plan.architecture}: {first_line(error)}") from error
+        raise BadInput(f"transformers cannot build {plan.architecture}: {first_line(error)}") from error
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(compute.device)
@@ -206,7 +206,7 @@ def _check_readable(model: nn.Module, plan: ModelPlan) -> None:
     """Refuse parameters that transformers would compute or draw on loading."""
     absent = [name for name, _ in model.named_parameters() if _spelled(name, plan) is None]
     if absent:
-        raise ValueError(
+        raise BadInput(
             f"{len(absent)} tensors of {plan.architecture} are not in the checkpoint as they are in the model "
             f"({listing(absent)}): transformers joins or draws them on loading; such a model cannot be calibrated"
         )

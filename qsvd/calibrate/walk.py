@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qsvd.calibrate.streamed import Recorded, StreamedModel
 from qsvd.calibrate.sums import Example, Sums
-from qsvd.errors import first_line
+from qsvd.errors import BadInput, first_line
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def add_examples(
         first: The number of the first example.
 
     Raises:
-        ValueError: the model cannot be run block by block.
+        BadInput: the model cannot be run block by block.
     """
     device = model.compute.device
     tracks = [
@@ -138,7 +138,7 @@ def _up(visit: _Visit, track: _Track) -> None:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise ValueError(
+        raise BadInput(
             f"{visit.path} cannot be differentiated twice ({first_line(error)}); leave --traces out"
         ) from error
     track.inputs.append(output.cpu())
@@ -173,13 +173,13 @@ def _turn(model: StreamedModel, track: _Track) -> float:
     logits, others = model.logits(track.example.inputs(device), hidden)
     loss = track.example.loss(logits)
     if not torch.isfinite(loss):
-        raise ValueError(
+        raise BadInput(
             f"the loss of an example is {float(loss.detach())}: the checkpoint holds numbers that are none, or they "
             f"overflow in {model.compute.dtype}; repair it, or give --dtype float32"
         )
     gradient, *strays = torch.autograd.grad(loss, (hidden, *others), create_graph=bool(tangents), allow_unused=True)
     if any(stray is not None for stray in strays):
-        raise ValueError("the model's output uses more than the last block's; it cannot be run block by block")
+        raise BadInput("the model's output uses more than the last block's; it cannot be run block by block")
     track.gradient = gradient.detach().cpu()
     for tangent in tangents:
         (moved,) = torch.autograd.grad(gradient, hidden, tangent.to(device), retain_graph=True)

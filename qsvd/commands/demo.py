@@ -14,6 +14,7 @@ from rich.table import Table
 from qsvd.commands.quantize import quantize
 from qsvd.commands.report import load_report, show_report
 from qsvd.commands.train import train
+from qsvd.errors import BadInput
 from qsvd.evaluate.perplexity import Perplexity, perplexity_of_text
 from qsvd.files.atomic import write_text
 from qsvd.files.split_folder import open_split
@@ -55,7 +56,7 @@ def main(options: Demo) -> None:
 
     logging.disable_progress_bar()
     if not options.ranks or options.tokens < WINDOW:
-        raise ValueError(f"--ranks needs at least one rank, and --tokens at least {WINDOW}, not {options.tokens}")
+        raise BadInput(f"--ranks needs at least one rank, and --tokens at least {WINDOW}, not {options.tokens}")
     text = HELD_OUT.read_text(encoding="utf-8")
     tokens = AutoTokenizer.from_pretrained(MODEL)(text, verbose=False).input_ids[: options.tokens]
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)

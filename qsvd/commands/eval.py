@@ -13,6 +13,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.start import new_record
 from qsvd.commands.console import quiet
 from qsvd.data.tokens import question_prompts, tokenize
+from qsvd.errors import BadInput
 from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.evaluate.divergence import Divergence, divergence_of_documents, divergence_of_text
 from qsvd.evaluate.exact_match import exact_match
@@ -56,7 +57,7 @@ def _measure(subject: Subject, work: Work) -> Values:
 def _perplexity(subject: Subject, work: Work) -> Values:
     documents = _documents(subject, work)
     if work.reference is not None and _documents(work.reference, work) != documents:
-        raise ValueError(
+        raise BadInput(
             f"{subject.found.name} and {work.reference.found.name} divide the text into other tokens, which cannot be "
             "compared one by one; give the model it was made from"
         )
@@ -182,7 +183,7 @@ def _window(model: Any, subject: Subject, options: Eval) -> int:
     if options.window is None:
         return min(MOST_WINDOW, context)
     if options.window > context:
-        raise ValueError(f"--window {options.window} is above {context}, the positions of {subject.found.name}")
+        raise BadInput(f"--window {options.window} is above {context}, the positions of {subject.found.name}")
     return options.window
 
 

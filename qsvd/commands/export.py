@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from qsvd.adapters.load import classifier
 from qsvd.adapters.model import split_linears
 from qsvd.commands.console import quiet
-from qsvd.errors import DoesNotFit, parse_size
+from qsvd.errors import BadInput, DoesNotFit, parse_size
 from qsvd.export.folder import DiskTooSmall
 from qsvd.export.lora import LoraExport, Target, write_lora
 from qsvd.export.merged import MergedForm, write_merged
@@ -76,7 +76,7 @@ def check(opened: Opened, candidate: Any, expected: Any, dtype: torch.dtype) -> 
     """Compare an export, as a library loaded it, with what it should be.
 
     Raises:
-        ValueError: they differ by more than rounding to `dtype` explains.
+        BadInput: they differ by more than rounding to `dtype` explains.
     """
     vocabulary = expected.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def check(opened: Opened, candidate: Any, expected: Any, dtype: torch.dtype) -> 
     )
     limit = FLOOR * checked.spread + ROUNDINGS * (_logits(_rounded(opened, dtype), tokens) - trained).abs().max().item()
     if not checked.difference <= limit:
-        raise ValueError(
+        raise BadInput(
             f"the export does not compute what was trained: logits differ by {checked.difference:.3g}, their spread is "
             f"{checked.spread:.3g}; please report this"
         )

@@ -15,7 +15,7 @@ from qsvd.commands.console import Standing, StopRequest, watching
 from qsvd.commands.report import show_report
 from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.split import WeightError, measure
-from qsvd.errors import DoesNotFit, Interrupted
+from qsvd.errors import BadInput, DoesNotFit, Interrupted
 from qsvd.files.layout import adapter_tensors, packed_tensors, residual_tensors
 from qsvd.files.output import UNFINISHED, OutputFolder
 from qsvd.files.safetensors import NewTensor, TensorEntry
@@ -41,7 +41,7 @@ def quantize(options: Quantize) -> Path:
     """Split a checkpoint as `qsvd quantize` does, silently; the folder of the result.
 
     Raises:
-        ValueError: an option, or the checkpoint, is not usable.
+        BadInput: an option, or the checkpoint, is not usable.
         DoesNotFit: the result does not fit on the disk.
         OSError: the folder cannot be written. What is finished stays; the same call goes on there.
     """
@@ -95,7 +95,7 @@ def _split(job: Job, folder: OutputFolder, number: int, weight_OI: Tensor) -> No
             "close what else uses it, or give --device cpu"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{source.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
+        raise BadInput(f"{source.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
     if job.allocation.is_plain:
         residual = residual_tensors(spec.name, split.residual, source.compute_dtype)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qsvd.decompose.split import WeightError
+from qsvd.errors import BadInput
 from qsvd.files.output import MANIFEST, UNFINISHED
 from qsvd.options import Report
 from qsvd.plan.weights import Coverage, LeftTensors
@@ -16,7 +17,7 @@ from qsvd.report.header import Header
 def main(options: Report) -> None:
     """Print the report to stdout, as tables or as JSON."""
     if options.worst < 0:
-        raise ValueError(f"--worst {options.worst} is negative; give 0 or more weights to list")
+        raise BadInput(f"--worst {options.worst} is negative; give 0 or more weights to list")
     folder = options.folder.expanduser()
     if options.json:
         print(json.dumps(to_json(*load_report(folder), worst_count=options.worst), indent=2))
@@ -33,25 +34,25 @@ def load_report(folder: Path) -> tuple[Header, list[WeightError]]:
     """The head and the records of a result.
 
     Raises:
-        ValueError: the folder is no complete result, was drawn instead of split, or its files are damaged.
+        BadInput: the folder is no complete result, was drawn instead of split, or its files are damaged.
     """
     if not (folder / MANIFEST).is_file():
         if (folder / UNFINISHED).is_dir():
-            raise ValueError(f"{folder} is not finished; run the same qsvd quantize command again to complete it")
-        raise ValueError(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
+            raise BadInput(f"{folder} is not finished; run the same qsvd quantize command again to complete it")
+        raise BadInput(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
     try:
         header = json.loads((folder / MANIFEST).read_text())["header"]
         covered = header["coverage"]
         left = tuple(LeftTensors(**tensors) for tensors in covered["left"])
         head = Header(**(header | {"coverage": Coverage(**(covered | {"left": left}))}))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
+        raise BadInput(f"{folder / MANIFEST} is damaged: {error}") from error
     if head.iterations == 0:
-        raise ValueError(f"{folder} was drawn at random: no weight was split, so there is no error to report")
+        raise BadInput(f"{folder} was drawn at random: no weight was split, so there is no error to report")
     errors = []
     for number, line in enumerate((folder / "errors.jsonl").read_text().splitlines(), start=1):
         try:
             errors.append(from_record(json.loads(line)))
         except ValueError as error:
-            raise ValueError(f"{folder / 'errors.jsonl'}, line {number}: {error}") from error
+            raise BadInput(f"{folder / 'errors.jsonl'}, line {number}: {error}") from error
     return head, errors

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,11 +39,11 @@ def check_messages(messages: object, column: str) -> list[Message]:
     """The messages without their null fields (a table has a field for all if one message has it).
 
     Raises:
-        ValueError: not a list of at least one object with a role and a content; only a message with tool_calls may
+        BadInput: not a list of at least one object with a role and a content; only a message with tool_calls may
             do without content.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{column} is {described(messages)}, not a list of messages")
+        raise BadInput(f"{column} is {described(messages)}, not a list of messages")
     return [_check_message(message, f"{column}[{number}]") for number, message in enumerate(messages)]
 
 
@@ -51,10 +51,10 @@ def from_conversation(conversation: object) -> list[Message]:
     """Messages of [{"from", "value"}, ...]; a conversation in role and content is taken as it is.
 
     Raises:
-        ValueError: not a list of turns, a turn without from or value, or a speaker who is not in SPEAKERS.
+        BadInput: not a list of turns, a turn without from or value, or a speaker who is not in SPEAKERS.
     """
     if not isinstance(conversation, list) or not conversation:
-        raise ValueError(f"conversations is {described(conversation)}, not a list of turns")
+        raise BadInput(f"conversations is {described(conversation)}, not a list of turns")
     if all(isinstance(turn, dict) and turn.get("role") is not None for turn in conversation):
         return check_messages(conversation, "conversations")
     return [_from_turn(turn, f"conversations[{number}]") for number, turn in enumerate(conversation)]
@@ -64,16 +64,16 @@ def read_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The tools of a row, also where the column holds them as JSON text; None if there are none.
 
     Raises:
-        ValueError: they are no list of JSON schemas.
+        BadInput: they are no list of JSON schemas.
     """
     tools = row.get("tools") or None
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) or None
         except ValueError as error:
-            raise ValueError(f"tools is a text that is no JSON ({error})") from error
+            raise BadInput(f"tools is a text that is no JSON ({error})") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"tools is {described(tools)}, not a list of JSON schemas")
+        raise BadInput(f"tools is {described(tools)}, not a list of JSON schemas")
     return tools
 
 
@@ -85,20 +85,20 @@ def described(value: object) -> str:
 
 def _check_message(message: object, place: str) -> Message:
     if not isinstance(message, dict):
-        raise ValueError(f"{place} is {described(message)}, not an object with role and content")
+        raise BadInput(f"{place} is {described(message)}, not an object with role and content")
     kept = {name: value for name, value in message.items() if value is not None}
     if not isinstance(kept.get("role"), str) or not kept["role"]:
-        raise ValueError(f"{place} has no role")
+        raise BadInput(f"{place} has no role")
     if not isinstance(kept.get("content"), str | list) and not kept.get("tool_calls"):
-        raise ValueError(f"{place} has no content")
+        raise BadInput(f"{place} has no content")
     return kept
 
 
 def _from_turn(turn: object, place: str) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or not isinstance(turn.get("from"), str):
-        raise ValueError(f"{place} is {described(turn)}, not an object with from and value")
+        raise BadInput(f"{place} is {described(turn)}, not an object with from and value")
     if turn["from"] not in SPEAKERS:
-        raise ValueError(f"{place} is from {turn['from']!r}; known are {listing(list(SPEAKERS), limit=len(SPEAKERS))}")
+        raise BadInput(f"{place} is from {turn['from']!r}; known are {listing(list(SPEAKERS), limit=len(SPEAKERS))}")
     return {"role": SPEAKERS[turn["from"]], "content": turn["value"]}
 
 
@@ -143,7 +143,7 @@ def render(template: ChatTemplate, messages: list[Message], tools: Tools = None,
     """The conversation as text, with `begin` up to where the model would begin its answer.
 
     Raises:
-        ValueError: the template refuses the conversation, or does not know what is in it.
+        BadInput: the template refuses the conversation, or does not know what is in it.
     """
     import jinja2
 
@@ -152,7 +152,7 @@ def render(template: ChatTemplate, messages: list[Message], tools: Tools = None,
             messages, tools, chat_template=template.of(tools), add_generation_prompt=begin, tokenize=False
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"the chat template refuses it: {error}") from error
+        raise BadInput(f"the chat template refuses it: {error}") from error
     assert isinstance(text, str), "without tokenize, one conversation is one text"
     return text
 
@@ -161,7 +161,7 @@ def render_marked(template: ChatTemplate, messages: list[Message], tools: Tools,
     """The conversation with the spans of the assistant's turns, from message number `first` on.
 
     Raises:
-        ValueError: as `render`, or the template writes a conversation differently once it goes on.
+        BadInput: as `render`, or the template writes a conversation differently once it goes on.
     """
     text = render(template, messages, tools)
     if not MARK.search(template.of(tools)):
@@ -170,7 +170,7 @@ def render_marked(template: ChatTemplate, messages: list[Message], tools: Tools,
     if first:
         before = render(template, messages[:first], tools)
         if not text.startswith(before):
-            raise ValueError("the chat template writes the prompt differently once a completion follows")
+            raise BadInput("the chat template writes the prompt differently once a completion follows")
         spans = [span for span in spans if span[0] >= len(before)]
     return Chat(text, spans)
 
@@ -221,11 +221,11 @@ def _spans_by_prefix(template: ChatTemplate, messages: list[Message], tools: Too
         if messages[number]["role"] != "assistant":
             continue
         if number == 0:
-            raise ValueError("the assistant speaks first, so that nothing shows where its turn begins")
+            raise BadInput("the assistant speaks first, so that nothing shows where its turn begins")
         before = render(template, messages[:number], tools, begin=True)
         after = render(template, messages[: number + 1], tools)
         if not (after.startswith(before) and text.startswith(after)):
-            raise ValueError(
+            raise BadInput(
                 f"message {number + 1}, the assistant's, cannot be told apart: the chat template writes a conversation "
                 "differently once it goes on; mark what the assistant says in the template with {% generation %}"
             )

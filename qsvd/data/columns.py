@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qsvd.data import chat as turns
 from qsvd.data.row_files import Places, Rows, refusal
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +63,7 @@ def recognise(rows: Rows, mapping: Mapping[str, str]) -> Examples:
             column of the file that already has such a name is left aside.
 
     Raises:
-        ValueError: the mapping names a column that is not there, or a name that is not ours; no set fits; rows lack a
+        BadInput: the mapping names a column that is not there, or a name that is not ours; no set fits; rows lack a
             column or hold something else in it (all counted, the first few shown).
     """
     columns = list(dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None))
@@ -72,7 +72,7 @@ def recognise(rows: Rows, mapping: Mapping[str, str]) -> Examples:
     candidates = [known for known in COLUMN_SETS if set(mapping.values()) <= {*known.required, *known.optional}]
     chosen = next((known for known in candidates if ours.issuperset(known.required)), None)
     if chosen is None:
-        raise ValueError(_no_set_fits(rows.places.source, columns, mapping))
+        raise BadInput(_no_set_fits(rows.places.source, columns, mapping))
     converted, problems, form = [], [], None
     for index, row in enumerate(rows.rows):
         try:
@@ -81,7 +81,7 @@ def recognise(rows: Rows, mapping: Mapping[str, str]) -> Examples:
         except ValueError as error:
             problems.append((rows.places.short(index), str(error)))
     if problems:
-        raise ValueError(refusal(f"{rows.places.source}, read as {chosen}", "broken example", problems))
+        raise BadInput(refusal(f"{rows.places.source}, read as {chosen}", "broken example", problems))
     return Examples(chosen.kind, converted, rows.places, chosen.literal)
 
 
@@ -95,7 +95,7 @@ def _renamed(row: Row, mapping: Mapping[str, str]) -> Row:
 def _convert(chosen: ColumnSet, row: Row) -> Row:
     missing = [name for name in chosen.required if name not in row]
     if missing:
-        raise ValueError(f"no {' and no '.join(missing)}")
+        raise BadInput(f"no {' and no '.join(missing)}")
     return chosen.convert(row)
 
 
@@ -103,7 +103,7 @@ def _same_form(row: Row, form: type | None) -> type:
     """str or list, whichever the prompts of a file are; refuses a row that has the other."""
     found = type(row.get("prompt"))
     if form not in (None, found):
-        raise ValueError(f"prompt is {turns.described(row['prompt'])}, but the rows before have it as {form.__name__}")
+        raise BadInput(f"prompt is {turns.described(row['prompt'])}, but the rows before have it as {form.__name__}")
     return found
 
 
@@ -111,13 +111,13 @@ def _check_mapping(mapping: Mapping[str, str], columns: Sequence[str], source: s
     names = list(dict.fromkeys(name for known in COLUMN_SETS for name in (*known.required, *known.optional)))
     absent = [column for column in mapping if column not in columns]
     if absent:
-        raise ValueError(f"--map: {source} has no column {listing(absent)}; it has {listing(columns, limit=20)}")
+        raise BadInput(f"--map: {source} has no column {listing(absent)}; it has {listing(columns, limit=20)}")
     unknown = [name for name in mapping.values() if name not in names]
     if unknown:
-        raise ValueError(f"--map: {listing(unknown)} is none of our names, which are {', '.join(names)}")
+        raise BadInput(f"--map: {listing(unknown)} is none of our names, which are {', '.join(names)}")
     twice = [name for name in names if list(mapping.values()).count(name) > 1]
     if twice:
-        raise ValueError(f"--map: several columns are mapped to {listing(twice)}; map one")
+        raise BadInput(f"--map: several columns are mapped to {listing(twice)}; map one")
 
 
 def _no_set_fits(source: str, columns: Sequence[str], mapping: Mapping[str, str]) -> str:
@@ -132,7 +132,7 @@ def _no_set_fits(source: str, columns: Sequence[str], mapping: Mapping[str, str]
 
 def _text(row: Row, name: str) -> str:
     if not isinstance(row[name], str):
-        raise ValueError(f"{name} is {turns.described(row[name])}, not a text")
+        raise BadInput(f"{name} is {turns.described(row[name])}, not a text")
     return row[name]
 
 
@@ -167,7 +167,7 @@ def _from_instruction(row: Row) -> Row:
 def _from_labelled(row: Row) -> Row:
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, str | int):
-        raise ValueError(f"label is {turns.described(label)}, not a name or an integer")
+        raise BadInput(f"label is {turns.described(label)}, not a name or an integer")
     second = _text(row, "text_pair") if "text_pair" in row else None
     return {"text": _text(row, "text"), "text_pair": second, "label": label}
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from qsvd.data.chat import Chat, Span
 from qsvd.data.columns import UNTRAINED, Marked, marked
 from qsvd.data.plain import BATCH
+from qsvd.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,10 +24,10 @@ def mark_chats(
         where: The place of each conversation.
 
     Raises:
-        ValueError: the tokenizer is a slow one, or an assistant turn does not end with a stop token.
+        BadInput: the tokenizer is a slow one, or an assistant turn does not end with a stop token.
     """
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise BadInput(
             f"{type(tokenizer).__name__} has no fast backend, which tells the characters of each token; "
             "save a tokenizer.json beside the model (transformers does when it can convert the tokenizer)"
         )
@@ -78,7 +79,7 @@ def _check_ends(
             (tokens[at] for at in reversed(span) if tokens[at] in stop_tokens or _is_seen(tokens[at], tokenizer)), None
         )
         if last is not None and last not in stop_tokens:
-            raise ValueError(
+            raise BadInput(
                 f"the chat template drops the end of a turn: what the assistant says in {where} ends with "
                 f"{tokenizer.decode([last])!r}, which is no end-of-sequence token: the model would not learn to stop. "
                 "Write {{ eos_token }} behind the assistant's content in the template, or make the mark that "

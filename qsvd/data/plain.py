@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qsvd.data.columns import UNTRAINED, Examples, Marked, Tokenized
 from qsvd.data.row_files import refusal
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,10 +60,10 @@ def pairs(given: Sequence[str], completions: Sequence[str], tokenizer: "PreTrain
     tokenizer would join its end with the start of the completion.
 
     Raises:
-        ValueError: the tokenizer has no end-of-sequence token.
+        BadInput: the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise BadInput(
             "the tokenizer has no end-of-sequence token, so that a model could not learn where an answer ends; "
             "set eos_token in its tokenizer_config.json"
         )
@@ -106,12 +106,12 @@ def tokenize_labelled(
         label_names: The classes in the order of their numbers, as the training rows gave them; None finds them.
 
     Raises:
-        ValueError: max_length has no room for text; what `find_labels` refuses; a label that is not in label_names.
+        BadInput: max_length has no room for text; what `find_labels` refuses; a label that is not in label_names.
     """
     pairs = any(row["text_pair"] is not None for row in examples.rows)
     added = tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_length <= added:
-        raise ValueError(f"max_length {max_length} is not above {added}, the tokens that the tokenizer adds to a text")
+        raise BadInput(f"max_length {max_length} is not above {added}, the tokens that the tokenizer adds to a text")
     names = find_labels(examples) if label_names is None else tuple(label_names)
     labels = _numbers(examples, names)
     ids, types, truncated = [], [], 0
@@ -133,25 +133,25 @@ def find_labels(examples: Examples) -> tuple[str, ...]:
     A label that is an integer written as text counts as an integer: a CSV file has no other.
 
     Raises:
-        ValueError: names and integers mixed, integers other than 0..n-1, or fewer than two classes.
+        BadInput: names and integers mixed, integers other than 0..n-1, or fewer than two classes.
     """
     found = {str(row["label"]): index for index, row in reversed(list(enumerate(examples.rows)))}
     source, integers = examples.places.source, [name for name in found if _is_integer(name)]
     if integers and len(integers) < len(found):
         names = [name for name in found if name not in integers]
-        raise ValueError(
+        raise BadInput(
             f"{source} has integers and names as labels: {integers[0]} in {examples.places.short(found[integers[0]])}, "
             f"{names[0]!r} in {examples.places.short(found[names[0]])}; write all of them in one way"
         )
     if len(found) < 2:
-        raise ValueError(f"{source} has one class only, {next(iter(found))!r}; there is nothing to tell apart")
+        raise BadInput(f"{source} has one class only, {next(iter(found))!r}; there is nothing to tell apart")
     if not integers:
         return tuple(sorted(found))
     expected = [str(number) for number in range(len(found))]
     wrong = sorted(set(integers) - set(expected), key=int)
     if wrong:
         shown = listing([f"{name} in {examples.places.short(found[name])}" for name in wrong])
-        raise ValueError(
+        raise BadInput(
             f"{source} has {len(found)} classes, so that integer labels must be 0..{len(found) - 1}, but there is "
             f"{shown}; number the classes from 0 without gaps, or give them names"
         )
@@ -166,7 +166,7 @@ def _numbers(examples: Examples, names: Sequence[str]) -> list[int]:
         if str(row["label"]) not in numbers
     ]
     if unknown:
-        raise ValueError(
+        raise BadInput(
             f"{refusal(examples.places.source, 'unknown label', unknown)}; known are {listing(list(names), limit=20)}"
         )
     return [numbers[str(row["label"])] for row in examples.rows]

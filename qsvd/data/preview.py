@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from qsvd.data.columns import UNTRAINED, Tokenized
+from qsvd.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,11 +22,11 @@ def preview(tokenized: Tokenized, tokenizer: "PreTrainedTokenizerBase", index: i
     Trained tokens stand in [[ ]] and in colour; for labelled text the class stands in the first line.
 
     Raises:
-        ValueError: index is outside the sequences.
+        BadInput: index is outside the sequences.
     """
     count = len(tokenized.input_ids)
     if not 0 <= index < count:
-        raise ValueError(f"example {index} is outside 0..{count - 1}, the sequences of {tokenized.places.source}")
+        raise BadInput(f"example {index} is outside 0..{count - 1}, the sequences of {tokenized.places.source}")
     tokens, label = tokenized.input_ids[index], tokenized.labels[index]
     if isinstance(label, int):
         head = f"{tokenized.where(index)}: {len(tokens)} tokens, label {label} ({tokenized.label_names[label]})"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qsvd.data.row_files import SUFFIXES, Places, Rows, read_file
-from qsvd.errors import first_line, listing
+from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.source import MODEL_ID
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
             mean the same. A file has none but "train".
 
     Raises:
-        ValueError: no such source or split, two files for one split, or what `read_file` refuses.
+        BadInput: no such source or split, two files for one split, or what `read_file` refuses.
     """
     names = SYNONYMS if split in SYNONYMS else (split,)
     local = _local(source)
@@ -40,9 +40,9 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
     elif split == "train":
         return read_file(local)
     else:
-        raise ValueError(f"{local} is one file and has no split {split!r}; leave the split out, or name its folder")
+        raise BadInput(f"{local} is one file and has no split {split!r}; leave the split out, or name its folder")
     if found is None:
-        raise ValueError(_no_split(str(source), local, names))
+        raise BadInput(_no_split(str(source), local, names))
     return found
 
 
@@ -50,7 +50,7 @@ def read_pair(source: str | Path) -> tuple[Rows, Rows | None]:
     """The training rows, and those to validate on where the source has a split named as in VALID_NAMES.
 
     Raises:
-        ValueError: as `read_rows`.
+        BadInput: as `read_rows`.
     """
     local = _local(source)
     train = read_rows(source)
@@ -74,11 +74,9 @@ def _local(source: str | Path) -> Path | None:
         or path.suffix.lower() in SUFFIXES
     )
     if looks_like_path:
-        raise ValueError(f"no such file or folder: {text}")
+        raise BadInput(f"no such file or folder: {text}")
     if not MODEL_ID.fullmatch(text.partition(":")[0]):
-        raise ValueError(
-            f"no file or folder {text!r} here, and a hub id looks like 'owner/name' or 'owner/name:config'"
-        )
+        raise BadInput(f"no file or folder {text!r} here, and a hub id looks like 'owner/name' or 'owner/name:config'")
     return None
 
 
@@ -87,7 +85,7 @@ def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
     for name in names:
         files = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").is_file()]
         if len(files) > 1:
-            raise ValueError(
+            raise BadInput(
                 f"{folder} has several files for one split, {listing([path.name for path in files])}: keep one"
             )
         if files:
@@ -113,7 +111,7 @@ def _hub_split(source: str, names: Sequence[str]) -> Rows | None:
         return None
     rows = splits[name].to_list()
     if not rows:
-        raise ValueError(f"the split {name!r} of {source!r} on the hub is empty: it has no row to train on")
+        raise BadInput(f"the split {name!r} of {source!r} on the hub is empty: it has no row to train on")
     return Rows(rows, Places(f"{source} ({name})", "row", range(1, len(rows) + 1)))
 
 
@@ -128,10 +126,10 @@ def _hub_splits(source: str) -> "DatasetDict":
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         several = re.search(r"available configs: (\[.*\])", str(error), re.DOTALL)
         if several:
-            raise ValueError(
+            raise BadInput(
                 f"{source!r} on the hub is several data sets; choose {name}:CONFIG of {several[1]}"
             ) from error
-        raise ValueError(
+        raise BadInput(
             f"no file or folder {source!r} here, and the hub gave no data set of that name: {first_line(error)}"
         ) from error
     assert isinstance(splits, datasets.DatasetDict), "without a split and not streaming, load_dataset gives all splits"

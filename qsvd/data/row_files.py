@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qsvd.errors import first_line, listing
+from qsvd.errors import BadInput, first_line, listing
 
 # Rows of a data set, each with the place it was read from, and the sentence that names those which are refused.
 
@@ -71,13 +71,13 @@ def read_file(path: Path) -> Rows:
     A .txt file is one row {"text": all of it}. A .json file is a list of objects, or an object per line.
 
     Raises:
-        ValueError: another suffix, no row, broken lines (all counted, the first few shown), or a table without names.
+        BadInput: another suffix, no row, broken lines (all counted, the first few shown), or a table without names.
     """
     if path.suffix.lower() not in READERS:
-        raise ValueError(f"{path} has the suffix {path.suffix!r}; those read are {', '.join(READERS)}")
+        raise BadInput(f"{path} has the suffix {path.suffix!r}; those read are {', '.join(READERS)}")
     rows = READERS[path.suffix.lower()](path)
     if not rows.rows:
-        raise ValueError(f"{path} is empty: it has no row to train on")
+        raise BadInput(f"{path} is empty: it has no row to train on")
     return rows
 
 
@@ -94,7 +94,7 @@ def _read_json_lines(path: Path) -> Rows:
             except ValueError as error:
                 broken.append((f"line {number}", str(error)))
     if broken:
-        raise ValueError(refusal(path, "broken line", broken))
+        raise BadInput(refusal(path, "broken line", broken))
     return Rows(rows, Places(str(path), "line", numbers))
 
 
@@ -104,15 +104,15 @@ def _read_json(path: Path) -> Rows:
         try:
             return _read_json_lines(path)
         except ValueError as error:
-            raise ValueError(
+            raise BadInput(
                 f"{error}; a .json file holds a list of objects, [{{...}}, {{...}}], or one object per line"
             ) from error
     try:
         items = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+        raise BadInput(f"{path} is no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is no list of rows: it is nested too deep") from error
+        raise BadInput(f"{path} is no list of rows: it is nested too deep") from error
     broken: list[Problem] = []
     for number, item in enumerate(items, 1):
         try:
@@ -120,7 +120,7 @@ def _read_json(path: Path) -> Rows:
         except ValueError as error:
             broken.append((f"item {number}", str(error)))
     if broken:
-        raise ValueError(refusal(path, "broken item", broken))
+        raise BadInput(refusal(path, "broken item", broken))
     return Rows(items, Places(str(path), "item", range(1, len(items) + 1)))
 
 
@@ -148,7 +148,7 @@ def _read_csv(path: Path) -> Rows:
     finally:
         csv.field_size_limit(before)
     if broken:
-        raise ValueError(refusal(path, "broken line", broken))
+        raise BadInput(refusal(path, "broken line", broken))
     return Rows(rows, Places(str(path), "line", numbers))
 
 
@@ -157,10 +157,10 @@ def _read_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
     try:
         header = next((cells for cells in reader if cells), [])
     except csv.Error as error:
-        raise ValueError(f"{path} has a broken header: {error}") from error
+        raise BadInput(f"{path} has a broken header: {error}") from error
     doubtful = [repr(name) for number, name in enumerate(header) if not name.strip() or name in header[:number]]
     if doubtful:
-        raise ValueError(
+        raise BadInput(
             f"{path}: the first line must name each column once, but these are empty or repeated: {listing(doubtful)}"
         )
     return header
@@ -184,7 +184,7 @@ def _read_parquet(path: Path) -> Rows:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file, or cut off: {first_line(error)}") from error
+        raise BadInput(f"{path} is no Parquet file, or cut off: {first_line(error)}") from error
     return Rows(rows, Places(str(path), "row", range(1, len(rows) + 1)))
 
 
@@ -207,29 +207,29 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is {_not_utf8(error)}; save it as UTF-8") from error
+        raise BadInput(f"{path} is {_not_utf8(error)}; save it as UTF-8") from error
 
 
 def _parse_row(raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(error)) from error
+        raise BadInput(_not_utf8(error)) from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON: {error.msg} at column {error.colno}") from error
+        raise BadInput(f"no JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise BadInput("nested too deep") from error
     return _check_row(row, may_have_surrogates=b"\\u" in raw)
 
 
 def _check_row(row: object, *, may_have_surrogates: bool) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}, not an object with a value for each column")
+        raise BadInput(f"a JSON {type(row).__name__}, not an object with a value for each column")
     if may_have_surrogates:  # JSON can spell half a character, which is no text and which no tokenizer takes
         try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError("half of a surrogate pair, which is no character") from error
+            raise BadInput("half of a surrogate pair, which is no character") from error
     return row
 
 

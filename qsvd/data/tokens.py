@@ -9,6 +9,7 @@ from qsvd.data.columns import Examples, Marked, Tokenized
 from qsvd.data.masks import mark_chats, says_nothing, stop_tokens_of
 from qsvd.data.plain import tokenize_labelled
 from qsvd.data.row_files import Places, Problem, refusal
+from qsvd.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,14 +42,14 @@ def tokenize(
         label_names: For labelled text, the classes that the training rows gave; None finds them.
 
     Raises:
-        ValueError: examples without a trained token (all counted, the first few shown) or that the chat template
+        BadInput: examples without a trained token (all counted, the first few shown) or that the chat template
             refuses; a template that drops the end of a turn; nothing, or everything, trained in chats or pairs with
             the loss on answers; nothing left after cutting; messages but no chat template.
     """
     if max_length < 2:
-        raise ValueError(f"max_length {max_length} is below 2, the least that holds a token and one to predict from it")
+        raise BadInput(f"max_length {max_length} is below 2, the least that holds a token and one to predict from it")
     if loss_on not in ("answers", "all"):
-        raise ValueError(f"loss_on {loss_on!r} is none of answers, all")
+        raise BadInput(f"loss_on {loss_on!r} is none of answers, all")
     if examples.kind == "labelled":
         return tokenize_labelled(examples, tokenizer, max_length, label_names)
     if examples.kind == "text":
@@ -75,7 +76,7 @@ def _mark_answers(
     if not _goes_through_template(examples, template):
         return _mark_pairs(examples, tokenizer, loss_on)
     if template is None:
-        raise ValueError(
+        raise BadInput(
             f"{examples.places.source} holds messages, but the tokenizer has no chat template; take a model that was "
             "trained to chat, put a chat_template.jinja beside the tokenizer, or give prompt and completion as text"
         )
@@ -123,7 +124,7 @@ def _mark_chats(examples: Examples, template: ChatTemplate, loss_on: str, stop_t
         except ValueError as error:
             problems.append((examples.places.short(index), str(error)))
     if problems:
-        raise ValueError(refusal(examples.places.source, "unusable example", problems))
+        raise BadInput(refusal(examples.places.source, "unusable example", problems))
     where = [examples.where(index) for index in range(len(chats))]
     sequences = mark_chats(chats, template.tokenizer, stop_tokens, where)
     if loss_on == "all":
@@ -156,7 +157,7 @@ def _refuse_untrained(places: Places, untrained: Sequence[bool], reason: str) ->
         (places.short(index), f"no trained token: {reason}") for index, is_so in enumerate(untrained) if is_so
     ]
     if problems:
-        raise ValueError(refusal(places.source, "untrained example", problems))
+        raise BadInput(refusal(places.source, "untrained example", problems))
 
 
 def _check_share(sequences: Sequence[Marked], source: str) -> None:
@@ -164,7 +165,7 @@ def _check_share(sequences: Sequence[Marked], source: str) -> None:
     total = sum(len(sequence.input_ids) for sequence in sequences)
     trained = sum(label >= 0 for sequence in sequences for label in sequence.labels)
     if trained in (0, total):
-        raise ValueError(
+        raise BadInput(
             f"{source}: {trained} of {total} tokens would be trained ({'100' if trained else '0'} %), so that nothing "
             "tells answers from the rest; see where the chat template has {% generation %}, and whether prompts are "
             "empty, or train on all tokens (--loss-on all)"
@@ -182,7 +183,7 @@ def _cut(examples: Examples, sequences: Sequence[Marked], max_length: int) -> To
     _refuse_untrained(examples.places, untrained, "the chat template marks nothing")
     if not kept:
         shortest = min(len(sequence.input_ids) for sequence in sequences)
-        raise ValueError(
+        raise BadInput(
             f"{examples.places.source}: no example has a trained token within max_length {max_length}; "
             f"the shortest has {shortest} tokens: allow more"
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split
+from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
 from qsvd.numerics.codec import Codec, PackedBlocks
 
@@ -59,13 +60,13 @@ class Recipe:
             ("stop", ("rise", "never")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+                raise BadInput(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
         if self.rank < 0:
-            raise ValueError(f"rank {self.rank} is negative; 0 is plain quantization, more adds principal components")
+            raise BadInput(f"rank {self.rank} is negative; 0 is plain quantization, more adds principal components")
         if self.iterations < 1:
-            raise ValueError(f"{self.iterations} iterations leave nothing to store; at least 1 is needed")
+            raise BadInput(f"{self.iterations} iterations leave nothing to store; at least 1 is needed")
         if self.order == "quantize" and self.end == "quantize" and self.iterations == 1 and self.rank > 0:
-            raise ValueError(
+            raise BadInput(
                 "order 'quantize' with end 'quantize' needs at least 2 iterations: after 1 the factors are still zero"
             )
 
@@ -90,22 +91,22 @@ def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0, objective:
             with the plain split. Multiplied by a power of two it gives the same bytes.
 
     Raises:
-        ValueError: weight_OI has another dtype or number of dimensions, or holds a NaN or an infinity (how many), or
+        BadInput: weight_OI has another dtype or number of dimensions, or holds a NaN or an infinity (how many), or
             the rank is above min(O, I), or the objective is one of a matrix of another shape.
     """
     if weight_OI.ndim != 2 or weight_OI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
+        raise BadInput(
             f"a float32, bfloat16 or float16 matrix can be split, not {weight_OI.dtype} {tuple(weight_OI.shape)}"
         )
     limit = min(weight_OI.shape)
     if recipe.rank > limit:
-        raise ValueError(f"rank {recipe.rank} is outside 0..{limit}, the ranks of a {tuple(weight_OI.shape)} matrix")
+        raise BadInput(f"rank {recipe.rank} is outside 0..{limit}, the ranks of a {tuple(weight_OI.shape)} matrix")
     objective.check_fits(tuple(weight_OI.shape))
     weight_OI = weight_OI.float().contiguous()
     if not torch.isfinite(weight_OI.sum()):  # one pass finds nearly all; the count below decides
         num_bad = int((~torch.isfinite(weight_OI)).sum())
         if num_bad:
-            raise ValueError(f"{num_bad} of {weight_OI.numel()} values are NaN or infinite")
+            raise BadInput(f"{num_bad} of {weight_OI.numel()} values are NaN or infinite")
     generator = torch.Generator(weight_OI.device).manual_seed(seed)
     plain = _best(weight_OI, _Task(recipe, PLAIN, generator), None)
     if objective.is_plain:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qsvd.decompose.objective import PLAIN, Objective
+from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
 from qsvd.numerics.codec import Codec
 
@@ -76,16 +77,16 @@ def measure_candidates(
         seed: Of the random sketch and of the probes of a nuclear norm.
 
     Raises:
-        ValueError: weight_OI holds a NaN or an infinity (how many), ranks are none or do not fit it, or the objective
+        BadInput: weight_OI holds a NaN or an infinity (how many), ranks are none or do not fit it, or the objective
             is one of a matrix of another shape.
     """
     limit = min(weight_OI.shape)
     if not ranks or list(ranks) != sorted({*ranks}) or not 0 <= ranks[0] <= ranks[-1] <= limit:
-        raise ValueError(f"ranks {list(ranks)} are not rising within 0..{limit}, those of a {tuple(weight_OI.shape)}")
+        raise BadInput(f"ranks {list(ranks)} are not rising within 0..{limit}, those of a {tuple(weight_OI.shape)}")
     objective.check_fits(tuple(weight_OI.shape))
     num_bad = int((~torch.isfinite(weight_OI)).sum())
     if num_bad:
-        raise ValueError(f"{num_bad} of {weight_OI.numel()} values are NaN or infinite")
+        raise BadInput(f"{num_bad} of {weight_OI.numel()} values are NaN or infinite")
     generator = torch.Generator(weight_OI.device).manual_seed(seed)
     weight_OI, objective = weight_OI.float().contiguous(), objective.to(weight_OI.device)
     scaled_OI = objective.scaled(weight_OI)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qsvd.errors import BadInput
+
 FLOOR = 1e-6  # of the mean: a row that no example touched may be wrong, but not by any amount
 SIDES = ("rows", "columns")
 
@@ -24,7 +26,7 @@ class Objective:
         rows_O, columns_I: float32, above zero; None is all ones.
 
     Raises:
-        ValueError: a weight is not finite or not above zero, or has another dtype or shape; both sides in one sentence.
+        BadInput: a weight is not finite or not above zero, or has another dtype or shape; both sides in one sentence.
     """
 
     rows_O: Tensor | None = None
@@ -37,7 +39,7 @@ class Objective:
             if weights is not None and (problem := _problem(weights))
         ]
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise BadInput("; ".join(wrong))
 
     @property
     def is_plain(self) -> bool:
@@ -52,7 +54,7 @@ class Objective:
             if weights is not None and weights.numel() != size
         ]
         if wrong:
-            raise ValueError(f"the objective has weights of {' and '.join(wrong)} of a {shape} matrix")
+            raise BadInput(f"the objective has weights of {' and '.join(wrong)} of a {shape} matrix")
 
     def scaled(self, matrix_OI: Tensor) -> Tensor:
         """diag(rows) M diag(columns), float32; the matrix itself where nothing is weighted."""
@@ -92,12 +94,12 @@ def fisher(rows_O: Tensor, columns_I: Tensor) -> Objective:
             where all are zero the objective is plain.
 
     Raises:
-        ValueError: a moment is negative, NaN or infinite.
+        BadInput: a moment is negative, NaN or infinite.
     """
     both = torch.cat((rows_O.double(), columns_I.double()))
     bad = int((~(torch.isfinite(both) & (both >= 0))).sum())
     if bad:
-        raise ValueError(f"{bad} of {both.numel()} moments of the gradient are negative, NaN or infinite")
+        raise BadInput(f"{bad} of {both.numel()} moments of the gradient are negative, NaN or infinite")
     mean = float(rows_O.double().mean())
     if mean == 0:
         return PLAIN

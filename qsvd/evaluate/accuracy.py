@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.evaluate import perplexity
 from qsvd.evaluate.batches import Model, by_length, check_ready, check_sequences, padded
 from qsvd.evaluate.perplexity import Perplexity
@@ -76,7 +76,7 @@ def accuracy(
         segments: token_type_ids of each example, as many as it has tokens; None is the model's default.
 
     Raises:
-        ValueError: batch is below 1, the model is in training mode, has fewer than two classes, another pad token or
+        BadInput: batch is below 1, the model is in training mode, has fewer than two classes, another pad token or
             gives no logits [N, C], or there is no example, or one is empty, too long, or has a token or label that
             the model does not know.
     """
@@ -86,7 +86,7 @@ def accuracy(
     _check_classes(model, [label for _, label in examples])
     expected = model.config.get_text_config().pad_token_id
     if pad_token != expected:
-        raise ValueError(
+        raise BadInput(
             f"pad token {pad_token} is not {expected}, the pad_token_id of the model's config, by which decoders find "
             f"the end of a text: set model.config.pad_token_id = {pad_token} or give the one it has"
         )
@@ -109,7 +109,7 @@ def _logits(model: Model, group: list[list[int]], pad_token: int, types: list[li
         inputs["token_type_ids"] = padded(model, types, 0)[0]
     logits_NC = model(**inputs).logits
     if logits_NC.shape != (len(group), model.config.num_labels):
-        raise ValueError(
+        raise BadInput(
             f"logits of {len(group)} texts have shape {tuple(logits_NC.shape)}, not one row of "
             f"{model.config.num_labels} classes each: load the model as AutoModelForSequenceClassification"
         )
@@ -119,10 +119,10 @@ def _logits(model: Model, group: list[list[int]], pad_token: int, types: list[li
 def _check_classes(model: Model, labels: list[int]) -> None:
     num_classes = len(model.config.id2label or ())
     if num_classes < 2:
-        raise ValueError(f"the model has {num_classes} class, as for regression; accuracy needs 2 or more")
+        raise BadInput(f"the model has {num_classes} class, as for regression; accuracy needs 2 or more")
     bad = sorted({label for label in labels if not 0 <= label < num_classes})
     if bad:
-        raise ValueError(f"label {listing([str(label) for label in bad])} is outside 0..{num_classes - 1}, the classes")
+        raise BadInput(f"label {listing([str(label) for label in bad])} is outside 0..{num_classes - 1}, the classes")
 
 
 # Loss on examples of which only some tokens count: answers whose questions are masked.
@@ -146,7 +146,7 @@ def mean_loss(model: Model, examples: Sequence[Example], *, pad_token: int, batc
             vocabulary in the model's dtype, are the memory that this takes.
 
     Raises:
-        ValueError: batch is below 1, the model is in training mode, there is no example, or one is empty, too long, or
+        BadInput: batch is below 1, the model is in training mode, there is no example, or one is empty, too long, or
             has a token or label outside the vocabulary or labels of another length, or no label counts.
     """
     check_ready(model, batch)
@@ -156,7 +156,7 @@ def mean_loss(model: Model, examples: Sequence[Example], *, pad_token: int, batc
     counted = [[label != IGNORED for label in labels[1:]] for _, labels in examples]
     tokens = sum(sum(row) for row in counted)
     if not tokens:
-        raise ValueError(f"no label to predict: after the first token of each example all are {IGNORED}")
+        raise BadInput(f"no label to predict: after the first token of each example all are {IGNORED}")
     nats = sum(_loss(model, [examples[i] for i in indices], pad_token) for indices in by_length(sequences, batch))
     return Perplexity(nats / tokens, tokens)
 
@@ -187,7 +187,7 @@ def _check_labels(examples: Sequence[Example]) -> None:
         if len(labels) != len(tokens)
     ]
     if uneven:
-        raise ValueError(f"example {listing(uneven)} has labels of another number than its tokens: give one to each")
+        raise BadInput(f"example {listing(uneven)} has labels of another number than its tokens: give one to each")
     wrong = [
         f"{i} at {place} ({label} for {token})"
         for i, example in enumerate(examples)
@@ -195,4 +195,4 @@ def _check_labels(examples: Sequence[Example]) -> None:
         if label not in (token, IGNORED)
     ]
     if wrong:
-        raise ValueError(f"example {listing(wrong)} has a label that is neither its token nor {IGNORED}")
+        raise BadInput(f"example {listing(wrong)} has a label that is neither its token nor {IGNORED}")

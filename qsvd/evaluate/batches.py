@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,9 +21,9 @@ Model: TypeAlias = "PreTrainedModel | PeftModel"
 def check_ready(model: Model, batch: int) -> None:
     """Refuse, by ValueError, a batch below 1 and a model in training mode."""
     if batch < 1:
-        raise ValueError(f"batch {batch} is below 1, the least that goes through a model")
+        raise BadInput(f"batch {batch} is below 1, the least that goes through a model")
     if model.training:
-        raise ValueError("the model is in training mode, where dropout changes what it predicts: call eval() first")
+        raise BadInput("the model is in training mode, where dropout changes what it predicts: call eval() first")
 
 
 def check_sequences(model: Model, sequences: Sequence[list[int]], *, pad_token: int, room: int = 0) -> None:
@@ -36,15 +36,15 @@ def check_sequences(model: Model, sequences: Sequence[list[int]], *, pad_token: 
         room: Tokens that will be generated after each sequence.
 
     Raises:
-        ValueError: There is no sequence, one is empty or too long, or a token or pad_token is outside the vocabulary.
+        BadInput: There is no sequence, one is empty or too long, or a token or pad_token is outside the vocabulary.
     """
     if not sequences:
-        raise ValueError("no examples: there is nothing to measure a model on")
+        raise BadInput("no examples: there is nothing to measure a model on")
     _refuse([f"{i}" for i, tokens in enumerate(sequences) if not tokens], "no token: give at least one to each")
     last = len(_embedding(model)) - 1
     bad = sorted({token for tokens in [*sequences, [pad_token]] for token in tokens if not 0 <= token <= last})
     if bad:
-        raise ValueError(f"token {listing([str(token) for token in bad])} is outside 0..{last}, the model's vocabulary")
+        raise BadInput(f"token {listing([str(token) for token in bad])} is outside 0..{last}, the model's vocabulary")
     # Recurrent models have no such limit, and no such entry.
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None:
@@ -76,14 +76,14 @@ def equal_lengths(model: Model, group: Sequence[list[int]]) -> Tensor:
     """Tokens of sequences of one length, int64 [N, T] on the model's device.
 
     Raises:
-        ValueError: A token is outside the model's vocabulary; for sequences that come as a stream, only seen here.
+        BadInput: A token is outside the model's vocabulary; for sequences that come as a stream, only seen here.
     """
     table = _embedding(model)
     tokens_NT = torch.tensor(group)
     low, high = (int(limit) for limit in tokens_NT.aminmax())
     if low < 0 or high >= len(table):
         offender = low if low < 0 else high
-        raise ValueError(f"token {offender} is outside 0..{len(table) - 1}, the vocabulary of the model")
+        raise BadInput(f"token {offender} is outside 0..{len(table) - 1}, the vocabulary of the model")
     return tokens_NT.to(model.device)
 
 
@@ -95,4 +95,4 @@ def _embedding(model: Model) -> Tensor:
 
 def _refuse(offenders: list[str], what: str) -> None:
     if offenders:
-        raise ValueError(f"example {listing(offenders)} has {what}")
+        raise BadInput(f"example {listing(offenders)} has {what}")

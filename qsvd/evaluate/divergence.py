@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from qsvd.errors import BadInput
 from qsvd.evaluate.batches import Model, check_ready, equal_lengths
 from qsvd.evaluate.perplexity import Window, alike, check_window, last_predictions, slide
 
@@ -65,7 +66,7 @@ def divergence_of_text(
             takes.
 
     Raises:
-        ValueError: window is below 2, stride outside 1..window or batch below 1, a model is in training mode, the
+        BadInput: window is below 2, stride outside 1..window or batch below 1, a model is in training mode, the
             vocabularies differ in size, a token is outside them, or fewer than two tokens are predicted.
     """
     check_window(window, stride)
@@ -85,14 +86,14 @@ def _measure(model: Model, reference: Model, windows: Iterable[Window], batch: i
     check_ready(reference, batch)
     sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise BadInput(
             f"the model predicts over {sizes[0]} tokens and the reference over {sizes[1]}: "
             "compare a model with the one it was made from"
         )
     parts = [_compare(model, reference, group, skip) for group, skip in alike(windows, batch)]
     count = sum(part.shape[1] for part in parts)
     if count < 2:
-        raise ValueError(f"predicted tokens: {count}, too few to compare two models by, as an error bar needs 2")
+        raise BadInput(f"predicted tokens: {count}, too few to compare two models by, as an error bar needs 2")
     return _summary(torch.cat(parts, dim=1).numpy())
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.evaluate.accuracy import wilson_interval
 from qsvd.evaluate.batches import Model, by_length, check_ready, check_sequences, padded
 
@@ -88,14 +88,14 @@ def exact_match(
         batch: Questions that go through the model together, alike in length.
 
     Raises:
-        ValueError: batch or max_new_tokens is below 1, the model is in training mode or cannot generate, no end token
+        BadInput: batch or max_new_tokens is below 1, the model is in training mode or cannot generate, no end token
             is known, there are no questions or not as many answers, a question is empty, too long or has a token
             outside the vocabulary, or an answer has no number.
     """
     check_ready(model, batch)
     gold = _gold(questions, answers)
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} is below 1, the least that can hold a number")
+        raise BadInput(f"max_new_tokens {max_new_tokens} is below 1, the least that can hold a number")
     ends = _end_tokens(model, tokenizer)
     check_sequences(model, questions, pad_token=ends[0], room=max_new_tokens)
     texts, unfinished = [""] * len(gold), 0
@@ -141,21 +141,21 @@ def _generate(model: Model, group: list[list[int]], ends: list[int], max_new_tok
 def _end_tokens(model: Model, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids that end an answer: the tokenizer's, and the model's own, which chat models have more of."""
     if not model.can_generate():
-        raise ValueError(f"{type(model).__name__} generates no text: load the model as AutoModelForCausalLM")
+        raise BadInput(f"{type(model).__name__} generates no text: load the model as AutoModelForCausalLM")
     own = model.generation_config.eos_token_id
     known = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     ends = sorted({token for token in known if isinstance(token, int)})
     if not ends:
-        raise ValueError("neither the tokenizer nor the model's generation config names an end token: set eos_token")
+        raise BadInput("neither the tokenizer nor the model's generation config names an end token: set eos_token")
     return ends
 
 
 def _gold(questions: Sequence[list[int]], answers: Sequence[str]) -> list[str]:
     """The number of each answer."""
     if len(questions) != len(answers):
-        raise ValueError(f"{len(questions)} questions have {len(answers)} answers: give one to each")
+        raise BadInput(f"{len(questions)} questions have {len(answers)} answers: give one to each")
     numbers = [final_number(answer) for answer in answers]
     missing = [f"{i} ({answers[i][-40:]!r})" for i, number in enumerate(numbers) if number is None]
     if missing:
-        raise ValueError(f"answer {listing(missing)} has no final number, which is what is compared")
+        raise BadInput(f"answer {listing(missing)} has no final number, which is what is compared")
     return [number for number in numbers if number is not None]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qsvd.errors import BadInput
 from qsvd.evaluate.batches import Model, check_ready, equal_lengths
 
 # Windows of a text longer than a model's context, and the logits that a model predicts in them.
@@ -23,9 +24,9 @@ Window: TypeAlias = tuple[list[int], int]  # tokens, and how many of its first p
 def check_window(window: int, stride: int) -> None:
     """Refuse, by ValueError, a window below 2 tokens and a stride outside 1..window."""
     if window < 2:
-        raise ValueError(f"window {window} is below 2, the least that holds a token and one to predict from it")
+        raise BadInput(f"window {window} is below 2, the least that holds a token and one to predict from it")
     if not 1 <= stride <= window:
-        raise ValueError(f"stride {stride} is outside 1..{window}, the strides of a window of {window} tokens")
+        raise BadInput(f"stride {stride} is outside 1..{window}, the strides of a window of {window} tokens")
 
 
 def slide(tokens: list[int], window: int, stride: int) -> Iterator[Window]:
@@ -88,10 +89,10 @@ class Perplexity:
             num_bytes: UTF-8 bytes of the text that the predicted tokens spell.
 
         Raises:
-            ValueError: num_bytes is below 1.
+            BadInput: num_bytes is below 1.
         """
         if num_bytes < 1:
-            raise ValueError(f"{num_bytes} bytes of text is below 1, the least that bits per byte can be taken over")
+            raise BadInput(f"{num_bytes} bytes of text is below 1, the least that bits per byte can be taken over")
         return self.nats * self.tokens / (math.log(2) * num_bytes)
 
 
@@ -108,7 +109,7 @@ def perplexity_of_documents(model: Model, documents: Iterable[list[int]], *, win
             in the model's dtype, are the memory that this takes.
 
     Raises:
-        ValueError: window is below 2 or batch below 1, the model is in training mode, a token is outside its
+        BadInput: window is below 2 or batch below 1, the model is in training mode, a token is outside its
             vocabulary, or no document has a token to predict.
     """
     check_window(window, stride=window)
@@ -132,7 +133,7 @@ def perplexity_of_text(model: Model, tokens: list[int], *, window: int, stride: 
         batch: Windows of equal length that go through the model together; takes memory as above.
 
     Raises:
-        ValueError: window is below 2, stride outside 1..window or batch below 1, the model is in training mode, a
+        BadInput: window is below 2, stride outside 1..window or batch below 1, the model is in training mode, a
             token is outside its vocabulary, or there are fewer than two tokens.
     """
     check_window(window, stride)
@@ -147,7 +148,7 @@ def _measure(model: Model, windows: Iterable[Window], batch: int) -> Perplexity:
         nats += _negative_log_likelihood(model, group, skip)
         count += len(group) * (len(group[0]) - 1 - skip)
     if not count:
-        raise ValueError("no token to predict: every sequence has fewer than two tokens")
+        raise BadInput("no token to predict: every sequence has fewer than two tokens")
     return Perplexity(nats / count, count)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from qsvd.errors import BadInput
 from qsvd.files.atomic import write_text
 from qsvd.files.output import LOCK, RUN, UNFINISHED, differences, to_json
 from qsvd.files.safetensors import TORCH_DTYPES, NewTensor, read_object
@@ -35,7 +36,7 @@ class ExportFolder:
         num_bytes: What will be written in all.
 
     Raises:
-        ValueError: the folder holds something else, or another export (the sentence says what differs), or another
+        BadInput: the folder holds something else, or another export (the sentence says what differs), or another
             process is at work in it.
         DiskTooSmall: the files do not fit on the disk.
     """
@@ -55,7 +56,7 @@ class ExportFolder:
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
-            raise ValueError(f"another export is at work in {folder}; wait for it, or stop it") from error
+            raise BadInput(f"another export is at work in {folder}; wait for it, or stop it") from error
         write_text(self.unfinished / RUN, to_json(self.identity))
 
     def __enter__(self) -> "ExportFolder":
@@ -87,12 +88,12 @@ class ExportFolder:
                 self._check_same(found.get("run", {}) if path.name == RECORD else found)
                 return
         if self.folder.exists() and any(path != self.unfinished for path in self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and not an export of qsvd; give another folder")
+            raise BadInput(f"{self.folder} is not empty and not an export of qsvd; give another folder")
 
     def _check_same(self, found: Mapping[str, Any]) -> None:
         different = differences(found, self.identity)
         if different:
-            raise ValueError(f"{self.folder} holds another export: {different}; give another folder")
+            raise BadInput(f"{self.folder} holds another export: {different}; give another folder")
 
 
 def size_of(new: Sequence[NewTensor]) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.export.folder import ExportFolder, disk_bytes, size_of
 from qsvd.export.peft import adapter_settings, kept_modules, write_adapter_files
 from qsvd.export.trained import Inventory, Trained, TrainedModel, check_dtype, rounded, take_inventory
@@ -91,20 +91,20 @@ def recorded(split: SplitFolder) -> dict[str, tuple[float, float]]:
     """||W - Q - B0 A0||_F and ||W||_F of every split weight, as `qsvd quantize` measured them.
 
     Raises:
-        ValueError: errors.jsonl is not there, is damaged or lacks a weight.
+        BadInput: errors.jsonl is not there, is damaged or lacks a weight.
     """
     path = split.folder / "errors.jsonl"
     advice = "give the original model, on which the error can be measured"
     if not path.is_file():
-        raise ValueError(f"{path} is not there; {advice}")
+        raise BadInput(f"{path} is not there; {advice}")
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found = {line["name"]: (float(line["after"]["frobenius"]), float(line["weight_frobenius"])) for line in lines}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); {advice}") from error
+        raise BadInput(f"{path} is damaged ({error!r}); {advice}") from error
     missing = [weight["module"] for weight in split.weights.values() if weight["module"] not in found]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights ({listing(missing)}); {advice}")
+        raise BadInput(f"{path} lacks {len(missing)} weights ({listing(missing)}); {advice}")
     return {name: found[weight["module"]] for name, weight in split.weights.items()}
 
 
@@ -166,14 +166,14 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
         target: What it is written for.
 
     Raises:
-        ValueError: the trained values are not usable or have gains; the original is another model; no errors are
+        BadInput: the trained values are not usable or have gains; the original is another model; no errors are
             recorded; PEFT cannot save what was trained in full; the folder holds something else, or does not fit.
     """
     check_dtype(target.dtype)
     known = _known_errors(model, target.original)
     inventory = take_inventory(model)
     if inventory.has_gains:
-        raise ValueError(
+        raise BadInput(
             "rows are scaled (DoRA, EDoRA), which no LoRA on the original weights can do; export a PEFT adapter for "
             "the residual base, or merged weights"
         )
@@ -202,7 +202,7 @@ def _known_errors(model: TrainedModel, original: Checkpoint | None) -> dict[str,
     if original is None:
         return recorded(model.split)
     if original.fingerprint != _source(model)["fingerprint"]:
-        raise ValueError(
+        raise BadInput(
             f"{original.name} is not the model that {model.split.folder} was made from, {_source(model)['model']}: its "
             "fingerprint differs; give that model, as it was then"
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.export.folder import HEADER_BYTES, ExportFolder, disk_bytes, size_of
 from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_inventory
 from qsvd.files.atomic import whole_file, write_text
@@ -66,7 +66,7 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
         form: How it is written.
 
     Raises:
-        ValueError: the trained values are not usable, or beyond the range of the dtype; a parameter trained in full is
+        BadInput: the trained values are not usable, or beyond the range of the dtype; a parameter trained in full is
             new or has a new shape without changes of the config; the folder holds something else, or does not fit on
             the disk.
     """
@@ -111,7 +111,7 @@ def _check_full(model: TrainedModel, form: MergedForm) -> None:
         elif entry.shape != tuple(tensor.shape):
             changed.append(f"{name} is {list(tensor.shape)} instead of {list(entry.shape)}")
     if changed and not form.config_changes:
-        raise ValueError(
+        raise BadInput(
             f"{listing(changed)}: the base's config.json describes another model; give config_changes, the "
             "architectures and sizes of the trained one"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.export.folder import ExportFolder, disk_bytes, size_of
 from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_inventory
 from qsvd.files.adapter import FINGERPRINT
@@ -52,7 +52,7 @@ def kept_modules(model: TrainedModel, task: str | None) -> tuple[tuple[str, ...]
     """Paths of the modules that PEFT saves whole, and their tensors: trained ones, and from the base what was not.
 
     Raises:
-        ValueError: PEFT expects a head for the task, and there is none; or it cannot save a parameter that was trained
+        BadInput: PEFT expects a head for the task, and there is none; or it cannot save a parameter that was trained
             in full.
     """
     heads = HEADS.get(task or "", ())
@@ -62,7 +62,7 @@ def kept_modules(model: TrainedModel, task: str | None) -> tuple[tuple[str, ...]
     kept |= {_module(name, heads) for name in model.full}
     _check_saveable(model, kept)
     if heads and not any(path.endswith(heads) for path in kept):
-        raise ValueError(
+        raise BadInput(
             f"PEFT loads a {task} adapter only with a module {' or '.join(heads)} inside, and neither "
             f"{model.split.folder} nor what was trained in full has one; give the trained head, or task None"
         )
@@ -92,7 +92,7 @@ def _check_saveable(model: TrainedModel, kept: set[str]) -> None:
     split = model.modules().values()
     refused = [path for path in sorted(kept) if not path or any(f"{other}.".startswith(f"{path}.") for other in split)]
     if refused:
-        raise ValueError(
+        raise BadInput(
             f"PEFT saves modules whole, and {listing([path or 'the whole model' for path in refused])} would be one, "
             "with split weights inside; export merged weights instead"
         )
@@ -137,7 +137,7 @@ def write_peft(
         dtype: Of the factors: float32, bfloat16 or float16. Magnitudes are float32; what was trained in full stays.
 
     Raises:
-        ValueError: the trained values are not usable; a row that a DoRA must scale is zero; PEFT cannot save what was
+        BadInput: the trained values are not usable; a row that a DoRA must scale is zero; PEFT cannot save what was
             trained in full; the folder holds something else, or does not fit on the disk.
     """
     check_dtype(dtype)
@@ -202,7 +202,7 @@ def _magnitude(model: TrainedModel, name: str) -> Tensor:
     """gain * ||Q + B A|| of each row, float32 [O]: PEFT divides it by the norm that it computes itself.
 
     Raises:
-        ValueError: a norm is 0.
+        BadInput: a norm is 0.
     """
     trained = model.read(name)
     assert trained.gain_O is not None, "the inventory found gains"
@@ -210,7 +210,7 @@ def _magnitude(model: TrainedModel, name: str) -> Tensor:
     norms_O = torch.linalg.vector_norm(plain_OI, dim=1)
     zeros = (norms_O == 0).nonzero().flatten().tolist()
     if zeros:
-        raise ValueError(
+        raise BadInput(
             f"{name} has {len(zeros)} rows of zeros (row {listing([str(row) for row in zeros])}), which PEFT's DoRA "
             "turns into NaN; export merged weights instead"
         )

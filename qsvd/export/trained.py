@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.layout import ADAPTER_PREFIX, digest, fingerprint
 from qsvd.files.safetensors import TensorEntry
 from qsvd.files.split_folder import SplitFolder
@@ -98,7 +98,7 @@ def take_inventory(model: TrainedModel) -> Inventory:
     """Read everything that was trained once, one weight at a time, and refuse what cannot be exported.
 
     Raises:
-        ValueError: weights are missing, have another dtype or shape than the base asks for, or a NaN or infinity; some
+        BadInput: weights are missing, have another dtype or shape than the base asks for, or a NaN or infinity; some
             weights have gains and some none; a parameter trained in full is a split weight or no finite float tensor.
     """
     ranks: dict[str, int] = {}
@@ -123,7 +123,7 @@ def take_inventory(model: TrainedModel) -> Inventory:
     _refuse(model, missing, wrong)
     without = [name for name, rank in ranks.items() if rank and name not in gained]
     if gained and without:
-        raise ValueError(
+        raise BadInput(
             f"{len(without)} of {len(ranks)} weights have no gain ({listing(without)}); give all one or none"
         )
     return Inventory(ranks, bool(gained), fingerprint(digests))
@@ -136,7 +136,7 @@ def _refuse(model: TrainedModel, missing: list[str], wrong: list[str]) -> None:
     if wrong:
         problems.append(f"{len(wrong)} tensors are not as they must be: {listing(wrong)}")
     if problems:
-        raise ValueError(f"what was trained does not fit {model.split.folder}: {'; '.join(problems)}")
+        raise BadInput(f"what was trained does not fit {model.split.folder}: {'; '.join(problems)}")
 
 
 def _faults(values: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
@@ -165,21 +165,21 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Refuse a dtype that no export is written in.
 
     Raises:
-        ValueError: it is none of float32, bfloat16, float16.
+        BadInput: it is none of float32, bfloat16, float16.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {str(dtype).removeprefix('torch.')} is none of float32, bfloat16, float16")
+        raise BadInput(f"dtype {str(dtype).removeprefix('torch.')} is none of float32, bfloat16, float16")
 
 
 def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The values in `dtype`, rounded once.
 
     Raises:
-        ValueError: a value is beyond the range of the dtype, or was no finite number before; it names the tensor.
+        BadInput: a value is beyond the range of the dtype, or was no finite number before; it names the tensor.
     """
     values = values.to(dtype)
     if not values.isfinite().all():
-        raise ValueError(
+        raise BadInput(
             f"{name} has values beyond the range of {str(dtype).removeprefix('torch.')}; export in bfloat16 or float32"
         )
     return values

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qsvd.errors import BadInput
 from qsvd.files.atomic import write_text
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, read_header, write_stream
 
@@ -67,17 +68,17 @@ def open_adapter(folder: Path) -> AdapterFolder:
     """Open what `write_adapter` wrote.
 
     Raises:
-        ValueError: the folder holds no adapter of qsvd, or its files are damaged or do not belong together.
+        BadInput: the folder holds no adapter of qsvd, or its files are damaged or do not belong together.
     """
     path = folder / RECORD
     if not path.is_file():
-        raise ValueError(f"{folder} holds no trained adapter: it has no {RECORD}; give a run of qsvd train")
+        raise BadInput(f"{folder} holds no trained adapter: it has no {RECORD}; give a run of qsvd train")
     record = _read_record(path)
     if not (folder / PARAMETERS).is_file():
-        raise ValueError(f"{folder} is incomplete: it has no {PARAMETERS}")
+        raise BadInput(f"{folder} is incomplete: it has no {PARAMETERS}")
     header = read_header(folder / PARAMETERS)
     if header.metadata.get(FINGERPRINT) != record.fingerprint:
-        raise ValueError(f"{folder / PARAMETERS} belongs to another run than {RECORD} beside it: fingerprints differ")
+        raise BadInput(f"{folder / PARAMETERS} belongs to another run than {RECORD} beside it: fingerprints differ")
     return AdapterFolder(folder, record, header.tensors)
 
 
@@ -85,12 +86,12 @@ def _read_record(path: Path) -> AdapterRecord:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["format"] != FORMAT:  # looked at first: another format may have other fields
-            raise ValueError(f"{path} has format {fields['format']}; this version of qsvd reads format {FORMAT}")
+            raise BadInput(f"{path} has format {fields['format']}; this version of qsvd reads format {FORMAT}")
         record = AdapterRecord(**(fields | {name: tuple(fields[name]) for name in ("labels", "full")}))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise BadInput(f"{path} is damaged: {error}") from error
     if record.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"{path} is damaged: dtype {record.dtype!r} is neither float32 nor bfloat16")
+        raise BadInput(f"{path} is damaged: dtype {record.dtype!r} is neither float32 nor bfloat16")
     return record
 
 
@@ -98,10 +99,10 @@ def check_base(adapter: AdapterFolder, folder: Path, fingerprint: str) -> None:
     """Refuse a base that the adapter was not trained on.
 
     Raises:
-        ValueError: the fingerprints differ.
+        BadInput: the fingerprints differ.
     """
     if adapter.record.fingerprint != fingerprint:
-        raise ValueError(
+        raise BadInput(
             f"{adapter.folder} was trained on another residual than {folder}: the fingerprints differ "
             f"({adapter.record.fingerprint[:12]} and {fingerprint[:12]}); its base was {adapter.record.base}"
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.source import Checkpoint, Entry
 from qsvd.plan.weights import ModelPlan
 
@@ -34,7 +34,7 @@ def check_not_quantized(config: "PreTrainedConfig", tensors: Mapping[str, Entry]
         tensors: Names of quantizers' own tensors, and integer or 8-bit float tensors called ".weight", are evidence.
 
     Raises:
-        ValueError: evidence was found; the sentence names all kinds of it, each with an example.
+        BadInput: evidence was found; the sentence names all kinds of it, each with an example.
     """
     evidence = []
     quantization = getattr(config, "quantization_config", None)
@@ -49,7 +49,7 @@ def check_not_quantized(config: "PreTrainedConfig", tensors: Mapping[str, Entry]
     if packed:
         evidence.append(f"{len(packed)} weights such as {packed[0]} are {tensors[packed[0]].dtype}")
     if evidence:
-        raise ValueError(
+        raise BadInput(
             f"this checkpoint is already quantized: {'; '.join(evidence)}. "
             "qsvd splits 16-bit weights; give it the 16-bit model that this one was made from"
         )
@@ -66,7 +66,7 @@ def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
         plan: From `plan_model`.
 
     Raises:
-        ValueError: two tensors claim one place in the model, or transformers computes a weight to split from other
+        BadInput: two tensors claim one place in the model, or transformers computes a weight to split from other
             tensors while it loads.
     """
     transforms = [copy.copy(transform) for transform in plan.transforms]  # some remember what they have seen
@@ -79,10 +79,10 @@ def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
         elif spelling.setdefault(model_name, name) != name and model_name in plan.shapes:
             clashes.append(f"{spelling[model_name]} and {name} for {model_name}")
     if clashes:
-        raise ValueError(f"the checkpoint has two tensors for one place in {plan.architecture}: {listing(clashes)}")
+        raise BadInput(f"the checkpoint has two tensors for one place in {plan.architecture}: {listing(clashes)}")
     fused = [spec.module for spec in plan.weights if f"{spec.module}.weight" in computed]
     if fused:
-        raise ValueError(
+        raise BadInput(
             f"transformers computes {len(fused)} weights of {plan.architecture} from other tensors on loading "
             f"({listing(fused)}); load the model and save it in the new form, or exclude them"
         )
@@ -95,7 +95,7 @@ def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
     """The plan in the checkpoint's spelling (see `resolve`), if every tensor it names is there as promised.
 
     Raises:
-        ValueError: tensors are missing, have another shape than the config gives them, or are to be split and have
+        BadInput: tensors are missing, have another shape than the config gives them, or are to be split and have
             another dtype than F32, BF16 or F16; all kinds of trouble in one sentence each.
     """
     plan = resolve(checkpoint.tensors, plan)
@@ -116,7 +116,7 @@ def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
     if retyped:
         problems.append(f"{len(retyped)} weights to split are none of {', '.join(SPLITTABLE)}: {listing(retyped)}")
     if problems:
-        raise ValueError(f"{checkpoint.name} is not the {plan.architecture} of its config: {'; '.join(problems)}")
+        raise BadInput(f"{checkpoint.name} is not the {plan.architecture} of its config: {'; '.join(problems)}")
     return plan
 
 

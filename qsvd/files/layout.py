@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsvd.decompose.split import Split
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks, from_bytes
 from qsvd.numerics.names import spelling
 from qsvd.numerics.nf4 import NormalFloat4, bitsandbytes, levels
@@ -82,7 +82,7 @@ def stored_residual(name: str, tensors: Mapping[str, Part], state: bytes) -> Sto
         state: The JSON of the quantization state.
 
     Raises:
-        ValueError: a tensor is missing, or the quantization is not NF4.
+        BadInput: a tensor is missing, or the quantization is not NF4.
     """
     _check_is_nf4(name, tensors)
     known = json.loads(state)
@@ -104,7 +104,7 @@ def stored_residual(name: str, tensors: Mapping[str, Part], state: bytes) -> Sto
 
 def _check_is_nf4(name: str, tensors: Mapping[str, object]) -> None:
     if any(key not in tensors for key in (name, f"{name}.absmax", f"{name}.{QUANT_STATE}")):
-        raise ValueError(f"{name} is no NF4 weight: it needs {name}, .absmax and .{QUANT_STATE}")
+        raise BadInput(f"{name} is no NF4 weight: it needs {name}, .absmax and .{QUANT_STATE}")
 
 
 def adapter_tensors(module: str, split: Split) -> dict[str, Tensor]:
@@ -202,12 +202,12 @@ def stored_packed(
         tensors: By the names in the files; values of any kind.
 
     Raises:
-        ValueError: a tensor is missing.
+        BadInput: a tensor is missing.
     """
     parts = [part for part in codec.parts(shape) if part not in ("codes", "levels")]
     missing = [key for key in (name, *(part_name(name, part) for part in parts)) if key not in tensors]
     if missing:
-        raise ValueError(f"{name} is no {spelling(codec)} weight: {listing(missing)} is missing")
+        raise BadInput(f"{name} is no {spelling(codec)} weight: {listing(missing)} is missing")
     found: dict[str, Part | bytes] = {"codes": tensors[name]}
     found |= {part: tensors[part_name(name, part)] for part in parts}
     if codec.nesting is None:

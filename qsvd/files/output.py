@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from qsvd.errors import BadInput
 from qsvd.files.atomic import write_text
 from qsvd.files.layout import digest
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, read_header, write_stream
@@ -33,7 +34,7 @@ class OutputFolder:
         identity: What the bytes depend on: options, source fingerprint. Kept in OUT/unfinished/run.json.
 
     Raises:
-        ValueError: the folder holds something else, or another run's result (the sentence says what differs), or
+        BadInput: the folder holds something else, or another run's result (the sentence says what differs), or
             another process is at work in it.
     """
 
@@ -46,7 +47,7 @@ class OutputFolder:
         if found is not None:
             _check_same(folder, found, identity)
         elif folder.exists() and _holds_strangers(folder):
-            raise ValueError(f"{folder} is not empty and not a result of qsvd quantize; give --out another folder")
+            raise BadInput(f"{folder} is not empty and not a result of qsvd quantize; give --out another folder")
         if self.is_complete:
             shutil.rmtree(self.unfinished, ignore_errors=True)  # a kill may have left some of it
             return
@@ -54,7 +55,7 @@ class OutputFolder:
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
-            raise ValueError(f"another qsvd quantize is at work in {folder}; wait for it, or stop it") from error
+            raise BadInput(f"another qsvd quantize is at work in {folder}; wait for it, or stop it") from error
         write_text(self.unfinished / RUN, to_json(identity))
 
     def __enter__(self) -> "OutputFolder":
@@ -124,9 +125,9 @@ def _found_run(folder: Path) -> Mapping[str, Any] | None:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 run = found["run"] if path.name == MANIFEST else found
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged ({error!r}); give --out another folder") from error
+                raise BadInput(f"{path} is damaged ({error!r}); give --out another folder") from error
             if not isinstance(run, Mapping):
-                raise ValueError(f"{path} is damaged (no record of a run); give --out another folder")
+                raise BadInput(f"{path} is damaged (no record of a run); give --out another folder")
             return run
     return None
 
@@ -141,7 +142,7 @@ def _holds_strangers(folder: Path) -> bool:
 
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if different := differences(found, wanted):
-        raise ValueError(
+        raise BadInput(
             f"{folder} holds a run with other options: {different}; "
             "give the same options to go on, or --out another folder"
         )

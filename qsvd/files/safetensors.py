@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 import numpy
 import torch
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.atomic import whole_file
 
 TORCH_DTYPES = {
@@ -85,19 +85,19 @@ def read_header(path: Path) -> Header:
     """The tensors and the metadata of a safetensors file; no tensor is read.
 
     Raises:
-        ValueError: the file breaks the format, is cut off or too long; the sentence names it and what is wrong.
+        BadInput: the file breaks the format, is cut off or too long; the sentence names it and what is wrong.
     """
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if file_bytes < 8 or length > file_bytes - 8:
             asked = f"its header should have {length} bytes" if file_bytes >= 8 else "a header starts with 8 bytes"
-            raise ValueError(f"{path} is truncated or no safetensors file: {asked}, the file has {file_bytes}")
+            raise BadInput(f"{path} is truncated or no safetensors file: {asked}, the file has {file_bytes}")
         raw = file.read(length)
     table = _parse(path, raw)
     metadata = table.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError(f"{path} is no safetensors file: {METADATA} must map strings to strings")
+        raise BadInput(f"{path} is no safetensors file: {METADATA} must map strings to strings")
     entries = [_entry(path, name, fields, 8 + length) for name, fields in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
     _check_extent(path, entries, 8 + length, file_bytes)
@@ -135,7 +135,7 @@ def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, s
         metadata: Strings by name; transformers expects {"format": "pt"}.
 
     Raises:
-        ValueError: a name comes twice or is reserved; a source has another dtype or shape than stated, or is cut off.
+        BadInput: a name comes twice or is reserved; a source has another dtype or shape than stated, or is cut off.
     """
     ordered = sorted(tensors, key=lambda new: (-TORCH_DTYPES[new.dtype].itemsize, new.name))
     _check_new(path, ordered)
@@ -152,15 +152,15 @@ def _parse(path: Path, raw: bytes) -> dict:
     def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            raise ValueError("a name comes twice")
+            raise BadInput("a name comes twice")
         return table
 
     try:
         table = json.loads(raw, object_pairs_hook=no_duplicates)
     except ValueError as error:
-        raise ValueError(f"{path} is no safetensors file: its header is no valid JSON ({error})") from error
+        raise BadInput(f"{path} is no safetensors file: its header is no valid JSON ({error})") from error
     if not isinstance(table, dict):
-        raise ValueError(f"{path} is no safetensors file: its header is a JSON {type(table).__name__}, not an object")
+        raise BadInput(f"{path} is no safetensors file: its header is a JSON {type(table).__name__}, not an object")
     return table
 
 
@@ -169,14 +169,12 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntr
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if _are_sizes(shape):
             pass
         case _:
-            raise ValueError(f"{path} is no safetensors file: {name} lacks a valid dtype, shape or data_offsets")
+            raise BadInput(f"{path} is no safetensors file: {name} lacks a valid dtype, shape or data_offsets")
     if dtype not in TORCH_DTYPES:
-        raise ValueError(f"{path}: {name} has the unknown dtype {dtype!r}; known are {', '.join(TORCH_DTYPES)}")
+        raise BadInput(f"{path}: {name} has the unknown dtype {dtype!r}; known are {', '.join(TORCH_DTYPES)}")
     num_bytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
     if end - begin != num_bytes:
-        raise ValueError(
-            f"{path} has a wrong header: {name}, {dtype} {shape}, has {end - begin} bytes, not {num_bytes}"
-        )
+        raise BadInput(f"{path} has a wrong header: {name}, {dtype} {shape}, has {end - begin} bytes, not {num_bytes}")
     return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, num_bytes)
 
 
@@ -195,20 +193,18 @@ def _check_extent(path: Path, entries: Sequence[TensorEntry], data_start: int, f
             )
         end = entry.start + entry.num_bytes
     if misplaced:
-        raise ValueError(f"{path} has a wrong header: {listing(misplaced)}")
+        raise BadInput(f"{path} has a wrong header: {listing(misplaced)}")
     if file_bytes < end:
-        raise ValueError(
-            f"{path} is truncated: {end - file_bytes} of {end} bytes are missing; download or copy it again"
-        )
+        raise BadInput(f"{path} is truncated: {end - file_bytes} of {end} bytes are missing; download or copy it again")
     if file_bytes > end:
-        raise ValueError(f"{path} has a wrong header: {file_bytes - end} bytes follow the last tensor")
+        raise BadInput(f"{path} has a wrong header: {file_bytes - end} bytes follow the last tensor")
 
 
 def _check_new(path: Path, ordered: Sequence[NewTensor]) -> None:
     counts = Counter([METADATA, *(new.name for new in ordered)])
     refused = [name for name, count in counts.items() if count > 1]
     if refused:
-        raise ValueError(f"{path}: tensor names must be unique and not {METADATA}: {listing(refused)}")
+        raise BadInput(f"{path}: tensor names must be unique and not {METADATA}: {listing(refused)}")
     for new in ordered:
         if isinstance(new.source, (TensorEntry, torch.Tensor)):
             _check_source(path, new, new.source)
@@ -218,7 +214,7 @@ def _check_source(path: Path, new: NewTensor, source: TensorEntry | torch.Tensor
     dtype = source.dtype if isinstance(source, TensorEntry) else DTYPE_NAMES.get(source.dtype)
     found, stated = f"{dtype} {list(source.shape)}", f"{new.dtype} {list(new.shape)}"
     if found != stated:
-        raise ValueError(f"{path}: {new.name} is stated as {stated}, but its source is {found}")
+        raise BadInput(f"{path}: {new.name} is stated as {stated}, but its source is {found}")
 
 
 def _header(ordered: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
@@ -254,7 +250,7 @@ def _copy(entry: TensorEntry, target: BinaryIO) -> None:
 
 def _read_some(file: RawIOBase, view: memoryview, entry: TensorEntry) -> int:
     if not (count := file.readinto(view)):
-        raise ValueError(f"{entry.file} is truncated: it ends inside {entry.name}; download or copy it again")
+        raise BadInput(f"{entry.file} is truncated: it ends inside {entry.name}; download or copy it again")
     return count
 
 
@@ -265,14 +261,14 @@ def read_object(path: Path) -> dict:
     """The JSON object in a file.
 
     Raises:
-        ValueError: the file is no valid JSON, or something other than an object.
+        BadInput: the file is no valid JSON, or something other than an object.
     """
     try:
         table = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); download or write it again") from error
+        raise BadInput(f"{path} is no valid JSON ({error}); download or write it again") from error
     if not isinstance(table, dict):
-        raise ValueError(f"{path} is a JSON {type(table).__name__}, not an object; download or write it again")
+        raise BadInput(f"{path} is a JSON {type(table).__name__}, not an object; download or write it again")
     return table
 
 
@@ -280,9 +276,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> name of its shard.
 
     Raises:
-        ValueError: the index is no JSON object with such a table under "weight_map".
+        BadInput: the index is no JSON object with such a table under "weight_map".
     """
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index} has no weight_map from tensor names to files; download it again")
+        raise BadInput(f"{index} has no weight_map from tensor names to files; download it again")
     return weight_map

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qsvd.errors import first_line, listing
+from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.safetensors import DTYPE_NAMES, TensorEntry, read_header, read_object, read_tensor, read_weight_map
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ def read_pickle_header(path: Path) -> dict[str, PickleEntry]:
     """The tensors of the file by name.
 
     Raises:
-        ValueError: the file is damaged, of a form that cannot be mapped, or holds something other than named tensors.
+        BadInput: the file is damaged, of a form that cannot be mapped, or holds something other than named tensors.
     """
     entries = {}
     for name, tensor in _load(path).items():
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{path}: {name} is no dense tensor; save the model's state_dict as safetensors")
+            raise BadInput(f"{path}: {name} is no dense tensor; save the model's state_dict as safetensors")
         num_bytes = tensor.numel() * tensor.element_size()
         entries[name] = PickleEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path, num_bytes)
     return entries
@@ -74,12 +74,12 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise BadInput(
             f"{path} is truncated or no PyTorch file that weights_only can map ({first_line(error)}); "
             "download it again, or save the model as safetensors"
         ) from error
     if not isinstance(table, dict):
-        raise ValueError(f"{path} holds a {type(table).__name__}, not tensors by name; save the model as safetensors")
+        raise BadInput(f"{path} holds a {type(table).__name__}, not tensors by name; save the model as safetensors")
     return table
 
 
@@ -97,7 +97,7 @@ def download(model: str) -> Path:
     Files below the top folder and weights in formats that are not needed stay on the hub.
 
     Raises:
-        ValueError: `model` is no such model, or the hub cannot be reached and the cache does not have it.
+        BadInput: `model` is no such model, or the hub cannot be reached and the cache does not have it.
     """
     _check_id(model)
     folder = _snapshot(model, SMALL_FILES, revision=None)
@@ -114,18 +114,18 @@ def download_config(model: str) -> Path:
     """The config.json of a hub model, and nothing else.
 
     Raises:
-        ValueError: as `download` does, or the model has no config.json.
+        BadInput: as `download` does, or the model has no config.json.
     """
     _check_id(model)
     path = _snapshot(model, ["config.json"], revision=None) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{model!r} on the hub has no config.json: it is no transformers model")
+        raise BadInput(f"{model!r} on the hub has no config.json: it is no transformers model")
     return path
 
 
 def _check_id(model: str) -> None:
     if not MODEL_ID.fullmatch(model):
-        raise ValueError(f"no folder {model!r} here, and a hub id looks like 'owner/name'")
+        raise BadInput(f"no folder {model!r} here, and a hub id looks like 'owner/name'")
 
 
 def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path:
@@ -134,11 +134,11 @@ def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path
     try:
         folder = snapshot_download(model, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
     except errors.GatedRepoError as error:
-        raise ValueError(f"{model!r} on the hub is gated: accept its terms there, then run `hf auth login`") from error
+        raise BadInput(f"{model!r} on the hub is gated: accept its terms there, then run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"no folder {model!r} here, and no such model on the hub (or it is private)") from error
+        raise BadInput(f"no folder {model!r} here, and no such model on the hub (or it is private)") from error
     except (OSError, ValueError, errors.EntryNotFoundError, errors.RevisionResolutionError, errors.HTTPError) as error:
-        raise ValueError(
+        raise BadInput(
             f"no folder {model!r} here, and the hub cannot be reached for a model of that name (offline?): "
             f"{first_line(error)}"
         ) from error
@@ -185,13 +185,13 @@ def open_checkpoint(model: str) -> Checkpoint:
             or a hub id, "owner/name".
 
     Raises:
-        ValueError: no such folder or id; config.json or the weights are missing, damaged or of an unknown format.
+        BadInput: no such folder or id; config.json or the weights are missing, damaged or of an unknown format.
     """
     folder = Path(model).expanduser()
     is_local = model != "" and folder.is_dir()
     if not is_local:
         if folder.is_file():
-            raise ValueError(f"{model!r} is a file; give the folder that holds it and config.json")
+            raise BadInput(f"{model!r} is a file; give the folder that holds it and config.json")
         folder = download(model)
     _refuse_gguf(folder)
     config, config_json = _read_config(folder)
@@ -214,7 +214,7 @@ def open_checkpoint(model: str) -> Checkpoint:
 def _refuse_gguf(folder: Path) -> None:
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf and not any(folder.glob("*.safetensors")):
-        raise ValueError(
+        raise BadInput(
             f"{folder} holds GGUF files ({listing(gguf)}), which are quantized or for llama.cpp only; "
             "give the 16-bit safetensors checkpoint that they were made from"
         )
@@ -225,7 +225,7 @@ def _read_config(folder: Path) -> tuple["PreTrainedConfig", dict[str, Any]]:
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = "this is an adapter: give its base model" if adapter else "give the folder of a transformers checkpoint"
-        raise ValueError(f"no config.json in {folder}; {hint}")
+        raise BadInput(f"no config.json in {folder}; {hint}")
     config_json = read_object(path)
     return read_config(folder), config_json
 
@@ -234,7 +234,7 @@ def read_config(path: Path) -> "PreTrainedConfig":
     """What transformers makes of a config.json, given as the file itself or as its folder.
 
     Raises:
-        ValueError: it makes nothing of it; the sentence says why.
+        BadInput: it makes nothing of it; the sentence says why.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -243,7 +243,7 @@ def read_config(path: Path) -> "PreTrainedConfig":
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError, StrictDataclassError) as error:
-        raise ValueError(f"transformers makes no config of {file}: {first_line(error)}") from error
+        raise BadInput(f"transformers makes no config of {file}: {first_line(error)}") from error
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Entry], dict[str, bytes]]:
@@ -255,7 +255,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Entry], dict[str, bytes]]:
         if index.is_file():
             return _read_indexed(folder, index)
     found = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".h5"))
-    raise ValueError(
+    raise BadInput(
         f"no weights in {folder}: neither {SAFE} nor {PICKLED} nor an index of either is there"
         + (f", only {listing(found)}" if found else "")
     )
@@ -266,11 +266,11 @@ def _read_indexed(folder: Path, index: Path) -> tuple[dict[str, Entry], dict[str
     files = sorted(set(weight_map.values()))
     absent = [file for file in files if not (folder / file).is_file()]
     if absent:
-        raise ValueError(f"{len(absent)} of {len(files)} shards of {folder} are missing: {listing(absent)}")
+        raise BadInput(f"{len(absent)} of {len(files)} shards of {folder} are missing: {listing(absent)}")
     tensors, seen = _read_files(folder, files)
     lacking = [f"{name} ({file})" for name, file in weight_map.items() if name not in tensors]
     if lacking:
-        raise ValueError(f"{index} promises {len(lacking)} tensors that its shards lack: {listing(lacking)}")
+        raise BadInput(f"{index} promises {len(lacking)} tensors that its shards lack: {listing(lacking)}")
     return tensors, seen
 
 
@@ -290,7 +290,7 @@ def _read_files(folder: Path, files: Iterable[str]) -> tuple[dict[str, Entry], d
             errors.append(f"{folder / file} repeats tensors of another shard: {listing(twice)}")
         tensors |= found
     if errors:
-        raise ValueError("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))
+        raise BadInput("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))
     return tensors, seen
 
 

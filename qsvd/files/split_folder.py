@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.layout import (
     ADAPTER_PREFIX,
     PARTS,
@@ -109,16 +109,16 @@ def open_split(folder: Path) -> SplitFolder:
     """Open a result.
 
     Raises:
-        ValueError: the folder is no result of qsvd quantize, or adapter and residual do not belong together.
+        BadInput: the folder is no result of qsvd quantize, or adapter and residual do not belong together.
     """
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
+        raise BadInput(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
     manifest = json.loads((folder / MANIFEST).read_text())
     tensors: dict[str, TensorEntry] = {}
     shards = _shards(folder, manifest)
     absent = [file for file in shards if not (folder / file).is_file()]
     if absent:
-        raise ValueError(
+        raise BadInput(
             f"{len(absent)} of {len(shards)} shards of {folder} are missing: {listing(absent)}; copy them again"
         )
     for file in shards:
@@ -127,7 +127,7 @@ def open_split(folder: Path) -> SplitFolder:
     if adapter.is_file():
         header = read_header(adapter)
         if header.metadata.get("qsvd_base_fingerprint") != manifest["fingerprint"]:
-            raise ValueError(
+            raise BadInput(
                 f"{adapter} belongs to another residual than {folder}: its fingerprint differs; use the adapter that "
                 "was made with this folder"
             )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qsvd.decompose.candidates import Measured
 from qsvd.decompose.objective import Objective, fisher
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.output import differences, in_memory
 from qsvd.files.safetensors import TensorEntry, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint
@@ -60,31 +60,31 @@ class Statistics:
         """LQ-LoRA's weights of the rows and columns of one weight.
 
         Raises:
-            ValueError: the file lacks the module, or holds moments that are none.
+            BadInput: the file lacks the module, or holds moments that are none.
         """
         try:
             return fisher(self._read(module, ROWS), self._read(module, COLUMNS))
         except ValueError as error:
-            raise ValueError(f"{self.path}: {module}: {error}") from error
+            raise BadInput(f"{self.path}: {module}: {error}") from error
 
     def trace(self, module: str) -> float:
         """The trace of the Hessian in one weight: how much the loss bends, summed over the weight's numbers.
 
         Raises:
-            ValueError: the file has no traces, or lacks the module, or its trace is no finite number.
+            BadInput: the file has no traces, or lacks the module, or its trace is no finite number.
         """
         if not self.has_traces:
-            raise ValueError(f"{self.path} has no traces of the Hessian; make it again by qsvd calibrate --traces 8")
+            raise BadInput(f"{self.path} has no traces of the Hessian; make it again by qsvd calibrate --traces 8")
         trace = float(self._read(module, TRACE))
         if not math.isfinite(trace):
-            raise ValueError(f"{self.path}: {module}: its trace is {trace}; make the file again by qsvd calibrate")
+            raise BadInput(f"{self.path}: {module}: its trace is {trace}; make the file again by qsvd calibrate")
         return trace
 
     def trace_error(self, module: str) -> float:
         """The standard error of `trace`.
 
         Raises:
-            ValueError: as `trace`.
+            BadInput: as `trace`.
         """
         self.trace(module)
         return float(self._read(module, TRACE_ERROR))
@@ -92,7 +92,7 @@ class Statistics:
     def _read(self, module: str, part: str) -> Tensor:
         entry = self._entries.get(f"{module}.{part}")
         if entry is None:
-            raise ValueError(f"no {part} of {module} are there")
+            raise BadInput(f"no {part} of {module} are there")
         return read_tensor(entry)
 
 
@@ -100,19 +100,19 @@ def open_statistics(path: Path) -> Statistics:
     """Open a file that `qsvd calibrate` wrote; only its header is read.
 
     Raises:
-        ValueError: there is no such file, or it is none of ours, or damaged.
+        BadInput: there is no such file, or it is none of ours, or damaged.
     """
     if not path.is_file():
-        raise ValueError(f"no file {path}; qsvd calibrate MODEL DATA --out {path} makes one")
+        raise BadInput(f"no file {path}; qsvd calibrate MODEL DATA --out {path} makes one")
     header = read_header(path)
     if header.metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no statistics of qsvd calibrate (format {header.metadata.get('format')!r})")
+        raise BadInput(f"{path} holds no statistics of qsvd calibrate (format {header.metadata.get('format')!r})")
     modules = tuple(sorted(name.removesuffix(f".{ROWS}") for name in header.tensors if name.endswith(f".{ROWS}")))
     _check_parts(path, header.tensors, modules)
     try:
         record, fingerprint = json.loads(header.metadata["record"]), header.metadata["fingerprint"]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its metadata lack {error}; make it again by qsvd calibrate") from error
+        raise BadInput(f"{path} is damaged: its metadata lack {error}; make it again by qsvd calibrate") from error
     return Statistics(path, fingerprint, modules, record, header.tensors)
 
 
@@ -125,17 +125,17 @@ def check_statistics(statistics: Statistics, fingerprint: str, modules: Sequence
         path: The file, for the sentence of an error.
 
     Raises:
-        ValueError: they were made of another checkpoint, or lack weights.
+        BadInput: they were made of another checkpoint, or lack weights.
     """
     if statistics.fingerprint != fingerprint:
         made_of = statistics.record.get("model")
-        raise ValueError(
+        raise BadInput(
             f"{path} holds statistics of another model ({made_of}, fingerprint {statistics.fingerprint[:12]} instead "
             f"of {fingerprint[:12]}); run qsvd calibrate on this one"
         )
     lacking = sorted({*modules} - {*statistics.modules})
     if lacking:
-        raise ValueError(
+        raise BadInput(
             f"{path} lacks {len(lacking)} of {len(modules)} weights: {listing(lacking)}; run qsvd calibrate with the "
             "same --include and --exclude, or with none"
         )
@@ -168,14 +168,14 @@ def open_unfinished(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor
     """The sums of an earlier run with the same identity, or None where there are none.
 
     Raises:
-        ValueError: they are of a run with other options or other data, or the file is something else.
+        BadInput: they are of a run with other options or other data, or the file is something else.
     """
     unfinished = unfinished_path(path)
     if not unfinished.exists():
         return None
     header = read_header(unfinished)
     if header.metadata.get("format") != UNFINISHED_FORMAT:
-        raise ValueError(f"{unfinished} is no unfinished run of qsvd calibrate; move it, or give --out another file")
+        raise BadInput(f"{unfinished} is no unfinished run of qsvd calibrate; move it, or give --out another file")
     check_same_run(unfinished, json.loads(header.metadata["identity"]), identity)
     return {name: read_tensor(entry) for name, entry in header.tensors.items()}
 
@@ -183,7 +183,7 @@ def open_unfinished(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor
 def check_same_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse, by ValueError, what a run with other options or data has left at this path."""
     if different := differences(found, wanted):
-        raise ValueError(
+        raise BadInput(
             f"{path} is of a run with other options: {different}; give the same options, remove it, or give --out "
             "another file"
         )
@@ -196,7 +196,7 @@ def _check_parts(path: Path, entries: Mapping[str, TensorEntry], modules: Sequen
         name for name in wanted if name not in entries or entries[name].dtype != "F32" or len(entries[name].shape) != 1
     ]
     if wrong or not modules:
-        raise ValueError(f"{path} is damaged: {listing(wrong) or 'it has no weights'}; make it again by qsvd calibrate")
+        raise BadInput(f"{path} is damaged: {listing(wrong) or 'it has no weights'}; make it again by qsvd calibrate")
 
 
 # Measured candidates of weights, kept as they come: FILE.costs.jsonl, a line of identity and then a line a weight.
@@ -210,7 +210,7 @@ class CostsFile:
         identity: What the measurements depend on, JSON-able.
 
     Raises:
-        ValueError: the file is of something else (the sentence says what differs) or damaged, or another process is at
+        BadInput: the file is of something else (the sentence says what differs) or damaged, or another process is at
             work on it.
     """
 
@@ -221,7 +221,7 @@ class CostsFile:
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
-            raise ValueError(f"another qsvd measures into {path}; wait for it, or stop it") from error
+            raise BadInput(f"another qsvd measures into {path}; wait for it, or stop it") from error
         try:
             self._measured = self._read()
         except BaseException:
@@ -250,7 +250,7 @@ class CostsFile:
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
             if content and not content.startswith(b"{"):
-                raise ValueError(f"{self.path} holds no measurements of qsvd; give another --out")
+                raise BadInput(f"{self.path} holds no measurements of qsvd; give another --out")
             self.path.unlink(missing_ok=True)
             self._append(self._identity)
             return {}
@@ -269,11 +269,11 @@ class CostsFile:
                 return _from_record(record)
             different = differences(record, self._identity)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise BadInput(
                 f"line {number} of {self.path} is damaged; delete the file, or give another --out"
             ) from error
         if different:
-            raise ValueError(
+            raise BadInput(
                 f"{self.path} holds measurements with other options: {different}; give the same options, or another "
                 "--out, or delete the file"
             )
@@ -307,16 +307,16 @@ def statistics_for(
     """The statistics that an objective needs.
 
     Raises:
-        ValueError: they are not given, or not needed, or those of another model, or without traces for the Hessian.
+        BadInput: they are not given, or not needed, or those of another model, or without traces for the Hessian.
     """
     if objective in ("relative", "frobenius"):
         if file is not None:
-            raise ValueError(
+            raise BadInput(
                 f"--statistics are for --objective fisher or hessian, and it is {objective}; give one of them"
             )
         return None
     if file is None:
-        raise ValueError(
+        raise BadInput(
             f"--objective {objective} needs --statistics FILE, which qsvd calibrate makes; or leave --objective out"
         )
     path = file.expanduser()
@@ -330,5 +330,5 @@ def statistics_for(
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(modules)} weights have no usable statistics: {listing(wrong, 2)}")
+        raise BadInput(f"{len(wrong)} of {len(modules)} weights have no usable statistics: {listing(wrong, 2)}")
     return statistics

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from qsvd.errors import first_line
+from qsvd.errors import BadInput, first_line
 from qsvd.memory import twins as attention
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.twins import Decoding, LinearTwin, LiveBytes
@@ -76,7 +76,7 @@ def run_blocks(model: SplitModelPlan, batch: Batch) -> tuple[BlockBytes, ...]:
     """Of every block, in model order; blocks of the same shapes are run once.
 
     Raises:
-        ValueError: the model cannot be run from tokens alone.
+        BadInput: the model cannot be run from tokens alone.
     """
     attention.register()
     found: dict[Any, BlockBytes] = {}
@@ -111,7 +111,7 @@ def _run(model: SplitModelPlan, path: str, batch: Batch) -> BlockBytes:
                 parameter.grad = torch.empty_like(parameter)
         later = _step(block, arguments, batch, live)
     except BUILD_ERRORS as error:
-        raise ValueError(f"{path} of {type(empty).__name__} cannot be run on its own: {first_line(error)}") from error
+        raise BadInput(f"{path} of {type(empty).__name__} cannot be run on its own: {first_line(error)}") from error
     return replace(first, later=later.first, around=around + mask)
 
 
@@ -218,7 +218,7 @@ def _call_of(empty: "PreTrainedModel", path: str, batch: Batch) -> tuple[tuple[A
         leaf = torch.empty_like(hidden, device="meta").requires_grad_()
         return ((leaf, *others), options), live.now - hidden.nbytes
     except BUILD_ERRORS as error:
-        raise ValueError(f"{type(empty).__name__} cannot be run from tokens alone: {first_line(error)}") from error
+        raise BadInput(f"{type(empty).__name__} cannot be run from tokens alone: {first_line(error)}") from error
     finally:
         hook.remove()
-    raise ValueError(f"{type(empty).__name__} does not call {path} for tokens; only language models can be planned")
+    raise BadInput(f"{type(empty).__name__} does not call {path} for tokens; only language models can be planned")

@@ -2,6 +2,8 @@
 
 import torch
 
+from qsvd.errors import BadInput
+
 
 def device_of(name: str) -> torch.device:
     """Return the device that an option names; "auto" is a GPU if there is one.
@@ -10,21 +12,21 @@ def device_of(name: str) -> torch.device:
     GPU: transformers' trainers compute on that one, whatever device the model is on.
 
     Raises:
-        ValueError: no such device here.
+        BadInput: no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N") from error
+        raise BadInput(f"--device {name!r} is none of auto, cpu, cuda, cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N")
+        raise BadInput(f"--device {name!r} is none of auto, cpu, cuda, cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise ValueError(f"--device {name!r} is not there: torch sees {count} CUDA devices")
+        raise BadInput(f"--device {name!r} is not there: torch sees {count} CUDA devices")
     index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

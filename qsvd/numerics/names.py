@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from qsvd.errors import BadInput
 from qsvd.numerics.codec import WIDTHS, Codec
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import BLOCK_SIZES, NESTED_BLOCKS, Nesting, NormalFloat
@@ -27,30 +28,30 @@ def codec_named(name: str) -> Codec:
     """The codec of this spelling, the same object every time.
 
     Raises:
-        ValueError: there is none; the sentence says what is allowed.
+        BadInput: there is none; the sentence says what is allowed.
     """
     if name in ("nf4", "nf4+dq"):
         return NormalFloat4(double_quant=name == "nf4+dq")
     found = FAMILY.fullmatch(name)
     if found is None:
-        raise ValueError(f"codec {name!r} is none of {ALLOWED}")
+        raise BadInput(f"codec {name!r} is none of {ALLOWED}")
     bits, block_size, dtype, scale_bits, scale_block, fit = found.groups()
     try:
         scales = SCALES[dtype] if dtype else Nesting(int(scale_bits), int(scale_block))
         return NormalFloat(bits=int(bits), block_size=int(block_size), scales=scales, fit=bool(fit))
     except ValueError as error:
-        raise ValueError(f"codec {name!r}: {error}; a codec is {ALLOWED}") from error
+        raise BadInput(f"codec {name!r}: {error}; a codec is {ALLOWED}") from error
 
 
 def spelling(codec: Codec) -> str:
     """The name under which `codec_named` finds an equal codec.
 
     Raises:
-        ValueError: it has none, being bitsandbytes' NF4 with blocks of another size than 64.
+        BadInput: it has none, being bitsandbytes' NF4 with blocks of another size than 64.
     """
     if isinstance(codec, NormalFloat4):
         if codec.block_size != 64:
-            raise ValueError(f"NF4 in blocks of {codec.block_size} has no name; bitsandbytes' blocks of 64 have one")
+            raise BadInput(f"NF4 in blocks of {codec.block_size} has no name; bitsandbytes' blocks of 64 have one")
         return "nf4+dq" if codec.double_quant else "nf4"
     assert isinstance(codec, NormalFloat), "the two kinds that there are"
     nesting = codec.nesting

@@ -12,7 +12,6 @@ import logging
 from functools import cache
 from math import ceil, prod
 
-import bitsandbytes.functional as bitsandbytes
 import numpy
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # warns of a kernel that qsvd never calls
+import bitsandbytes.functional as bitsandbytes  # noqa: E402
 
 NESTED_LEVELS = 256
 NESTED_BLOCK = 256

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.numerics.codec import Codec
 from qsvd.numerics.names import codec_named, spelling
 from qsvd.numerics.nf4 import NormalFloat4
@@ -108,7 +108,7 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
         where: The file, for the sentence of an error.
 
     Raises:
-        ValueError: the table is none, or does not fit the model; everything that is wrong with it, by line.
+        BadInput: the table is none, or does not fit the model; everything that is wrong with it, by line.
     """
     shapes = {spec.module: spec.shape for spec in weights}
     choices: dict[str, Choice] = {}
@@ -120,7 +120,7 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
             continue
         try:
             if cells[0] in named:
-                raise ValueError(f"{cells[0]} stands there twice")
+                raise BadInput(f"{cells[0]} stands there twice")
             named.add(cells[0])
             choices[cells[0]] = _choice(cells, shapes)
         except ValueError as error:
@@ -131,20 +131,20 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
     if not wrong:
         wrong = _mixed(choices)
     if wrong:
-        raise ValueError(f"{where} cannot be used: {listing(wrong, 3, separator='; ')}")
+        raise BadInput(f"{where} cannot be used: {listing(wrong, 3, separator='; ')}")
     return Allocation({module: choices[module] for module in shapes}, remarks=_remarks(text))
 
 
 def _choice(cells: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Choice:
     """Of one line; a ValueError says what is wrong with it."""
     if len(cells) < 3:
-        raise ValueError("a weight, a codec and a rank are needed")
+        raise BadInput("a weight, a codec and a rank are needed")
     module, name, rank = cells[:3]
     if module not in shapes:
-        raise ValueError(f"{module} is no weight that is split here")
+        raise BadInput(f"{module} is no weight that is split here")
     most = min(shapes[module])
     if not rank.isdecimal() or int(rank) > most:
-        raise ValueError(f"rank {rank} is outside 0..{most}, the ranks of {module} {list(shapes[module])}")
+        raise BadInput(f"rank {rank} is outside 0..{most}, the ranks of {module} {list(shapes[module])}")
     return Choice(codec_named(name), int(rank))
 
 

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from qsvd.errors import BadInput
 from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Allocation, Choice, residual_bytes
 from qsvd.plan.budget import parse_budget
@@ -29,7 +30,7 @@ def assumed(weights: Sequence[WeightSpec], budget: str, rank: int) -> Allocation
         budget: "2.75bits" or "20GB", for residuals and factors.
 
     Raises:
-        ValueError: it is no budget, or one that `most_rank_within` finds too small.
+        BadInput: it is no budget, or one that `most_rank_within` finds too small.
     """
     wanted = parse_budget(budget, weights)
     choices = [[Choice(codec_named(name), min(rank, *spec.shape)) for name in CODECS] for spec in weights]
@@ -49,13 +50,13 @@ def most_rank_within(weights: Sequence[WeightSpec], budget: str) -> int:
     """The highest rank, the same for all weights, that the budget holds beside the smallest codec.
 
     Raises:
-        ValueError: it is no budget, or not even rank 0 fits.
+        BadInput: it is no budget, or not even rank 0 fits.
     """
     wanted = parse_budget(budget, weights)
     smallest = [min(residual_bytes(codec_named(name), spec.shape) for name in CODECS) for spec in weights]
     left = wanted.num_bytes - sum(smallest)
     if left < 0:
-        raise ValueError(
+        raise BadInput(
             f"--budget {budget} is too small: the {len(weights)} weights need {wanted.enough(sum(smallest))}"
         )
     shortest = min(min(spec.shape) for spec in weights)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, prod
 
-from qsvd.errors import BINARY, UNITS, parse_size
+from qsvd.errors import BINARY, UNITS, BadInput, parse_size
 from qsvd.plan.weights import WeightSpec
 
 MOST_BITS = 16  # what the weights have as they are
@@ -48,7 +48,7 @@ def parse_budget(text: str, weights: Sequence[WeightSpec], flag: str = "--budget
     """The budget of these weights.
 
     Raises:
-        ValueError: the text is neither bits nor bytes, or more than the weights take in 16 bits.
+        BadInput: the text is neither bits nor bytes, or more than the weights take in 16 bits.
     """
     num_elements = sum(prod(spec.shape) for spec in weights)
     stripped = text.strip()
@@ -58,13 +58,13 @@ def parse_budget(text: str, weights: Sequence[WeightSpec], flag: str = "--budget
     elif unit:
         num_bytes, name = parse_size(stripped, flag), unit[0]
     else:
-        raise ValueError(
+        raise BadInput(
             f"{flag} {text!r} is no budget: give bits for each number that is split, such as 2.75bits, or bytes for "
             "all of them with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GB"
         )
     budget = Budget(text, num_bytes, num_elements, name)
     if num_bytes > budget.most_bytes:
-        raise ValueError(
+        raise BadInput(
             f"{flag} {text} is above {MOST_BITS} bits a number ({budget.enough(budget.most_bytes)}), which "
             "the weights take as they are; give less, or leave the model as it is"
         )

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.numerics.names import codec_named
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.plan.allocation import Choice, residual_bytes
@@ -82,7 +82,7 @@ def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Seq
         rank: Value of --rank; above a weight's shorter side it is cut to it.
 
     Raises:
-        ValueError: a codec is unknown or does not go with the others, a rank is negative, or above the shorter side of
+        BadInput: a codec is unknown or does not go with the others, a rank is negative, or above the shorter side of
             every weight.
     """
     names = tuple(dict.fromkeys(codecs)) or CODECS
@@ -94,7 +94,7 @@ def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Seq
     if rank < 0:
         wrong.append(f"--rank {rank} is negative; 0 is no factors")
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise BadInput("; ".join(wrong))
     return Grid(names, tuple(sorted({*ranks})) or None, rank)
 
 

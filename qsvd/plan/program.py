@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qsvd.errors import BadInput
+
 ROUNDS = 8  # of tightening, each by twice what was too much
 ENOUGH = 1e-12  # relative; below it a gap is roundoff
 
@@ -68,11 +70,11 @@ def solve(weights: Sequence[Options], budget: int, *, gap: float = 1e-4, time_li
         time_limit: Seconds, after which it stops with the best that it has.
 
     Raises:
-        ValueError: the budget is below `least_bytes`.
+        BadInput: the budget is below `least_bytes`.
     """
     least = least_bytes(weights)
     if budget < least:
-        raise ValueError(f"a budget of {budget} bytes is below the {least} bytes of the smallest candidates")
+        raise BadInput(f"a budget of {budget} bytes is below the {least} bytes of the smallest candidates")
     first = _by_steps(weights, budget)
     program = _reduced(weights, first)
     allowed = budget - least

@@ -15,6 +15,7 @@ from math import exp, log, prod, sqrt
 from typing import Literal
 
 from qsvd.decompose.candidates import Measured
+from qsvd.errors import BadInput
 from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Allocation, Choice
 from qsvd.plan.budget import Budget
@@ -131,7 +132,7 @@ def check_feasible(task: Task, allocator: Allocator) -> None:
     """Refuse a budget that no choice meets, before anything is measured.
 
     Raises:
-        ValueError: with the least budget that would do, in the same unit.
+        BadInput: with the least budget that would do, in the same unit.
     """
     smallest = [min(task.num_bytes(spec, choice) for choice in _tried(task, allocator, spec)) for spec in task.weights]
     what, other = "with their smallest codecs and ranks", "smaller --codecs or --ranks"
@@ -140,7 +141,7 @@ def check_feasible(task: Task, allocator: Allocator) -> None:
     needed, budget = sum(smallest), task.budget
     if needed > budget.num_bytes:
         advice = f"give at least that, or {other}" if needed <= budget.most_bytes else f"give {other}"
-        raise ValueError(
+        raise BadInput(
             f"--budget {budget.text} is too small: {what}, the {len(task.weights)} weights need "
             f"{budget.enough(needed)}; {advice}"
         )
@@ -156,7 +157,7 @@ def allocate(
         importances: By module, what a squared error is multiplied with, above 0; None is 1 for all.
 
     Raises:
-        ValueError: the budget is too small.
+        BadInput: the budget is too small.
     """
     check_feasible(task, allocator)
     factors = [1.0 if importances is None else importances[spec.module] for spec in task.weights]
@@ -255,7 +256,7 @@ def _cheapest(
     if not fitting:
         least = min((_bytes(task, picked) for picked in tried), default=None)
         needed = "" if least is None else f"; they need {task.budget.enough(least)}"
-        raise ValueError(f"--budget {task.budget.text} holds no codec that is the same for all weights{needed}")
+        raise BadInput(f"--budget {task.budget.text} holds no codec that is the same for all weights{needed}")
     return _result(task, min(fitting, key=cost), measured, None, f"best of {len(fitting)}")
 
 

@@ -6,6 +6,8 @@ from math import ceil, prod
 
 import torch
 
+from qsvd.errors import BadInput
+
 
 @dataclass(frozen=True)
 class TensorShape:
@@ -70,7 +72,7 @@ def optimizer_bytes(optimizer: str, parameters: Sequence[TensorShape], *, on_gpu
             device's, where it is whenever it fits.
 
     Raises:
-        ValueError: another optimizer.
+        BadInput: another optimizer.
     """
     if optimizer == "adamw":
         return _torch_adamw(parameters, on_gpu=on_gpu)
@@ -79,7 +81,7 @@ def optimizer_bytes(optimizer: str, parameters: Sequence[TensorShape], *, on_gpu
     if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
         has_levels = any(tensor.numel >= LEAST_8_BIT for tensor in parameters)
         return OptimizerBytes(sum(map(_state_8_bit, parameters)) + LEVELS * has_levels, 0, 0)
-    raise ValueError(f"optimizer {optimizer!r} is none of adamw, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit")
+    raise BadInput(f"optimizer {optimizer!r} is none of adamw, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit")
 
 
 def _torch_adamw(parameters: Sequence[TensorShape], *, on_gpu: bool) -> OptimizerBytes:

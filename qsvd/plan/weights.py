@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from qsvd.errors import first_line, listing
+from qsvd.errors import BadInput, first_line, listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -112,7 +112,7 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
         exclude: Glob patterns on module paths; what matches one of them is left.
 
     Raises:
-        ValueError: no class can be built from the config; a pattern matches nothing; a weight of a block that is wanted
+        BadInput: no class can be built from the config; a pattern matches nothing; a weight of a block that is wanted
             is of a kind that cannot be split; nothing is left to split.
     """
     model = build(config)
@@ -123,7 +123,7 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
     linears = {path: module for path, module in model.named_modules() if _is_linear(module)}
     weights = tuple(_spec(path, linear.get_parameter("weight")) for path, linear in linears.items() if path in wanted)
     if not weights:
-        raise ValueError(
+        raise BadInput(
             f"{type(model).__name__} has no nn.Linear inside repeated blocks left to split; give another "
             "model or other patterns"
         )
@@ -170,7 +170,7 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
     """An instance without memory of the class that the config names.
 
     Raises:
-        ValueError: transformers has no such class, or cannot build it from this config.
+        BadInput: transformers has no such class, or cannot build it from this config.
     """
     import transformers
 
@@ -186,7 +186,7 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
                 auto = transformers.AutoModel
             return auto.from_config(config, trust_remote_code=False)
     except BUILD_ERRORS as error:
-        raise ValueError(
+        raise BadInput(
             f"transformers {transformers.__version__} cannot build {named or 'a model'} from this config (model_type "
             f"{config.model_type!r}): {first_line(error)}; models that bring their own code are not supported"
         ) from error
@@ -239,7 +239,7 @@ def _is_wanted(path: str, include: Sequence[str], exclude: Sequence[str]) -> boo
 def _check_patterns(patterns: Sequence[str], paths: list[str]) -> None:
     unknown = [pattern for pattern in patterns if not any(fnmatchcase(path, pattern) for path in paths)]
     if unknown:
-        raise ValueError(
+        raise BadInput(
             f"no linear layer in the blocks matches {', '.join(map(repr, unknown))}; "
             f"patterns are globs on paths such as {listing(paths, 3)}"
         )
@@ -257,7 +257,7 @@ def _refuse_unsplittable(kinds: dict[str, str]) -> None:
         reason = reasons.get(kind, f"are {kind}, which bitsandbytes does not replace; qsvd splits plain nn.Linear only")
         sentences.append(f"{len(paths)} weights ({listing(paths, 3)}) {reason}")
     if sentences:
-        raise ValueError(f"{'; '.join(sentences)}; exclude them by a pattern to keep them in 16 bits")
+        raise BadInput(f"{'; '.join(sentences)}; exclude them by a pattern to keep them in 16 bits")
 
 
 def _spec(path: str, weight_OI: torch.Tensor) -> WeightSpec:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsvd.decompose.candidates import PASSES, Measured, measure_candidates
 from qsvd.decompose.objective import PLAIN
-from qsvd.errors import DoesNotFit
+from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import file_sha256
 from qsvd.files.check import check_complete, check_not_quantized
 from qsvd.files.source import Checkpoint, open_checkpoint, stream
@@ -87,11 +87,11 @@ def prepare_allocate(
         plan: Of that checkpoint, complete; None makes it.
 
     Raises:
-        ValueError: an option, the checkpoint or the statistics are not usable.
+        BadInput: an option, the checkpoint or the statistics are not usable.
         DoesNotFit: the largest weight cannot be measured in the memory that is free.
     """
     if not options.gap >= 0 or not options.time_limit > 0:
-        raise ValueError(f"--gap {options.gap} and --time-limit {options.time_limit}: at least 0, and above 0 seconds")
+        raise BadInput(f"--gap {options.gap} and --time-limit {options.time_limit}: at least 0, and above 0 seconds")
     device, dtype = device_of(options.device), getattr(torch, options.dtype)
     checkpoint = checkpoint or open_checkpoint(options.model)
     if plan is None:
@@ -136,7 +136,7 @@ def importances(job: AllocateJob) -> tuple[Mapping[str, float] | None, tuple[str
     from few examples can have a trace that is not above zero; it counts as the least that is.
 
     Raises:
-        ValueError: no trace is above zero.
+        BadInput: no trace is above zero.
     """
     if job.options.objective != "hessian":
         return None, ()
@@ -144,7 +144,7 @@ def importances(job: AllocateJob) -> tuple[Mapping[str, float] | None, tuple[str
     means = {spec.module: job.statistics.trace(spec.module) / math.prod(spec.shape) for spec in job.task.weights}
     above = [mean for mean in means.values() if mean > 0]
     if not above:
-        raise ValueError(f"{job.statistics.path} has no trace above zero; run qsvd calibrate with more --traces")
+        raise BadInput(f"{job.statistics.path} has no trace above zero; run qsvd calibrate with more --traces")
     raised = len(means) - len(above)
     remark = (f"traces: {raised} of {len(means)} are not above zero and count as the least that is",) if raised else ()
     return {module: max(mean, min(above)) for module, mean in means.items()}, remark
@@ -154,17 +154,17 @@ def _check_replaceable(path: Path, fingerprint: str) -> None:
     """Refuse to lose what somebody wrote or edited.
 
     Raises:
-        ValueError: the path is something else than an unedited table of the same model.
+        BadInput: the path is something else than an unedited table of the same model.
     """
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if not text.startswith(TITLE):
-        raise ValueError(f"--out {path} is there already and is no table of qsvd allocate; give another name")
+        raise BadInput(f"--out {path} is there already and is no table of qsvd allocate; give another name")
     if not is_sealed(text):
-        raise ValueError(f"--out {path} was edited by hand; give another name, or move it away")
+        raise BadInput(f"--out {path} was edited by hand; give another name, or move it away")
     if f"# source: {fingerprint}\n" not in text:
-        raise ValueError(f"--out {path} is the table of another model; give another name")
+        raise BadInput(f"--out {path} is the table of another model; give another name")
 
 
 def _check_memory(job: AllocateJob) -> None:
@@ -276,7 +276,7 @@ def _measure(job: AllocateJob, spec: WeightSpec, weight_OI: Tensor, ranks: Seque
             "--device cpu"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{job.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
+        raise BadInput(f"{job.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
 
 
 def _remarks(job: AllocateJob, result: Result) -> tuple[str, ...]:

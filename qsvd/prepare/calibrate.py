@@ -13,7 +13,7 @@ from qsvd.calibrate.sums import Example
 from qsvd.data.columns import Examples, Tokenized, recognise
 from qsvd.data.read import read_rows
 from qsvd.data.tokens import tokenize
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.check import check_complete, check_not_quantized
 from qsvd.files.source import Checkpoint, open_checkpoint
 from qsvd.files.statistics import check_same_run, open_statistics
@@ -58,7 +58,7 @@ def prepare_calibrate(options: Calibrate) -> Calibration:
     """Open the checkpoint and the data, tokenize, and refuse what cannot be calibrated.
 
     Raises:
-        ValueError: an option, the checkpoint or the data is not usable, or OUT is of another run.
+        BadInput: an option, the checkpoint or the data is not usable, or OUT is of another run.
     """
     _check_numbers(options)
     device = device_of(options.device)
@@ -84,7 +84,7 @@ def _check_numbers(options: Calibrate) -> None:
         f"--{name} {value} is below {low}" for name, (value, low) in least.items() if value is not None and value < low
     ]
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise BadInput("; ".join(wrong))
 
 
 def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
@@ -93,7 +93,7 @@ def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
     if options.max_length is None:
         return min(MOST_LENGTH, context)
     if options.max_length > context:
-        raise ValueError(f"--max-length {options.max_length} is above {context}, the positions of {options.model}")
+        raise BadInput(f"--max-length {options.max_length} is above {context}, the positions of {options.model}")
     return options.max_length
 
 
@@ -103,7 +103,7 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
     examples = recognise(read_rows(options.data, split=options.split), mapping_of(options.map))
     if is_classifier != (examples.kind == "labelled"):
         wanted = "labelled texts" if is_classifier else "texts, chats or completions"
-        raise ValueError(
+        raise BadInput(
             f"{options.data} holds {examples.kind} examples, and {options.model} is a {plan.architecture}, which "
             f"learns from {wanted}"
         )
@@ -111,7 +111,7 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
     _check_vocabulary(data, checkpoint)
     there = len(data.input_ids)
     if there < options.examples:
-        raise ValueError(
+        raise BadInput(
             f"{options.data} gives {there} examples of at most {options.max_length} tokens, fewer than --examples "
             f"{options.examples}; give more data, or --examples {there}"
         )
@@ -129,7 +129,7 @@ def _is_classifier(plan: ModelPlan, model: str) -> bool:
 
     is_classifier = plan.architecture.endswith(CLASSIFIER)
     if not is_classifier and plan.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise ValueError(
+        raise BadInput(
             f"{model} is a {plan.architecture}, which has no loss on texts or labels; give a language model "
             f"(...ForCausalLM) or a classifier (...{CLASSIFIER})"
         )
@@ -153,7 +153,7 @@ def _labels(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:
     """The classes of the checkpoint."""
     names = class_names(checkpoint.config, examples)
     if len(names) < 2:
-        raise ValueError(f"{checkpoint.name} has {len(names)} class, as for regression; 2 or more are needed")
+        raise BadInput(f"{checkpoint.name} has {len(names)} class, as for regression; 2 or more are needed")
     return names
 
 
@@ -162,7 +162,7 @@ def _check_vocabulary(data: Tokenized, checkpoint: Checkpoint) -> None:
     size = checkpoint.config.get_text_config().vocab_size
     outside = sorted({token for tokens in data.input_ids for token in tokens if not 0 <= token < size})
     if outside:
-        raise ValueError(
+        raise BadInput(
             f"the tokenizer of {checkpoint.name} gives token {listing([str(token) for token in outside])}, outside "
             f"0..{size - 1}, the vocabulary of its model; put the model's own tokenizer beside it"
         )
@@ -174,7 +174,7 @@ def _is_complete(options: Calibrate, identity: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; give a file, such as {out / 'statistics.safetensors'}")
+        raise BadInput(f"--out {out} is a folder; give a file, such as {out / 'statistics.safetensors'}")
     check_same_run(out, open_statistics(out).record.get("run", {}), identity)
     return True
 

@@ -7,6 +7,7 @@ import torch
 
 from qsvd.data.columns import Examples, recognise
 from qsvd.data.read import read_rows
+from qsvd.errors import BadInput
 from qsvd.evaluate.exact_match import MARKER, final_number
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.options import Eval
@@ -40,7 +41,7 @@ def prepare_eval(options: Eval) -> Work:
     """Everything that can be refused before a model is loaded.
 
     Raises:
-        ValueError: an option or the data is not usable.
+        BadInput: an option or the data is not usable.
     """
     _check_numbers(options)
     device = device_of(options.device)
@@ -49,9 +50,9 @@ def prepare_eval(options: Eval) -> Work:
     task = _task(options, examples)
     is_one_text = examples.kind == "text" and not examples.places.unit
     if options.stride is not None and not is_one_text:
-        raise ValueError(f"--stride {options.stride} is for one text, such as a .txt file; {options.data} is none")
+        raise BadInput(f"--stride {options.stride} is for one text, such as a .txt file; {options.data} is none")
     if options.reference is not None and examples.kind != "text":
-        raise ValueError(f"--reference compares models on text; {options.data} holds {examples.kind} examples")
+        raise BadInput(f"--reference compares models on text; {options.data} holds {examples.kind} examples")
     if options.limit is not None:
         count = min(options.limit, len(examples.rows))
         examples = Examples(
@@ -83,14 +84,14 @@ def _check_numbers(options: Eval) -> None:
     if not options.models:
         wrong.append("no model is given: name at least one folder")
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise BadInput("; ".join(wrong))
 
 
 def _check_answers(examples: Examples) -> None:
     answers = [row["completion"] for row in examples.rows]
     without = [examples.where(i) for i, answer in enumerate(answers) if final_number(answer) is None]
     if without:
-        raise ValueError(f"{without[0]}: the answer has no number to compare with ({len(without)} such rows)")
+        raise BadInput(f"{without[0]}: the answer has no number to compare with ({len(without)} such rows)")
 
 
 def _subject(name: str, options: Eval, task: str) -> Subject:
@@ -109,7 +110,7 @@ def _task(options: Eval, examples: Examples) -> str:
     }
     if options.task != "auto":
         if not fits[options.task]:
-            raise ValueError(f"--task {options.task} does not go with {examples.kind} examples, as {options.data} has")
+            raise BadInput(f"--task {options.task} does not go with {examples.kind} examples, as {options.data} has")
         return options.task
     if fits["accuracy"]:
         return "accuracy"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qsvd.adapters.start import planned_base
-from qsvd.errors import DoesNotFit, parse_size, show_size
+from qsvd.errors import BadInput, DoesNotFit, parse_size, show_size
 from qsvd.files.adapter import AdapterRecord
 from qsvd.files.pages import free_host_memory, taken_host_memory
 from qsvd.files.split_folder import SplitFolder
@@ -40,10 +40,10 @@ def machine(device: torch.device, dtype: torch.dtype, *, gpu: str | None = None,
     """What is free here, or less if less is given.
 
     Raises:
-        ValueError: a size cannot be read, or is of a GPU where none computes.
+        BadInput: a size cannot be read, or is of a GPU where none computes.
     """
     if gpu is not None and device.type != "cuda":
-        raise ValueError(f"--gpu {gpu} is for a GPU, and the device is {device}")
+        raise BadInput(f"--gpu {gpu} is for a GPU, and the device is {device}")
     free_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     most_gpu = _least(None if gpu is None else parse_size(gpu, "--gpu"), free_gpu)
     left = None if host is None else max(parse_size(host, "--host") - taken_host_memory(), 0)
@@ -60,7 +60,7 @@ def place_training(split: SplitFolder, record: AdapterRecord, training: Training
 
     Raises:
         DoesNotFit: nothing that was tried fits; the sentence has the numbers, and what would fit.
-        ValueError: the planner cannot run such a model.
+        BadInput: the planner cannot run such a model.
     """
     model = planned_base(split, record, there.dtype)
     found = place(model, training, there.limits, wish)

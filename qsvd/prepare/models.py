@@ -10,7 +10,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.load import load, names_of
 from qsvd.adapters.start import new_record, stored_factors, trained_adapter
 from qsvd.data.columns import Examples
-from qsvd.errors import first_line, listing
+from qsvd.errors import BadInput, first_line, listing
 from qsvd.export.trained import Trained, TrainedModel
 from qsvd.files.adapter import RECORD, AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.output import MANIFEST
@@ -47,19 +47,19 @@ def find_model(name: str, base: Path | None) -> NamedModel:
         base: Of a run, where it is now; None: where it was when the run was made.
 
     Raises:
-        ValueError: there is no such folder or hub model, it holds nothing that is known, or the run belongs to another
+        BadInput: there is no such folder or hub model, it holds nothing that is known, or the run belongs to another
             base.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
         if MODEL_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
             return NamedModel(name, "16-bit", download(name))
-        raise ValueError(f"{name} is no folder, and no hub id either")
+        raise BadInput(f"{name} is no folder, and no hub id either")
     if (folder / RECORD).is_file():
         adapter = open_adapter(folder)
         home = base.expanduser() if base is not None else Path(adapter.record.base)
         if not home.is_dir():
-            raise ValueError(f"{name} was trained beside {home}, which is not there; give --base where it is now")
+            raise BadInput(f"{name} was trained beside {home}, which is not there; give --base where it is now")
         split = open_split(home)
         check_base(adapter, home, split.fingerprint)
         return NamedModel(name, "trained", home, _architecture(split), adapter.record.labels)
@@ -67,7 +67,7 @@ def find_model(name: str, base: Path | None) -> NamedModel:
         return NamedModel(name, "split", folder, _architecture(open_split(folder)))
     if (folder / "config.json").is_file():
         return NamedModel(name, "16-bit", folder)
-    raise ValueError(f"{name} is no checkpoint (config.json), no result of qsvd quantize, and no run of qsvd train")
+    raise BadInput(f"{name} is no checkpoint (config.json), no result of qsvd quantize, and no run of qsvd train")
 
 
 def _architecture(split: SplitFolder) -> str:
@@ -83,13 +83,13 @@ def check_kind(found: NamedModel, *, classifier: bool) -> None:
         return
     is_classifier = bool(found.labels) or found.architecture.endswith("ForSequenceClassification")
     if classifier and not is_classifier:
-        raise ValueError(
+        raise BadInput(
             f"{found.name} has no classification head, which labelled examples need; give a run trained on labels"
         )
     if not classifier and found.labels:
-        raise ValueError(f"{found.name} is a classifier ({listing(found.labels)}), which needs labelled examples")
+        raise BadInput(f"{found.name} is a classifier ({listing(found.labels)}), which needs labelled examples")
     if not classifier and found.architecture not in _causal_classes():
-        raise ValueError(f"{found.name} is a {found.architecture}, which predicts no next token; give a language model")
+        raise BadInput(f"{found.name} is a {found.architecture}, which predicts no next token; give a language model")
 
 
 def _causal_classes() -> set[str]:
@@ -109,7 +109,7 @@ def load_model(
     """The model, in evaluation mode; the placement is for results and runs.
 
     Raises:
-        ValueError: it cannot be built, or is no classifier, or no language model, where one is asked for.
+        BadInput: it cannot be built, or is no classifier, or no language model, where one is asked for.
     """
     check_kind(found, classifier=classifier)
     if found.kind == "trained":
@@ -125,10 +125,10 @@ def load_model(
     try:
         loaded: Any = auto.from_pretrained(found.home, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"transformers cannot open {found.name}: {first_line(error)}") from error
+        raise BadInput(f"transformers cannot open {found.name}: {first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
-        raise ValueError(f"{found.name} lacks {len(missing)} weights of a {type(model).__name__}: {listing(missing)}")
+        raise BadInput(f"{found.name} lacks {len(missing)} weights of a {type(model).__name__}: {listing(missing)}")
     return model.to(device).eval()
 
 
@@ -166,13 +166,13 @@ def open_trained(run: Path, base: Path | None) -> Opened:
     """Open a run with its base, or a base.
 
     Raises:
-        ValueError: the folder is neither, or the base is not there or another one.
+        BadInput: the folder is neither, or the base is not there or another one.
     """
     if not run.expanduser().exists():  # a hub id would be downloaded, and then refused
-        raise ValueError(f"no folder {run} here; give a run of qsvd train, or a result of qsvd quantize")
+        raise BadInput(f"no folder {run} here; give a run of qsvd train, or a result of qsvd quantize")
     found = find_model(str(run), base)
     if found.kind == "16-bit":
-        raise ValueError(f"{run} is a 16-bit checkpoint; give a run of qsvd train, or a result of qsvd quantize")
+        raise BadInput(f"{run} is a 16-bit checkpoint; give a run of qsvd train, or a result of qsvd quantize")
     split = open_split(found.home)
     if found.kind == "split":
         return Opened(split, None, new_record(split, AdapterOptions()), TrainedModel(split, _stored(split)))

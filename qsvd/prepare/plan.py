@@ -12,7 +12,7 @@ import torch
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.methods import default_method
 from qsvd.adapters.start import new_record, planned, planner_of
-from qsvd.errors import parse_size
+from qsvd.errors import BadInput, parse_size
 from qsvd.files.output import MANIFEST
 from qsvd.files.pages import free_host_memory
 from qsvd.files.source import download_config, read_config
@@ -66,7 +66,7 @@ def plan_source(options: Plan) -> PlanSource:
     """Read the config.
 
     Raises:
-        ValueError: the model is none that can be split, or the options do not go with it.
+        BadInput: the model is none that can be split, or the options do not go with it.
     """
     adapter = AdapterOptions(None if options.method == "auto" else options.method, dtype=options.adapter_dtype)
     folder = Path(options.model).expanduser()
@@ -79,7 +79,7 @@ def _config(model: str, path: Path) -> "PreTrainedConfig":
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
-            raise ValueError(f"no config.json in {path.parent}; give a transformers checkpoint or a config.json")
+            raise BadInput(f"no config.json in {path.parent}; give a transformers checkpoint or a config.json")
     elif not path.is_file():
         path = download_config(model)
     return read_config(path)
@@ -88,7 +88,7 @@ def _config(model: str, path: Path) -> "PreTrainedConfig":
 def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOptions) -> PlanSource:
     """A model that is still in 16 bits."""
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{options.model} is quantized already; give the 16-bit model, or a result of qsvd quantize")
+        raise BadInput(f"{options.model} is quantized already; give the 16-bit model, or a result of qsvd quantize")
     stacks = unsplittable(config)
     names = plan_model(config, exclude=stacks)
     empty = skeleton(config, DTYPE)
@@ -113,7 +113,7 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
         why = "the shorter side of the smallest weight"
         if is_fixed or options.budget is not None:
             why = "which the table says" if is_fixed else f"the highest that --budget {options.budget} holds"
-        raise ValueError(f"--rank {rank} is {'not' if is_fixed else 'above'} {most_rank}, {why}")
+        raise BadInput(f"--rank {rank} is {'not' if is_fixed else 'above'} {most_rank}, {why}")
     notes = _notes(options, stacks, is_plain=is_plain)
     return PlanSource(make, most_rank if is_fixed else rank, most_rank, is_fixed, notes)
 
@@ -133,11 +133,11 @@ def _allocation_of(options: Plan, weights: Sequence[WeightSpec]) -> Callable[[in
     """What every weight gets at a rank: one codec, a mixture that fits the budget, or what a table says.
 
     Raises:
-        ValueError: there is a table and a budget, or the table does not fit the model.
+        BadInput: there is a table and a budget, or the table does not fit the model.
     """
     if options.allocation is not None:
         if options.budget is not None:
-            raise ValueError("--budget and --allocation: one of them says how many bits a weight gets; leave one out")
+            raise BadInput("--budget and --allocation: one of them says how many bits a weight gets; leave one out")
         table = read_table(options.allocation, weights).allocation
         return lambda _: table
     budget = options.budget
@@ -150,12 +150,12 @@ def _allocation_of(options: Plan, weights: Sequence[WeightSpec]) -> Callable[[in
 def _of_split(options: Plan, split: SplitFolder, adapter: AdapterOptions) -> PlanSource:
     """A result of `qsvd quantize`."""
     if options.budget is not None or options.allocation is not None:
-        raise ValueError(f"{split.folder} is split already: --budget and --allocation are for 16-bit models")
+        raise BadInput(f"{split.folder} is split already: --budget and --allocation are for 16-bit models")
     stored = max(split.ranks.values())
     record, model_of = new_record(split, adapter), planner_of(split, DTYPE)
     is_fixed = record.method == "pissa"
     if is_fixed and options.rank not in (None, stored):
-        raise ValueError(f"--rank {options.rank} is not the stored rank {stored}, which pissa trains: leave it out")
+        raise BadInput(f"--rank {options.rank} is not the stored rank {stored}, which pissa trains: leave it out")
 
     def make(rank: int) -> SplitModelPlan:
         trained = AdapterOptions(record.method, None if is_fixed else rank, None, adapter.dtype)
@@ -198,7 +198,7 @@ def prepare_plan(options: Plan) -> PlanJob:
     """Read the config, and refuse what cannot be planned.
 
     Raises:
-        ValueError: an option is not usable, or the model is none that can be split.
+        BadInput: an option is not usable, or the model is none that can be split.
     """
     _check_numbers(options)
     limits = _limits(options)
@@ -206,7 +206,7 @@ def prepare_plan(options: Plan) -> PlanJob:
     context = getattr(source.make(source.rank).text_config, "max_position_embeddings", None) or 2**20
     tokens = min(MOST_TOKENS, context) if options.tokens is None else options.tokens
     if tokens > context:
-        raise ValueError(f"--tokens {tokens} is above the {context} positions of the model")
+        raise BadInput(f"--tokens {tokens} is above the {context} positions of the model")
     batch = Batch(
         tokens=tokens,
         batch=options.batch,
@@ -271,4 +271,4 @@ def _check_numbers(options: Plan) -> None:
     if options.layer_major and not options.gradient_checkpointing:
         wrong.append("--layer-major computes each batch of a block again: leave --no-gradient-checkpointing out")
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise BadInput("; ".join(wrong))

@@ -11,7 +11,7 @@ import torch
 
 from qsvd.decompose.alternate import Recipe
 from qsvd.decompose.objective import PLAIN, Objective
-from qsvd.errors import DoesNotFit, listing, parse_size
+from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.check import check_complete, check_not_quantized
 from qsvd.files.output import MANIFEST, UNFINISHED, OutputFolder
@@ -101,7 +101,7 @@ def prepare_source(options: Quantize, checkpoint: Checkpoint | None = None) -> S
         checkpoint: An open one; None opens options.model.
 
     Raises:
-        ValueError: an option, or the checkpoint, is not usable.
+        BadInput: an option, or the checkpoint, is not usable.
     """
     recipe = Recipe(
         codec=NormalFloat4(double_quant=options.double_quant),
@@ -139,35 +139,35 @@ def read_table(file: Path, weights: Sequence[WeightSpec]) -> Table:
     """The choices of a table that `qsvd allocate` wrote, or somebody edited.
 
     Raises:
-        ValueError: it cannot be read, or does not fit the weights.
+        BadInput: it cannot be read, or does not fit the weights.
     """
     try:
         text = file.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--allocation {file} cannot be read as a text file: {error}") from error
+        raise BadInput(f"--allocation {file} cannot be read as a text file: {error}") from error
     return Table(from_text(text, weights, f"--allocation {file}"), text)
 
 
 def _check_choices(options: Quantize) -> None:
     """Refuse options that say different things about bits and ranks."""
     if options.allocation is not None and options.budget is not None:
-        raise ValueError("--budget and --allocation: one of them says how many bits a weight gets; leave one out")
+        raise BadInput("--budget and --allocation: one of them says how many bits a weight gets; leave one out")
     if options.budget is not None and options.dry_run:
-        raise ValueError(
+        raise BadInput(
             "--dry-run cannot show what a budget leads to before the weights are measured; qsvd allocate measures "
             "them, and qsvd plan --budget says the bytes"
         )
     if options.allocator != "both" and options.budget is None:
-        raise ValueError(f"--allocator {options.allocator} spends a --budget, and none is given; add one")
+        raise BadInput(f"--allocator {options.allocator} spends a --budget, and none is given; add one")
     if options.objective == "hessian" and options.budget is None:
-        raise ValueError("--objective hessian weights whole matrices, so it matters with --budget only; add one")
+        raise BadInput("--objective hessian weights whole matrices, so it matters with --budget only; add one")
 
 
 def _check_rank(rank: int, weights: Sequence[WeightSpec]) -> None:
     small = [f"{spec.module} {list(spec.shape)}" for spec in weights if min(spec.shape) < rank]
     if small:
         limit = min(min(spec.shape) for spec in weights)
-        raise ValueError(
+        raise BadInput(
             f"--rank {rank} is above the shorter side of {len(small)} weights: {listing(small)}; "
             f"give at most {limit}, or --exclude them"
         )
@@ -236,7 +236,7 @@ def job_of(source: Source, table: Table | None) -> Job:
         table: What every weight gets; None is the codec and the rank of the request.
 
     Raises:
-        ValueError: transformers could not tell the weights that are split from others.
+        BadInput: transformers could not tell the weights that are split from others.
     """
     choice = Choice(source.recipe.codec, source.recipe.rank)
     allocation = table.allocation if table else uniform(source.plan.weights, choice)
@@ -306,7 +306,7 @@ def _skipped(plan: ModelPlan) -> tuple[str, ...]:
     """What transformers must not make 4-bit: every linear layer that is left, and heads that a user may add.
 
     Raises:
-        ValueError: transformers' matching would also skip a weight that is split, or convert one that is left.
+        BadInput: transformers' matching would also skip a weight that is split, or convert one that is left.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -315,7 +315,7 @@ def _skipped(plan: ModelPlan) -> tuple[str, ...]:
     skipped = list(dict.fromkeys((*plan.left_linears, *heads)))
     wrong = [path for path in split if not should_convert_module(path, skipped)]
     if wrong:
-        raise ValueError(
+        raise BadInput(
             f"transformers cannot tell {listing(wrong)} from the layers left in 16 bits, since it compares the ends of "
             "names; exclude these too, or include the others"
         )
@@ -332,7 +332,7 @@ def prepare(options: Quantize, checkpoint: Checkpoint | None = None) -> Job:
         checkpoint: An open one; None opens options.model.
 
     Raises:
-        ValueError, DoesNotFit: as from `prepare_source` and `settled`.
+        BadInput, DoesNotFit: as from `prepare_source` and `settled`.
     """
     return settled(prepare_source(options, checkpoint), _silent)
 
@@ -347,7 +347,7 @@ def settled(source: Source, show: ShowProgress) -> Job:
         show: Is told after every measured weight; what it raises ends the work, and measured weights stay.
 
     Raises:
-        ValueError: the budget, or the folder, is not usable.
+        BadInput: the budget, or the folder, is not usable.
         DoesNotFit: the largest weight cannot be measured in the memory that is free.
     """
     if source.options.budget is None:
@@ -364,7 +364,7 @@ def settled(source: Source, show: ShowProgress) -> Job:
             write_text(kept, sealed(to_text(allocation, source.plan.weights, source.recipe.dtype.itemsize)))
         text = kept.read_text(encoding="utf-8")
         if not folder.is_complete and not is_sealed(text):
-            raise ValueError(
+            raise BadInput(
                 f"{kept} was edited, and weights may be split already by what it said; copy it, and give it as "
                 "--allocation with another --out"
             )

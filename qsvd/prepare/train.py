@@ -19,7 +19,7 @@ from qsvd.data.columns import Examples, Tokenized, recognise
 from qsvd.data.read import read_pair, read_rows
 from qsvd.data.row_files import Rows
 from qsvd.data.tokens import tokenize
-from qsvd.errors import listing
+from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterRecord
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.memory.block_bytes import Batch
@@ -45,7 +45,7 @@ def check_options(options: Train, device: torch.device) -> None:
     """Everything that is wrong with the options alone, in one sentence.
 
     Raises:
-        ValueError: numbers out of range, a tracker that is unknown or not installed, or no GPU to offload from.
+        BadInput: numbers out of range, a tracker that is unknown or not installed, or no GPU to offload from.
     """
     wrong = _numbers_out_of_range(options) + [sentence for name in options.report_to for sentence in _tracker(name)]
     if options.activation_offload == "yes" and device.type == "cpu":
@@ -55,14 +55,14 @@ def check_options(options: Train, device: torch.device) -> None:
     if options.layer_major and options.packing:
         wrong.append("--layer-major divides a step by its rows, and --packing makes one row of them: give one of them")
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise BadInput("; ".join(wrong))
 
 
 def check_start_of(record: AdapterRecord, split: SplitFolder) -> None:
     """Start the adapter of one small weight for each stored rank, and forget it.
 
     Raises:
-        ValueError: the method cannot start from this base with these options.
+        BadInput: the method cannot start from this base with these options.
     """
     for rank in sorted({weight["rank"] for weight in split.weights.values()}):
         sizes = {name: math.prod(weight["shape"]) for name, weight in split.weights.items() if weight["rank"] == rank}
@@ -74,7 +74,7 @@ def check_kind(options: Train, examples: Examples) -> None:
     chosen = {"--packing": options.packing, "--activation-offload": options.activation_offload == "yes"}
     given = [flag for flag, is_on in chosen.items() if is_on]
     if examples.kind == "labelled" and given:
-        raise ValueError(
+        raise BadInput(
             f"{examples.places.source} holds labelled texts, which train a classifier; {' and '.join(given)} "
             "can be used for language models only"
         )
@@ -98,7 +98,7 @@ def check_lengths(split: SplitFolder, tokenized: Sequence[Tokenized]) -> None:
         if len(tokens) > limit
     ]
     if long:
-        raise ValueError(
+        raise BadInput(
             f"{len(long)} sequences have more tokens than the {limit} positions of the model: {listing(long)}; "
             f"give --max-length {limit}"
         )
@@ -190,7 +190,7 @@ def prepare_run(options: Train) -> RunJob:
     """Open the base and the data, tokenize, and refuse what cannot be trained.
 
     Raises:
-        ValueError: an option, the base or the data is not usable.
+        BadInput: an option, the base or the data is not usable.
         DoesNotFit: there is too little memory, wherever the weights are.
     """
     device = device_of(options.device)
@@ -230,14 +230,14 @@ def open_tokenizer(folder: Path) -> Any:
     """The tokenizer of a base, which can pad.
 
     Raises:
-        ValueError: the folder has none.
+        BadInput: the folder has none.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise BadInput(
             f"{folder} has no tokenizer that transformers can open; copy the source's files there"
         ) from error
     if tokenizer.pad_token is None:
@@ -249,7 +249,7 @@ def mapping_of(pairs: tuple[str, ...]) -> dict[str, str]:
     """--map COLUMN=NAME as a dictionary; a ValueError names what is no such pair."""
     wrong = [pair for pair in pairs if not all(pair.partition("=")[::2])]
     if wrong:
-        raise ValueError(f"--map {' '.join(wrong)} is no COLUMN=NAME, such as --map query=question reply=answer")
+        raise BadInput(f"--map {' '.join(wrong)} is no COLUMN=NAME, such as --map query=question reply=answer")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -268,9 +268,7 @@ def _data(options: Train, tokenizer: Any, split: SplitFolder) -> tuple[Tokenized
     check_kind(options, examples)
     others = recognise(valid, mapping) if valid is not None else None
     if others is not None and others.kind != examples.kind:
-        raise ValueError(
-            f"{others.places.source} holds {others.kind} examples, {examples.places.source} {examples.kind}"
-        )
+        raise BadInput(f"{others.places.source} holds {others.kind} examples, {examples.places.source} {examples.kind}")
     data = _tokenize(examples, options, tokenizer, split, None)
     if others is not None:
         return data, _tokenize(others, options, tokenizer, split, data.label_names or None)

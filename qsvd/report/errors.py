@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qsvd.decompose.split import WeightError
+from qsvd.errors import BadInput
 from qsvd.numerics.norms import Norms
 from qsvd.report.header import Header, left_line
 from qsvd.report.totals import Total, reduction, relative, totals, worst
@@ -25,12 +26,12 @@ def from_record(record: object) -> WeightError:
     """The error that to_record turned into `record`.
 
     Raises:
-        ValueError: record is no object, lacks a field, has one more, or holds something else than the field takes;
+        BadInput: record is no object, lacks a field, has one more, or holds something else than the field takes;
             all such faults are named.
     """
     faults = _faults(record, WeightError, "")
     if faults:
-        raise ValueError(f"not a record of a weight's error: {'; '.join(faults)}")
+        raise BadInput(f"not a record of a weight's error: {'; '.join(faults)}")
     values = dict(cast(Mapping[str, Any], record))
     values["shape"] = tuple(values["shape"])
     for side in ("before", "after"):
@@ -122,7 +123,7 @@ def to_json(header: Header, errors: Sequence[WeightError], worst_count: int = 10
     relative Frobenius errors (1 is the norm of W), and `reduction_percent` by norm.
 
     Raises:
-        ValueError: As `totals` and `worst` do.
+        BadInput: As `totals` and `worst` do.
     """
     coverage = header.coverage
     return asdict(header) | {
@@ -166,7 +167,7 @@ def to_markdown(header: Header, errors: Sequence[WeightError], worst_count: int 
     """The whole report: totals by role, the worst weights, every weight in the order given, and what it all means.
 
     Raises:
-        ValueError: As `totals` and `worst` do.
+        BadInput: As `totals` and `worst` do.
     """
     sections = [
         f"# Quantization error of {_text(header.model)}",
@@ -257,7 +258,7 @@ def to_terminal(header: Header, errors: Sequence[WeightError], worst_count: int 
     """Totals by role, the norms of the whole model and the worst weights; colours are rich's to drop (NO_COLOR).
 
     Raises:
-        ValueError: As `totals` and `worst` do.
+        BadInput: As `totals` and `worst` do.
     """
     by_role = totals(errors)
     blank = Text("")

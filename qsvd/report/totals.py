@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from qsvd.decompose.split import WeightError
+from qsvd.errors import BadInput
 from qsvd.numerics.norms import Norms
 from qsvd.plan.weights import Role
 
@@ -47,7 +48,7 @@ def totals(errors: Sequence[WeightError]) -> list[Total]:
     """One total per role that occurs, in the order of ROLES, then one for the model.
 
     Raises:
-        ValueError: There is no error, a role is not in ROLES, or a weight occurs twice.
+        BadInput: There is no error, a role is not in ROLES, or a weight occurs twice.
     """
     _check(errors)
     by_role = {role: [error for error in errors if error.role == role] for role in ROLES}
@@ -58,10 +59,10 @@ def worst(errors: Sequence[WeightError], count: int) -> list[WeightError]:
     """The `count` weights with the largest relative Frobenius error after, largest first; equals by name.
 
     Raises:
-        ValueError: count is below 0.
+        BadInput: count is below 0.
     """
     if count < 0:
-        raise ValueError(f"count {count} is below 0, the least number of weights to list")
+        raise BadInput(f"count {count} is below 0, the least number of weights to list")
     return sorted(errors, key=lambda error: (-relative(error)[1], error.name))[:count]
 
 
@@ -117,10 +118,10 @@ def _percent(before: float, after: float) -> float:
 
 def _check(errors: Sequence[WeightError]) -> None:
     if not errors:
-        raise ValueError("no weight was measured, so there is no total")
+        raise BadInput("no weight was measured, so there is no total")
     unknown = sorted({error.role for error in errors} - set(ROLES))
     if unknown:
-        raise ValueError(f"unknown role {', '.join(unknown)}; a weight's role is one of {', '.join(ROLES)}")
+        raise BadInput(f"unknown role {', '.join(unknown)}; a weight's role is one of {', '.join(ROLES)}")
     twice = sorted(name for name, times in Counter(error.name for error in errors).items() if times > 1)
     if twice:
-        raise ValueError(f"weights measured more than once: {', '.join(twice)}")
+        raise BadInput(f"weights measured more than once: {', '.join(twice)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from qsvd.errors import BadInput
 from qsvd.files.adapter import RECORD
 from qsvd.files.atomic import write_text
 from qsvd.files.output import differences
@@ -69,7 +70,7 @@ class RunFolder:
         resume: Whether to go on with what is there.
 
     Raises:
-        ValueError: the folder holds something else, or a run and no --resume, or another run (the sentence says what
+        BadInput: the folder holds something else, or a run and no --resume, or another run (the sentence says what
             differs), or another process is at work in it.
     """
 
@@ -81,7 +82,7 @@ class RunFolder:
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
-            raise ValueError(f"another qsvd train is at work in {folder}; wait for it, or stop it") from error
+            raise BadInput(f"another qsvd train is at work in {folder}; wait for it, or stop it") from error
         write_text(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
 
     def __enter__(self) -> "RunFolder":
@@ -129,28 +130,26 @@ class RunFolder:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); give --out another folder") from error
+            raise BadInput(f"{path} is damaged ({error}); give --out another folder") from error
 
     def _check(self, identity: Mapping[str, Any], *, resume: bool) -> None:
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is no folder; give --out another name")
+            raise BadInput(f"{self.folder} is no folder; give --out another name")
         found = self._json(IDENTITY)
         if found is None:
             if self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
-                raise ValueError(
-                    f"{self.folder} is not empty and holds no run of qsvd train; give --out another folder"
-                )
+                raise BadInput(f"{self.folder} is not empty and holds no run of qsvd train; give --out another folder")
             return
         if not (checkpoints(self.folder) or (self.folder / SUMMARY).is_file()):
             return  # it ended before it saved anything: nothing is lost when another one starts here
         if not resume:
-            raise ValueError(
+            raise BadInput(
                 f"{self.folder} holds a run already; give --resume to go on with it, or --out another folder"
             )
         wanted = json.loads(json.dumps(identity))
         different = differences(found, wanted)
         if different:
-            raise ValueError(
+            raise BadInput(
                 f"{self.folder} holds a run with other options: {different}; give the same ones, "
                 "or --out another folder"
             )

@@ -17,7 +17,9 @@ from tests.checkpoints import write_checkpoint
 
 
 @pytest.fixture
-def options(model, tmp_path):
+def options(tmp_path):
+    model = tmp_path / "model"
+    write_checkpoint(model)
     return qsvd.Quantize(str(model), out=tmp_path / "out", rank=4)
 
 
@@ -44,7 +46,8 @@ def test_another_source_is_another_identity(options, tmp_path):
     assert prepare(other).source.identity != prepare(options).source.identity
 
 
-def test_a_loader_decodes_to_the_dtype_of_most_elements(model, tmp_path):
+def test_a_loader_decodes_to_the_dtype_of_most_elements(options, tmp_path):
+    model = options.model
     folder = shutil.copytree(model, tmp_path / "mixed")
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
@@ -53,7 +56,7 @@ def test_a_loader_decodes_to_the_dtype_of_most_elements(model, tmp_path):
     options = qsvd.Quantize(str(folder), out=tmp_path / "out", rank=4)
     assert prepare(options).source.compute_dtype == torch.float16
     assert prepare(replace(options, include=("*.self_attn.*", "*.0.mlp.up_proj"))).source.compute_dtype == torch.float32
-    assert prepare(qsvd.Quantize(str(model), out=tmp_path / "out", rank=4)).source.compute_dtype == torch.bfloat16
+    assert prepare(qsvd.Quantize(model, out=tmp_path / "out", rank=4)).source.compute_dtype == torch.bfloat16
 
 
 def test_heads_that_a_user_may_add_are_skipped_by_a_loader(options):
