@@ -1,7 +1,6 @@
 """`qsvd eval`: perplexity, accuracy or exact match of several models on one data set."""
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from qsvd.memory.block_bytes import Batch
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.memory.placement import Wish
 from qsvd.options import Eval
+from qsvd.plan.weights import context_length
 from qsvd.prepare.evaluate import Subject, Work, prepare_eval
 from qsvd.prepare.machine import machine, place_reading
 from qsvd.prepare.models import NamedModel, class_names, load_model
@@ -138,7 +138,7 @@ def _accuracy(subject: Subject, work: Work) -> Values:
 def _exact_match(subject: Subject, work: Work) -> Values:
     prompts = question_prompts([row["prompt"] for row in work.examples.rows], subject.tokenizer)
     model = _load(subject, work)
-    room = _context(model) - max(map(len, prompts))
+    room = context_length(model.config) - max(map(len, prompts))
     new_tokens = work.options.max_new_tokens or max(1, min(MOST_NEW_TOKENS, room))
     measured = exact_match(
         model,
@@ -179,17 +179,12 @@ def _placement(found: NamedModel, work: Work) -> Placement:
 
 def _window(model: Any, subject: Subject, options: Eval) -> int:
     """As asked for, or the model's context."""
-    context = _context(model)
+    context = context_length(model.config)
     if options.window is None:
         return min(MOST_WINDOW, context)
     if options.window > context:
         raise BadInput(f"--window {options.window} is above {context}, the positions of {subject.found.name}")
     return options.window
-
-
-def _context(model: Any) -> int:
-    """Tokens that the model can read; a recurrent one has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def _how(work: Work) -> dict[str, object]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, listing
+from qsvd.plan.weights import context_length
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,12 +46,10 @@ def check_sequences(model: Model, sequences: Sequence[list[int]], *, pad_token: 
     bad = sorted({token for tokens in [*sequences, [pad_token]] for token in tokens if not 0 <= token <= last})
     if bad:
         raise BadInput(f"token {listing([str(token) for token in bad])} is outside 0..{last}, the model's vocabulary")
-    # Recurrent models have no such limit, and no such entry.
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None:
-        long = [f"{i} ({len(tokens)})" for i, tokens in enumerate(sequences) if len(tokens) + room > limit]
-        generated = f", {room} of them for what is generated" if room else ""
-        _refuse(long, f"more tokens than the {limit} positions of the model{generated}: shorten or drop them")
+    limit = context_length(model.config)
+    long = [f"{i} ({len(tokens)})" for i, tokens in enumerate(sequences) if len(tokens) + room > limit]
+    generated = f", {room} of them for what is generated" if room else ""
+    _refuse(long, f"more tokens than the {limit} positions of the model{generated}: shorten or drop them")
 
 
 def by_length(sequences: Sequence[list[int]], batch: int) -> Iterator[list[int]]:

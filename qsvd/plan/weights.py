@@ -8,6 +8,7 @@ refused, never silently left in 16 bits.
 import copy
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -151,6 +152,16 @@ def describe(model: "PreTrainedModel") -> ModelPlan:
         base_prefix=model.base_model_prefix,
         transforms=tuple(get_model_conversion_mapping(model)),
     )
+
+
+def context_length(config: "PreTrainedConfig", unlimited: int = sys.maxsize) -> int:
+    """Return the number of tokens that a model can read at once; `unlimited` for a recurrent model."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or unlimited
+
+
+def is_classifier(architecture: str) -> bool:
+    """Return whether a class of transformers classifies sequences."""
+    return architecture.endswith("ForSequenceClassification")
 
 
 def coverage(plan: ModelPlan) -> Coverage:

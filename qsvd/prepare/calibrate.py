@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ from qsvd.files.source import Checkpoint, open_checkpoint
 from qsvd.files.statistics import check_same_run, open_statistics
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.options import Calibrate
-from qsvd.plan.weights import ModelPlan, plan_model
+from qsvd.plan.weights import ModelPlan, context_length, is_classifier, plan_model
 from qsvd.prepare.models import class_names
 from qsvd.prepare.train import MOST_LENGTH, mapping_of, open_tokenizer, stop_ids
-
-CLASSIFIER = "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def _check_numbers(options: Calibrate) -> None:
 
 def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
     """Tokens of an example: as asked for, or the model's context, MOST_LENGTH at most."""
-    context = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    context = context_length(checkpoint.config)
     if options.max_length is None:
         return min(MOST_LENGTH, context)
     if options.max_length > context:
@@ -99,15 +96,15 @@ def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
 
 def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[Example, ...]:
     """As many as are asked for, in the order of the data."""
-    is_classifier = _is_classifier(plan, options.model)
+    classifies = _learns_classes(plan, options.model)
     examples = recognise(read_rows(options.data, split=options.split), mapping_of(options.map))
-    if is_classifier != (examples.kind == "labelled"):
-        wanted = "labelled texts" if is_classifier else "texts, chats or completions"
+    if classifies != (examples.kind == "labelled"):
+        wanted = "labelled texts" if classifies else "texts, chats or completions"
         raise BadInput(
             f"{options.data} holds {examples.kind} examples, and {options.model} is a {plan.architecture}, which "
             f"learns from {wanted}"
         )
-    data = _tokenize(options, checkpoint, examples, is_classifier)
+    data = _tokenize(options, checkpoint, examples, classifies)
     _check_vocabulary(data, checkpoint)
     there = len(data.input_ids)
     if there < options.examples:
@@ -123,20 +120,20 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
     )
 
 
-def _is_classifier(plan: ModelPlan, model: str) -> bool:
+def _learns_classes(plan: ModelPlan, model: str) -> bool:
     """Whether the model learns classes; a ValueError where it is no language model either."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    is_classifier = plan.architecture.endswith(CLASSIFIER)
-    if not is_classifier and plan.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    learns_classes = is_classifier(plan.architecture)
+    if not learns_classes and plan.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise BadInput(
             f"{model} is a {plan.architecture}, which has no loss on texts or labels; give a language model "
-            f"(...ForCausalLM) or a classifier (...{CLASSIFIER})"
+            f"(...ForCausalLM) or a classifier (...ForSequenceClassification)"
         )
-    return is_classifier
+    return learns_classes
 
 
-def _tokenize(options: Calibrate, checkpoint: Checkpoint, examples: Examples, is_classifier: bool) -> Tokenized:
+def _tokenize(options: Calibrate, checkpoint: Checkpoint, examples: Examples, classifies: bool) -> Tokenized:
     assert checkpoint.folder is not None, "opened from files"
     assert options.max_length is not None, "chosen by now"
     return tokenize(
@@ -145,7 +142,7 @@ def _tokenize(options: Calibrate, checkpoint: Checkpoint, examples: Examples, is
         max_length=options.max_length,
         loss_on=options.loss_on,
         stop_ids=stop_ids(checkpoint.folder),
-        label_names=_labels(checkpoint, examples) if is_classifier else None,
+        label_names=_labels(checkpoint, examples) if classifies else None,
     )
 
 

@@ -18,6 +18,7 @@ from qsvd.files.safetensors import read_tensor
 from qsvd.files.source import MODEL_ID, download
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.memory.items import EVERYTHING, Placement
+from qsvd.plan.weights import is_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -81,8 +82,8 @@ def check_kind(found: NamedModel, *, classifier: bool) -> None:
     """
     if found.kind == "16-bit":
         return
-    is_classifier = bool(found.labels) or found.architecture.endswith("ForSequenceClassification")
-    if classifier and not is_classifier:
+    classifies = bool(found.labels) or is_classifier(found.architecture)
+    if classifier and not classifies:
         raise BadInput(
             f"{found.name} has no classification head, which labelled examples need; give a run trained on labels"
         )

@@ -27,7 +27,7 @@ from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.options import Plan
 from qsvd.plan.allocation import Allocation, Choice, uniform
 from qsvd.plan.assumed import assumed, most_rank_within
-from qsvd.plan.weights import WeightSpec, plan_model, unsplittable
+from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
 from qsvd.prepare.machine import measured_flops, measured_link
 from qsvd.prepare.quantize import read_table
 
@@ -203,7 +203,7 @@ def prepare_plan(options: Plan) -> PlanJob:
     _check_numbers(options)
     limits = _limits(options)
     source = plan_source(options)
-    context = getattr(source.make(source.rank).text_config, "max_position_embeddings", None) or 2**20
+    context = context_length(source.make(source.rank).text_config, unlimited=2**20)
     tokens = min(MOST_TOKENS, context) if options.tokens is None else options.tokens
     if tokens > context:
         raise BadInput(f"--tokens {tokens} is above the {context} positions of the model")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.placement import Placed, Wish
 from qsvd.memory.training import Training
 from qsvd.options import Train
+from qsvd.plan.weights import context_length
 from qsvd.prepare.machine import machine, place_training, show_placement
 from qsvd.training.settings import Settings, default_optimizer
 
@@ -84,8 +84,7 @@ def positions(split: SplitFolder) -> int:
     """Tokens that the model can read; a recurrent one has no limit."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(split.folder, local_files_only=True).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return context_length(AutoConfig.from_pretrained(split.folder, local_files_only=True))
 
 
 def check_lengths(split: SplitFolder, tokenized: Sequence[Tokenized]) -> None:
