@@ -1,50 +1,36 @@
-"""qsvd: split 16-bit checkpoints into high-precision principal components and a 4-bit residual.
+"""qsvd: quantize 16-bit models and keep the largest singular components of each weight in 16 bits.
 
     import qsvd
-    qsvd.quantize(qsvd.Quantize("path/or/hub-id", out=Path("OUT"), rank=64))  # a whole checkpoint, as the command does
-    model = qsvd.load("OUT")                            # a transformers model with the result inside, to train
-    model = qsvd.load("OUT", adapter="RUN")             # with what `qsvd train` made of it
+    qsvd.quantize(qsvd.Quantize("path/or/hub-id", out=Path("OUT"), rank=64))  # a whole model, as the command does
+    model = qsvd.load("OUT")                            # a transformers model with a new adapter, to train
+    model = qsvd.load("OUT", adapter="RUN")             # with the adapter that `qsvd train` wrote
     qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat4(double_quant=True), rank=64))  # one matrix
     qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat(bits=3, block_size=32), rank=16))  # in 2, 3, 4 or 8 bits
 
-After `import qsvd`, transformers' own from_pretrained opens a result of mixed bits too. To say so takes transformers
-and its seconds; qsvd's own command line registers only where it loads a model. The names above are imported when they
-are first used.
+After `import qsvd`, transformers' from_pretrained also opens a quantized model of mixed bits (see qsvd.hf). Each name
+is imported when it is first used, so that `import qsvd` loads neither torch nor transformers.
 """
 
-import re
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from qsvd.adapters.adapter import AdapterOptions
-    from qsvd.adapters.load import load
-    from qsvd.commands.quantize import quantize
-    from qsvd.decompose.alternate import Recipe, split_weight
-    from qsvd.decompose.split import Split, measure
-    from qsvd.memory.items import Placement
-    from qsvd.numerics.nf4 import NormalFloat4
-    from qsvd.numerics.normal_float import Nesting, NormalFloat
-    from qsvd.options import Quantize
+import qsvd.hf  # noqa: F401  # registers with transformers
+
+if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
+    from qsvd.adapters.adapter import AdapterOptions as AdapterOptions
+    from qsvd.adapters.load import load as load
+    from qsvd.commands.quantize import quantize as quantize
+    from qsvd.decompose.alternate import Recipe as Recipe
+    from qsvd.decompose.alternate import split_weight as split_weight
+    from qsvd.decompose.split import Split as Split
+    from qsvd.decompose.split import measure as measure
+    from qsvd.memory.items import Placement as Placement
+    from qsvd.numerics.nf4 import NormalFloat4 as NormalFloat4
+    from qsvd.numerics.normal_float import Nesting as Nesting
+    from qsvd.numerics.normal_float import NormalFloat as NormalFloat
+    from qsvd.options import Quantize as Quantize
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "AdapterOptions",
-    "Nesting",
-    "NormalFloat",
-    "NormalFloat4",
-    "Placement",
-    "Quantize",
-    "Recipe",
-    "Split",
-    "load",
-    "measure",
-    "quantize",
-    "split_weight",
-]
 
 _HOMES = {
     "load": "qsvd.adapters.load",
@@ -60,6 +46,7 @@ _HOMES = {
     "NormalFloat": "qsvd.numerics.normal_float",
     "Nesting": "qsvd.numerics.normal_float",
 }
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -68,14 +55,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-def _is_own_command_line() -> bool:
-    """Whether this process is `qsvd` or `python -m qsvd`, whose argv[0] is "-m" while the package is imported."""
-    program = "".join(sys.argv[:1])
-    if program != "-m":
-        return Path(program).name == "qsvd"
-    words = "".join(f" {word}" for word in sys.orig_argv)  # the module follows -m, perhaps without a space
-    return re.search(r" -\w*m ?qsvd(\s|$)", words) is not None
-
-
-if not _is_own_command_line():
-    import_module("qsvd.adapters.quantizer").register()
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

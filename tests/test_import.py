@@ -1,5 +1,7 @@
-"""What `import qsvd` brings along: transformers' registration, but not on qsvd's own command line, which stays fast."""
+"""`import qsvd` loads next to nothing and registers with transformers, whichever of the two is imported first."""
 
+import ast
+import json
 import os
 import subprocess
 import sys
@@ -9,20 +11,71 @@ import pytest
 
 import qsvd
 
-HEAVY = ("torch", "transformers")
+HEAVY = {"torch", "transformers", "bitsandbytes", "datasets", "numpy", "accelerate", "peft", "trl"}
 PROGRAM = Path(sys.executable).with_name("qsvd")
+LOADED = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+IS_KNOWN = (
+    "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as q, AUTO_QUANTIZATION_CONFIG_MAPPING as c; "
+    "print(q['qsvd'].__name__, c['qsvd'].__name__)"
+)
+KNOWN = "PackedQuantizer PackedConfig\n"
 
 
 def run(*command, **variables):
     return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables)
 
 
-def test_in_any_other_process_transformers_knows_the_method_after_the_import():
-    """However often it is imported, and without a word."""
-    code = "import importlib, qsvd; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; "
-    done = run(sys.executable, "-c", f"{code} importlib.reload(qsvd); print(known['qsvd'])")
-    assert done.stdout == "<class 'qsvd.adapters.quantizer.PackedQuantizer'>\n"
+def python(code, **variables):
+    done = run(sys.executable, "-c", code, **variables)
     assert not done.stderr
+    return done.stdout
+
+
+def test_the_import_loads_the_package_and_its_hook_and_no_library():
+    before = set(json.loads(python(LOADED)))
+    loaded = set(json.loads(python(f"import qsvd; {LOADED}"))) - before
+    ours = {name for name in loaded if name.partition(".")[0] == "qsvd"}
+    assert ours == {"qsvd", "qsvd.hf"}
+    assert {name.partition(".")[0] for name in loaded - ours} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import qsvd",
+        "import transformers, qsvd",
+        "import qsvd, transformers",
+        "import transformers.quantizers.auto, qsvd",
+        "import qsvd, transformers.quantizers",
+        "import qsvd; from transformers import AutoModelForCausalLM; AutoModelForCausalLM",
+        "import qsvd.hf",
+        "import qsvd, qsvd.adapters.quantizer",
+        "import qsvd; qsvd.load",
+        "import importlib, qsvd, qsvd.hf; importlib.reload(qsvd.hf); importlib.reload(qsvd)",
+        "import transformers.quantizers.auto, importlib, qsvd.hf; importlib.reload(qsvd.hf)",
+    ],
+)
+def test_transformers_knows_the_method_in_either_order(imports):
+    assert python(f"{imports}; {IS_KNOWN}") == KNOWN
+
+
+def test_the_hook_is_gone_when_its_work_is_done():
+    code = "import sys, qsvd; from transformers.quantizers import auto; print(*map(type, sys.meta_path))"
+    assert "qsvd" not in python(code)
+
+
+def test_the_import_does_not_depend_on_who_runs_it(tmp_path):
+    """A program named qsvd that is not ours, and a package that imports qsvd while Python looks for its main module."""
+    program = tmp_path / "qsvd"
+    program.write_text(f"import sys; sys.path.pop(0); import qsvd; {IS_KNOWN}")
+    tool = tmp_path / "mytool"
+    tool.mkdir()
+    (tool / "__init__.py").write_text("import qsvd\n")
+    (tool / "__main__.py").write_text(IS_KNOWN)
+    package = str(Path(qsvd.__file__).parents[1])
+    assert run(sys.executable, str(program), PYTHONPATH=package).stdout == KNOWN
+    path = os.pathsep.join((str(tmp_path / "none"), package, str(tmp_path)))
+    assert run(sys.executable, "-m", "mytool", PYTHONPATH=path).stdout == KNOWN
 
 
 @pytest.mark.parametrize("start", [(sys.executable, "-m", "qsvd"), (str(PROGRAM),)], ids=["python -m qsvd", "qsvd"])
@@ -34,20 +87,22 @@ def test_the_command_line_says_what_it_is_without_torch_or_transformers(start, f
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "qsvd" in done.stdout
     assert "qsvd.cli" in imported
-    assert not imported & set(HEAVY)
+    assert not imported & HEAVY - {"numpy"}  # rich asks whether numpy is there
 
 
 def test_every_name_that_is_promised_is_there_and_no_other():
+    assert set(qsvd.__all__) == {
+        "AdapterOptions", "Nesting", "NormalFloat", "NormalFloat4", "Placement", "Quantize", "Recipe", "Split",
+        "load", "measure", "quantize", "split_weight",
+    }  # fmt: skip
     assert all(getattr(qsvd, name) is not None for name in qsvd.__all__)
+    assert set(qsvd.__all__) <= set(dir(qsvd))
     with pytest.raises(AttributeError, match="module 'qsvd' has no attribute 'nothing'"):
         qsvd.nothing  # noqa: B018  # asked for, to be refused
 
 
-def test_a_program_of_others_that_imports_it_while_python_looks_for_it_has_the_method(tmp_path):
-    tool = tmp_path / "mytool"
-    tool.mkdir()
-    (tool / "__init__.py").write_text("import qsvd\n")
-    asks = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\nprint('qsvd' in known)\n"
-    (tool / "__main__.py").write_text(asks)
-    path = os.pathsep.join((str(tmp_path), str(Path(qsvd.__file__).parents[1])))
-    assert run(sys.executable, "-m", "mytool", PYTHONPATH=path).stdout == "True\n"
+def test_type_checkers_see_every_name_at_the_place_that_it_comes_from():
+    tree = ast.parse(Path(qsvd.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname: line.module for line in block.body for alias in line.names if alias.name == alias.asname}
+    assert seen == qsvd._HOMES

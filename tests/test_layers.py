@@ -17,7 +17,7 @@ FLOORS = (  # bottom up; folders of one floor do not import from each other, exc
     {"files"},
     {"export", "report"},
     {"adapters"},
-    {"data"},
+    {"data", "hf"},
     {"training", "evaluate", "calibrate"},
     {"prepare"},
     {"commands"},

@@ -1,6 +1,6 @@
-"""qsvd's own quantization method in transformers: what lets from_pretrained open a base of mixed bits (docs/format.md).
+"""qsvd's quantization method for transformers: from_pretrained opens models of mixed bits with it (docs/format.md).
 
-transformers keeps a list of methods; `register` adds ours to it.
+transformers keeps a list of methods. The import of this module adds ours to it (qsvd/hf.py imports it in time).
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsvd.adapters.packed_linear import PackedLinear
@@ -186,8 +186,6 @@ def _located(model: "PreTrainedModel", packing: Mapping[str, NormalFloat]) -> di
     return found
 
 
-def register() -> None:
-    """Make the method known to transformers; once is enough, and more does no harm."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(PackedConfig)
-        register_quantizer(METHOD)(PackedQuantizer)
+# Calls, since decorators without types would hide the classes from type checkers.
+register_quantization_config(METHOD)(PackedConfig)
+register_quantizer(METHOD)(PackedQuantizer)

@@ -119,9 +119,6 @@ def load_model(
         return load(found.home, device=device, dtype=dtype, placement=placement)
     import transformers
 
-    from qsvd.adapters.quantizer import register
-
-    register()  # a mixed base that transformers saved again
     auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
     try:
         loaded: Any = auto.from_pretrained(found.home, dtype=dtype, local_files_only=True, output_loading_info=True)

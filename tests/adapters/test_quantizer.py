@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from qsvd.adapters.packed_linear import PackedLinear
-from qsvd.adapters.quantizer import PackedConfig, PackedQuantizer, register
+from qsvd.adapters.quantizer import PackedConfig, PackedQuantizer
 from tests.adapters import packed_files
 from tests.checkpoints import tiny_model
 
@@ -386,9 +386,7 @@ def test_a_16_bit_model_is_not_quantized_while_it_is_loaded(tmp_path):
         opened(tmp_path, quantization_config=PackedConfig({"nf3-64-bf16": [Q_PROJ]}, "float32"))
 
 
-def test_registered_once_or_twice_it_is_there(base):
-    register()
-    register()
+def test_the_method_is_registered_by_its_import(base):
     assert AUTO_QUANTIZER_MAPPING["qsvd"] is PackedQuantizer
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["qsvd"] is PackedConfig
     assert isinstance(opened(base[0]).config.quantization_config, PackedConfig)
