@@ -17,8 +17,7 @@ from transformers import AutoConfig
 from qsvd.adapters.load import classifier
 from qsvd.adapters.model import split_linears
 from qsvd.commands.console import quiet
-from qsvd.errors import BadInput, DoesNotFit, parse_size
-from qsvd.export.folder import DiskTooSmall
+from qsvd.errors import BadInput, parse_size
 from qsvd.export.lora import LoraExport, Target, write_lora
 from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import write_peft
@@ -138,10 +137,7 @@ def main(options: Export) -> None:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name
-        try:
-            lines = _export(options, opened, dtype, shard_bytes)
-        except DiskTooSmall as error:
-            raise DoesNotFit(str(error)) from error
+        lines = _export(options, opened, dtype, shard_bytes)
     print("\n".join([*lines, f"\n{options.out}"]))
 
 

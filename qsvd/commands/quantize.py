@@ -17,9 +17,10 @@ from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.split import WeightError, measure
 from qsvd.errors import BadInput, DoesNotFit, Interrupted
 from qsvd.files.layout import adapter_tensors, packed_tensors, residual_tensors
-from qsvd.files.output import UNFINISHED, OutputFolder
+from qsvd.files.output import OutputFolder
 from qsvd.files.safetensors import NewTensor, TensorEntry
 from qsvd.files.source import Checkpoint, stream
+from qsvd.files.workspace import UNFINISHED
 from qsvd.options import Quantize
 from qsvd.prepare.allocate import Progressed
 from qsvd.prepare.machine import seed_of
@@ -76,7 +77,7 @@ def _fill(job: Job, folder: OutputFolder) -> Iterator[Finished]:
             if is_new:
                 _split(job, folder, number, next(tensors))
             num_bytes = job.source.checkpoint.tensors[weights[number].name].num_bytes
-            yield Finished(num_bytes, from_record(folder.record(number)), is_new)
+            yield Finished(num_bytes, from_record(folder.weight_record(number)), is_new)
         if not is_written:
             folder.write_shard(shard.file, shard.weights, [copied(job, name) for name in shard.copied])
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from qsvd.decompose.split import WeightError
 from qsvd.errors import BadInput
-from qsvd.files.output import MANIFEST, UNFINISHED
+from qsvd.files.workspace import ERRORS, MANIFEST, UNFINISHED
 from qsvd.options import Report
 from qsvd.plan.weights import Coverage, LeftTensors
 from qsvd.report.errors import from_record, to_json, to_terminal
@@ -50,9 +50,9 @@ def load_report(folder: Path) -> tuple[Header, list[WeightError]]:
     if head.iterations == 0:
         raise BadInput(f"{folder} was drawn at random: no weight was split, so there is no error to report")
     errors = []
-    for number, line in enumerate((folder / "errors.jsonl").read_text().splitlines(), start=1):
+    for number, line in enumerate((folder / ERRORS).read_text().splitlines(), start=1):
         try:
             errors.append(from_record(json.loads(line)))
         except ValueError as error:
-            raise BadInput(f"{folder / 'errors.jsonl'}, line {number}: {error}") from error
+            raise BadInput(f"{folder / ERRORS}, line {number}: {error}") from error
     return head, errors

@@ -15,10 +15,11 @@ from torch import Tensor
 from qsvd.errors import BadInput, listing
 from qsvd.export.folder import HEADER_BYTES, ExportFolder, disk_bytes, size_of
 from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_inventory
-from qsvd.files.atomic import whole_file, write_text
-from qsvd.files.output import MANIFEST, PYTORCH, from_entry, to_json
-from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, read_object, read_tensor, write_stream
+from qsvd.files.atomic import read_object, whole_file, write_json
+from qsvd.files.output import PYTORCH, from_entry
+from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, read_tensor, write_stream
 from qsvd.files.source import open_checkpoint
+from qsvd.files.workspace import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
                     target.write(file.read_bytes())
             config = _config(model) | {"dtype": name} | dict(form.config_changes)
             dropped = ("quantization_config", "torch_dtype")  # the second is the older name of dtype
-            write_text(folder / "config.json", to_json({key: v for key, v in config.items() if key not in dropped}))
-            export.close(asdict(result))
+            write_json(folder / "config.json", {key: v for key, v in config.items() if key not in dropped})
+            export.finish(asdict(result))
     return result
 
 
@@ -174,4 +175,4 @@ def _write_shards(folder: Path, shards: Mapping[str, Sequence[NewTensor]]) -> No
         weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
         total = sum(size_of(tensors) for tensors in shards.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(folder / "model.safetensors.index.json", to_json(index))
+        write_json(folder / "model.safetensors.index.json", index)

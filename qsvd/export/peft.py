@@ -17,9 +17,9 @@ from qsvd.errors import BadInput, listing
 from qsvd.export.folder import ExportFolder, disk_bytes, size_of
 from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_inventory
 from qsvd.files.adapter import FINGERPRINT
-from qsvd.files.atomic import write_text
+from qsvd.files.atomic import write_json
 from qsvd.files.layout import ADAPTER_PREFIX, adapter_config
-from qsvd.files.output import PYTORCH, to_json
+from qsvd.files.output import PYTORCH
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, write_stream
 
 # What every PEFT folder needs besides its factors: the config, and modules that are saved whole.
@@ -76,7 +76,7 @@ def write_adapter_files(
 ) -> None:
     """The two files of a PEFT folder, the config last: where it is, the adapter is whole."""
     write_stream(export.folder / TENSORS, new, PYTORCH | dict(metadata))
-    write_text(export.folder / CONFIG, to_json(config))
+    write_json(export.folder / CONFIG, config)
 
 
 def _module(name: str, heads: tuple[str, ...]) -> str:
@@ -154,7 +154,7 @@ def write_peft(
     with ExportFolder(folder, identity | {"config": config}, disk_bytes(new)) as export:
         if not export.is_complete:
             write_adapter_files(export, new, config, {FINGERPRINT: model.split.fingerprint})
-            export.close(asdict(result))
+            export.finish(asdict(result))
     return result
 
 

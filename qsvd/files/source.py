@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, first_line, listing
-from qsvd.files.safetensors import DTYPE_NAMES, TensorEntry, read_header, read_object, read_tensor, read_weight_map
+from qsvd.files.atomic import read_object
+from qsvd.files.safetensors import DTYPE_NAMES, TensorEntry, read_header, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -121,6 +122,18 @@ def download_config(model: str) -> Path:
     if not path.is_file():
         raise BadInput(f"{model!r} on the hub has no config.json: it is no transformers model")
     return path
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return the shard's file name by tensor name, from model.safetensors.index.json or pytorch_model.bin.index.json.
+
+    Raises:
+        BadInput: the index is not a JSON object with such a table under "weight_map".
+    """
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise BadInput(f"{index} has no weight_map from tensor names to files; download it again")
+    return weight_map
 
 
 def _check_id(model: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, listing
+from qsvd.files.atomic import read_object
 from qsvd.files.layout import (
     ADAPTER_PREFIX,
     PARTS,
@@ -20,8 +21,8 @@ from qsvd.files.layout import (
     stored_packed,
     stored_residual,
 )
-from qsvd.files.output import MANIFEST
-from qsvd.files.safetensors import TensorEntry, map_tensor, read_header, read_object, read_tensor
+from qsvd.files.safetensors import TensorEntry, map_tensor, read_header, read_tensor
+from qsvd.files.workspace import MANIFEST
 from qsvd.numerics.codec import Codec, PackedBlocks
 from qsvd.numerics.names import codec_named
 from qsvd.numerics.nf4 import NormalFloat4

@@ -18,15 +18,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from qsvd.decompose.candidates import Measured
 from qsvd.decompose.objective import Objective, fisher
 from qsvd.errors import BadInput, listing
-from qsvd.files.output import differences, in_memory
+from qsvd.files.output import in_memory
 from qsvd.files.safetensors import TensorEntry, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint
+from qsvd.files.workspace import check_same, lock, unlock
 from qsvd.plan.weights import WeightSpec
 
 FORMAT = "qsvd statistics 1"
@@ -176,17 +176,9 @@ def open_unfinished(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor
     header = read_header(unfinished)
     if header.metadata.get("format") != UNFINISHED_FORMAT:
         raise BadInput(f"{unfinished} is no unfinished run of qsvd calibrate; move it, or give --out another file")
-    check_same_run(unfinished, json.loads(header.metadata["identity"]), identity)
+    found = json.loads(header.metadata["identity"])
+    check_same(unfinished, found, identity, "remove the file, or give --out another file")
     return {name: read_tensor(entry) for name, entry in header.tensors.items()}
-
-
-def check_same_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse, by ValueError, what a run with other options or data has left at this path."""
-    if different := differences(found, wanted):
-        raise BadInput(
-            f"{path} is of a run with other options: {different}; give the same options, remove it, or give --out "
-            "another file"
-        )
 
 
 def _check_parts(path: Path, entries: Mapping[str, TensorEntry], modules: Sequence[str]) -> None:
@@ -203,40 +195,35 @@ def _check_parts(path: Path, entries: Mapping[str, TensorEntry], modules: Sequen
 
 
 class CostsFile:
-    """The file, opened for one run; a `with` block lets it go again.
+    """The file, opened for one run. A `with` block releases its lock at the end.
 
     Args:
-        path: Made when the first weight is kept; or left by a run with the same `identity`.
+        path: Made when the first weight is added; or left by a run with the same `identity`.
         identity: What the measurements depend on, JSON-able.
 
     Raises:
-        BadInput: the file is of something else (the sentence says what differs) or damaged, or another process is at
-            work on it.
+        BadInput: the file holds something else (the sentence says what differs), is damaged, or another process writes
+            to it.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
         self.path = path
-        self._identity = json.loads(json.dumps(identity))
-        self._lock = FileLock(path.with_name(f"{path.name}.lock"))
+        self._lock = lock(path.with_name(f"{path.name}.lock"), path)
         try:
-            self._lock.acquire(blocking=False)
-        except Timeout as error:
-            raise BadInput(f"another qsvd measures into {path}; wait for it, or stop it") from error
-        try:
-            self._measured = self._read()
+            self._measured = self._read(identity)
         except BaseException:
-            self._let_go()
+            unlock(self._lock)
             raise
 
     def __enter__(self) -> "CostsFile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._let_go()
+        unlock(self._lock)
 
     @property
     def measured(self) -> Mapping[str, Measured]:
-        """What is there, by module."""
+        """Every measured weight, by module."""
         return self._measured
 
     def keep(self, module: str, measured: Measured) -> None:
@@ -244,40 +231,34 @@ class CostsFile:
         self._append({"module": module} | asdict(measured))
         self._measured[module] = measured
 
-    def _read(self) -> dict[str, Measured]:
-        """What an earlier run measured; the end of a torn line goes."""
+    def _read(self, identity: Mapping[str, Any]) -> dict[str, Measured]:
+        """Read what an earlier run measured, and cut off a line that a kill left incomplete."""
         content = self.path.read_bytes() if self.path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
             if content and not content.startswith(b"{"):
                 raise BadInput(f"{self.path} holds no measurements of qsvd; give another --out")
             self.path.unlink(missing_ok=True)
-            self._append(self._identity)
+            self._append(identity)
             return {}
         if whole != content:
             os.truncate(self.path, len(whole))
-        records = []
+        measured = {}
         for number, line in enumerate(whole.splitlines(), start=1):
-            records.append(self._parsed(number, line))
-        return dict(records[1:])
-
-    def _parsed(self, number: int, line: bytes) -> tuple[str, Measured]:
-        """A line; of the first one, which has to be the identity, nothing."""
-        try:
-            record = json.loads(line)
-            if number > 1:
-                return _from_record(record)
-            different = differences(record, self._identity)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(
-                f"line {number} of {self.path} is damaged; delete the file, or give another --out"
-            ) from error
-        if different:
-            raise BadInput(
-                f"{self.path} holds measurements with other options: {different}; give the same options, or another "
-                "--out, or delete the file"
-            )
-        return "", Measured((), (), 0.0, (), 0.0)
+            try:
+                record = json.loads(line)
+                if number == 1:
+                    check_same(self.path, record, identity, "delete the file, or give another --out")
+                else:
+                    module = record.pop("module")
+                    measured[module] = _from_record(record)
+            except BadInput:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BadInput(
+                    f"line {number} of {self.path} is damaged; delete the file, or give another --out"
+                ) from error
+        return measured
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with self.path.open("ab") as file:
@@ -285,20 +266,15 @@ class CostsFile:
             file.flush()
             os.fsync(file.fileno())
 
-    def _let_go(self) -> None:
-        Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._lock.release()
 
-
-def _from_record(record: Mapping[str, Any]) -> tuple[str, Measured]:
-    measured = Measured(
+def _from_record(record: Mapping[str, Any]) -> Measured:
+    return Measured(
         ranks=tuple(record["ranks"]),
         squares=tuple(tuple(map(float, row)) for row in record["squares"]),
         norm=float(record["norm"]),
         values=tuple(map(float, record["values"])),
         nuclear=float(record["nuclear"]),
     )
-    return record["module"], measured
 
 
 def statistics_for(

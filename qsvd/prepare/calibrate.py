@@ -15,7 +15,8 @@ from qsvd.data.tokens import tokenize
 from qsvd.errors import BadInput, listing
 from qsvd.files.check import check_complete, check_not_quantized
 from qsvd.files.source import Checkpoint, open_checkpoint
-from qsvd.files.statistics import check_same_run, open_statistics
+from qsvd.files.statistics import open_statistics
+from qsvd.files.workspace import check_same
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.options import Calibrate
 from qsvd.plan.weights import ModelPlan, context_length, is_classifier, plan_model
@@ -172,7 +173,7 @@ def _is_complete(options: Calibrate, identity: dict[str, Any]) -> bool:
         return False
     if out.is_dir():
         raise BadInput(f"--out {out} is a folder; give a file, such as {out / 'statistics.safetensors'}")
-    check_same_run(out, open_statistics(out).record.get("run", {}), identity)
+    check_same(out, open_statistics(out).record.get("run", {}), identity, "give --out another file")
     return True
 
 

@@ -13,10 +13,10 @@ from qsvd.data.columns import Examples
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.export.trained import Trained, TrainedModel
 from qsvd.files.adapter import RECORD, AdapterFolder, AdapterRecord, check_base, open_adapter
-from qsvd.files.output import MANIFEST
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.source import MODEL_ID, download
 from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.files.workspace import MANIFEST
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.plan.weights import is_classifier
 

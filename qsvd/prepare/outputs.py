@@ -10,10 +10,11 @@ from rich.table import Table
 
 import qsvd
 from qsvd.export.peft import adapter_settings
-from qsvd.files.atomic import whole_file, write_text
+from qsvd.files.atomic import whole_file, write_json, write_text
 from qsvd.files.layout import fingerprint, packed_config, quantization_config
-from qsvd.files.output import MANIFEST, OutputFolder, to_json
+from qsvd.files.output import OutputFolder
 from qsvd.files.safetensors import read_header
+from qsvd.files.workspace import ERRORS, MANIFEST
 from qsvd.numerics.names import spelling
 from qsvd.prepare.quantize import ALLOCATION, Job
 from qsvd.report.errors import from_record, to_markdown, to_record
@@ -35,7 +36,7 @@ def finish(job: Job, folder: OutputFolder) -> None:
     """
     digests = {spec.name: folder.residual_sha256(number) for number, spec in enumerate(job.source.plan.weights)}
     base = fingerprint(digests)
-    records = [folder.record(number) for number in range(len(job.source.plan.weights))]
+    records = [folder.weight_record(number) for number in range(len(job.source.plan.weights))]
     errors = [from_record(record) for record in records if record is not None]
     if any(choice.rank for choice in job.allocation.choices.values()):
         _write_adapter(job, folder, base)
@@ -44,12 +45,12 @@ def finish(job: Job, folder: OutputFolder) -> None:
     for source in job.source.checkpoint.other_files:
         with whole_file(job.source.out / source.name) as file:
             file.write(source.read_bytes())
-    write_text(job.source.out / "errors.jsonl", "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
+    write_text(job.source.out / ERRORS, "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
     write_text(job.source.out / "report.md", to_markdown(job.header, errors) if errors else _unmeasured(job))
     if job.text is not None:
         write_text(job.source.out / ALLOCATION, job.text)
     write_text(job.source.out / "README.md", readme(job.header, str(job.source.out), job.source.plan.architecture))
-    write_text(job.source.out / MANIFEST, to_json(_manifest(job, digests, base)))
+    write_json(job.source.out / MANIFEST, _manifest(job, digests, base))
     folder.close()
 
 
@@ -59,7 +60,7 @@ def _write_adapter(job: Job, folder: OutputFolder, base: str) -> None:
     task = next((task for ending, task in TASKS.items() if job.source.plan.architecture.endswith(ending)), None)
     ranks = {module: choice.rank for module, choice in job.allocation.choices.items() if choice.rank}
     config = adapter_settings(ranks, (), task, str(job.source.out))
-    write_text(job.source.out / "adapter" / "adapter_config.json", to_json(config))
+    write_json(job.source.out / "adapter" / "adapter_config.json", config)
 
 
 def _write_config(job: Job) -> None:
@@ -71,7 +72,7 @@ def _write_config(job: Job) -> None:
     else:
         quantization = packed_config(job.allocation, dtype)
     config = job.source.checkpoint.config_json | {"quantization_config": quantization}
-    write_text(job.source.out / "config.json", to_json(config))
+    write_json(job.source.out / "config.json", config)
 
 
 def _write_index(job: Job) -> None:
@@ -81,7 +82,7 @@ def _write_index(job: Job) -> None:
     weight_map = {name: file for file, header in headers.items() for name in header.tensors}
     total = sum(entry.num_bytes for header in headers.values() for entry in header.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(job.source.out / "model.safetensors.index.json", to_json(index))
+    write_json(job.source.out / "model.safetensors.index.json", index)
 
 
 def _unmeasured(job: Job) -> str:

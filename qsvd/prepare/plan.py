@@ -13,10 +13,10 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.methods import default_method
 from qsvd.adapters.start import new_record, planned, planner_of
 from qsvd.errors import BadInput, parse_size
-from qsvd.files.output import MANIFEST
 from qsvd.files.pages import free_host_memory
 from qsvd.files.source import download_config, read_config
 from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.files.workspace import MANIFEST
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.duration import Rate, Speed
 from qsvd.memory.items import Limits

@@ -1,7 +1,6 @@
 """Everything that can be known, checked and refused before a weight is read."""
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +13,12 @@ from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.check import check_complete, check_not_quantized
-from qsvd.files.output import MANIFEST, UNFINISHED, OutputFolder
+from qsvd.files.output import OutputFolder
 from qsvd.files.safetensors import TORCH_DTYPES
 from qsvd.files.shards import Shard, Sizes, plan_shards, sizes_of
 from qsvd.files.source import Checkpoint, open_checkpoint
 from qsvd.files.statistics import Statistics, statistics_for
+from qsvd.files.workspace import MANIFEST, UNFINISHED, check_space
 from qsvd.memory.device import device_of
 from qsvd.memory.other_tasks import plan_splitting
 from qsvd.numerics.names import spelling
@@ -290,16 +290,8 @@ def check_room(out: Path, num_bytes: int) -> None:
     """Refuse, by DoesNotFit, so many bytes in a folder that is not complete, those counted that are there."""
     if (out / MANIFEST).is_file():
         return
-    folder = out.absolute()
-    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    while not folder.exists():
-        folder = folder.parent
-    needed, free = num_bytes - written, shutil.disk_usage(folder).free
-    if needed > free:
-        raise DoesNotFit(
-            f"{out} needs {needed / 1e9:.2f} GB more disk space ({folder} has {free / 1e9:.2f} GB free); "
-            "free some, or give --out another disk, a lower --rank or --budget, or a smaller --shard-size"
-        )
+    otherwise = "give --out another disk, a lower --rank or --budget, or a smaller --shard-size"
+    check_space(out, num_bytes, otherwise)
 
 
 def _skipped(plan: ModelPlan) -> tuple[str, ...]:

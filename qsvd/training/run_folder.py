@@ -7,18 +7,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from qsvd.errors import BadInput
 from qsvd.files.adapter import RECORD
-from qsvd.files.atomic import write_text
-from qsvd.files.output import differences
+from qsvd.files.atomic import read_object, write_text
+from qsvd.files.workspace import ANOTHER_FOLDER, IDENTITY, LOCK, UNFINISHED, check_empty, check_same, lock, unlock
 from qsvd.training.steps import Step
 
-UNFINISHED = "unfinished"
 NAME = re.compile(r"checkpoint-(\d+)")
 PARTS = (RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
@@ -54,11 +50,9 @@ def step_of(checkpoint: Path) -> int:
 # RUN, the folder of one training run: who may write in it, what it holds, what its steps were.
 
 
-IDENTITY = "run.json"
 START = "start.json"
 STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
-LOCK = "lock"
 
 
 class RunFolder:
@@ -78,19 +72,14 @@ class RunFolder:
         self.folder = folder
         self._check(identity, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / LOCK)
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout as error:
-            raise BadInput(f"another qsvd train is at work in {folder}; wait for it, or stop it") from error
-        write_text(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
+        self._lock = lock(folder / LOCK, folder)
+        self.write(IDENTITY, identity)
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._lock.release()
-        (self.folder / LOCK).unlink(missing_ok=True)
+    def __exit__(self, *_: object) -> None:
+        unlock(self._lock)
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -125,31 +114,15 @@ class RunFolder:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
-        if not path.is_file():
-            return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BadInput(f"{path} is damaged ({error}); give --out another folder") from error
+        return read_object(path, ANOTHER_FOLDER) if path.is_file() else None
 
     def _check(self, identity: Mapping[str, Any], *, resume: bool) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise BadInput(f"{self.folder} is no folder; give --out another name")
         found = self._json(IDENTITY)
         if found is None:
-            if self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir()):
-                raise BadInput(f"{self.folder} is not empty and holds no run of qsvd train; give --out another folder")
+            check_empty(self.folder, {LOCK}, "qsvd train")
             return
         if not (checkpoints(self.folder) or (self.folder / SUMMARY).is_file()):
-            return  # it ended before it saved anything: nothing is lost when another one starts here
+            return  # it ended before it saved anything: nothing is lost when another run starts here
         if not resume:
-            raise BadInput(
-                f"{self.folder} holds a run already; give --resume to go on with it, or --out another folder"
-            )
-        wanted = json.loads(json.dumps(identity))
-        different = differences(found, wanted)
-        if different:
-            raise BadInput(
-                f"{self.folder} holds a run with other options: {different}; give the same ones, "
-                "or --out another folder"
-            )
+            raise BadInput(f"{self.folder} holds a run already; give --resume to continue it, or --out another folder")
+        check_same(self.folder, found, identity, ANOTHER_FOLDER)

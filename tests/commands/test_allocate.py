@@ -212,9 +212,7 @@ def test_measurements_with_other_options_are_refused(allocate, flags):
     code, _, err = allocate(*flags)
     assert code == 2
     name = flags[0].removeprefix("--")
-    assert re.search(
-        rf"table.txt.costs.jsonl holds measurements with other options: {name} .* there, .* now; give", err
-    )
+    assert re.search(rf"table.txt.costs.jsonl was written with other options: {name} .* there, .* now; give", err)
 
 
 def test_every_weight_draws_from_a_seed_of_its_own_whatever_came_before_it(allocate, monkeypatch):
@@ -336,7 +334,7 @@ def test_measurements_by_other_statistics_are_refused(allocate, statistics):
     allocate("--objective", "fisher", "--statistics", statistics(), budget="3.2bits")
     code, _, err = allocate("--objective", "fisher", "--statistics", statistics("other", least=1.0), budget="3.2bits")
     assert code == 2
-    assert "holds measurements with other options: statistics " in err
+    assert "was written with other options: statistics " in err
 
 
 def test_traces_that_are_not_above_zero_count_as_the_least_that_is(allocate, tmp_path, statistics):

@@ -28,7 +28,7 @@ def test_a_folder_with_something_else_in_it(quantize, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     code, sentence = quantize(tmp_path)
     assert code == 2
-    assert sentence == f"{tmp_path} is not empty and not a result of qsvd quantize; give --out another folder"
+    assert sentence == f"{tmp_path} is not empty and was not written by qsvd quantize; give --out another folder"
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
 
 
@@ -48,7 +48,7 @@ def test_the_folder_of_the_model_itself(quantize, model):
     before = files_of(model)
     code, sentence = quantize(model)
     assert code == 2
-    assert "not empty and not a result" in sentence
+    assert "is not empty and was not written by qsvd" in sentence
     assert files_of(model) == before
 
 
@@ -58,8 +58,8 @@ def test_a_result_of_other_options_names_each_difference(quantize, tmp_path):
     code, sentence = quantize(tmp_path, "--seed", 5, "--iterations", 2)
     assert code == 2
     assert sentence == (
-        f"{tmp_path} holds a run with other options: iterations 5 there, 2 now; seed 0 there, 5 now; "
-        "give the same options to go on, or --out another folder"
+        f"{tmp_path} was written with other options: iterations 5 there, 2 now; seed 0 there, 5 now; "
+        "give the same options to continue, or give --out another folder"
     )
     assert files_of(tmp_path) == before
 
@@ -70,7 +70,7 @@ def test_another_model_of_the_same_shapes_is_not_taken_for_the_one_that_is_done(
     assert (other / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert quantize(out)[0] == 0
     assert run(["quantize", str(other), "--out", str(out), "--rank", "4"]) == 2
-    assert "holds a run with other options: source_fingerprint" in capsys.readouterr().err
+    assert "was written with other options: source_fingerprint" in capsys.readouterr().err
 
 
 def test_a_path_below_a_file(quantize, tmp_path):

@@ -118,7 +118,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_files(source, tmp_path, stage):
     assert kept_files(qsvd.quantize(wanted)) == kept_files(alone)
     assert not (wanted.out / "unfinished").exists()
     assert kept_files(qsvd.quantize(wanted)) == kept_files(alone), "a complete result is left as it is"
-    with pytest.raises(ValueError, match="holds a run with other options: budget"):
+    with pytest.raises(ValueError, match="was written with other options: budget"):
         qsvd.quantize(replace(wanted, budget="4bits"))
 
 
@@ -210,7 +210,7 @@ def test_a_result_by_other_statistics_is_another_result(source, statistics, tmp_
     tensors = {name: 2 * tensor for name, tensor in safetensors.torch.load_file(statistics).items()}
     other = tmp_path / "other.safetensors"
     write_statistics(other, tensors, fingerprint=open_checkpoint(str(source)).fingerprint, record={"model": "tiny"})
-    with pytest.raises(ValueError, match="holds a run with other options: statistics"):
+    with pytest.raises(ValueError, match="was written with other options: statistics"):
         qsvd.quantize(replace(wanted, statistics=other))
 
 

@@ -102,10 +102,10 @@ def test_a_complete_file_stays_as_it_is(stories, texts, tmp_path, capsys):
     assert (out.read_bytes(), out.stat().st_mtime_ns) == (before, stamp)
     for name, there, now in (("seed", "0", "1"), ("traces", "0", "3"), ("dtype", '"float32"', '"bfloat16"')):
         assert run([*flags, f"--{name}", now.strip('"')]) == 2
-        assert f"s is of a run with other options: {name} {there} there, {now} now" in capsys.readouterr().err
+        assert f"s was written with other options: {name} {there} there, {now} now" in capsys.readouterr().err
     others = write_rows(tmp_path / "t.jsonl", [{"text": text.upper()} for text in TEXTS])
     assert run([*flags[:2], str(others), *flags[3:]]) == 2
-    assert 's is of a run with other options: tokens_sha256 "' in capsys.readouterr().err
+    assert 's was written with other options: tokens_sha256 "' in capsys.readouterr().err
 
 
 def test_without_a_chunk_asked_for_few_examples_can_be_lost(stories, texts, tmp_path, monkeypatch):

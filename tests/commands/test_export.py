@@ -220,7 +220,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(made, tmp_path, export
     for form in FORMS:
         code, _, err = export(made.folder / "run", form, tmp_path / "mine")
         assert code == 2
-        assert err.endswith("mine is not empty and not an export of qsvd; give another folder\n")
+        assert err.endswith("mine is not empty and was not written by qsvd export; give --out another folder\n")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -228,7 +228,7 @@ def test_another_export_in_the_folder_is_refused(made, tmp_path, export):
     assert export(made.folder / "run", "peft", tmp_path / "out")[0] == 0
     code, _, err = export(made.folder / "run", "merged", tmp_path / "out")
     assert code == 2
-    assert "out holds another export: " in err
+    assert "out was written with other options: " in err
     assert 'to "peft" there, "merged" now' in err
 
 

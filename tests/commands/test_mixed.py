@@ -121,7 +121,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(out):
         next(steps)
     steps.close()
     write_table(out.parent / "other.txt", modules_of(out.parent / "source"), ranks=(2,))
-    with pytest.raises(ValueError, match="holds a run with other options: allocation"):
+    with pytest.raises(ValueError, match="was written with other options: allocation"):
         next(execute(prepare(qsvd.Quantize(**(vars(options) | {"allocation": out.parent / "other.txt"})))))
     qsvd.quantize(options)
     kept = {

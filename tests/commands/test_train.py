@@ -343,14 +343,14 @@ def test_a_result_of_rank_0_is_trained_as_qlora(options, plain):
 
 def test_a_folder_is_not_trained_in_twice_by_mistake(complete, options, tmp_path, capsys):
     assert run(words(complete)) == 2
-    assert "holds a run already; give --resume to go on with it" in capsys.readouterr().err
+    assert "holds a run already; give --resume to continue it" in capsys.readouterr().err
     assert run([*words(replace(complete, learning_rate=1e-3, warmup=0.5)), "--resume"]) == 2
     told = capsys.readouterr().err
-    assert "holds a run with other options: learning_rate null there, 0.001 now; warmup 0.03 there, 0.5 now;" in told
+    assert "was written with other options: learning_rate null there, 0.001 now; warmup 0.03 there, 0.5 now;" in told
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     assert run(words(replace(options, out=tmp_path / "full"))) == 2
-    assert "is not empty and holds no run of qsvd train" in capsys.readouterr().err
+    assert "is not empty and was not written by qsvd train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rows", [text_rows()[1:], [*text_rows()[:-1], {"text": "other"}]])
@@ -398,7 +398,7 @@ def test_a_second_interrupt_stops_at_once(options, monkeypatch, capsys):
 def test_two_processes_do_not_train_in_one_folder(options, capsys):
     with RunFolder(options.out, prepare_run(options).identity, resume=False):
         assert run([*words(options), "--resume"]) == 2
-    assert "another qsvd train is at work in" in capsys.readouterr().err
+    assert "another qsvd process is writing to" in capsys.readouterr().err
 
 
 # Runs that end themselves

@@ -141,7 +141,10 @@ def test_the_same_export_again_changes_nothing_and_another_is_refused(llama, tmp
     assert write_peft(model, tmp_path / "x", base="b", task=None) == first
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "x").iterdir()} == before
     other = as_model(llama / "out", perturbed(llama / "out", seed=1))
-    with pytest.raises(ValueError, match=r"x holds another export: trained \"\w+\" there, \"\w+\" now; give another"):
+    with pytest.raises(
+        ValueError,
+        match=r"x was written with other options: trained \"\w+\" there, \"\w+\" now; give the same options to",
+    ):
         write_peft(other, tmp_path / "x", base="b", task=None)
 
 

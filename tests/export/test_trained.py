@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from qsvd.export.folder import DiskTooSmall, ExportFolder
+from qsvd.errors import DoesNotFit
+from qsvd.export.folder import ExportFolder
 from qsvd.export.trained import Trained, check_dtype, rounded, take_inventory
 from tests.export.cases import as_model, dense, files_of, make_base, perturbed, roundoff
 
@@ -135,7 +136,7 @@ def test_a_value_beyond_the_range_is_refused():
 
 def test_a_folder_with_anything_else_in_it_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(ValueError, match="is not empty and not an export of qsvd; give another folder"):
+    with pytest.raises(ValueError, match="is not empty and was not written by qsvd export; give --out another folder"):
         ExportFolder(tmp_path, RUN, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -145,7 +146,7 @@ def test_an_empty_folder_and_what_a_kill_left_in_its_first_moment_are_taken(tmp_
     (tmp_path / "unfinished" / "lock").touch()
     with ExportFolder(tmp_path, RUN, 0) as export:
         assert not export.is_complete
-        export.close({"n": 1})
+        export.finish({"n": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["qsvd_export.json"]
     with ExportFolder(tmp_path, RUN, 10**18) as export:
         assert export.is_complete
@@ -154,7 +155,7 @@ def test_an_empty_folder_and_what_a_kill_left_in_its_first_moment_are_taken(tmp_
 
 def test_what_a_kill_at_the_very_end_left_goes(tmp_path):
     with ExportFolder(tmp_path, RUN, 0) as export:
-        export.close({})
+        export.finish({})
     (tmp_path / "unfinished").mkdir()
     with ExportFolder(tmp_path, RUN, 0) as export:
         assert export.is_complete
@@ -168,21 +169,23 @@ def test_a_failed_export_leaves_what_is_finished_and_otherwise_nothing(tmp_path)
     with ExportFolder(tmp_path / "x", RUN, 0) as export:
         (export.folder / "part").touch()
     assert json.loads((tmp_path / "x" / "unfinished" / "run.json").read_text()) == RUN | {"labels": {"0": "a"}}
-    with pytest.raises(ValueError, match='x holds another export: to "merged" there, "lora" now; give another folder'):
+    with pytest.raises(
+        ValueError, match='x was written with other options: to "merged" there, "lora" now; give the same options'
+    ):
         ExportFolder(tmp_path / "x", RUN | {"to": "lora"}, 0)
 
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path):
     with (
         ExportFolder(tmp_path, RUN, 0),
-        pytest.raises(ValueError, match=r"another export is at work in .*; wait for it"),
+        pytest.raises(ValueError, match=r"another qsvd process is writing to .*; wait for it"),
     ):
         ExportFolder(tmp_path, RUN, 0)
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 0, 10**9))
-    with pytest.raises(DiskTooSmall, match=r"x needs 1.50 GB more disk space \(.* has 1.00 GB free\); free some, or"):
+    with pytest.raises(DoesNotFit, match=r"x needs 1.50 GB more disk space \(.* has 1.00 GB free\); free some, or"):
         ExportFolder(tmp_path / "deep" / "x", RUN, 1_500_000_000)
     assert not (tmp_path / "deep").exists()
     with ExportFolder(tmp_path / "x", RUN, 999_999_999) as export:

@@ -76,8 +76,8 @@ def test_measurements_with_other_options_are_refused_with_what_differs(tmp_path)
     content = path.read_bytes()
     other = IDENTITY | {"seed": 1, "codecs": ["nf2-16-2x64"]}
     sentence = (
-        r'holds measurements with other options: codecs \["nf4-64-fp16"\] there, \["nf2-16-2x64"\] now; seed 0 there, '
-        r"1 now; give the same options, or another --out, or delete the file$"
+        r'was written with other options: codecs \["nf4-64-fp16"\] there, \["nf2-16-2x64"\] now; seed 0 there, '
+        r"1 now; give the same options to continue, or delete the file, or give another --out$"
     )
     with pytest.raises(ValueError, match=sentence):
         CostsFile(path, other)
@@ -92,16 +92,17 @@ def test_a_damaged_line_is_named(tmp_path, line, place):
     lines = path.read_bytes().splitlines()
     lines[place - 1] = line
     path.write_bytes(b"\n".join(lines) + b"\n")
-    sentence = (
-        rf"line {place} of .*costs is damaged; delete the file, or give another --out|holds measurements with other"
-    )
+    sentence = rf"line {place} of .*costs is damaged; delete the file, or give another --out|was written with other"
     with pytest.raises(ValueError, match=sentence):
         CostsFile(path, IDENTITY)
 
 
 def test_two_runs_do_not_write_into_one_file(tmp_path):
     path = tmp_path / "costs"
-    with FileLock(f"{path}.lock"), pytest.raises(ValueError, match=r"another qsvd measures into .*costs; wait for it"):
+    with (
+        FileLock(f"{path}.lock"),
+        pytest.raises(ValueError, match=r"another qsvd process is writing to .*costs; wait for it"),
+    ):
         CostsFile(path, IDENTITY)
     fill(path)
 

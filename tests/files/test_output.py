@@ -11,8 +11,9 @@ import safetensors.torch
 import torch
 
 import qsvd.files.output
+from qsvd.files.atomic import write_json, write_text
 from qsvd.files.layout import digest
-from qsvd.files.output import OutputFolder, from_entry, to_json, write_text
+from qsvd.files.output import OutputFolder, from_entry
 
 IDENTITY = {"rank": 4, "seed": 0, "include": ["*.q"]}
 RECORD = {"name": "a.b", "before": [0.1, 2.5e-17], "note": "ein Gewicht, schwer zu kürzen"}
@@ -41,7 +42,7 @@ def test_a_saved_weight_is_done_and_comes_back(tmp_path):
     folder.save(3, residual(3), factors(3), RECORD)
     assert folder.is_done(3)
     assert not folder.is_done(0)
-    assert folder.record(3) == RECORD
+    assert folder.weight_record(3) == RECORD
     assert folder.residual_sha256(3) == digest(residual(3))
     assert names_in(tmp_path / "out" / "unfinished") == {"run.json", "00003.residual", "00003.factors"}
 
@@ -52,7 +53,7 @@ def test_a_later_run_of_the_same_identity_finds_what_is_done(tmp_path):
     del first
     again = open_folder(tmp_path)
     assert again.is_done(0)
-    assert again.record(0) == RECORD
+    assert again.weight_record(0) == RECORD
 
 
 def test_every_difference_of_another_identity_is_named_and_nothing_changes(tmp_path):
@@ -60,7 +61,7 @@ def test_every_difference_of_another_identity_is_named_and_nothing_changes(tmp_p
     first.save(0, residual(0), factors(0), RECORD)
     del first
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="holds a run with other options") as error:
+    with pytest.raises(ValueError, match="was written with other options") as error:
         open_folder(tmp_path, rank=8, include=["*"], stop="rise")
     assert 'include ["*.q"] there, ["*"] now; rank 4 there, 8 now; stop null there, "rise" now;' in str(error.value)
     assert "seed" not in str(error.value)
@@ -69,7 +70,7 @@ def test_every_difference_of_another_identity_is_named_and_nothing_changes(tmp_p
 
 def test_two_runs_at_once_in_one_folder_are_refused(tmp_path):
     first = open_folder(tmp_path)
-    with pytest.raises(ValueError, match="another qsvd quantize is at work in"):
+    with pytest.raises(ValueError, match="another qsvd process is writing to"):
         open_folder(tmp_path)
     assert not first.is_complete
 
@@ -116,7 +117,7 @@ def test_an_adapter_joins_all_factors_under_the_fingerprint(tmp_path):
 
 def test_a_complete_folder_says_so_and_still_refuses_another_identity(tmp_path):
     folder = open_folder(tmp_path)
-    write_text(tmp_path / "qsvd.json", to_json({"run": IDENTITY}))
+    write_json(tmp_path / "qsvd.json", {"run": IDENTITY})
     folder.close()
     assert names_in(tmp_path) == {"qsvd.json"}
     assert not (tmp_path / "unfinished").exists()
@@ -178,7 +179,9 @@ def test_parts_that_a_kill_left_are_not_trusted(tmp_path):
 
 def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and not a result of qsvd quantize; give --out another folder"):
+    with pytest.raises(
+        ValueError, match="is not empty and was not written by qsvd quantize; give --out another folder"
+    ):
         open_folder(tmp_path)
     assert names_in(tmp_path) == {"thesis.tex"}
 
@@ -201,8 +204,9 @@ def test_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     assert names_in(tmp_path) == {"report.md"}
 
 
-def test_json_is_indented_keeps_every_digit_and_letter_and_ends_its_line():
-    text = to_json({"größe": [0.1 + 0.2, 1e-300]})
+def test_json_is_indented_keeps_every_digit_and_letter_and_ends_its_line(tmp_path):
+    write_json(tmp_path / "x.json", {"größe": [0.1 + 0.2, 1e-300]})
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert text == '{\n  "größe": [\n    0.30000000000000004,\n    1e-300\n  ]\n}\n'
     assert json.loads(text) == {"größe": [0.1 + 0.2, 1e-300]}
 

@@ -115,7 +115,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{oops", r"config\.json is no valid JSON"),
+        ("{oops", r"config\.json is not valid JSON"),
         ("[]", r"config\.json is a JSON list, not an object"),
         ('{"model_type": "alien"}', r"transformers makes no config of .*config\.json: .*alien"),
         ("{}", r"transformers makes no config of .*config\.json: "),
@@ -193,7 +193,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is no valid JSON"), ("{}", "has no weight_map"), ('{"weight_map": {"a": 1}}', "has no weight_map")],
+    [("{", "is not valid JSON"), ("{}", "has no weight_map"), ('{"weight_map": {"a": 1}}', "has no weight_map")],
 )
 def test_an_index_that_is_none_is_refused(tmp_path, text, message):
     write_checkpoint(tmp_path, **SHARDED)

@@ -121,8 +121,8 @@ def test_unfinished_sums_come_back_for_the_same_run_alone(tmp_path):
     assert unfinished_path(out).name == "s.safetensors.unfinished"
     assert torch.equal(open_unfinished(out, {"traces": 2, "seed": 0})["q.rows"], sums["q.rows"])
     sentence = (
-        r"unfinished is of a run with other options: seed 0 there, 1 now; give the same options, remove it, "
-        r"or give --out another file$"
+        r"unfinished was written with other options: seed 0 there, 1 now; give the same options to continue, or "
+        r"remove the file, or give --out another file$"
     )
     with pytest.raises(ValueError, match=sentence):
         open_unfinished(out, {"seed": 1, "traces": 2})

@@ -23,9 +23,9 @@ from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.commands.quantize import execute
 from qsvd.files.layout import digest, fingerprint
-from qsvd.files.output import MANIFEST
 from qsvd.files.source import open_checkpoint
 from qsvd.files.split_folder import open_split
+from qsvd.files.workspace import MANIFEST
 from qsvd.prepare.quantize import prepare
 from tests.checkpoints import tiny_config
 from tests.commands.folders import files_of, tensors_of
@@ -139,7 +139,7 @@ def test_a_stopped_split_of_what_is_drawn_goes_on(tmp_path):
 
 def test_another_seed_does_not_go_on_with_a_split(tmp_path):
     next(execute(prepare(options(tmp_path / "out"), drawn_model().source)))
-    with pytest.raises(ValueError, match="holds a run with other options: source_fingerprint"):
+    with pytest.raises(ValueError, match="was written with other options: source_fingerprint"):
         next(execute(prepare(options(tmp_path / "out"), drawn_model(seed=1).source)))
 
 
@@ -277,7 +277,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "rank": (lambda _: [*FLAGS, "--as=split", "--rank=99"], "--rank 99 is above the shorter side"),
     "strangers": (
         lambda f: (f / "out").mkdir() or (f / "out" / "x").touch() or [*FLAGS, "--as=split", "--rank=4"],
-        "is not empty and not a result of qsvd quantize",
+        "is not empty and was not written by qsvd quantize",
     ),
 }
 

@@ -42,8 +42,8 @@ def test_an_empty_folder_or_one_that_a_kill_left_locked_is_taken(tmp_path):
 
 def test_a_file_or_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    refused(tmp_path / "file", r"file is no folder; give --out another name$")
-    refused(tmp_path, r"is not empty and holds no run of qsvd train; give --out another folder$", resume=True)
+    refused(tmp_path / "file", r"file is not a folder; give --out another name$")
+    refused(tmp_path, r"is not empty and was not written by qsvd train; give --out another folder$", resume=True)
     assert names(tmp_path) == ["file"]
 
 
@@ -74,11 +74,11 @@ def test_a_complete_run_is_kept_even_without_checkpoints(tmp_path):
 def test_a_run_is_resumed_only_when_asked_and_with_the_same_options(tmp_path):
     with RunFolder(tmp_path, ME, resume=False):
         save(tmp_path, 5)
-    refused(tmp_path, r"holds a run already; give --resume to go on with it, or --out another folder$")
+    refused(tmp_path, r"holds a run already; give --resume to continue it, or --out another folder$")
     other = {"rank": 8, "map": ["a=text"], "seed": 1}
     sentence = (
-        r"holds a run with other options: rank 4 there, 8 now; seed null there, 1 now; give the same ones, or --out "
-        r"another folder$"
+        r"was written with other options: rank 4 there, 8 now; seed null there, 1 now; give the same options to "
+        r"continue, or give --out another folder$"
     )
     refused(tmp_path, sentence, identity=other, resume=True)
     with RunFolder(tmp_path, ME | {"map": ("a=text",)}, resume=True):  # JSON has no tuples
@@ -87,7 +87,7 @@ def test_a_run_is_resumed_only_when_asked_and_with_the_same_options(tmp_path):
 
 def test_two_cannot_write_at_once(tmp_path):
     with RunFolder(tmp_path, ME, resume=False):
-        refused(tmp_path, r"^another qsvd train is at work in .*; wait for it, or stop it$", resume=True)
+        refused(tmp_path, r"^another qsvd process is writing to .*; wait for it, or stop it$", resume=True)
     with RunFolder(tmp_path, ME, resume=True):
         pass
 
@@ -102,7 +102,7 @@ def test_the_folder_is_let_go_after_an_error(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, name):
     with RunFolder(tmp_path, ME, resume=False) as run:
         (tmp_path / name).write_text("{")
-        with pytest.raises(ValueError, match=rf"{name} is damaged \(.*\); give --out another folder$"):
+        with pytest.raises(ValueError, match=rf"{name} is not valid JSON \(.*\); give --out another folder$"):
             _ = run.summary if name == SUMMARY else RunFolder(tmp_path, ME, resume=True)
 
 

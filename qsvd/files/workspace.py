@@ -1,0 +1,172 @@
+"""What a run leaves on disk for the next one: who may write, what the bytes depend on, and whether it is complete.
+
+Only one process at a time writes to a place: it holds a lock file. A later run continues only what a run with the same
+identity began; the identity is a JSON object of all options and inputs that the bytes depend on.
+
+    place                          locked by             identity in                                 complete with
+    OUT of qsvd quantize           OUT/unfinished/lock   OUT/unfinished/run.json, then qsvd.json     qsvd.json
+    OUT of qsvd export             OUT/unfinished/lock   OUT/unfinished/run.json, qsvd_export.json   qsvd_export.json
+    RUN of qsvd train              RUN/lock              RUN/run.json                                summary.json
+    FILE.costs.jsonl of allocate   FILE.costs.jsonl.lock its first line                              (always open)
+    FILE of qsvd calibrate         (not locked)          FILE.unfinished, then FILE: their metadata  FILE
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from filelock import FileLock, Timeout
+
+from qsvd.errors import BadInput, DoesNotFit
+from qsvd.files.atomic import read_object, write_json
+
+MANIFEST = "qsvd.json"  # of a quantized model: its record, written last
+ERRORS = "errors.jsonl"  # of a quantized model: the error of every weight, a JSON object a line
+UNFINISHED = "unfinished"  # the folder of all that only a resumed run needs
+IDENTITY = "run.json"
+LOCK = "lock"
+ANOTHER_FOLDER = "give --out another folder"
+
+
+class Workspace:
+    """A folder that one run fills. It can be continued by a run with the same identity until it is complete.
+
+    A `with` block releases the lock at its end.
+
+    Args:
+        folder: Made if it does not exist; else empty, or left by a run with the same identity.
+        identity: What the bytes depend on, JSON-able.
+        num_bytes: Bytes that will be written; refused if the disk has less. 0 if the caller has checked that.
+
+    Raises:
+        BadInput: the folder holds something else, or a run with another identity (the sentence says what differs), or
+            another process writes to it.
+        DoesNotFit: the files do not fit on the disk.
+    """
+
+    record: ClassVar[str]  # the JSON file that is written last, with the identity under "run"
+    command: ClassVar[str]  # that writes such a folder
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], num_bytes: int = 0):
+        self.folder = folder
+        self.unfinished = folder / UNFINISHED
+        self.identity = json.loads(json.dumps(identity))
+        self.is_complete = (folder / self.record).is_file()
+        self._check()
+        if self.is_complete:
+            shutil.rmtree(self.unfinished, ignore_errors=True)  # a kill may have left a part of it
+            self._lock = None
+            return
+        if num_bytes:
+            check_space(folder, num_bytes, "give a folder on another disk")
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.unfinished / LOCK, folder)
+        write_json(self.unfinished / IDENTITY, self.identity)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        unlock(self._lock)
+
+    def close(self) -> None:
+        """Remove what only a resumed run needs; call it when the record is written."""
+        unlock(self._lock)
+        shutil.rmtree(self.unfinished)
+
+    def _check(self) -> None:
+        """Refuse a folder that is neither empty nor of a run with this identity."""
+        path = self.folder / self.record if self.is_complete else self.unfinished / IDENTITY
+        if not path.is_file():
+            # a run that was killed at once has left no more than these
+            check_empty(self.folder, {UNFINISHED}, self.command)
+            check_empty(self.unfinished, {LOCK, f"{IDENTITY}.partial"}, self.command)
+            return
+        found = read_object(path, ANOTHER_FOLDER)
+        if self.is_complete:
+            found = found.get("run")
+        if not isinstance(found, dict):
+            raise BadInput(f"{path} is damaged: it has no record of a run; {ANOTHER_FOLDER}")
+        check_same(self.folder, found, self.identity, ANOTHER_FOLDER)
+
+
+def lock(file: Path, place: Path) -> FileLock:
+    """Lock `place` for this process by a lock file.
+
+    Raises:
+        BadInput: another process holds the lock.
+    """
+    held = FileLock(file)
+    try:
+        held.acquire(blocking=False)
+    except Timeout as error:
+        raise BadInput(f"another qsvd process is writing to {place}; wait for it, or stop it") from error
+    return held
+
+
+def unlock(held: FileLock | None) -> None:
+    """Release a lock and remove its file; does nothing if it is not held."""
+    if held is not None and held.is_locked:
+        Path(held.lock_file).unlink(missing_ok=True)  # first, so that it is never the file of another process
+        held.release()
+
+
+def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], otherwise: str) -> None:
+    """Refuse to continue what a run with another identity has left.
+
+    Args:
+        path: The folder or file, for the sentence.
+        found: The identity of the earlier run.
+        wanted: That of this run.
+        otherwise: What to do if the same options are not wanted, "give --out another folder".
+
+    Raises:
+        BadInput: the identities differ; the sentence names every difference.
+    """
+    wanted = json.loads(json.dumps(wanted))  # JSON has no tuples
+    different = "; ".join(
+        f"{name} {json.dumps(found.get(name))} there, {json.dumps(wanted.get(name))} now"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
+    )
+    if different:
+        raise BadInput(
+            f"{path} was written with other options: {different}; give the same options to continue, or {otherwise}"
+        )
+
+
+def check_empty(folder: Path, ignored: Iterable[str], command: str) -> None:
+    """Refuse a folder that has anything in it but the ignored names.
+
+    Raises:
+        BadInput: it has, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder; give --out another name")
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - {*ignored}:
+        raise BadInput(f"{folder} is not empty and was not written by {command}; {ANOTHER_FOLDER}")
+
+
+def check_space(folder: Path, num_bytes: int, otherwise: str) -> None:
+    """Refuse to write more than the disk can hold; what an earlier run wrote to the folder counts as written.
+
+    Args:
+        folder: It may not exist yet.
+        num_bytes: Bytes of all files when the run is complete.
+        otherwise: What to do if the disk cannot be freed.
+
+    Raises:
+        DoesNotFit: too few bytes are free; the sentence gives both numbers.
+    """
+    place = folder.absolute()
+    written = sum(file.stat().st_size for file in place.rglob("*") if file.is_file()) if place.is_dir() else 0
+    while not place.exists():
+        place = place.parent
+    needed, free = num_bytes - written, shutil.disk_usage(place).free
+    if needed > free:
+        raise DoesNotFit(
+            f"{folder} needs {needed / 1e9:.2f} GB more disk space ({place} has {free / 1e9:.2f} GB free); "
+            f"free some, or {otherwise}"
+        )
