@@ -28,7 +28,7 @@ from qsvd.prepare.evaluate import Subject, Work, prepare_eval
 from qsvd.prepare.machine import machine, place_reading
 from qsvd.prepare.models import NamedModel, class_names, load_model
 from qsvd.prepare.train import positions, stop_ids
-from qsvd.report.evaluation import Measured, evaluation_json, evaluation_table
+from qsvd.report.evaluation import ModelScores, evaluation_json, evaluation_table
 
 MOST_WINDOW = 2048  # tokens, unless more are asked for
 MOST_NEW_TOKENS = 512  # likewise
@@ -39,7 +39,7 @@ def main(options: Eval) -> None:
     """Print a table, or JSON."""
     with quiet():
         work = prepare_eval(options)
-        measured = [Measured(one.found.name, one.found.kind, _measure(one, work)) for one in work.subjects]
+        measured = [ModelScores(one.found.name, one.found.kind, _measure(one, work)) for one in work.subjects]
     if options.json:
         print(json.dumps(evaluation_json(measured, _how(work)), indent=2))
     else:

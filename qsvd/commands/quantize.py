@@ -14,7 +14,7 @@ from torch import Tensor
 from qsvd.commands.console import Standing, StopRequest, watching
 from qsvd.commands.report import show_report
 from qsvd.decompose.alternate import split_weight
-from qsvd.decompose.split import WeightError, measure
+from qsvd.decompose.split import measure
 from qsvd.errors import BadInput, DoesNotFit, Interrupted
 from qsvd.files.layout import adapter_tensors, packed_tensors, residual_tensors
 from qsvd.files.output import OutputFolder
@@ -26,6 +26,7 @@ from qsvd.prepare.allocate import Progressed
 from qsvd.prepare.machine import seed_of
 from qsvd.prepare.outputs import finish, show_plan
 from qsvd.prepare.quantize import Job, Source, check_disk, check_memory, job_of, prepare, prepare_source, settled
+from qsvd.records import WeightError
 from qsvd.report.errors import from_record, to_record
 
 

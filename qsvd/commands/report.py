@@ -5,13 +5,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qsvd.decompose.split import WeightError
 from qsvd.errors import BadInput
 from qsvd.files.workspace import ERRORS, MANIFEST, UNFINISHED
 from qsvd.options import Report
-from qsvd.plan.weights import Coverage, LeftTensors
+from qsvd.records import Coverage, LeftTensors, WeightError
 from qsvd.report.errors import from_record, to_json, to_terminal
-from qsvd.report.header import Header
+from qsvd.report.header import ReportHeader
 
 
 def main(options: Report) -> None:
@@ -30,7 +29,7 @@ def show_report(folder: Path, *, worst: int) -> None:
     Console().print(to_terminal(*load_report(folder), worst_count=worst))
 
 
-def load_report(folder: Path) -> tuple[Header, list[WeightError]]:
+def load_report(folder: Path) -> tuple[ReportHeader, list[WeightError]]:
     """The head and the records of a result.
 
     Raises:
@@ -44,7 +43,7 @@ def load_report(folder: Path) -> tuple[Header, list[WeightError]]:
         header = json.loads((folder / MANIFEST).read_text())["header"]
         covered = header["coverage"]
         left = tuple(LeftTensors(**tensors) for tensors in covered["left"])
-        head = Header(**(header | {"coverage": Coverage(**(covered | {"left": left}))}))
+        head = ReportHeader(**(header | {"coverage": Coverage(**(covered | {"left": left}))}))
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder / MANIFEST} is damaged: {error}") from error
     if head.iterations == 0:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qsvd.numerics.codec import PackedBlocks
-from qsvd.numerics.norms import Norms, frobenius, norms
+from qsvd.numerics.norms import frobenius, norms
+from qsvd.records import WeightError
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,6 @@ class Split:
         error_OI = self.residual.decode()
         error_OI.neg_().add_(weight_OI)
         return error_OI.addmm_(self.up_OR.float(), self.down_RI.float(), alpha=-1)
-
-
-# What quantization cost one weight: plain quantization before, the split after.
-
-
-@dataclass(frozen=True)
-class WeightError:
-    """The error of one weight W [out, in]: of codec(W) before, of the stored split after.
-
-    bits counts all that is stored for the split, factors included, per element of W.
-    weight_frobenius is ||W||_F, by which a Frobenius error becomes relative.
-    """
-
-    name: str
-    role: str
-    shape: tuple[int, int]
-    rank: int
-    bits: float
-    iteration: int
-    weight_frobenius: float
-    before: Norms
-    after: Norms
 
 
 def measure(weight_OI: Tensor, split: Split, *, name: str, role: str, seed: int = 0) -> WeightError:

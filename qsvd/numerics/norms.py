@@ -6,11 +6,12 @@ quadrature (Ubaru, Chen and Saad, 2017): each random probe gives an unbiased est
 Shape suffixes: S, L = the shorter and the longer side, P = probes, K = Lanczos steps.
 """
 
-from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import Tensor
+
+from qsvd.records import Norms
 
 EXACT_SIDE = 1024  # up to here the Gram matrix of the shorter side is decomposed: under half a second on two cores
 STEPS = (8, 16, 32, 64)  # of Lanczos, at which the estimate is looked at; noise ends at 16, steep spectra at 64
@@ -20,19 +21,6 @@ NOISE = 1e-6  # nodes this far below the largest are float32's roundoff, which t
 PROBES = 16  # in one batch
 MOST_BATCHES = 16
 ENOUGH = 0.006  # relative standard error at which no further batch is drawn; three of them are less than 2 %
-
-
-@dataclass(frozen=True)
-class Norms:
-    """Norms of one error matrix, in the weight's own units.
-
-    nuclear_error is the standard error of a stochastic nuclear norm, 0 when it is exact.
-    """
-
-    frobenius: float
-    nuclear: float
-    nuclear_error: float
-    spectral: float
 
 
 def frobenius(matrix: Tensor) -> float:

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from qsvd.errors import BadInput, first_line, listing
+from qsvd.records import Coverage, LeftTensors, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 # What a linear layer does in its block, told from the name that transformers gives it.
 
-
-Role = Literal["q", "k", "v", "o", "gate", "up", "down", "other"]
 
 BY_LAST_NAME: dict[str, Role] = {
     **dict.fromkeys(("q_proj", "query", "query_proj", "q_lin", "q", "q_a_proj", "q_b_proj"), "q"),
@@ -78,30 +77,6 @@ class ModelPlan:
     base_prefix: str  # "model": the prefix that a checkpoint of the bare model lacks
     spelling: dict[str, str] = field(default_factory=dict)  # model name -> name in the checkpoint; filled by `resolve`
     transforms: tuple["WeightTransform", ...] = field(default=(), repr=False, compare=False)  # transformers' renamings
-
-
-@dataclass(frozen=True)
-class LeftTensors:
-    """Tensors that are not split and differ only in their numbers, "model.layers.*.input_layernorm.weight"."""
-
-    pattern: str
-    count: int
-    elements: int
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How much of a model is split. Tied tensors count once; persistent buffers count."""
-
-    weights: int
-    elements_split: int
-    elements: int
-    left: tuple[LeftTensors, ...]  # largest first
-
-    @property
-    def share(self) -> float:
-        """Elements split over all elements, 0 to 1."""
-        return self.elements_split / self.elements
 
 
 def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> ModelPlan:

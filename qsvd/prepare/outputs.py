@@ -18,7 +18,6 @@ from qsvd.files.workspace import ERRORS, MANIFEST
 from qsvd.numerics.names import spelling
 from qsvd.prepare.quantize import ALLOCATION, Job
 from qsvd.report.errors import from_record, to_markdown, to_record
-from qsvd.report.header import left_line
 from qsvd.report.readme import readme
 
 FORMAT = 1
@@ -147,6 +146,6 @@ def show_plan(job: Job) -> None:
     console.print(options, weights, sizes)
     console.print(f"Coverage: {job.header.reach}", soft_wrap=True, highlight=False)
     for left in job.header.coverage.left:
-        console.print(f"Left: {left.pattern} ({left_line(left)})", soft_wrap=True, highlight=False)
+        console.print(f"Left: {left.pattern} ({left.size})", soft_wrap=True, highlight=False)
     shards = ", ".join(shard.file for shard in job.shards[:3]) + (" ..." if len(job.shards) > 3 else "")
     console.print(f"Files: {shards}", soft_wrap=True, highlight=False)

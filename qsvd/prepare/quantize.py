@@ -28,7 +28,7 @@ from qsvd.plan.allocation import Allocation, Choice, from_text, residual_bits, t
 from qsvd.plan.weights import ModelPlan, WeightSpec, coverage, plan_model
 from qsvd.prepare.allocate import Progressed, ShowProgress, execute, is_sealed, prepare_allocate, sealed
 from qsvd.prepare.machine import machine
-from qsvd.report.header import Header, codec_words
+from qsvd.report.header import ReportHeader, codec_words
 from qsvd.report.planning import lack
 
 LEAST_SHARD = 10**5  # bytes of one output file
@@ -208,13 +208,13 @@ class Job:
     skipped: tuple[str, ...]
 
     @property
-    def header(self) -> Header:
+    def header(self) -> ReportHeader:
         """The head of the reports."""
         options, weights = self.source.options, self.source.plan.weights
         choices = self.allocation.choices
         ranks = [choice.rank for choice in choices.values()]
         codecs = [choice.codec for choice in choices.values()]
-        return Header(
+        return ReportHeader(
             model=options.model,
             codec=codec_words(codecs),
             rank=max(ranks),

@@ -10,10 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qsvd.decompose.split import WeightError
 from qsvd.errors import BadInput
-from qsvd.numerics.norms import Norms
-from qsvd.report.header import Header, left_line
+from qsvd.records import Norms, WeightError
+from qsvd.report.header import ReportHeader
 from qsvd.report.totals import Total, reduction, relative, totals, worst
 
 
@@ -116,7 +115,7 @@ def short_count(count: int) -> str:
 # The report as a JSON object: every number in full, under keys that stay.
 
 
-def to_json(header: Header, errors: Sequence[WeightError], worst_count: int = 10) -> dict[str, Any]:
+def to_json(header: ReportHeader, errors: Sequence[WeightError], worst_count: int = 10) -> dict[str, Any]:
     """What json.dumps takes: the header's fields, then `totals` (the model last), `worst` and `weights` in order.
 
     Every total and weight has its norms `before` (the codec on W) and `after` (the split), in the units of W, their
@@ -163,7 +162,7 @@ NOTES = """\
 """
 
 
-def to_markdown(header: Header, errors: Sequence[WeightError], worst_count: int = 10) -> str:
+def to_markdown(header: ReportHeader, errors: Sequence[WeightError], worst_count: int = 10) -> str:
     """The whole report: totals by role, the worst weights, every weight in the order given, and what it all means.
 
     Raises:
@@ -186,12 +185,12 @@ def to_markdown(header: Header, errors: Sequence[WeightError], worst_count: int 
     return "\n\n".join(sections) + "\n"
 
 
-def _left(header: Header) -> list[str]:
-    lines = [f"- {_code(left.pattern)}: {left_line(left)}" for left in header.coverage.left]
+def _left(header: ReportHeader) -> list[str]:
+    lines = [f"- {_code(left.pattern)}: {left.size}" for left in header.coverage.left]
     return ["Left as they were:", "\n".join(lines)] if lines else []
 
 
-def _norm_columns(header: Header) -> list[tuple[str, bool]]:
+def _norm_columns(header: ReportHeader) -> list[tuple[str, bool]]:
     columns = ["bits per element"]
     for norm in ("relative error", "nuclear norm", "spectral norm"):
         columns += [f"{norm}, {header.before}", f"{norm}, split", f"{norm}, reduction (%)"]
@@ -214,7 +213,7 @@ def _role_rows(errors: Sequence[WeightError]) -> list[list[str]]:
     return [[total.role, f"{total.weights:,}", f"{total.elements:,}", *_norm_cells(total)] for total in totals(errors)]
 
 
-def _weight_table(header: Header, errors: Sequence[WeightError]) -> str:
+def _weight_table(header: ReportHeader, errors: Sequence[WeightError]) -> str:
     names = [("weight", False), ("role", False), ("shape (out x in)", True), ("rank", True), ("iteration", True)]
     rows = [
         [_code(error.name), error.role, _shape(error), str(error.rank), str(error.iteration), *_norm_cells(error)]
@@ -254,7 +253,7 @@ def _code(name: str) -> str:
 # The report for a terminal of 80 columns or more, as something that rich prints.
 
 
-def to_terminal(header: Header, errors: Sequence[WeightError], worst_count: int = 5) -> Group:
+def to_terminal(header: ReportHeader, errors: Sequence[WeightError], worst_count: int = 5) -> Group:
     """Totals by role, the norms of the whole model and the worst weights; colours are rich's to drop (NO_COLOR).
 
     Raises:
@@ -266,7 +265,7 @@ def to_terminal(header: Header, errors: Sequence[WeightError], worst_count: int 
         Text(f"Quantization error of {header.model}", style="bold"),
         Text(f"Method: {header.method}"),
         Text(f"Coverage: {header.reach}"),
-        *(Text(f"Left: {left.pattern} ({left_line(left)})") for left in header.coverage.left),
+        *(Text(f"Left: {left.pattern} ({left.size})") for left in header.coverage.left),
         *(blank, _role_terminal_table(header, by_role)),
         *(blank, _model_terminal_table(header, by_role[-1])),
     ]
@@ -283,7 +282,7 @@ def to_terminal(header: Header, errors: Sequence[WeightError], worst_count: int 
     return Group(*parts)
 
 
-def _role_terminal_table(header: Header, by_role: Sequence[Total]) -> Table:
+def _role_terminal_table(header: ReportHeader, by_role: Sequence[Total]) -> Table:
     norms = ["nuclear\nless %", "spectral\nless %"]
     table = _terminal_table("By role", ["role"], ["weights", "elements", "bits", *_error_heads(header), *norms])
     for total in by_role:
@@ -294,7 +293,7 @@ def _role_terminal_table(header: Header, by_role: Sequence[Total]) -> Table:
     return table
 
 
-def _model_terminal_table(header: Header, whole: Total) -> Table:
+def _model_terminal_table(header: ReportHeader, whole: Total) -> Table:
     """Every norm of the whole model, in the units of W."""
     table = _terminal_table("Whole model, norms of the error", ["norm"], [header.before, "split", "less %"])
     less, (relative_before, relative_after) = reduction(whole), relative(whole)
@@ -305,7 +304,7 @@ def _model_terminal_table(header: Header, whole: Total) -> Table:
     return table
 
 
-def _worst_terminal_table(header: Header, errors: Sequence[WeightError], count: int) -> Table:
+def _worst_terminal_table(header: ReportHeader, errors: Sequence[WeightError], count: int) -> Table:
     title = f"Worst weights by error of the split ({len(errors)} of {count:,})"
     table = _terminal_table(title, ["weight"], ["rank", "bits", *_error_heads(header)])
     for error in errors:
@@ -331,7 +330,7 @@ def _terminal_table(title: str, words: Sequence[str], numbers: Sequence[str]) ->
     return table
 
 
-def _error_heads(header: Header) -> list[str]:
+def _error_heads(header: ReportHeader) -> list[str]:
     return [f"error\n{header.before}", "error\nsplit", "error\nless %"]
 
 

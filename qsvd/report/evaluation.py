@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelScores:
     """One model on one data set.
 
     values are by name, in the order of the table: perplexity, nats, kl_mean, accuracy and the like.
@@ -42,7 +42,7 @@ FORMS = {
 }
 
 
-def evaluation_table(measured: Sequence[Measured], title: str) -> Table:
+def evaluation_table(measured: Sequence[ModelScores], title: str) -> Table:
     """One column for each model, one row for each value; what is not in FORMS is in the JSON only."""
     table = Table("", *(f"{one.model}\n{one.kind}" for one in measured), title=title, title_justify="left")
     for column in table.columns[1:]:
@@ -55,7 +55,7 @@ def evaluation_table(measured: Sequence[Measured], title: str) -> Table:
     return table
 
 
-def evaluation_json(measured: Sequence[Measured], how: Mapping[str, object]) -> dict[str, object]:
+def evaluation_json(measured: Sequence[ModelScores], how: Mapping[str, object]) -> dict[str, object]:
     """Everything, with how it was measured."""
     return {
         "how": dict(how),

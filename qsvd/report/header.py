@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from qsvd.numerics.codec import Codec
-from qsvd.numerics.names import spelling
-from qsvd.plan.weights import Coverage, LeftTensors
+from qsvd.records import Coverage
+
+if TYPE_CHECKING:
+    from qsvd.numerics.codec import Codec
 
 
 @dataclass(frozen=True)
-class Header:
+class ReportHeader:
     """The model, the method as it was asked for, and which part of the model it reached.
 
     codec, order and end are words of the options (order: what comes first; end: what each iteration ends with);
@@ -73,14 +75,10 @@ class Header:
         )
 
 
-def left_line(left: LeftTensors) -> str:
-    """How many tensors and elements stay as they were under one pattern."""
-    noun = "tensor" if left.count == 1 else "tensors"
-    return f"{left.count:,} {noun}, {left.elements:,} elements"
-
-
-def codec_words(codecs: Sequence[Codec]) -> str:
+def codec_words(codecs: Sequence["Codec"]) -> str:
     """One codec by its name, several by the numbers of their bits: "nf2, nf3 and nf4"."""
+    from qsvd.numerics.names import spelling  # imports torch
+
     spellings = {spelling(codec) for codec in codecs}
     if len(spellings) == 1:
         return spellings.pop()

@@ -3,12 +3,12 @@
 import json
 from shlex import quote
 
-from qsvd.report.header import Header
+from qsvd.report.header import ReportHeader
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def readme(header: Header, folder: str, architecture: str) -> str:
+def readme(header: ReportHeader, folder: str, architecture: str) -> str:
     """The README of a result.
 
     Args:
@@ -30,7 +30,7 @@ def vllm_rank(rank: int) -> int:
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
 
 
-def _opening(header: Header) -> str:
+def _opening(header: ReportHeader) -> str:
     model = header.model.rstrip("/").rsplit("/", 1)[-1]
     is_plain = header.quantizer == "bitsandbytes"
     kind = "transformers 4-bit checkpoint" if is_plain else "transformers checkpoint of mixed bits"
@@ -51,11 +51,11 @@ def _opening(header: Header) -> str:
     )
 
 
-def _load(header: Header, folder: str, architecture: str) -> str:
+def _load(header: ReportHeader, folder: str, architecture: str) -> str:
     return _code("Load", "python", _loading(header, folder, architecture))
 
 
-def _train(header: Header, folder: str, architecture: str) -> str:
+def _train(header: ReportHeader, folder: str, architecture: str) -> str:
     lines = _loading(header, folder, architecture, adapter=", is_trainable=True")
     return _code("Train", "python", [*lines, "model.print_trainable_parameters()"]) + (
         "\n\nGive `model` as it is to transformers' Trainer, or another that takes a PEFT model, without a\n"
@@ -64,7 +64,7 @@ def _train(header: Header, folder: str, architecture: str) -> str:
     )
 
 
-def _merge(header: Header, folder: str, architecture: str) -> str:
+def _merge(header: ReportHeader, folder: str, architecture: str) -> str:
     lines = _loading(header, folder, architecture, base=".dequantize()")
     if header.rank > 0:
         lines.append("model = model.merge_and_unload()")
@@ -72,7 +72,7 @@ def _merge(header: Header, folder: str, architecture: str) -> str:
     return _code("Merge into 16 bits", "python", lines)
 
 
-def _loading(header: Header, folder: str, architecture: str, *, base: str = "", adapter: str = "") -> list[str]:
+def _loading(header: ReportHeader, folder: str, architecture: str, *, base: str = "", adapter: str = "") -> list[str]:
     """Lines that load the model; `base` follows the call for the residual, `adapter` ends the one for the factors."""
     path = _literal(folder)
     imports = [f"from transformers import {architecture}", ""]
@@ -86,7 +86,7 @@ def _loading(header: Header, folder: str, architecture: str, *, base: str = "", 
     return [*imports, *loading]
 
 
-def _serve(header: Header, folder: str) -> str:
+def _serve(header: ReportHeader, folder: str) -> str:
     convert = f"python convert_hf_to_gguf.py {quote(folder + '-merged')} --outtype bf16  # llama.cpp, after merging"
     if header.quantizer == "qsvd":  # vLLM has no such method
         return _code("Serve", "sh", [f"vllm serve {quote(folder + '-merged')}  # after merging", convert])

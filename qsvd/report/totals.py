@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from qsvd.decompose.split import WeightError
 from qsvd.errors import BadInput
-from qsvd.numerics.norms import Norms
-from qsvd.plan.weights import Role
+from qsvd.records import Norms, Role, WeightError
 
 ROLES: tuple[str, ...] = get_args(Role)
 MODEL = "model"  # the role of the total over all weights

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsvd.numerics import norms as error
-from qsvd.numerics.norms import Norms, frobenius, norms
+from qsvd.numerics.norms import frobenius, norms
+from qsvd.records import Norms
 from tests import reference
 
 UNIT = 2.0**-24  # float32 rounds within this, relatively

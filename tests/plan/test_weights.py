@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from qsvd.plan.weights import Coverage, LeftTensors, coverage, plan_model
+from qsvd.plan.weights import coverage, plan_model
+from qsvd.records import Coverage, LeftTensors
 from tests.checkpoints import tiny_config, tiny_model
 
 LLAMA_BLOCK = {

@@ -5,10 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qsvd.decompose.split import WeightError
-from qsvd.numerics.norms import Norms
-from qsvd.plan.weights import Coverage, LeftTensors
-from qsvd.report.header import Header
+from qsvd.records import Coverage, LeftTensors, Norms, WeightError
+from qsvd.report.header import ReportHeader
 
 WEIGHTS = [  # name, role, shape, bits, size of the error before and after
     ("layers.0.mlp.down_proj.weight", "down", (6, 9), 4.5, 0.09, 0.07),
@@ -41,4 +39,4 @@ def samples():
 @pytest.fixture(scope="session")
 def header():
     left = (LeftTensors("embed_tokens.weight", 1, 1200), LeftTensors("layers.*.norm.weight", 4, 64))
-    return Header("tiny", "nf4", 2, "svd", 5, "quantize", Coverage(5, 231, 1495, left))
+    return ReportHeader("tiny", "nf4", 2, "svd", 5, "quantize", Coverage(5, 231, 1495, left))

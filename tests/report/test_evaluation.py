@@ -5,10 +5,10 @@ import json
 import pytest
 from rich.console import Console
 
-from qsvd.report.evaluation import FORMS, Measured, evaluation_json, evaluation_table
+from qsvd.report.evaluation import FORMS, ModelScores, evaluation_json, evaluation_table
 
-SPLIT = Measured("out", "split", {"perplexity": 3.82871, "nats": 1.34253, "tokens": 20416, "kl_95": 0.25})
-TRAINED = Measured("run", "trained", {"perplexity": 3.5, "nats": 1.25276, "tokens": 20416, "accuracy": 0.91234})
+SPLIT = ModelScores("out", "split", {"perplexity": 3.82871, "nats": 1.34253, "tokens": 20416, "kl_95": 0.25})
+TRAINED = ModelScores("run", "trained", {"perplexity": 3.5, "nats": 1.25276, "tokens": 20416, "accuracy": 0.91234})
 
 
 def rows_of(*measured):
@@ -37,7 +37,7 @@ def test_a_value_that_one_model_lacks_is_an_empty_cell_and_one_that_all_lack_no_
 
 
 def test_rows_are_in_the_order_of_the_forms():
-    _, rows = rows_of(Measured("m", "16-bit", dict.fromkeys(reversed(FORMS), 0.5)))
+    _, rows = rows_of(ModelScores("m", "16-bit", dict.fromkeys(reversed(FORMS), 0.5)))
     assert list(rows) == [heading for heading, _ in FORMS.values()]
 
 
@@ -55,7 +55,7 @@ def test_rows_are_in_the_order_of_the_forms():
     ],
 )
 def test_a_value_has_the_digits_that_it_needs(name, value, cell):
-    _, rows = rows_of(Measured("m", "16-bit", {name: value}))
+    _, rows = rows_of(ModelScores("m", "16-bit", {name: value}))
     assert rows == {FORMS[name][0]: [cell]}
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from qsvd.plan.weights import Coverage
+from qsvd.records import Coverage
 from qsvd.report.errors import number, to_markdown
 
 

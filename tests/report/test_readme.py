@@ -7,8 +7,8 @@ import shlex
 import pytest
 import transformers
 
-from qsvd.plan.weights import Coverage
-from qsvd.report.header import Header
+from qsvd.records import Coverage
+from qsvd.report.header import ReportHeader
 from qsvd.report.readme import readme
 from tests.checkpoints import FAMILIES, tiny_config
 
@@ -18,7 +18,7 @@ REFUSED = {"GPT2LMHeadModel", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Falc
 
 def header(rank=16):
     coverage = Coverage(14, 18432, 24736, ())
-    return Header("some/folder/tiny-llama/", "nf4+dq", rank, "svd", 5, "svd", coverage)
+    return ReportHeader("some/folder/tiny-llama/", "nf4+dq", rank, "svd", 5, "svd", coverage)
 
 
 def blocks(text):

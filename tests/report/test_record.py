@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.decompose.split import WeightError
-from qsvd.numerics.norms import Norms
+from qsvd.records import Norms, WeightError
 from qsvd.report.errors import from_record, to_record
 
 MEASURES = st.floats(min_value=0, allow_nan=False, allow_infinity=False, allow_subnormal=True)

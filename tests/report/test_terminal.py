@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from scipy.linalg import block_diag
 
-from qsvd.numerics.norms import Norms
+from qsvd.records import Norms
 from qsvd.report.errors import number, to_terminal
 
 

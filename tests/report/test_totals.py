@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.linalg import block_diag
 
-from qsvd.numerics.norms import Norms
+from qsvd.records import Norms
 from qsvd.report.totals import reduction, relative, totals, worst
 
 ROUNDOFF = 64 * 2.0**-53  # float64 norms of a 35 x 42 matrix, by another route
