@@ -1,22 +1,23 @@
-"""`qsvd COMMAND`: flags to an options record, the record to its command, and what went wrong to an exit code.
+"""`qsvd COMMAND`: from arguments to an options record, from the record to its command, from an error to an exit code.
 
-0 done, 1 failed while running, 2 bad input, 3 does not fit, 130 interrupted.
+0 done, 1 runtime error, 2 bad input, 3 does not fit, 130 interrupted.
 """
 
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass, make_dataclass
+from dataclasses import field as new_field
 from importlib import import_module
+from inspect import getdoc
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import tyro
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import qsvd
 from qsvd.errors import BadInput, QsvdError
+from qsvd.option_types import POSITIONAL, Group, Help, marks_of
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
 
 COMMANDS = {
@@ -30,9 +31,15 @@ COMMANDS = {
     "report": Report,
     "demo": Demo,
 }
-ABOUT = """Split 16-bit checkpoints into principal components in high precision and a 4-bit residual.
+HELP = """usage: qsvd COMMAND [OPTIONS]
 
-Every command takes --config FILE.yaml, flags by name; flags on the command line win."""
+Quantize 16-bit models to 4 bits, keep the largest singular components in 16 bits, and fine-tune on one GPU.
+
+commands:
+{commands}
+
+`qsvd COMMAND --help` lists the options of a command, `qsvd --version` prints the version.
+Every command takes --config FILE.yaml with options by name; command-line options override the file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,23 +73,65 @@ def run(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> Any:
-    """The options record of a command line.
+    """Return the options record of a command line. Help and wrong arguments raise SystemExit(0) and SystemExit(2).
 
     Raises:
         BadInput: the file after --config cannot be used.
     """
     arguments, config = _take_config(arguments)
-    command = arguments[0] if arguments else ""
-    variants = []
-    for name, record in COMMANDS.items():
-        if config is not None and name == command:
-            chosen = tyro.conf.subcommand(name, default=_from_yaml(record, config))
-        else:
-            chosen = tyro.conf.subcommand(name)
-        variants.append(Annotated[record, chosen])
-    marks = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-    union: Any = Union[tuple(variants)]  # noqa: UP007  # of a list made at run time
-    return tyro.cli(union, args=arguments, prog="qsvd", description=ABOUT, config=marks)
+    command, *rest = arguments or [""]
+    if command not in COMMANDS:
+        _explain(command)
+    import tyro
+
+    record = COMMANDS[command]
+    form = _form(record, {} if config is None else _from_yaml(record, config))
+    found = tyro.cli(
+        form,
+        args=rest,
+        prog=f"qsvd {command}",
+        description=getdoc(record),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+    )
+    groups = [value for value in vars(found).values() if is_dataclass(value)]
+    values = {name: value for part in (found, *groups) for name, value in vars(part).items() if value not in groups}
+    return record(**values)
+
+
+def _explain(command: str) -> NoReturn:
+    """Print the commands, or that there is no such command, and exit."""
+    lines = [f"  {name:<10} {str(record.__doc__).splitlines()[0]}" for name, record in COMMANDS.items()]
+    text = HELP.format(commands="\n".join(lines))
+    if command in ("-h", "--help"):
+        print(text)
+        sys.exit(0)
+    wrong = f"qsvd: there is no command {command!r}; the commands are {', '.join(COMMANDS)}"
+    print(wrong if command else text, file=sys.stderr)
+    sys.exit(2)
+
+
+def _form(record: type, defaults: Mapping[str, Any]) -> type:
+    """Return a dataclass for tyro with the options of a record; its nested dataclasses are the groups of the help."""
+    from tyro.conf import Positional, arg
+
+    groups: dict[str, list[tuple[str, Any, Any]]] = {"": []}
+    hints, marks, title = get_type_hints(record), marks_of(record), ""
+    for option in fields(record):
+        title = next((mark.title for mark in marks[option.name] if isinstance(mark, Group)), title)
+        help_ = [mark for mark in marks[option.name] if isinstance(mark, Help)][-1]
+        kind, default = hints[option.name], defaults.get(option.name, option.default)
+        hint = "" if default in (None, (), MISSING) else None  # instead of (default: None); None is tyro's own hint
+        metavar = help_.metavar
+        if default is None and metavar is None:
+            metavar = get_args(kind)[0].__name__.upper()  # instead of {None}|INT
+        shown = arg(help=help_.text, metavar=metavar, help_behavior_hint=hint, aliases=help_.aliases, prefix_name=False)
+        typed = Annotated[Positional[kind] if POSITIONAL in marks[option.name] else kind, shown]
+        groups.setdefault(title, []).append((option.name, typed, new_field(default=default, kw_only=True)))
+    top = groups.pop("")
+    for number, (title, options) in enumerate(groups.items()):
+        group = make_dataclass(f"Group{number}", options, namespace={"__doc__": ""})
+        top.append((f"group{number}", Annotated[group, arg(name=title)], new_field(default_factory=group)))
+    return make_dataclass(record.__name__, top)
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
@@ -98,24 +147,20 @@ def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
     return arguments, None
 
 
-def _from_yaml(record: type, file: Path) -> Any:
-    """An options record with the values of a YAML file; what the file lacks stays at its default, or to be given."""
-    values = _yaml_mapping(file)
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+def _from_yaml(record: type, file: Path) -> dict[str, Any]:
+    """Return the values of a YAML file by the names of a record's options."""
+    values = {str(name).replace("-", "_"): value for name, value in _yaml_mapping(file).items()}
     types = get_type_hints(record)
-    names = [field.name for field in fields(record)]
-    wrong = [f"unknown option {name!r} (known: {', '.join(names)})" for name in values if name not in names]
+    wrong = [f"unknown option {name!r} (known: {', '.join(types)})" for name in values if name not in types]
     checked = {}
-    for name in names:
-        if name in values:
-            try:
-                checked[name] = _as(types[name], values[name])
-            except TypeError as error:
-                wrong.append(f"{name} {error}")
+    for name in [name for name in types if name in values]:
+        try:
+            checked[name] = _as(types[name], values[name])
+        except TypeError as error:
+            wrong.append(f"{name} {error}")
     if wrong:
         raise BadInput(f"--config {file}: {'; '.join(wrong)}")
-    missing = {field.name: tyro.MISSING for field in fields(record) if field.default is MISSING}
-    return record(**(missing | checked))
+    return checked
 
 
 def _yaml_mapping(file: Path) -> Mapping[Any, Any]:

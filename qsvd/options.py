@@ -1,392 +1,342 @@
-"""Flags of what makes a split base, and of the table of what it cost."""
+"""The options of the nine commands: each one's flag, default, help text, range and group, written once.
+
+qsvd/option_types.py says what the marks mean. The first line of a docstring is shown by `qsvd --help`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
-
-
-@dataclass(frozen=True)
-class Quantize:
-    """Split a 16-bit checkpoint into a residual of few bits and principal components, with a report of the error.
-
-    4 bits and --rank for every weight, or bits and ranks where they count within one --budget.
-
-    Flags may stand in a YAML file, `--config FILE.yaml`; those on the command line win.
-    """
-
-    model: Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a 16-bit checkpoint, or a hub id.")]
-    out: Annotated[Path, arg(metavar="DIR", help="Result; a killed run with the same options goes on there.")]
-    rank: Annotated[int, arg(help="Principal components kept in high precision; 0 is plain NF4 (QLoRA).")] = 64
-    iterations: Annotated[int, arg(help="Most passes of the loop; the best is kept.")] = 5
-    order: Annotated[
-        Literal["svd", "quantize"], arg(help="What comes first: svd is QPiSSA and LQ-LoRA, quantize is LoftQ.")
-    ] = "svd"
-    end: Annotated[
-        Literal["svd", "quantize"],
-        arg(help="What a pass ends with: svd fits the factors once more; quantize is QPiSSA as published."),
-    ] = "svd"
-    stop: Annotated[Literal["rise", "never"], arg(help="End the loop when the error rises, or never.")] = "rise"
-    svd: Annotated[Literal["randomized", "exact"], arg(help="exact is slow above a side of some thousand.")] = (
-        "randomized"
-    )
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="Of the stored components.")] = "bfloat16"
-    double_quant: Annotated[bool, arg(help="Scales in 8 bits: 4.13 bits a weight in all instead of 4.5.")] = True
-    budget: Annotated[
-        str | None,
-        arg(
-            metavar="SIZE",
-            help="2.75bits for each number that is split, or 20GB for all: tensors, components included.",
-        ),
-    ] = None
-    allocator: Annotated[
-        Literal["both", "bits", "uniform", "sara", "prilora"],
-        arg(help="What a budget decides, as in qsvd allocate: both: bits and ranks; bits: at --rank (LQ-LoRA)."),
-    ] = "both"
-    objective: Annotated[
-        Literal["relative", "frobenius", "fisher", "hessian"],
-        arg(help="What a budget minimises: errors over the norm of each weight, plain ones, or by statistics."),
-    ] = "relative"
-    statistics: Annotated[
-        Path | None, arg(metavar="FILE", help="Of qsvd calibrate; for the objectives fisher and hessian.")
-    ] = None
-    allocation: Annotated[
-        Path | None, arg(metavar="FILE", help="Codec and rank of every weight, as qsvd allocate writes them.")
-    ] = None
-    include: Annotated[
-        tuple[str, ...], arg(metavar="GLOB ...", help="Split only modules that match: '*.self_attn.*'.")
-    ] = ()
-    exclude: Annotated[tuple[str, ...], arg(metavar="GLOB ...", help="Leave modules that match in 16 bits.")] = ()
-    shard_size: Annotated[str, arg(metavar="SIZE", help="Most bytes of one output file: 500MB, 5GB.")] = "5GB"
-    device: Annotated[str, arg(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto"
-    seed: Annotated[int, arg(help="Of the random sketches.")] = 0
-    dry_run: Annotated[bool, arg(help="Print options, weights and sizes, and stop.")] = False
-
-
-@dataclass(frozen=True)
-class Report:
-    """Show what quantization cost: a table by role, the worst weights, the totals."""
-
-    folder: Annotated[Positional[Path], arg(metavar="DIR", help="A result of qsvd quantize.")]
-    json: Annotated[bool, arg(help="Print everything as JSON.")] = False
-    worst: Annotated[int, arg(help="How many of the worst weights to list.")] = 10
-
-
-# Flags of qsvd allocate.
-
-
-@dataclass(frozen=True)
-class Allocate:
-    """Decide how many bits and components every weight gets, so that all fit one budget with the least error.
-
-    Writes a table for qsvd quantize --allocation, which may be edited. Measurements stay beside it, in
-    FILE.costs.jsonl: a killed run goes on there, and another budget or allocator takes seconds.
-    """
-
-    model: Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a 16-bit checkpoint, or a hub id.")]
-    budget: Annotated[
-        str, arg(metavar="SIZE", help="2.75bits for each number that is split, or 20GB for all; factors included.")
-    ]
-    out: Annotated[
-        Path, arg(metavar="FILE", help="The table; replaces one that it wrote for this model and nobody edited.")
-    ]
-    allocator: Annotated[
-        Literal["both", "bits", "uniform", "sara", "prilora"],
-        arg(help="both: bits and ranks; bits: at --rank (LQ-LoRA); uniform: one pair; sara, prilora: ranks by rule."),
-    ] = "both"
-    objective: Annotated[
-        Literal["relative", "frobenius", "fisher", "hessian"],
-        arg(
-            help="Errors over the norm of their weight, plain ones, by Fisher information, or by traces of the Hessian."
-        ),
-    ] = "relative"
-    statistics: Annotated[
-        Path | None, arg(metavar="FILE", help="Of qsvd calibrate; for the objectives fisher and hessian.")
-    ] = None
-    rank: Annotated[int, arg(help="Of every weight with allocator bits.")] = 64
-    codecs: Annotated[
-        tuple[str, ...], arg(metavar="NAME ...", help="To try, nf3-64-8x256; none: seven of 2, 3, 4 and 8 bits.")
-    ] = ()
-    ranks: Annotated[
-        tuple[int, ...], arg(metavar="N ...", help="To try, 0 16 64; none: 0 and powers of two up to 4 bits a number.")
-    ] = ()
-    count: Annotated[
-        Literal["stored", "training"],
-        arg(help="What the budget is for: the files, or memory while the factors train, with gradient and state."),
-    ] = "stored"
-    gap: Annotated[float, arg(help="From the optimum, relative, at which the solver may stop.")] = 1e-4
-    time_limit: Annotated[float, arg(help="Seconds for the solver.")] = 60.0
-    include: Annotated[
-        tuple[str, ...], arg(metavar="GLOB ...", help="Split only modules that match: '*.self_attn.*'.")
-    ] = ()
-    exclude: Annotated[tuple[str, ...], arg(metavar="GLOB ...", help="Leave modules that match in 16 bits.")] = ()
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="Of the stored components.")] = "bfloat16"
-    device: Annotated[str, arg(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto"
-    seed: Annotated[int, arg(help="Of the random sketches.")] = 0
-
-
-# Flags of qsvd calibrate.
-
-
-@dataclass(frozen=True)
-class Calibrate:
-    """Measure on examples which numbers of the weights matter: second moments of gradients, and traces of the Hessian.
-
-    A language model takes texts, chats or completions, a classifier labelled texts. One block is in memory at a time.
-    """
-
-    model: Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a 16-bit checkpoint, or a hub id.")]
-    data: Annotated[Positional[str], arg(metavar="DATA", help="Examples, as qsvd train takes them.")]
-    out: Annotated[Path, arg(metavar="FILE", help="Result; a killed run with the same options goes on there.")]
-    examples: Annotated[int, arg(help="How many to use, drawn by --seed where there are more.")] = 128
-    max_length: Annotated[
-        int | None,
-        arg(help="Tokens of an example; longer ones are cut, longer texts divided. None: the context, 1024 at most."),
-    ] = None
-    traces: Annotated[int, arg(help="Random probes of the Hessian for each example; 0 leaves traces out.")] = 0
-    loss_on: Annotated[Literal["answers", "all"], arg(help="Tokens that count, where there are answers.")] = "answers"
-    map: Annotated[
-        tuple[str, ...], arg(metavar="COLUMN=NAME ...", help="Columns of the file under the names qsvd knows.")
-    ] = ()
-    split: Annotated[str, arg(help="Of a hub data set or a folder.")] = "train"
-    include: Annotated[
-        tuple[str, ...], arg(metavar="GLOB ...", help="Only modules that match, as in qsvd quantize.")
-    ] = ()
-    exclude: Annotated[tuple[str, ...], arg(metavar="GLOB ...", help="Leave modules that match out.")] = ()
-    chunk: Annotated[
-        int | None,
-        arg(help="Examples for which the weights are read twice; the result is the same. None: what memory allows."),
-    ] = None
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"], arg(help="To compute in; auto is bfloat16 on a GPU, float32 on a CPU.")
-    ] = "auto"
-    device: Annotated[str, arg(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto"
-    seed: Annotated[int, arg(help="Of the examples that are drawn, and of the probes.")] = 0
-
-
-# Flags of qsvd plan.
+from qsvd.option_types import (
+    ABOVE_ZERO,
+    FROM_ZERO,
+    POSITIONAL,
+    SAME_RESULT,
+    SECONDS,
+    SEED,
+    SHARE,
+    Accumulate,
+    AdapterDtype,
+    Allocation,
+    Allocator,
+    Base,
+    BatchSize,
+    Checkpointing,
+    ComputeDtype,
+    Data,
+    DataSplit,
+    Device,
+    DoubleQuant,
+    Exclude,
+    Group,
+    Help,
+    Include,
+    Json,
+    LayerMajor,
+    LossOn,
+    Map,
+    MaxLength,
+    Method,
+    Model,
+    Objective,
+    Optimizer,
+    Resident,
+    Seed,
+    ShardSize,
+    Statistics,
+    Step,
+    StoredDtype,
+    at_least,
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Say before any work what fits: bytes on GPU, host and disk, by item, from config.json alone.
+    """Estimate GPU, CPU and disk memory from config.json (no download of weights).
 
-    The exit code is 3 where something does not fit.
+    The exit code is 3 if something does not fit.
     """
 
-    model: Annotated[
-        Positional[str],
-        arg(metavar="MODEL", help="A 16-bit checkpoint, a result of qsvd quantize, a config.json, or a hub id."),
-    ]
-    task: Annotated[
-        Literal["all", "quantize", "train", "serve"], arg(aliases=["--for"], help="What shall be done with it.")
-    ] = "all"
-    gpu: Annotated[
-        str | None, arg(metavar="SIZE", help="Memory of the card, 24GB; None: of the one here, or no limit.")
-    ] = None
-    host: Annotated[
-        str | None, arg(metavar="SIZE", help="Memory of the host, 64GB; None: what is free where a card is here.")
-    ] = None
-    rank: Annotated[int | None, arg(help="Of the components; None: the stored one, or 64.")] = None
-    method: Annotated[
-        Literal["auto", "pissa", "lora", "edora"], arg(help="As in qsvd train; lora on a 16-bit MODEL is QLoRA.")
-    ] = "auto"
-    tokens: Annotated[int | None, arg(help="Of a sequence; None: the context, 2048 at most.")] = None
-    batch: Annotated[int, arg(help="Sequences that go through the model together.")] = 1
-    accumulate: Annotated[int, arg(help="Batches in one step.")] = 4
-    optimizer: Annotated[
-        Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"],
-        arg(help="auto is paged_adamw_8bit."),
-    ] = "auto"
-    adapter_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], arg(help="Of what is trained; auto is float32 up to 268 M parameters.")
-    ] = "auto"
-    gradient_checkpointing: Annotated[bool, arg(help="Compute activations twice instead of keeping them.")] = True
-    resident: Annotated[
-        Literal["auto"] | float, arg(help="Share of blocks that stay on the card, 0 to 1; auto: as many as fit.")
-    ] = "auto"
-    layer_major: Annotated[
-        bool, arg(help="All batches of a step go through a block before the next block: weights move once for all.")
-    ] = False
-    double_quant: Annotated[bool, arg(help="Scales in 8 bits: 4.13 bits a weight in all instead of 4.5.")] = True
-    budget: Annotated[
-        str | None, arg(metavar="SIZE", help="For residuals and components of rank --rank: 2.75bits, 20GB. None: NF4.")
-    ] = None
-    allocation: Annotated[
-        Path | None, arg(metavar="FILE", help="Codec and rank of every weight, as qsvd allocate writes them.")
-    ] = None
-    explore: Annotated[bool, arg(help="A table of what fits: rank by sequence by card.")] = False
+    model: Annotated[Model, Help("A 16-bit model, a quantized model, a config.json, or a Hub id.", "MODEL")]
+    task: Annotated[Literal["all", "quantize", "train", "serve"], Help("What to estimate.", aliases=("--for",))] = "all"
+
+    gpu: Annotated[str | None, Group("machine"), Help("GPU memory, e.g. 24GB. Default: of this machine.", "SIZE")] = (
+        None
+    )
+    host: Annotated[str | None, Help("CPU memory, e.g. 64GB. Default: what is free, given a GPU.", "SIZE")] = None
     tflops: Annotated[
-        float | None,
-        arg(help="Of the card in 16 bits, as it really does them, 10^12 a second; None: measured here, or 100."),
+        float | None, ABOVE_ZERO, Help("GPU speed, 16-bit TFLOP/s. Default: measured on this machine, else 100.")
     ] = None
-    link: Annotated[float | None, arg(help="Host to card, GB a second; None: measured here, or 25.")] = None
-    disk: Annotated[float | None, arg(help="Disk, GB a second; None: 3.")] = None
-    json: Annotated[bool, arg(help="Print everything as JSON.")] = False
+    link: Annotated[float | None, ABOVE_ZERO, Help("CPU to GPU speed, GB/s. Default: measured here, else 25.")] = None
+    disk: Annotated[float | None, ABOVE_ZERO, Help("Read speed of the disk, GB/s. Default: 3.")] = None
+
+    rank: Annotated[
+        int | None, Group("model"), at_least(0), Help("Components per layer. Default: as stored, or 64.")
+    ] = None
+    double_quant: DoubleQuant = True
+    budget: Annotated[str | None, Help("Total size, e.g. 2.75bits or 20GB. Default: 4-bit NF4.", "SIZE")] = None
+    allocation: Allocation = None
+
+    method: Annotated[Method, Group("training"), Help("As in qsvd train; lora on a 16-bit MODEL is QLoRA.")] = "auto"
+    tokens: Annotated[
+        int | None, at_least(2), Help("Sequence length. Default: the model's context length, at most 2048.")
+    ] = None
+    batch: BatchSize = 1
+    accumulate: Accumulate = 4
+    optimizer: Annotated[Optimizer, Help("Optimizer. auto: paged_adamw_8bit.")] = "auto"
+    adapter_dtype: AdapterDtype = "auto"
+    gradient_checkpointing: Checkpointing = True
+    resident: Resident = "auto"
+    layer_major: LayerMajor = False
+
+    explore: Annotated[bool, Group("output"), Help("Print what fits: rank by sequence length by GPU memory.")] = False
+    json: Json = False
 
 
-# Flags of qsvd train.
+@dataclass(frozen=True)
+class Allocate:
+    """Choose bits and rank of each layer: the least error within a budget.
+
+    The output is a text file for qsvd quantize --allocation; you can edit it. Measured errors are kept in
+    FILE.costs.jsonl: a stopped run continues from there, and another budget or allocator takes seconds.
+    """
+
+    model: Annotated[Model, SAME_RESULT]
+    budget: Annotated[str, SAME_RESULT, Help("Size of weights and components: 2.75bits per weight, or 20GB.", "SIZE")]
+    out: Annotated[Path, SAME_RESULT, Help("Output file. An edited file is never overwritten.", "FILE")]
+
+    allocator: Annotated[Allocator, SAME_RESULT, Group("method")] = "both"
+    objective: Annotated[Objective, SAME_RESULT] = "relative"
+    statistics: Annotated[Statistics, SAME_RESULT] = None
+    rank: Annotated[int, SAME_RESULT, Help("Rank of every layer, for --allocator bits.")] = 64
+    codecs: Annotated[
+        tuple[str, ...], Help("Formats to try, e.g. nf3-64-8x256. Default: seven of them.", "NAME ...")
+    ] = ()
+    ranks: Annotated[tuple[int, ...], Help("Ranks to try, e.g. 0 16 64. Default: 0 and powers of two.", "N ...")] = ()
+    count: Annotated[
+        Literal["stored", "training"], SAME_RESULT, Help("What the budget limits: file size, or memory in training.")
+    ] = "stored"
+    gap: Annotated[float, SAME_RESULT, at_least(0), Help("Relative optimality gap at which the solver stops.")] = 1e-4
+    time_limit: Annotated[float, SAME_RESULT, SECONDS, Help("Time limit of the solver in seconds.")] = 60.0
+
+    include: Annotated[Include, SAME_RESULT, Group("layer")] = ()
+    exclude: Annotated[Exclude, SAME_RESULT] = ()
+
+    dtype: Annotated[StoredDtype, Group("run")] = "bfloat16"
+    device: Device = "auto"
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Estimate how sensitive the loss is to each weight.
+
+    Measures Fisher information and, with --traces, Hessian traces. A language model takes texts, chats or completions,
+    a classifier takes labelled texts. One block is in memory at a time.
+    """
+
+    model: Annotated[Model, SAME_RESULT]
+    data: Annotated[Data, SAME_RESULT]
+    out: Annotated[Path, SAME_RESULT, Help("Output file. The same command continues a stopped run.", "FILE")]
+
+    examples: Annotated[int, Group("data"), at_least(1), Help("Number of examples, drawn by --seed.")] = 128
+    max_length: MaxLength = None
+    traces: Annotated[int, at_least(0), Help("Random probes per example for Hessian traces; 0: no traces.")] = 0
+    loss_on: LossOn = "answers"
+    map: Annotated[Map, SAME_RESULT] = ()
+    split: Annotated[DataSplit, SAME_RESULT] = "train"
+
+    include: Annotated[Include, Group("layer")] = ()
+    exclude: Annotated[Exclude, Help("Layers to leave out.", "GLOB ...")] = ()
+
+    dtype: Annotated[ComputeDtype, Group("run")] = "auto"
+    chunk: Annotated[
+        int | None,
+        SAME_RESULT,
+        at_least(1),
+        Help("Examples processed together. Affects memory only. Default: what fits."),
+    ] = None
+    device: Device = "auto"
+    seed: Annotated[Seed, Help("Random seed (choice of examples, probes).")] = 0
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Quantize a 16-bit model and keep the largest singular components in 16 bits.
+
+    Every layer gets 4 bits and --rank components; with --budget, each layer gets its own bits and rank.
+    """
+
+    model: Annotated[Model, SAME_RESULT]
+    out: Annotated[Path, SAME_RESULT, Help("Output folder. The same command continues a stopped run.", "OUT")]
+
+    rank: Annotated[int, Group("method"), at_least(0), Help("Components per layer; 0 is plain NF4 (QLoRA).")] = 64
+    iterations: Annotated[int, at_least(1), Help("Maximum iterations; the best one is kept.")] = 5
+    order: Annotated[Step, Help("First step: svd (QPiSSA, LQ-LoRA) or quantize (LoftQ).")] = "svd"
+    end: Annotated[Step, Help("Last step of each iteration; quantize is QPiSSA as published.")] = "svd"
+    stop: Annotated[Literal["rise", "never"], Help("rise: stop when the error rises; never: all iterations.")] = "rise"
+    svd: Annotated[Literal["randomized", "exact"], Help("exact is slow above a few thousand rows.")] = "randomized"
+    dtype: StoredDtype = "bfloat16"
+    double_quant: DoubleQuant = True
+
+    budget: Annotated[
+        str | None,
+        Group("mixed-precision"),
+        Help("Size of weights and components: 2.75bits per weight, or 20GB.", "SIZE"),
+    ] = None
+    allocator: Allocator = "both"
+    objective: Objective = "relative"
+    statistics: Annotated[Statistics, SAME_RESULT] = None
+    allocation: Annotated[Allocation, SAME_RESULT] = None
+
+    include: Annotated[Include, Group("layer")] = ()
+    exclude: Exclude = ()
+
+    shard_size: Annotated[ShardSize, Group("run")] = "5GB"
+    device: Device = "auto"
+    seed: Annotated[Seed, Help("Random seed (SVD sketches).")] = 0
+    dry_run: Annotated[bool, SAME_RESULT, Help("Print options, layers and sizes, and stop.")] = False
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train adapters beside the frozen residual of a result of qsvd quantize."""
+    """Train an adapter or the components of a quantized model; the residual stays frozen."""
 
-    base: Annotated[Positional[Path], arg(metavar="DIR", help="A result of qsvd quantize.")]
-    data: Annotated[
-        Positional[str],
-        arg(
-            metavar="DATA",
-            help="JSON, JSONL, CSV, Parquet or text file, a folder with train and valid files, a hub id.",
-        ),
-    ]
-    out: Annotated[Path, arg(metavar="RUN", help="Where checkpoints, the adapter and the summary go.")]
+    base: Annotated[Path, SAME_RESULT, POSITIONAL, Help("Folder of a quantized model.", "OUT")]
+    data: Annotated[Data, SAME_RESULT]
+    out: Annotated[Path, SAME_RESULT, Help("Folder for checkpoints, adapter and summary.", "RUN")]
+
     method: Annotated[
-        Literal["auto", "pissa", "lora", "edora"],
-        arg(help="pissa trains the stored components, lora beside them; auto is pissa, or lora at rank 0 (QLoRA)."),
+        Method,
+        Group("adapter"),
+        Help("pissa: train the components; lora: new adapter; auto: pissa, or lora at rank 0."),
     ] = "auto"
-    rank: Annotated[int | None, arg(help="Of what is trained; None: pissa, edora the stored rank, lora 64.")] = None
-    alpha: Annotated[float | None, arg(help="Scale is alpha / rank; None: lora 16, edora the rank.")] = None
-    learning_rate: Annotated[float | None, arg(help="None: pissa 2e-5, lora 2e-4, edora 1e-3; the guide says why.")] = (
-        None
-    )
-    schedule: Annotated[Literal["cosine", "linear", "constant"], arg(help="After the warm-up.")] = "cosine"
-    warmup: Annotated[float, arg(help="Share of the steps that the rate takes to rise.")] = 0.03
-    epochs: Annotated[float, arg(help="Passes over the data.")] = 1.0
-    steps: Annotated[int | None, arg(help="Optimizer steps, instead of --epochs.")] = None
-    batch_size: Annotated[int, arg(help="Sequences that go through the model together.")] = 4
-    accumulate: Annotated[int, arg(help="Batches in one step.")] = 4
-    max_length: Annotated[
-        int | None,
-        arg(
-            help="Tokens of a sequence; longer examples are cut, longer texts divided. None: the context, 1024 at most."
-        ),
+    rank: Annotated[
+        int | None, at_least(1), Help("LoRA rank. Default: 64 for lora; the stored rank for pissa and edora.")
     ] = None
-    packing: Annotated[bool, arg(help="Several short sequences in one row; they do not see each other.")] = False
-    loss_on: Annotated[Literal["answers", "all"], arg(help="Tokens that are trained, where there are answers.")] = (
-        "answers"
-    )
-    map: Annotated[
-        tuple[str, ...], arg(metavar="COLUMN=NAME ...", help="Columns of the file under the names qsvd knows.")
-    ] = ()
-    split: Annotated[str, arg(help="Of a hub data set or a folder.")] = "train"
-    valid: Annotated[str | None, arg(metavar="DATA", help="Held-out examples; None: the folder's, or --held-out.")] = (
-        None
-    )
-    held_out: Annotated[float, arg(help="Share of the examples to hold out where none are given; 256 at most.")] = 0.02
+    alpha: Annotated[
+        float | None, ABOVE_ZERO, Help("Scale is alpha / rank. Default: 16 for lora; the rank for edora.")
+    ] = None
+
+    learning_rate: Annotated[
+        float | None, Group("schedule"), ABOVE_ZERO, Help("Default: 2e-5 for pissa, 2e-4 for lora, 1e-3 for edora.")
+    ] = None
+    schedule: Annotated[Literal["cosine", "linear", "constant"], Help("Learning rate after the warm-up.")] = "cosine"
+    warmup: Annotated[float, SHARE, Help("Warm-up ratio: fraction of steps.")] = 0.03
+    epochs: Annotated[float, ABOVE_ZERO, Help("Passes over the data.")] = 1.0
+    steps: Annotated[int | None, at_least(1), Help("Optimizer steps, instead of --epochs.")] = None
+    batch_size: BatchSize = 4
+    accumulate: Accumulate = 4
+
+    max_length: Annotated[MaxLength, Group("data")] = None
+    packing: Annotated[bool, Help("Put several short sequences in one row; they do not attend to each other.")] = False
+    loss_on: LossOn = "answers"
+    map: Map = ()
+    split: DataSplit = "train"
+    valid: Annotated[
+        str | None, SAME_RESULT, Help("Validation data. Default: the folder's, or --held-out.", "DATA")
+    ] = None
+    held_out: Annotated[
+        float, SHARE, Help("Fraction of the examples for validation if there is no other; at most 256.")
+    ] = 0.02
+
     optimizer: Annotated[
-        Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"],
-        arg(help="auto is paged_adamw_8bit on a GPU, adamw on a CPU."),
+        Optimizer, Group("optimizer"), Help("Optimizer. auto: paged_adamw_8bit on a GPU, adamw on a CPU.")
     ] = "auto"
-    weight_decay: Annotated[float, arg(help="Of AdamW.")] = 0.0
-    max_grad_norm: Annotated[float, arg(help="Larger gradients are scaled down to it; 0 leaves them.")] = 1.0
-    gradient_checkpointing: Annotated[bool, arg(help="Compute activations twice instead of keeping them.")] = True
+    weight_decay: Annotated[float, FROM_ZERO, Help("Weight decay of AdamW.")] = 0.0
+    max_grad_norm: Annotated[float, FROM_ZERO, Help("Gradient clipping: maximum norm; 0: no clipping.")] = 1.0
+
+    gradient_checkpointing: Annotated[Checkpointing, Group("memory")] = True
     activation_offload: Annotated[
-        Literal["auto", "yes", "no"], arg(help="Keep checkpoints of activations in host memory; auto: where it helps.")
+        Literal["auto", "yes", "no"], SAME_RESULT, Help("Keep activation checkpoints in CPU memory. auto: if it helps.")
     ] = "auto"
-    resident: Annotated[
-        Literal["auto"] | float,
-        arg(help="Share of blocks whose 4-bit weights stay on the device, 0 to 1; others visit it. auto: what fits."),
-    ] = "auto"
-    layer_major: Annotated[
-        bool, arg(help="All batches of a step go through a block before the next block: weights move once for all.")
-    ] = False
-    gpu: Annotated[str | None, arg(metavar="SIZE", help="Most GPU memory to use, 24GB; None: what is free.")] = None
-    host: Annotated[str | None, arg(metavar="SIZE", help="Most host memory to use, 64GB; None: what is free.")] = None
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"], arg(help="To compute in; auto is bfloat16 on a GPU, float32 on a CPU.")
-    ] = "auto"
-    adapter_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], arg(help="Of what is trained; auto is float32 up to 268 M parameters.")
-    ] = "auto"
-    save_every: Annotated[int, arg(help="Steps from checkpoint to checkpoint.")] = 100
-    keep: Annotated[int, arg(help="Checkpoints that stay.")] = 2
-    resume: Annotated[bool, arg(help="Go on from the newest whole checkpoint in RUN.")] = False
-    report_to: Annotated[tuple[str, ...], arg(metavar="TRACKER ...", help="tensorboard, wandb, trackio.")] = ()
-    any_start: Annotated[bool, arg(help="Train even if the first loss is absurd.")] = False
-    preview: Annotated[bool, arg(help="Print the first example with its trained tokens marked, and stop.")] = False
-    dry_run: Annotated[bool, arg(help="Check everything, print what would be done, and stop.")] = False
-    device: Annotated[str, arg(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto"
-    seed: Annotated[int, arg(help="Of the order of the data, of LoRA's start and of a new head.")] = 0
+    resident: Annotated[Resident, SAME_RESULT] = "auto"
+    layer_major: LayerMajor = False
+    gpu: Annotated[str | None, SAME_RESULT, Help("Maximum GPU memory, 24GB. Default: what is free.", "SIZE")] = None
+    host: Annotated[str | None, SAME_RESULT, Help("Maximum CPU memory, 64GB. Default: what is free.", "SIZE")] = None
+    dtype: ComputeDtype = "auto"
+    adapter_dtype: AdapterDtype = "auto"
 
+    save_every: Annotated[int, SAME_RESULT, Group("output"), at_least(1), Help("Steps between checkpoints.")] = 100
+    keep: Annotated[int, SAME_RESULT, at_least(1), Help("Number of checkpoints to keep.")] = 2
+    resume: Annotated[bool, SAME_RESULT, Help("Continue from the last complete checkpoint in RUN.")] = False
+    report_to: Annotated[tuple[str, ...], SAME_RESULT, Help("tensorboard, wandb, trackio.", "TRACKER ...")] = ()
 
-# Flags of qsvd eval.
+    preview: Annotated[bool, SAME_RESULT, Group("run"), Help("Print the first example with its trained tokens.")] = (
+        False
+    )
+    dry_run: Annotated[bool, SAME_RESULT, Help("Check everything, print what would be done, and stop.")] = False
+    any_start: Annotated[bool, SAME_RESULT, Help("Do not stop if the first loss is unusually high.")] = False
+    device: Device = "auto"
+    seed: Annotated[Seed, SEED, Help("Random seed (data order, LoRA init, new classification head).")] = 0
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure models on one data set: 16-bit checkpoints, results of qsvd quantize, runs of qsvd train."""
+    """Measure perplexity, accuracy or exact match of several models on one data set."""
 
     models: Annotated[
-        Positional[tuple[str, ...]], arg(metavar="MODEL ...", help="Folders of any of the three, or a hub id (16-bit).")
+        tuple[str, ...], POSITIONAL, Help("16-bit models, quantized models, runs, or Hub ids.", "MODEL ...")
     ]
-    data: Annotated[str, arg(metavar="DATA", help="A text, or examples as qsvd train takes them.")]
+    data: Annotated[str, Help("A text, or examples in any form that qsvd train takes.", "DATA")]
     task: Annotated[
         Literal["auto", "perplexity", "accuracy", "exact-match"],
-        arg(help="auto: accuracy for labels, exact-match for answers with ####, else perplexity."),
+        Help("What to measure. auto: accuracy for labels, exact-match for answers with ####, else perplexity."),
     ] = "auto"
-    reference: Annotated[
-        str | None, arg(metavar="MODEL", help="The 16-bit model, for KL divergence and top-token agreement.")
-    ] = None
-    window: Annotated[int | None, arg(help="Tokens the model sees at once; None: its context, 2048 at most.")] = None
-    stride: Annotated[int | None, arg(help="Tokens from window to window of one text; None: half a window.")] = None
-    limit: Annotated[int | None, arg(help="Examples to use, from the first; None: all.")] = None
-    batch_size: Annotated[int, arg(help="Sequences that go through a model together.")] = 8
-    max_new_tokens: Annotated[
-        int | None, arg(help="Tokens after which an answer is cut; None: 512, or what the context leaves.")
-    ] = None
-    map: Annotated[
-        tuple[str, ...], arg(metavar="COLUMN=NAME ...", help="Columns of the file under the names qsvd knows.")
-    ] = ()
-    split: Annotated[str, arg(help="Of a hub data set or a folder.")] = "train"
-    base: Annotated[Path | None, arg(metavar="DIR", help="Base of the runs, if it has moved.")] = None
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"], arg(help="To compute in; auto is bfloat16 on a GPU, float32 on a CPU.")
-    ] = "auto"
-    resident: Annotated[
-        Literal["auto"] | float,
-        arg(help="Share of blocks whose 4-bit weights stay on the device, 0 to 1; others visit it. auto: what fits."),
-    ] = "auto"
-    device: Annotated[str, arg(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")] = "auto"
-    json: Annotated[bool, arg(help="Print everything as JSON.")] = False
+    reference: Annotated[str | None, Help("16-bit model, for KL divergence and top-token agreement.", "MODEL")] = None
 
+    window: Annotated[int | None, Group("text"), at_least(2), Help("Default: the context length, at most 2048.")] = None
+    stride: Annotated[int | None, at_least(1), Help("Tokens between windows. Default: half a window.")] = None
+    max_new_tokens: Annotated[int | None, at_least(1), Help("Maximum answer length. Default: 512, if it fits.")] = None
 
-# Flags of qsvd export.
+    limit: Annotated[int | None, Group("data"), at_least(1), Help("Use only the first examples. Default: all.")] = None
+    map: Map = ()
+    split: DataSplit = "train"
+
+    base: Annotated[Base, Group("run")] = None
+    batch_size: BatchSize = 8
+    dtype: ComputeDtype = "auto"
+    resident: Resident = "auto"
+    device: Device = "auto"
+    json: Json = False
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run of qsvd train, or a result of qsvd quantize, in the form that other tools load."""
+    """Write a run or a quantized model in a form that other tools load."""
 
-    run: Annotated[
-        Positional[Path], arg(metavar="RUN", help="A run, a checkpoint of it, or a result of qsvd quantize.")
-    ]
-    out: Annotated[Path, arg(metavar="DIR", help="Result; a killed export with the same options goes on there.")]
+    run: Annotated[Path, POSITIONAL, Help("A run, one of its checkpoints, or a quantized model.", "RUN")]
+    out: Annotated[Path, Help("Output folder. The same command continues a stopped export.", "DIR")]
     to: Annotated[
         Literal["peft", "lora", "merged"],
-        arg(help="peft: LoRA or DoRA on the residual; lora: on the original 16-bit model; merged: 16-bit weights."),
+        Help("peft: adapter for the residual; lora: adapter for the original 16-bit model; merged: 16-bit weights."),
     ]
-    base: Annotated[Path | None, arg(metavar="DIR", help="Base of the run, if it has moved.")] = None
+    base: Base = None
     original: Annotated[
-        str | None, arg(metavar="MODEL", help="For lora: the 16-bit model; None: where it was when it was split.")
+        str | None, Help("For lora: the 16-bit model. Default: where it was when it was quantized.", "MODEL")
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        arg(help="Of what is written; auto is float32 for factors, the source's own for merged weights."),
+        Help("Dtype of the output. auto: float32 for adapters, the dtype of the 16-bit model for merged weights."),
     ] = "auto"
-    shard_size: Annotated[str, arg(metavar="SIZE", help="Most bytes of one merged file: 500MB, 5GB.")] = "5GB"
-    check: Annotated[bool, arg(help="Load the result and compare its logits, if memory allows.")] = True
+    shard_size: ShardSize = "5GB"
+    check: Annotated[bool, Help("Load the output and compare its logits, if there is enough memory.")] = True
 
 
-# Flags of qsvd demo.
+@dataclass(frozen=True)
+class Report:
+    """Show the quantization error of a quantized model: by layer type, the worst layers, in total."""
+
+    folder: Annotated[Path, POSITIONAL, Help("Folder of a quantized model.", "OUT")]
+    json: Json = False
+    worst: Annotated[int, at_least(0), Help("Number of worst layers to list.")] = 10
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Quantize the embedded model at several ranks, compare held-out perplexity, and fine-tune it in three ways."""
+    """Quantize a small built-in model at several ranks, compare perplexity, and fine-tune it by three methods."""
 
-    out: Annotated[Path, arg(metavar="DIR", help="Where the results go.")] = Path("build/demo")
-    ranks: Annotated[tuple[int, ...], arg(help="Ranks to try.")] = (0, 16, 32, 64)
-    tokens: Annotated[int, arg(help="Tokens of the held-out text to measure on.")] = 20_000
-    epochs: Annotated[float, arg(help="Passes over the fine-tuning text.")] = 2.0
+    out: Annotated[Path, Help("Output folder.", "DIR")] = Path("build/demo")
+    ranks: Annotated[tuple[int, ...], Help("Ranks to try.", "N ...")] = (0, 16, 32, 64)
+    tokens: Annotated[int, Help("Tokens of the held-out text.")] = 20_000
+    epochs: Annotated[float, ABOVE_ZERO, Help("Passes over the fine-tuning text.")] = 2.0

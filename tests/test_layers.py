@@ -9,7 +9,8 @@ import qsvd
 
 PACKAGE = Path(qsvd.__file__).parent
 FLOORS = (  # bottom up; folders of one floor do not import from each other, except where a line says so
-    {"errors", "options", "records"},
+    {"errors", "option_types", "records"},
+    {"options"},
     {"numerics"},
     {"decompose"},
     {"plan"},

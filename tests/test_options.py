@@ -1,10 +1,12 @@
-"""Flags: the agreed list, each with help, each read by its command."""
+"""Options: the agreed list, each with help, each read by its command; their marks and ranges."""
 
 import ast
 import contextlib
 import io
+import json
+import math
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 import qsvd
 import qsvd.training.settings
 from qsvd.cli import COMMANDS, parse
+from qsvd.option_types import SAME_RESULT, Range, marks_of, out_of_range, result_options
 from qsvd.training.settings import Settings
 
 PACKAGE = Path(qsvd.__file__).parent
@@ -196,6 +199,118 @@ POSITIONAL = {
     "report": ("folder",),
     "demo": (),
 }
+COMPARED = {  # what version 0.1 wrote in the identity of a run, before values that are not options
+    "quantize": {
+        "rank": 64,
+        "iterations": 5,
+        "order": "svd",
+        "end": "svd",
+        "stop": "rise",
+        "svd": "randomized",
+        "dtype": "bfloat16",
+        "double_quant": True,
+        "budget": None,
+        "allocator": "both",
+        "objective": "relative",
+        "include": [],
+        "exclude": [],
+        "shard_size": "5GB",
+        "device": "auto",
+        "seed": 0,
+    },
+    "train": {
+        "method": "auto",
+        "rank": None,
+        "alpha": None,
+        "learning_rate": None,
+        "schedule": "cosine",
+        "warmup": 0.03,
+        "epochs": 1.0,
+        "steps": None,
+        "batch_size": 4,
+        "accumulate": 4,
+        "max_length": None,
+        "packing": False,
+        "loss_on": "answers",
+        "map": [],
+        "split": "train",
+        "held_out": 0.02,
+        "optimizer": "auto",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": True,
+        "layer_major": False,
+        "dtype": "auto",
+        "adapter_dtype": "auto",
+        "device": "auto",
+        "seed": 0,
+    },
+    "calibrate": {
+        "examples": 128,
+        "max_length": None,
+        "traces": 0,
+        "loss_on": "answers",
+        "include": [],
+        "exclude": [],
+        "dtype": "auto",
+        "device": "auto",
+        "seed": 0,
+    },
+    "allocate": {"codecs": [], "ranks": [], "dtype": "bfloat16", "device": "auto", "seed": 0},
+}
+OUTSIDE = {  # option -> values outside its range, and the words for them
+    ("plan", "rank"): ([-1], "is below 0"),
+    ("plan", "tokens"): ([1], "is below 2"),
+    ("plan", "batch"): ([0], "is below 1"),
+    ("plan", "accumulate"): ([0], "is below 1"),
+    ("plan", "resident"): ([1.5, -0.1, math.nan], "is neither auto nor a number from 0 to 1"),
+    ("plan", "tflops"): ([0.0, math.inf], "is not a finite number above 0"),
+    ("plan", "link"): ([-3.0, math.nan], "is not a finite number above 0"),
+    ("plan", "disk"): ([0.0], "is not a finite number above 0"),
+    ("allocate", "gap"): ([-1e-9, math.nan], "is below 0"),
+    ("allocate", "time_limit"): ([0.0, math.nan], "is not above 0"),
+    ("calibrate", "examples"): ([0], "is below 1"),
+    ("calibrate", "max_length"): ([1], "is below 2"),
+    ("calibrate", "traces"): ([-1], "is below 0"),
+    ("calibrate", "chunk"): ([0], "is below 1"),
+    ("quantize", "rank"): ([-1], "is below 0"),
+    ("quantize", "iterations"): ([0], "is below 1"),
+    ("train", "rank"): ([0], "is below 1"),
+    ("train", "alpha"): ([0.0, math.inf, math.nan], "is not a finite number above 0"),
+    ("train", "learning_rate"): ([0.0, math.inf, math.nan], "is not a finite number above 0"),
+    ("train", "warmup"): ([1.0, -0.1, math.nan], "is not a number from 0 to below 1"),
+    ("train", "epochs"): ([0.0, math.inf], "is not a finite number above 0"),
+    ("train", "steps"): ([0], "is below 1"),
+    ("train", "batch_size"): ([0], "is below 1"),
+    ("train", "accumulate"): ([0, -1], "is below 1"),
+    ("train", "max_length"): ([1], "is below 2"),
+    ("train", "held_out"): ([1.0, -0.1], "is not a number from 0 to below 1"),
+    ("train", "weight_decay"): ([-0.1, math.inf], "is not a finite number of at least 0"),
+    ("train", "max_grad_norm"): ([-0.1, math.nan], "is not a finite number of at least 0"),
+    ("train", "resident"): ([1.5], "is neither auto nor a number from 0 to 1"),
+    ("train", "save_every"): ([0], "is below 1"),
+    ("train", "keep"): ([0], "is below 1"),
+    ("train", "seed"): ([-1, 2**32], "is outside 0..4294967295"),
+    ("eval", "window"): ([1], "is below 2"),
+    ("eval", "stride"): ([0], "is below 1"),
+    ("eval", "max_new_tokens"): ([0], "is below 1"),
+    ("eval", "limit"): ([0], "is below 1"),
+    ("eval", "batch_size"): ([0], "is below 1"),
+    ("eval", "resident"): ([-1.0], "is neither auto nor a number from 0 to 1"),
+    ("report", "worst"): ([-1], "is below 0"),
+    ("demo", "epochs"): ([0.0, math.inf], "is not a finite number above 0"),
+}
+INSIDE = {  # the last values inside
+    ("plan", "resident"): [0, 0.0, 1, "auto"],
+    ("allocate", "gap"): [0.0, math.inf],
+    ("allocate", "time_limit"): [1e-9, math.inf],
+    ("train", "warmup"): [0.0, 0.999],
+    ("train", "weight_decay"): [0.0],
+    ("train", "alpha"): [1e-9, None],
+    ("train", "seed"): [0, 2**32 - 1],
+    ("quantize", "rank"): [0],
+    ("eval", "window"): [2, None],
+}
 FLAGS = [(command, name) for command, flags in AGREED.items() for name in flags]
 
 
@@ -251,6 +366,87 @@ def test_each_flag_is_in_the_help_with_a_sentence(command):
         assert name in POSITIONAL[command] or re.search(rf"--(no-)?{name.replace('_', '-')}\b", text)
         if isinstance(default, int | str) and default not in (REQUIRED, True, False):
             assert f"(default: {default})" in " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", AGREED)
+def test_the_help_shows_no_None_and_no_empty_default(command, capsys):
+    with pytest.raises(SystemExit):
+        parse([command, "--help"])
+    shown = capsys.readouterr().out
+    assert "None" not in shown
+    assert "(default: )" not in shown
+
+
+def test_the_help_has_a_box_for_each_group(capsys):
+    with pytest.raises(SystemExit):
+        parse(["train", "--help"])
+    shown = capsys.readouterr().out
+    titles = re.findall(r"(\w+) options", shown)
+    assert titles == ["adapter", "schedule", "data", "optimizer", "memory", "output", "run"]
+    assert shown.index("memory options") < shown.index("--layer-major") < shown.index("output options")
+
+
+def example(command):
+    """A record with its defaults; what has none is a word."""
+    record = COMMANDS[command]
+    return record(**{field.name: "x" for field in fields(record) if field.default is MISSING})
+
+
+def other(value):
+    """Another value than that of an option."""
+    return value * 2 + 1 if type(value) in (int, float) else not value if type(value) is bool else f"other than {value}"
+
+
+@pytest.mark.parametrize("command", COMPARED)
+def test_a_run_is_compared_by_the_options_that_version_0_1_wrote(command):
+    assert result_options(example(command)) == COMPARED[command]
+    assert json.loads(json.dumps(COMPARED[command])) == COMPARED[command]
+
+
+@pytest.mark.parametrize(("command", "name"), [flag for flag in FLAGS if flag[0] in COMPARED])
+def test_an_option_changes_what_is_compared_unless_its_mark_says_that_the_result_is_the_same(command, name):
+    options = example(command)
+    changed = replace(options, **{name: other(getattr(options, name))})
+    assert (result_options(changed) == result_options(options)) is (name not in COMPARED[command])
+
+
+def test_commands_without_an_identity_mark_nothing():
+    rest = [record for command, record in COMMANDS.items() if command not in COMPARED]
+    assert not [name for record in rest for name, marks in marks_of(record).items() if SAME_RESULT in marks]
+
+
+def test_every_range_is_tested():
+    ranged = {
+        (command, name)
+        for command, record in COMMANDS.items()
+        for name, marks in marks_of(record).items()
+        if any(isinstance(mark, Range) for mark in marks)
+    }
+    assert ranged == OUTSIDE.keys()
+
+
+@pytest.mark.parametrize(("command", "name"), OUTSIDE)
+def test_a_number_outside_its_range_is_named_with_its_value(command, name):
+    values, words = OUTSIDE[command, name]
+    flag = f"--{name.replace('_', '-')}"
+    for value in values:
+        assert out_of_range(replace(example(command), **{name: value})) == [f"{flag} {value} {words}"]
+
+
+@pytest.mark.parametrize(("command", "name"), INSIDE)
+def test_the_ends_of_a_range_are_allowed(command, name):
+    assert [out_of_range(replace(example(command), **{name: value})) for value in INSIDE[command, name]] == [
+        [] for _ in INSIDE[command, name]
+    ]
+
+
+def test_every_number_outside_is_named_in_the_order_of_the_options():
+    options = replace(example("train"), keep=0, rank=0, warmup=1.0)
+    assert out_of_range(options) == [
+        "--rank 0 is below 1",
+        "--warmup 1.0 is not a number from 0 to below 1",
+        "--keep 0 is below 1",
+    ]
 
 
 def test_records_cannot_be_changed():
