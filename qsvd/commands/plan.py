@@ -11,11 +11,10 @@ from qsvd.memory.other_tasks import plan_quantizing
 from qsvd.memory.placement import place, place_serving
 from qsvd.memory.reach import Cell, Reach, advice, explore, highest, longest
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.options import Plan
+from qsvd.options import Plan, Quantize
 from qsvd.prepare.plan import PlanJob, prepare_plan
 from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, lack, plan_json, plan_tables
 
-ITERATIONS = 5  # of qsvd quantize, unless it is told otherwise
 RANKS = (16, 32, 64, 128)
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 CARDS = tuple(size * 10**9 for size in (8, 12, 16, 24, 48, 80))
@@ -43,7 +42,7 @@ def main(options: Plan) -> None:
 def answer(job: PlanJob) -> Answer:
     """Everything that is asked for."""
     model, task = job.model, job.options.task
-    time = quantize_time(model, ITERATIONS, job.speed)
+    time = quantize_time(model, Quantize.iterations, job.speed)
     quantize = QuantizeAnswer(plan_quantizing(model, job.training.batch.device, job.limits), time)
     return Answer(
         quantize=quantize if task == "quantize" or (task == "all" and not job.source.is_split) else None,

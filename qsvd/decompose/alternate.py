@@ -1,15 +1,24 @@
 """Fit W ~ Q + B A by alternation: quantize what the factors leave, fit the factors to what the quantizer leaves.
 
+    up, down = factors(svd(W))              # order="svd"; zeros for order="quantize"
+    repeat:
+        Q = codec(W - up @ down)
+        up, down = factors(svd(W - Q))      # end="svd"; for end="quantize" only at the start of the next pass
+        keep (Q, up, down) if ||W - Q - up @ down|| is the least so far
+        stop if it rose                     # stop="rise"
+
 QPiSSA (arXiv:2404.02948, section 4.2), LoftQ (arXiv:2310.08659, algorithm 1) and LQ-LoRA (arXiv:2311.12023, algorithm
-2) are orders and lengths of this one loop. Unlike theirs it returns the best iterate, measured as it will be stored.
-With an objective that weights rows and columns, as LQ-LoRA's Fisher information does, the loop goes on from the plain
-split: every fit of the factors is then of the scaled matrix and scaled back, and "best" and "rise" mean the weighted
-error. The quantizer stays as it is, so that a loop of weighted fits alone can end above the plain split; this cannot.
+2) are orders and lengths of this loop. Unlike theirs it returns the best iterate, measured as it will be stored.
+
+An objective that weights rows and columns, such as LQ-LoRA's Fisher information, changes three things: the loop starts
+from the plain split, every fit is of the scaled matrix and scaled back, and the error is the weighted one. The
+quantizer ignores the weights, so that a loop of weighted fits alone can end with a larger weighted error than the plain
+split. Starting from the plain split prevents that.
 
 Shape suffixes: O = out features, I = in features, R = rank, K = sketch columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal
@@ -21,10 +30,10 @@ from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split
 from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
-from qsvd.numerics.codec import Codec, PackedBlocks
+from qsvd.numerics.codec import FLOATS, Codec, PackedBlocks
 
 FIRST_PASSES = 5  # over W, from a random sketch: within 0.1 % of the error that full SVDs lead to
-LATER_PASSES = 1  # over W - Q, from the subspace of the iteration before
+LATER_PASSES = 1  # over W - Q, from the subspace of the fit before
 ROWS = 1024  # measured at a time
 
 
@@ -35,13 +44,16 @@ class Recipe:
     Args:
         codec: The quantizer that is fitted, measured and saved.
         rank: Principal components; 0 is plain quantization (QLoRA).
-        iterations: Passes of the loop, at least 1.
-        order: Which comes first. "svd" starts from the factors of W itself (QPiSSA), "quantize" from codec(W) (LoftQ).
-        end: What each pass ends with. "svd" fits the factors to the quantization error of the same pass;
-            "quantize" keeps the factors that the residual was made with (QPiSSA's own ending).
-        stop: "rise" ends the loop when the error grows, "never" runs all iterations.
-        exact: Full SVDs instead of randomized ones.
-        dtype: Of the stored factors.
+        iterations: Most passes of the loop, at least 1.
+        order: What comes first. "svd" starts from the factors of W (QPiSSA), "quantize" from codec(W) (LoftQ).
+        end: What each pass ends with. "svd" fits the factors to the quantization error of the same pass; "quantize"
+            keeps the factors that the residual was made with (QPiSSA as published).
+        stop: "rise" ends the loop when the error rises, "never" runs all iterations.
+        exact: Use full SVDs instead of randomized ones.
+        dtype: Dtype of the stored factors.
+
+    Raises:
+        BadInput: an argument has another value, or no pass would fit the factors.
     """
 
     codec: Codec
@@ -54,13 +66,10 @@ class Recipe:
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self):
-        for name, allowed in (
-            ("order", ("svd", "quantize")),
-            ("end", ("svd", "quantize")),
-            ("stop", ("rise", "never")),
-        ):
+        either = ("svd", "quantize")
+        for name, allowed in (("order", either), ("end", either), ("stop", ("rise", "never"))):
             if getattr(self, name) not in allowed:
-                raise BadInput(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+                raise BadInput(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.rank < 0:
             raise BadInput(f"rank {self.rank} is negative; 0 is plain quantization, more adds principal components")
         if self.iterations < 1:
@@ -71,30 +80,21 @@ class Recipe:
             )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A recipe, what it is to minimise, and the draws it takes."""
-
-    recipe: Recipe
-    objective: Objective
-    generator: torch.Generator
-
-
 def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0, objective: Objective = PLAIN) -> Split:
-    """The best split of one weight that the recipe finds.
+    """Return the best split of one weight that the recipe finds.
 
     Args:
         weight_OI: float32, bfloat16 or float16 [O, I], finite; the work is done in float32 on its device.
         recipe: How to fit.
-        seed: Of the random sketch; the same seed gives the same bytes on the same machine.
-        objective: What counts as an error, on any device; `history` is in its norm, and where it is not plain begins
-            with the plain split. Multiplied by a power of two it gives the same bytes.
+        seed: Seed of the random sketches; the same seed gives the same bytes on the same machine.
+        objective: How errors are weighted, on any device. `history` is in its norm, and begins with the plain split if
+            the objective is not plain. An objective times a power of two gives the same bytes.
 
     Raises:
-        BadInput: weight_OI has another dtype or number of dimensions, or holds a NaN or an infinity (how many), or
-            the rank is above min(O, I), or the objective is one of a matrix of another shape.
+        BadInput: weight_OI has another dtype or number of dimensions, or holds NaNs or infinities (how many); the rank
+            is above min(O, I); or the objective belongs to another shape.
     """
-    if weight_OI.ndim != 2 or weight_OI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if weight_OI.ndim != 2 or weight_OI.dtype not in FLOATS:
         raise BadInput(
             f"a float32, bfloat16 or float16 matrix can be split, not {weight_OI.dtype} {tuple(weight_OI.shape)}"
         )
@@ -103,111 +103,147 @@ def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0, objective:
         raise BadInput(f"rank {recipe.rank} is outside 0..{limit}, the ranks of a {tuple(weight_OI.shape)} matrix")
     objective.check_fits(tuple(weight_OI.shape))
     weight_OI = weight_OI.float().contiguous()
-    if not torch.isfinite(weight_OI.sum()):  # one pass finds nearly all; the count below decides
+    check_finite(weight_OI)
+    fitter = _Fitter(recipe, PLAIN, torch.Generator(weight_OI.device).manual_seed(seed))
+    split = _best(_plain_iterates(weight_OI, fitter), fitter)
+    if not objective.is_plain:
+        fitter = replace(fitter, objective=objective.to(weight_OI.device))
+        split = _best(_weighted_iterates(weight_OI, fitter, split), fitter)
+    return split
+
+
+def check_finite(weight_OI: Tensor) -> None:
+    """Raise BadInput with the number of NaNs and infinities if there are any."""
+    if not torch.isfinite(weight_OI.sum()):  # one cheap pass; finite numbers may overflow too, so that a count decides
         num_bad = int((~torch.isfinite(weight_OI)).sum())
         if num_bad:
             raise BadInput(f"{num_bad} of {weight_OI.numel()} values are NaN or infinite")
-    generator = torch.Generator(weight_OI.device).manual_seed(seed)
-    plain = _best(weight_OI, _Task(recipe, PLAIN, generator), None)
-    if objective.is_plain:
-        return plain
-    return _best(weight_OI, _Task(recipe, objective.to(weight_OI.device), generator), plain)
 
 
-def _best(weight_OI: Tensor, task: _Task, start: Split | None) -> Split:
-    """The best of what the loop makes, from nothing or from an earlier split, which is then the first of them."""
+@dataclass(frozen=True)
+class _Factors:
+    """The factors as they will be stored, and the rows [K, I] whose span the next fit starts from, if there are any."""
+
+    up_OR: Tensor
+    down_RI: Tensor
+    rows_KI: Tensor | None
+
+
+_Iterate = tuple[PackedBlocks, _Factors, Tensor]  # Q, B and A, W - Q
+
+
+def _plain_iterates(weight_OI: Tensor, fitter: "_Fitter") -> Iterator[_Iterate]:
+    """Yield the iterates of the loop from W alone."""
+    recipe = fitter.recipe
+    factors = fitter.fit(weight_OI) if recipe.order == "svd" else fitter.zeros(weight_OI)
+    passes = recipe.iterations if recipe.rank > 0 else 1  # without factors every pass gives the same
+    yield from _passes(weight_OI, fitter, factors, torch.empty_like(weight_OI), passes)
+
+
+def _weighted_iterates(weight_OI: Tensor, fitter: "_Fitter", plain: Split) -> Iterator[_Iterate]:
+    """Yield the plain split, its residual with weighted factors, and then the iterates of the loop from there."""
+    recipe = fitter.recipe
+    left_OI = torch.empty_like(weight_OI)
+    torch.sub(weight_OI, plain.residual.decode(out=left_OI), out=left_OI)
+    # first, so that no worse split can be the best one
+    yield plain.residual, _Factors(plain.up_OR, plain.down_RI, None), left_OI
+    if recipe.rank > 0:  # without factors no fit can be weighted
+        factors = fitter.fit(left_OI, fitter.subspace(plain.down_RI))
+        if recipe.end == "svd":
+            yield plain.residual, factors, left_OI
+        yield from _passes(weight_OI, fitter, factors, left_OI, recipe.iterations)
+
+
+def _passes(
+    weight_OI: Tensor, fitter: "_Fitter", factors: _Factors, work_OI: Tensor, passes: int
+) -> Iterator[_Iterate]:
+    """Yield the iterate of every pass; W - Q is in `work_OI`, which the next pass overwrites."""
+    recipe = fitter.recipe
+    for number in range(passes):
+        # end="quantize" keeps the factors that Q was made with, so that they are fitted again only before the next Q
+        if recipe.end == "quantize" and number > 0:
+            factors = fitter.fit(work_OI, factors.rows_KI)
+        torch.addmm(weight_OI, factors.up_OR.float(), factors.down_RI.float(), alpha=-1, out=work_OI)
+        residual = recipe.codec.encode(work_OI)
+        torch.sub(weight_OI, residual.decode(out=work_OI), out=work_OI)  # W - Q, with Q as it is stored
+        if recipe.end == "svd":
+            factors = fitter.fit(work_OI, factors.rows_KI)
+        yield residual, factors, work_OI
+
+
+def _best(iterates: Iterable[_Iterate], fitter: "_Fitter") -> Split:
+    """Return the iterate with the least error; with stop="rise", no iterate is made after an error that rose."""
     best: Split | None = None
     history: list[float] = []
-    for packed, up_OR, down_RI, left_over_OI in _iterates(weight_OI, task, start):
-        history.append(_distance(left_over_OI, up_OR, down_RI, task.objective))
+    for residual, factors, left_OI in iterates:
+        history.append(_distance(left_OI, factors, fitter.objective))
+        # of equal errors the first is kept: a later one is not better
         if best is None or history[-1] < min(history[:-1]):
-            best = Split(packed, up_OR, down_RI, len(history), ())
-        elif task.recipe.stop == "rise" and history[-1] > history[-2]:
+            best = Split(residual, factors.up_OR, factors.down_RI, len(history), ())
+        elif fitter.recipe.stop == "rise" and history[-1] > history[-2]:
             break
     assert best is not None, "a recipe has at least one iteration"
     return replace(best, history=tuple(history))
 
 
-def _iterates(
-    weight_OI: Tensor, task: _Task, start: Split | None
-) -> Iterator[tuple[PackedBlocks, Tensor, Tensor, Tensor]]:
-    """Residual, up, down and W - Q of each pass; W - Q lies in a buffer that the next pass overwrites."""
-    recipe, work_OI = task.recipe, torch.empty_like(weight_OI)
-    if start is None:
-        top = _fit(weight_OI, task, None) if recipe.order == "svd" else None
-    else:
-        torch.sub(weight_OI, start.residual.decode(out=work_OI), out=work_OI)
-        yield start.residual, start.up_OR, start.down_RI, work_OI
-        top = _fit(work_OI, task, _subspace(start, task))
-        if recipe.end == "svd" and recipe.rank > 0:
-            yield start.residual, *_factors(top, weight_OI, task), work_OI
-    for number in range(1, _passes(recipe, start) + 1):
-        up_OR, down_RI = _factors(top, weight_OI, task)
-        torch.addmm(weight_OI, up_OR.float(), down_RI.float(), alpha=-1, out=work_OI)
-        packed = recipe.codec.encode(work_OI)
-        torch.sub(weight_OI, packed.decode(out=work_OI), out=work_OI)
-        if recipe.end == "svd":
-            top = _fit(work_OI, task, None if top is None else top.right_KI)
-            up_OR, down_RI = _factors(top, weight_OI, task)
-        yield packed, up_OR, down_RI, work_OI
-        if recipe.end == "quantize" and number < recipe.iterations:
-            top = _fit(work_OI, task, None if top is None else top.right_KI)
-
-
-def _passes(recipe: Recipe, start: Split | None) -> int:
-    if recipe.rank > 0:
-        return recipe.iterations
-    return 1 if start is None else 0  # without factors every pass would be the same
-
-
-def _fit(matrix_OI: Tensor, task: _Task, start_KI: Tensor | None) -> svd.TopSVD | None:
-    """Of the matrix as the objective scales it; from a subspace of its rows, if one is known."""
-    recipe = task.recipe
-    if recipe.rank == 0:
-        return None
-    scaled_OI = task.objective.scaled(matrix_OI)
-    if recipe.exact:
-        return svd.exact_svd(scaled_OI, recipe.rank)
-    passes = FIRST_PASSES if start_KI is None else LATER_PASSES
-    return svd.randomized_svd(scaled_OI, recipe.rank, passes=passes, generator=task.generator, start_KI=start_KI)
-
-
-def _subspace(start: Split, task: _Task) -> Tensor:
-    """Rows [K, I] that span those of the split's factors, scaled: a fit from there is no worse than these factors."""
-    down_RI = task.objective.scaled_columns(start.down_RI.float())
-    shape, device = (svd.OVERSAMPLE, down_RI.shape[1]), down_RI.device
-    return torch.cat((down_RI, torch.randn(shape, generator=task.generator, device=device)))
-
-
-def _factors(top: svd.TopSVD | None, weight_OI: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
-    """The factors as they will be stored: up [O, R] and down [R, I]; zeros before the first fit."""
-    rank, dtype = task.recipe.rank, task.recipe.dtype
-    if top is None:
-        rows, columns = weight_OI.shape
-        return weight_OI.new_zeros(rows, rank, dtype=dtype), weight_OI.new_zeros(rank, columns, dtype=dtype)
-    if task.objective.is_plain:
-        return top.factors(rank, dtype)
-    return _scaled_back(top, task)
-
-
-def _scaled_back(top: svd.TopSVD, task: _Task) -> tuple[Tensor, Tensor]:
-    """diag(rows)^-1 U and V^T diag(columns)^-1, each component with S shared so that both its halves are as long.
-
-    Training starts from balanced factors (PiSSA, eq. 2-3), and so the unit of the weights leaves no trace.
-    """
-    rank, dtype = task.recipe.rank, task.recipe.dtype
-    up_OR, down_RI = task.objective.unscaled(top.left_OK[:, :rank], top.right_KI[:rank])
-    up_R, down_R = (torch.linalg.vector_norm(one, dim=dim) for one, dim in ((up_OR, 0), (down_RI, 1)))
-    lengths_R = (top.values_K[:rank] * up_R * down_R).sqrt()  # of either half
-    return (up_OR * (lengths_R / up_R)).to(dtype), (down_RI * (lengths_R / down_R)[:, None]).to(dtype)
-
-
-def _distance(left_over_OI: Tensor, up_OR: Tensor, down_RI: Tensor, objective: Objective) -> float:
-    """|| diag(rows) (E - up down) diag(columns) ||_F, a few rows at a time."""
-    down_RI = down_RI.float()
+def _distance(left_OI: Tensor, factors: _Factors, objective: Objective) -> float:
+    """Return || diag(rows) (W - Q - up down) diag(columns) ||_F, computed for a few rows at a time."""
+    down_RI = factors.down_RI.float()
     squares = 0.0
-    for start in range(0, left_over_OI.shape[0], ROWS):
+    for start in range(0, left_OI.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        error_OI = torch.addmm(left_over_OI[rows], up_OR[rows].float(), down_RI, alpha=-1)
+        error_OI = torch.addmm(left_OI[rows], factors.up_OR[rows].float(), down_RI, alpha=-1)
         squares += norms.frobenius(objective.of_rows(rows).scaled(error_OI)) ** 2
     return sqrt(squares)
+
+
+@dataclass(frozen=True)
+class _Fitter:
+    """What every fit of a weight uses: the recipe, the weights of its errors, and the draws of random sketches."""
+
+    recipe: Recipe
+    objective: Objective
+    generator: torch.Generator
+
+    def zeros(self, weight_OI: Tensor) -> _Factors:
+        """Return the factors before the first fit."""
+        (rows, columns), rank, dtype = weight_OI.shape, self.recipe.rank, self.recipe.dtype
+        return _Factors(
+            weight_OI.new_zeros(rows, rank, dtype=dtype), weight_OI.new_zeros(rank, columns, dtype=dtype), None
+        )
+
+    def fit(self, matrix_OI: Tensor, start_KI: Tensor | None = None) -> _Factors:
+        """Return the best factors of a matrix by the objective.
+
+        Args:
+            start_KI: Rows of an earlier fit; from there one pass is enough. None starts from a random sketch.
+        """
+        recipe = self.recipe
+        if recipe.rank == 0:
+            return self.zeros(matrix_OI)
+        scaled_OI = self.objective.scaled(matrix_OI)
+        if recipe.exact:
+            top = svd.exact_svd(scaled_OI, recipe.rank)
+        else:
+            passes = FIRST_PASSES if start_KI is None else LATER_PASSES
+            top = svd.randomized_svd(scaled_OI, recipe.rank, passes=passes, generator=self.generator, start_KI=start_KI)
+        if self.objective.is_plain:
+            return _Factors(*top.factors(recipe.rank, recipe.dtype), top.right_KI)
+        return _Factors(*self._scaled_back(top), top.right_KI)
+
+    def subspace(self, down_RI: Tensor) -> Tensor:
+        """Return rows [K, I] that span those of stored factors, scaled: a fit from there is at least as good."""
+        scaled_RI = self.objective.scaled_columns(down_RI.float())
+        shape, device = (svd.OVERSAMPLE, scaled_RI.shape[1]), scaled_RI.device
+        return torch.cat((scaled_RI, torch.randn(shape, generator=self.generator, device=device)))
+
+    def _scaled_back(self, top: svd.TopSVD) -> tuple[Tensor, Tensor]:
+        """Return diag(rows)^-1 U and V^T diag(columns)^-1, with S divided so that both halves have the same lengths.
+
+        Training starts from balanced factors (PiSSA, eq. 2-3), which do not depend on the unit of the weights.
+        """
+        rank, dtype = self.recipe.rank, self.recipe.dtype
+        up_OR, down_RI = self.objective.unscaled(top.left_OK[:, :rank], top.right_KI[:rank])
+        up_R, down_R = (torch.linalg.vector_norm(one, dim=dim) for one, dim in ((up_OR, 0), (down_RI, 1)))
+        lengths_R = (top.values_K[:rank] * up_R * down_R).sqrt()  # of either half
+        return (up_OR * (lengths_R / up_R)).to(dtype), (down_RI * (lengths_R / down_R)[:, None]).to(dtype)

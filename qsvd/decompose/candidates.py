@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qsvd.decompose.alternate import FIRST_PASSES
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
 from qsvd.numerics.codec import Codec
 
 PASSES = 2  # that are made of each candidate; a third changes the choices of the program by a percent at most
-FIRST_PASSES = 5  # over W, from a random sketch, as in alternate.py
 ROWS = 256  # measured at a time
 
 
 @dataclass(frozen=True)
-class Measured:
+class CandidateErrors:
     """Errors of the candidates of one weight, in the norm of an objective.
 
     Args:
@@ -65,7 +65,7 @@ def measure_candidates(
     objective: Objective = PLAIN,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-) -> Measured:
+) -> CandidateErrors:
     """The error of every codec at every rank; at most three more float32 matrices of the weight's size are held.
 
     Args:
@@ -96,7 +96,7 @@ def measure_candidates(
     weight = _Weight(weight_OI, torch.empty_like(weight_OI), torch.empty_like(weight_OI), objective, top, dtype)
     squares = tuple(_of_rank(weight, codecs, rank) for rank in ranks)
     values = () if top is None else tuple(top.values_K[: ranks[-1]].tolist())
-    return Measured(tuple(ranks), squares, norm, values, nuclear)
+    return CandidateErrors(tuple(ranks), squares, norm, values, nuclear)
 
 
 def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[svd.TopSVD | None, float]:

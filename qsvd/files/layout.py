@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qsvd.decompose.split import Split
 from qsvd.errors import BadInput, listing
+from qsvd.numerics import codebook
 from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks, from_bytes
 from qsvd.numerics.names import spelling
-from qsvd.numerics.nf4 import NormalFloat4, bitsandbytes, levels
+from qsvd.numerics.nf4 import NormalFloat4, bitsandbytes
 from qsvd.numerics.normal_float import NormalFloat
 from qsvd.plan.allocation import Allocation
 
@@ -57,13 +58,13 @@ def residual_tensors(name: str, packed: PackedBlocks, dtype: torch.dtype) -> dic
     """
     assert isinstance(packed.codec, NormalFloat4), "others have the layout of packed_layout.py"
     nested = packed.scales if isinstance(packed.scales, NestedScales) else None
-    inner = nested and bitsandbytes.QuantState(
+    inner = nested and bitsandbytes().QuantState(
         absmax=nested.absmax, code=nested.levels, blocksize=nested.block_size, dtype=torch.float32
     )
-    state = bitsandbytes.QuantState(
+    state = bitsandbytes().QuantState(
         absmax=nested.codes if nested else packed.scales,
         shape=torch.Size(packed.shape),
-        code=levels(),
+        code=codebook.levels(4),
         blocksize=packed.codec.block_size,
         quant_type="nf4",
         dtype=dtype,

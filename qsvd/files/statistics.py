@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qsvd.decompose.candidates import Measured
+from qsvd.decompose.candidates import CandidateErrors
 from qsvd.decompose.objective import Objective, fisher
 from qsvd.errors import BadInput, listing
 from qsvd.files.output import in_memory
@@ -222,16 +222,16 @@ class CostsFile:
         unlock(self._lock)
 
     @property
-    def measured(self) -> Mapping[str, Measured]:
+    def measured(self) -> Mapping[str, CandidateErrors]:
         """Every measured weight, by module."""
         return self._measured
 
-    def keep(self, module: str, measured: Measured) -> None:
+    def keep(self, module: str, measured: CandidateErrors) -> None:
         """Append one weight."""
         self._append({"module": module} | asdict(measured))
         self._measured[module] = measured
 
-    def _read(self, identity: Mapping[str, Any]) -> dict[str, Measured]:
+    def _read(self, identity: Mapping[str, Any]) -> dict[str, CandidateErrors]:
         """Read what an earlier run measured, and cut off a line that a kill left incomplete."""
         content = self.path.read_bytes() if self.path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -267,8 +267,8 @@ class CostsFile:
             os.fsync(file.fileno())
 
 
-def _from_record(record: Mapping[str, Any]) -> Measured:
-    return Measured(
+def _from_record(record: Mapping[str, Any]) -> CandidateErrors:
+    return CandidateErrors(
         ranks=tuple(record["ranks"]),
         squares=tuple(tuple(map(float, row)) for row in record["squares"]),
         norm=float(record["norm"]),

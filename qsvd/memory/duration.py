@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from qsvd.decompose.alternate import FIRST_PASSES, LATER_PASSES
 from qsvd.memory.frozen import base_bytes, staying_blocks
 from qsvd.memory.items import Placement
 from qsvd.memory.split_model import SplitModelPlan
@@ -16,7 +17,6 @@ LANCZOS_STEPS = 16  # of a norm's estimate, before and after: what noise needs
 TRAFFIC = 60  # bytes of memory for a number in an iteration: copied in float32, encoded, decoded, subtracted
 BYTES_PER_OPERATION = 0.01  # of memory, while it computes at full speed: 1 TB/s beside 100 TFLOP/s, as on a 4090
 SOURCE = 2  # bytes of a number of the 16-bit checkpoint
-FIRST_PASSES, LATER_PASSES = 5, 1  # of the randomized SVD (decompose/alternate.py)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The levels of NormalFloat: quantiles of the normal distribution, an exact zero among them; and the nearest one.
+"""The levels of NormalFloat, and for each value the nearest level: quantiles of the normal distribution and an exact 0.
 
-NF4 of QLoRA (arXiv:2305.14314, section 3 and appendix E), for any number of bits as LQ-LoRA states it
-(arXiv:2311.12023, appendix).
+NF4 of QLoRA (arXiv:2305.14314, section 3 and appendix E); LQ-LoRA (arXiv:2311.12023, appendix) states the levels for
+any number of bits. `fitted` chooses block scales that leave less error than the largest magnitude does.
 
-Shape suffixes: N = elements, L = levels.
+Shape suffixes: B = blocks, E = elements of one block, N = elements, L = levels.
 """
 
 from functools import cache
@@ -12,56 +12,64 @@ import numpy
 import torch
 from torch import Tensor
 
-from qsvd.numerics import codec, nf4
+from qsvd.numerics import codec
+
+CPU = torch.device("cpu")
+NF4_LEVELS = (  # bitsandbytes' table; it differs from `constructed` in twelve levels, by up to 1.8e-7
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+SHARES = (1.0, 0.85, 0.7, 0.55, 0.42)  # of the largest magnitude; twice as many gain half a percent
 
 
 @cache
-def levels(bits: int, device: torch.device) -> Tensor:
-    """The levels, float32 [2^bits], ascending from -1 to 1; number 2^(bits - 1) - 1 is an exact zero.
+def levels(bits: int, device: torch.device = CPU) -> Tensor:
+    """Return the levels, float32 [2^bits], ascending from -1 to 1; level 2^(bits - 1) - 1 is an exact zero.
 
-    With 4 bits they are bitsandbytes' NF4. Twelve of those sixteen differ from the construction, by up to 1.8e-7: they
-    were made from 1 - delta to seven digits and probabilities in float32.
+    With 4 bits they are bitsandbytes' NF4, whose table was made from 1 - delta to seven digits and probabilities in
+    float32.
     """
-    found = nf4.levels() if bits == 4 else constructed(bits).float()
-    return found.to(device)
+    return (torch.tensor(NF4_LEVELS) if bits == 4 else constructed(bits).float()).to(device)
 
 
 def constructed(bits: int) -> Tensor:
-    """The levels as the papers define them, float64 [2^bits].
+    """Return the levels as the papers define them, float64 [2^bits].
 
-    2^(bits - 1) evenly spaced probabilities from delta to 1/2, one more from 1/2 to 1 - delta, their quantiles with one
-    of the two zeros dropped, and all divided by the largest.
+    They are the quantiles of 2^(bits - 1) evenly spaced probabilities from delta to 1/2 and of one more from 1/2 to
+    1 - delta, without one of the two zeros, all divided by the largest.
     """
     half = 2 ** (bits - 1)
     delta = (1 / (4 * half) + 1 / (4 * half - 2)) / 2
     below = torch.linspace(delta, 0.5, half, dtype=torch.float64)
-    above = torch.linspace(delta, 0.5, half + 1, dtype=torch.float64)  # mirrored, and so exact at both ends
+    above = torch.linspace(delta, 0.5, half + 1, dtype=torch.float64)  # mirrored, so that both ends are exact
     quantiles = torch.cat((torch.special.ndtri(below[:-1]), torch.zeros(1), -torch.special.ndtri(above[:-1]).flip(0)))
     return quantiles / quantiles[-1]
 
 
 @cache
-def boundaries(bits: int, device: torch.device) -> Tensor:
-    """Half-way points between levels, float32 [2^bits - 1]; a value on one takes the lower code."""
+def boundaries(bits: int, device: torch.device = CPU) -> Tensor:
+    """Return the midpoints between levels, float32 [2^bits - 1]; a value on a midpoint takes the lower code."""
     found = levels(bits, device)
     return (found[:-1] + found[1:]) / 2
 
 
 def nearest(scaled_N: Tensor, bits: int) -> Tensor:
-    """The code of the nearest level of each value, uint8 [N].
+    """Return the code of the nearest level of each value, uint8 [N].
 
     Args:
-        scaled_N: float32, without a NaN; beyond -1..1 the ends are nearest.
+        scaled_N: float32, without a NaN; values outside -1..1 take the first or the last code.
     """
     if scaled_N.is_cuda:
         return torch.bucketize(scaled_N, boundaries(bits, scaled_N.device), out_int32=True).to(torch.uint8)
     if bits == 8:
         return torch.from_numpy(_by_table(scaled_N))
-    return torch.from_numpy(_by_count(scaled_N.numpy(), boundaries(bits, scaled_N.device).numpy()))
+    return torch.from_numpy(_by_count(scaled_N.numpy(), boundaries(bits).numpy()))
 
 
 def _by_count(scaled_N: numpy.ndarray, boundaries_L: numpy.ndarray) -> numpy.ndarray:
-    """How many boundaries lie below: up to 15 vector comparisons are faster than a table."""
+    """Count the boundaries below each value: up to 15 vector comparisons are faster than a table."""
     codes_N = (scaled_N > boundaries_L[0]).view(numpy.uint8)
     for boundary in boundaries_L[1:]:
         codes_N += (scaled_N > boundary).view(numpy.uint8)
@@ -69,7 +77,7 @@ def _by_count(scaled_N: numpy.ndarray, boundaries_L: numpy.ndarray) -> numpy.nda
 
 
 def _by_table(scaled_N: Tensor) -> numpy.ndarray:
-    """8 bits: rounded to half precision, a value is an index into a table; one comparison then decides."""
+    """Look up the code of each value, rounded to half precision, in a table; one comparison then corrects it."""
     table, upper_L = _code_of_half()
     codes_N = table.take(scaled_N.half().view(torch.uint16).numpy())
     codes_N += (scaled_N.numpy() > upper_L.take(codes_N)).view(numpy.uint8)
@@ -78,9 +86,12 @@ def _by_table(scaled_N: Tensor) -> numpy.ndarray:
 
 @cache
 def _code_of_half() -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The smaller code of the float32 values that round to each half, by its bits; the boundary above each code."""
+    """Return two tables for 8 bits: half -> the smallest code of the float32 values that round to it; code -> boundary.
+
+    The first is indexed by the bits of the half. The second has the boundary above each code.
+    """
     halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
-    between_L = boundaries(8, torch.device("cpu"))
+    between_L = boundaries(8)
     codes = torch.bucketize(halves.float(), between_L).to(torch.uint8)
     around = between_L.half().view(torch.uint16).long()
     assert len(around.unique()) == len(around), "no two boundaries round to the same half"
@@ -89,7 +100,7 @@ def _code_of_half() -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def look_up(packed: Tensor, bits: int, num_codes: int) -> Tensor:
-    """The levels that packed codes stand for, float32 [num_codes]."""
+    """Return the levels of packed codes, float32 [num_codes]."""
     if packed.is_cuda:
         return levels(bits, packed.device)[codec.unpack(packed, bits, num_codes).int()]
     found = _several_levels(bits).take(_indices(packed.numpy(), bits))
@@ -98,18 +109,18 @@ def look_up(packed: Tensor, bits: int, num_codes: int) -> Tensor:
 
 @cache
 def _several_levels(bits: int) -> numpy.ndarray:
-    """The levels of as many codes as one index of _indices holds, in one item of 8 or 16 bytes."""
+    """Return a table: an index of `_indices` -> the levels of its 2 or 4 codes as one item of 8 or 16 bytes."""
     if bits == 8:
         codes = numpy.arange(65536, dtype=numpy.uint16).view(numpy.uint8).reshape(-1, 2)
     else:
         width = 12 if bits == 3 else 8
         codes = numpy.arange(2**width)[:, None] >> numpy.arange(width - bits, -1, -bits) & 2**bits - 1
-    found = levels(bits, torch.device("cpu")).numpy()[codes]
+    found = levels(bits).numpy()[codes]
     return found.view(numpy.complex64 if codes.shape[1] == 2 else numpy.complex128).reshape(-1)
 
 
 def _indices(packed: numpy.ndarray, bits: int) -> numpy.ndarray:
-    """Packed bytes in pieces that a table can answer: bytes, pairs of them for 8 bits, halves of three for 3 bits."""
+    """Cut packed bytes into table indices: bytes; pairs of bytes for 8 bits; halves of three bytes for 3 bits."""
     if bits in (2, 4):
         return packed
     size = 2 if bits == 8 else 3
@@ -121,30 +132,26 @@ def _indices(packed: numpy.ndarray, bits: int) -> numpy.ndarray:
     return numpy.stack((first << 4 | middle >> 4, (middle & 15) << 8 | last), axis=1)
 
 
-# Scales of blocks that leave less error than the largest magnitude does.
-
-
-SHARES = (1.0, 0.85, 0.7, 0.55, 0.42)  # of the largest magnitude; twice as many gain half a percent
-SMALLEST = 1e-38  # a magnitude below is as good as zero
-
-
 def fitted(blocks_BE: Tensor, largest_B: Tensor, bits: int) -> Tensor:
-    """The scale of each block, float32 [B], not negative; 0 where all of it is zero.
+    """Return the scale of each block with the least error of those that are tried, float32 [B], at least 0.
+
+    For each share of the largest magnitude, codes are chosen, and then the best scale for these codes. The scale of a
+    block of zeros is 0.
 
     Args:
         blocks_BE: float32, finite.
-        largest_B: The largest magnitude of each.
-        bits: Of a code.
+        largest_B: The largest magnitude of each block.
+        bits: Bits of a code.
     """
     levels_L = levels(bits, blocks_BE.device)
-    parts_BE = blocks_BE / largest_B.clamp(min=SMALLEST)[:, None]
+    parts_BE = blocks_BE / largest_B.clamp(min=codec.SMALLEST_SCALE)[:, None]
     best_B, most_B = torch.ones_like(largest_B), torch.zeros_like(largest_B)
     for share in SHARES:
         codes = nearest((parts_BE / share).view(-1), bits)
         chosen_BE = levels_L[codes.int()].view(parts_BE.shape)
         product_B, squares_B = (parts_BE * chosen_BE).sum(dim=1), chosen_BE.square().sum(dim=1)
-        scale_B = product_B / squares_B.clamp(min=SMALLEST)
-        gain_B = product_B * scale_B
+        scale_B = product_B / squares_B.clamp(min=codec.SMALLEST_SCALE)
+        gain_B = product_B * scale_B  # how much this scale lowers the squared error below that of zeros
         best_B = torch.where(gain_B > most_B, scale_B, best_B)
         most_B = torch.maximum(gain_B, most_B)
     return best_B * largest_B

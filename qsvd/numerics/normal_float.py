@@ -1,11 +1,14 @@
 """NormalFloat of 2, 3, 4 or 8 bits in small blocks, with scales of 32 or 16 bits or quantized again.
 
-The candidates of LQ-LoRA's mixed precision (arXiv:2311.12023, section 3.2). What bitsandbytes reads is NormalFloat4.
-On a GPU Triton kernels do the work where Triton is installed, else plain torch operations; the results are the same.
+These are the candidates of LQ-LoRA's mixed precision (arXiv:2311.12023, section 3.2). bitsandbytes cannot read them; it
+reads NormalFloat4 (nf4.py). On a GPU with Triton, kernels.py does the work, otherwise torch operations; the results are
+the same.
 
-Shape suffixes: B = blocks, E = elements of one block, N = all elements, S = blocks of scales.
+Shape suffixes: O = out features, I = in features, B = blocks, E = elements of one block, N = all elements, S = blocks
+of scales.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,29 +20,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qsvd.numerics import codebook
-from qsvd.numerics.codebook import fitted
-from qsvd.numerics.codec import BYTE_LEVELS, WIDTHS, Codec, NestedScales, PackedBlocks, pack, packed_bytes
+from qsvd.numerics import codebook, codec
+from qsvd.numerics.codec import FLOATS, SMALLEST_SCALE, WIDTHS, Codec, NestedScales, PackedBlocks, packed_bytes
 
 BLOCK_SIZES = (16, 32, 64, 128)
 NESTED_BLOCKS = (16, 64, 256)
-SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-RUN = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements worked on at a time: on a CPU they stay in cache
+SCALES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as names spell them
+NAME = re.compile(r"nf(\d+)-(\d+)-(?:(fp32|fp16|bf16)|(\d+)x(\d+))(-fit)?")
+RUN = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements worked on at a time: on a CPU they stay in the cache
 HAS_TRITON = find_spec("triton") is not None
-SMALLEST_SCALE = 1e-38  # bitsandbytes divides by no less
 
 
 @dataclass(frozen=True)
 class Nesting:
-    """Scales quantized again, as LQ-LoRA does: in blocks, to 2^bits even steps from the smallest scale of the matrix.
+    """Scales that are quantized again, as LQ-LoRA does: in blocks, to 2^bits even steps from the smallest scale.
 
-    The smallest is the offset, so that no scale turns negative; what is left of the others is divided by the largest
-    of each block, which is kept in float32. On real weights that mostly loses less than NormalFloat around the mean
-    with 2 and 3 bits, and as much with 4 and 8. A scale may become zero where the smallest is.
+    The smallest scale of the matrix is the offset, so that no scale becomes negative; the rest of the others is divided
+    by the largest of each block, which is kept in float32. On real weights this usually loses less than NormalFloat
+    around the mean with 2 and 3 bits, and as much with 4 and 8. A scale near the smallest may become zero.
 
     Args:
-        bits: Of a scale: 2, 3, 4 or 8.
+        bits: Bits of a scale: 2, 3, 4 or 8.
         block_size: Scales that share one float32: 16, 64 or 256.
+
+    Raises:
+        ValueError: bits or block_size has another value.
     """
 
     bits: int = 8
@@ -50,60 +55,82 @@ class Nesting:
         _check("blocks of scales have", self.block_size, NESTED_BLOCKS, "scales")
 
     def levels(self) -> Tensor:
-        """The steps from 0 to 1, float32 [2^bits]."""
+        """Return the steps from 0 to 1, float32 [2^bits]."""
         steps = 2**self.bits - 1
         return torch.arange(steps + 1, dtype=torch.float32) / steps
+
+    def encode(self, scales_B: Tensor) -> NestedScales:
+        """Quantize the float32 scales of one matrix."""
+        offset = scales_B.min() if len(scales_B) else scales_B.new_zeros(())
+        rest_SB = pad(scales_B - offset, (0, -len(scales_B) % self.block_size)).view(-1, self.block_size)
+        absmax_S = rest_SB.amax(dim=1)
+        divisor_S = torch.where(absmax_S > 0, absmax_S, 1)
+        levels = self.levels().to(scales_B.device)
+        codes_B = (rest_SB / divisor_S[:, None] * (len(levels) - 1)).round_().to(torch.uint8).view(-1)[: len(scales_B)]
+        num_scales = None if len(levels) == codec.BYTE_LEVELS else len(scales_B)
+        return NestedScales(codec.pack(codes_B, self.bits), absmax_S, offset, levels, self.block_size, num_scales)
 
 
 class NormalFloat(Codec):
     """NormalFloat of `bits` in blocks of `block_size`.
 
     Args:
-        bits: Of a code: 2, 3, 4 or 8.
+        bits: Bits of a code: 2, 3, 4 or 8.
         block_size: Elements that share a scale: 16, 32, 64 or 128.
-        scales: float32, float16 or bfloat16, or quantized again. Codes are chosen for the scales as they are stored.
-        fit: Choose the scales for the least error (scale_fit.py); else each is the largest magnitude of its block, as
-            the papers have it. A decoder does not see the difference.
+        scales: float32, float16, bfloat16, or a Nesting. Codes are chosen for the scales as they are stored.
+        fit: Choose the scales for the least error (codebook.fitted). Otherwise each is the largest magnitude of its
+            block, as in the papers. Both decode alike.
 
     Raises:
-        ValueError: one of them is something else.
+        ValueError: an argument has another value.
     """
+
+    FORMS = (
+        f"nf<bits>-<block>-<scales> with {', '.join(map(str, WIDTHS))} bits, blocks of "
+        f"{', '.join(map(str, BLOCK_SIZES))}, and scales fp32, fp16, bf16 or <bits>x<block> with blocks of "
+        f"{', '.join(map(str, NESTED_BLOCKS))}, and -fit after it for fitted scales, such as nf3-64-8x256-fit"
+    )
 
     def __init__(
         self, *, bits: int, block_size: int = 64, scales: torch.dtype | Nesting = torch.float32, fit: bool = False
     ):
         _check("codes have", bits, WIDTHS, "bits")
         _check("blocks have", block_size, BLOCK_SIZES, "elements")
-        if not isinstance(scales, Nesting) and scales not in SCALE_DTYPES:
+        if not isinstance(scales, Nesting) and scales not in FLOATS:
             raise ValueError(f"scales are float32, float16, bfloat16 or a Nesting, not {scales}")
-        self.name = f"nf{bits}"
         self.bits = bits
         self.fit = fit
         self.block_size = block_size
         self.nesting = scales if isinstance(scales, Nesting) else None
         self.scale_dtype = torch.float32 if isinstance(scales, Nesting) else scales
+        stored = next(name for name, dtype in SCALES.items() if dtype == self.scale_dtype)
+        if isinstance(scales, Nesting):
+            stored = f"{scales.bits}x{scales.block_size}"
+        self.name = f"nf{bits}-{block_size}-{stored}{'-fit' if fit else ''}"
+
+    @classmethod
+    def from_name(cls, name: str) -> "NormalFloat | None":
+        found = NAME.fullmatch(name)
+        if found is None:
+            return None
+        bits, block_size, dtype, scale_bits, scale_block, fit = found.groups()
+        scales = SCALES[dtype] if dtype else Nesting(int(scale_bits), int(scale_block))
+        return cls(bits=int(bits), block_size=int(block_size), scales=scales, fit=bool(fit))
 
     def encode(self, matrix_OI: Tensor) -> PackedBlocks:
-        """Round a matrix to the nearest levels.
-
-        Args:
-            matrix_OI: float32, bfloat16 or float16 [O, I], finite.
+        """Quantize a finite float32, bfloat16 or float16 [O, I] matrix.
 
         Raises:
             ValueError: matrix_OI has another dtype or number of dimensions, holds a NaN or an infinity, or numbers too
                 large for scales of 16 bits.
         """
-        if matrix_OI.ndim != 2 or matrix_OI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{self.name} encodes a float32, bfloat16 or float16 matrix, not {matrix_OI.dtype} "
-                f"{tuple(matrix_OI.shape)}"
-            )
+        self.check_encodable(matrix_OI)
         flat_N = matrix_OI.reshape(-1)
         largest_B = self._largest(flat_N)
         if not torch.isfinite(largest_B).all():
             raise ValueError(f"{self.name} cannot encode a matrix that holds a NaN or an infinity")
         scales = self._stored(self._fitted(flat_N, largest_B) if self.fit else largest_B)
-        codes = self._codes(flat_N, _plain(scales))
+        codes = self._codes(flat_N, codec.plain_scales(scales).float())
         return PackedBlocks(codes, scales, (matrix_OI.shape[0], matrix_OI.shape[1]), self)
 
     def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
@@ -115,7 +142,7 @@ class NormalFloat(Codec):
         if kernels := _kernels(out_OI):
             kernels.decode_into(packed, out_OI.view(-1))
             return
-        out_N, scales_B = out_OI.view(-1), _plain(packed.scales)
+        out_N, scales_B = out_OI.view(-1), codec.plain_scales(packed.scales).float()
         for run, blocks, part in self._runs(out_N):
             out_BE = out_N[run].view(scales_B[blocks].numel(), -1)
             levels_N = codebook.look_up(packed.codes[part], self.bits, out_BE.numel())
@@ -131,7 +158,7 @@ class NormalFloat(Codec):
         return codes | nested | {"offset": 4, "levels": 4 * 2**self.nesting.bits}
 
     def _runs(self, flat_N: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-        """Elements, their blocks and the bytes of their codes: runs of whole blocks, then what a short one holds."""
+        """Yield elements, their blocks and the bytes of their codes, in runs of whole blocks; a short block is last."""
         num_elements = flat_N.numel()
         num_full = num_elements - num_elements % self.block_size
         step = RUN[flat_N.device.type]
@@ -142,7 +169,7 @@ class NormalFloat(Codec):
                 yield slice(start, stop), blocks, slice(packed_bytes(start, self.bits), packed_bytes(stop, self.bits))
 
     def _largest(self, flat_N: Tensor) -> Tensor:
-        """The largest magnitude of each block, float32 [B]; NaN where one is."""
+        """Return the largest magnitude of each block, float32 [B]; NaN if the block holds one."""
         if kernels := _kernels(flat_N):
             return kernels.largest(flat_N, self.block_size)
         largest_B = torch.empty(ceil(flat_N.numel() / self.block_size), device=flat_N.device)
@@ -152,16 +179,17 @@ class NormalFloat(Codec):
         return largest_B
 
     def _fitted(self, flat_N: Tensor, largest_B: Tensor) -> Tensor:
-        """The scale of each block that leaves the least error of those that are tried, float32 [B]."""
+        """Return fitted scales, float32 [B]."""
         scales_B = torch.empty_like(largest_B)
         for run, blocks, _ in self._runs(flat_N):
             largest = largest_B[blocks]
-            scales_B[blocks] = fitted(flat_N[run].float().view(len(largest), -1), largest, self.bits)
+            scales_B[blocks] = codebook.fitted(flat_N[run].float().view(len(largest), -1), largest, self.bits)
         return scales_B
 
     def _stored(self, scales_B: Tensor) -> Tensor | NestedScales:
+        """Convert float32 scales to what is stored."""
         if self.nesting is not None:
-            return _nest(scales_B, self.nesting)
+            return self.nesting.encode(scales_B)
         stored_B = scales_B.to(self.scale_dtype)
         if not torch.isfinite(stored_B).all():
             most = torch.finfo(self.scale_dtype).max
@@ -172,6 +200,7 @@ class NormalFloat(Codec):
         return stored_B
 
     def _codes(self, flat_N: Tensor, scales_B: Tensor) -> Tensor:
+        """Return the packed codes of the levels that are nearest for these scales."""
         inverse_B = scales_B.sign() / scales_B.clamp(min=SMALLEST_SCALE)  # a scale of zero takes the code of zero
         if kernels := _kernels(flat_N):
             return kernels.nearest_codes(flat_N, inverse_B, self.bits, self.block_size)
@@ -180,35 +209,17 @@ class NormalFloat(Codec):
             inverse = inverse_B[blocks]
             scaled_BE = flat_N[run].float().view(len(inverse), -1) * inverse[:, None]
             zero = 2 ** (self.bits - 1) - 1
-            codes[part] = pack(codebook.nearest(scaled_BE.view(-1), self.bits), self.bits, filler=zero)
+            codes[part] = codec.pack(codebook.nearest(scaled_BE.view(-1), self.bits), self.bits, filler=zero)
         return codes
 
 
 def _kernels(matrix: Tensor) -> ModuleType | None:
-    """What works on this matrix in Triton; None where torch's operations do."""
-    if not (HAS_TRITON and matrix.is_cuda and matrix.dtype in SCALE_DTYPES):
+    """Return kernels.py for a matrix that Triton can work on; None if torch's operations have to."""
+    if not (HAS_TRITON and matrix.is_cuda and matrix.dtype in FLOATS):
         return None
-    from qsvd.numerics import kernels as normal_float_kernels
+    from qsvd.numerics import kernels
 
-    return normal_float_kernels
-
-
-def _plain(scales: Tensor | NestedScales) -> Tensor:
-    """The scales as they decode, float32 [B]."""
-    return scales.decode() if isinstance(scales, NestedScales) else scales.float()
-
-
-def _nest(scales_B: Tensor, nesting: Nesting) -> NestedScales:
-    offset = scales_B.min() if len(scales_B) else scales_B.new_zeros(())
-    rest_SB = pad(scales_B - offset, (0, -len(scales_B) % nesting.block_size)).view(-1, nesting.block_size)
-    absmax_S = rest_SB.amax(dim=1)
-    divisor_S = torch.where(absmax_S > 0, absmax_S, 1)
-    levels = nesting.levels().to(scales_B.device)
-    steps = len(levels) - 1
-    codes_B = (rest_SB / divisor_S[:, None] * steps).round_().to(torch.uint8).view(-1)[: len(scales_B)]
-    num_scales = None if len(levels) == BYTE_LEVELS else len(scales_B)
-    packed = pack(codes_B, nesting.bits)
-    return NestedScales(packed, absmax_S, offset, levels, nesting.block_size, num_scales)
+    return kernels
 
 
 def _check(what: str, value: int, allowed: tuple[int, ...], unit: str) -> None:

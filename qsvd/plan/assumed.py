@@ -15,7 +15,7 @@ from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Allocation, Choice, residual_bytes
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import CODECS
-from qsvd.plan.program import Options, solve
+from qsvd.plan.program import Candidates, solve_program
 from qsvd.plan.weights import WeightSpec
 
 SAMPLE = (256, 256)
@@ -35,13 +35,13 @@ def assumed(weights: Sequence[WeightSpec], budget: str, rank: int) -> Allocation
     wanted = parse_budget(budget, weights)
     choices = [[Choice(codec_named(name), min(rank, *spec.shape)) for name in CODECS] for spec in weights]
     options = [
-        Options(
+        Candidates(
             [choice.num_bytes(spec.shape, FACTOR_BYTES) for choice in tried],
             [math.prod(spec.shape) * noise_square(name) for name in CODECS],
         )
         for spec, tried in zip(weights, choices, strict=True)
     ]
-    picked = solve(options, wanted.num_bytes, time_limit=SECONDS).picked
+    picked = solve_program(options, wanted.num_bytes, time_limit=SECONDS).picked
     pairs = zip(weights, choices, picked, strict=True)
     return Allocation({spec.module: tried[number] for spec, tried, number in pairs})
 

@@ -20,7 +20,7 @@ ENOUGH = 1e-12  # relative; below it a gap is roundoff
 
 
 @dataclass(frozen=True)
-class Options:
+class Candidates:
     """What the candidates of one weight take of the budget, and what they cost; both of one length."""
 
     num_bytes: Sequence[int]
@@ -55,12 +55,14 @@ class _Program:
     costs: np.ndarray  # float, above the least of the weight
 
 
-def least_bytes(weights: Sequence[Options]) -> int:
+def least_bytes(weights: Sequence[Candidates]) -> int:
     """The smallest budget that can be met."""
     return sum(min(one.num_bytes) for one in weights)
 
 
-def solve(weights: Sequence[Options], budget: int, *, gap: float = 1e-4, time_limit: float = 60.0) -> Solution:
+def solve_program(
+    weights: Sequence[Candidates], budget: int, *, gap: float = 1e-4, time_limit: float = 60.0
+) -> Solution:
     """The best choice.
 
     Args:
@@ -99,12 +101,12 @@ def solve(weights: Sequence[Options], budget: int, *, gap: float = 1e-4, time_li
     return Solution(found, num_bytes, cost, reached if reached > ENOUGH else 0.0, status)
 
 
-def _total(weights: Sequence[Options], picked: tuple[int, ...]) -> tuple[int, float]:
+def _total(weights: Sequence[Candidates], picked: tuple[int, ...]) -> tuple[int, float]:
     pairs = list(zip(weights, picked, strict=True))
     return sum(one.num_bytes[number] for one, number in pairs), float(sum(one.costs[number] for one, number in pairs))
 
 
-def _by_steps(weights: Sequence[Options], budget: int) -> Solution:
+def _by_steps(weights: Sequence[Candidates], budget: int) -> Solution:
     """A fair answer: from the smallest candidates up, always the step that saves most for its bytes, if it fits."""
     ladders = [_hull(one) for one in weights]
     steps = []
@@ -122,7 +124,7 @@ def _by_steps(weights: Sequence[Options], budget: int) -> Solution:
     return Solution(picked, *_total(weights, picked), gap=0.0, status="optimal")
 
 
-def _front(one: Options) -> list[int]:
+def _front(one: Candidates) -> list[int]:
     """Candidates that no other beats in bytes and cost, by bytes."""
     order = sorted(range(len(one.costs)), key=lambda number: (one.num_bytes[number], one.costs[number]))
     front: list[int] = []
@@ -132,7 +134,7 @@ def _front(one: Options) -> list[int]:
     return front
 
 
-def _hull(one: Options) -> list[int]:
+def _hull(one: Candidates) -> list[int]:
     """Of the front, what a straight line between two others does not undercut."""
     hull: list[int] = []
     for number in _front(one):
@@ -142,13 +144,13 @@ def _hull(one: Options) -> list[int]:
     return hull
 
 
-def _bends(one: Options, first: int, middle: int, last: int) -> bool:
+def _bends(one: Candidates, first: int, middle: int, last: int) -> bool:
     """Whether the first step saves more for a byte than the second."""
     before = (one.costs[first] - one.costs[middle]) * (one.num_bytes[last] - one.num_bytes[middle])
     return before > (one.costs[middle] - one.costs[last]) * (one.num_bytes[middle] - one.num_bytes[first])
 
 
-def _reduced(weights: Sequence[Options], known: Solution) -> _Program:
+def _reduced(weights: Sequence[Candidates], known: Solution) -> _Program:
     """Without what is beaten within its weight, or costs more than a known answer has left for all."""
     floors = [min(one.costs) for one in weights]
     spare = (known.cost - sum(floors)) * (1 + 1e-9)

@@ -14,13 +14,13 @@ from itertools import accumulate
 from math import exp, log, prod, sqrt
 from typing import Literal
 
-from qsvd.decompose.candidates import Measured
+from qsvd.decompose.candidates import CandidateErrors
 from qsvd.errors import BadInput
 from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Allocation, Choice
 from qsvd.plan.budget import Budget
 from qsvd.plan.grid import Count, Grid, counted_bytes
-from qsvd.plan.program import Options, solve
+from qsvd.plan.program import Candidates, solve_program
 from qsvd.plan.weights import WeightSpec
 
 # Ranks by a rule with one knob, as the field has them: turned until the budget is met best from below.
@@ -82,7 +82,7 @@ Allocator = Literal["both", "bits", "uniform", "sara", "prilora"]
 
 
 @dataclass(frozen=True)
-class Task:
+class AllocationProblem:
     """What is to be allocated, and by which rules.
 
     Args:
@@ -108,7 +108,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Result:
+class AllocationResult:
     """An allocation and what is expected of it.
 
     Args:
@@ -128,7 +128,7 @@ class Result:
     status: str
 
 
-def check_feasible(task: Task, allocator: Allocator) -> None:
+def check_feasible(task: AllocationProblem, allocator: Allocator) -> None:
     """Refuse a budget that no choice meets, before anything is measured.
 
     Raises:
@@ -147,9 +147,12 @@ def check_feasible(task: Task, allocator: Allocator) -> None:
         )
 
 
-def allocate(
-    task: Task, allocator: Allocator, measured: Mapping[str, Measured], importances: Mapping[str, float] | None = None
-) -> Result:
+def solve(
+    task: AllocationProblem,
+    allocator: Allocator,
+    measured: Mapping[str, CandidateErrors],
+    importances: Mapping[str, float] | None = None,
+) -> AllocationResult:
     """The best choice for every weight that the allocator finds.
 
     Args:
@@ -167,13 +170,13 @@ def allocate(
     return _cheapest(task, tried, measured, factors)
 
 
-def over_norms(weights: Sequence[WeightSpec], measured: Mapping[str, Measured]) -> dict[str, float]:
+def over_norms(weights: Sequence[WeightSpec], measured: Mapping[str, CandidateErrors]) -> dict[str, float]:
     """Importances by which errors are relative: of two weights of one size a tenth of each counts the same."""
     norms = {spec.module: measured[spec.module].norm / prod(spec.shape) for spec in weights}
     return {module: 1 / norm if norm > 0 else 1.0 for module, norm in norms.items()}
 
 
-def expected(measured: Measured, codec: int, rank: int) -> float:
+def expected(measured: CandidateErrors, codec: int, rank: int) -> float:
     """The squared error at the codec of this number and any rank up to the highest measured one.
 
     Between two measured ranks its logarithm is a line.
@@ -197,19 +200,19 @@ def relative(squares: Mapping[str, float], norms: Mapping[str, float], modules: 
 
 
 def _by_program(
-    task: Task, allocator: Allocator, measured: Mapping[str, Measured], importances: Sequence[float]
-) -> Result:
+    task: AllocationProblem, allocator: Allocator, measured: Mapping[str, CandidateErrors], importances: Sequence[float]
+) -> AllocationResult:
     choices = [_tried(task, allocator, spec) for spec in task.weights]
     options = []
     for spec, tried, importance in zip(task.weights, choices, importances, strict=True):
         costs = [importance * _square(task, measured[spec.module], choice) for choice in tried]
-        options.append(Options([task.num_bytes(spec, choice) for choice in tried], costs))
-    solution = solve(options, task.budget.num_bytes, gap=task.gap, time_limit=task.time_limit)
+        options.append(Candidates([task.num_bytes(spec, choice) for choice in tried], costs))
+    solution = solve_program(options, task.budget.num_bytes, gap=task.gap, time_limit=task.time_limit)
     picked = [tried[number] for tried, number in zip(choices, solution.picked, strict=True)]
     return _result(task, picked, measured, solution.gap, solution.status)
 
 
-def _uniforms(task: Task) -> list[list[Choice]]:
+def _uniforms(task: AllocationProblem) -> list[list[Choice]]:
     """One codec and one rank for all, for each pair that was measured on all; a rank is cut to the shorter side."""
     pairs = [(min(spec.shape), {*task.grid.offered(spec.shape)}) for spec in task.weights]
     common = [
@@ -221,7 +224,9 @@ def _uniforms(task: Task) -> list[list[Choice]]:
     return [[Choice(codec_named(name), rank) for rank in ranks] for name in task.grid.codecs for ranks in cut]
 
 
-def _scheduled(task: Task, allocator: Allocator, measured: Mapping[str, Measured]) -> list[list[Choice]]:
+def _scheduled(
+    task: AllocationProblem, allocator: Allocator, measured: Mapping[str, CandidateErrors]
+) -> list[list[Choice]]:
     """For each codec that the budget holds, the ranks of the rule."""
     most = [measured[spec.module].ranks[-1] for spec in task.weights]
     if allocator == "sara":
@@ -244,8 +249,11 @@ def _scheduled(task: Task, allocator: Allocator, measured: Mapping[str, Measured
 
 
 def _cheapest(
-    task: Task, tried: Sequence[list[Choice]], measured: Mapping[str, Measured], importances: Sequence[float]
-) -> Result:
+    task: AllocationProblem,
+    tried: Sequence[list[Choice]],
+    measured: Mapping[str, CandidateErrors],
+    importances: Sequence[float],
+) -> AllocationResult:
     """Of several choices for all weights the one that costs least and fits."""
 
     def cost(picked: Sequence[Choice]) -> float:
@@ -261,27 +269,31 @@ def _cheapest(
 
 
 def _result(
-    task: Task, picked: Sequence[Choice], measured: Mapping[str, Measured], gap: float | None, status: str
-) -> Result:
+    task: AllocationProblem,
+    picked: Sequence[Choice],
+    measured: Mapping[str, CandidateErrors],
+    gap: float | None,
+    status: str,
+) -> AllocationResult:
     choices = {spec.module: choice for spec, choice in zip(task.weights, picked, strict=True)}
     squares = {module: _square(task, measured[module], choice) for module, choice in choices.items()}
     norms = {module: measured[module].norm for module in choices}
     errors = {module: relative(squares, norms, [module]) for module in choices}
     num_bytes = _bytes(task, picked)
     assert num_bytes <= task.budget.num_bytes, "whole numbers, counted once more"
-    return Result(Allocation(choices, errors), squares, norms, num_bytes, gap, status)
+    return AllocationResult(Allocation(choices, errors), squares, norms, num_bytes, gap, status)
 
 
-def _bytes(task: Task, picked: Sequence[Choice]) -> int:
+def _bytes(task: AllocationProblem, picked: Sequence[Choice]) -> int:
     return sum(task.num_bytes(spec, choice) for spec, choice in zip(task.weights, picked, strict=True))
 
 
-def _square(task: Task, measured: Measured, choice: Choice) -> float:
+def _square(task: AllocationProblem, measured: CandidateErrors, choice: Choice) -> float:
     codec = next(number for number, name in enumerate(task.grid.codecs) if codec_named(name) is choice.codec)
     return expected(measured, codec, choice.rank)
 
 
-def _tried(task: Task, allocator: Allocator, spec: WeightSpec) -> list[Choice]:
+def _tried(task: AllocationProblem, allocator: Allocator, spec: WeightSpec) -> list[Choice]:
     """What an allocator may give to a weight."""
     grid, shape = task.grid, spec.shape
     if allocator == "bits":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsvd.decompose.candidates import PASSES, Measured, measure_candidates
+from qsvd.decompose.candidates import PASSES, CandidateErrors, measure_candidates
 from qsvd.decompose.objective import PLAIN
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import file_sha256
@@ -24,8 +24,7 @@ from qsvd.plan.allocation import TITLE
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import grid_of
 from qsvd.plan.program import silent_stdout
-from qsvd.plan.solve import Result, Task, check_feasible, over_norms
-from qsvd.plan.solve import allocate as solve
+from qsvd.plan.solve import AllocationProblem, AllocationResult, check_feasible, over_norms, solve
 from qsvd.plan.weights import ModelPlan, WeightSpec, plan_model
 from qsvd.prepare.machine import machine, seed_of
 from qsvd.report.allocation import summary
@@ -40,7 +39,7 @@ class AllocateJob:
 
     options: Allocate
     checkpoint: Checkpoint
-    task: Task
+    task: AllocationProblem
     statistics: Statistics | None
     device: torch.device
     dtype: torch.dtype
@@ -98,7 +97,7 @@ def prepare_allocate(
         check_not_quantized(checkpoint.config, checkpoint.tensors)
         plan = plan_model(checkpoint.config, include=options.include, exclude=options.exclude)
         plan = check_complete(checkpoint, plan)
-    task = Task(
+    task = AllocationProblem(
         weights=plan.weights,
         grid=grid_of(options.codecs, options.ranks, options.rank, plan.weights),
         budget=parse_budget(options.budget, plan.weights),
@@ -213,7 +212,7 @@ class Progressed:
 ShowProgress = Callable[[Progressed], None]
 
 
-def execute(job: AllocateJob, show: ShowProgress) -> Result:
+def execute(job: AllocateJob, show: ShowProgress) -> AllocationResult:
     """Measure what is not measured yet, then choose; the allocation has its remarks."""
     counts_with, remarks = importances(job)
     measured = _measured(job, show)
@@ -225,7 +224,7 @@ def execute(job: AllocateJob, show: ShowProgress) -> Result:
     return replace(result, allocation=allocation)
 
 
-def _measured(job: AllocateJob, show: ShowProgress) -> dict[str, Measured]:
+def _measured(job: AllocateJob, show: ShowProgress) -> dict[str, CandidateErrors]:
     """Of every weight, from the file or now."""
     weights = job.task.weights
     job.costs.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +257,7 @@ def _elements(weights: Sequence[WeightSpec]) -> int:
     return sum(math.prod(spec.shape) for spec in weights)
 
 
-def _measure(job: AllocateJob, spec: WeightSpec, weight_OI: Tensor, ranks: Sequence[int]) -> Measured:
+def _measure(job: AllocateJob, spec: WeightSpec, weight_OI: Tensor, ranks: Sequence[int]) -> CandidateErrors:
     grid = job.task.grid
     objective = job.statistics.objective(spec.module) if job.is_fisher and job.statistics else PLAIN
     try:
@@ -279,7 +278,7 @@ def _measure(job: AllocateJob, spec: WeightSpec, weight_OI: Tensor, ranks: Seque
         raise BadInput(f"{job.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
 
 
-def _remarks(job: AllocateJob, result: Result) -> tuple[str, ...]:
+def _remarks(job: AllocateJob, result: AllocationResult) -> tuple[str, ...]:
     options = job.options
     return (
         f"model: {options.model}",

@@ -24,7 +24,7 @@ from qsvd.memory.placement import Wish
 from qsvd.memory.split_model import SplitModelPlan, skeleton
 from qsvd.memory.training import Training
 from qsvd.numerics.nf4 import NormalFloat4
-from qsvd.options import Plan
+from qsvd.options import Plan, Quantize
 from qsvd.plan.allocation import Allocation, Choice, uniform
 from qsvd.plan.assumed import assumed, most_rank_within
 from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 # The split model that `qsvd plan` counts: a result of `qsvd quantize`, or what a config will become.
 
 
-RANK = 64  # where nothing is stored and none is given
 DTYPE = torch.bfloat16  # to compute in, on a GPU
 
 
@@ -108,7 +107,7 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
         most_rank = most_rank_within(names.weights, options.budget)
     if is_fixed:
         most_rank = max(choice.rank for choice in allocation_of(0).choices.values())
-    rank = min(RANK, most_rank) if options.rank is None else options.rank
+    rank = min(Quantize.rank, most_rank) if options.rank is None else options.rank
     if rank > most_rank or (is_fixed and options.rank not in (None, most_rank)):
         why = "the shorter side of the smallest weight"
         if is_fixed or options.budget is not None:
@@ -161,7 +160,7 @@ def _of_split(options: Plan, split: SplitFolder, adapter: AdapterOptions) -> Pla
         trained = AdapterOptions(record.method, None if is_fixed else rank, None, adapter.dtype)
         return model_of(new_record(split, trained))
 
-    rank = options.rank or (RANK if record.method == "lora" else stored)
+    rank = options.rank or (Quantize.rank if record.method == "lora" else stored)
     notes = (f"{split.folder} is split already: its stored ranks and its quantization count.",)
     if record.method == "lora":
         stored = min(min(weight["shape"]) for weight in split.weights.values())

@@ -11,19 +11,19 @@ from rich.text import Text
 from qsvd.errors import show_size
 from qsvd.numerics.names import spelling
 from qsvd.plan.allocation import residual_bits, stored_bytes
-from qsvd.plan.solve import Result, Task, relative
+from qsvd.plan.solve import AllocationProblem, AllocationResult, relative
 from qsvd.plan.weights import WeightSpec
 from qsvd.report.errors import number, short_count
 
 
-def allocation_tables(task: Task, result: Result) -> Group:
+def allocation_tables(task: AllocationProblem, result: AllocationResult) -> Group:
     """Two tables and a few lines, for a terminal of 80 columns."""
     lines = [Text(line) for line in summary(task, result)]
     parts: list[RenderableType] = [_roles(task, result), Text(""), _choices(task, result), Text(""), *lines]
     return Group(*parts)
 
 
-def summary(task: Task, result: Result) -> list[str]:
+def summary(task: AllocationProblem, result: AllocationResult) -> list[str]:
     """What the whole takes and costs, a line each; the same lines stand in the file as remarks."""
     budget, modules = task.budget, [spec.module for spec in task.weights]
     used = f"{result.num_bytes:,} of {budget.num_bytes:,} bytes, {result.num_bytes / budget.num_bytes:.2%}"
@@ -40,7 +40,7 @@ def summary(task: Task, result: Result) -> list[str]:
     ]
 
 
-def _roles(task: Task, result: Result) -> Table:
+def _roles(task: AllocationProblem, result: AllocationResult) -> Table:
     table = _table("By role", ["role"], ["weights", "numbers", "bits", "mean rank", "expected error"])
     roles = list(dict.fromkeys(spec.role for spec in task.weights))
     for role in roles:
@@ -49,7 +49,7 @@ def _roles(task: Task, result: Result) -> Table:
     return table
 
 
-def _cells(task: Task, result: Result, weights: Sequence[WeightSpec]) -> list[str]:
+def _cells(task: AllocationProblem, result: AllocationResult, weights: Sequence[WeightSpec]) -> list[str]:
     choices = result.allocation.choices
     elements = sum(prod(spec.shape) for spec in weights)
     bits = 8 * stored_bytes(result.allocation, weights, task.factor_bytes) / elements
@@ -58,7 +58,7 @@ def _cells(task: Task, result: Result, weights: Sequence[WeightSpec]) -> list[st
     return [f"{len(weights):,}", short_count(elements), f"{bits:.3f}", f"{rank:.1f}", number(error)]
 
 
-def _choices(task: Task, result: Result) -> Table:
+def _choices(task: AllocationProblem, result: AllocationResult) -> Table:
     """How many weights, and which share of the numbers, each codec and rank got; most numbers first."""
     table = _table("By choice", ["codec"], ["rank", "weights", "share"])
     counts: Counter[tuple[str, int]] = Counter()

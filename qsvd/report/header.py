@@ -82,5 +82,5 @@ def codec_words(codecs: Sequence["Codec"]) -> str:
     spellings = {spelling(codec) for codec in codecs}
     if len(spellings) == 1:
         return spellings.pop()
-    *names, last = sorted({codec.name for codec in codecs})
+    *names, last = sorted({f"nf{codec.bits}" for codec in codecs})
     return f"{', '.join(names)} and {last}" if names else last

@@ -368,7 +368,7 @@ BAD = {
     ),
     "above 16 bits": ("--budget 17bits", "--budget 17bits is above 16 bits a number (16.000bits)"),
     "no unit": ("--budget 3", "--budget '3' is no budget: give bits for each number"),
-    "an unknown codec": ("--codecs nf3-64", "--codecs: codec 'nf3-64' is none of nf4 or nf4"),
+    "an unknown codec": ("--codecs nf3-64", "--codecs: codec 'nf3-64' is unknown; a codec is nf4 or nf4"),
     "ranks above all sides": ("--ranks 4 65", "--ranks 65 are outside 0..64, the ranks of the largest weights"),
     "a negative rank": ("--rank=-1", "--rank -1 is negative; 0 is no factors"),
     "a negative gap": ("--gap=-1", "--gap -1.0 and --time-limit 60.0: at least 0, and above 0 seconds"),

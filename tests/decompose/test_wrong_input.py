@@ -12,9 +12,9 @@ NF4 = NormalFloat4(double_quant=False)
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"order": "svdd"}, "order 'svdd' is none of svd, quantize"),
-        ({"end": "fit"}, "end 'fit' is none of svd, quantize"),
-        ({"stop": "x"}, "stop 'x' is none of rise, never"),
+        ({"order": "svdd"}, "order 'svdd' is not one of svd, quantize"),
+        ({"end": "fit"}, "end 'fit' is not one of svd, quantize"),
+        ({"stop": "x"}, "stop 'x' is not one of rise, never"),
     ],
 )
 def test_an_unknown_word_is_refused(options: dict, sentence: str) -> None:

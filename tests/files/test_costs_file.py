@@ -7,13 +7,13 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.decompose.candidates import Measured
+from qsvd.decompose.candidates import CandidateErrors
 from qsvd.files.atomic import file_sha256
 from qsvd.files.statistics import CostsFile
 
 IDENTITY = {"source_fingerprint": "abc", "codecs": ["nf4-64-fp16"], "ranks": None, "seed": 0}
-ONE = Measured((0, 2), ((0.1, 1 / 3), (1e-300, 0.0)), 123.456, (2.5, 1.25), 17.0)
-TWO = Measured((0,), ((7.0,),), 8.0, (), 9.0)
+ONE = CandidateErrors((0, 2), ((0.1, 1 / 3), (1e-300, 0.0)), 123.456, (2.5, 1.25), 17.0)
+TWO = CandidateErrors((0,), ((7.0,),), 8.0, (), 9.0)
 
 
 def fill(path, identity=IDENTITY):
@@ -36,7 +36,7 @@ def test_what_is_kept_is_read_again(tmp_path):
 @given(st.lists(st.floats(min_value=0, allow_nan=False, allow_infinity=False), min_size=2, max_size=2))
 def test_numbers_come_back_to_the_last_bit(tmp_path_factory, numbers):
     path = tmp_path_factory.mktemp("costs") / "costs"
-    made = Measured((0,), (tuple(numbers),), numbers[0], tuple(numbers), numbers[1])
+    made = CandidateErrors((0,), (tuple(numbers),), numbers[0], tuple(numbers), numbers[1])
     with CostsFile(path, IDENTITY) as file:
         file.keep("m", made)
     with CostsFile(path, IDENTITY) as file:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.numerics import nf4
+from qsvd.numerics import codebook, nf4
 from qsvd.numerics.codec import NestedScales
 from qsvd.numerics.nf4 import NormalFloat4
 from tests import reference
@@ -36,7 +36,7 @@ def assert_same_bytes_as_bitsandbytes(matrix, *, double_quant, block_size=64):
     )
     assert packed.shape == tuple(matrix.shape)
     assert torch.equal(packed.codes, codes.view(-1))
-    assert torch.equal(bits(nf4.levels()), bits(state.code))
+    assert torch.equal(bits(codebook.levels(4)), bits(state.code))
     assert isinstance(packed.scales, NestedScales) == double_quant
     if isinstance(packed.scales, NestedScales):
         ours, stock = packed.scales, state.state2
@@ -132,7 +132,7 @@ def test_bitsandbytes_decodes_what_we_packed(shape, double_quant, dtype):
         )
         scales, offset = scales.codes, scales.offset
     state = bitsandbytes.QuantState(
-        absmax=scales, shape=matrix.shape, dtype=torch.float32, blocksize=64, code=nf4.levels(),
+        absmax=scales, shape=matrix.shape, dtype=torch.float32, blocksize=64, code=codebook.levels(4),
         quant_type="nf4", offset=offset, state2=nested,
     )  # fmt: skip
     assert torch.equal(bitsandbytes.dequantize_4bit(packed.codes.view(-1, 1), state), packed.decode())
@@ -174,8 +174,8 @@ def test_the_levels_are_quantiles_of_the_normal_distribution():
     above = scipy.stats.norm.ppf(np.linspace(0.9677083, 0.5, 9)[:-1])
     below = -scipy.stats.norm.ppf(np.linspace(0.9677083, 0.5, 8)[:-1])
     quantiles = np.sort(np.concatenate((below, [0.0], above))) / above.max()
-    assert nf4.levels().numpy() == pytest.approx(quantiles, abs=4 * UNIT)
-    assert np.array_equal(nf4.levels().double().numpy(), reference.NF4_LEVELS)
+    assert codebook.levels(4).numpy() == pytest.approx(quantiles, abs=4 * UNIT)
+    assert np.array_equal(codebook.levels(4).double().numpy(), reference.NF4_LEVELS)
 
 
 @pytest.mark.parametrize("shape", [(3, 100), (300, 65), (600, 64)])

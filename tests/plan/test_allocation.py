@@ -76,7 +76,7 @@ WRONG = {  # a line in place of another, by its number, and what is said of it
         "layers.0.down_proj nf5-64-8x256 4",
         "line 4: codec 'nf5-64-8x256': codes have 2, 3, 4",
     ),
-    "no codec at all": (2, "layers.0.down_proj int4 4", "line 4: codec 'int4' is none of nf4 or nf4+dq"),
+    "no codec at all": (2, "layers.0.down_proj int4 4", "line 4: codec 'int4' is unknown; a codec is nf4 or nf4+dq"),
     "a rank too high": (
         1,
         "layers.0.k_proj nf3-64-8x256 17",

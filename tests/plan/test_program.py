@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsvd.plan import program
-from qsvd.plan.program import Options, least_bytes, solve
+from qsvd.plan.program import Candidates, least_bytes, solve_program
 
 ROUNDOFF = 1e-9  # relative, of sums of a few float64
 
@@ -39,7 +39,7 @@ def instances(draw):
     weights = []
     for _ in range(draw(st.integers(1, 5))):
         rows = draw(st.lists(st.tuples(number, number), min_size=1, max_size=5))
-        weights.append(Options([size * a + draw(st.integers(0, 3)) for a, _ in rows], [unit * b for _, b in rows]))
+        weights.append(Candidates([size * a + draw(st.integers(0, 3)) for a, _ in rows], [unit * b for _, b in rows]))
     low, high = least_bytes(weights), sum(max(one.num_bytes) for one in weights)
     return weights, draw(st.integers(low, high + 1))
 
@@ -48,7 +48,7 @@ def instances(draw):
 @given(instances())
 def test_the_answer_is_the_best_there_is(instance):
     weights, budget = instance
-    found = solve(weights, budget, gap=0.0)
+    found = solve_program(weights, budget, gap=0.0)
     check(weights, budget, found)
     best = enumerated(weights, budget)
     assert found.cost == pytest.approx(best, rel=1e-6, abs=0)
@@ -59,7 +59,7 @@ def test_the_answer_is_the_best_there_is(instance):
 @given(instances(), st.sampled_from((0.3, 0.01)))
 def test_the_gap_that_is_allowed_is_not_exceeded(instance, gap):
     weights, budget = instance
-    found = solve(weights, budget, gap=gap)
+    found = solve_program(weights, budget, gap=gap)
     check(weights, budget, found)
     assert found.cost * (1 - gap) <= enumerated(weights, budget) * (1 + 1e-6)
     assert found.cost * (1 - found.gap) <= enumerated(weights, budget) * (1 + 1e-6)
@@ -72,7 +72,7 @@ def model_like(num_weights, candidates, seed=0):
     for _ in range(num_weights):
         num_bytes = np.sort(rng.integers(10**7, 2 * 10**8, candidates))
         costs = rng.lognormal() * 1e3 * 4.0 ** -(num_bytes / 2e7) * rng.uniform(0.9, 1.1, candidates)
-        weights.append(Options(num_bytes.tolist(), costs.tolist()))
+        weights.append(Candidates(num_bytes.tolist(), costs.tolist()))
     return weights
 
 
@@ -81,7 +81,7 @@ def test_a_large_program_stays_within_the_budget_and_its_bound(share):
     weights = model_like(60, 30)
     low, high = least_bytes(weights), sum(max(one.num_bytes) for one in weights)
     budget = low + int(share * (high - low))
-    found = solve(weights, budget, gap=1e-4, time_limit=20)
+    found = solve_program(weights, budget, gap=1e-4, time_limit=20)
     check(weights, budget, found)
     assert found.gap <= 2e-4
     assert found.status in ("optimal", "optimal within the gap")
@@ -90,12 +90,12 @@ def test_a_large_program_stays_within_the_budget_and_its_bound(share):
 def test_more_budget_never_costs_more():
     weights = model_like(20, 12)
     low, high = least_bytes(weights), sum(max(one.num_bytes) for one in weights)
-    costs = [solve(weights, low + (high - low) * step // 12, gap=0.0).cost for step in range(13)]
+    costs = [solve_program(weights, low + (high - low) * step // 12, gap=0.0).cost for step in range(13)]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(costs))
 
 
 def test_an_answer_of_the_solver_that_is_over_budget_is_solved_again_for_less(monkeypatch):
-    weights = [Options([0, 100], [10.0, 1.0]), Options([0, 90], [8.0, 1.0]), Options([0, 50], [3.0, 1.0])]
+    weights = [Candidates([0, 100], [10.0, 1.0]), Candidates([0, 90], [8.0, 1.0]), Candidates([0, 50], [3.0, 1.0])]
     asked = []
 
     def sloppy(reduced, allowed, unit, limits):
@@ -105,7 +105,7 @@ def test_an_answer_of_the_solver_that_is_over_budget_is_solved_again_for_less(mo
 
     highs = program._highs
     monkeypatch.setattr(program, "_highs", sloppy)
-    found = solve(weights, 140, gap=0.0)
+    found = solve_program(weights, 140, gap=0.0)
     check(weights, 140, found)
     assert asked[0] == 140
     assert len(asked) > 1
@@ -113,11 +113,11 @@ def test_an_answer_of_the_solver_that_is_over_budget_is_solved_again_for_less(mo
 
 
 def test_the_gap_is_to_the_bound_that_the_solver_gave_for_the_whole_budget(monkeypatch):
-    weights = [Options([0, 100], [10.0, 1.0]), Options([0, 90], [8.0, 2.0]), Options([0, 50], [3.0, 1.0])]
+    weights = [Candidates([0, 100], [10.0, 1.0]), Candidates([0, 90], [8.0, 2.0]), Candidates([0, 50], [3.0, 1.0])]
     floor = 1.0 + 2.0 + 1.0
     answers = [((1, 1, 1), 2.5, "optimal"), ((0, 1, 1), 9.5, "optimal")]  # too large; then of a tightened budget
     monkeypatch.setattr(program, "_highs", lambda *_: answers.pop(0))
-    found = solve(weights, 140, gap=0.0)
+    found = solve_program(weights, 140, gap=0.0)
     assert found.picked in ((0, 1, 1), (1, 0, 0))
     assert found.gap == pytest.approx((found.cost - floor - 2.5) / found.cost)
 
@@ -126,23 +126,23 @@ def test_a_solver_without_an_answer_leaves_the_answer_by_steps(monkeypatch):
     weights = model_like(10, 8)
     budget = 2 * least_bytes(weights)
     monkeypatch.setattr(program, "_highs", lambda *_: (None, 0.0, "time limit"))
-    found = solve(weights, budget, gap=0.0)
+    found = solve_program(weights, budget, gap=0.0)
     check(weights, budget, found)
     monkeypatch.undo()
-    best = solve(weights, budget, gap=0.0)
+    best = solve_program(weights, budget, gap=0.0)
     assert found.status == "time limit"
     assert best.cost <= found.cost
     assert found.cost * (1 - found.gap) <= best.cost  # only what each weight costs at least is known
 
 
 def test_a_budget_below_the_smallest_candidates_is_refused():
-    weights = [Options([7, 5], [1.0, 2.0]), Options([6], [1.0])]
-    assert solve(weights, 11).picked == (1, 0)
+    weights = [Candidates([7, 5], [1.0, 2.0]), Candidates([6], [1.0])]
+    assert solve_program(weights, 11).picked == (1, 0)
     with pytest.raises(ValueError, match="a budget of 10 bytes is below the 11 bytes of the smallest candidates"):
-        solve(weights, 10)
+        solve_program(weights, 10)
 
 
 def test_costs_that_are_all_zero():
-    found = solve([Options([3, 4], [0.0, 0.0])] * 3, 10)
+    found = solve_program([Candidates([3, 4], [0.0, 0.0])] * 3, 10)
     assert found.cost == found.gap == 0
     assert found.num_bytes == 9

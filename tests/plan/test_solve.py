@@ -8,12 +8,12 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from qsvd.decompose.candidates import Measured
+from qsvd.decompose.candidates import CandidateErrors
 from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Choice
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import Grid
-from qsvd.plan.solve import Allocator, Task, allocate, check_feasible, expected, over_norms
+from qsvd.plan.solve import AllocationProblem, Allocator, check_feasible, expected, over_norms, solve
 from tests.plan.weights import specs
 
 CODECS = ("nf2-16-2x64", "nf3-16-3x64", "nf4-16-4x64", "nf8-128-8x256")
@@ -23,7 +23,7 @@ ROUNDOFF = 1e-9
 
 def task(budget, *, weights=WEIGHTS, codecs=CODECS, ranks=(0, 2, 4, 8), rank=2, **changes):
     grid = Grid(codecs, ranks, rank)
-    return Task(weights, grid, parse_budget(budget, weights), factor_bytes=2, gap=0.0, **changes)
+    return AllocationProblem(weights, grid, parse_budget(budget, weights), factor_bytes=2, gap=0.0, **changes)
 
 
 def measurements(job, seed=0):
@@ -38,7 +38,7 @@ def measurements(job, seed=0):
             for rank in ranks
         )
         values = tuple((np.arange(1, ranks[-1] + 1.0) ** -rng.uniform(0.3, 1.5)).tolist())
-        made[spec.module] = Measured(ranks, squares, size, values, 2 * sum(values))
+        made[spec.module] = CandidateErrors(ranks, squares, size, values, 2 * sum(values))
     return made
 
 
@@ -74,7 +74,7 @@ SMALL = {"weights": WEIGHTS[:3], "codecs": CODECS[:3], "ranks": (0, 2, 8)}
 def test_both_is_the_best_of_all_codecs_and_ranks(budget, count):
     job = task(budget, count=count, **SMALL)
     measured = measurements(job)
-    found = allocate(job, "both", measured)
+    found = solve(job, "both", measured)
     best = min(cost(job, measured, choices) for choices in every_choice(job, lambda _: (0, 2, 8)))
     assert cost(job, measured, found.allocation.choices) == pytest.approx(best, rel=ROUNDOFF)
     assert found.num_bytes == taken(job, found.allocation.choices) <= job.budget.num_bytes
@@ -85,7 +85,7 @@ def test_both_is_the_best_of_all_codecs_and_ranks(budget, count):
 def test_bits_is_the_best_at_one_rank(budget):
     job = task(budget, rank=4, **SMALL)
     measured = measurements(job)
-    found = allocate(job, "bits", measured).allocation.choices
+    found = solve(job, "bits", measured).allocation.choices
     best = min(cost(job, measured, choices) for choices in every_choice(job, lambda _: (4,)))
     assert {choice.rank for choice in found.values()} == {4}
     assert len({choice.codec for choice in found.values()}) > 1
@@ -95,7 +95,7 @@ def test_bits_is_the_best_at_one_rank(budget):
 def test_bits_cuts_a_rank_to_the_shorter_side():
     weights = [replace(WEIGHTS[0], shape=(256, 512)), replace(WEIGHTS[1], shape=(8, 512))]
     job = task("16bits", weights=weights, rank=12)
-    found = allocate(job, "bits", measurements(job)).allocation.choices
+    found = solve(job, "bits", measurements(job)).allocation.choices
     assert [choice.rank for choice in found.values()] == [12, 8]
 
 
@@ -108,7 +108,7 @@ def test_uniform_is_the_best_pair_for_all(budget):
         choices = {spec.module: Choice(codec_named(name), min(rank, min(spec.shape))) for spec in WEIGHTS}
         if taken(job, choices) <= job.budget.num_bytes:
             pairs.append((cost(job, measured, choices), choices))
-    found = allocate(job, "uniform", measured)
+    found = solve(job, "uniform", measured)
     assert found.allocation.choices == min(pairs, key=lambda pair: pair[0])[1]
     assert found.gap is None
 
@@ -119,7 +119,7 @@ def test_uniform_takes_only_ranks_that_all_weights_have_measured():
     measured = measurements(job)
     assert set(job.grid.offered((32, 32))) == {0, 1, 2, 4}
     assert set(job.grid.offered((512, 512))) == {0, 1, 2, 4, 8, 16, 32, 64}
-    ranks = [choice.rank for choice in allocate(job, "uniform", measured).allocation.choices.values()]
+    ranks = [choice.rank for choice in solve(job, "uniform", measured).allocation.choices.values()]
     assert len({*ranks}) == 1
     assert ranks[0] <= 4
 
@@ -128,7 +128,7 @@ def test_uniform_takes_only_ranks_that_all_weights_have_measured():
 def test_sara_gives_every_weight_the_same_share_of_its_singular_values(budget):
     job = task(budget, codecs=CODECS[:1], ranks=None, weights=[replace(s, shape=(256, 512)) for s in WEIGHTS])
     measured = measurements(job)
-    found = allocate(job, "sara", measured)
+    found = solve(job, "sara", measured)
     low, high = 0.0, 1.0  # shares that the ranks are compatible with
     for module, choice in found.allocation.choices.items():
         sums = np.cumsum((0.0, *measured[module].values)) / measured[module].nuclear
@@ -144,7 +144,7 @@ def test_sara_gives_every_weight_the_same_share_of_its_singular_values(budget):
 def test_prilora_is_a_line_in_depth_that_meets_the_budget():
     weights = [replace(spec, shape=(256, 512)) for spec in specs(layers=5)]
     job = task("3bits", codecs=CODECS[:1], ranks=None, weights=weights)
-    found = allocate(job, "prilora", measurements(job))
+    found = solve(job, "prilora", measurements(job))
     ranks = [found.allocation.choices[spec.module].rank for spec in weights]
     by_layer = ranks[::3]
     assert ranks == [rank for rank in by_layer for _ in range(3)]
@@ -162,10 +162,10 @@ def test_of_several_codecs_the_one_is_kept_that_costs_least(allocator):
     for number, name in enumerate(CODECS[:3]):
         job = task("4.6bits", codecs=(name,), ranks=None, weights=weights)
         only = {m: replace(o, squares=tuple((row[number],) for row in o.squares)) for m, o in measured.items()}
-        found = allocate(job, allocator, only)
+        found = solve(job, allocator, only)
         alone.append((sum(found.squares.values()), found.allocation.choices))
     job = task("4.6bits", ranks=None, weights=weights)
-    assert allocate(job, allocator, measured).allocation.choices == min(alone, key=lambda pair: pair[0])[1]
+    assert solve(job, allocator, measured).allocation.choices == min(alone, key=lambda pair: pair[0])[1]
 
 
 @pytest.mark.parametrize("allocator", get_args(Allocator))
@@ -173,7 +173,7 @@ def test_importance_moves_the_budget_to_what_matters(allocator):
     job = task("3.4bits", rank=0)
     measured = measurements(job)
     important = {spec.module: 1000.0 if spec.layer == 1 else 1e-3 for spec in WEIGHTS}
-    plain, moved = (allocate(job, allocator, measured, factors) for factors in (None, important))
+    plain, moved = (solve(job, allocator, measured, factors) for factors in (None, important))
     if allocator in ("both", "bits"):
         before, after = (cost(job, measured, one.allocation.choices, important) for one in (plain, moved))
         assert after < before
@@ -183,7 +183,7 @@ def test_importance_moves_the_budget_to_what_matters(allocator):
 
 
 def test_between_measured_ranks_the_logarithm_of_the_error_is_a_line():
-    measured = Measured((0, 4, 8), ((8.0, 5.0), (2.0, 1.0), (0.5, 0.0)), 1.0, (), 0.0)
+    measured = CandidateErrors((0, 4, 8), ((8.0, 5.0), (2.0, 1.0), (0.5, 0.0)), 1.0, (), 0.0)
     assert [expected(measured, 0, rank) for rank in (0, 1, 2, 4, 8)] == pytest.approx([8, 8 / 2**0.5, 4, 2, 0.5])
     assert expected(measured, 1, 6) == pytest.approx(0.5)  # to nothing, in a straight line
 
@@ -198,10 +198,10 @@ def test_a_budget_that_is_too_small_is_told_the_least_that_is_enough(allocator, 
     ) as no:
         check_feasible(small, allocator)
     with pytest.raises(ValueError, match="is too small"):
-        allocate(small, allocator, {})
+        solve(small, allocator, {})
     named = next(word for word in str(no.value).replace(";", "").split() if word.endswith("bits") and word != "1bits")
     enough = task(named, weights=weights, rank=rank)
-    found = allocate(enough, allocator, measurements(enough))
+    found = solve(enough, allocator, measurements(enough))
     assert found.num_bytes <= enough.budget.num_bytes
     below = f"{float(named.removesuffix('bits')) - 0.002:.3f}bits"
     with pytest.raises(ValueError, match="is too small"):
@@ -213,7 +213,7 @@ def test_a_weight_of_zeros_has_no_error():
     measured = measurements(job)
     module = WEIGHTS[0].module
     measured[module] = replace(measured[module], norm=0.0, squares=tuple((0.0,) * 4 for _ in measured[module].ranks))
-    found = allocate(job, "both", measured)
+    found = solve(job, "both", measured)
     assert found.allocation.errors[module] == 0
     assert found.allocation.choices[module] == Choice(codec_named(CODECS[0]), 0)
 
@@ -232,7 +232,7 @@ def test_relative_errors_do_not_ask_in_which_unit_a_weight_is_written():
         first: replace(one, norm=1e4 * one.norm, squares=tuple(tuple(1e4 * s for s in row) for row in one.squares))
     }
     plain, relative = (
-        [dict(allocate(job, "both", m, weigh(m)).allocation.choices) for m in (measured, louder)]
+        [dict(solve(job, "both", m, weigh(m)).allocation.choices) for m in (measured, louder)]
         for weigh in (lambda _: None, lambda m: over_norms(WEIGHTS, m))
     )
     assert relative[0] == relative[1]

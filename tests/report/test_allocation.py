@@ -8,7 +8,7 @@ from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Allocation, Choice
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import Grid
-from qsvd.plan.solve import Result, Task
+from qsvd.plan.solve import AllocationProblem, AllocationResult
 from qsvd.plan.weights import WeightSpec
 from qsvd.report.allocation import allocation_tables, summary
 
@@ -21,11 +21,11 @@ NAMES = ("nf2-64-fp16", "nf4-64-fp16")
 
 
 def made(count="stored", gap=0.00012):
-    task = Task(WEIGHTS, Grid(NAMES, (0, 8), 8), parse_budget("4bits", WEIGHTS), 2, count)
+    task = AllocationProblem(WEIGHTS, Grid(NAMES, (0, 8), 8), parse_budget("4bits", WEIGHTS), 2, count)
     two, four = map(codec_named, NAMES)
     choices = {"a": Choice(four, 8), "b": Choice(two, 0), "c": Choice(two, 0)}
     squares, norms = {"a": 1.0, "b": 4.0, "c": 20.0}, {"a": 100.0, "b": 25.0, "c": 500.0}
-    return task, Result(Allocation(choices), squares, norms, 10_000, gap, "optimal within the gap")
+    return task, AllocationResult(Allocation(choices), squares, norms, 10_000, gap, "optimal within the gap")
 
 
 def shown(task, result):
