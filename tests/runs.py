@@ -19,7 +19,7 @@ from qsvd.data.columns import UNTRAINED
 from qsvd.options import Train
 from qsvd.training.run_folder import RunFolder
 from qsvd.training.settings import Settings
-from qsvd.training.trainer import Hooks, Watched, make_trainer
+from qsvd.training.trainer import make_trainer
 from tests.checkpoints import write_checkpoint
 
 RANK = 16
@@ -143,14 +143,16 @@ def trainer(base, run, rows, chosen, hooks=None, **load):
 
     Args:
         rows: Columns input_ids and labels of a data set.
-        hooks: Of the method; a function of the model makes them.
+        hooks: A class whose class methods go before those of the method.
     """
     from datasets import Dataset
 
     model = qsvd.load(base, device="cpu", dtype=torch.float32, **load)
-    watched = Watched(None, chosen.keep, hooks(model) if hooks else Hooks())
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return make_trainer(model, tokenizer, Dataset.from_dict(rows), chosen, Path(run), watched)
+    made = make_trainer(model, tokenizer, Dataset.from_dict(rows), chosen, Path(run))
+    if hooks is not None:
+        made.method = type(hooks.__name__, (hooks, made.method), {})
+    return made
 
 
 def sequences(lengths=(9, 21, 14, 30)):

@@ -26,7 +26,7 @@ from qsvd.commands.console import quiet
 from qsvd.commands.demo import MODEL
 from qsvd.training.settings import Settings, default_optimizer, language_arguments
 from qsvd.training.steps import peak_bytes_of
-from qsvd.training.trainer import Hooks, Watched, make_trainer
+from qsvd.training.trainer import make_trainer
 
 WARM_UP = 2  # steps that do not count
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -102,7 +102,7 @@ def main(contest: Contest) -> None:
             "lora", rank=contest.rank, alpha=contest.rank, dtype="bfloat16"
         )  # as TRL casts PEFT's
         model = qsvd.load(contest.base, options=options, device=device, dtype=dtype)
-        trainer: Any = make_trainer(model, tokenizer, data, settings, contest.run, Watched(None, 1, Hooks()))
+        trainer: Any = make_trainer(model, tokenizer, data, settings, contest.run)
     else:
         model = AutoModelForCausalLM.from_pretrained(contest.base, dtype=dtype, device_map={"": contest.device})
         config = LoraConfig(

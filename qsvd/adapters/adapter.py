@@ -7,7 +7,9 @@ Shape suffixes: O = out features, I = in features, R = stored rank, K = rank of 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -74,10 +76,32 @@ class Defaults:
 
 
 class Adapter(nn.Module, ABC):
-    """The trained part of one weight: W' = gain[:, None] * (Q + up @ down)."""
+    """The trained part of one weight: W' = gain[:, None] * (Q + up @ down).
+
+    A subclass is a method. It brings its options (`defaults`, and what `start` refuses), its hooks in a training step,
+    and the forms of export that it does not have.
+    """
 
     defaults: ClassVar[Defaults]
-    starts_from_residual: ClassVar[bool] = False  # whether `start` looks at the values of Q
+    needs_components: ClassVar[bool] = False  # it trains the stored components: a weight of rank 0 stays frozen
+    starts_from_residual: ClassVar[bool] = False  # `start` reads the values of Q
+    export_refusals: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {}
+    )  # form of `qsvd export --to` -> why there is none
+
+    # Hooks: called once an optimizer step, counted from 1, when the gradients of all its batches are summed.
+
+    @classmethod
+    def after_backward(cls, model: nn.Module, step: int) -> None:
+        """Act on the gradients before they are clipped."""
+
+    @classmethod
+    def transform_grads(cls, model: nn.Module, step: int) -> None:
+        """Act on the gradients after they are clipped, right before the optimizer."""
+
+    @classmethod
+    def after_step(cls, model: nn.Module, step: int) -> None:
+        """Act on the parameters after the optimizer moved them; the gradients are still there."""
 
     @classmethod
     @abstractmethod

@@ -6,6 +6,7 @@ Shape suffixes as in adapter.py.
 
 import math
 from collections.abc import Iterable
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal, chosen, stored_factors
 from qsvd.errors import BadInput
 from qsvd.plan.tensors import AdapterTensors, TensorShape
+
+
+def no_components(method: str) -> BadInput:
+    return BadInput(
+        f"{method} trains stored components, and the quantized model has none (rank 0); quantize with --rank above 0, "
+        "or use --method lora"
+    )
 
 
 class Pissa(Adapter):
@@ -24,6 +32,7 @@ class Pissa(Adapter):
         learning_rate=2e-5,
         reason="the authors' rate; large principal values make the loss sharper than LoRA's, so the rate is smaller",
     )
+    needs_components = True
 
     def __init__(self, up_OR: Tensor, down_RI: Tensor):
         super().__init__()
@@ -34,10 +43,7 @@ class Pissa(Adapter):
     def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Pissa":
         del generator  # nothing is drawn
         if principal.rank == 0:
-            raise BadInput(
-                "pissa trains stored principal components, and this base has none (rank 0); "
-                "quantize with --rank above 0, or train with --method lora"
-            )
+            raise no_components("pissa")
         if options.rank not in (None, principal.rank):
             raise BadInput(
                 f"rank {options.rank} is not the stored rank {principal.rank}, the only one that pissa can train; "
@@ -137,7 +143,14 @@ class EDora(Adapter):
         reason="the largest but one of the authors' grid; few parameters between frozen directions bear a large rate",
     )
 
+    needs_components = True
     starts_from_residual = True
+    export_refusals = MappingProxyType(
+        {
+            "lora": "edora scales the rows of each weight, which a LoRA on the 16-bit model cannot do; "
+            "export a PEFT adapter for the quantized model (--to peft), or merged weights (--to merged)"
+        }
+    )
 
     def __init__(self, principal: Principal, rank: int, scale: float, dtype: torch.dtype):
         super().__init__()
@@ -159,10 +172,7 @@ class EDora(Adapter):
     def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "EDora":
         del generator  # R starts at zero: the core has a gradient there, since what surrounds it is not zero
         if principal.rank == 0:
-            raise BadInput(
-                "edora trains between stored principal components, and this base has none (rank 0); "
-                "quantize with --rank above 0, or train with --method lora"
-            )
+            raise no_components("edora")
         rank, scale = chosen(options, cls.defaults, principal.rank)
         if not 1 <= rank <= principal.rank:
             raise BadInput(f"rank {rank} is outside 1..{principal.rank}, the principal components that are stored")
@@ -282,6 +292,5 @@ def kind_of(method: str, stored_rank: int, ranks: Iterable[int]) -> type[Adapter
     Args:
         ranks: Of all weights. Where none stores any, it is for the method to refuse.
     """
-    if stored_rank == 0 and method != "lora" and any(ranks):
-        return Frozen
-    return METHODS[method]
+    kind = METHODS[method]
+    return Frozen if kind.needs_components and stored_rank == 0 and any(ranks) else kind

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, Principal, chosen
-from qsvd.adapters.methods import METHODS, default_method, kind_of
+from qsvd.adapters.methods import METHODS, default_method, kind_of, no_components
 from qsvd.errors import BadInput
 from qsvd.files.adapter import AdapterFolder, AdapterRecord
 from qsvd.files.safetensors import read_tensor
@@ -178,8 +178,8 @@ def planned(
     """
     ranks = {module: choice.rank for module, choice in allocation.choices.items()}
     name = options.method or default_method(ranks.values())
-    if name != "lora" and not any(ranks.values()):
-        raise BadInput(f"{name} trains stored principal components, and rank 0 stores none; give lora, or a rank")
+    if METHODS[name].needs_components and not any(ranks.values()):
+        raise no_components(name)
     kinds = {module: kind_of(name, rank, ranks.values()) for module, rank in ranks.items()}
     trained = {module: chosen(options, kind.defaults, ranks[module])[0] for module, kind in kinds.items()}
     count = sum(kinds[spec.module].num_parameters(spec.shape, trained[spec.module]) for spec in names.weights)

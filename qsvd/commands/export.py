@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from qsvd.adapters.load import classifier
+from qsvd.adapters.methods import METHODS
 from qsvd.adapters.model import split_linears
 from qsvd.commands.console import quiet
 from qsvd.errors import BadInput, parse_size
@@ -134,6 +135,8 @@ def main(options: Export) -> None:
     """Export, check, and print what to do with the result."""
     shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
     opened = open_trained(options.run, options.base)
+    if refusal := METHODS[opened.record.method].export_refusals.get(options.to):
+        raise BadInput(refusal)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name

@@ -25,7 +25,7 @@ from qsvd.report.training import RunSummary, loss_plot, run_readme, training_tab
 from qsvd.training.guards import memory_advice
 from qsvd.training.run_folder import START, SUMMARY, RunFolder, checkpoints, step_of
 from qsvd.training.steps import Step, TellSteps, memory_by_item, peak_bytes_of, planned_by_item
-from qsvd.training.trainer import Hooks, Watched, make_trainer
+from qsvd.training.trainer import make_trainer
 
 Tell = Callable[[Step], bool]  # True asks for a checkpoint and the end
 
@@ -150,8 +150,7 @@ def _resumed(job: RunJob, folder: RunFolder) -> tuple[Path | None, Step | None]:
 
 def _trainer(job: RunJob, model: Any, *, is_new: bool) -> Any:
     compared = None if job.options.any_start or not is_new else job.split
-    watched = Watched(compared, job.options.keep, Hooks())
-    return make_trainer(model, job.tokenizer, job.data.as_dataset(), job.settings, job.out, watched)
+    return make_trainer(model, job.tokenizer, job.data.as_dataset(), job.settings, job.out, compared)
 
 
 def _total_steps(job: RunJob) -> int:

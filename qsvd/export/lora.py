@@ -173,10 +173,7 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
     known = _known_errors(model, target.original)
     inventory = take_inventory(model)
     if inventory.has_gains:
-        raise BadInput(
-            "rows are scaled (DoRA, EDoRA), which no LoRA on the original weights can do; export a PEFT adapter for "
-            "the residual base, or merged weights"
-        )
+        raise BadInput("the trained model scales the rows of its weights, which a LoRA on the 16-bit model cannot do")
     kept, whole = kept_modules(model, target.task)
     most_bytes = _most_bytes(model, inventory, target.dtype) + disk_bytes(whole)
     with ExportFolder(folder, _identity(model, target, inventory), most_bytes) as export:

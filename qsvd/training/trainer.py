@@ -1,10 +1,9 @@
-"""TRL's SFTTrainer and transformers' Trainer, with a thin layer of ours: adapter-only checkpoints, hooks and guards."""
+"""TRL's SFTTrainer and transformers' Trainer, with a thin layer of ours: adapter-only checkpoints, the method's hooks, guards."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from qsvd.adapters.methods import Pissa
+from qsvd.adapters.adapter import Adapter
+from qsvd.adapters.methods import METHODS, Pissa
 from qsvd.adapters.model import restore, split_linears
 from qsvd.adapters.start import stored_factors
 from qsvd.files.adapter import open_adapter
@@ -31,64 +31,40 @@ from qsvd.training.guards import check_start, no_number
 from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of
 from qsvd.training.settings import Settings, classifier_arguments, language_arguments
 
-# Where a method may act during training, beyond its factors: AdaLoRA's budget, Riemannian gradients.
 
+class CallMethod(TrainerCallback):
+    """Calls the method's hooks around the optimizer step, where transformers' Trainer calls callbacks only."""
 
-class Hooks:
-    """What a method does in every optimizer step; the base class does nothing. `step` counts from 1.
-
-    Every hook runs once a step, when the gradients of all its batches are summed.
-    """
-
-    def after_backward(self, step: int) -> None:
-        """Gradients are whole and not yet clipped."""
-
-    def transform_grads(self, step: int) -> None:
-        """Gradients are clipped; the optimizer comes next."""
-
-    def after_step(self, step: int) -> None:
-        """The parameters have moved; the gradients are still there."""
-
-
-class CallHooks(TrainerCallback):
-    """Calls the two hooks that transformers' Trainer has a place for."""
-
-    def __init__(self, hooks: Hooks):
-        self.hooks = hooks
+    def __init__(self, trainer: "SplitTraining"):
+        self.trainer = trainer
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         del args, control, kwargs
-        self.hooks.transform_grads(state.global_step + 1)
+        self.trainer.method.transform_grads(self.trainer.model, state.global_step + 1)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         del args, control, kwargs
-        self.hooks.after_step(state.global_step + 1)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What our layer needs beside the trainers' own arguments.
-
-    Args:
-        split: The base, for the loss that the stored components give; None skips the comparison at the start.
-        keep: Checkpoints that stay.
-        hooks: Of the method.
-    """
-
-    split: SplitFolder | None
-    keep: int
-    hooks: Hooks
+        self.trainer.method.after_step(self.trainer.model, state.global_step + 1)
 
 
 class SplitTraining(Trainer):
-    """What both trainers have in common."""
+    """What both trainers have in common.
+
+    Attributes:
+        method: Its hooks are called in every optimizer step.
+        base: The quantized model, whose stored components give the loss that the first one is compared with; None
+            leaves the comparison out.
+        keep: How many checkpoints are kept.
+    """
 
     model: Any
-    watched: Watched
+    method: type[Adapter]
+    base: SplitFolder | None
+    keep: int
     is_classifier: bool
 
     @property
@@ -102,13 +78,14 @@ class SplitTraining(Trainer):
         """Mean nats of a batch."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One batch forward and back, watched."""
-        if self.state.global_step == 0 and self.watched.split is not None:
-            self._check_start(self._prepare_inputs(inputs))
+        """Run one batch forward and backward, and stop at an absurd first loss or one that is not a number."""
+        if self.state.global_step == 0 and self.base is not None:
+            self._check_start(self._prepare_inputs(inputs), self.base)
+            self.base = None  # once: a first step can have several batches
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_number("loss", loss.item())
         if self.accelerator.sync_gradients:
-            self.watched.hooks.after_backward(self.state.global_step + 1)
+            self.method.after_backward(self.model, self.state.global_step + 1)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -124,7 +101,7 @@ class SplitTraining(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        finish(self.run, self.state.global_step, keep=self.watched.keep)
+        finish(self.run, self.state.global_step, keep=self.keep)
 
     def _get_output_dir(self, trial: Any) -> str:
         del trial
@@ -148,13 +125,11 @@ class SplitTraining(Trainer):
             saved = checkpoints(self.run)
             raise no_number(what, value, self.state.global_step + 1, step_of(saved[-1]) if saved else None)
 
-    def _check_start(self, inputs: dict[str, Any]) -> None:
-        split, self.watched = self.watched.split, Watched(None, self.watched.keep, self.watched.hooks)
-        assert split is not None, "asked before"
+    def _check_start(self, inputs: dict[str, Any], base: SplitFolder) -> None:
         self.model.eval()
         with torch.no_grad():
             loss = self.start_loss(inputs).item()
-            with stored_components(self.model, split):
+            with stored_components(self.model, base):
                 base_loss = self.start_loss(inputs).item()
         config = self.model.config
         choices = config.num_labels if self.is_classifier else config.get_text_config().vocab_size
@@ -181,13 +156,14 @@ class ClassifierTrainer(SplitTraining, Trainer):
 
 
 def make_trainer(
-    model: Any, tokenizer: Any, data: Any, settings: Settings, run: Path, watched: Watched
+    model: Any, tokenizer: Any, data: Any, settings: Settings, run: Path, base: SplitFolder | None = None
 ) -> LanguageTrainer | ClassifierTrainer:
-    """A trainer for a model from `qsvd.load`.
+    """Return a trainer for a model from `qsvd.load`.
 
     Args:
         data: A datasets.Dataset with the columns input_ids and labels.
         run: Folder of the checkpoints.
+        base: The quantized model, to compare the first loss with that of its stored components; None does not.
     """
     is_classifier = bool(model.split_record.labels)
     model.micro_batch = settings.batch_size if settings.layer_major else None
@@ -201,9 +177,9 @@ def make_trainer(
     else:
         arguments = language_arguments(settings, run, model.device)
         trainer = LanguageTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
-    trainer.watched = watched
+    trainer.method, trainer.base, trainer.keep = METHODS[model.split_record.method], base, settings.keep
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(CallHooks(watched.hooks))
+    trainer.add_callback(CallMethod(trainer))
     return trainer
 
 

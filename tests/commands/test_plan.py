@@ -169,7 +169,10 @@ def test_experts_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
         (["--tflops", "0"], "--tflops 0 is no number above 0"),
         (["--link", "-3"], "--link -3 is no number above 0"),
         (["--tokens", "9000"], "--tokens 9000 is above the 8192 positions of the model"),
-        (["--method", "edora", "--rank", "0"], "edora trains stored principal components, and rank 0 stores none"),
+        (
+            ["--method", "edora", "--rank", "0"],
+            r"edora trains stored components, and the quantized model has none \(rank 0\)",
+        ),
         (["--layer-major", "--no-gradient-checkpointing"], "--layer-major computes each batch of a block again"),
     ],
 )

@@ -88,7 +88,10 @@ def test_on_the_original_a_lora_adds_what_training_changed(case, capsys):
     if case.method == "edora":
         arguments = ["export", case.run, "--to", "lora", "--out", case.folder / "none"]
         assert qsvd_command([str(argument) for argument in arguments]) == 2
-        assert "rows are scaled (DoRA, EDoRA), which no LoRA on the original weights can do" in capsys.readouterr().err
+        assert (
+            "edora scales the rows of each weight, which a LoRA on the 16-bit model cannot do"
+            in capsys.readouterr().err
+        )
         assert not (case.folder / "none").exists()
         return
     out = export(case, "lora")

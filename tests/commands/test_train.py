@@ -153,7 +153,7 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(options, changes, sente
 
 @pytest.mark.parametrize("method", ["pissa", "edora"])
 def test_components_that_are_not_there_are_missed_before_the_data_is_read(options, plain, method):
-    sentence = r"this base has none \(rank 0\); quantize with --rank above 0, or train with --method lora$"
+    sentence = r"the quantized model has none \(rank 0\); quantize with --rank above 0, or use --method lora$"
     refused(replace(options, base=plain, method=method, data="not/there.jsonl"), sentence)
 
 

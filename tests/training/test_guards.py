@@ -8,7 +8,6 @@ import torch
 from qsvd.adapters.model import trained
 from qsvd.errors import TrainingStopped
 from qsvd.training.guards import HEAD_SLACK, START_SLACK, check_start, memory_advice, no_number
-from qsvd.training.trainer import Hooks
 from tests.runs import TRAINED, sequences, settings, trainer
 
 GUESS = math.log(100)
@@ -86,25 +85,26 @@ def test_the_advice_for_a_cpu_offloads_nothing_and_knows_no_total():
     )
 
 
-class Spoil(Hooks):
+class Spoil:
     """Makes one gradient infinite in step 3."""
 
-    def __init__(self, model):
-        self.parameters = trained(model)
-
-    def after_backward(self, step):
+    @classmethod
+    def after_backward(cls, model, step):
         if step == 3:
-            next(iter(self.parameters.values())).grad[0, 0] = math.inf
+            next(iter(trained(model).values())).grad[0, 0] = math.inf
 
 
-class Poison(Spoil):
+class Poison:
     """Makes one parameter a NaN in step 3, before its forward pass."""
 
-    def after_step(self, step):
+    @classmethod
+    def after_step(cls, model, step):
         if step == 2:
-            next(iter(self.parameters.values())).data[0, 0] = math.nan
+            next(iter(trained(model).values())).data[0, 0] = math.nan
 
-    def after_backward(self, step):
+    @classmethod
+    def after_backward(cls, model, step):
+        del model
         assert step <= 2
 
 

@@ -3,43 +3,47 @@
 import pytest
 import torch
 
+from qsvd.adapters.methods import METHODS, Pissa
 from qsvd.adapters.model import trained
-from qsvd.training.trainer import Hooks
 from tests.runs import sequences, settings, trainer
 
 ROUNDOFF = 16 * 2.0**-24  # of a product of two float32 numbers, over a norm of some ten thousand
 
 
-class Watch(Hooks):
-    """Writes down what the parameters and gradients are at each call."""
+def watch():
+    """A class that writes down what the parameters and gradients are at each call."""
 
-    def __init__(self, model):
-        self.parameters, self.calls = trained(model), []
+    class Watch:
+        calls = []
 
-    def after_backward(self, step):
-        self._note("after_backward", step)
+        @classmethod
+        def after_backward(cls, model, step):
+            cls.note("after_backward", model, step)
 
-    def transform_grads(self, step):
-        self._note("transform_grads", step)
+        @classmethod
+        def transform_grads(cls, model, step):
+            cls.note("transform_grads", model, step)
 
-    def after_step(self, step):
-        self._note("after_step", step)
+        @classmethod
+        def after_step(cls, model, step):
+            cls.note("after_step", model, step)
 
-    def _note(self, name, step):
-        values = [p.detach().clone() for p in self.parameters.values()]
-        gradients = [p.grad.clone() for p in self.parameters.values()]
-        self.calls.append((name, step, values, gradients))
+        @classmethod
+        def note(cls, name, model, step):
+            values = [p.detach().clone() for p in trained(model).values()]
+            gradients = [p.grad.clone() for p in trained(model).values()]
+            cls.calls.append((name, step, values, gradients))
+
+    return Watch
 
 
-class Project(Hooks):
+class Project(Pissa):
     """Leaves no gradient to all but one parameter."""
 
-    def __init__(self, model):
-        self.parameters = trained(model)
-
-    def transform_grads(self, step):
+    @classmethod
+    def transform_grads(cls, model, step):
         assert step == 1
-        for name, parameter in self.parameters.items():
+        for name, parameter in trained(model).items():
             if not name.endswith("o_proj.up"):
                 parameter.grad.zero_()
 
@@ -55,9 +59,9 @@ def same(left, right):
 @pytest.mark.parametrize("changes", [{"batch_size": 2}, {"batch_size": 1, "accumulate": 2}], ids=str)
 def test_hooks_come_once_a_step_around_the_clipping_and_the_move(language, tmp_path, changes):
     chosen = settings(steps=2, epochs=2.0, max_grad_norm=0.125, **changes)
-    made = trainer(language, tmp_path, sequences(), chosen, Watch)
+    made = trainer(language, tmp_path, sequences(), chosen, watch())
     made.train()
-    calls = made.watched.hooks.calls
+    calls = made.method.calls
     names = ("after_backward", "transform_grads", "after_step")
     assert [call[:2] for call in calls] == [(name, step) for step in (1, 2) for name in names]
     for number, log in enumerate(made.state.log_history[:2]):
@@ -70,8 +74,9 @@ def test_hooks_come_once_a_step_around_the_clipping_and_the_move(language, tmp_p
         assert same(clipped, kept)
 
 
-def test_the_optimizer_takes_the_gradients_as_a_hook_leaves_them(language, tmp_path):
-    made = trainer(language, tmp_path, sequences(), settings(), Project)
+def test_the_optimizer_takes_the_gradients_as_the_hook_of_the_method_leaves_them(language, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "pissa", Project)
+    made = trainer(language, tmp_path, sequences(), settings())
     before = {name: parameter.detach().clone() for name, parameter in trained(made.model).items()}
     made.train()
     moved = [name for name, parameter in trained(made.model).items() if not parameter.equal(before[name])]

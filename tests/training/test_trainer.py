@@ -7,7 +7,6 @@ import torch
 
 from qsvd.adapters.model import trained
 from qsvd.data.columns import UNTRAINED
-from qsvd.training.trainer import Hooks
 from tests.adapters.results import plain_model
 from tests.commands.folders import tensors_of
 from tests.runs import RANK, sequences, settings, trainer
@@ -17,16 +16,13 @@ ROUNDOFF = 128 * 2.0**-24  # of a float32 gradient relative to its largest eleme
 LEAST_8_BIT = 4096  # elements; bitsandbytes' min_8bit_size
 
 
-class Keep(Hooks):
+class Keep:
     """Copies the gradients as they come from the backward pass."""
 
-    def __init__(self, model):
-        self.model = model
-        self.gradients: dict[str, torch.Tensor] = {}
-
-    def after_backward(self, step):
+    @classmethod
+    def after_backward(cls, model, step):
         assert step == 1
-        self.gradients = {name: p.grad.clone() for name, p in trained(self.model).items()}
+        cls.gradients = {name: p.grad.clone() for name, p in trained(model).items()}
 
 
 def masked(*, all_trained):
@@ -38,7 +34,7 @@ def first_step(base, run, rows, **changes):
     """Loss and gradients of a run of one step."""
     made = trainer(base, run, rows, settings(**changes), Keep)
     made.train()
-    return made.state.log_history[0]["loss"], made.watched.hooks.gradients
+    return made.state.log_history[0]["loss"], made.method.gradients
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +137,7 @@ def test_the_first_step_of_adamw_has_the_size_of_the_learning_rate(language, tmp
     before = {name: p.detach().clone() for name, p in trained(made.model).items()}
     made.train()
     for name, parameter in trained(made.model).items():
-        gradient = made.watched.hooks.gradients[name]
+        gradient = made.method.gradients[name]
         step = -1e-3 * gradient / (gradient.abs() + 1e-8)
         assert torch.allclose(parameter - before[name], step, rtol=1e-3, atol=2.0**-24)  # of parameters below 1
 
@@ -172,7 +168,7 @@ def test_a_classifier_has_the_mean_cross_entropy_of_its_examples_however_they_ar
     assert made.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=LOSS_ROUNDOFF)
     largest = max(gradient.abs().max() for gradient in gradients.values())
     for name, gradient in gradients.items():
-        assert (made.watched.hooks.gradients[name] - gradient).abs().max() <= ROUNDOFF * largest, name
+        assert (made.method.gradients[name] - gradient).abs().max() <= ROUNDOFF * largest, name
 
 
 def test_parameters_are_those_of_the_rank(language, tmp_path):
