@@ -13,59 +13,123 @@ from qsvd.cli import run
 from qsvd.commands.demo import HELD_OUT, MODEL
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+COMMANDS = ["plan", "quantize", "report", "train", "train", "eval", "export", "calibrate", "quantize"]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/results/*.md")]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder in which path/or/hub-id is the embedded model, and data.jsonl and test.jsonl are a few pages."""
+    """A working folder in which the hub ids of the README are the embedded model and a few pages as questions."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "path" / "or").mkdir(parents=True)
-    (tmp_path / "path" / "or" / "hub-id").symlink_to(MODEL)
-    pages = [line[:200] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 60][:132]
-    for name, part in (("data.jsonl", pages[:128]), ("test.jsonl", pages[128:])):
-        (tmp_path / name).write_text("".join(f"{json.dumps({'text': page})}\n" for page in part))
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / "Qwen" / "Qwen3-0.6B").symlink_to(MODEL)
+    data = tmp_path / "openai" / "gsm8k:main"
+    data.mkdir(parents=True)
+    pages = [line[:200] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 120][:132]
+    rows = [json.dumps({"question": page[:60], "answer": page[60:]}) for page in pages]
+    for split, part in (("train", rows[:128]), ("test", rows[128:])):
+        (data / f"{split}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
     return tmp_path
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for an old name
-def test_the_commands_and_the_code_that_loads_their_result_run(folder: Path) -> None:
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("qsvd ")]
-    assert len(lines) == 12
+def test_the_commands_and_the_code_that_loads_their_result_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line for block in blocks(README, "sh") for line in block.splitlines() if line.startswith("qsvd ")]
+    assert [line.split()[1] for line in lines] == COMMANDS
     for line in lines:
         assert run(shlex.split(line, comments=True)[1:]) == 0, line
     assert (folder / "OUT" / "qsvd.json").is_file()
+    assert (folder / "MERGED" / "model.safetensors").is_file()
     assert "objective: fisher" in (folder / "OUT275" / "allocation.txt").read_text()
-    assert (folder / "bits.txt").is_file()
-    exec(blocks("python")[2], loaded := {})
+    capsys.readouterr()
+    exec(blocks(README, "python")[0], loaded := {})
     assert loaded["model"].split_record.method == "pissa"
-    names: dict = {}
-    exec(blocks("python")[0], names)
-    trained = [name for name, parameter in names["model"].named_parameters() if parameter.requires_grad]
-    assert trained
-    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    assert "three cats" in capsys.readouterr().out
+    for block in blocks(GUIDE, "python"):
+        if "PeftModel" in block:
+            exec(block, names := {})
+            trained = [name for name, parameter in names["model"].named_parameters() if parameter.requires_grad]
+            assert trained
+            assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+            break
+    else:
+        pytest.fail("the guide shows no code that loads a quantized model with PEFT")
 
 
 @pytest.mark.slow
-def test_the_python_interface_runs(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    weight = torch.randn(300, 400, generator=torch.Generator().manual_seed(0))
-    names = {"weight": weight}
-    exec(blocks("python")[1], names)
+def test_the_python_interface_in_the_guide_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = (block for block in blocks(GUIDE, "python") if "split_weight" in block)
+    names = {"weight": torch.randn(300, 400, generator=torch.Generator().manual_seed(0))}
+    exec(block, names)
     assert (folder / "OUT" / "qsvd.json").is_file()
     assert names["split"].rank == 16
     assert "WeightError(name='mine'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_commands_for_an_edited_allocation_in_the_guide_run(folder: Path) -> None:
+    (folder / "MODEL").symlink_to(MODEL)
+    (block,) = (block for block in blocks(GUIDE, "sh") if "qsvd allocate" in block)
+    lines = block.splitlines()
+    assert [line.split()[1] for line in lines] == ["allocate", "allocate", "plan", "quantize"]
+    for line in lines:
+        assert run(shlex.split(line, comments=True)[1:]) == 0, line
+    assert "nf" in (folder / "bits.txt").read_text()
+    assert (folder / "OUT" / "allocation.txt").is_file()
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= 90
 
 
 def test_the_changelog_has_this_version() -> None:
     assert f"## {qsvd.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_every_file_that_the_readme_links_to_is_there() -> None:
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_heading_that_a_page_links_to_is_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page: Path) -> list[str]:
+    """The names under which GitHub links to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_every_file_that_a_page_names_is_there() -> None:
+    """Pages name files from the root, or, as docs/architecture.md, from the package."""
+    for page in PAGES:
+        named = re.findall(r"`((?:\w+/)+[\w.]*)[` ]", page.read_text(encoding="utf-8"))
+        known = {path.name for path in [*ROOT.iterdir(), *(ROOT / "qsvd").iterdir()] if path.is_dir()}
+        named = [name for name in named if name.partition("/")[0] in known and "NAME" not in name]
+        assert [name for name in named if not any((top / name).exists() for top in (ROOT, ROOT / "qsvd"))] == [], page
+
+
+def test_the_architecture_lists_every_file_of_the_package() -> None:
+    tree = blocks((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), "")[0]
+    listed, folder = [], ""
+    for line in tree.splitlines()[1:]:
+        if name := re.match(r"  (\w+/)", line):
+            folder = name[1]
+        elif names := re.match(r"(  (?:  )?)((?:\w+\.py  )*\w+\.py)", line):
+            inside = folder if len(names[1]) == 4 else ""
+            listed += [inside + name for name in names[2].split()]
+    package = ROOT / "qsvd"
+    files = [str(path.relative_to(package)) for path in package.rglob("*.py")]
+    assert sorted(listed) == sorted(name for name in files if not name.endswith("/__init__.py"))
