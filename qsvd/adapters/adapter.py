@@ -85,9 +85,7 @@ class Adapter(nn.Module, ABC):
     defaults: ClassVar[Defaults]
     needs_components: ClassVar[bool] = False  # it trains the stored components: a weight of rank 0 stays frozen
     starts_from_residual: ClassVar[bool] = False  # `start` reads the values of Q
-    export_refusals: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {}
-    )  # form of `qsvd export --to` -> why there is none
+    export_refusals: ClassVar[Mapping[str, str]] = MappingProxyType({})  # form of export -> why it has none
 
     # Hooks: called once an optimizer step, counted from 1, when the gradients of all its batches are summed.
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and transformers' Trainer, with a thin layer of ours: adapter-only checkpoints, the method's hooks, guards."""
+"""TRL's SFTTrainer and transformers' Trainer with adapter-only checkpoints, the method's hooks, and guards."""
 
 import math
 from abc import abstractmethod
