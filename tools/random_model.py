@@ -8,8 +8,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -25,11 +25,11 @@ from qsvd.decompose.split import Split
 from qsvd.errors import first_line
 from qsvd.files.layout import adapter_tensors, digest, residual_tensors
 from qsvd.files.output import OutputFolder
-from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, write_stream
-from qsvd.files.source import Checkpoint, DrawnEntry, other_files
+from qsvd.files.safetensors import DTYPE_NAMES, Entry, NewTensor, write_stream
+from qsvd.files.source import Checkpoint, other_files
 from qsvd.numerics.codec import PackedBlocks
 from qsvd.options import Quantize
-from qsvd.plan.weights import plan_model
+from qsvd.plan.weights import Source, plan_model
 from qsvd.prepare.outputs import finish
 from qsvd.prepare.quantize import Job, check_disk, prepare
 
@@ -42,6 +42,23 @@ SHAPES: dict[str, Mapping[str, int]] = {
     "llama-3-8b": {"layers": 32, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256},
     "llama-3-70b": {"layers": 80, "hidden": 8192, "ffn": 28672, "heads": 64, "kv_heads": 8, "vocab": 128256},
 }
+
+
+@dataclass(frozen=True)
+class DrawnEntry(Entry):
+    """A tensor that is made each time it is read, always with the same values, on a device of its maker's choice."""
+
+    make: Callable[[], Tensor] = field(repr=False, compare=False)
+
+
+class DrawnCheckpoint(Checkpoint):
+    """A checkpoint in no files."""
+
+    def read_part(self, part: Source) -> Tensor:
+        entry = self.tensors[part.tensor]
+        assert isinstance(entry, DrawnEntry), "all are drawn"
+        assert part == Source(part.tensor), "whole tensors are drawn"
+        return entry.make()
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,7 @@ def random_model(
         entries[tensor] = DrawnEntry(tensor, DTYPE_NAMES[dtype], shapes[tensor], num_bytes, make)
     config_json = json.loads(config.to_json_string())
     identity = json.dumps([DRAW, seed, device.type, config_json], sort_keys=True)
-    source = Checkpoint(
+    source = DrawnCheckpoint(
         name=f"{name}, random, seed {seed}",
         folder=None,
         revision=None,

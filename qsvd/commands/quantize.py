@@ -70,7 +70,7 @@ def _fill(job: Job, folder: OutputFolder) -> Iterator[Finished]:
     """Split what is not split yet and write every shard that is not there."""
     weights = job.source.plan.weights
     pending = [number for shard in job.shards for number in shard.weights if not folder.is_done(number)]
-    tensors = stream(job.source.checkpoint, [weights[number].name for number in pending])
+    tensors = stream(job.source.checkpoint, [weights[number] for number in pending])
     for shard in job.shards:
         is_written = (job.source.out / shard.file).is_file()
         for number in shard.weights:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qsvd.errors import BadInput, listing
-from qsvd.files.source import Checkpoint, Entry
+from qsvd.files.safetensors import Entry
+from qsvd.files.source import Checkpoint
 from qsvd.plan.weights import ModelPlan
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
             f"transformers computes {len(fused)} weights of {plan.architecture} from other tensors on loading "
             f"({listing(fused)}); load the model and save it in the new form, or exclude them"
         )
-    weights = (replace(spec, name=spelling.get(f"{spec.module}.weight", spec.name)) for spec in plan.weights)
+    weights = []
+    for spec in plan.weights:
+        sources = tuple(replace(source, tensor=spelling.get(source.tensor, source.tensor)) for source in spec.sources)
+        weights.append(replace(spec, name=spelling.get(f"{spec.module}.weight", spec.name), sources=sources))
     known = {model_name: name for model_name, name in spelling.items() if model_name in plan.shapes}
     return replace(plan, weights=tuple(weights), spelling=known, optional=plan.optional | computed)
 
@@ -106,7 +110,8 @@ def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
         for name, entry in present.items()
         if entry.shape != plan.shapes[name]
     ]
-    entries = (checkpoint.tensors[spec.name] for spec in plan.weights if spec.name in checkpoint.tensors)
+    read = dict.fromkeys(source.tensor for spec in plan.weights for source in spec.read_from)
+    entries = (checkpoint.tensors[name] for name in read if name in checkpoint.tensors)
     retyped = [f"{entry.name} is {entry.dtype}" for entry in entries if entry.dtype not in SPLITTABLE]
     problems = []
     if missing:

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -51,15 +51,38 @@ METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies."""
+class Entry:
+    """A tensor that is not read yet."""
 
     name: str
-    dtype: str  # as safetensors spells it, "BF16"
+    dtype: str  # in the spelling of safetensors, "BF16"
     shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorEntry(Entry):
+    """A tensor in a safetensors file."""
+
     file: Path
     start: int  # offset of the first byte in the file
-    num_bytes: int
+
+    def matrix(self, index: int) -> "TensorEntry":
+        """Return the entry of one matrix of a 3-D stack."""
+        stacked = self.rows(index, index + 1)
+        return replace(stacked, shape=self.shape[1:])
+
+    def rows(self, first: int, end: int) -> "TensorEntry":
+        """Return the entry of the rows `first` to `end` - 1; they lie in one piece.
+
+        Raises:
+            BadInput: the tensor has fewer rows.
+        """
+        if not 0 <= first < end <= self.shape[0]:
+            raise BadInput(f"{self.file}: {self.name} {list(self.shape)} has no rows {first} to {end - 1}")
+        size = self.num_bytes // self.shape[0]
+        shape = (end - first, *self.shape[1:])
+        return replace(self, shape=shape, start=self.start + first * size, num_bytes=(end - first) * size)
 
 
 @dataclass(frozen=True)
@@ -175,7 +198,7 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntr
     num_bytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
     if end - begin != num_bytes:
         raise BadInput(f"{path} has a wrong header: {name}, {dtype} {shape}, has {end - begin} bytes, not {num_bytes}")
-    return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, num_bytes)
+    return TensorEntry(name, dtype, tuple(shape), num_bytes, path, data_start + begin)
 
 
 def _are_sizes(shape: list) -> bool:

@@ -1,5 +1,6 @@
 """Which tensor goes into which output file, and how many bytes everything will take; decided before any work."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,26 +44,29 @@ def plan_shards(
     checkpoint: Checkpoint, weights: Sequence[WeightSpec], allocation: Allocation, most_bytes: int
 ) -> list[Shard]:
     """Fill files in the order of the source, each up to `most_bytes`; a tensor larger than that has its own."""
-    number_of = {spec.name: number for number, spec in enumerate(weights)}
-    groups: list[list[str]] = [[]]
+    numbers: dict[str, list[int]] = {}  # of the weights, by the tensor that they begin in
+    for number, spec in enumerate(weights):
+        numbers.setdefault(spec.read_from[0].tensor, []).append(number)
+    split = {source.tensor for spec in weights for source in spec.read_from}
+    groups: list[list[int | str]] = [[]]
     sizes = [0]
     for name, entry in checkpoint.tensors.items():
-        number = number_of.get(name)
-        size = HEADER_BYTES + entry.num_bytes
-        if number is not None:
-            spec = weights[number]
-            codec = allocation.choices[spec.module].codec
-            size = TENSORS_PER_WEIGHT * HEADER_BYTES + residual_bytes(codec, spec.shape)
-        if groups[-1] and sizes[-1] + size > most_bytes:
-            groups.append([])
-            sizes.append(0)
-        groups[-1].append(name)
-        sizes[-1] += size
+        parts: list[int | str] = [*numbers.get(name, ())] if name in split else [name]
+        for part in parts:
+            size = HEADER_BYTES + entry.num_bytes
+            if isinstance(part, int):
+                codec = allocation.choices[weights[part].module].codec
+                size = TENSORS_PER_WEIGHT * HEADER_BYTES + residual_bytes(codec, weights[part].shape)
+            if groups[-1] and sizes[-1] + size > most_bytes:
+                groups.append([])
+                sizes.append(0)
+            groups[-1].append(part)
+            sizes[-1] += size
     return [
         Shard(
-            _file(number, len(groups)),
-            tuple(number_of[name] for name in group if name in number_of),
-            tuple(name for name in group if name not in number_of),
+            "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors",
+            tuple(part for part in group if isinstance(part, int)),
+            tuple(part for part in group if isinstance(part, str)),
             size,
         )
         for number, (group, size) in enumerate(zip(groups, sizes, strict=True), start=1)
@@ -80,13 +84,9 @@ def sizes_of(
     copied = sum(checkpoint.tensors[name].num_bytes for shard in shards for name in shard.copied)
     numbers = sum(allocation.choices[spec.module].rank * sum(spec.shape) for spec in weights)
     return Sizes(
-        source=sum(checkpoint.tensors[spec.name].num_bytes for spec in weights),
+        source=sum(math.prod(spec.shape) * checkpoint.dtype_of(spec).itemsize for spec in weights),
         residual=sum(shard.num_bytes for shard in shards) - copied,
         copied=copied,
         factors=numbers * dtype.itemsize + 4 * HEADER_BYTES * len(weights),
         largest_shard=max(shard.num_bytes for shard in shards),
     )
-
-
-def _file(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

@@ -7,7 +7,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,37 +18,20 @@ from torch import Tensor
 
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.atomic import read_object
-from qsvd.files.safetensors import DTYPE_NAMES, TensorEntry, read_header, read_tensor
+from qsvd.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
+from qsvd.plan.weights import Source, WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-# Tensors of a checkpoint that lies nowhere: their values are made each time they are asked for.
-
-
-@dataclass(frozen=True)
-class DrawnEntry:
-    """One tensor that is made when it is read, always with the same values, on a device of its maker's choice."""
-
-    name: str
-    dtype: str  # as safetensors spells it, "BF16"
-    shape: tuple[int, ...]
-    num_bytes: int
-    make: Callable[[], Tensor] = field(repr=False, compare=False)
-
 
 # Tensors of a pytorch_model.bin, for checkpoints without safetensors. Unpickled with weights_only: no code runs.
 
 
 @dataclass(frozen=True)
-class PickleEntry:
-    """One tensor of a pickled file; it has no place of its own in the file, only a name."""
+class PickleEntry(Entry):
+    """A tensor in a pickled file, found by its name."""
 
-    name: str
-    dtype: str  # as safetensors spells it, "BF16"
-    shape: tuple[int, ...]
     file: Path
-    num_bytes: int
 
 
 def read_pickle_header(path: Path) -> dict[str, PickleEntry]:
@@ -62,13 +45,18 @@ def read_pickle_header(path: Path) -> dict[str, PickleEntry]:
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
             raise BadInput(f"{path}: {name} is no dense tensor; save the model's state_dict as safetensors")
         num_bytes = tensor.numel() * tensor.element_size()
-        entries[name] = PickleEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path, num_bytes)
+        entries[name] = PickleEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), num_bytes, path)
     return entries
 
 
-def read_pickled(entry: PickleEntry) -> torch.Tensor:
-    """The tensor, in memory of its own. The file is mapped only while it is copied."""
-    return _load(entry.file)[entry.name].clone(memory_format=torch.contiguous_format)
+def read_pickled(entry: PickleEntry, part: Source) -> torch.Tensor:
+    """Read a part of the tensor into memory of its own. The file is mapped only while the part is copied."""
+    values = _load(entry.file)[entry.name]
+    if part.index is not None:
+        values = values[part.index]
+    if part.rows is not None:
+        values = values[slice(*part.rows)]
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -158,8 +146,6 @@ def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path
     return Path(folder)
 
 
-Entry = TensorEntry | PickleEntry | DrawnEntry
-
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the names that transformers looks for, in this order
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for the fingerprint
 LARGEST_COPY = 50 * 10**6  # bytes; a tokenizer file is smaller, a stray weight file larger
@@ -170,24 +156,41 @@ NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.js
 class Checkpoint:
     """An open checkpoint; nothing but headers is in memory."""
 
-    name: str  # as given: a folder or a hub id; of drawn values a description
-    folder: Path | None  # None where the values are drawn
+    name: str  # as given: a folder or a hub id
+    folder: Path | None  # None if the tensors are in no files
     revision: str | None  # the hub's commit; None for a folder
     config: "PreTrainedConfig" = field(repr=False)
     config_json: dict[str, Any] = field(repr=False)  # config.json as it is
-    tensors: dict[str, Entry] = field(repr=False)
+    tensors: Mapping[str, Entry] = field(repr=False)
     other_files: tuple[Path, ...]  # tokenizer, generation and chat template files, to copy beside the result
     fingerprint: str  # sha256 of config.json and of every weight file's header, size and a sample of its bytes
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of this name, in memory of its own, in the dtype and shape of its entry.
+        """Read a tensor into CPU memory of its own, in the dtype and shape of its entry."""
+        return self.read_part(Source(name))
 
-        On the CPU, but for a drawn one, which is where it was made.
-        """
-        entry = self.tensors[name]
-        if isinstance(entry, DrawnEntry):
-            return entry.make()
-        return read_tensor(entry) if isinstance(entry, TensorEntry) else read_pickled(entry)
+    def read_weight(self, spec: WeightSpec) -> Tensor:
+        """Read a weight [O, I]: the rows of all its sources, one after another, in their dtype."""
+        parts = [self.read_part(source) for source in spec.read_from]
+        weight_OI = parts[0] if len(parts) == 1 else torch.cat(parts)
+        assert weight_OI.shape == spec.shape, f"{spec.name}: its sources make {list(weight_OI.shape)}"
+        return weight_OI
+
+    def dtype_of(self, spec: WeightSpec) -> torch.dtype:
+        """Return the dtype that a weight is stored in."""
+        return TORCH_DTYPES[self.tensors[spec.read_from[0].tensor].dtype]
+
+    def read_part(self, part: Source) -> Tensor:
+        """Read a part of a tensor; nothing else of the tensor comes into memory."""
+        entry = self.tensors[part.tensor]
+        if isinstance(entry, PickleEntry):
+            return read_pickled(entry, part)
+        assert isinstance(entry, TensorEntry), "a checkpoint of other entries has its own read_part"
+        if part.index is not None:
+            entry = entry.matrix(part.index)
+        if part.rows is not None:
+            entry = entry.rows(*part.rows)
+        return read_tensor(entry)
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -341,12 +344,12 @@ def other_files(folder: Path) -> tuple[Path, ...]:
 # Weights of a checkpoint one after another, the next one being read while this one is worked on.
 
 
-def stream(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[Tensor]:
-    """The tensors of these names, in order; at most two are in memory, the one yielded and the one after it."""
+def stream(checkpoint: Checkpoint, weights: Sequence[WeightSpec]) -> Iterator[Tensor]:
+    """Yield the weights in order; at most two are in memory, the one yielded and the next one."""
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = [reader.submit(checkpoint.read, name) for name in names[:1]]
-        for number in range(len(names)):
+        coming = [reader.submit(checkpoint.read_weight, spec) for spec in weights[:1]]
+        for number in range(len(weights)):
             tensor = coming.pop().result()
-            coming += [reader.submit(checkpoint.read, name) for name in names[number + 1 : number + 2]]
+            coming += [reader.submit(checkpoint.read_weight, spec) for spec in weights[number + 1 : number + 2]]
             yield tensor
             del tensor

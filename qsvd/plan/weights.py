@@ -54,6 +54,15 @@ BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, Ru
 
 
 @dataclass(frozen=True)
+class Source:
+    """A part of a tensor of the checkpoint that a weight is read from; by default the whole tensor."""
+
+    tensor: str  # name in the checkpoint
+    index: int | None = None  # of the matrix in a 3-D stack
+    rows: tuple[int, int] | None = None  # first row and the row after the last
+
+
+@dataclass(frozen=True)
 class WeightSpec:
     """One weight to split: a 2-D tensor y = x W^T of a plain nn.Linear."""
 
@@ -62,6 +71,11 @@ class WeightSpec:
     shape: tuple[int, int]  # (out features, in features)
     role: Role
     layer: int  # index of the block
+    sources: tuple[Source, ...] = ()  # whose rows, one after another, make the weight; empty: the tensor of its name
+
+    @property
+    def read_from(self) -> tuple[Source, ...]:
+        return self.sources or (Source(self.name),)
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def _measured(job: AllocateJob, show: ShowProgress) -> dict[str, CandidateErrors
         done = [spec for spec in weights if _is_measured(job, spec, kept)]
         pending = [spec for spec in weights if spec not in done]
         before = len(done)
-        for spec, weight_OI in zip(pending, stream(job.checkpoint, [spec.name for spec in pending]), strict=True):
+        for spec, weight_OI in zip(pending, stream(job.checkpoint, pending), strict=True):
             kept.keep(spec.module, _measure(job, spec, weight_OI, _ranks(job, spec, kept)))
             done.append(spec)
             elements, old, total = map(_elements, (done, done[:before], weights))

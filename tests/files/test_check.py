@@ -12,7 +12,7 @@ from transformers import core_model_loading
 from qsvd.files.check import check_complete, check_not_quantized, resolve
 from qsvd.files.safetensors import TensorEntry
 from qsvd.files.source import open_checkpoint
-from qsvd.plan.weights import plan_model
+from qsvd.plan.weights import Source, plan_model
 from tests.checkpoints import FAMILIES, SHARED_MODELS, tiny_config, write_checkpoint
 
 REFUSED = {"GPT2LMHeadModel", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "FalconForCausalLM"}
@@ -52,6 +52,18 @@ def test_old_names_are_resolved_as_transformers_does(tmp_path):
     _, plan = checked(tmp_path)
     assert plan.weights[0].module == "layers.0.attention.q_proj"
     assert plan.weights[0].name == "encoder.layer.0.attention.attention.query.weight"
+
+
+def test_the_sources_of_a_weight_are_resolved_as_its_name_is(tmp_path):
+    write_checkpoint(tmp_path, "ViTModel")
+    checkpoint = open_checkpoint(str(tmp_path))
+    plan = plan_model(checkpoint.config)
+    halves = [(Source(spec.name, rows=(0, 16)), Source(spec.name, rows=(16, spec.shape[0]))) for spec in plan.weights]
+    weights = tuple(replace(spec, sources=parts) for spec, parts in zip(plan.weights, halves, strict=True))
+    plan = check_complete(checkpoint, replace(plan, weights=weights))
+    first = "encoder.layer.0.attention.attention.query.weight"
+    assert plan.weights[0].sources == (Source(first, rows=(0, 16)), Source(first, rows=(16, 32)))
+    assert all(torch.equal(checkpoint.read_weight(spec), checkpoint.read(spec.name)) for spec in plan.weights)
 
 
 def test_legacy_layer_norm_names_are_resolved(tmp_path):
@@ -185,7 +197,7 @@ def test_resolving_twice_gives_the_same():
 def entries(**dtypes):
     """Name -> entry; "__" in a keyword stands for "."."""
     named = {name.replace("__", "."): dtype for name, dtype in dtypes.items()}
-    return {name: TensorEntry(name, dtype, (8, 8), None, 0, 64) for name, dtype in named.items()}
+    return {name: TensorEntry(name, dtype, (8, 8), 64, None, 0) for name, dtype in named.items()}
 
 
 @pytest.mark.parametrize(

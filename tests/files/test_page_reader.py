@@ -23,7 +23,7 @@ def shards(tmp_path):
 
 
 def piece(file, start, num_bytes):
-    return TensorEntry(f"{file.name}.{start}", "U8", (num_bytes,), file, start, num_bytes)
+    return TensorEntry(f"{file.name}.{start}", "U8", (num_bytes,), num_bytes, file, start)
 
 
 def room(num_bytes):

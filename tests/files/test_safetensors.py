@@ -233,7 +233,7 @@ def test_names_that_cannot_be_written_are_refused(tmp_path, names):
 
 @pytest.mark.parametrize(("dtype", "shape"), [("F16", (2, 3)), ("F32", (6,))])
 def test_a_source_of_another_dtype_or_shape_is_refused(tmp_path, dtype, shape):
-    for source in (torch.ones(2, 3), TensorEntry("x", "F32", (2, 3), tmp_path / "absent", 0, 24)):
+    for source in (torch.ones(2, 3), TensorEntry("x", "F32", (2, 3), 24, tmp_path / "absent", 0)):
         with pytest.raises(ValueError, match=rf"a is stated as {dtype} .*, but its source is F32 \[2, 3\]"):
             write_stream(tmp_path / "model.safetensors", [NewTensor("a", dtype, shape, source)], {})
 

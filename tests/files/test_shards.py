@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+import safetensors.torch
 import torch
 
 import qsvd
@@ -11,7 +12,7 @@ from qsvd.files.shards import plan_shards, sizes_of
 from qsvd.files.source import open_checkpoint
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.plan.allocation import Choice, uniform
-from qsvd.plan.weights import plan_model
+from qsvd.plan.weights import Source, WeightSpec, plan_model
 from tests.checkpoints import write_checkpoint
 
 OVERHEAD = 3000  # bytes; what the bounds exceed a tiny file by, all its header's room and states together, per weight
@@ -54,6 +55,22 @@ def test_every_tensor_is_in_one_file_in_the_order_of_the_source(source, most_byt
         places.append(sorted(order.index(name) for name in names))
         assert shard.num_bytes <= most_bytes or len(names) == 1
     assert [place for group in places for place in group] == list(range(len(order)))
+
+
+def test_a_stack_is_divided_among_files_by_its_weights_and_not_copied(tmp_path):
+    write_checkpoint(tmp_path)
+    tensors = {
+        "a": torch.ones(4),
+        "stack": torch.ones(3, 64, 64, dtype=torch.float16),
+        "z": torch.ones(4),
+    }  # a and z come first in the file
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path))
+    weights = [WeightSpec(f"{n}.weight", str(n), (64, 64), "up", 0, (Source("stack", index=n),)) for n in range(3)]
+    same = uniform(weights, Choice(NormalFloat4(double_quant=True), 0))
+    shards = plan_shards(checkpoint, weights, same, 7000)
+    assert [(shard.weights, shard.copied) for shard in shards] == [((0,), ("a", "z")), ((1,), ()), ((2,), ())]
+    assert sizes_of(checkpoint, weights, shards, same, torch.bfloat16).source == 3 * 64 * 64 * 2
 
 
 def test_no_two_neighbouring_files_could_have_been_one(source):

@@ -7,12 +7,15 @@ import shutil
 import socket
 
 import huggingface_hub
+import numpy
 import pytest
 import safetensors.torch
 import torch
 import transformers
 
+from qsvd.files.safetensors import read_header
 from qsvd.files.source import open_checkpoint
+from qsvd.plan.weights import Source, WeightSpec
 from tests.checkpoints import SHARED_MODELS, write_checkpoint
 
 SHARDED = {"max_shard_size": "8KB"}
@@ -212,3 +215,34 @@ def test_real_models_are_read_as_transformers_reads_them(name, other_files):
     stored = safetensors.torch.load_file(folder / "model.safetensors")
     assert checkpoint.tensors.keys() == stored.keys()
     assert all(torch.equal(checkpoint.read(tensor), stored[tensor]) for tensor in list(stored)[::10])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_weight_is_read_from_rows_and_from_the_matrices_of_a_stack(tmp_path, file):
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    tensors = {"fused": torch.rand(6, 5, dtype=torch.bfloat16), "stack": torch.rand(3, 4, 5, dtype=torch.bfloat16)}
+    save = safetensors.torch.save_file if file.endswith("safetensors") else torch.save
+    save(tensors, tmp_path / file)
+    checkpoint = open_checkpoint(str(tmp_path))
+
+    def read(rows, *sources):
+        weight = checkpoint.read_weight(WeightSpec("fused", "m", (rows, 5), "other", 0, sources))
+        assert weight.is_contiguous()
+        return weight.float().numpy()
+
+    fused, stack = (tensor.float().numpy() for tensor in tensors.values())
+    assert (read(6) == fused).all()
+    assert (read(3, Source("fused", rows=(2, 5))) == fused[2:5]).all()
+    assert (read(4, Source("stack", index=1)) == stack[1]).all()
+    assert (read(3, Source("stack", index=2, rows=(0, 3))) == stack[2, :3]).all()
+    parts = (Source("stack", index=0), Source("fused", rows=(5, 6)))
+    assert (read(5, *parts) == numpy.concatenate([stack[0], fused[5:]])).all()
+
+
+@pytest.mark.parametrize("rows", [(0, 7), (3, 3), (-1, 2)])
+def test_rows_outside_the_tensor_are_refused(tmp_path, rows):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"w": torch.ones(6, 5)}, path)
+    with pytest.raises(ValueError, match=rf"w \[6, 5\] has no rows {rows[0]} to {rows[1] - 1}"):
+        read_header(path).tensors["w"].rows(*rows)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qsvd.files.source import open_checkpoint, stream
+from qsvd.plan.weights import WeightSpec
 from tests.checkpoints import write_checkpoint
 
 
@@ -17,7 +18,7 @@ class CountedCheckpoint:
         self.threads = set()
         self.event = threading.Event()
 
-    def read(self, name):
+    def read_weight(self, name):
         self.begun.append(name)
         self.threads.add(threading.get_ident())
         self.event.set()
@@ -37,7 +38,8 @@ def test_the_tensors_of_a_checkpoint_come_in_the_order_asked_for(tmp_path):
     checkpoint = open_checkpoint(str(tmp_path))
     names = sorted(checkpoint.tensors, key=lambda name: name[::-1])
     state = model.state_dict()
-    for name, tensor in zip(names, stream(checkpoint, names), strict=True):
+    weights = [WeightSpec(name, name, checkpoint.tensors[name].shape, "other", 0) for name in names]
+    for name, tensor in zip(names, stream(checkpoint, weights), strict=True):
         assert torch.equal(tensor, state[name])
 
 
