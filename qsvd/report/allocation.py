@@ -1,4 +1,4 @@
-"""An allocation for people: by role, by choice, and what it takes of the budget."""
+"""An allocation as tables: by layer type, by choice, and its share of the budget."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,35 +13,36 @@ from qsvd.numerics.names import spelling
 from qsvd.plan.allocation import residual_bits, stored_bytes
 from qsvd.plan.solve import AllocationProblem, AllocationResult, relative
 from qsvd.plan.weights import WeightSpec
-from qsvd.report.errors import number, short_count
+from qsvd.report.errors import number, short_count, terminal_table
 
 
 def allocation_tables(task: AllocationProblem, result: AllocationResult) -> Group:
-    """Two tables and a few lines, for a terminal of 80 columns."""
+    """Return two tables and the summary, for a terminal of 80 columns."""
     lines = [Text(line) for line in summary(task, result)]
-    parts: list[RenderableType] = [_roles(task, result), Text(""), _choices(task, result), Text(""), *lines]
+    parts: list[RenderableType] = [_types(task, result), Text(""), _choices(task, result), Text(""), *lines]
     return Group(*parts)
 
 
 def summary(task: AllocationProblem, result: AllocationResult) -> list[str]:
-    """What the whole takes and costs, a line each; the same lines stand in the file as remarks."""
+    """Return lines on budget, bits, error and solver; the allocation file has them as comments."""
     budget, modules = task.budget, [spec.module for spec in task.weights]
     used = f"{result.num_bytes:,} of {budget.num_bytes:,} bytes, {result.num_bytes / budget.num_bytes:.2%}"
-    counted = {"stored": "stored", "training": "in memory while the factors train"}[task.count]
+    counted = {"stored": "stored", "training": "in memory while the components are trained"}[task.count]
     stored = stored_bytes(result.allocation, task.weights, task.factor_bytes)
     bits = 8 * stored / budget.num_elements
     solver = result.status if result.gap is None else f"{result.status}, gap {result.gap:.2g} (asked {task.gap:.2g})"
     return [
         f"budget: {budget.text} {counted} ({show_size(budget.num_bytes)}), used: {used}",
-        f"bits a number: {bits:.3f} stored with factors ({show_size(stored)}), "
-        f"{residual_bits(result.allocation, task.weights):.3f} without, as LQ-LoRA counts",
+        f"bits per element: {bits:.3f} with components ({show_size(stored)}), "
+        f"{residual_bits(result.allocation, task.weights):.3f} without (as LQ-LoRA counts)",
         f"expected error: {number(relative(result.squares, result.norms, modules))} of the norm of the weights",
         f"solver: {solver}",
     ]
 
 
-def _roles(task: AllocationProblem, result: AllocationResult) -> Table:
-    table = _table("By role", ["role"], ["weights", "numbers", "bits", "mean rank", "expected error"])
+def _types(task: AllocationProblem, result: AllocationResult) -> Table:
+    heads = ["layers", "elements", "bits per\nelement", "mean rank", "expected\nrelative error"]
+    table = terminal_table("Allocation by layer type", ["layer type"], heads)
     roles = list(dict.fromkeys(spec.role for spec in task.weights))
     for role in roles:
         table.add_row(role, *_cells(task, result, [spec for spec in task.weights if spec.role == role]))
@@ -59,8 +60,8 @@ def _cells(task: AllocationProblem, result: AllocationResult, weights: Sequence[
 
 
 def _choices(task: AllocationProblem, result: AllocationResult) -> Table:
-    """How many weights, and which share of the numbers, each codec and rank got; most numbers first."""
-    table = _table("By choice", ["codec"], ["rank", "weights", "share"])
+    """Return the number of layers and the share of the elements with each codec and rank, largest share first."""
+    table = terminal_table("Allocation by codec and rank", ["codec"], ["rank", "layers", "elements (%)"])
     counts: Counter[tuple[str, int]] = Counter()
     elements: Counter[tuple[str, int]] = Counter()
     for spec in task.weights:
@@ -69,14 +70,5 @@ def _choices(task: AllocationProblem, result: AllocationResult) -> Table:
         counts[key] += 1
         elements[key] += prod(spec.shape)
     for (codec, rank), held in sorted(elements.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(codec, str(rank), f"{counts[codec, rank]:,}", f"{held / task.budget.num_elements:.1%}")
-    return table
-
-
-def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for head in words:
-        table.add_column(head, overflow="fold")
-    for head in numbers:
-        table.add_column(head, justify="right", overflow="fold")
+        table.add_row(codec, str(rank), f"{counts[codec, rank]:,}", f"{100 * held / task.budget.num_elements:.1f}")
     return table

@@ -1,8 +1,11 @@
-"""A WeightError as a JSON object, one per line of errors.jsonl, and back without loss."""
+"""The error of every weight: one JSON object a line in errors.jsonl, and a report as JSON, as Markdown, on a terminal.
+
+Markdown and terminal tables are made of the same columns, COLUMNS.
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, cast, get_type_hints
 
 from rich import box
@@ -13,60 +16,50 @@ from rich.text import Text
 from qsvd.errors import BadInput
 from qsvd.records import Norms, WeightError
 from qsvd.report.header import ReportHeader
-from qsvd.report.totals import Total, reduction, relative, totals, worst
+from qsvd.report.totals import MODEL, Total, reduction, relative, totals, worst
 
 
 def to_record(error: WeightError) -> dict[str, Any]:
-    """The error as dicts, lists, strings and numbers; json writes its floats so that they come back equal."""
+    """Return the error as dicts, lists, strings and numbers; json writes its floats without loss."""
     return asdict(error) | {"shape": list(error.shape)}
 
 
 def from_record(record: object) -> WeightError:
-    """The error that to_record turned into `record`.
+    """Return the error that to_record turned into `record`.
 
     Raises:
-        BadInput: record is no object, lacks a field, has one more, or holds something else than the field takes;
-            all such faults are named.
+        BadInput: record is not an object, lacks a field, has an unknown one, or a value of a wrong kind; the message
+            lists all of these.
     """
-    faults = _faults(record, WeightError, "")
+    faults = list(_faults(record, WeightError))
     if faults:
         raise BadInput(f"not a record of a weight's error: {'; '.join(faults)}")
     values = dict(cast(Mapping[str, Any], record))
     values["shape"] = tuple(values["shape"])
     for side in ("before", "after"):
-        values[side] = _floats(Norms, values[side])
-    return _floats(WeightError, values)
+        values[side] = Norms(**{name: float(value) for name, value in values[side].items()})
+    for name in ("bits", "weight_frobenius"):
+        values[name] = float(values[name])  # some JSON writers turn 4.0 into 4
+    return WeightError(**values)
 
 
-def _floats(kind: type, values: Mapping[str, Any]) -> Any:
-    """A `kind` of these values, a whole number where it takes a float (JSON writers differ) made one."""
-    hints = get_type_hints(kind)
-    return kind(**{name: float(value) if hints[name] is float else value for name, value in values.items()})
-
-
-def _faults(value: object, kind: type, path: str) -> list[str]:
-    """Sentences on what keeps `value`, found at `path`, from being a `kind`."""
+def _faults(value: object, kind: type, path: str = "") -> Iterator[str]:
+    """Yield a sentence for everything that keeps `value`, found at `path`, from being a `kind`."""
     if not isinstance(value, Mapping):
-        return [f"{path.rstrip('.') or 'the record'} is {value!r}, not an object"]
-    names = [field.name for field in fields(kind)]
-    missing = [f"{path}{name} is missing" for name in names if name not in value]
-    unknown = [f"{path}{name} is unknown" for name in value if name not in names]
+        yield f"{path.rstrip('.') or 'the record'} is {value!r}, not an object"
+        return
     hints = get_type_hints(kind)
-    wrong: list[str] = []
-    for name in (name for name in names if name in value):
+    yield from (f"{path}{name} is missing" for name in hints if name not in value)
+    yield from (f"{path}{name} is unknown" for name in value if name not in hints)
+    for name in (name for name in hints if name in value):
         if hints[name] is Norms:
-            wrong += _faults(value[name], Norms, f"{path}{name}.")
+            yield from _faults(value[name], Norms, f"{path}{name}.")
         elif not _CHECKS[hints[name]][0](value[name]):
-            wrong.append(f"{path}{name} is {value[name]!r}, not {_CHECKS[hints[name]][1]}")
-    return missing + unknown + wrong
+            yield f"{path}{name} is {value[name]!r}, not {_CHECKS[hints[name]][1]}"
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_measure(value: object) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value) and value >= 0)
+    return type(value) is int and value >= 0
 
 
 def _is_shape(value: object) -> bool:
@@ -76,7 +69,10 @@ def _is_shape(value: object) -> bool:
 _CHECKS: dict[Any, tuple[Callable[[object], bool], str]] = {
     str: (lambda value: isinstance(value, str), "a string"),
     int: (_is_whole, "a whole number of 0 or more"),
-    float: (_is_measure, "a finite number of 0 or more"),
+    float: (
+        lambda value: _is_whole(value) or (isinstance(value, float) and 0 <= value < math.inf),
+        "a finite number of 0 or more",
+    ),
     tuple[int, int]: (_is_shape, "a list of two positive whole numbers"),
 }
 
@@ -90,7 +86,7 @@ SMALL = 1e-4
 
 
 def number(value: float) -> str:
-    """Four significant digits: 0.09250, 12.34, 1.235e+04; zero is 0."""
+    """Return four significant digits: 0.09250, 12.34, 1.235e+04; zero is 0."""
     if value == 0:
         return "0"
     rounded = float(f"{value:.{SIGNIFICANT}g}")  # 9999.7 rounds up to a number of five digits
@@ -100,29 +96,29 @@ def number(value: float) -> str:
 
 
 def estimate(value: float, standard_error: float) -> str:
-    """A number, with `± standard error` in two digits when it is not exact."""
+    """Return a number, with `± standard error` in two digits if it is not exact."""
     return number(value) if standard_error == 0 else f"{number(value)} ± {standard_error:.2g}"
 
 
 def short_count(count: int) -> str:
-    """A count of at most seven characters: 123,456 and then 1.235 M, 1.235 G, 1.235 T."""
+    """Return a count in at most seven characters: 123,456 and then 1.235 M, 1.235 G, 1.235 T."""
     for power, unit in ((12, "T"), (9, "G"), (6, "M")):
         if count >= 10**power:
             return f"{number(count / 10**power)} {unit}"
     return f"{count:,}"
 
 
-# The report as a JSON object: every number in full, under keys that stay.
+# The report as a JSON object.
 
 
 def to_json(header: ReportHeader, errors: Sequence[WeightError], worst_count: int = 10) -> dict[str, Any]:
-    """What json.dumps takes: the header's fields, then `totals` (the model last), `worst` and `weights` in order.
+    """Return the report for json.dumps: the header's fields, `totals` (the model last), `worst` and `weights`.
 
-    Every total and weight has its norms `before` (the codec on W) and `after` (the split), in the units of W, their
-    relative Frobenius errors (1 is the norm of W), and `reduction_percent` by norm.
+    Every total and weight has its norms `before` (codec(W)) and `after` (Q + B A), in the units of W, their relative
+    Frobenius errors (1 is the norm of W), and `reduction_percent` by norm. Numbers are not rounded.
 
     Raises:
-        BadInput: As `totals` and `worst` do.
+        BadInput: as `totals` and `worst`.
     """
     coverage = header.coverage
     return asdict(header) | {
@@ -138,188 +134,180 @@ def _derived(error: WeightError | Total) -> dict[str, Any]:
     return {"relative_before": before, "relative_after": after, "reduction_percent": asdict(reduction(error))}
 
 
+# The columns of the tables.
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its head, the cell of a WeightError or a Total, and a narrow head for a terminal where it differs.
+
+    {before} in a head stands for ReportHeader.before.
+    """
+
+    head: str
+    cell: Callable[[Any], str]
+    narrow: str = ""
+    is_number: bool = True
+
+
+COLUMNS = {
+    "type": Column("layer type", lambda e: "all" if e.role == MODEL else e.role, "layer\ntype", is_number=False),
+    "layer": Column("layer", lambda e: e.name.removesuffix(".weight"), is_number=False),
+    "layers": Column("layers", lambda e: f"{e.weights:,}"),
+    "elements": Column("elements", lambda e: short_count(e.elements)),
+    "shape": Column("shape (out x in)", lambda e: f"{e.shape[0]} x {e.shape[1]}"),
+    "rank": Column("rank", lambda e: str(e.rank)),
+    "iteration": Column("iteration", lambda e: str(e.iteration)),
+    "bits": Column("bits per element", lambda e: number(e.bits), "bits per\nelement"),
+    "error before": Column("relative error, {before}", lambda e: number(relative(e)[0]), "error\n{before}"),
+    "error after": Column(
+        "relative error, with components", lambda e: number(relative(e)[1]), "error with\ncomponents"
+    ),
+    "error less": Column("relative error, reduction (%)", lambda e: number(reduction(e).frobenius), "reduced\nby (%)"),
+    "nuclear before": Column("nuclear norm, {before}", lambda e: _nuclear(e.before)),
+    "nuclear after": Column("nuclear norm, with components", lambda e: _nuclear(e.after)),
+    "nuclear less": Column("nuclear norm, reduction (%)", lambda e: number(reduction(e).nuclear), "nuclear\nby (%)"),
+    "spectral before": Column("spectral norm, {before}", lambda e: number(e.before.spectral)),
+    "spectral after": Column("spectral norm, with components", lambda e: number(e.after.spectral)),
+    "spectral less": Column(
+        "spectral norm, reduction (%)", lambda e: number(reduction(e).spectral), "spectral\nby (%)"
+    ),
+}
+PARTS = ("before", "after", "less")
+ERROR = tuple(f"error {part}" for part in PARTS)
+NORMS = ("bits", *ERROR, *(f"{norm} {part}" for norm in ("nuclear", "spectral") for part in PARTS))
+
+
+def _nuclear(norms: Norms) -> str:
+    return estimate(norms.nuclear, norms.nuclear_error)
+
+
 # The report as Markdown: the same records give the same bytes.
 
 
 NOTES = """\
-- **{before}**: the weight W itself, quantized by the same codec. **split**: what is stored, Q + B A, with the factors
-  rounded to the type they are stored in. Both are compared with W.
-- **bits per element**: all that is stored for the split, factors included, over the elements of W. The factors are what
-  a reduction is bought with: {before} does without them.
-- **relative error**: Frobenius norm of the error over that of the weight, ‖E‖ / ‖W‖. A row of several weights takes
-  them as one: sqrt(sum ‖E‖²) / sqrt(sum ‖W‖²).
+- **{before}**: the weight W, quantized by the same codec without components. **with components**: what is stored, the
+  residual plus the components, Q + B A. Both are compared with W.
+- **bits per element**: all stored bits, components included, divided by the number of elements of W. The components
+  cost these bits; {before} stores none.
+- **relative error**: Frobenius norm of the error divided by that of the weight, ‖E‖ / ‖W‖. For several layers:
+  sqrt(sum ‖E‖²) / sqrt(sum ‖W‖²).
 - **nuclear norm**: sum of the singular values of the error, in the units of W; the measure of the PiSSA paper
-  (arXiv:2404.02948). A row of several weights adds them. A number after ± is the standard error of a stochastic
-  estimate: drawn again with other random vectors, about two estimates in three fall within it of the exact norm. It
-  covers that chance and nothing else; over several weights standard errors add in squares. Without ± the norm is exact.
-- **spectral norm**: largest singular value of the error, in the units of W; of several weights the largest. Beside a
-  nuclear norm with ± it is a lower bound, the largest that the same random vectors found.
-- **reduction**: 100 (1 - split / {before}), in percent; negative where the split is worse.
-- **iteration**: the one whose result was kept, because its error was the least.
-- What the factors gain depends on the spectrum of the weight: where the singular values fall fast, a small rank takes
-  much of the weight away from the quantizer; where they are nearly equal, it takes little, and the gain is small at any
-  number of iterations.
+  (arXiv:2404.02948). For several layers: the sum. The number after ± is the standard error of a stochastic estimate:
+  with other random vectors, about two estimates in three are within it of the exact norm. For several layers, standard
+  errors add in squares. Without ± the norm is exact.
+- **spectral norm**: largest singular value of the error, in the units of W. For several layers: the largest. If the
+  nuclear norm has a ±, the spectral norm is a lower bound, the largest value that the same random vectors found.
+- **reduction**: 100 (1 - with components / {before}), in percent. Negative: the error is larger with components.
+- **iteration**: the iteration that was kept, because its error was the smallest.
+- The gain depends on the spectrum of the weight. If the singular values fall fast, components of a small rank hold much
+  of the weight, and less is left to quantize. If they are nearly equal, the gain is small at any number of iterations.
 """
 
 
 def to_markdown(header: ReportHeader, errors: Sequence[WeightError], worst_count: int = 10) -> str:
-    """The whole report: totals by role, the worst weights, every weight in the order given, and what it all means.
+    """Return the whole report: totals by layer type, the worst layers, all layers in the order given, an explanation.
 
     Raises:
-        BadInput: As `totals` and `worst` do.
+        BadInput: as `totals` and `worst`.
     """
+    each = ("layer", "type", "shape", "rank", "iteration", *NORMS)
+    left = "\n".join(f"- `{left.pattern}`: {left.size}" for left in header.coverage.left)
     sections = [
         f"# Quantization error of {_text(header.model)}",
         f"Method: {_text(header.method)}.",
         f"Coverage: {header.reach}.",
-        *_left(header),
-        "## By role",
-        _table([("role", False), ("weights", True), ("elements", True), *_norm_columns(header)], _role_rows(errors)),
-        f"## Worst weights by relative error of the split ({min(worst_count, len(errors))} of {len(errors):,})",
-        _weight_table(header, worst(errors, worst_count)),
-        "## Every weight",
-        _weight_table(header, errors),
+        *(["Not quantized:", left] if left else []),
+        "## By layer type",
+        _markdown_table(header, ("type", "layers", "elements", *NORMS), totals(errors)),
+        f"## Layers with the largest relative error ({min(worst_count, len(errors))} of {len(errors):,})",
+        _markdown_table(header, each, worst(errors, worst_count)),
+        "## Every layer",
+        _markdown_table(header, each, errors),
         "## What the columns mean",
         NOTES.format(before=_text(header.before)).rstrip(),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _left(header: ReportHeader) -> list[str]:
-    lines = [f"- {_code(left.pattern)}: {left.size}" for left in header.coverage.left]
-    return ["Left as they were:", "\n".join(lines)] if lines else []
-
-
-def _norm_columns(header: ReportHeader) -> list[tuple[str, bool]]:
-    columns = ["bits per element"]
-    for norm in ("relative error", "nuclear norm", "spectral norm"):
-        columns += [f"{norm}, {header.before}", f"{norm}, split", f"{norm}, reduction (%)"]
-    return [(_text(column), True) for column in columns]
-
-
-def _norm_cells(error: WeightError | Total) -> list[str]:
-    relative_before, relative_after = relative(error)
-    before, after, less = error.before, error.after, reduction(error)
-    return [
-        number(error.bits),
-        *(number(relative_before), number(relative_after), number(less.frobenius)),
-        *(estimate(norm.nuclear, norm.nuclear_error) for norm in (before, after)),
-        number(less.nuclear),
-        *(number(before.spectral), number(after.spectral), number(less.spectral)),
-    ]
-
-
-def _role_rows(errors: Sequence[WeightError]) -> list[list[str]]:
-    return [[total.role, f"{total.weights:,}", f"{total.elements:,}", *_norm_cells(total)] for total in totals(errors)]
-
-
-def _weight_table(header: ReportHeader, errors: Sequence[WeightError]) -> str:
-    names = [("weight", False), ("role", False), ("shape (out x in)", True), ("rank", True), ("iteration", True)]
-    rows = [
-        [_code(error.name), error.role, _shape(error), str(error.rank), str(error.iteration), *_norm_cells(error)]
-        for error in errors
-    ]
-    return _table(names + _norm_columns(header), rows)
-
-
-def _shape(error: WeightError) -> str:
-    return " x ".join(str(size) for size in error.shape)
-
-
-def _table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose source lines up too; a column is its head and whether it holds numbers."""
-    widths = [max(len(head), 4, *(len(row[i]) for row in rows)) for i, (head, _) in enumerate(columns)]
-    rule = ["-" * (width - 1) + (":" if right else "-") for width, (_, right) in zip(widths, columns, strict=True)]
-    lines = [[head for head, _ in columns], rule, *rows]
-    return "\n".join("| " + " | ".join(_padded(line, columns, widths)) + " |" for line in lines)
-
-
-def _padded(cells: Sequence[str], columns: Sequence[tuple[str, bool]], widths: Sequence[int]) -> list[str]:
-    return [
-        cell.rjust(width) if right else cell.ljust(width)
-        for cell, (_, right), width in zip(cells, columns, widths, strict=True)
-    ]
+def _markdown_table(header: ReportHeader, keys: Sequence[str], rows: Sequence[WeightError | Total]) -> str:
+    """Return a Markdown table whose source is aligned too."""
+    columns = []
+    for key in keys:
+        column = COLUMNS[key]
+        cells = [f"`{column.cell(row)}`" if key == "layer" else column.cell(row) for row in rows]
+        head = _text(column.head.format(before=header.before))
+        width = max(map(len, (head, "----", *cells)))
+        rule = "-" * (width - 1) + (":" if column.is_number else "-")
+        columns.append([f"{cell:{'>' if column.is_number else '<'}{width}}" for cell in (head, rule, *cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns, strict=True))
 
 
 def _text(words: str) -> str:
-    """Words from outside that stay words: no table cell, emphasis, code, link or tag begins in them."""
+    """Return words from outside so that Markdown shows them as they are."""
     return "".join(f"\\{mark}" if mark in "\\|`*_[]<>" else mark for mark in " ".join(words.split()))
-
-
-def _code(name: str) -> str:
-    return f"`{name}`"
 
 
 # The report for a terminal of 80 columns or more, as something that rich prints.
 
 
 def to_terminal(header: ReportHeader, errors: Sequence[WeightError], worst_count: int = 5) -> Group:
-    """Totals by role, the norms of the whole model and the worst weights; colours are rich's to drop (NO_COLOR).
+    """Return totals by layer type, the norms of the whole model and the worst layers; NO_COLOR switches colours off.
 
     Raises:
-        BadInput: As `totals` and `worst` do.
+        BadInput: as `totals` and `worst`.
     """
-    by_role = totals(errors)
-    blank = Text("")
+    by_type = totals(errors)
+    types = ("type", "layers", "elements", "bits", *ERROR, "nuclear less", "spectral less")
     parts: list[RenderableType] = [
         Text(f"Quantization error of {header.model}", style="bold"),
         Text(f"Method: {header.method}"),
         Text(f"Coverage: {header.reach}"),
-        *(Text(f"Left: {left.pattern} ({left.size})") for left in header.coverage.left),
-        *(blank, _role_terminal_table(header, by_role)),
-        *(blank, _model_terminal_table(header, by_role[-1])),
+        *(Text(f"Not quantized: {left.pattern} ({left.size})") for left in header.coverage.left),
+        *(Text(""), _rich_table("Error by layer type", header, types, by_type)),
+        *(Text(""), _whole_model(header, by_type[-1])),
     ]
     if worst_count:
-        parts += [blank, _worst_terminal_table(header, worst(errors, worst_count), len(errors))]
-    parts += [
-        blank,
-        Text(
-            f"{header.before}: W quantized as it is. split: Q + B A as stored. bits: stored bits per element of W, "
-            "factors included. error: Frobenius norm over that of W. less: reduction in percent. "
-            "±: standard error of an estimate."
-        ),
-    ]
-    return Group(*parts)
+        found = worst(errors, worst_count)
+        title = f"Layers with the largest error ({len(found)} of {len(errors):,})"
+        parts += [Text(""), _rich_table(title, header, ("layer", "rank", "bits", *ERROR), found)]
+    legend = (
+        f"{header.before}: W quantized without components. with components: Q + B A as stored. bits per "
+        "element: all stored bits, components included. error: Frobenius norm of the error over that of W. nuclear, "
+        "spectral: reduction of these norms of the error. ±: standard error of an estimate."
+    )
+    return Group(*parts, Text(""), Text(legend))
 
 
-def _role_terminal_table(header: ReportHeader, by_role: Sequence[Total]) -> Table:
-    norms = ["nuclear\nless %", "spectral\nless %"]
-    table = _terminal_table("By role", ["role"], ["weights", "elements", "bits", *_error_heads(header), *norms])
-    for total in by_role:
-        less = reduction(total)
-        cells = [f"{total.weights:,}", short_count(total.elements), number(total.bits), *_error_cells(total)]
-        last = total is by_role[-1]
-        table.add_row(total.role, *cells, _signed(less.nuclear), _signed(less.spectral), style="bold" if last else None)
+def _rich_table(title: str, header: ReportHeader, keys: Sequence[str], rows: Sequence[WeightError | Total]) -> Table:
+    columns = [COLUMNS[key] for key in keys]
+    heads = [(column.narrow or column.head).format(before=header.before) for column in columns]
+    table = terminal_table(title, heads[:1], heads[1:])
+    for row in rows:
+        cells = [_colored(column.cell(row)) for column in columns]
+        table.add_row(*cells, style="bold" if row.role == MODEL else None)
     return table
 
 
-def _model_terminal_table(header: ReportHeader, whole: Total) -> Table:
-    """Every norm of the whole model, in the units of W."""
-    table = _terminal_table("Whole model, norms of the error", ["norm"], [header.before, "split", "less %"])
-    less, (relative_before, relative_after) = reduction(whole), relative(whole)
-    table.add_row("relative Frobenius", number(relative_before), number(relative_after), _signed(less.frobenius))
-    table.add_row("nuclear, sum", _nuclear(whole.before), _nuclear(whole.after), _signed(less.nuclear))
-    spectral = number(whole.before.spectral), number(whole.after.spectral)
-    table.add_row("spectral, largest", *spectral, _signed(less.spectral))
+def _whole_model(header: ReportHeader, whole: Total) -> Table:
+    """Return every norm of the error of the whole model, in the units of W."""
+    table = terminal_table(
+        "Error of the whole model", ["norm of the error"], [header.before, "with components", "reduced by (%)"]
+    )
+    words = {"error": "relative Frobenius", "nuclear": "nuclear, sum", "spectral": "spectral, largest"}
+    for norm, name in words.items():
+        table.add_row(name, *(_colored(COLUMNS[f"{norm} {part}"].cell(whole)) for part in PARTS))
     return table
 
 
-def _worst_terminal_table(header: ReportHeader, errors: Sequence[WeightError], count: int) -> Table:
-    title = f"Worst weights by error of the split ({len(errors)} of {count:,})"
-    table = _terminal_table(title, ["weight"], ["rank", "bits", *_error_heads(header)])
-    for error in errors:
-        table.add_row(Text(error.name), str(error.rank), number(error.bits), *_error_cells(error))
-    return table
-
-
-def _terminal_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
-    """A table without rows. Its widest column gives way first, and folds: no part of a name or number is lost."""
+def terminal_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """Return a table without rows. If it is too wide, its widest column folds: no part of a name or number is lost."""
     table = Table(
         title=title,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
         show_edge=False,
     )
@@ -330,19 +318,6 @@ def _terminal_table(title: str, words: Sequence[str], numbers: Sequence[str]) ->
     return table
 
 
-def _error_heads(header: ReportHeader) -> list[str]:
-    return [f"error\n{header.before}", "error\nsplit", "error\nless %"]
-
-
-def _error_cells(error: WeightError | Total) -> list[str | Text]:
-    before, after = relative(error)
-    return [number(before), number(after), _signed(reduction(error).frobenius)]
-
-
-def _nuclear(norms: Norms) -> str:
-    return estimate(norms.nuclear, norms.nuclear_error)
-
-
-def _signed(percent: float) -> Text:
-    """A reduction; red where the split is worse."""
-    return Text(number(percent), style="red" if percent < 0 else "")
+def _colored(cell: str) -> Text:
+    """Return a cell, in red if it is negative: a reduction that is none."""
+    return Text(cell, style="red" if cell.startswith("-") else "")

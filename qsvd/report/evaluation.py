@@ -1,4 +1,4 @@
-"""What was measured of several models, as a table and as JSON."""
+"""The scores of several models, as a table and as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,56 +8,54 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One model on one data set.
-
-    values are by name, in the order of the table: perplexity, nats, kl_mean, accuracy and the like.
-    """
+    """The scores of one model on one data set, by name: perplexity, nats, kl_mean, accuracy and the like."""
 
     model: str
     kind: str
     values: Mapping[str, float]
 
 
-FORMS = {
+FORMS = {  # value -> its row in the table, and its format; rows are in this order
     "perplexity": ("perplexity", "{:.4f}"),
-    "nats": ("nats / token", "{:.5f}"),
-    "label_nats": ("nats / label", "{:.5f}"),
-    "kl_mean": ("mean KL", "{:.6f}"),
-    "kl_mean_error": ("±", "{:.6f}"),
-    "kl_median": ("median KL", "{:.6f}"),
-    "kl_99": ("KL 99 %", "{:.5f}"),
-    "top_token_agreement": ("same top token", "{:.2%}"),
+    "nats": ("loss (nats / token)", "{:.5f}"),
+    "label_nats": ("loss (nats / label)", "{:.5f}"),
+    "kl_mean": ("mean KL divergence (nats)", "{:.6f}"),
+    "kl_mean_error": ("standard error of the mean KL (nats)", "{:.6f}"),
+    "kl_median": ("median KL divergence (nats)", "{:.6f}"),
+    "kl_99": ("99th percentile of KL divergence (nats)", "{:.5f}"),
+    "top_token_agreement": ("top-token agreement", "{:.2%}"),
     "accuracy": ("accuracy", "{:.2%}"),
     "exact_match": ("exact match", "{:.2%}"),
-    "low": ("95 % from", "{:.2%}"),
-    "high": ("to", "{:.2%}"),
-    "correct": ("correct", "{:,.0f}"),
-    "total": ("of", "{:,.0f}"),
-    "unfinished": ("cut", "{:,.0f}"),
-    "max_new_tokens": ("at tokens", "{:,.0f}"),
-    "tokens": ("tokens", "{:,.0f}"),
-    "window": ("window", "{:,.0f}"),
-    "stride": ("stride", "{:,.0f}"),
-    "shortened": ("shortened", "{:,.0f}"),
+    "low": ("95 % interval, lower end", "{:.2%}"),
+    "high": ("95 % interval, upper end", "{:.2%}"),
+    "correct": ("correct examples", "{:,.0f}"),
+    "total": ("examples", "{:,.0f}"),
+    "unfinished": ("answers cut at the token limit", "{:,.0f}"),
+    "max_new_tokens": ("token limit of an answer", "{:,.0f}"),
+    "tokens": ("predicted tokens", "{:,.0f}"),
+    "window": ("window (tokens)", "{:,.0f}"),
+    "stride": ("stride (tokens)", "{:,.0f}"),
+    "shortened": ("texts cut at the window", "{:,.0f}"),
 }
+KINDS = {"16-bit": "16-bit model", "split": "quantized model", "trained": "run"}
 
 
-def evaluation_table(measured: Sequence[ModelScores], title: str) -> Table:
-    """One column for each model, one row for each value; what is not in FORMS is in the JSON only."""
-    table = Table("", *(f"{one.model}\n{one.kind}" for one in measured), title=title, title_justify="left")
+def evaluation_table(scores: Sequence[ModelScores], title: str) -> Table:
+    """Return a table with a column for each model and a row for each value; values that FORMS lacks are left out."""
+    heads = (f"{one.model}\n({KINDS.get(one.kind, one.kind)})" for one in scores)
+    table = Table("score", *heads, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
         column.overflow = "fold"
     for name, (heading, form) in FORMS.items():
-        if any(name in one.values for one in measured):
-            cells = (form.format(one.values[name]) if name in one.values else "" for one in measured)
-            table.add_row(heading, *cells)
+        if any(name in one.values for one in scores):
+            table.add_row(heading, *(form.format(one.values[name]) if name in one.values else "" for one in scores))
     return table
 
 
-def evaluation_json(measured: Sequence[ModelScores], how: Mapping[str, object]) -> dict[str, object]:
-    """Everything, with how it was measured."""
+def evaluation_json(scores: Sequence[ModelScores], how: Mapping[str, object]) -> dict[str, object]:
+    """Return every value, not rounded, and how it was measured."""
     return {
         "how": dict(how),
-        "models": [{"model": one.model, "kind": one.kind} | dict(one.values) for one in measured],
+        "models": [{"model": one.model, "kind": one.kind} | dict(one.values) for one in scores],
     }

@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReportHeader:
-    """The model, the method as it was asked for, and which part of the model it reached.
+    """The model, the method that was asked for, and the part of the model that was quantized.
 
-    codec, order and end are words of the options (order: what comes first; end: what each iteration ends with);
-    iterations is the most allowed; 0 stands for parts that were drawn at random, not split. rank is the highest of the
-    factors and least_rank the lowest, None where it is the same; residual_bits is what the residuals take for each
-    number of the weights, None where they have one codec that says it. quantizer is the library that loads the residual
-    into transformers; objective is what the splits minimise, "plain" or "fisher".
+    Args:
+        codec: One codec by name, or several: "nf2, nf3 and nf4".
+        rank: The highest rank of the components.
+        order, end: Words of the options: what comes first, and what each iteration ends with.
+        iterations: The most that were allowed; 0 if the parts were drawn at random.
+        least_rank: The lowest rank; None if all are equal.
+        residual_bits: Bits of the residuals for each element of the weights; None if one codec says it.
+        quantizer: The library that loads the residual into transformers.
+        objective: What the splits minimise, "plain" or "fisher".
     """
 
     model: str
@@ -34,49 +38,44 @@ class ReportHeader:
     objective: str = "plain"
 
     @property
+    def _codecs(self) -> str:
+        return self.codec.upper().replace(" AND ", " and ")
+
+    @property
     def before(self) -> str:
-        """The name of the state before in a table: the codec on the weight itself."""
-        return f"{self.codec.upper()} alone"  # every weight in the codec that its residual is in
-
-    @property
-    def residual(self) -> str:
-        """In words."""
-        if self.residual_bits is None:
-            return f"{self.codec.upper()} residual"
-        return f"{self.codec.upper()} residuals of {self.residual_bits:.3f} bits a weight"
-
-    @property
-    def factors(self) -> str:
-        """In words."""
-        if self.least_rank in (None, self.rank):
-            return f"factors of rank {self.rank}"
-        return f"factors of ranks {self.least_rank} to {self.rank}"
+        """Name in tables of plain quantization, every weight in the codec of its residual: "NF4 alone"."""
+        return f"{self._codecs} alone"
 
     @property
     def method(self) -> str:
-        """One line on how the weights were split."""
+        """How the weights were split, in one line."""
+        codec, bits = self._codecs, ""
+        if self.residual_bits is not None:
+            bits = f" of {self.residual_bits:.3f} bits per element"
+        if self.iterations > 0 and self.rank == 0:
+            return f"{codec}{bits} without components (rank 0)"
+        ranks = f"rank {self.rank}"
+        if self.least_rank not in (None, self.rank):
+            ranks = f"ranks {self.least_rank} to {self.rank}"
+        parts = f"{codec} residual{'s' if bits else ''}{bits} + components of {ranks}"
         if self.iterations == 0:
-            return f"{self.residual} + {self.factors}, all drawn at random"
-        if self.rank == 0:
-            bits = "" if self.residual_bits is None else f" of {self.residual_bits:.3f} bits a weight"
-            return f"{self.codec.upper()}{bits} without factors (rank 0)"
+            return f"{parts}, all drawn at random"
         iterations = "1 iteration" if self.iterations == 1 else f"up to {self.iterations} iterations"
         weighted = ", weighted by Fisher information" if self.objective == "fisher" else ""
-        return f"{self.residual} + {self.factors}; {self.order} first, {iterations}, ending with {self.end}{weighted}"
+        return f"{parts}; {self.order} first, {iterations}, ending with {self.end}{weighted}"
 
     @property
     def reach(self) -> str:
-        """One line on how much of the model was split."""
+        """How much of the model was quantized, in one line."""
         covered = self.coverage
-        noun = "weight" if covered.weights == 1 else "weights"
         return (
-            f"{covered.weights:,} {noun} split, {covered.elements_split:,} of {covered.elements:,} elements "
-            f"({100 * covered.share:.2f} %)"
+            f"{covered.weights:,} {'layer' if covered.weights == 1 else 'layers'} quantized, "
+            f"{covered.elements_split:,} of {covered.elements:,} elements ({100 * covered.share:.2f} %)"
         )
 
 
 def codec_words(codecs: Sequence["Codec"]) -> str:
-    """One codec by its name, several by the numbers of their bits: "nf2, nf3 and nf4"."""
+    """Return one codec by its name, several by the numbers of their bits: "nf2, nf3 and nf4"."""
     from qsvd.numerics.names import spelling  # imports torch
 
     spellings = {spelling(codec) for codec in codecs}

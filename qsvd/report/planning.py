@@ -1,4 +1,4 @@
-"""A plan as tables for people and as JSON for programs."""
+"""A memory plan as tables and as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +15,20 @@ from qsvd.memory.placement import Placed
 from qsvd.memory.reach import Cell, Reach
 
 OFFLOADED = "*"
-MEMORY = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
+MEMORY = {"gpu": "GPU memory", "host": "CPU memory", "disk": "disk space"}
 TITLES = {"quantize": "qsvd quantize", "train": "qsvd train", "serve": "generating text"}
+ROWS = {  # item of a plan -> its row in a table, where the words differ
+    "page slots": "buffers for offloaded blocks",
+    "pages": "offloaded blocks",
+    "base": "quantized model",
+    "checkpoints of activations": "activation checkpoints",
+    "reserve": "reserved (fragmentation)",
+}
 
 
 @dataclass(frozen=True)
 class QuantizeAnswer:
-    """What is to say of splitting; the time is an estimate."""
+    """Memory and estimated time of `qsvd quantize`."""
 
     memory: MemoryPlan
     time: QuantizeTime
@@ -29,7 +36,7 @@ class QuantizeAnswer:
 
 @dataclass(frozen=True)
 class TrainAnswer:
-    """What is to say of a training run; advice is what to change where it does not fit, the step an estimate."""
+    """A training run; advice lists changes that make it fit or run faster, step is an estimate."""
 
     placed: Placed
     reach: Reach
@@ -39,7 +46,7 @@ class TrainAnswer:
 
 @dataclass(frozen=True)
 class ServeAnswer:
-    """What is to say of generating text; the seconds are those of all pages, which come once a token."""
+    """Generating text; page_seconds is the time to copy all offloaded blocks, once a token."""
 
     placed: Placed
     page_seconds: float
@@ -47,7 +54,13 @@ class ServeAnswer:
 
 @dataclass(frozen=True)
 class Answer:
-    """Everything that was asked for, the rest None; what was planned, and notes about the model of so many blocks."""
+    """All that `qsvd plan` was asked for; what it was not asked for is None.
+
+    Args:
+        blocks: Number of blocks of the model.
+        what: The assumptions of the plan, in words.
+        notes: About the model.
+    """
 
     quantize: QuantizeAnswer | None
     train: TrainAnswer | None
@@ -70,35 +83,36 @@ class Answer:
 
 
 def plan_tables(model: str, answer: Answer) -> Group:
-    """A table for each task with what it means, the table of cards, and what was assumed."""
+    """Return a table and a few lines for each task, the table of GPUs, and the assumptions."""
     parts: list[RenderableType] = [Text(f"{model}: {answer.what}\n")]
     if answer.quantize is not None:
-        parts += [memory_table(answer.quantize.memory), _lines([_quantize_line(answer)])]
+        parts += [memory_table(answer.quantize.memory), _lines([_quantize_line(answer.quantize.time, answer.speed)])]
     if answer.train is not None:
         parts += [memory_table(answer.train.placed.memory), _lines(_train_lines(answer, answer.train))]
     if answer.serve is not None:
         parts += [memory_table(answer.serve.placed.memory), _lines(_serve_lines(answer, answer.serve))]
     if answer.cells:
-        parts += [explore_table(answer.cells, model)]
-        parts.append(
-            _lines([f"{OFFLOADED} with checkpoints of activations on the host, which leaves the card more room"])
-        )
+        legend = [
+            "no: does not fit, even with all blocks offloaded",
+            f"{OFFLOADED}: with activation checkpoints in CPU memory, which leaves more GPU memory free",
+        ]
+        parts += [explore_table(answer.cells, model), _lines(legend)]
     notes = dict.fromkeys((*answer.notes, *(note for plan in answer.memory for note in plan.notes)))
     return Group(*parts, *(Text(f"- {note}") for note in notes))
 
 
 def memory_table(plan: MemoryPlan) -> Table:
-    """One row for each item, in GB, then totals, limits and what is left."""
+    """Return a table of the items of a plan in GB, then totals, limits and what is left."""
     lacking = " and ".join(MEMORY[where] for where in plan.lacking)
     verdict = f"does not fit: too little {lacking}" if lacking else "fits"
     if plan.limits == Limits():
         verdict = "give --gpu and --host to see whether it fits"
     table = Table(title=f"{TITLES[plan.task]}: {verdict}", title_justify="left", title_style="bold")
-    table.add_column("GB")
+    table.add_column("item")
     for where in PLACES:
-        table.add_column(where, justify="right")
+        table.add_column(f"{MEMORY[where]} (GB)", justify="right")
     for item in plan.items:
-        table.add_row(item.name, *(_item(getattr(item, where)) for where in PLACES))
+        table.add_row(ROWS.get(item.name, item.name), *(_item(getattr(item, where)) for where in PLACES))
     table.add_section()
     table.add_row("total", *(_gb(plan.total(where)) for where in PLACES), style="bold")
     if any(plan.spare(where) is not None for where in PLACES):
@@ -108,25 +122,23 @@ def memory_table(plan: MemoryPlan) -> Table:
 
 
 def explore_table(cells: Sequence[Cell], model: str) -> Table:
-    """Share of the blocks that stays on each card, in percent, or "no"."""
-    cards = sorted({cell.gpu for cell in cells})
-    table = Table(title=f"{model}: % of the blocks that stay on a card", title_justify="left", title_style="bold")
-    for head in ("rank", "tokens", *map(show_size, cards)):
+    """Return a table of the share of the blocks that stays on each GPU, in percent; "no" if the run does not fit."""
+    gpus = sorted({cell.gpu for cell in cells})
+    table = Table(title=f"{model}: blocks that stay on the GPU (%)", title_justify="left", title_style="bold")
+    for head in ("rank", "tokens", *map(show_size, gpus)):
         table.add_column(head, justify="right")
     found = {(cell.rank, cell.tokens, cell.gpu): cell for cell in cells}
     for rank, tokens in dict.fromkeys((cell.rank, cell.tokens) for cell in cells):
-        table.add_row(f"{rank}", f"{tokens:,}", *(_cell(found[rank, tokens, card]) for card in cards))
+        table.add_row(f"{rank}", f"{tokens:,}", *(_cell(found[rank, tokens, gpu]) for gpu in gpus))
     return table
 
 
 def _cell(cell: Cell) -> str:
-    if cell.share is None:
-        return "no"
-    return f"{100 * cell.share:.0f}{OFFLOADED if cell.offloads else ''}"
+    return "no" if cell.share is None else f"{100 * cell.share:.0f}{OFFLOADED if cell.offloads else ''}"
 
 
 def plan_json(model: str, answer: Answer) -> dict[str, Any]:
-    """Bytes, limits, placements, reach and estimates of everything that was asked for."""
+    """Return bytes, limits, placements and estimates of all that was asked for."""
     found: dict[str, Any] = {"model": model, "what": answer.what, "blocks": answer.blocks, "notes": list(answer.notes)}
     found |= {"speed": asdict(answer.speed)}
     if answer.quantize is not None:
@@ -152,9 +164,9 @@ def plan_json(model: str, answer: Answer) -> dict[str, Any]:
 
 
 def lack(plan: MemoryPlan) -> str:
-    """One sentence of what a task lacks."""
-    missing = (f"{show_size(-(plan.spare(where) or 0))} of {MEMORY[where]}" for where in plan.lacking)
-    return f"{TITLES[plan.task]} lacks {' and '.join(missing)}"
+    """Return a sentence on how much memory a task lacks."""
+    missing = (f"{show_size(-(plan.spare(where) or 0))} more {MEMORY[where]}" for where in plan.lacking)
+    return f"{TITLES[plan.task]} needs {' and '.join(missing)}"
 
 
 def _memory_json(plan: MemoryPlan) -> dict[str, Any]:
@@ -170,53 +182,45 @@ def _memory_json(plan: MemoryPlan) -> dict[str, Any]:
 
 def _train_lines(answer: Answer, train: TrainAnswer) -> list[str]:
     step = train.step
+    reach = [
+        f"longest sequence that fits (tokens): {_reached(train.reach.tokens)}",
+        f"highest rank that fits: {_reached(train.reach.rank)}",
+    ]
     return [
         *_placement_lines(train.placed.placement, answer.blocks),
-        *_reach_lines(train),
-        f"estimate: {step.seconds:.2g} s a step, {step.tokens_per_second:,.0f} tokens a second "
-        f"(computing {step.compute:.2g} s, moving {step.transfer:.2g} s; {_speed(answer.speed)})",
-        *(f"to change: {sentence}" for sentence in train.advice),
-    ]
-
-
-def _reach_lines(train: TrainAnswer) -> list[str]:
-    if train.placed.memory.limits == Limits():
-        return []
-    return [
-        f"longest sequence that fits: {_reached(train.reach.tokens)}",
-        f"highest rank that fits: {_reached(train.reach.rank)}",
+        *([] if train.placed.memory.limits == Limits() else reach),
+        f"estimated time: {step.seconds:.2g} s per step, {step.tokens_per_second:,.0f} tokens per second "
+        f"(computing {step.compute:.2g} s, copying weights {step.transfer:.2g} s; {_speed(answer.speed)})",
+        *(f"advice: {sentence}" for sentence in train.advice),
     ]
 
 
 def _serve_lines(answer: Answer, serve: ServeAnswer) -> list[str]:
     lines = _placement_lines(serve.placed.placement, answer.blocks)
     if serve.page_seconds:
-        lines.append(f"estimate: at least {serve.page_seconds:.2g} s a token, for what moves ({_speed(answer.speed)})")
+        speed = _speed(answer.speed)
+        lines.append(f"estimated time: at least {serve.page_seconds:.2g} s per token to copy weights ({speed})")
     return lines
 
 
 def _placement_lines(placement: Placement, blocks: int) -> list[str]:
-    """What stays on the card and where the rest waits."""
+    """Return what stays on the GPU, and where the rest is."""
     resident = placement.resident or 0
-    lines = [f"resident blocks: {resident} of {blocks} ({resident / blocks:.0%})"]
+    lines = [f"blocks that stay on the GPU: {resident} of {blocks} ({resident / blocks:.0%})"]
     if resident < blocks:
-        where = "host memory" if placement.pages == "host" else "the disk"
-        lines.append(f"the others visit the card from {where}")
+        where = "CPU memory" if placement.pages == "host" else "disk"
+        lines.append(f"the other blocks are copied to the GPU from {where} when needed")
     if placement.embeddings_on_host:
-        lines.append("embeddings are looked up on the host")
+        lines.append("the embeddings stay in CPU memory")
     if placement.activation_offload:
-        lines.append("checkpoints of activations wait on the host")
+        lines.append("activation checkpoints are kept in CPU memory")
     return lines
 
 
-def _quantize_line(answer: Answer) -> str:
-    assert answer.quantize is not None, "asked before"
-    found = answer.quantize.time
+def _quantize_line(found: QuantizeTime, speed: Speed) -> str:
     time = f"{found.seconds:,.0f} s" if found.seconds < 120 else f"{found.seconds / 60:,.0f} min"
-    parts = (
-        f"computing {found.compute:,.0f} s, beside it reading {found.read:,.0f} s, then writing {found.write:,.0f} s"
-    )
-    return f"estimate: {time} ({parts}; {_speed(answer.speed)})"
+    parts = f"computing {found.compute:,.0f} s while reading {found.read:,.0f} s, then writing {found.write:,.0f} s"
+    return f"estimated time: {time} ({parts}; {_speed(speed)})"
 
 
 def _lines(lines: Sequence[str]) -> Text:
@@ -224,7 +228,7 @@ def _lines(lines: Sequence[str]) -> Text:
 
 
 def _item(num_bytes: int) -> str:
-    """GB with three decimals; nothing for nothing, and one digit of what would be shown as 0."""
+    """Return GB with three decimals; nothing for 0, and one significant digit instead of 0.000."""
     if not num_bytes:
         return ""
     return _gb(num_bytes) if num_bytes >= 500_000 else f"{num_bytes / 1e9:.1g}"
@@ -239,10 +243,7 @@ def _reached(number: int | None) -> str:
 
 
 def _speed(speed: Speed) -> str:
-    flops, link, disk = (f"{rate.value / size:.3g}" for rate, size in zip(_rates(speed), (1e12, 1e9, 1e9), strict=True))
-    sources = dict.fromkeys(rate.source for rate in _rates(speed))
-    return f"{' and '.join(sources)}: {flops} TFLOP/s, link {link} GB/s, disk {disk} GB/s"
-
-
-def _rates(speed: Speed) -> tuple[Rate, Rate, Rate]:
-    return speed.flops, speed.link, speed.disk
+    rates: tuple[Rate, ...] = (speed.flops, speed.link, speed.disk)
+    flops, link, disk = (f"{rate.value / size:.3g}" for rate, size in zip(rates, (1e12, 1e9, 1e9), strict=True))
+    sources = " and ".join(dict.fromkeys(rate.source for rate in rates))
+    return f"{sources}: {flops} TFLOP/s, CPU to GPU {link} GB/s, disk {disk} GB/s"

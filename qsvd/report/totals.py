@@ -1,4 +1,4 @@
-"""What quantization cost a role or the whole model: the norms of its errors taken together."""
+"""Totals of the errors of several weights: of one layer type, or of the whole model."""
 
 import math
 from collections import Counter
@@ -10,18 +10,18 @@ from qsvd.errors import BadInput
 from qsvd.records import Norms, Role, WeightError
 
 ROLES: tuple[str, ...] = get_args(Role)
-MODEL = "model"  # the role of the total over all weights
+MODEL = "model"  # the role of the total of all weights
 
 
 @dataclass(frozen=True)
 class Total:
-    """Several weights as the one matrix that has them as its diagonal blocks.
+    """The norms of the block-diagonal matrix of several weights.
 
-    Frobenius norms therefore add in squares, nuclear norms add, and the spectral norm is the largest; the standard
-    errors of nuclear norms, drawn apart for each weight, add in squares.
+    Frobenius norms and standard errors (the estimates are independent) therefore add in squares, nuclear norms add, and
+    the spectral norm is the largest.
 
-    role is one of ROLES, or "model" for all of them; weights counts matrices, elements their numbers; bits is stored
-    bits per element, factors included.
+    role is one of ROLES, or MODEL; weights is the number of matrices; bits is the stored bits per element, factors
+    included.
     """
 
     role: str
@@ -35,7 +35,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Reduction:
-    """How much smaller each norm of the error became, in percent: 100 (1 - after / before); negative is worse."""
+    """The reduction of each norm of the error in percent, 100 (1 - after / before); negative if it grew."""
 
     frobenius: float
     nuclear: float
@@ -43,18 +43,25 @@ class Reduction:
 
 
 def totals(errors: Sequence[WeightError]) -> list[Total]:
-    """One total per role that occurs, in the order of ROLES, then one for the model.
+    """Return one total per role that occurs, in the order of ROLES, then one for the model.
 
     Raises:
-        BadInput: There is no error, a role is not in ROLES, or a weight occurs twice.
+        BadInput: errors is empty, a role is not in ROLES, or a weight occurs twice.
     """
-    _check(errors)
+    if not errors:
+        raise BadInput("no weight was measured, so there is no total")
+    unknown = sorted({error.role for error in errors} - set(ROLES))
+    if unknown:
+        raise BadInput(f"unknown role {', '.join(unknown)}; a weight's role is one of {', '.join(ROLES)}")
+    twice = sorted(name for name, times in Counter(error.name for error in errors).items() if times > 1)
+    if twice:
+        raise BadInput(f"weights measured more than once: {', '.join(twice)}")
     by_role = {role: [error for error in errors if error.role == role] for role in ROLES}
     return [_total(role, members) for role, members in by_role.items() if members] + [_total(MODEL, errors)]
 
 
 def worst(errors: Sequence[WeightError], count: int) -> list[WeightError]:
-    """The `count` weights with the largest relative Frobenius error after, largest first; equals by name.
+    """Return the `count` weights with the largest relative Frobenius error after, largest first, equal ones by name.
 
     Raises:
         BadInput: count is below 0.
@@ -65,13 +72,13 @@ def worst(errors: Sequence[WeightError], count: int) -> list[WeightError]:
 
 
 def relative(error: WeightError | Total) -> tuple[float, float]:
-    """Relative Frobenius error ||E|| / ||W|| before and after; 0 for an exact zero weight."""
+    """Return the relative Frobenius error ||E|| / ||W|| before and after; 0 for an exact zero weight."""
     before, after = error.before.frobenius, error.after.frobenius
     return _ratio(before, error.weight_frobenius), _ratio(after, error.weight_frobenius)
 
 
 def reduction(error: WeightError | Total) -> Reduction:
-    """The reduction of each norm in percent; 0 where the norm before is 0."""
+    """Return the reduction of each norm in percent; 0 if the norm before is 0."""
     before, after = error.before, error.after
     return Reduction(
         frobenius=_percent(before.frobenius, after.frobenius),
@@ -95,7 +102,7 @@ def _total(role: str, errors: Sequence[WeightError]) -> Total:
 
 
 def _together(norms: Sequence[Norms]) -> Norms:
-    """Norms of the block-diagonal matrix of matrices with these norms."""
+    """Return the norms of the block-diagonal matrix of matrices with these norms."""
     return Norms(
         frobenius=math.hypot(*(norm.frobenius for norm in norms)),
         nuclear=math.fsum(norm.nuclear for norm in norms),
@@ -112,14 +119,3 @@ def _ratio(part: float, whole: float) -> float:
 
 def _percent(before: float, after: float) -> float:
     return 100 * (1 - after / before) if before else 0.0
-
-
-def _check(errors: Sequence[WeightError]) -> None:
-    if not errors:
-        raise BadInput("no weight was measured, so there is no total")
-    unknown = sorted({error.role for error in errors} - set(ROLES))
-    if unknown:
-        raise BadInput(f"unknown role {', '.join(unknown)}; a weight's role is one of {', '.join(ROLES)}")
-    twice = sorted(name for name, times in Counter(error.name for error in errors).items() if times > 1)
-    if twice:
-        raise BadInput(f"weights measured more than once: {', '.join(twice)}")

@@ -1,24 +1,28 @@
-"""The summary of a training run, for the terminal and for RUN/README.md."""
+"""The summary of a training run: tables for the terminal, RUN/README.md, and a plot of the loss."""
 
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from shlex import quote
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Table
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a training run was and what came of it.
+    """A training run and its results.
 
-    held_out_before and held_out_after are nats per trained token (per example for a classifier), None where nothing is
-    held out; accuracies are of a classifier. seconds and tokens count interrupted parts too. memory and planned are
-    bytes by item; moved_bytes came to the device in pages, since the run was last resumed.
+    Args:
+        base: The quantized model, as it was given.
+        tokens, seconds: Of all parts of the run, interrupted ones too.
+        first_loss, last_loss: Nats, of the first and the last step.
+        held_out_before, held_out_after: Nats per trained token, or per example for a classifier; None without held-out
+            examples.
+        accuracy_before, accuracy_after: Shares, 0..1; None if it is not a classifier.
+        memory, planned: Bytes by item, measured and planned.
+        resident: Which 4-bit weights stay on the device, in words.
+        moved_bytes: Bytes of offloaded weights that were copied to the device since the run was last resumed.
     """
 
     base: str
@@ -43,13 +47,14 @@ class RunSummary:
 
 
 def training_tables(summary: RunSummary) -> Group:
-    """The summary as tables."""
-    table = Table("training run", "", title_justify="left")
-    table.columns[1].overflow = "fold"
+    """Return the summary as two tables: the run, and its memory."""
+    table = Table(title="Training run", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows(summary):
         table.add_row(name, value)
-    whose = "memory of the process" if summary.device == "cpu" else "memory of torch"
-    memory = Table(whose, "planned MB", "MB", title_justify="left")
+    whose = "the process" if summary.device == "cpu" else "PyTorch on the GPU"
+    memory = Table("item", "planned (MB)", "measured (MB)", title=f"Memory of {whose}", title_justify="left")
     for column in memory.columns[1:]:
         column.justify = "right"
     for name, num_bytes in summary.memory.items():
@@ -58,58 +63,67 @@ def training_tables(summary: RunSummary) -> Group:
 
 
 def rows(summary: RunSummary) -> list[tuple[str, str]]:
-    """What there is to say, by name."""
+    """Return the rows of the first table, names and values."""
     found = [
-        ("base", summary.base),
+        ("quantized model", summary.base),
         ("method", f"{summary.method}, {summary.optimizer}, learning rate {summary.learning_rate:g}"),
         ("trained parameters", f"{summary.trained_parameters:,}"),
         ("steps", f"{summary.steps:,}"),
-        ("tokens", f"{summary.tokens:,} in {summary.seconds:.0f} s, {summary.tokens / summary.seconds:,.0f} a second"),
-        ("loss, first and last step", f"{summary.first_loss:.4f}, {summary.last_loss:.4f}"),
-        ("held-out loss, before and after", _pair(summary.held_out_before, summary.held_out_after, ".4f")),
-        ("4-bit weights on the device", summary.resident),
+        (
+            "tokens",
+            f"{summary.tokens:,} in {summary.seconds:.0f} s, {summary.tokens / summary.seconds:,.0f} per second",
+        ),
+        ("training loss, first and last step (nats)", f"{summary.first_loss:.4f}, {summary.last_loss:.4f}"),
+        (
+            "held-out loss, before and after (nats)",
+            _pair(summary.held_out_before, summary.held_out_after, ".4f") or "no held-out examples",
+        ),
+        (f"4-bit weights on the {'CPU' if summary.device == 'cpu' else 'GPU'}", summary.resident),
     ]
-    if summary.accuracy_before is not None:
-        found.append(
-            ("held-out accuracy, before and after", _pair(summary.accuracy_before, summary.accuracy_after, ".2%"))
-        )
-    return found
-
-
-def run_readme(summary: RunSummary, run: str) -> str:
-    """RUN/README.md: what the folder is, and what to do with it."""
-    lines = "\n".join(f"| {name} | {value} |" for name, value in rows(summary))
-    return (
-        f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is what was trained, beside the residual in\n"
-        f"`{summary.base}`, and fits no other. `steps.jsonl` has every step, `loss.png` and `loss.svg` show them,\n"
-        f"`summary.json` has the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
-        f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n"
-        f"```sh\nqsvd export {quote(run)} --to peft --out {quote(run + '-peft')}      # for PEFT, on the residual\n"
-        f"qsvd export {quote(run)} --to merged --out {quote(run + '-merged')}  # 16-bit weights, for all else\n```\n"
-    )
+    accuracy = _pair(summary.accuracy_before, summary.accuracy_after, ".2%")
+    return [*found, ("held-out accuracy, before and after", accuracy)] if accuracy else found
 
 
 def _pair(before: float | None, after: float | None, form: str) -> str:
-    if before is None or after is None:
-        return "nothing held out"
-    return f"{before:{form}}, {after:{form}}"
+    return "" if before is None or after is None else f"{before:{form}}, {after:{form}}"
 
 
-# The loss of a run as a picture.
+def run_readme(summary: RunSummary, run: str) -> str:
+    """Return RUN/README.md: what the folder holds, the summary, and commands to use it.
+
+    Args:
+        run: The folder, as the user wrote it.
+    """
+    lines = "\n".join(f"| {name} | {value} |" for name, value in rows(summary))
+    return (
+        f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is the trained adapter. It works only with the\n"
+        f"quantized model in `{summary.base}`. `steps.jsonl` lists every step, `loss.png` and `loss.svg` plot\n"
+        f"the loss, and `summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
+        f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n"
+        f"```sh\nqsvd export {quote(run)} --to peft --out {quote(run + '-peft')}  # a PEFT adapter for the residual\n"
+        f"qsvd export {quote(run)} --to merged --out {quote(run + '-merged')}  # a 16-bit model\n```\n"
+    )
 
 
-SMOOTH = 0.9  # of the running mean, where there are more than a few steps
-FEW = 20
+# A plot of the loss.
+
+
+SMOOTH = 0.9  # weight of the past in the running mean
+FEW = 20  # steps below which there is no running mean
 
 
 def loss_plot(losses: Sequence[float], held_out: tuple[float, float] | None, title: str, kind: str) -> bytes:
-    """A picture of the loss of every step, and of its running mean.
+    """Return a picture of the loss of every step, and of its running mean.
 
     Args:
         losses: Nats, from step 1.
         held_out: Loss on held-out examples before the first and after the last step.
         kind: "png" or "svg".
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     steps = range(1, len(losses) + 1)
@@ -129,7 +143,7 @@ def loss_plot(losses: Sequence[float], held_out: tuple[float, float] | None, tit
 
 
 def _running_mean(losses: Sequence[float]) -> list[float]:
-    """Exponential, without the pull of the zero that it starts from (Adam's correction, arXiv:1412.6980)."""
+    """Return the exponential mean at every step, corrected for its start at zero as in Adam (arXiv:1412.6980)."""
     means, mean = [], 0.0
     for number, loss in enumerate(losses, start=1):
         mean = SMOOTH * mean + (1 - SMOOTH) * loss

@@ -93,7 +93,7 @@ def test_a_dry_run_prints_options_weights_and_sizes_and_writes_nothing(model, tm
         assert option in words
     assert words.count("_proj q ") == words.count("_proj down ") == 2
     assert "model.layers.1.mlp.down_proj down 32 x 64" in words
-    assert "Coverage: 14 weights split, 18,432 of 24,736 elements (74.51 %)" in words
+    assert "Coverage: 14 layers quantized, 18,432 of 24,736 elements (74.51 %)" in words
     assert "Left: model.embed_tokens.weight (1 tensor, 3,072 elements)" in words
     sizes = dict(re.findall(r"(as they are|4-bit residual|principal components|copied as it is) ([\d.]+)", words))
     assert {name: float(size) for name, size in sizes.items()}.keys() >= {"as they are", "copied as it is"}
@@ -107,7 +107,7 @@ def test_the_report_is_on_stdout_and_the_progress_on_stderr(model, tmp_path, cap
     shown = capsys.readouterr()
     assert shown.out.startswith(f"Quantization error of {model}".split("/")[0])
     assert shown.out.splitlines()[-1] == str(out)
-    assert "By role" in shown.out
+    assert "by layer type" in shown.out
     lines = shown.err.splitlines()
     assert len(lines) > 3
     assert all(LINE.fullmatch(line) for line in lines)
@@ -161,7 +161,7 @@ def test_report_prints_the_same_tables_again_and_json_that_parses(model, tmp_pat
     assert run(["quantize", str(model), "--out", str(out), "--rank", "4"]) == 0
     capsys.readouterr()
     assert run(["report", str(out)]) == 0
-    assert "By role" in capsys.readouterr().out
+    assert "by layer type" in capsys.readouterr().out
     assert run(["report", str(out), "--json"]) == 0
     shown = capsys.readouterr()
     assert shown.err == ""

@@ -169,8 +169,8 @@ def test_what_was_trained_is_exported(out, capsys, tmp_path):
 def test_report_and_readme_say_what_it_is(out, capsys):
     assert run(["report", str(out)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "NF2, NF3, NF4 AND NF8 residuals of" in shown
-    assert "factors of ranks 0 to 4" in shown
+    assert "NF2, NF3, NF4 and NF8 residuals of" in shown
+    assert "components of ranks 0 to 4" in shown
     readme = (out / "README.md").read_text()
     assert "import qsvd  # registers the quantization method" in readme
     assert "--quantization bitsandbytes" not in readme

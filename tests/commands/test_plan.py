@@ -62,9 +62,9 @@ def test_what_does_not_fit_ends_with_3_after_its_tables(capsys, large):
     assert "does not fit: too little GPU memory" in shown.out
     assert "trained parameters" in shown.out
     assert "highest rank that fits:" in shown.out
-    assert "to change: --rank" in shown.out
-    assert shown.err.startswith("qsvd: qsvd train lacks ")
-    assert shown.err.endswith(" of GPU memory\n")
+    assert "advice: --rank" in shown.out
+    assert shown.err.startswith("qsvd: qsvd train needs ")
+    assert shown.err.endswith(" more GPU memory\n")
 
 
 def test_the_tables_say_what_everything_means(capsys, large):
@@ -74,11 +74,11 @@ def test_the_tables_say_what_everything_means(capsys, large):
         "qsvd quantize: fits",
         "qsvd train: fits",
         "generating text: fits",
-        "estimate:",
+        "estimated time:",
         "assumed: 100 TFLOP/s",
     ):
         assert words in shown
-    assert "resident blocks:" in shown
+    assert "blocks that stay on the GPU:" in shown
     assert "CUDA itself is taken to need 0.6 GB: an assumption." in shown
 
 

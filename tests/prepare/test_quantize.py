@@ -79,7 +79,7 @@ def test_a_weight_that_cannot_be_split_in_what_is_free_is_refused_before_any_is_
     monkeypatch.setattr("qsvd.prepare.machine.free_host_memory", lambda: 310_000_000)
     check_memory(prepare(options))  # 300 MB of them are a reserve
     monkeypatch.setattr("qsvd.prepare.machine.free_host_memory", lambda: 300_000_000)
-    with pytest.raises(DoesNotFit, match=r"lacks .* of host memory to split model\.layers\.0\.mlp\.gate_proj\.weight"):
+    with pytest.raises(DoesNotFit, match=r"needs .* more CPU memory to split model\.layers\.0\.mlp\.gate_proj\.weight"):
         qsvd.quantize(options)
     assert not options.out.exists()
 

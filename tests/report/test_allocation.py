@@ -38,12 +38,12 @@ def shown(task, result):
 def test_the_lines_say_what_is_used_and_what_is_expected():
     assert summary(*made()) == [
         "budget: 4bits stored (10.2 KB), used: 10,000 of 10,240 bytes, 97.66%",
-        "bits a number: 3.450 stored with factors (8.83 KB), 2.650 without, as LQ-LoRA counts",
+        "bits per element: 3.450 with components (8.83 KB), 2.650 without (as LQ-LoRA counts)",
         "expected error: 0.2000 of the norm of the weights",
         "solver: optimal within the gap, gap 0.00012 (asked 0.0001)",
     ]
     training = summary(*made(count="training", gap=None))
-    assert training[0].startswith("budget: 4bits in memory while the factors train (10.2 KB)")
+    assert training[0].startswith("budget: 4bits in memory while the components are trained (10.2 KB)")
     assert training[-1] == "solver: optimal within the gap"
 
 
@@ -52,8 +52,8 @@ def test_roles_and_choices_are_counted():
     assert "q 2 8,192 5.250 4.0 0.2000" in lines
     assert "down 1 12,288 2.250 0.0 0.2000" in lines
     assert "all 3 20,480 3.450 2.7 0.2000" in lines
-    place = lines.index("nf2-64-fp16 0 2 80.0%")
-    assert lines[place + 1] == "nf4-64-fp16 8 1 20.0%"
+    place = lines.index("nf2-64-fp16 0 2 80.0")
+    assert lines[place + 1] == "nf4-64-fp16 8 1 20.0"
 
 
 def test_it_fits_a_terminal_of_80_columns():

@@ -57,7 +57,7 @@ def train_of(memory, *, placement=Placement(20, "disk", embeddings_on_host=True)
 def test_the_table_has_every_item_the_total_the_limit_and_what_is_left():
     found = rows(shown(memory_table(FITS)))
     assert found["residual codes"] == ["6.500", "", ""]
-    assert found["pages"] == ["", "28.250", ""]
+    assert found["offloaded blocks"] == ["", "28.250", ""]
     assert found["steps"] == ["", "2e-06", ""], "small, and not nothing"
     assert found["total"] == ["6.500", "28.250", "41.000"]
     assert found["limit"] == ["8.000", "64.000", ""]
@@ -67,36 +67,38 @@ def test_the_table_has_every_item_the_total_the_limit_and_what_is_left():
 def test_the_title_says_what_is_too_little():
     assert "qsvd train: fits" in shown(memory_table(FITS))
     assert "generating text: does not fit: too little GPU memory" in " ".join(shown(memory_table(LACKS)).split())
-    assert lack(LACKS) == "generating text lacks 500 MB of GPU memory"
+    assert lack(LACKS) == "generating text needs 500 MB more GPU memory"
 
 
 def test_without_limits_there_is_nothing_left_to_say():
     found = rows(shown(memory_table(MemoryPlan("train", ITEMS, Limits()))))
-    assert found.keys() == {"residual codes", "pages", "base", "steps", "total"}
+    assert found.keys() == {"residual codes", "offloaded blocks", "quantized model", "steps", "total"}
 
 
 def test_what_a_placement_means_is_said():
     text = shown(plan_tables("m", answer_of(train_of(FITS, advice=("--rank 8 fits",)))))
     for line in (
-        "resident blocks: 20 of 80 (25%)",
-        "the others visit the card from the disk",
-        "embeddings are looked up on the host",
-        "longest sequence that fits: 8,192",
+        "blocks that stay on the GPU: 20 of 80 (25%)",
+        "the other blocks are copied to the GPU from disk when needed",
+        "the embeddings stay in CPU memory",
+        "longest sequence that fits (tokens): 8,192",
         "highest rank that fits: none",
-        "estimate: 10 s a step, 410 tokens a second",
-        "to change: --rank 8 fits",
+        "estimated time: 10 s per step, 410 tokens per second",
+        "advice: --rank 8 fits",
         "- One note.",
     ):
         assert line in text
-    assert "checkpoints of activations" not in text
+    assert "activation checkpoints" not in text
 
 
-def test_everything_on_the_card_needs_no_words():
+def test_nothing_is_said_to_be_copied_when_all_blocks_stay():
     text = shown(plan_tables("m", answer_of(train_of(FITS, placement=Placement(80)))))
-    assert "resident blocks: 80 of 80 (100%)" in text
-    assert "visit" not in text
+    assert "blocks that stay on the GPU: 80 of 80 (100%)" in text
+    assert "when needed" not in text
     offloaded = Placement(80, activation_offload=True)
-    assert "wait on the host" in shown(plan_tables("m", answer_of(train_of(FITS, placement=offloaded))))
+    assert "activation checkpoints are kept in CPU memory" in shown(
+        plan_tables("m", answer_of(train_of(FITS, placement=offloaded)))
+    )
 
 
 def test_a_note_is_said_once():
@@ -110,9 +112,9 @@ def test_splitting_has_its_time():
         shown(plan_tables("m", answer_of(None, quantize=QuantizeAnswer(FITS, QuantizeTime(compute, 60, 20)))))
         for compute in (30, 580)
     )
-    assert "estimate: 80 s (computing 30 s, beside it reading 60 s, then writing 20 s" in short
-    assert "estimate: 10 min (computing 580 s" in long
-    assert "assumed and given: 100 TFLOP/s, link 25 GB/s, disk 3 GB/s" in " ".join(long.split())
+    assert "estimated time: 80 s (computing 30 s while reading 60 s, then writing 20 s" in short
+    assert "estimated time: 10 min (computing 580 s" in long
+    assert "assumed and given: 100 TFLOP/s, CPU to GPU 25 GB/s, disk 3 GB/s" in " ".join(long.split())
 
 
 def test_a_cell_is_a_percentage_or_no():
@@ -126,7 +128,7 @@ def test_a_cell_is_a_percentage_or_no():
     assert rows(text)["16"] == ["1,024", "no", "25"]
     assert rows(text)["64"] == ["1,024", "0", "100*"]
     assert "8 GB" in text
-    assert "* with checkpoints of activations on the host" in text
+    assert "*: with activation checkpoints in CPU memory" in text
 
 
 def test_the_document_has_bytes_and_all_that_is_derived():
@@ -154,9 +156,9 @@ def test_the_document_has_bytes_and_all_that_is_derived():
 def test_what_was_planned_stands_first_and_pages_cost_generating_its_time():
     text = shown(plan_tables("m", answer_of(None, serve=ServeAnswer(Placed(Placement(3), LACKS), 0.77))))
     assert text.startswith("m: rank 7\n")
-    assert "estimate: at least 0.77 s a token, for what moves" in text
+    assert "estimated time: at least 0.77 s per token to copy weights" in text
     still = shown(plan_tables("m", answer_of(None, serve=ServeAnswer(Placed(Placement(80), LACKS), 0.0))))
-    assert "a token" not in still
+    assert "per token" not in still
 
 
 def test_without_limits_nothing_is_said_to_fit():

@@ -55,7 +55,7 @@ def test_rank_0_has_no_adapter_to_load_train_or_serve():
     found = blocks(text)
     assert set(found) == {"Load", "Merge", "Serve"}
     assert not any(word in lines for _, lines in found.values() for word in ("peft", "adapter", "lora"))
-    assert "there is no adapter, since the rank is 0" in text
+    assert "It has no adapter, because the rank is 0" in text
 
 
 def test_an_encoder_is_not_served():
@@ -119,7 +119,7 @@ def test_a_folder_with_a_space_or_a_quote_is_still_one_path(folder):
 
 def test_the_opening_names_the_model_the_method_and_the_coverage():
     text = readme(header(), "out", "LlamaForCausalLM")
-    assert text.startswith("# tiny-llama, split by qsvd\n")
-    assert "factors of rank 16; svd first, up to 5 iterations, ending with svd" in text
-    assert "14 weights split, 18,432 of 24,736 elements (74.51 %)" in text
+    assert text.startswith("# tiny-llama, quantized by qsvd\n")
+    assert "components of rank 16; svd first, up to 5 iterations, ending with svd" in text
+    assert "14 layers quantized, 18,432 of 24,736 elements (74.51 %)" in text
     assert text.endswith("\n")

@@ -33,15 +33,15 @@ def test_the_terminal_shows_whole_tables_at_80_columns(samples, header):
     rows = [line.split() for line in text.splitlines()]
     assert ["gate", "560", "131.5", "G", "4.500", "0.08814", "0.1763", "-100.0", "-100.0", "-100.0"] in rows
     assert ["nuclear,", "sum", "2.558e+07", "±", "2.9e+03", "5.116e+07", "±", "5.8e+03", "-100.0"] in rows
-    assert "Worst weights by error of the split (5 of 560)" in text
-    assert re.search(r"^model\.layers\.0\.self_attn\.\[q\]_proj\.weight +128  4\.500 ", text, flags=re.MULTILINE)
+    assert "Layers with the largest error (5 of 560)" in text
+    assert re.search(r"^model\.layers\.0\.self_attn\.\[q\]_proj +128 +4\.500 ", text, flags=re.MULTILINE)
 
 
 def test_a_long_name_folds_and_loses_nothing_on_a_narrow_terminal(samples, header):
     name = "encoder.stages." + "deep." * 20 + "query.weight"
     text = printed(to_terminal(header, [replace(samples.errors[0], name=name)]), width=64)
-    folded = text.split("Worst weights")[1].split("─\n")[1]
-    assert name in "".join(line.split(" ")[0] for line in folded.splitlines())
+    folded = text.split("Layers with the largest error")[1].split("─\n")[1]
+    assert name.removesuffix(".weight") in "".join(line.split(" ")[0] for line in folded.splitlines())
 
 
 def test_the_terminal_holds_the_model_norms_and_the_legend(samples, header):
@@ -51,9 +51,9 @@ def test_the_terminal_holds_the_model_norms_and_the_legend(samples, header):
     )
     expected = [number(before / weight), number(after / weight), number(100 - 100 * after / before)]
     assert ["relative", "Frobenius", *expected] in [line.split() for line in text.splitlines()]
-    assert "NF4 alone: W quantized as it is. split: Q + B A as stored." in " ".join(text.split())
-    assert "Left: layers.*.norm.weight (4 tensors, 64 elements)" in text
-    assert "Worst" not in printed(to_terminal(header, samples.errors, worst_count=0))
+    assert "NF4 alone: W quantized without components. with components: Q + B A as stored." in " ".join(text.split())
+    assert "Not quantized: layers.*.norm.weight (4 tensors, 64 elements)" in text
+    assert "largest error" not in printed(to_terminal(header, samples.errors, worst_count=0))
 
 
 def test_a_worse_split_is_red_unless_no_color_asks_otherwise(samples, header, monkeypatch):

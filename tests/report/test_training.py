@@ -39,14 +39,14 @@ SUMMARY = RunSummary(
 )
 CLASSIFIER = replace(SUMMARY, accuracy_before=0.5, accuracy_after=0.9375)
 EXPECTED = {
-    "base": "some/base",
+    "quantized model": "some/base",
     "method": "pissa, adamw, learning rate 2e-05",
     "trained parameters": "77,824",
     "steps": "1,250",
-    "tokens": "123,456 in 62 s, 2,000 a second",
-    "loss, first and last step": "5.9575, 2.2500",
-    "held-out loss, before and after": "4.5000, 3.2500",
-    "4-bit weights on the device": "3 of 4 blocks, the others on disk",
+    "tokens": "123,456 in 62 s, 2,000 per second",
+    "training loss, first and last step (nats)": "5.9575, 2.2500",
+    "held-out loss, before and after (nats)": "4.5000, 3.2500",
+    "4-bit weights on the CPU": "3 of 4 blocks, the others on disk",
 }
 
 
@@ -61,15 +61,17 @@ def test_rows_have_every_number_and_accuracy_only_of_a_classifier():
     assert dict(rows(CLASSIFIER)) == EXPECTED | {"held-out accuracy, before and after": "50.00%, 93.75%"}
 
 
-def test_nothing_held_out_is_said():
+def test_a_run_without_held_out_examples_says_so():
     nothing = replace(SUMMARY, held_out_before=None, held_out_after=None)
-    assert dict(rows(nothing))["held-out loss, before and after"] == "nothing held out"
+    assert dict(rows(nothing))["held-out loss, before and after (nats)"] == "no held-out examples"
 
 
 def test_the_tables_have_the_rows_and_the_memory_in_megabytes():
     text = shown(training_tables(CLASSIFIER))
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     run, memory = lines[: len(rows(CLASSIFIER))], lines[len(rows(CLASSIFIER)) :]
+    assert "planned (MB)" in text
+    assert "measured (MB)" in text
     assert dict(run) == dict(rows(CLASSIFIER))
     assert memory == [["residual", "4.3", "4.2"], ["peak", "1,200.0", "1,234.6"]]
 
