@@ -65,9 +65,9 @@ class SplitLinear(nn.Module):
 
     @property
     def residual(self) -> PackedBlocks:
-        """Q, in views of the buffers, or of a page that is valid until another one is visited."""
+        """Q, in views of the buffers, or of a page that is valid until another page is asked for."""
         if self.paged is not None:
-            return self.paged.read(turns=self.training)
+            return self.paged.read(backward_follows=self.training)
         shape = (self.out_features, self.in_features)
         parts = {part: self.get_buffer(part) for part in self.codec.parts(shape)}
         return from_bytes(parts, shape, self.codec, self._nested_block)

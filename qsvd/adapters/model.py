@@ -115,8 +115,8 @@ def split_linears(model: nn.Module) -> Iterator[tuple[str, SplitLinear]]:
 
 def moved_bytes(model: nn.Module) -> int:
     """Bytes of pages that were brought to the device so far."""
-    pagers = {id(linear.paged.pager): linear.paged.pager for _, linear in split_linears(model) if linear.paged}
-    return sum(pager.moved_bytes for pager in pagers.values())
+    caches = {id(linear.paged.cache): linear.paged.cache for _, linear in split_linears(model) if linear.paged}
+    return sum(cache.moved_bytes for cache in caches.values())
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

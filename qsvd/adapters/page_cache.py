@@ -1,10 +1,8 @@
-"""Frozen residuals that live in host memory or on disk and visit the device, block by block.
+"""A cache on the GPU for residuals that are kept in CPU memory or on disk, filled block by block.
 
-A page is what plan/pages.py says: the residuals of one block, in one piece. Nobody announces a visit: every linear asks
-for its page when it computes, forward, again in a recomputation, and in the backward pass, and these share one visit
-while they follow each other. The pager sees the order and fetches the next two pages meanwhile: upwards in a forward
-pass, and from the last page down where a backward pass follows. A wrong guess costs time, never a result. Pages are
-only read: nothing goes back.
+A page holds the residuals of one block in one piece (memory/items.py). Every linear layer asks for its page when it
+computes: in the forward pass, in a recomputation, and in the backward pass. The cache sees the order of the requests
+and fetches the next pages meanwhile. A wrong guess costs time and never changes a result. Pages are only read.
 """
 
 from collections.abc import Sequence
@@ -21,60 +19,77 @@ from qsvd.memory.items import Placement, block_of, padded, page_bytes, resident_
 from qsvd.numerics.codec import Codec, PackedBlocks, from_bytes
 
 
-class Pager:
-    """Brings pages to a device. `moved_bytes` counts what it brought."""
+def next_pages(page: int, ascending: bool, count: int, capacity: int, *, backward_follows: bool) -> list[int]:
+    """Return the pages to fetch while `page` computes, the next one first.
+
+    Args:
+        ascending: Whether the pages were last asked for in ascending order.
+        count: How many pages there are.
+        capacity: How many to return at most.
+        backward_follows: Whether a backward pass follows the forward pass.
+    """
+    found: list[int] = []
+    following = page
+    while len(found) < min(capacity, count - 1):
+        # Training goes up to the last page and comes down again. Without a backward pass, the last page is followed by
+        # the first one (the remainder below): the next token, or the next batch.
+        if backward_follows and following == (count - 1 if ascending else 0):
+            ascending = not ascending
+        following = (following + (1 if ascending else -1)) % count
+        if following not in (page, *found):
+            found.append(following)
+    return found
+
+
+class PageCache:
+    """Pages on a device. `moved_bytes` counts the bytes that were copied there."""
 
     def __init__(self, store: Store, device: torch.device):
-        self.store, self.device = store, device
+        self.store = store
         self.moved_bytes = 0
         self._slots = make_slots(store, device)
         self._current: int | None = None
-        self._upwards = True
+        self._ascending = True
 
-    def visit(self, page: int, *, turns: bool) -> Tensor:
-        """The page, uint8 on the device, to compute with before another one is visited.
+    def get(self, page: int, *, backward_follows: bool) -> Tensor:
+        """Return a page, uint8 on the device, valid until another page is asked for.
 
         Args:
-            turns: Whether a backward pass follows, which comes down again from the last page.
+            backward_follows: Whether a backward pass follows, which asks for the pages in descending order.
         """
         if page != self._current:
-            self._move_to(page, turns=turns)
-        return self._slot_of(page).room
+            self._move_to(page, backward_follows=backward_follows)
+        return self._slot_of(page).buffer
 
     @property
     def num_bytes(self) -> int:
-        """Of all places on the device."""
-        return sum(len(slot.room) for slot in self._slots)
+        """Bytes of all buffers on the device."""
+        return sum(len(slot.buffer) for slot in self._slots)
 
-    def __deepcopy__(self, memo: dict) -> "Pager":
-        """Itself: what is frozen is shared."""
+    def __deepcopy__(self, memo: dict) -> "PageCache":
+        """Return itself: frozen residuals are shared."""
         return self
 
-    def _move_to(self, page: int, *, turns: bool) -> None:
+    def _move_to(self, page: int, *, backward_follows: bool) -> None:
         if self._current is not None:
-            self._slot_of(self._current).leave()
-            is_next = abs(page - self._current) == 1
-            self._upwards = page > self._current if is_next else page < self._current  # from the last to the first
-        self._current = None  # until it is there
-        wanted = [page, *self._expected_after(page, turns=turns)]
+            # All work with the old page is queued by now, so that its buffer may be filled again behind that work.
+            self._slot_of(self._current).release()
+            # A neighbour shows the direction. Any other page is a jump to the other end, where the next pass begins in
+            # the direction away from it: from the last page to the first one means that a forward pass begins again.
+            is_neighbour = abs(page - self._current) == 1
+            self._ascending = page > self._current if is_neighbour else page < self._current
+        self._current = None  # until the page has arrived: after an error the next call must fetch it again
+        following = next_pages(
+            page, self._ascending, len(self.store.sizes), len(self._slots) - 1, backward_follows=backward_follows
+        )
+        wanted = [page, *following]
         for number in wanted:
             if all(slot.page != number for slot in self._slots):
-                next(slot for slot in self._slots if slot.page not in wanted).bring(number)
+                # There are as many slots as wanted pages, so that one of them holds none of these and can be filled.
+                next(slot for slot in self._slots if slot.page not in wanted).prefetch(number)
                 self.moved_bytes += self.store.sizes[number]
         self._slot_of(page).wait()
         self._current = page
-
-    def _expected_after(self, page: int, *, turns: bool) -> list[int]:
-        """As many pages as there is place for beside this one."""
-        count, upwards, place = len(self.store.sizes), self._upwards, page
-        found: list[int] = []
-        while len(found) < len(self._slots) - 1:
-            if turns and place == (count - 1 if upwards else 0):
-                upwards = not upwards
-            place = (place + (1 if upwards else -1)) % count
-            if place not in (page, *found):
-                found.append(place)
-        return found
 
     def _slot_of(self, page: int) -> Slot:
         return next(slot for slot in self._slots if slot.page == page)
@@ -89,35 +104,35 @@ class PagedResidual:
         nested_block: Scales that share one absmax; None where scales are not nested.
     """
 
-    pager: Pager
+    cache: PageCache
     page: int
     places: dict[str, tuple[int, int]]
     shape: tuple[int, int]
     codec: Codec
     nested_block: int | None
 
-    def read(self, *, turns: bool) -> PackedBlocks:
-        """Q on the device, in views of the page, to compute with before another page is visited."""
-        page = self.pager.visit(self.page, turns=turns)
+    def read(self, *, backward_follows: bool) -> PackedBlocks:
+        """Return Q on the device, in views of the page, valid until another page is asked for."""
+        page = self.cache.get(self.page, backward_follows=backward_follows)
         parts = {name: page[start : start + size] for name, (start, size) in self.places.items()}
         return from_bytes(parts, self.shape, self.codec, self.nested_block)
 
 
 def open_pages(split: SplitFolder, device: torch.device, placement: Placement) -> dict[str, PagedResidual]:
-    """The residuals of a result that do not stay on the device, by the names of their weights.
+    """Return the residuals of a quantized model that are not resident on the device, by the names of their weights.
 
     Raises:
-        BadInput: there are fewer blocks than are to stay, or the host has too little memory for the others.
+        BadInput: there are fewer blocks than shall be resident, or too little CPU memory for the others.
     """
+    if placement.resident is None:
+        return {}
     blocks: dict[str, list[str]] = {}
     for name, weight in split.weights.items():
         blocks.setdefault(block_of(weight["module"]), []).append(name)
-    if placement.resident is None:
-        return {}
     if not 0 <= placement.resident <= len(blocks):
         raise BadInput(f"{placement.resident} resident blocks are outside 0..{len(blocks)}, those of {split.folder}")
-    stay = resident_blocks(len(blocks), placement.resident)
-    paged = [names for number, names in enumerate(blocks.values()) if number not in stay]
+    resident = resident_blocks(len(blocks), placement.resident)
+    paged = [names for number, names in enumerate(blocks.values()) if number not in resident]
     return _open(split, paged, device, placement) if paged else {}
 
 
@@ -133,29 +148,29 @@ def _open(
     ]
     reader = PageReader(pieces)
     if placement.pages == "host":
-        _check_host(sum(sizes), split)
-        store: Store = HostStore(reader, sizes, pin=device.type == "cuda")
+        _check_memory(sum(sizes), split)
+        store: Store = HostStore(reader, sizes, device)
     else:
         store = DiskStore(reader, sizes)
-    pager = Pager(store, device)
+    cache = PageCache(store, device)
     return {
-        name: PagedResidual(pager, page, places[page][number], one.shape, one.codec, one.nested_block)
+        name: PagedResidual(cache, page, places[page][number], one.shape, one.codec, one.nested_block)
         for page, (names, block) in enumerate(zip(blocks, stored, strict=True))
         for number, (name, one) in enumerate(zip(names, block, strict=True))
     }
 
 
-def _check_host(num_bytes: int, split: SplitFolder) -> None:
+def _check_memory(num_bytes: int, split: SplitFolder) -> None:
     free = free_host_memory()
     if num_bytes > free:
         raise BadInput(
-            f"the pages of {split.folder} take {num_bytes / 1e9:.2f} GB of host memory, and {free / 1e9:.2f} GB are "
-            "free; keep more blocks on the device, or leave the pages on disk"
+            f"the offloaded blocks of {split.folder} take {num_bytes / 1e9:.2f} GB of CPU memory, and "
+            f"{free / 1e9:.2f} GB are free; keep more blocks on the GPU, or leave them on disk"
         )
 
 
 def _places(sizes: Sequence[dict[str, int]]) -> list[dict[str, tuple[int, int]]]:
-    """Offset and bytes of each tensor of each residual of a page, which lie one after the other."""
+    """Return offset and bytes of each tensor of each residual in a page, one after the other."""
     start = 0
     found = []
     for parts in sizes:

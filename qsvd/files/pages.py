@@ -84,7 +84,7 @@ def taken_host_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
-def give_back_at_once() -> None:
+def trim_freed_memory() -> None:
     """Tell glibc to keep no large piece of memory that is free, while a model is made.
 
     By default it raises the size from which it gives pieces back with every piece that is freed, to 32 MB: what models

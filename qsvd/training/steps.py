@@ -102,7 +102,7 @@ def memory_by_item(model: Any, optimizer: Any, peak_bytes: int, libraries: int) 
         libraries: Bytes of the process before the model came, 0 for a GPU.
     """
     linears = [module for _, module in split_linears(model)]
-    pagers = {id(linear.paged.pager): linear.paged.pager for linear in linears if linear.paged is not None}
+    caches = {id(linear.paged.cache): linear.paged.cache for linear in linears if linear.paged is not None}
     packed = {id(buffer) for linear in linears for buffer in linear.buffers(recurse=False)}
     inside = {id(buffer) for linear in linears for buffer in linear.adapter.buffers()}
     buffers = list(model.buffers())
@@ -111,7 +111,7 @@ def memory_by_item(model: Any, optimizer: Any, peak_bytes: int, libraries: int) 
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     states = optimizer.state.values() if optimizer is not None else ()
     items = {
-        "residual": _bytes(b for b in buffers if id(b) in packed) + sum(p.num_bytes for p in pagers.values()),
+        "residual": _bytes(b for b in buffers if id(b) in packed) + sum(cache.num_bytes for cache in caches.values()),
         "frozen components": _bytes(b for b in buffers if id(b) in inside),
         "embeddings, norms, head": _bytes([*frozen, *(b for b in buffers if id(b) not in packed | inside)]),
         "trained parameters": trained,

@@ -16,11 +16,9 @@ from functools import partial
 import pytest
 import torch
 
-from qsvd.adapters import page_buffers as page_slots
-from qsvd.adapters import page_buffers as page_store
-from qsvd.adapters import page_cache as paging
+from qsvd.adapters import page_buffers, page_cache
 from qsvd.adapters.page_buffers import HostSlot, HostStore, PinnedSlot, RingSlot, Store, make_slots
-from qsvd.adapters.page_cache import Pager
+from qsvd.adapters.page_cache import PageCache
 
 COUNT = 7
 BEFORE = 255  # in every byte of a room: of whoever had the memory before
@@ -113,7 +111,7 @@ class Event:
 class Room:
     """Memory of the GPU, of which only a stream's operations see the bytes."""
 
-    device = "the gpu"
+    device = torch.device("cuda", 1)
 
     def __init__(self, gpu, num_bytes):
         self._gpu, self.bytes, self.users = gpu, torch.full((num_bytes,), BEFORE, dtype=torch.uint8), []
@@ -138,8 +136,6 @@ class Room:
 class Numbered(Store):
     """Pages that are their own number, in every byte. `failing` are read in vain, once each."""
 
-    place = "memory"
-
     def __init__(self):
         self.sizes = [16 + number for number in range(COUNT)]
         self.failing = set()
@@ -157,7 +153,7 @@ class Numbered(Store):
 
 @pytest.fixture
 def make(monkeypatch):
-    """A function from a seed and a kind of slot to a pager on a model of a GPU."""
+    """A function from a seed and a kind of slot to a cache on a model of a GPU."""
     reader = ThreadPoolExecutor(1)
 
     def made(seed, kind):
@@ -165,25 +161,25 @@ def make(monkeypatch):
         monkeypatch.setattr(torch.cuda, "Event", gpu.event)
         monkeypatch.setattr(torch.cuda, "stream", gpu.stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: gpu.current)
-        monkeypatch.setattr(page_store, "_is_registered", lambda _: True)
-        monkeypatch.setattr(page_store.Arena, "__del__", lambda _: None)
+        monkeypatch.setattr(page_buffers, "_is_registered", lambda *_: True)
+        monkeypatch.setattr(page_buffers.Arena, "__del__", lambda _: None)
         rooms = [Room(gpu, max(store.sizes)) for _ in range(3)]
         found = []
         gpu.ask(lambda: found.extend(int(b) for room in rooms for b in room.bytes))  # computed before there were pages
         more = (store, gpu.copying, reader) if kind is RingSlot else (store, gpu.copying)
         slots = [kind(room, *more) for room in rooms]
-        monkeypatch.setattr(paging, "make_slots", lambda *_: slots)
-        return gpu, store, Pager(store, torch.device("cuda")), found
+        monkeypatch.setattr(page_cache, "make_slots", lambda *_: slots)
+        return gpu, store, PageCache(store, torch.device("cuda")), found
 
     yield made
     reader.shutdown()
 
 
-def compute(gpu, pager, page, seen, *, turns=True):
+def compute(gpu, cache, page, seen, *, backward_follows=True):
     """Ask for two operations on a page, which note what it holds then."""
     for _ in range(2):
-        room = pager.visit(page, turns=turns)
-        gpu.ask(partial(look, room, pager.store.sizes[page], page, seen))
+        room = cache.get(page, backward_follows=backward_follows)
+        gpu.ask(partial(look, room, cache.store.sizes[page], page, seen))
         gpu.some()
 
 
@@ -199,50 +195,50 @@ def check(seen):
 @pytest.mark.parametrize("kind", [PinnedSlot, RingSlot])
 @pytest.mark.parametrize("seed", range(40))
 def test_every_computation_finds_its_page(make, kind, seed):
-    gpu, _, pager, before = make(seed, kind)
+    gpu, _, cache, before = make(seed, kind)
     seen = []
     for page in [*range(COUNT), *reversed(range(COUNT))] * 3:
-        compute(gpu, pager, page, seen)
+        compute(gpu, cache, page, seen)
     draws = random.Random(seed)
     for _ in range(60):
-        compute(gpu, pager, draws.randrange(COUNT), seen, turns=draws.random() < 0.5)
-    for slot in pager._slots:
+        compute(gpu, cache, draws.randrange(COUNT), seen, backward_follows=draws.random() < 0.5)
+    for slot in cache._slots:
         slot.wait()
     gpu.drain()
     check(seen)
-    assert gpu.copied == pager.moved_bytes
+    assert gpu.copied == cache.moved_bytes
     assert set(before) == {BEFORE}, "a page came while others had the memory"
 
 
 @pytest.mark.parametrize("kind", [PinnedSlot, RingSlot])
 def test_the_next_two_pages_arrive_while_one_computes(make, kind):
-    gpu, _, pager, _ = make(0, kind)
+    gpu, _, cache, _ = make(0, kind)
     gpu.drain()
-    pager.visit(0, turns=True)
+    cache.get(0, backward_follows=True)
     gpu.ask(lambda: pytest.fail("not yet"))
-    for slot in pager._slots:
+    for slot in cache._slots:
         slot.wait()  # until the thread has asked for its copies
     while gpu.step(gpu.copying):
         pass
-    assert sorted(int(slot.room.bytes[0]) for slot in pager._slots) == [0, 1, 2]
+    assert sorted(int(slot.buffer.bytes[0]) for slot in cache._slots) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", [PinnedSlot, RingSlot])
 def test_memory_is_not_given_to_others_while_a_copy_may_be_under_way(make, kind):
-    gpu, _, pager, _ = make(0, kind)
-    assert all(slot.room.users == [gpu.copying] for slot in pager._slots)
+    gpu, _, cache, _ = make(0, kind)
+    assert all(slot.buffer.users == [gpu.copying] for slot in cache._slots)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_page_that_could_not_be_read_is_an_error_when_it_computes_and_is_read_again(make, seed):
-    gpu, store, pager, _ = make(seed, RingSlot)
+    gpu, store, cache, _ = make(seed, RingSlot)
     seen = []
     for page in itertools.chain([0], random.Random(seed).choices(range(COUNT), k=30)):
         store.failing.add(page)
         with contextlib.suppress(OSError):  # it may have been there
-            compute(gpu, pager, page, seen)
+            compute(gpu, cache, page, seen)
         store.failing.clear()
-        compute(gpu, pager, page, seen)
+        compute(gpu, cache, page, seen)
     gpu.drain()
     check(seen)
 
@@ -259,18 +255,18 @@ def test_after_an_error_the_same_page_is_read_again(error):
         real(page, out)
 
     store.read_into = failing
-    pager = Pager(store, torch.device("cpu"))
+    cache = PageCache(store, torch.device("cpu"))
     with pytest.raises(type(error)):
-        pager.visit(0, turns=True)
-    assert pager.visit(0, turns=True)[: store.sizes[0]].eq(0).all()
+        cache.get(0, backward_follows=True)
+    assert cache.get(0, backward_follows=True)[: store.sizes[0]].eq(0).all()
     assert calls.count(0) == 2
 
 
 def test_an_interrupt_while_a_page_is_asked_for_leaves_no_wrong_bytes(monkeypatch):
-    pager = Pager(Numbered(), torch.device("cpu"))
+    cache = PageCache(Numbered(), torch.device("cpu"))
     for page in range(3):
-        pager.visit(page, turns=False)
-    real, held = HostSlot._fetch, {slot.page for slot in pager._slots}
+        cache.get(page, backward_follows=False)
+    real, held = HostSlot._fetch, {slot.page for slot in cache._slots}
 
     def interrupted(slot, page):
         real(slot, page)
@@ -279,28 +275,28 @@ def test_an_interrupt_while_a_page_is_asked_for_leaves_no_wrong_bytes(monkeypatc
     with monkeypatch.context() as broken:
         broken.setattr(HostSlot, "_fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pager.visit(6, turns=False)
-    assert held - {slot.page for slot in pager._slots} == {3}, "whose place was taken"
+            cache.get(6, backward_follows=False)
+    assert held - {slot.page for slot in cache._slots} == {3}, "whose place was taken"
     for page in (3, 6, 0, 1, 2):
-        assert pager.visit(page, turns=False)[: pager.store.sizes[page]].eq(page).all()
+        assert cache.get(page, backward_follows=False)[: cache.store.sizes[page]].eq(page).all()
 
 
 def test_slots_are_of_the_kind_that_the_device_and_the_store_allow(monkeypatch):
     made = []
-    monkeypatch.setattr(page_slots, "give_back_at_once", lambda: made.append("gives back"))
+    monkeypatch.setattr(page_buffers, "trim_freed_memory", lambda: made.append("gives back"))
     slots = make_slots(Numbered(), torch.device("cpu"))
     assert [type(slot) for slot in slots] == [HostSlot] * 3
     assert made == ["gives back"]
-    assert {len(slot.room) for slot in slots} == {16 + COUNT - 1}
+    assert {len(slot.buffer) for slot in slots} == {16 + COUNT - 1}
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
     monkeypatch.setattr(torch, "empty", lambda size, **_: Room(None, size))
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
-    monkeypatch.setattr(page_store.Arena, "__del__", lambda _: None)
+    monkeypatch.setattr(page_buffers.Arena, "__del__", lambda _: None)
     for registered, kind in ((True, PinnedSlot), (False, RingSlot)):
-        monkeypatch.setattr(page_store, "_is_registered", lambda _, answer=registered: answer)
+        monkeypatch.setattr(page_buffers, "_is_registered", lambda *_, answer=registered: answer)
         host = HostStore.__new__(HostStore)
-        host.sizes, host._arena = [8, 9], page_store.Arena(17, pin=True)
+        host.sizes, host._arena = [8, 9], page_buffers.Arena(17, torch.device("cuda"))
         slots = make_slots(host, torch.device("cuda"))
         assert [type(slot) for slot in slots] == [kind] * 2
         assert len({id(slot._stream) for slot in slots}) == 1
@@ -323,12 +319,15 @@ class Driver:
         return 0
 
 
-def arena(monkeypatch, answer, *, pin):
+GPU = torch.device("cuda", 1)  # not the current one
+
+
+def arena(monkeypatch, answer, device):
     """The calls for an arena that was made and dropped, whether it was pinned, and its address."""
     driver = Driver(answer)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: driver.calls.append(("wait",)))
-    made = page_store.Arena(5000, pin=pin)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: driver.calls.append(("wait", device)))
+    made = page_buffers.Arena(5000, device)
     pinned, address = made.pinned, made.bytes.data_ptr()
     assert len(made.bytes) == 5000
     del made
@@ -336,9 +335,9 @@ def arena(monkeypatch, answer, *, pin):
 
 
 def test_pinned_memory_is_let_go_after_the_copies_that_read_it(monkeypatch):
-    calls, pinned, address = arena(monkeypatch, 0, pin=True)
+    calls, pinned, address = arena(monkeypatch, 0, GPU)
     assert pinned
-    assert calls == [("register", address, 5000, 0), ("wait",), ("unregister", address)]
+    assert calls == [("register", address, 5000, 0), ("wait", GPU), ("unregister", address)]
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -353,12 +352,12 @@ def test_where_pinning_is_refused_the_note_of_it_is_cleared(monkeypatch, told):
         return torch.ones(1)
 
     monkeypatch.setattr(torch, "zeros", zeros)
-    calls, pinned, address = arena(monkeypatch, 2, pin=True)
+    calls, pinned, address = arena(monkeypatch, 2, GPU)
     assert not pinned
     assert calls == [("register", address, 5000, 0)]
-    assert kernels == ["cuda"]
+    assert kernels == [GPU]
 
 
 def test_memory_that_is_not_to_be_pinned_asks_cuda_for_nothing(monkeypatch):
-    calls, pinned, _ = arena(monkeypatch, 0, pin=False)
+    calls, pinned, _ = arena(monkeypatch, 0, torch.device("cpu"))
     assert (calls, pinned) == ([], False)

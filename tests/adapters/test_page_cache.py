@@ -1,4 +1,4 @@
-"""Residuals that visit the device: the same bits as residuals that stay, whatever the order of visits."""
+"""Residuals in pages: the same bits as resident ones, whatever the order in which the pages are asked for."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ import qsvd
 from qsvd.adapters import page_cache as paging
 from qsvd.adapters.model import split_linears, trained
 from qsvd.adapters.page_buffers import Arena, HostStore, Store
-from qsvd.adapters.page_cache import Pager
+from qsvd.adapters.page_cache import PageCache, next_pages
 from qsvd.files.pages import PageReader
 from qsvd.files.safetensors import NewTensor, read_header, write_stream
 from qsvd.memory.items import Placement
@@ -25,8 +25,6 @@ SHARES = [(resident, pages) for resident in (0, 3, LAYERS) for pages in ("host",
 
 class CountedStore(Store):
     """Pages that are their own number, in every byte; `read` lists them in the order in which they were asked for."""
-
-    place = "memory"
 
     def __init__(self, count):
         self.sizes = [8 + number for number in range(count)]
@@ -47,8 +45,8 @@ def load(out, resident, pages, method="pissa", **more):
     return qsvd.load(out, options=options, device="cpu", placement=Placement(resident, pages, **more))
 
 
-def pager_of(model):
-    return next(linear.paged.pager for _, linear in split_linears(model) if linear.paged)
+def cache_of(model):
+    return next(linear.paged.cache for _, linear in split_linears(model) if linear.paged)
 
 
 def gradients(model):
@@ -90,21 +88,21 @@ def test_no_more_than_three_pages_are_in_memory(out):
     buffers = {id(linear): sum(b.nbytes for b in linear.buffers()) for _, linear in split_linears(model)}
     held = [linear for _, linear in split_linears(model) if buffers[id(linear)]]
     assert len(held) == 7  # of the one resident block
-    pager = pager_of(model)
-    assert len(pager.store.sizes) == LAYERS - 1
-    assert pager.num_bytes == 3 * max(pager.store.sizes)
+    cache = cache_of(model)
+    assert len(cache.store.sizes) == LAYERS - 1
+    assert cache.num_bytes == 3 * max(cache.store.sizes)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_moves_every_page_twice_but_those_that_are_there_at_the_turns(out, checkpointing):
+def test_a_step_moves_every_page_twice_but_those_that_are_there_where_it_turns_round(out, checkpointing):
     model = load(out, 0, "disk").train()
     if checkpointing:
         model.activation_checkpointing_enable()
-    pager = pager_of(model)
+    cache = cache_of(model)
     for step in range(3):
-        before = pager.moved_bytes
+        before = cache.moved_bytes
         gradients(model)
-        moved = (pager.moved_bytes - before) / pager.store.sizes[0]
+        moved = (cache.moved_bytes - before) / cache.store.sizes[0]
         assert moved == (2 * LAYERS - 3 if step == 0 else 2 * (LAYERS - 3)), step
 
 
@@ -112,52 +110,81 @@ def test_layer_major_moves_the_pages_of_a_step_once_for_all_its_batches(out):
     model = load(out, 0, "disk").train()
     model.micro_batch = 1
     model.activation_checkpointing_enable()
-    pager = pager_of(model)
+    cache = cache_of(model)
     gradients(model)
-    before = pager.moved_bytes
+    before = cache.moved_bytes
     gradients(model)  # two rows, one at a time
-    assert pager.moved_bytes - before == 2 * (LAYERS - 3) * pager.store.sizes[0]
+    assert cache.moved_bytes - before == 2 * (LAYERS - 3) * cache.store.sizes[0]
 
 
 def test_evaluation_begins_again_at_the_first_page(out):
     model = load(out, 0, "disk")
-    pager = pager_of(model)
+    cache = cache_of(model)
     with torch.no_grad():
         for _ in range(2):
             model(input_ids=IDS)
-        before = pager.moved_bytes
+        before = cache.moved_bytes
         model(input_ids=IDS)
-    assert pager.moved_bytes - before == LAYERS * pager.store.sizes[0]
+    assert cache.moved_bytes - before == LAYERS * cache.store.sizes[0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
-def test_any_order_of_visits_finds_the_right_bytes(count):
+def test_in_any_order_the_bytes_are_the_right_ones(count):
     store = CountedStore(count)
-    pager = Pager(store, CPU)
+    cache = PageCache(store, CPU)
     draws = random.Random(count)
     for _ in range(300):
-        page, turns = draws.randrange(count), draws.random() < 0.5
+        page, backward_follows = draws.randrange(count), draws.random() < 0.5
         for _ in range(draws.randint(1, 3)):
-            found = pager.visit(page, turns=turns)
+            found = cache.get(page, backward_follows=backward_follows)
             assert found[: store.sizes[page]].eq(page).all()
-    assert pager.num_bytes == min(3, count) * max(store.sizes)
+    assert cache.num_bytes == min(3, count) * max(store.sizes)
 
 
-@pytest.mark.parametrize("turns", [True, False])
-def test_what_comes_next_is_fetched_before_it_is_asked_for(turns):
+@pytest.mark.parametrize(
+    ("page", "ascending", "backward_follows", "expected"),
+    [
+        (2, True, True, [3, 4]),
+        (2, False, True, [1, 0]),
+        (4, True, True, [5, 3]),  # the last page computes forward and backward, and is there
+        (5, True, True, [4, 3]),
+        (1, False, True, [0, 2]),
+        (0, False, True, [1, 2]),
+        (4, True, False, [5, 0]),
+        (5, True, False, [0, 1]),
+        (0, True, False, [1, 2]),
+    ],
+)
+def test_the_next_pages_go_on_and_turn_round_only_where_a_backward_pass_follows(
+    page, ascending, backward_follows, expected
+):
+    assert next_pages(page, ascending, 6, 2, backward_follows=backward_follows) == expected
+
+
+@pytest.mark.parametrize("backward_follows", [True, False])
+@pytest.mark.parametrize("count", range(1, 6))
+def test_the_next_pages_are_others_and_no_more_than_there_are(count, backward_follows):
+    for page, ascending, capacity in itertools.product(range(count), (True, False), range(8)):
+        found = next_pages(page, ascending, count, capacity, backward_follows=backward_follows)
+        assert len(set(found) - {page}) == len(found) == min(capacity, count - 1)
+        assert set(found) <= set(range(count))
+
+
+@pytest.mark.parametrize("backward_follows", [True, False])
+def test_what_comes_next_is_fetched_before_it_is_asked_for(backward_follows):
     store = CountedStore(6)
-    pager = Pager(store, CPU)
+    cache = PageCache(store, CPU)
     upwards, downwards = range(6), range(5, -1, -1)
-    for page in itertools.chain(upwards, downwards if turns else upwards, upwards):
-        held = {slot.page for slot in pager._slots}
+    for page in itertools.chain(upwards, downwards if backward_follows else upwards, upwards):
+        held = {slot.page for slot in cache._slots}
         assert page in held or not store.read, "the first page alone is waited for"
-        pager.visit(page, turns=turns)
+        cache.get(page, backward_follows=backward_follows)
 
 
 def test_a_reference_model_shares_the_pages(out):
     model = load(out, 0, "host")
     reference = model.reference()
-    assert pager_of(reference) is pager_of(model)
+    assert cache_of(reference) is cache_of(model)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         assert_equal([reference(input_ids=IDS).logits, copied(input_ids=IDS).logits], [model(input_ids=IDS).logits] * 2)
@@ -186,7 +213,7 @@ def test_a_shard_that_is_cut_off_meanwhile_is_an_error_that_names_it(tmp_path):
 def test_an_arena_that_the_host_cannot_hold_is_refused_before_it_is_filled(out, monkeypatch):
     monkeypatch.setattr(paging, "free_host_memory", lambda: 1000)
     monkeypatch.setattr(PageReader, "read_into", None)
-    with pytest.raises(ValueError, match=r"take 0.00 GB of host memory, and 0.00 GB are free; keep more blocks"):
+    with pytest.raises(ValueError, match=r"take 0.00 GB of CPU memory, and 0.00 GB are free; keep more blocks"):
         load(out, 0, "host")
 
 
@@ -195,7 +222,7 @@ def test_tensors_lie_in_a_page_one_after_the_other_each_at_a_multiple_of_256_byt
     for _, linear in split_linears(load(out, 1, "disk")):
         if linear.paged:
             pages.setdefault(linear.paged.page, []).extend(linear.paged.places.values())
-            size = linear.paged.pager.store.sizes[linear.paged.page]
+            size = linear.paged.cache.store.sizes[linear.paged.page]
             assert max(start + num_bytes for start, num_bytes in linear.paged.places.values()) <= size
     assert len(pages) == LAYERS - 1
     for places in pages.values():
@@ -211,14 +238,14 @@ def test_more_blocks_than_there_are_cannot_stay(out):
 
 def test_an_arena_of_more_than_all_memory_is_refused():
     with pytest.raises(MemoryError, match="in one piece"):
-        Arena(2**53, pin=False)
+        Arena(2**53, CPU)
 
 
 def test_the_arena_holds_the_pages_one_after_the_other(tmp_path):
     values = torch.arange(100, dtype=torch.uint8)
     write_stream(tmp_path / "x.safetensors", [NewTensor("x", "U8", (100,), values)], {})
     entry = read_header(tmp_path / "x.safetensors").tensors["x"]
-    store = HostStore(PageReader([{0: b"ab", 2: entry}, {5: b"c"}]), [102, 6], pin=False)
+    store = HostStore(PageReader([{0: b"ab", 2: entry}, {5: b"c"}]), [102, 6], CPU)
     assert bytes(store.view(0).numpy()) == b"ab" + bytes(range(100))
     assert bytes(store.view(1).numpy())[5:] == b"c"
     assert not store.pinned

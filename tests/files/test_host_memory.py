@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from qsvd.files import pages as host_memory
-from qsvd.files.pages import free_host_memory, give_back_at_once, keep_for_reuse
+from qsvd.files.pages import free_host_memory, keep_for_reuse, trim_freed_memory
 
 AVAILABLE = 10**12
 NO_LIMIT_V1 = "9223372036854771712"  # what version 1 writes where there is none
@@ -91,10 +91,10 @@ def test_memory_goes_back_from_a_megabyte_on(monkeypatch):
     asked = []
     library = SimpleNamespace(mallopt=lambda *choice: asked.append(choice))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library if name is None else None)
-    give_back_at_once()
+    trim_freed_memory()
     assert sorted(asked) == [(-3, 2**20), (-1, 2**20)]  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())  # musl and macOS have none
-    give_back_at_once()
+    trim_freed_memory()
 
 
 @pytest.mark.parametrize(("free", "asked"), [(2**30, [(-3, 2**25), (-1, 2**26)]), (2**30 - 1, [])])
@@ -110,5 +110,5 @@ def test_free_memory_is_kept_for_reuse_where_there_is_plenty(monkeypatch, free, 
 def test_what_the_user_has_told_malloc_stands(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=pytest.fail))
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
-    give_back_at_once()
+    trim_freed_memory()
     keep_for_reuse()

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qsvd
-from qsvd.adapters import page_buffers as page_store
+from qsvd.adapters import page_buffers
 from qsvd.adapters.model import split_linears, trained
 from qsvd.adapters.page_buffers import PinnedSlot, RingSlot
 from qsvd.memory.items import Placement
@@ -38,7 +38,7 @@ def load(out, placement, method="pissa"):
 
 
 def slots_of(model):
-    return next(linear.paged.pager for _, linear in split_linears(model) if linear.paged)._slots
+    return next(linear.paged.cache for _, linear in split_linears(model) if linear.paged)._slots
 
 
 def steps(model, *, checkpointing):
@@ -74,8 +74,8 @@ def test_streamed_training_is_resident_training_to_the_bit(out, resident, pages,
 
 
 def test_where_memory_cannot_be_pinned_a_ring_brings_the_same_bits(out, monkeypatch):
-    real = page_store._is_registered
-    monkeypatch.setattr(page_store, "_is_registered", lambda memory: len(memory) < 2 * 10**6 and real(memory))
+    real = page_buffers._is_registered
+    monkeypatch.setattr(page_buffers, "_is_registered", lambda cpu, gpu: len(cpu) < 2 * 10**6 and real(cpu, gpu))
     expected = steps(load(out, Placement()), checkpointing=True)
     model = load(out, Placement(0, "host"))
     assert all(isinstance(slot, RingSlot) for slot in slots_of(model))
@@ -84,7 +84,7 @@ def test_where_memory_cannot_be_pinned_a_ring_brings_the_same_bits(out, monkeypa
 
 def test_memory_that_cuda_refuses_leaves_no_error_behind():
     refused = torch.empty(64, dtype=torch.uint8, device="cuda")  # memory of the device cannot be registered
-    assert not page_store._is_registered(refused)
+    assert not page_buffers._is_registered(refused, refused.device)
     assert torch.ones(3, device="cuda").sum().item() == 3
 
 
@@ -97,10 +97,10 @@ def test_only_the_places_of_pages_are_on_the_device(out):
     gc.collect()
     before = torch.cuda.memory_allocated()
     paged = load(out, Placement(0, "host"))
-    pager = next(linear.paged.pager for _, linear in split_linears(paged) if linear.paged)
+    cache = next(linear.paged.cache for _, linear in split_linears(paged) if linear.paged)
     less = all_of_it - (torch.cuda.memory_allocated() - before)
-    residuals = sum(pager.store.sizes)
-    assert less == pytest.approx(residuals - pager.num_bytes, rel=0.05)
+    residuals = sum(cache.store.sizes)
+    assert less == pytest.approx(residuals - cache.num_bytes, rel=0.05)
 
 
 def test_embeddings_on_the_host_train_to_the_same_bits(out):
@@ -115,7 +115,7 @@ def test_a_model_that_goes_while_pages_arrive_leaves_memory_to_others_only_then(
         model = load(out, Placement(0, "host"))
         with torch.no_grad():
             model(input_ids=IDS.cuda())
-        sizes = [len(slot.room) for slot in slots_of(model)]
+        sizes = [len(slot.buffer) for slot in slots_of(model)]
         del model
         gc.collect()
         others = [torch.full((size,), 3, dtype=torch.uint8, device="cuda") for size in sizes]

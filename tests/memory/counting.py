@@ -77,10 +77,10 @@ def count(model, optimizer):
         "embeddings": [embeddings],
         "output head": [] if head is embeddings else [head],
     }
-    pager = next((linear.paged.pager for _, linear in split_linears(model) if linear.paged), None)
-    groups["page slots"] = [] if pager is None else [slot.room for slot in pager._slots]
-    in_memory = pager is not None and isinstance(pager.store, HostStore)
-    groups["pages"] = [pager.store.view(page) for page in range(len(pager.store.sizes))] if in_memory else []
+    cache = next((linear.paged.cache for _, linear in split_linears(model) if linear.paged), None)
+    groups["page slots"] = [] if cache is None else [slot.buffer for slot in cache._slots]
+    in_memory = cache is not None and isinstance(cache.store, HostStore)
+    groups["pages"] = [cache.store.view(page) for page in range(len(cache.store.sizes))] if in_memory else []
     taken = {id(t) for group in groups.values() for t in group}
     groups["norms and the rest"] = [t for _, t in named if id(t) not in taken]
     groups["gradients"] = [p.grad for p in model.parameters() if p.grad is not None]

@@ -6,7 +6,7 @@ import torch
 from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.page_buffers import DiskStore
-from qsvd.adapters.page_cache import PagedResidual, Pager
+from qsvd.adapters.page_cache import PageCache, PagedResidual
 from qsvd.files.pages import PageReader
 from qsvd.memory.items import padded
 from qsvd.numerics.normal_float import Nesting, NormalFloat
@@ -38,9 +38,9 @@ def paged_residuals(packed):
             start += padded(size)
         pages.append((page, start))
         places.append(place)
-    pager = Pager(DiskStore(PageReader([page for page, _ in pages]), [size for _, size in pages]), CPU)
+    cache = PageCache(DiskStore(PageReader([page for page, _ in pages]), [size for _, size in pages]), CPU)
     return [
-        PagedResidual(pager, number, place, one.shape, one.codec, one.nested_block)
+        PagedResidual(cache, number, place, one.shape, one.codec, one.nested_block)
         for number, (place, one) in enumerate(zip(places, packed, strict=True))
     ]
 
@@ -50,7 +50,7 @@ def test_a_residual_in_a_page_is_the_residual(codec):
     packed = packed_residuals(codec)
     paged = paged_residuals(packed)
     for number in (0, 1, 2, 3, 2, 0, 3, 1):
-        found = paged[number].read(turns=False)
+        found = paged[number].read(backward_follows=False)
         assert torch.equal(found.decode(), packed[number].decode())
         assert found.num_bytes == packed[number].num_bytes
 
