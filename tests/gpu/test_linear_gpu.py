@@ -102,10 +102,12 @@ def test_the_residual_is_untouched_by_the_move_and_by_training(shape, double_qua
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_decode_to_half_precision_rounds_once_as_on_the_cpu(shape, dtype):
+def test_decode_to_half_precision_rounds_the_float32_numbers_once(shape, dtype):
+    """By torch: where a CPU has no AVX-512, bitsandbytes' own float16 rounds ties up (5 of shape 172 x 320)."""
     packed = packed_residual(shape)
-    on_gpu = packed.to(torch.device("cuda"))
-    assert torch.equal(on_gpu.decode(dtype=dtype).cpu(), packed.decode(dtype=dtype))
+    found, expected = packed.to(torch.device("cuda")).decode(dtype=dtype).cpu(), packed.decode().to(dtype)
+    other = found != expected
+    assert not other.any(), (found[other], expected[other], packed.decode()[other])
 
 
 @pytest.mark.parametrize("has_gain", [False, True])

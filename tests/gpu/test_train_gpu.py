@@ -1,6 +1,7 @@
 """Training on a GPU: every optimizer, paged state, bfloat16 and the peak of memory."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of the libraries, which on a GPU are not ours to silence
 ]
 
+# At 3e-3 QPiSSA's 20 steps end above the start (4.237 to 4.260 nats, in float32 on a CPU too), at 1e-3 below (4.204).
+RATES = {"pissa": 1e-3, "lora": 3e-3, "edora": 3e-3}
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
@@ -34,14 +37,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(base: Path, data: Path, out: Path, **changed: object) -> Train:
-    chosen = {"batch_size": 4, "accumulate": 2, "max_length": 128, "steps": 20, "learning_rate": 3e-3} | changed
+    chosen = {
+        "batch_size": 4,
+        "accumulate": 2,
+        "max_length": 128,
+        "steps": 20,
+        "learning_rate": RATES["pissa"],
+    } | changed
     return Train(base=base, data=str(data), out=out, save_every=5, device="cuda", **chosen)  # pyright: ignore
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", ["pissa", "lora", "edora"])
-def test_the_held_out_loss_falls(base: Path, data: Path, tmp_path: Path, optimizer: str, method: str) -> None:
-    run = train(options(base, data, tmp_path / "RUN", optimizer=optimizer, method=method))
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("pissa", "paged_adamw_8bit"), ("pissa", "adamw_8bit"), ("lora", "adamw"), ("edora", "paged_adamw_32bit")],
+)
+def test_the_held_out_loss_falls(base: Path, data: Path, tmp_path: Path, method: str, optimizer: str) -> None:
+    run = train(options(base, data, tmp_path / "RUN", optimizer=optimizer, method=method, learning_rate=RATES[method]))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["held_out_after"] < summary["held_out_before"]
     assert summary["memory"]["peak"] < 4e9
@@ -51,12 +62,9 @@ def test_the_held_out_loss_falls(base: Path, data: Path, tmp_path: Path, optimiz
 def test_a_resumed_run_goes_on_from_its_checkpoint(base: Path, data: Path, tmp_path: Path, optimizer: str) -> None:
     """Sums on a GPU have no fixed order, so that losses are compared and not bytes."""
     whole = train(options(base, data, tmp_path / "whole", optimizer=optimizer))
-    parts = train(options(base, data, tmp_path / "parts", optimizer=optimizer))
+    parts = shutil.copytree(whole, tmp_path / "parts")
     (parts / "summary.json").unlink()
-    for name in ("checkpoint-20",):  # as if it had been killed after step 15
-        for file in (parts / name).iterdir():
-            file.unlink()
-        (parts / name).rmdir()
+    shutil.rmtree(parts / "checkpoint-20")  # as if it had been killed after step 15
     train(options(base, data, tmp_path / "parts", optimizer=optimizer, resume=True))
     found, wanted = (
         [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()] for run in (parts, whole)

@@ -39,15 +39,11 @@ def assert_resumes(options, tmp_path, monkeypatch, *stops):
     return stopped
 
 
-def test_forty_steps_are_seventeen_and_the_rest(language, texts, tmp_path, monkeypatch):
-    options = training(language, texts, tmp_path, steps=40, optimizer="adamw_8bit", save_every=10)
-    assert_resumes(options, tmp_path, monkeypatch, 17)
-
-
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_goes_on_as_if_nothing_had_happened(language, texts, tmp_path, monkeypatch, optimizer, packing):
-    options = training(language, texts, tmp_path, steps=5, optimizer=optimizer, packing=packing, max_length=48)
+@pytest.mark.parametrize(("number", "optimizer"), list(enumerate(OPTIMIZERS)))
+def test_every_optimizer_goes_on_as_if_nothing_had_happened(language, texts, tmp_path, monkeypatch, number, optimizer):
+    """Every second one with packed rows, and with checkpoints before and after the stop."""
+    changes = {"packing": True, "save_every": 1} if number % 2 else {}
+    options = training(language, texts, tmp_path, steps=5, optimizer=optimizer, max_length=48, **changes)
     stopped = assert_resumes(options, tmp_path, monkeypatch, 2)
     state = torch.load(stopped / "checkpoint-5" / "optimizer.pt", weights_only=True)["state"]
     moments = [tensor for tensor in tensors_in(state) if tensor.numel() >= LEAST_8_BIT]
@@ -64,21 +60,23 @@ def tensors_in(state):
             yield value
 
 
-@pytest.mark.parametrize("method", ["lora", "edora"])
-def test_every_method_goes_on_as_if_nothing_had_happened(language, texts, tmp_path, monkeypatch, method):
-    assert_resumes(training(language, texts, tmp_path, steps=6, method=method, rank=8), tmp_path, monkeypatch, 2)
-
-
-@pytest.mark.parametrize("method", ["pissa", "lora"])
-def test_dropout_is_drawn_as_in_a_run_without_a_stop(classifier, tmp_path, monkeypatch, method):
+def test_dropout_is_drawn_as_in_a_run_without_a_stop(classifier, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "labelled.jsonl", labelled_rows())
-    options = training(classifier, data, tmp_path, steps=6, method=method, held_out=0.2, learning_rate=1e-3)
+    options = training(classifier, data, tmp_path, steps=6, method="lora", held_out=0.2, learning_rate=1e-3)
     assert_resumes(options, tmp_path, monkeypatch, 2)
 
 
-@pytest.mark.parametrize("stops", [(EPOCH,), (EPOCH - 1, EPOCH + 1), (1, 2)], ids=str)
-def test_stops_at_the_end_of_an_epoch_around_it_and_at_once(language, texts, tmp_path, monkeypatch, stops):
-    assert_resumes(training(language, texts, tmp_path, steps=2 * EPOCH), tmp_path, monkeypatch, *stops)
+@pytest.mark.parametrize(
+    ("changes", "stops"),
+    [
+        ({"method": "lora", "rank": 8}, (EPOCH,)),
+        ({"method": "pissa"}, (EPOCH - 1, EPOCH + 1)),
+        ({"method": "edora", "rank": 8}, (1, 2)),
+    ],
+    ids=str,
+)
+def test_stops_at_the_end_of_an_epoch_around_it_and_at_once(language, texts, tmp_path, monkeypatch, changes, stops):
+    assert_resumes(training(language, texts, tmp_path, steps=EPOCH + 2, **changes), tmp_path, monkeypatch, *stops)
 
 
 def test_a_run_that_died_after_its_last_checkpoint_makes_its_summary(language, texts, tmp_path):
@@ -92,20 +90,11 @@ def test_a_run_that_died_after_its_last_checkpoint_makes_its_summary(language, t
     assert {path.name for path in options.out.iterdir()} == names
 
 
-def damaged_run(options, tmp_path, damage):
-    """What a run of three steps ends in when it was killed after the second one, with some damage done."""
-    before = outcome(train(options))
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    for name in ("run.json", "start.json", "steps.jsonl"):
-        shutil.copyfile(options.out / name, kept / name)
-    for number in (1, 2):
-        shutil.copytree(options.out / f"checkpoint-{number}", kept / f"checkpoint-{number}")
-    damage(kept)
-    shutil.rmtree(options.out)
-    kept.rename(options.out)
-    assert run([*words(options), "--resume"]) == 0
-    assert outcome(options.out) == before
+@pytest.fixture(scope="module")
+def undisturbed(language, texts, tmp_path_factory):
+    """A run of three steps, each saved."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    return train(training(language, texts, out, steps=3, save_every=1, keep=3))
 
 
 def without(part):
@@ -137,12 +126,21 @@ def nothing_saved(folder):
     [without("optimizer.pt"), without("qsvd_adapter.json"), unfinished, torn, untold, nothing_saved],
     ids=["no optimizer", "no record", "unfinished", "torn line", "no line", "no checkpoint"],
 )
-def test_what_a_kill_leaves_behind_is_passed_over(language, texts, tmp_path, damage):
-    damaged_run(training(language, texts, tmp_path / "run", steps=3, save_every=1, keep=3), tmp_path, damage)
+def test_what_a_kill_leaves_behind_is_passed_over(language, texts, undisturbed, tmp_path, damage):
+    """The run was killed after its second step, and some damage was done."""
+    options = training(language, texts, tmp_path / "run", steps=3, save_every=1, keep=3)
+    options.out.mkdir()
+    for name in ("run.json", "start.json", "steps.jsonl"):
+        shutil.copyfile(undisturbed / name, options.out / name)
+    for number in (1, 2):
+        shutil.copytree(undisturbed / f"checkpoint-{number}", options.out / f"checkpoint-{number}")
+    damage(options.out)
+    assert run([*words(options), "--resume"]) == 0
+    assert outcome(options.out) == outcome(undisturbed)
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_in_another_one(language, texts, tmp_path):
+def test_a_killed_process_goes_on_in_another_one(language, texts, tmp_path, capsys):
     options = training(language, texts, tmp_path / "run", steps=20, save_every=3)
     line = words(options)
     process = start(*line, cwd=tmp_path)
@@ -150,10 +148,10 @@ def test_a_killed_process_goes_on_in_another_one(language, texts, tmp_path):
     process.kill()
     assert finished(process)[0] == -signal.SIGKILL
     assert 0 < len(steps_of(options.out)) < 20
-    code, out, err = finished(start(*line, "--resume", cwd=tmp_path))
-    assert code == 0, err
-    assert out.endswith(f"\n{options.out}\n")
-    assert "step 20/20, loss " in err
+    assert run([*line, "--resume"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.endswith(f"\n{options.out}\n")
+    assert "step 20/20, loss " in shown.err
     alone = training(language, texts, tmp_path / "alone", steps=20, save_every=3)
     assert outcome(train(alone)) == outcome(options.out)
 
