@@ -1,4 +1,4 @@
-"""A model whose tensors are drawn when they are asked for, and what can be written from it without ever holding it."""
+"""A random model whose tensors are drawn when they are needed, and how it is written without holding it in memory."""
 
 import copy
 import hashlib
@@ -35,7 +35,7 @@ from qsvd.prepare.quantize import Job, check_disk, prepare
 
 BLOCK = re.compile(r"(.*?\.\d+)\.")  # "model.layers.7" of a tensor's name
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DRAW = 1  # raised with every change of what is drawn from a seed
+DRAW = 1  # raised with every change of the values that a seed gives
 
 SHAPES: dict[str, Mapping[str, int]] = {
     "llama": {"layers": 24, "hidden": 2560, "ffn": 6912, "heads": 20, "kv_heads": 20, "vocab": 32000},
@@ -63,14 +63,14 @@ class DrawnCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A drawn checkpoint, and the names of its tensors as they go into shards."""
+    """A random checkpoint, and the names of its tensors by shard."""
 
     source: Checkpoint
     shards: tuple[tuple[str, ...], ...]
 
 
 def llama_config(shape: Mapping[str, int]) -> PreTrainedConfig:
-    """A Llama 3 of this shape: keys as in SHAPES, head not tied to the embedding.
+    """Return the config of a Llama 3 of this shape: keys as in SHAPES, head not tied to the embedding.
 
     Raises:
         ValueError: a size is below 1, or transformers refuses the shape.
@@ -99,20 +99,20 @@ def llama_config(shape: Mapping[str, int]) -> PreTrainedConfig:
 def random_model(
     name: str, config: PreTrainedConfig, seed: int, device: torch.device, *, layers_per_shard: int, files: Path | None
 ) -> RandomModel:
-    """A model of this config whose tensors are drawn on `device`, in the config's dtype, or else bfloat16.
+    """Return a model of this config whose tensors are drawn on `device`, in the dtype of the config, or bfloat16.
 
     Args:
-        name: What reports call it.
-        layers_per_shard: Blocks in one shard; what comes before and after them has shards of its own.
-        files: Folder of a tokenizer that goes with the model.
+        name: The name of the model in reports.
+        layers_per_shard: Blocks in one shard; tensors before and after the blocks have their own shards.
+        files: Folder of a tokenizer to copy.
 
     Raises:
-        ValueError: qsvd cannot split a model of this config, layers_per_shard is below 1, or `files` is no folder.
+        ValueError: qsvd cannot split a model of this config, layers_per_shard is below 1, or `files` is not a folder.
     """
     if layers_per_shard < 1:
         raise ValueError(f"--layers-per-shard {layers_per_shard} is below 1")
     if files is not None and not files.is_dir():
-        raise ValueError(f"--tokenizer {files} is no folder")
+        raise ValueError(f"--tokenizer {files} is not a folder")
     config = copy.deepcopy(config)
     dtype = config.dtype = config.dtype if config.dtype in DTYPES else torch.bfloat16
     plan = plan_model(config)
@@ -141,7 +141,7 @@ def random_model(
 
 
 def write_16_bit(model: RandomModel, out: Path) -> None:
-    """A checkpoint in shards, one tensor in memory at a time.
+    """Write a 16-bit model in shards, one tensor in memory at a time.
 
     Raises:
         ValueError: `out` exists.
@@ -166,16 +166,16 @@ def write_16_bit(model: RandomModel, out: Path) -> None:
 
 
 def write_split(model: RandomModel, options: Quantize) -> None:
-    """A result as `qsvd quantize` writes it, whose residuals and factors are drawn: no weight, and so no error.
+    """Write a quantized model with random residuals and components. It has no errors, because no weight is split.
 
-    Stopped, the same call goes on where it was.
+    The same call continues after a stop.
 
     Args:
-        options: Those of the loop have no meaning here; the seed is that of the draw.
+        options: The options of the loop have no effect; the seed is that of the draw.
 
     Raises:
-        ValueError: an option is not usable, or the folder holds something else.
-        DoesNotFit: the result does not fit on the disk.
+        ValueError: an option cannot be used, or the folder holds something else.
+        DoesNotFit: the files do not fit on the disk.
     """
     job = prepare(options, model.source)
     job = replace(
@@ -197,9 +197,9 @@ def write_split(model: RandomModel, options: Quantize) -> None:
 
 
 def _residual(job: Job, folder: OutputFolder, number: int) -> Iterator[NewTensor]:
-    """The tensors of one residual: all but the codes are small and drawn now, the codes when they are written.
+    """Yield the tensors of one residual. The small ones are drawn now, the codes when they are written.
 
-    The factors are kept then too, since their file holds the digest of the residual.
+    The components are saved with the codes, because their file holds the digest of the residual.
     """
     source, spec = job.source, job.source.plan.weights[number]
     codec, rank = job.recipes[spec.module].codec, job.recipes[spec.module].rank
@@ -229,7 +229,7 @@ def _residual(job: Job, folder: OutputFolder, number: int) -> Iterator[NewTensor
 def _drawn(
     name: str, shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype, *, is_split: bool
 ) -> Tensor:
-    """One tensor of the model: a bias is 0, a norm 1."""
+    """Return one tensor of the model: a bias is 0, a norm 1."""
     if len(shape) < 2:
         return torch.full(shape, float(not name.endswith("bias")), dtype=dtype, device=device)
     generator = generator_of(seed, name, device)
@@ -239,7 +239,7 @@ def _drawn(
 
 
 def _shards(names: Sequence[str], layers_per_shard: int) -> tuple[tuple[str, ...], ...]:
-    """Names in groups: runs outside the blocks, and so many blocks together; in a group as they lie in a file."""
+    """Return the names by shard: tensors outside the blocks, and `layers_per_shard` blocks together; sorted."""
 
     def block_of(name: str) -> str:
         found = BLOCK.match(name)

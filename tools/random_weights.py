@@ -1,9 +1,9 @@
-"""Random tensors that look like those of a trained language model, at a few nanoseconds an element.
+"""Draw random tensors like those of a trained language model, in a few nanoseconds per element.
 
-A weight has a few hundred singular values that fall as a power law over noise, heavy-tailed entries and some outlier
-columns. A split has codes and scales as NF4 of Gaussian noise has them, and factors that fall by the same law. Every
-draw depends on the seed, the tensor's name and the kind of device alone, so that the order of the tensors does not
-matter; a CPU and a GPU draw different numbers.
+A weight has a few hundred singular values above the noise that decrease by a power law, heavy-tailed entries and some
+outlier columns. A split has the codes and scales that NF4 has of Gaussian noise, and factors that decrease by the same
+law. Every draw depends only on the seed, the tensor's name and the kind of device, not on the order of the tensors. A
+CPU and a GPU draw different numbers.
 
 Shape suffixes: O = out features, I = in features, R = rank, B = blocks, N = elements.
 """
@@ -21,17 +21,17 @@ from qsvd.numerics.nf4 import NormalFloat4, nest
 STD = 0.02  # of a weight's noise, and of an embedding
 COMPONENTS = 256  # singular values above the noise, or a quarter of the shorter side
 TOP = 4.0  # the largest of them, over the largest that the noise alone has
-POWER = 0.6  # they fall as 1 / number ** POWER
+POWER = 0.6  # they decrease as 1 / number ** POWER
 FREEDOM = 8  # degrees of freedom of Student's t, whose excess kurtosis is then 1.5
 OUTLIERS = 6  # columns that are larger than the others
 OUTLIER_GAIN = 5.0
 TABLE = 1 << 16  # values that every draw picks from
 RUN_CPU, RUN_GPU = 1 << 18, 1 << 24  # elements drawn at a time: what stays in cache, what fills a GPU
-RUNS_IN_BAND = 4  # of a weight, since the product of the factors likes more rows
+RUNS_IN_BAND = 4  # of a weight; the product of the factors is faster with more rows
 
 
 def draw_weight(shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """A weight [O, I] with the spectrum, the tails and the columns of a trained one."""
+    """Return a weight [O, I] with the spectrum, the tails and the outlier columns of a trained one."""
     (rows, columns), device = shape, generator.device
     up_OR, down_RI = draw_factors(shape, min(COMPONENTS, max(1, min(shape) // 4)), generator)
     outliers = torch.randperm(columns, generator=generator, device=device)[: min(OUTLIERS, max(1, columns // 8))]
@@ -49,7 +49,7 @@ def draw_weight(shape: tuple[int, int], generator: torch.Generator, dtype: torch
 
 
 def draw_gaussian(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Gaussian values of deviation STD: an embedding, a head, a kernel of a convolution."""
+    """Return Gaussian values of deviation STD: an embedding, a head, a convolution kernel."""
     values_N = torch.empty(math.prod(shape), dtype=dtype, device=generator.device)
     scratch_N = torch.empty(min(len(values_N), _run(generator.device)), device=generator.device)
     for run_N in values_N.split(_run(generator.device)):
@@ -60,14 +60,14 @@ def draw_gaussian(shape: tuple[int, ...], generator: torch.Generator, dtype: tor
 
 
 def draw_codes(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """The codes of an NF4 of Gaussian noise [O, I], uint8 [ceil(O * I / 2)], as often as real ones occur."""
+    """Return codes with the frequencies of NF4 of Gaussian noise [O, I], uint8 [ceil(O * I / 2)]."""
     codes = torch.empty(math.ceil(math.prod(shape) / 2), dtype=torch.uint8, device=generator.device)
     _pick_into(codes, "codes", generator)
     return codes
 
 
 def draw_scales(shape: tuple[int, int], codec: NormalFloat4, generator: torch.Generator) -> Tensor | NestedScales:
-    """The scales that go with `draw_codes`: maxima of blocks of noise of deviation STD, quantized as the codec does."""
+    """Return scales for `draw_codes`: maxima of blocks of noise of deviation STD, quantized as by the codec."""
     scales_B = torch.empty(math.ceil(math.prod(shape) / codec.block_size), device=generator.device)
     _pick_into(scales_B, "maxima", generator)
     scales_B.mul_(STD)
@@ -75,7 +75,7 @@ def draw_scales(shape: tuple[int, int], codec: NormalFloat4, generator: torch.Ge
 
 
 def draw_factors(shape: tuple[int, int], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """B [O, R] and A [R, I], float32, each with the square root of singular values that fall as a power law."""
+    """Return B [O, R] and A [R, I], float32, each with the square root of singular values of a power law."""
     device = generator.device
     edge = STD * (math.sqrt(shape[0]) + math.sqrt(shape[1]))  # the largest singular value of noise (Marchenko-Pastur)
     values_R = TOP * edge * torch.arange(1, rank + 1, device=device).float().pow(-POWER)
@@ -85,13 +85,13 @@ def draw_factors(shape: tuple[int, int], rank: int, generator: torch.Generator) 
 
 
 def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """The generator of one tensor."""
+    """Return the generator of one tensor."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:6]))
 
 
 def _pick_into(out_N: Tensor, table: str, generator: torch.Generator) -> None:
-    """Fill with values of a table, each as likely as any other: one 64-bit random number for four of them."""
+    """Fill with values of a table, all equally likely: one 64-bit random number gives four of them."""
     device = generator.device
     most = min(out_N.numel(), _run(device))
     words = torch.empty(math.ceil(most / 4), dtype=torch.int64, device=device)
@@ -105,7 +105,7 @@ def _pick_into(out_N: Tensor, table: str, generator: torch.Generator) -> None:
 
 @cache
 def _table(name: str, device: torch.device) -> Tensor:
-    """TABLE values of a distribution at equal steps of probability; "codes" are bytes of a real NF4 matrix."""
+    """Return TABLE values of a distribution at equal steps of probability; "codes": bytes of a real NF4 matrix."""
     if name == "codes":
         noise = torch.randn(TABLE // 32, 64, generator=torch.Generator().manual_seed(0))
         return NormalFloat4(double_quant=False).encode(noise).codes.to(device)
@@ -120,7 +120,7 @@ def _table(name: str, device: torch.device) -> Tensor:
 
 
 def _student(z: Tensor) -> Tensor:
-    """Quantiles of Student's t from Gaussian ones, scaled to deviation 1 (Abramowitz & Stegun, 26.7.5)."""
+    """Return quantiles of Student's t from Gaussian ones, scaled to deviation 1 (Abramowitz & Stegun, 26.7.5)."""
     t = z + (z**3 + z) / (4 * FREEDOM) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * FREEDOM**2)
     return t / t.std()
 

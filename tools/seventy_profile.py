@@ -1,4 +1,4 @@
-"""`qsvd train` under torch.profiler, for tools/seventy: prints one line of JSON on how its pages came to the GPU."""
+"""Run `qsvd train` under torch.profiler, for tools/seventy, and print one line of JSON on the copies to the GPU."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ Span = tuple[float, float]  # begin and end, in microseconds
 
 
 def main(arguments: list[str]) -> None:
-    """Train, and look at the copies from host to device and at the kernels."""
+    """Train, and measure the time of copies to the GPU and of kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         train(parse(arguments))
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same moments in spans that do not overlap, in order."""
+    """Return the union of the spans, as spans that do not overlap, in order."""
     found: list[Span] = []
     for begin, end in sorted(spans):
         if found and begin <= found[-1][1]:
@@ -42,7 +42,7 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def common(left: list[Span], right: list[Span]) -> float:
-    """Microseconds that are in both lists of spans, as `merged` gives them."""
+    """Return the microseconds that are in both lists of spans; both come from `merged`."""
     total, place = 0.0, 0
     for begin, end in left:
         while place < len(right) and right[place][1] <= begin:

@@ -1,7 +1,7 @@
-"""One contestant of `tools/bench train` in a process of its own: trains a few steps and prints one line of JSON.
+"""Train a few steps with one library, for `tools/bench train`, and print one line of JSON.
 
-qsvd is `qsvd.load` with LoRA and our trainer; peft is transformers' Linear4bit on the same NF4 codes with PEFT's LoRA
-and TRL's SFTTrainer, as QLoRA is usually run. Same rank, tokens, batches, optimizer and loss.
+qsvd is `qsvd.load` with LoRA and qsvd's trainer. peft is transformers' Linear4bit on the same NF4 codes with PEFT's
+LoRA and TRL's SFTTrainer, as QLoRA is usually run. Rank, tokens, batches, optimizer and loss are the same.
 """
 
 import json
@@ -28,13 +28,13 @@ from qsvd.training.settings import Settings, default_optimizer, language_argumen
 from qsvd.training.steps import peak_bytes_of
 from qsvd.training.trainer import make_trainer
 
-WARM_UP = 2  # steps that do not count
+WARM_UP = 2  # steps that are not measured
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Who trains what."""
+    """The library, the quantized model and the run."""
 
     who: Literal["qsvd", "peft"]
     base: Path
@@ -48,29 +48,29 @@ class Contest:
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of every step."""
+    """Callback that measures the seconds of every step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """The batch is there."""
+        """Start the clock; the batch is ready."""
         self.started = now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The parameters have moved."""
+        """Stop the clock; the parameters are updated."""
         self.seconds.append(now() - self.started)
 
 
 def now() -> float:
-    """Seconds, the GPU's work included."""
+    """Return the time in seconds, after the work of the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def main(contest: Contest) -> None:
-    """Train and report."""
+    """Train and print speed, memory and the first loss."""
     device = torch.device(contest.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     before = peak_bytes_of(device)()
@@ -137,7 +137,7 @@ def main(contest: Contest) -> None:
 
 
 def random_tokens(contest: Contest) -> Dataset:
-    """Enough sequences of one length; the loss is that of noise, its cost is that of text."""
+    """Return enough random sequences of one length; they take the time that text takes."""
     generator = random.Random(0)
     rows = [generator.choices(range(4, 4096), k=contest.length) for _ in range(contest.batch * (contest.steps + 1))]
     return Dataset.from_dict({"input_ids": rows, "labels": rows})

@@ -1,6 +1,6 @@
 """Train the demo model of the package: a 4 M parameter Llama, from an archive of novels to a finished folder.
 
-A stopped run goes on from its last checkpoint when the same command is given again. Needs a C++ compiler on a CPU.
+The same command continues a stopped run from its last checkpoint. Needs a C++ compiler on a CPU.
 Shape suffixes: B = rows of a batch, T = tokens of a row.
 """
 
@@ -26,7 +26,7 @@ HELD_OUT = ("Cbronte_Jane_1847", "Stevenson_Treasure_1883", "Trollope_Warden_185
 HELD_OUT_BYTES = 60_000  # of each
 FINE_TUNE = "Morris_Wood_1894"
 FINE_TUNE_BYTES = 200_000
-SAME_STYLE = ("Morris_Roots_1890", "Morris_Water_1897")  # unseen too, so that the style of FINE_TUNE is new
+SAME_STYLE = ("Morris_Roots_1890", "Morris_Water_1897")  # left out too, so that the style of FINE_TUNE is new
 UNSEEN = (*HELD_OUT, FINE_TUNE, *SAME_STYLE)
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -48,29 +48,29 @@ CHECKPOINT_SECONDS = 180.0
 @dataclass(frozen=True)
 class Options:
     novels: Annotated[Path, "tar.xz of UTF-8 texts, Author_Title_Year.txt"] = Path("../shared/data/novels90.tar.xz")
-    out: Annotated[Path, "folder of the finished model; the two texts are written beside it"] = Path("qsvd/demo/model")
+    out: Annotated[Path, "folder of the finished model; the two texts are written next to it"] = Path("qsvd/demo/model")
     scratch: Annotated[Path, "folder of checkpoints, kept out of git"] = Path("build/demo-model")
-    minutes: Annotated[float, "end after so many minutes of training, or after --steps"] = 58.0
-    steps: Annotated[int, "end after so many steps, or after --minutes"] = 20_000
-    seed: Annotated[int, "of the weights and of the order of the text"] = 0
+    minutes: Annotated[float, "end after this many minutes of training, or after --steps"] = 58.0
+    steps: Annotated[int, "end after this many steps, or after --minutes"] = 20_000
+    seed: Annotated[int, "random seed (weights, order of the text)"] = 0
     device: Annotated[str, "a torch device"] = "cpu"
     threads: Annotated[int, "CPU threads"] = 2
 
 
 @dataclass
 class Run:
-    """What a checkpoint holds beside weights and moments."""
+    """Progress of the run, in the checkpoint next to weights and moments."""
 
     steps: int = 0
     seconds: float = 0.0
 
     def progress(self, options: Options) -> float:
-        """Return the part of the run that is over, by steps or by time, whichever is further: at least 0."""
+        """Return the finished fraction of the run, by steps or by time, whichever is larger."""
         return max(self.steps / options.steps, self.seconds / (60 * options.minutes))
 
 
 def read_novels(archive: Path) -> dict[str, str]:
-    """Return the cleaned text of each novel of the archive that nobody protects, by name, in alphabetical order."""
+    """Return the cleaned text of each public-domain novel of the archive, by name, in alphabetical order."""
     novels = {}
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -86,7 +86,7 @@ def read_novels(archive: Path) -> dict[str, str]:
 def clean(text: str) -> str:
     """Return the text with one paragraph per line, single spaces and no empty lines.
 
-    A line break was a wrap, not an end of paragraph, where the next word would hardly have fitted the page.
+    A line break is a wrap, not the end of a paragraph, if the next word would not have fitted on the line.
     """
     lines = text.replace("\f", " ").splitlines()
     page = quantiles([len(line) for line in lines if line.strip()], n=10)[-1]
@@ -115,7 +115,7 @@ def passage(text: str, num_bytes: int) -> str:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on the texts; it puts BOS before a text and loses no byte of it."""
+    """Return a byte-level BPE tokenizer trained on the texts; it adds BOS before a text and is lossless."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -144,9 +144,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 
 
 def batch_at(tokens: Tensor, step: int, seed: int) -> Tensor:
-    """Return int64 [B, T + 1]: each epoch takes every window of T tokens once, in an order and at an offset of its own.
+    """Return int64 [B, T + 1]: each epoch has every window of T tokens once, in its own order and at its own offset.
 
-    Every other row starts with BOS, so that the model knows both a text's beginning and a cut through its middle.
+    Every other row starts with BOS, so that the model learns beginnings of texts and windows from their middle.
     """
     num_rows = (len(tokens) - 1) // CONTEXT - 1
     epoch, place = divmod(step, num_rows // BATCH)
@@ -231,7 +231,7 @@ def train(model: LlamaForCausalLM, tokens: Tensor, options: Options) -> Run:
 def save_checkpoint(
     path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, run: Run, options: Options
 ) -> None:
-    """Write the state of the run; the old file stays whole until the new one is."""
+    """Write the state of the run; the old file is replaced after the new one is complete."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": asdict(run), "seed": options.seed}
     unfinished = path.with_suffix(".unfinished")
     torch.save(state, unfinished)
@@ -272,21 +272,21 @@ pipeline_tag: text-generation
 # Demo model of qsvd
 
 A small language model of the Llama architecture, trained on {len(novels)} English novels by
-`tools/train_demo_model.py`. It shows on any laptop what 4-bit quantization costs and what principal components give
-back; it writes Victorian sentences and knows nothing.
+`tools/train_demo_model.py`. It shows the error of 4-bit quantization with and without components on any laptop. It
+writes sentences in the style of Victorian novels and has no knowledge.
 
 | | |
 |---|---|
 {table}
 
 Held-out perplexity: the weights as saved (bfloat16), evaluated in float32 on `heldout.txt`, windows of {CONTEXT} tokens
-that do not overlap, every token counted once. It was not used to choose anything.
+that do not overlap, every token counted once. Nothing was chosen by it.
 
 ## Data
 
 The novels of github.com/computationalstylistics/100_english_novels published up to {LATEST_YEAR}, except
 {" and ".join(PROTECTED)}; one paragraph per line, otherwise as found there. The model and
-its tokenizer never saw these:
+its tokenizer were not trained on these:
 
 - held out, a passage of about {HELD_OUT_BYTES // 1000} kB of each in `heldout.txt`: {", ".join(HELD_OUT)};
 - kept for fine-tuning, about {FINE_TUNE_BYTES // 1000} kB in `finetune.txt`: {FINE_TUNE};
@@ -300,7 +300,7 @@ AdamW (betas {BETAS[0]}, {BETAS[1]}; weight decay {WEIGHT_DECAY} on matrices), l
 warm-up over {WARM_UP:.0%} of the run, then a cosine to zero; {BATCH} windows of {CONTEXT} tokens per step; gradient
 norm clipped at {CLIP}; products in bfloat16, weights and moments in float32. Half of the windows start with `{BOS}`,
 half in the middle of a text. Byte-level BPE, no normalization: every UTF-8 text decodes to itself. The schedule
-follows steps or minutes, whichever are further, on a machine that other work may slow: no two runs are quite equal.
+follows steps or minutes, whichever is further, and other work may slow the machine, so no two runs are equal.
 
 ## Licence
 

@@ -235,7 +235,7 @@ def test_the_command_splits_a_config_on_the_fly_and_prints_time_and_peaks(tmp_pa
     assert "Quantization error of qwen2, random, seed 0" in done.stdout
     last = done.stdout.splitlines()[-1]
     assert last.startswith(f"{tmp_path / 'out'}: ")
-    assert " s, host peak " in last
+    assert " s, CPU memory peak " in last
     assert len(open_split(tmp_path / "out").weights) == 14
 
 
@@ -259,20 +259,20 @@ def config_file(folder: Path, content: str) -> list[str]:
 
 REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "unknown config": (lambda f: config_file(f, '{"model_type": "xyz"}'), "transformers makes no config of .*xyz"),
-    "no config": (lambda f: ["--config", str(f / "config.json")], "config.json is not there"),
+    "no config": (lambda f: ["--config", str(f / "config.json")], "config.json does not exist"),
     "Conv1D": (
         lambda f: config_file(f, tiny_config("GPT2LMHeadModel").to_json_string()),
         r"8 weights .* are transformers' Conv1D",
     ),
     "config and shape": (
         lambda f: [*config_file(f, tiny_config("LlamaForCausalLM").to_json_string()), "--kv-heads=2", "--layers=1"],
-        "--config says the whole shape; leave out --layers, --kv-heads",
+        "--config sets the whole shape; leave out --layers, --kv-heads",
     ),
     "OUT exists": (lambda f: (f / "out").mkdir() or FLAGS, "out exists; give a new folder"),
     "negative sizes": (lambda _: ["--layers=-1", "--vocab=0"], "--layers -1, --vocab 0: give 1 or more"),
     "odd heads": (lambda _: [*FLAGS, "--heads=5"], "transformers makes no Llama of .*'heads': 5"),
     "layers per shard": (lambda _: [*FLAGS, "--layers-per-shard=0"], "--layers-per-shard 0 is below 1"),
-    "tokenizer": (lambda f: [*FLAGS, f"--tokenizer={f / 'none'}"], "--tokenizer .*none is no folder"),
+    "tokenizer": (lambda f: [*FLAGS, f"--tokenizer={f / 'none'}"], "--tokenizer .*none is not a folder"),
     "device": (lambda _: [*FLAGS, "--device=tpu"], "--device 'tpu' is none of auto, cpu"),
     "rank": (lambda _: [*FLAGS, "--as=split", "--rank=99"], "--rank 99 is above the shorter side"),
     "strangers": (
