@@ -23,12 +23,13 @@ NESTED_BLOCK = 256
 RUN = 1 << 19  # elements encoded or decoded at a time: a few MB, which stay in the cache
 ZERO = 7  # the code of zero, which fills the last byte
 
+# Importing bitsandbytes, here or in PEFT, logs a warning about a kernel that qsvd does not call.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 @cache
 def bitsandbytes() -> ModuleType:
     """Return bitsandbytes.functional. It is imported here, at the first use, because the import takes seconds."""
-    # the import would warn of a kernel that qsvd never calls
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes.functional
 
     return bitsandbytes.functional
