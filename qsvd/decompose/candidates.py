@@ -1,11 +1,11 @@
-"""What every candidate of one weight would cost: the error of its split at each codec and each rank.
+"""Measure the candidates of one weight: the error of its split at each codec and each rank.
 
 LQ-LoRA (arXiv:2311.12023, section 3.2) measures the error of every bit width after the low-rank fit, by whole
 decompositions. Here one SVD of the weight starts all ranks, each candidate makes PASSES short passes of the loop of
-alternate.py, and what the later ones gain is foreseen. On the weights of three small models, at ranks up to an eighth
-of the shorter side, the squared error that the whole loop ends with is 0.89 to 1.06 of what is foreseen at 2 bits, 0.98
-to 1.03 at 3 and 4, 0.81 to 1.00 at 8 (nine in ten). One pass alone, or projecting the first error off the factors,
-which is as good, leaves 0.83 to 0.98, 0.74 to 0.98 and 0.44 to 0.97, less the higher the rank: it sells ranks short.
+alternate.py, and the gain of the passes after them is extrapolated. On the weights of three small models, at ranks up
+to an eighth of the shorter side, the whole loop ends with a squared error of 0.89 to 1.06 times the extrapolated one at
+2 bits, 0.98 to 1.03 at 3 and 4 bits, and 0.81 to 1.00 at 8 bits (nine in ten). After one pass alone these ratios are
+0.83 to 0.98, 0.74 to 0.98 and 0.44 to 0.97, and smaller at higher ranks, which would be chosen too rarely.
 
 Shape suffixes: O = out features, I = in features, R = rank, K = sketch columns.
 """
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsvd.decompose.alternate import FIRST_PASSES
+from qsvd.decompose.alternate import FIRST_PASSES, check_finite
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
 from qsvd.numerics.codec import Codec
 
-PASSES = 2  # that are made of each candidate; a third changes the choices of the program by a percent at most
+PASSES = 2  # of each candidate; a third one changes the cost of the chosen candidates by a percent at most
 ROWS = 256  # measured at a time
 
 
@@ -31,11 +31,11 @@ class CandidateErrors:
     """Errors of the candidates of one weight, in the norm of an objective.
 
     Args:
-        ranks: Rising, from 0.
-        squares: squares[n][c] is the squared error at ranks[n] and the codec of number c, which splitting would leave.
-        norm: ||W||^2, by which an error becomes relative.
+        ranks: Rising.
+        squares: squares[n][c] is the expected squared error of a split with ranks[n] and codec number c.
+        norm: ||W||^2; an error over it is relative.
         values: The leading singular values of W, as many as the highest rank.
-        nuclear: Sum of all singular values of W, perhaps estimated.
+        nuclear: Sum of all singular values of W; estimated for a large W.
     """
 
     ranks: tuple[int, ...]
@@ -47,7 +47,7 @@ class CandidateErrors:
 
 @dataclass(frozen=True)
 class _Weight:
-    """W, what is made of it once, and two buffers of its size: `target_OI` is W - B A, `work_OI` changes."""
+    """What all candidates of W share; `target_OI` holds W - B A of one rank, and `work_OI` is overwritten."""
 
     weight_OI: Tensor
     target_OI: Tensor
@@ -66,27 +66,25 @@ def measure_candidates(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> CandidateErrors:
-    """The error of every codec at every rank; at most three more float32 matrices of the weight's size are held.
+    """Return the errors of every codec at every rank; it holds at most three more float32 matrices of the same size.
 
     Args:
         weight_OI: float32, bfloat16 or float16 [O, I], finite; the work is done in float32 on its device.
-        codecs: Any number of them.
+        codecs: Any number of codecs.
         ranks: Rising, 0..min(O, I); 0 is the codec alone.
-        objective: What counts as an error, on any device.
-        dtype: Of the stored factors.
-        seed: Of the random sketch and of the probes of a nuclear norm.
+        objective: How errors are weighted, on any device.
+        dtype: Dtype of the stored factors.
+        seed: Seed of the random sketch and of the probes of a nuclear norm.
 
     Raises:
-        BadInput: weight_OI holds a NaN or an infinity (how many), ranks are none or do not fit it, or the objective
-            is one of a matrix of another shape.
+        BadInput: weight_OI holds NaNs or infinities (how many); ranks are empty or do not fit it; or the objective
+            belongs to another shape.
     """
     limit = min(weight_OI.shape)
     if not ranks or list(ranks) != sorted({*ranks}) or not 0 <= ranks[0] <= ranks[-1] <= limit:
         raise BadInput(f"ranks {list(ranks)} are not rising within 0..{limit}, those of a {tuple(weight_OI.shape)}")
     objective.check_fits(tuple(weight_OI.shape))
-    num_bad = int((~torch.isfinite(weight_OI)).sum())
-    if num_bad:
-        raise BadInput(f"{num_bad} of {weight_OI.numel()} values are NaN or infinite")
+    check_finite(weight_OI)
     generator = torch.Generator(weight_OI.device).manual_seed(seed)
     weight_OI, objective = weight_OI.float().contiguous(), objective.to(weight_OI.device)
     scaled_OI = objective.scaled(weight_OI)
@@ -100,7 +98,7 @@ def measure_candidates(
 
 
 def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[svd.TopSVD | None, float]:
-    """The leading triples, none for rank 0, and the sum of all singular values."""
+    """Return the leading singular triples (None for rank 0) and the sum of all singular values."""
     if rank == 0:
         return None, norms.norms(scaled_OI, generator).nuclear
     if min(scaled_OI.shape) <= svd.SMALL:
@@ -111,25 +109,25 @@ def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple
 
 
 def _of_rank(weight: _Weight, codecs: Sequence[Codec], rank: int) -> tuple[float, ...]:
-    """The squared error of every codec at this rank."""
+    """Return the squared error of every codec at one rank."""
     if rank == 0:
         return tuple(_quantized(weight, weight.weight_OI, codec) for codec in codecs)
     assert weight.top is not None, "made for the highest rank"
     left_OR = weight.top.left_OK[:, :rank] * weight.top.values_K[:rank]
     up_OR, down_RI = _stored(weight, left_OR, weight.top.right_KI[:rank])
     torch.addmm(weight.weight_OI, up_OR, down_RI, alpha=-1, out=weight.target_OI)
-    return tuple(_foreseen(_after_passes(weight, codec, rank)) for codec in codecs)
+    return tuple(_extrapolated(_after_passes(weight, codec, rank)) for codec in codecs)
 
 
 def _quantized(weight: _Weight, target_OI: Tensor, codec: Codec) -> float:
-    """The squared error of the codec on a target; work_OI is overwritten."""
+    """Return the squared error of the codec on a target; `work_OI` is overwritten."""
     codec.encode(target_OI).decode(out=weight.work_OI)
     torch.sub(target_OI, weight.work_OI, out=weight.work_OI)
     return _square(weight)
 
 
 def _after_passes(weight: _Weight, codec: Codec, rank: int) -> list[float]:
-    """The squared error after each pass: quantize the target, fit the factors to what the quantizer leaves of W."""
+    """Return the squared error after each pass: quantize the target, fit the factors to what the quantizer leaves."""
     assert weight.top is not None, "made for the highest rank"
     target_OI, basis_IR = weight.target_OI, weight.top.right_KI[:rank].mT
     squares = []
@@ -145,9 +143,9 @@ def _after_passes(weight: _Weight, codec: Codec, rank: int) -> list[float]:
 
 
 def _refitted(weight: _Weight, basis_IR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of work_OI as they are stored, by one half-step of subspace iteration, and the next basis.
+    """Return factors of `work_OI` as they are stored, by one half-step of subspace iteration, and the next basis.
 
-    What is decomposed is diag(rows) M diag(columns); the thin matrices take the weights, so that M is not copied.
+    The matrix to decompose is diag(rows) M diag(columns); the thin matrices are scaled, so that M is not copied.
     """
     rows, columns = weight.objective.rows_O, weight.objective.columns_I
     left_OR = svd.orthonormal(_times(rows, weight.work_OI @ _times(columns, basis_IR)))
@@ -157,23 +155,23 @@ def _refitted(weight: _Weight, basis_IR: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _times(weights_N: Tensor | None, tall_NR: Tensor) -> Tensor:
-    """diag(weights) tall."""
+    """Return diag(weights) tall."""
     return tall_NR if weights_N is None else tall_NR * weights_N[:, None]
 
 
 def _stored(weight: _Weight, left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of a scaled matrix as factors of the matrix, rounded as they will be stored, in float32."""
+    """Turn factors of the scaled matrix into factors of the matrix, rounded as they will be stored, in float32."""
     up_OR, down_RI = weight.objective.unscaled(left_OR, right_RI)
     return up_OR.to(weight.dtype).float(), down_RI.to(weight.dtype).float()
 
 
 def _square(weight: _Weight) -> float:
-    """The squared norm of work_OI as the objective counts it, a few rows at a time."""
+    """Return the squared norm of `work_OI` by the objective, computed for a few rows at a time."""
     parts = (slice(start, start + ROWS) for start in range(0, weight.work_OI.shape[0], ROWS))
     return sum(norms.frobenius(weight.objective.of_rows(rows).scaled(weight.work_OI[rows])) ** 2 for rows in parts)
 
 
-def _foreseen(squares: Sequence[float]) -> float:
-    """What the whole loop will end with: the passes to come gain together about what the last one gained."""
+def _extrapolated(squares: Sequence[float]) -> float:
+    """Return the expected squared error of the whole loop: later passes gain in all about as much as the last one."""
     *_, before, last = squares
     return min(before, last) if last >= before else last * (last / before)

@@ -1,4 +1,4 @@
-"""What the best split is: the plain error, or one weighted by how much each row and each column matters.
+"""The error that the best split minimizes: plain, or weighted by the importance of each row and each column.
 
 LQ-LoRA (arXiv:2311.12023, section 3.3) weights the squared error of every number by its empirical Fisher information
 F_ij, approximated by its row and column means, so that rows and columns can be scaled before the SVD and back after it:
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsvd.errors import BadInput
 
-FLOOR = 1e-6  # of the mean: a row that no example touched may be wrong, but not by any amount
+FLOOR = 1e-6  # of the mean, the least moment: rows that no example used keep a small weight, so that no error is free
 SIDES = ("rows", "columns")
 
 
@@ -26,7 +26,7 @@ class Objective:
         rows_O, columns_I: float32, above zero; None is all ones.
 
     Raises:
-        BadInput: a weight is not finite or not above zero, or has another dtype or shape; both sides in one sentence.
+        BadInput: a weight is not finite or not above zero, or has another dtype or shape; both sides in one message.
     """
 
     rows_O: Tensor | None = None
@@ -43,11 +43,11 @@ class Objective:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all errors count alike."""
+        """Whether all errors count equally."""
         return self.rows_O is None and self.columns_I is None
 
     def check_fits(self, shape: tuple[int, ...]) -> None:
-        """Refuse, by ValueError, weights of another number than a matrix of this shape has rows and columns."""
+        """Raise BadInput unless the numbers of weights are the numbers of rows and columns of this shape."""
         wrong = [
             f"{weights.numel()} {side} for {size}"
             for side, size, weights in zip(SIDES, shape, (self.rows_O, self.columns_I), strict=True)
@@ -57,41 +57,40 @@ class Objective:
             raise BadInput(f"the objective has weights of {' and '.join(wrong)} of a {shape} matrix")
 
     def scaled(self, matrix_OI: Tensor) -> Tensor:
-        """diag(rows) M diag(columns), float32; the matrix itself where nothing is weighted."""
+        """Return diag(rows) M diag(columns), float32; the matrix itself if nothing is weighted."""
         if self.rows_O is None:
             return self.scaled_columns(matrix_OI)
         scaled_OI = matrix_OI * self.rows_O[:, None]
         return scaled_OI if self.columns_I is None else scaled_OI.mul_(self.columns_I)
 
     def scaled_columns(self, matrix_OI: Tensor) -> Tensor:
-        """M diag(columns), float32."""
+        """Return M diag(columns), float32."""
         return matrix_OI if self.columns_I is None else matrix_OI * self.columns_I
 
     def unscaled(self, up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
-        """diag(rows)^-1 up and down diag(columns)^-1, float32."""
+        """Return diag(rows)^-1 up and down diag(columns)^-1, float32."""
         if self.rows_O is not None:
             up_OR = up_OR / self.rows_O[:, None]
         return up_OR, down_RI if self.columns_I is None else down_RI / self.columns_I
 
     def of_rows(self, rows: slice) -> "Objective":
-        """The same for a matrix of these rows alone."""
+        """Return the objective of a matrix of these rows alone."""
         return self if self.rows_O is None else Objective(self.rows_O[rows], self.columns_I)
 
     def to(self, device: torch.device) -> "Objective":
-        """The same on another device."""
-        rows, columns = self.rows_O, self.columns_I
-        return Objective(*(None if one is None else one.to(device) for one in (rows, columns)))
+        """Return a copy on another device."""
+        return Objective(*(None if one is None else one.to(device) for one in (self.rows_O, self.columns_I)))
 
 
 PLAIN = Objective()
 
 
 def fisher(rows_O: Tensor, columns_I: Tensor) -> Objective:
-    """The objective of these moments of the gradient: ||.||^2 is the sum over F_ij E_ij^2 with the approximated F.
+    """Return the objective of moments of the gradient: its ||.||^2 is the sum of F_ij E_ij^2 with the approximated F.
 
     Args:
-        rows_O, columns_I: float32, mean_j F_ij and mean_i F_ij, not negative; each is raised to FLOOR of the mean, and
-            where all are zero the objective is plain.
+        rows_O, columns_I: float32, mean_j F_ij and mean_i F_ij, not negative. Each is at least FLOOR of the mean; if
+            all are zero, the objective is plain.
 
     Raises:
         BadInput: a moment is negative, NaN or infinite.
@@ -108,7 +107,7 @@ def fisher(rows_O: Tensor, columns_I: Tensor) -> Objective:
 
 
 def _problem(weights: Tensor) -> str:
-    """What is wrong with the weights of one side, in words; empty where nothing is."""
+    """Describe what is wrong with the weights of one side; empty if nothing is."""
     if weights.ndim != 1 or weights.dtype != torch.float32:
         return f"are {weights.dtype} {tuple(weights.shape)}, not a float32 vector"
     bad = int((~(torch.isfinite(weights) & (weights > 0))).sum())

@@ -1,4 +1,4 @@
-"""Split: a weight as a quantized residual and principal factors, W ~ Q + B A.
+"""A weight split into a quantized residual and principal factors, W ~ Q + B A, and the errors before and after.
 
 Shape suffixes: O = out features, I = in features, R = rank.
 """
@@ -21,9 +21,9 @@ class Split:
         residual: Q, quantized.
         up_OR: B of LoRA, in the dtype of the adapter; the scale alpha / r is 1.
         down_RI: A of LoRA.
-        iteration: Which pass of the loop made it, from 1.
-        history: ||W - Q - B A||_F after every pass, the discarded ones too; as the objective weights it, and then the
-            plain split that the loop goes on from is the first.
+        iteration: The pass of the loop that made it, from 1.
+        history: ||W - Q - B A||_F after every pass, also after discarded ones. With a weighted objective in its norm,
+            and the plain split that the loop starts from comes first.
     """
 
     residual: PackedBlocks
@@ -41,18 +41,18 @@ class Split:
         return self.residual.num_bytes + self.up_OR.nbytes + self.down_RI.nbytes
 
     def error(self, weight_OI: Tensor) -> Tensor:
-        """W - Q - B A, float32 [O, I], for a float32 W."""
+        """Return W - Q - B A, float32 [O, I], for a float32 W."""
         error_OI = self.residual.decode()
         error_OI.neg_().add_(weight_OI)
         return error_OI.addmm_(self.up_OR.float(), self.down_RI.float(), alpha=-1)
 
 
 def measure(weight_OI: Tensor, split: Split, *, name: str, role: str, seed: int = 0) -> WeightError:
-    """Both errors of one weight, by the same codec: codec(W) alone, and the split.
+    """Measure both errors of one weight with the same codec: of codec(W) alone, and of the split.
 
     Args:
         weight_OI: [O, I], float32 or a 16-bit float, on the split's device.
-        seed: Of the probes that estimate a large matrix's nuclear norm.
+        seed: Seed of the probes that estimate the nuclear norm of a large matrix.
     """
     generator = torch.Generator(weight_OI.device).manual_seed(seed)
     weight_OI = weight_OI.float()

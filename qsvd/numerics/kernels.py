@@ -1,7 +1,7 @@
-"""NormalFloat on CUDA in Triton: decode in one kernel, encode in two; to the bit what torch's operations give.
+"""NormalFloat on CUDA in Triton: decode in one kernel, encode in two, with the same bits as torch's operations.
 
-A program works on groups of 8 codes, which fill `bits` whole bytes whatever the width; a group lies within one block.
-Only normal_float_bits.py imports this file, where Triton is installed.
+A program works on groups of 8 codes, which fill `bits` whole bytes at any width; a group lies within one block.
+Only normal_float.py imports this file, if Triton is installed.
 
 Shape suffixes: B = blocks, E = elements of one block, N = all elements, G = groups of a program, C = codes of a group.
 """
@@ -41,7 +41,7 @@ def decode_into(packed: PackedBlocks, out_N: Tensor) -> None:
 
 
 def largest(flat_N: Tensor, block_size: int) -> Tensor:
-    """The largest magnitude of each block, float32 [B]; NaN where one is.
+    """Return the largest magnitude of each block, float32 [B]; NaN if the block holds one.
 
     Args:
         flat_N: float32, bfloat16 or float16, contiguous.
@@ -54,7 +54,7 @@ def largest(flat_N: Tensor, block_size: int) -> Tensor:
 
 
 def nearest_codes(flat_N: Tensor, inverse_B: Tensor, bits: int, block_size: int) -> Tensor:
-    """The codes of the nearest levels, packed, uint8 [ceil(N * bits / 8)]; the last byte is filled with zero's code.
+    """Return the packed codes of the nearest levels, uint8 [ceil(N * bits / 8)]; zero's code fills the last byte.
 
     Args:
         flat_N: float32, bfloat16 or float16, contiguous, finite.
@@ -69,8 +69,10 @@ def nearest_codes(flat_N: Tensor, inverse_B: Tensor, bits: int, block_size: int)
 
 def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], kinds: dict[str, int]) -> None:
     if programs:
-        with torch.cuda.device_of(arguments[0]):  # torch's operations run where their tensors are, kernels do not
-            # a product and then a sum are two roundings in torch; fused they would be one
+        with torch.cuda.device_of(
+            arguments[0]
+        ):  # unlike torch's operations, kernels do not choose the device of their tensors
+            # torch rounds a product and then a sum; fused they would be rounded once
             kernel[(programs,)](*arguments, **kinds, enable_fp_fusion=False)
 
 
@@ -92,7 +94,7 @@ def _decode(  # noqa: PLR0913  # tensors are pointers here, each with its own ar
     SCALE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """out[n] = levels[codes[n]] * scales[n // BLOCK]; with SCALE_BITS, scales are codes of those bits."""
+    """Write out[n] = levels[codes[n]] * scales[n // BLOCK]; with SCALE_BITS, scales are codes of those bits."""
     group_G = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at_GC = group_G[:, None] * 8 + tl.arange(0, 8)[None, :]
     code_GC = _unpacked(codes, group_G, num_bytes, BITS)
@@ -110,7 +112,7 @@ def _decode(  # noqa: PLR0913  # tensors are pointers here, each with its own ar
 
 @triton.jit
 def _unpacked(codes, group_G, num_bytes, BITS: tl.constexpr):
-    """The codes of groups, int32 [G, 8]; 0 beyond the last byte."""
+    """Return the codes of groups, int32 [G, 8]; 0 after the last byte."""
     place_C = tl.arange(0, 8)
     if BITS == 8:
         at_GC = group_G[:, None] * 8 + place_C[None, :]
@@ -126,7 +128,7 @@ def _unpacked(codes, group_G, num_bytes, BITS: tl.constexpr):
 
 @triton.jit
 def _code_at(codes, index, num_bytes, BITS: tl.constexpr):
-    """Single codes, int32, out of the two bytes in which they may lie; 0 beyond the last byte."""
+    """Return single codes, int32, from the two bytes that they may lie in; 0 after the last byte."""
     first = index * BITS // 8
     high = tl.load(codes + first, mask=first < num_bytes, other=0).to(tl.int32)
     low = tl.load(codes + first + 1, mask=first + 1 < num_bytes, other=0).to(tl.int32)
@@ -136,7 +138,7 @@ def _code_at(codes, index, num_bytes, BITS: tl.constexpr):
 
 @triton.jit
 def _largest(out, matrix, num_elements, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """out[b] = the largest magnitude of block b, or NaN."""
+    """Write out[b] = the largest magnitude of block b, or NaN."""
     block_B = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at_BE = block_B[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     value_BE = tl.load(matrix + at_BE, mask=at_BE < num_elements, other=0).to(tl.float32)
@@ -157,7 +159,7 @@ def _encode(  # noqa: PLR0913  # as in _decode
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Groups of codes: of each scaled value, how many boundaries lie below it, found by halving."""
+    """Write groups of codes: the number of boundaries below each scaled value, found by bisection."""
     group_G = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place_C = tl.arange(0, 8)
     at_GC = group_G[:, None] * 8 + place_C[None, :]

@@ -13,26 +13,26 @@ from torch import Tensor
 
 from qsvd.records import Norms
 
-EXACT_SIDE = 1024  # up to here the Gram matrix of the shorter side is decomposed: under half a second on two cores
-STEPS = (8, 16, 32, 64)  # of Lanczos, at which the estimate is looked at; noise ends at 16, steep spectra at 64
-CLOSE = 0.003  # relative change over a doubling of the steps: what remains after it is about a third of that
-ENDED = 1e-5  # a step this short beside the spectrum is float32's roundoff: the probe has no further direction
-NOISE = 1e-6  # nodes this far below the largest are float32's roundoff, which the square root would magnify
+EXACT_SIDE = 1024  # longest shorter side whose Gram matrix is decomposed: under half a second on two cores
+STEPS = (8, 16, 32, 64)  # of Lanczos, after which the estimate is checked; noise ends at 16, steep spectra at 64
+CLOSE = 0.003  # relative change over a doubling of the steps; the error that remains is about a third of it
+ENDED = 1e-5  # a step this short relative to the spectrum is float32 roundoff: the probe has no further direction
+NOISE = 1e-6  # nodes this far below the largest are float32 roundoff, which the square root would magnify
 PROBES = 16  # in one batch
 MOST_BATCHES = 16
-ENOUGH = 0.006  # relative standard error at which no further batch is drawn; three of them are less than 2 %
+CLOSE_ENOUGH = 0.006  # relative standard error at which no further batch is drawn; three of them are less than 2 %
 
 
 def frobenius(matrix: Tensor) -> float:
-    """||matrix||_F of a float32 matrix; rows are summed in float32, their sum in float64."""
+    """Return ||matrix||_F of a float32 matrix; rows are summed in float32, and their sums in float64."""
     return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum().sqrt())
 
 
 def norms(error_OI: Tensor, generator: torch.Generator) -> Norms:
-    """All norms of a float32 [O, I] matrix.
+    """Return all norms of a float32 [O, I] matrix.
 
-    With a shorter side of at most EXACT_SIDE they are exact (to the square root of float64's precision); above it the
-    nuclear norm is an estimate with its standard error, and the spectral norm a lower bound, the largest Ritz value.
+    With a shorter side of at most EXACT_SIDE they are exact (to the square root of float64's precision). Above it the
+    nuclear norm is an estimate with its standard error, and the spectral norm is the largest Ritz value, a lower bound.
     """
     short_SL = error_OI if error_OI.shape[0] <= error_OI.shape[1] else error_OI.mT
     if min(short_SL.shape) == 0:
@@ -59,20 +59,20 @@ def _estimated(short_SL: Tensor, frobenius_norm: float, generator: torch.Generat
         samples_N = torch.cat((samples_N, samples_P))
         spectral = max(spectral, largest)
         standard_error = float(samples_N.std()) / sqrt(samples_N.numel())
-        if standard_error <= ENOUGH * float(samples_N.mean()):
+        if standard_error <= CLOSE_ENOUGH * float(samples_N.mean()):
             break
     return Norms(frobenius_norm, float(samples_N.mean()), standard_error, spectral)
 
 
 def _probe(short_SL: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Nuclear norm as each of PROBES random vectors sees it, float64 [P] on the CPU, and the largest singular value.
+    """Return the nuclear norm estimated by each of PROBES random vectors, float64 [P], and the largest singular value.
 
-    A Lanczos recurrence on E E^T for all probes at once, fully orthogonalized, in float32; it ends early when twice the
-    steps have changed the mean by less than CLOSE. (Gauss quadrature of a square root falls towards the exact value.)
+    A Lanczos recurrence on E E^T runs for all probes at once, fully orthogonalized, in float32. It ends early when
+    twice the steps changed the mean by less than CLOSE: Gauss quadrature of a square root falls to the exact value.
     """
     side, device = short_SL.shape[0], short_SL.device
     basis_PKS = torch.zeros(PROBES, max(STEPS), side, device=device)
-    diagonal_PK, beside_PK = torch.zeros(2, PROBES, max(STEPS), dtype=torch.float64, device=device)
+    diagonal_PK, next_PK = torch.zeros(2, PROBES, max(STEPS), dtype=torch.float64, device=device)
     signs_PS = torch.randint(0, 2, (PROBES, side), generator=generator, device=device)
     vector_PS = (2.0 * signs_PS - 1.0) / sqrt(side)
     samples_P, largest, earlier = torch.empty(0), 0.0, float("inf")
@@ -83,10 +83,10 @@ def _probe(short_SL: Tensor, generator: torch.Generator) -> tuple[Tensor, float]
         vector_PS = _orthogonal(vector_PS, basis_PKS[:, : step + 1])
         length_P1 = torch.linalg.vector_norm(vector_PS, dim=1, keepdim=True)
         goes_on_P1 = length_P1 > ENDED * diagonal_PK[:, : step + 1].amax(dim=1, keepdim=True)
-        beside_PK[:, step] = torch.where(goes_on_P1, length_P1, 0)[:, 0]
-        vector_PS = torch.where(goes_on_P1, vector_PS / length_P1, 0)  # after the end: nodes at 0 of weight 0
+        next_PK[:, step] = torch.where(goes_on_P1, length_P1, 0)[:, 0]
+        vector_PS = torch.where(goes_on_P1, vector_PS / length_P1, 0)  # later nodes are 0 and have weight 0
         if step + 1 in STEPS:
-            samples_P, largest = _quadrature(diagonal_PK[:, : step + 1], beside_PK[:, :step], side)
+            samples_P, largest = _quadrature(diagonal_PK[:, : step + 1], next_PK[:, :step], side)
             mean = float(samples_P.mean())
             if earlier - mean <= CLOSE * mean:
                 break
@@ -95,16 +95,16 @@ def _probe(short_SL: Tensor, generator: torch.Generator) -> tuple[Tensor, float]
 
 
 def _orthogonal(vector_PS: Tensor, basis_PKS: Tensor) -> Tensor:
-    """The part of each vector outside its basis; twice is enough (Parlett)."""
+    """Return the part of each vector orthogonal to its basis; two rounds are enough (Parlett)."""
     for _ in range(2):
         along_PK1 = basis_PKS @ vector_PS[:, :, None]
         vector_PS = vector_PS - (along_PK1.mT @ basis_PKS)[:, 0]
     return vector_PS
 
 
-def _quadrature(diagonal_PK: Tensor, beside_PK: Tensor, side: int) -> tuple[Tensor, float]:
-    """side times the quadrature of the square root, float64 [P], and the root of the largest node."""
-    off_diagonal = torch.diag_embed(beside_PK, offset=1)
+def _quadrature(diagonal_PK: Tensor, next_PK: Tensor, side: int) -> tuple[Tensor, float]:
+    """Return side times the quadrature of the square root, float64 [P], and the root of the largest node."""
+    off_diagonal = torch.diag_embed(next_PK, offset=1)
     nodes_PK, vectors_PKK = torch.linalg.eigh(torch.diag_embed(diagonal_PK) + off_diagonal + off_diagonal.mT)
     noise = NOISE * nodes_PK.amax(dim=1, keepdim=True)
     roots_PK = torch.where(nodes_PK > noise, nodes_PK, 0).sqrt()

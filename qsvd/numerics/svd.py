@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OVERSAMPLE = 16  # extra sketch columns at least; Halko et al. ask for 5 to 10
-OVERSAMPLE_SHARE = 2  # and at least rank / 2: slowly falling spectra need a wider sketch or many more passes
-SMALL = 256  # a matrix with a side no longer than this is decomposed exactly: that is the cheaper way there
+OVERSAMPLE = 16  # least number of extra sketch columns; Halko et al. ask for 5 to 10
+OVERSAMPLE_SHARE = 2  # at least rank / 2 extra columns: slowly falling spectra need a wider sketch or many more passes
+SMALL = 256  # a matrix with a side of at most this length is decomposed exactly, which is faster there
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class TopSVD:
     right_KI: Tensor
 
     def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Balanced factors up [O, R] = U sqrt(S) and down [R, I] = sqrt(S) V^T, rounded to dtype (PiSSA, eq. 2-3)."""
+        """Return up [O, R] = U sqrt(S) and down [R, I] = sqrt(S) V^T, balanced (PiSSA, eq. 2-3), rounded to dtype."""
         root_R = self.values_K[:rank].sqrt()
         return (self.left_OK[:, :rank] * root_R).to(dtype), (root_R[:, None] * self.right_KI[:rank]).to(dtype)
 
 
 def exact_svd(matrix_OI: Tensor, rank: int) -> TopSVD:
-    """The leading `rank` singular triples of a float32 [O, I] matrix by LAPACK or cuSOLVER."""
+    """Return the leading `rank` singular triples of a float32 [O, I] matrix by LAPACK or cuSOLVER."""
     _check_rank(matrix_OI, rank)
     left, values, right = torch.linalg.svd(matrix_OI, full_matrices=False)
     return TopSVD(left[:, :rank], values[:rank], right[:rank])
@@ -43,14 +43,14 @@ def exact_svd(matrix_OI: Tensor, rank: int) -> TopSVD:
 def randomized_svd(
     matrix_OI: Tensor, rank: int, *, passes: int, generator: torch.Generator, start_KI: Tensor | None = None
 ) -> TopSVD:
-    """The leading singular triples of a matrix by subspace iteration; at least `rank` of them.
+    """Return the leading singular triples of a matrix by subspace iteration; at least `rank` of them.
 
     Args:
         matrix_OI: float32 [O, I].
-        rank: How many triples are wanted, 1..min(O, I).
-        passes: Times that M and M^T are applied; one is enough from a good start.
+        rank: Number of triples wanted, 1..min(O, I).
+        passes: Number of times that M and M^T are applied; one is enough from a good start.
         generator: Draws the first sketch; not used with start_KI.
-        start_KI: right_KI of an earlier, similar matrix: the iteration goes on from its subspace.
+        start_KI: right_KI of an earlier, similar matrix, whose subspace the iteration starts from.
 
     Raises:
         ValueError: rank or passes is out of range.
@@ -77,9 +77,9 @@ def randomized_svd(
 
 
 def orthonormal(tall: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of a float32 [n, k] matrix, n >= k, in few and large products.
+    """Return an orthonormal basis of the columns of a float32 [n, k] matrix, n >= k, in few and large products.
 
-    Cholesky-QR twice (Yamamoto et al., 2015) where the columns are independent enough, else Householder QR.
+    Cholesky-QR twice (Yamamoto et al., 2015) if the columns are independent enough, otherwise Householder QR.
     """
     once = _cholesky_qr(tall)
     twice = None if once is None else _cholesky_qr(once)
@@ -87,7 +87,7 @@ def orthonormal(tall: Tensor) -> Tensor:
 
 
 def _cholesky_qr(tall: Tensor) -> Tensor | None:
-    """One Cholesky-QR step, or None where the Gram matrix is not positive definite."""
+    """Do one Cholesky-QR step; None if the Gram matrix is not positive definite."""
     upper, info = torch.linalg.cholesky_ex(tall.mT @ tall, upper=True)
     if int(info) != 0:
         return None

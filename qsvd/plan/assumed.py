@@ -1,7 +1,7 @@
-"""An allocation without a look at the weights: what a budget will look like, for a plan from a config alone.
+"""An allocation for a budget from shapes alone, for a plan from config.json.
 
-Every weight is taken for Gaussian noise, in which all numbers matter alike; bytes come out as of a real allocation, and
-which weight gets which codec does not.
+Every weight is assumed to be Gaussian noise in which all numbers matter equally. The total bytes are those of a real
+allocation; the codec of a single weight is not.
 """
 
 import math
@@ -20,17 +20,17 @@ from qsvd.plan.weights import WeightSpec
 
 SAMPLE = (256, 256)
 FACTOR_BYTES = 2  # of a stored number of the factors
-SECONDS = 5.0  # for the solver; among weights that are alike nothing is gained by more
+SECONDS = 5.0  # for the solver; more gains nothing among equal weights
 
 
 def assumed(weights: Sequence[WeightSpec], budget: str, rank: int) -> Allocation:
-    """Codecs for these weights, each with `rank` components in 16 bits, cut to its shorter side.
+    """Return codecs for these weights, each with `rank` components in 16 bits, cut to its shorter side.
 
     Args:
-        budget: "2.75bits" or "20GB", for residuals and factors.
+        budget: "2.75bits" or "20GB", for residuals and components.
 
     Raises:
-        BadInput: it is no budget, or one that `most_rank_within` finds too small.
+        BadInput: budget is not a budget, or is too small.
     """
     wanted = parse_budget(budget, weights)
     choices = [[Choice(codec_named(name), min(rank, *spec.shape)) for name in CODECS] for spec in weights]
@@ -47,10 +47,10 @@ def assumed(weights: Sequence[WeightSpec], budget: str, rank: int) -> Allocation
 
 
 def most_rank_within(weights: Sequence[WeightSpec], budget: str) -> int:
-    """The highest rank, the same for all weights, that the budget holds beside the smallest codec.
+    """Return the highest rank, the same for all weights, that fits the budget with the smallest codec.
 
     Raises:
-        BadInput: it is no budget, or not even rank 0 fits.
+        BadInput: budget is not a budget, or rank 0 does not fit.
     """
     wanted = parse_budget(budget, weights)
     smallest = [min(residual_bytes(codec_named(name), spec.shape) for name in CODECS) for spec in weights]
@@ -65,7 +65,7 @@ def most_rank_within(weights: Sequence[WeightSpec], budget: str) -> int:
 
 @cache
 def noise_square(codec: str) -> float:
-    """Squared error that a codec leaves of Gaussian noise, over that of the noise itself."""
+    """Return the squared error of a codec on Gaussian noise, over the squared norm of the noise."""
     noise = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0))
     left = codec_named(codec).encode(noise).decode() - noise
     return float(left.square().sum() / noise.square().sum())

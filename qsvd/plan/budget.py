@@ -1,4 +1,4 @@
-"""The budget of an allocation, as people write it: "2.75bits" for each number that is split, or "20GB" for all."""
+"""The budget of an allocation as people write it: "2.75bits" per number of the weights, or "20GB" for all of them."""
 
 import re
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from math import ceil, prod
 from qsvd.errors import BINARY, UNITS, BadInput, parse_size
 from qsvd.plan.weights import WeightSpec
 
-MOST_BITS = 16  # what the weights have as they are
+MOST_BITS = 16  # of the weights that are not quantized
 BITS = re.compile(r"(\d+(?:\.\d+)?)\s*bits?", re.IGNORECASE)
 UNIT = re.compile(r"[KMGT]I?B")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes for everything that is split.
+    """Bytes for all weights to split.
 
     Args:
         text: As it was written.
-        num_bytes: All in all.
-        num_elements: Numbers of the weights that are split.
-        unit: "bits", or one of bytes, "GB" or "GIB".
+        num_bytes: In total.
+        num_elements: Numbers of all weights.
+        unit: "bits", or a unit of bytes: "GB" or "GIB".
     """
 
     text: str
@@ -32,20 +32,20 @@ class Budget:
 
     @property
     def most_bytes(self) -> int:
-        """Above which a budget is refused."""
+        """Bytes of the weights in 16 bits, above which a budget is refused."""
         return MOST_BITS * self.num_elements // 8
 
     def enough(self, num_bytes: int) -> str:
-        """The least budget that holds so many bytes, in the same unit, with three decimals."""
-        exact = (
-            Fraction(8 * num_bytes, self.num_elements) if self.unit == "bits" else Fraction(num_bytes, _size(self.unit))
-        )
-        unit = self.unit.replace("I", "i")
-        return f"{ceil(exact * 1000) / 1000:.3f}{unit}"
+        """Return the least budget that holds `num_bytes`, in the same unit, with three decimals."""
+        if self.unit == "bits":
+            exact = Fraction(8 * num_bytes, self.num_elements)
+        else:
+            exact = Fraction(num_bytes, (UNITS | BINARY)[self.unit])
+        return f"{ceil(exact * 1000) / 1000:.3f}{self.unit.replace('I', 'i')}"
 
 
 def parse_budget(text: str, weights: Sequence[WeightSpec], flag: str = "--budget") -> Budget:
-    """The budget of these weights.
+    """Read the budget of these weights.
 
     Raises:
         BadInput: the text is neither bits nor bytes, or more than the weights take in 16 bits.
@@ -59,17 +59,13 @@ def parse_budget(text: str, weights: Sequence[WeightSpec], flag: str = "--budget
         num_bytes, name = parse_size(stripped, flag), unit[0]
     else:
         raise BadInput(
-            f"{flag} {text!r} is no budget: give bits for each number that is split, such as 2.75bits, or bytes for "
-            "all of them with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GB"
+            f"{flag} {text!r} is not a budget: give bits per number of the weights, such as 2.75bits, or bytes for all "
+            "weights in KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GB"
         )
     budget = Budget(text, num_bytes, num_elements, name)
     if num_bytes > budget.most_bytes:
         raise BadInput(
-            f"{flag} {text} is above {MOST_BITS} bits a number ({budget.enough(budget.most_bytes)}), which "
-            "the weights take as they are; give less, or leave the model as it is"
+            f"{flag} {text} is above {MOST_BITS} bits a number ({budget.enough(budget.most_bytes)}), the size of "
+            "the weights before quantization; give a smaller budget"
         )
     return budget
-
-
-def _size(unit: str) -> int:
-    return (UNITS | BINARY)[unit]

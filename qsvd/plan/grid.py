@@ -1,4 +1,4 @@
-"""Which codecs and which ranks are tried on a weight, and what each pair of them takes of the budget.
+"""The candidates of a weight: the codecs and ranks that are tried, and the bytes of each pair.
 
 Shape suffixes: O = out features, I = in features; a weight [O, I] has factors [O, R] and [R, I].
 """
@@ -12,35 +12,32 @@ import torch
 
 from qsvd.errors import BadInput, listing
 from qsvd.numerics.names import codec_named
-from qsvd.numerics.nf4 import NormalFloat4
-from qsvd.plan.allocation import Choice, residual_bytes
+from qsvd.plan.allocation import Choice, mixing_problems, residual_bytes
 from qsvd.plan.tensors import TensorShape, optimizer_bytes, total_bytes
 from qsvd.plan.weights import WeightSpec
 
-# Of 176 of the family, mixtures of these leave the least error on weights of three models at any budget: fitted scales,
-# nested to about as few bits as the codes. Of each number of bits there is a cheap and a good end.
+# Of 176 NormalFloat codecs, mixtures of these leave the least error on weights of three models at any budget: fitted
+# scales, nested to about as few bits as the codes. For each number of bits there is a small and an accurate one.
 CODECS = (
     *("nf2-128-3x64-fit", "nf2-32-3x64-fit", "nf3-64-4x64-fit", "nf3-16-4x64-fit"),
     *("nf4-64-4x64-fit", "nf4-16-4x64-fit", "nf8-128-8x256"),
 )
-MOST_RANKS = 8  # of the ladder, 0 among them
-FACTOR_BITS = 4.0  # for each number of the weight: for as much the codes can have twice the bits, which gains more
-TRAINED = torch.float32  # what `qsvd train` makes of the factors, unless they are too many
-OPTIMIZER = "paged_adamw_8bit"  # its default on a GPU
+MOST_RANKS = 8  # of the ladder, with 0
+FACTOR_BITS = 4.0  # most bits of factors per number of the weight; codes with twice the bits gain more for as many
+TRAINED_DTYPE = torch.float32  # of factors in `qsvd train`, unless there are too many
+OPTIMIZER = "paged_adamw_8bit"  # the default of `qsvd train` on a GPU
 
-Count = Literal["stored", "training"]
+CountedAs = Literal["stored", "training"]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried.
+    """Codecs and ranks to try. A rank above the shorter side of a weight is cut to it.
 
     Args:
-        codecs: By name.
-        ranks: Offered to every weight; None is the ladder.
-        rank: What allocator "bits" gives to every weight.
-
-    A rank above the shorter side of a weight is cut to it.
+        codecs: Their names.
+        ranks: For every weight; None is the ladder.
+        rank: The rank of every weight with allocator "bits".
     """
 
     codecs: tuple[str, ...]
@@ -48,42 +45,42 @@ class Grid:
     rank: int
 
     def offered(self, shape: tuple[int, int]) -> tuple[int, ...]:
-        """Ranks that an [O, I] weight may get, rising."""
+        """Return the ranks that an [O, I] weight may get, in rising order."""
         if self.ranks is None:
             return ladder(shape)
         return tuple(sorted({min(rank, min(shape)) for rank in self.ranks}))
 
     def fixed(self, shape: tuple[int, int]) -> int:
-        """The rank of an [O, I] weight where bits alone vary."""
+        """Return the rank of an [O, I] weight with allocator "bits"."""
         return min(self.rank, min(shape))
 
     def measured(self, shape: tuple[int, int], *, with_fixed: bool) -> tuple[int, ...]:
-        """Ranks that are measured, rising from 0; the fixed one is for allocator "bits" alone."""
+        """Return the ranks to measure, rising from 0; only allocator "bits" needs the fixed one."""
         fixed = (self.fixed(shape),) if with_fixed else ()
         return tuple(sorted({0, *fixed, *self.offered(shape)}))
 
     def choices(self, ranks: Sequence[int]) -> list[Choice]:
-        """Every codec at each of these ranks."""
+        """Return every codec at each of these ranks."""
         return [Choice(codec_named(name), rank) for rank in ranks for name in self.codecs]
 
 
 def ladder(shape: tuple[int, int]) -> tuple[int, ...]:
-    """0 and the highest powers of two whose factors, in 16 bits, take at most FACTOR_BITS a number of the weight."""
+    """Return 0 and the highest powers of two whose 16-bit factors take at most FACTOR_BITS per number of the weight."""
     most = FACTOR_BITS * math.prod(shape) / (16 * sum(shape))
     powers = [2**power for power in range(MOST_RANKS + 24) if 2**power <= most]
     return (0, *powers[1 - MOST_RANKS :])
 
 
 def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Sequence[WeightSpec]) -> Grid:
-    """What flags ask for; no codecs and no ranks are the defaults.
+    """Return the grid of the options.
 
     Args:
-        codecs, ranks: Values of --codecs and --ranks.
-        rank: Value of --rank; above a weight's shorter side it is cut to it.
+        codecs, ranks: Values of --codecs and --ranks; empty for the defaults.
+        rank: Value of --rank.
 
     Raises:
-        BadInput: a codec is unknown or does not go with the others, a rank is negative, or above the shorter side of
-            every weight.
+        BadInput: a codec is unknown or cannot be mixed with the others, or a rank is negative or above the shorter side
+            of every weight. The message lists all problems.
     """
     names = tuple(dict.fromkeys(codecs)) or CODECS
     wrong = _wrong_codecs(names)
@@ -92,7 +89,7 @@ def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Seq
     if outside:
         wrong.append(f"--ranks {listing(outside)} are outside 0..{limit}, the ranks of the largest weights")
     if rank < 0:
-        wrong.append(f"--rank {rank} is negative; 0 is no factors")
+        wrong.append(f"--rank {rank} is negative; 0 means no components")
     if wrong:
         raise BadInput("; ".join(wrong))
     return Grid(names, tuple(sorted({*ranks})) or None, rank)
@@ -103,34 +100,25 @@ def _wrong_codecs(names: Sequence[str]) -> list[str]:
     for name in names:
         try:
             codec_named(name)
-        except ValueError as error:
+        except BadInput as error:
             wrong.append(f"--codecs: {error}")
-    if wrong:
-        return wrong
-    plain = [name for name in names if isinstance(codec_named(name), NormalFloat4)]
-    if plain and len(names) > 1:
-        return [
-            f"--codecs {', '.join(plain)} is bitsandbytes' and stands for all weights or for none; give it alone, or "
-            "nf4-64-8x256 beside others"
-        ]
-    return []
+    return wrong or [f"--codecs: {problem}" for problem in mixing_problems(map(codec_named, names))]
 
 
-def counted_bytes(choice: Choice, shape: tuple[int, int], factor_bytes: int, count: Count) -> int:
-    """What a choice takes of the budget.
+def counted_bytes(choice: Choice, shape: tuple[int, int], factor_bytes: int, count: CountedAs) -> int:
+    """Return the bytes of a choice that count against the budget.
 
     Args:
-        factor_bytes: Of a stored number of the factors.
+        factor_bytes: Bytes of a stored number of the factors.
         count: "stored" counts the file: codes, scales, factors. "training" counts memory while QPiSSA trains: the
-            residual, and of the factors the trained copy in float32, its gradient and its optimizer's state.
+            residual, and for the factors the trained copy in float32, its gradient and its optimizer state.
     """
     if count == "stored":
         return choice.num_bytes(shape, factor_bytes)
     if choice.rank == 0:
         return residual_bytes(choice.codec, shape)
-    pair = [TensorShape((shape[0], choice.rank), TRAINED), TensorShape((choice.rank, shape[1]), TRAINED)]
-    # of a second pair, since the first pays for tables that all share
-    state = (
-        optimizer_bytes(OPTIMIZER, pair * 2, on_gpu=True).device - optimizer_bytes(OPTIMIZER, pair, on_gpu=True).device
-    )
+    pair = [TensorShape((shape[0], choice.rank), TRAINED_DTYPE), TensorShape((choice.rank, shape[1]), TRAINED_DTYPE)]
+    # the state of a second pair, because the first one also counts the tables that all pairs share
+    one, two = (optimizer_bytes(OPTIMIZER, pair * pairs, on_gpu=True).device for pairs in (1, 2))
+    state = two - one
     return residual_bytes(choice.codec, shape) + 2 * total_bytes(pair) + state

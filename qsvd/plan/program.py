@@ -1,7 +1,7 @@
-"""One candidate for each weight, within a budget, at the least cost: an integer program (LQ-LoRA, section 3.2).
+"""Choose one candidate for each weight within a budget, at the least cost: an integer program (LQ-LoRA, section 3.2).
 
-scipy.optimize.milp (HiGHS) solves it. HiGHS works in floating point with tolerances, so the answer is counted again in
-whole numbers, and the budget tightened until it holds.
+scipy.optimize.milp (HiGHS) solves it in floating point with tolerances. The bytes of its answer are therefore counted
+again in whole numbers, and the budget is tightened until they fit.
 """
 
 import ctypes
@@ -15,13 +15,14 @@ import numpy as np
 
 from qsvd.errors import BadInput
 
-ROUNDS = 8  # of tightening, each by twice what was too much
-ENOUGH = 1e-12  # relative; below it a gap is roundoff
+ROUNDS = 8  # of tightening, each by twice the bytes above the budget
+ROUNDOFF = 1e-12  # a relative gap below it is 0
+STDOUT = 1  # the number of the process's stdout, whatever sys.stdout is
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the candidates of one weight take of the budget, and what they cost; both of one length."""
+    """The candidates of one weight: bytes that count against the budget, and costs, in the same order."""
 
     num_bytes: Sequence[int]
     costs: Sequence[float]
@@ -32,10 +33,10 @@ class Solution:
     """One candidate for each weight.
 
     Args:
-        picked: Their numbers.
+        picked: Number of the candidate, for each weight.
         num_bytes, cost: Sums over all weights.
         gap: (cost - bound) / cost, where no choice costs less than the bound; 0 is optimal.
-        status: What the solver ended with, in words.
+        status: How the solver ended, for people.
     """
 
     picked: tuple[int, ...]
@@ -47,29 +48,29 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Program:
-    """Candidates that can be part of a best answer, all weights in one row: less the cheapest of each weight."""
+    """Candidates that can be part of a best answer, all weights in one row; bytes and costs are above the least."""
 
     owners: np.ndarray  # int, number of the weight
-    numbers: np.ndarray  # int, number of the candidate in its weight
+    numbers: np.ndarray  # int, number of the candidate among those of its weight
     num_bytes: np.ndarray  # int, above the smallest of the weight
     costs: np.ndarray  # float, above the least of the weight
 
 
 def least_bytes(weights: Sequence[Candidates]) -> int:
-    """The smallest budget that can be met."""
+    """Return the smallest budget that can be met."""
     return sum(min(one.num_bytes) for one in weights)
 
 
 def solve_program(
     weights: Sequence[Candidates], budget: int, *, gap: float = 1e-4, time_limit: float = 60.0
 ) -> Solution:
-    """The best choice.
+    """Return the candidates with the least total cost within the budget.
 
     Args:
         weights: At least one, each with at least one candidate; costs finite and not negative.
         budget: Bytes.
-        gap: Relative, at which the solver may stop.
-        time_limit: Seconds, after which it stops with the best that it has.
+        gap: Relative gap at which the solver may stop.
+        time_limit: Seconds after which it stops with the best answer so far.
 
     Raises:
         BadInput: the budget is below `least_bytes`.
@@ -78,16 +79,15 @@ def solve_program(
     if budget < least:
         raise BadInput(f"a budget of {budget} bytes is below the {least} bytes of the smallest candidates")
     first = _by_steps(weights, budget)
-    program = _reduced(weights, first)
-    allowed = budget - least
     floor = sum(min(one.costs) for one in weights)
     unit = max(first.cost - floor, 0.0) / len(weights)
     if unit == 0:
         return first
+    program, allowed = _reduced(weights, first), budget - least
     found, bound, status = first.picked, floor, "time limit"
     for number in range(ROUNDS):
         tried, above, status = _highs(program, allowed, unit, (gap, time_limit))
-        if number == 0:  # of a tightened budget the bound would be too high
+        if number == 0:  # the bound of a tightened budget is too high
             bound = floor + above
         if tried is None:
             break
@@ -98,7 +98,7 @@ def solve_program(
         allowed -= 2 * over
     num_bytes, cost = _total(weights, found)
     reached = max(cost - bound, 0.0) / cost if cost > 0 else 0.0
-    return Solution(found, num_bytes, cost, reached if reached > ENOUGH else 0.0, status)
+    return Solution(found, num_bytes, cost, reached if reached > ROUNDOFF else 0.0, status)
 
 
 def _total(weights: Sequence[Candidates], picked: tuple[int, ...]) -> tuple[int, float]:
@@ -107,7 +107,7 @@ def _total(weights: Sequence[Candidates], picked: tuple[int, ...]) -> tuple[int,
 
 
 def _by_steps(weights: Sequence[Candidates], budget: int) -> Solution:
-    """A fair answer: from the smallest candidates up, always the step that saves most for its bytes, if it fits."""
+    """Return a first answer: from the smallest candidates up, take the step that saves most per byte, if it fits."""
     ladders = [_hull(one) for one in weights]
     steps = []
     for owner, ladder in enumerate(ladders):
@@ -125,7 +125,7 @@ def _by_steps(weights: Sequence[Candidates], budget: int) -> Solution:
 
 
 def _front(one: Candidates) -> list[int]:
-    """Candidates that no other beats in bytes and cost, by bytes."""
+    """Return the candidates that no other one beats in both bytes and cost, by rising bytes."""
     order = sorted(range(len(one.costs)), key=lambda number: (one.num_bytes[number], one.costs[number]))
     front: list[int] = []
     for number in order:
@@ -135,7 +135,7 @@ def _front(one: Candidates) -> list[int]:
 
 
 def _hull(one: Candidates) -> list[int]:
-    """Of the front, what a straight line between two others does not undercut."""
+    """Return the lower convex hull of the front: no line between two others is below one of these candidates."""
     hull: list[int] = []
     for number in _front(one):
         while len(hull) > 1 and not _bends(one, hull[-2], hull[-1], number):
@@ -145,13 +145,13 @@ def _hull(one: Candidates) -> list[int]:
 
 
 def _bends(one: Candidates, first: int, middle: int, last: int) -> bool:
-    """Whether the first step saves more for a byte than the second."""
+    """Tell whether the first step saves more per byte than the second."""
     before = (one.costs[first] - one.costs[middle]) * (one.num_bytes[last] - one.num_bytes[middle])
     return before > (one.costs[middle] - one.costs[last]) * (one.num_bytes[middle] - one.num_bytes[first])
 
 
 def _reduced(weights: Sequence[Candidates], known: Solution) -> _Program:
-    """Without what is beaten within its weight, or costs more than a known answer has left for all."""
+    """Leave out candidates that another one beats, or that cost more alone than the known answer costs in all."""
     floors = [min(one.costs) for one in weights]
     spare = (known.cost - sum(floors)) * (1 + 1e-9)
     kept = [
@@ -169,12 +169,12 @@ def _reduced(weights: Sequence[Candidates], known: Solution) -> _Program:
 def _highs(
     program: _Program, allowed: int, unit: float, limits: tuple[float, float]
 ) -> tuple[tuple[int, ...] | None, float, str]:
-    """The picked candidates, a bound on the cost above the floors, and how it ended; (None, 0, status) without any.
+    """Return the picked candidates, a bound on the cost above the floors, and how it ended; (None, 0, status) for none.
 
     Args:
         allowed: Bytes above the smallest candidates.
-        unit: Of cost, so that HiGHS sees numbers around 1.
-        limits: Gap and seconds.
+        unit: Unit of cost, so that the numbers are around 1.
+        limits: Relative gap and seconds.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -182,16 +182,15 @@ def _highs(
     count, num_weights = len(program.owners), int(program.owners.max()) + 1
     one_each = csr_array((np.ones(count), (program.owners, np.arange(count))), shape=(num_weights, count))
     scale = max(allowed, 1)
-    found = milp(
-        program.costs / unit,
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(csr_array(program.num_bytes[None, :] / scale), -np.inf, allowed / scale),
-        ],
-        options={"mip_rel_gap": limits[0], "time_limit": limits[1]},
-    )
+    within = LinearConstraint(csr_array(program.num_bytes[None, :] / scale), -np.inf, allowed / scale)
+    with silent_stdout():
+        found = milp(
+            program.costs / unit,
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), within],
+            options={"mip_rel_gap": limits[0], "time_limit": limits[1]},
+        )
     status = {0: "optimal within the gap", 1: "time limit"}.get(found.status, str(found.message))
     if found.x is None:
         return None, 0.0, status
@@ -202,14 +201,11 @@ def _highs(
     return tuple(best.tolist()), 0.0 if bound is None else max(float(bound), 0.0) * unit, status
 
 
-STDOUT = 1  # its number, whatever sys.stdout is
-
-
 @contextmanager
 def silent_stdout() -> Iterator[None]:
-    """Nothing reaches the process's stdout, neither from Python nor from C.
+    """Discard what the process writes to stdout, from Python and from C.
 
-    HiGHS, as scipy 1.17 has it, prints a line for programmers whenever it mends an answer, even when told to be silent.
+    HiGHS of scipy 1.17 prints a line for programmers whenever it repairs an answer, even when its output is off.
     """
     sys.stdout.flush()
     kept, nowhere = os.dup(STDOUT), os.open(os.devnull, os.O_WRONLY)
@@ -217,7 +213,7 @@ def silent_stdout() -> Iterator[None]:
         os.dup2(nowhere, STDOUT)
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)  # what C holds back would come out later
+        ctypes.CDLL(None).fflush(None)  # otherwise C would print later what it still buffers
         os.dup2(kept, STDOUT)
         os.close(kept)
         os.close(nowhere)

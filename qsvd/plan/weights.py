@@ -1,8 +1,8 @@
-"""A config -> the linear weights to split, by name, shape and role. The model is built on the meta device: no memory.
+"""Find the linear weights to split, by name, shape and role, from a config; the model is built on the meta device.
 
-What is split is every nn.Linear inside the repeated blocks. Embeddings, output head, poolers and norms stay as they
-are. Weights of a block that qsvd cannot split (transposed Conv1D, stacked experts, subclasses of nn.Linear) are
-refused, never silently left in 16 bits.
+qsvd splits every nn.Linear inside the repeated blocks. Embeddings, output head, poolers and norms stay as they are.
+Weights of a block that qsvd cannot split (transposed Conv1D, stacked experts, subclasses of nn.Linear) are refused,
+never silently left in 16 bits.
 """
 
 import copy
@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.core_model_loading import WeightTransform
 
-# What a linear layer does in its block, told from the name that transformers gives it.
-
-
-BY_LAST_NAME: dict[str, Role] = {
+BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
+ROLE_BY_NAME: dict[str, Role] = {  # the last part of a path in transformers -> what the layer does in its block
     **dict.fromkeys(("q_proj", "query", "query_proj", "q_lin", "q", "q_a_proj", "q_b_proj"), "q"),
     **dict.fromkeys(("k_proj", "key", "key_proj", "k_lin", "k"), "k"),
     **dict.fromkeys(("v_proj", "value", "value_proj", "v_lin", "v"), "v"),
@@ -36,21 +34,6 @@ BY_LAST_NAME: dict[str, Role] = {
     **dict.fromkeys(("up_proj", "w3", "wi", "wi_1", "fc1", "fc_in", "lin1", "c_fc", "dense_h_to_4h", "ffn"), "up"),
     **dict.fromkeys(("down_proj", "w2", "fc2", "fc_out", "lin2", "dense_4h_to_h", "ffn_output"), "down"),
 }
-
-
-def role_of(module: str) -> Role:
-    """The role of the linear layer at this path, e.g. "o" for "encoder.layer.0.attention.output.dense"."""
-    *parents, last = module.split(".")
-    in_attention = any("att" in part.lower() for part in parents[-2:])
-    if last == "dense" and parents[-1:] == ["intermediate"]:
-        return "up"
-    if last in ("dense", "wo", "c_proj"):
-        feeds_forward = last != "dense" or parents[-1:] == ["output"]
-        return "o" if in_attention else "down" if feeds_forward else "other"
-    return BY_LAST_NAME.get(last, "other")
-
-
-BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
 
 
 @dataclass(frozen=True)
@@ -80,7 +63,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What a model consists of, and what of it is split. Tensor names are the model's own, except `WeightSpec.name`."""
+    """The tensors of a model, and the weights to split. Tensor names are the model's own, except `WeightSpec.name`."""
 
     architecture: str  # class name in transformers
     weights: tuple[WeightSpec, ...]  # to split, in model order
@@ -94,16 +77,16 @@ class ModelPlan:
 
 
 def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> ModelPlan:
-    """The plan of the model that the config describes.
+    """Return the plan of the model that a config describes.
 
     Args:
         config: Its first architecture names the class; without one, AutoModelForCausalLM, then AutoModel choose.
-        include: Glob patterns on module paths ("*.self_attn.*"); only what matches one of them is split. Empty: all.
-        exclude: Glob patterns on module paths; what matches one of them is left.
+        include: Glob patterns on module paths ("*.self_attn.*"); only layers that match one are split. Empty: all.
+        exclude: Glob patterns on module paths; layers that match one stay in 16 bits.
 
     Raises:
-        BadInput: no class can be built from the config; a pattern matches nothing; a weight of a block that is wanted
-            is of a kind that cannot be split; nothing is left to split.
+        BadInput: no class can be built from the config; a pattern matches nothing; a wanted weight of a block is of a
+            kind that cannot be split; nothing is left to split.
     """
     model = build(config)
     kinds = _block_weights(model)
@@ -114,30 +97,32 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
     weights = tuple(_spec(path, linear.get_parameter("weight")) for path, linear in linears.items() if path in wanted)
     if not weights:
         raise BadInput(
-            f"{type(model).__name__} has no nn.Linear inside repeated blocks left to split; give another "
-            "model or other patterns"
+            f"{type(model).__name__} has no nn.Linear inside repeated blocks left to split; give another model or "
+            "other patterns"
         )
     left = tuple(path for path in linears if path not in wanted)
     return replace(describe(model), weights=weights, left_linears=left)
 
 
 def unsplittable(config: "PreTrainedConfig") -> tuple[str, ...]:
-    """Paths in the blocks that plan_model refuses unless they are excluded: stacks of experts, transposed weights."""
+    """Return the paths that plan_model refuses unless they are excluded: stacks of experts, transposed weights."""
     return tuple(path for path, kind in _block_weights(build(config)).items() if kind != "Linear")
 
 
 def describe(model: "PreTrainedModel") -> ModelPlan:
-    """The names and shapes of a model, with nothing to split."""
+    """Return the names and shapes of the tensors of a model, without weights to split."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    unsaved = set(model._keys_to_ignore_on_save or ())
     return ModelPlan(
         architecture=type(model).__name__,
         weights=(),
         left_linears=(),
         shapes=shapes,
         tied=dict(model.all_tied_weights_keys),
-        optional=_optional(model, shapes),
+        optional=frozenset(name for name in shapes if name in unsaved or any(re.search(p, name) for p in patterns)),
         base_prefix=model.base_model_prefix,
         transforms=tuple(get_model_conversion_mapping(model)),
     )
@@ -167,7 +152,7 @@ def coverage(plan: ModelPlan) -> Coverage:
 
 
 def build(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """An instance without memory of the class that the config names.
+    """Build the class that the config names on the meta device, without memory.
 
     Raises:
         BadInput: transformers has no such class, or cannot build it from this config.
@@ -176,7 +161,7 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
 
     named = (config.architectures or [""])[0]
     found = getattr(transformers, named, None) if named else None
-    config = copy.deepcopy(config)  # building a model writes its attention choice into the config
+    config = copy.deepcopy(config)  # because building a model writes its choice of attention into the config
     try:
         with torch.device("meta"):
             if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -193,9 +178,9 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
 
 
 def _block_weights(model: "PreTrainedModel") -> dict[str, str]:
-    """Path -> kind of everything in the blocks that holds matrices to multiply with, in model order.
+    """Return path -> kind of all layers in the blocks that multiply with matrices, in model order.
 
-    A block is an element of an nn.ModuleList. The kind is "Linear" for what can be split.
+    A block is an element of an nn.ModuleList. The kind "Linear" can be split.
     """
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     kinds = {}
@@ -205,30 +190,29 @@ def _block_weights(model: "PreTrainedModel") -> dict[str, str]:
         if _is_linear(module):
             kinds[path] = type(module).__name__
         elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            kinds |= {f"{path}.{name}": "3-D" for name, p in module.named_parameters(recurse=False) if _is_stack(p)}
+            # fused experts are several matrices in one tensor; a vector with extra dimensions is not
+            stacks = (
+                name for name, p in module.named_parameters(recurse=False) if p.ndim >= 3 and min(p.shape[-2:]) > 1
+            )
+            kinds |= {f"{path}.{name}": "3-D" for name in stacks}
     return kinds
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether bitsandbytes or another library may take the module for a linear layer."""
+    """Tell whether bitsandbytes or another library may treat the module as a linear layer."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _is_in_block(model: nn.Module, path: str) -> bool:
-    """Whether the path leads into an element of an nn.ModuleList, and past it: a list of linears is a set of heads."""
+    """Tell whether the path goes through an element of an nn.ModuleList; a linear element is a head, not a block."""
     parts = path.split(".")
     ancestors = (".".join(parts[:depth]) for depth in range(1, len(parts) - 1))
     return any(isinstance(model.get_submodule(ancestor), nn.ModuleList) for ancestor in ancestors)
 
 
 def _stays_float32(model: "PreTrainedModel", path: str) -> bool:
-    """Whether transformers' 4-bit loading leaves this module alone (T5's wo), so that a split one would not load."""
+    """Tell whether transformers' 4-bit loading skips this module (T5's wo), so that a quantized one would not load."""
     return any(path.endswith(name) or path.startswith(f"{name}.") for name in model._keep_in_fp32_modules or ())
-
-
-def _is_stack(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is several matrices, as fused experts are, rather than a vector with extra dimensions."""
-    return parameter.ndim >= 3 and min(parameter.shape[-2:]) > 1
 
 
 def _is_wanted(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -246,7 +230,7 @@ def _check_patterns(patterns: Sequence[str], paths: list[str]) -> None:
 
 
 def _refuse_unsplittable(kinds: dict[str, str]) -> None:
-    """Say what each unsplittable kind is; all kinds in one error."""
+    """Raise BadInput that explains each kind that cannot be split; all kinds in one message."""
     reasons = {
         "Conv1D": "are transformers' Conv1D, which stores its weight transposed; qsvd splits nn.Linear weights only",
         "3-D": "are 3-D stacks of expert weights in one tensor; qsvd splits 2-D nn.Linear weights only",
@@ -266,8 +250,13 @@ def _spec(path: str, weight_OI: torch.Tensor) -> WeightSpec:
     return WeightSpec(f"{path}.weight", path, (out_features, in_features), role_of(path), layer)
 
 
-def _optional(model: "PreTrainedModel", shapes: dict[str, tuple[int, ...]]) -> frozenset[str]:
-    """Names that transformers itself neither saves nor misses."""
-    patterns = model._keys_to_ignore_on_load_missing or ()
-    unsaved = set(model._keys_to_ignore_on_save or ())
-    return frozenset(name for name in shapes if name in unsaved or any(re.search(p, name) for p in patterns))
+def role_of(module: str) -> Role:
+    """Return the role of the linear layer at a path: "o" for "encoder.layer.0.attention.output.dense"."""
+    *parents, last = module.split(".")
+    in_attention = any("att" in part.lower() for part in parents[-2:])
+    if last == "dense" and parents[-1:] == ["intermediate"]:
+        return "up"
+    if last in ("dense", "wo", "c_proj"):
+        feeds_forward = last != "dense" or parents[-1:] == ["output"]
+        return "o" if in_attention else "down" if feeds_forward else "other"
+    return ROLE_BY_NAME.get(last, "other")

@@ -23,7 +23,6 @@ from qsvd.options import Allocate
 from qsvd.plan.allocation import TITLE
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import grid_of
-from qsvd.plan.program import silent_stdout
 from qsvd.plan.solve import AllocationProblem, AllocationResult, check_feasible, over_norms, solve
 from qsvd.plan.weights import ModelPlan, WeightSpec, plan_model
 from qsvd.prepare.machine import machine, seed_of
@@ -218,8 +217,7 @@ def execute(job: AllocateJob, show: ShowProgress) -> AllocationResult:
     measured = _measured(job, show)
     if job.options.objective == "relative":
         counts_with = over_norms(job.task.weights, measured)
-    with silent_stdout():
-        result = solve(job.task, job.options.allocator, measured, counts_with)
+    result = solve(job.task, job.options.allocator, measured, counts_with)
     allocation = replace(result.allocation, remarks=_remarks(job, result) + remarks)
     return replace(result, allocation=allocation)
 

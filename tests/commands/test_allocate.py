@@ -7,6 +7,7 @@ import re
 import signal
 
 import pytest
+import scipy.optimize
 import torch
 
 import qsvd.prepare.allocate
@@ -139,15 +140,17 @@ def test_another_budget_or_allocator_measures_nothing_again(allocate, weights, t
 
 
 def test_what_the_solver_prints_by_itself_does_not_stand_in_the_output(allocate, monkeypatch):
-    def noisy(*arguments):
+    def noisy(*arguments, **options):
         ctypes.CDLL(None).puts(b"a line for programmers")
-        return solve(*arguments)
+        called.append(arguments)
+        return milp(*arguments, **options)
 
-    solve = qsvd.prepare.allocate.solve
-    monkeypatch.setattr(qsvd.prepare.allocate, "solve", noisy)
+    called, milp = [], scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", noisy)
     code, out, _ = allocate()
     assert code == 0
     assert "by layer type" in out
+    assert called
     assert "a line for programmers" not in out
 
 
@@ -367,10 +370,10 @@ BAD = {
         LEAST.format("4bits", "rank 64", "27.941bits") + "a lower --rank, or --allocator both",
     ),
     "above 16 bits": ("--budget 17bits", "--budget 17bits is above 16 bits a number (16.000bits)"),
-    "no unit": ("--budget 3", "--budget '3' is no budget: give bits for each number"),
+    "no unit": ("--budget 3", "--budget '3' is not a budget: give bits per number"),
     "an unknown codec": ("--codecs nf3-64", "--codecs: codec 'nf3-64' is unknown; a codec is nf4 or nf4"),
     "ranks above all sides": ("--ranks 4 65", "--ranks 65 are outside 0..64, the ranks of the largest weights"),
-    "a negative rank": ("--rank=-1", "--rank -1 is negative; 0 is no factors"),
+    "a negative rank": ("--rank=-1", "--rank -1 is negative; 0 means no components"),
     "a negative gap": ("--gap=-1", "--gap -1.0 and --time-limit 60.0: at least 0, and above 0 seconds"),
     "no time": ("--time-limit 0", "--gap 0.0001 and --time-limit 0.0: at least 0, and above 0 seconds"),
     "no statistics": ("--objective fisher", "--objective fisher needs --statistics FILE, which qsvd calibrate makes"),

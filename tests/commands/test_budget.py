@@ -175,7 +175,7 @@ def of_plain_bits(out, source, statistics):
     [
         (["--budget", "1.5bits"], "--budget 1.5bits is too small"),
         (["--budget", "17bits"], "is above 16 bits a number"),
-        (["--budget", "3 bytes"], "is no budget: give bits"),
+        (["--budget", "3 bytes"], "is not a budget: give bits"),
         (["--budget", "3bits", "--allocation", "x.txt"], "one of them says how many bits a weight gets; leave one out"),
         (["--budget", "3bits", "--dry-run"], "qsvd allocate measures them"),
         (

@@ -198,7 +198,7 @@ def test_an_allocation_that_does_not_fit_is_refused_before_any_work(out, tmp_pat
     table.write_text("model.layers.0.self_attn.z_proj nf5 1\nmodel.layers.0.self_attn.q_proj nf5-64-fp32 1\n")
     assert run(flags) == 2
     shown = capsys.readouterr().err
-    assert "line 1: model.layers.0.self_attn.z_proj is no weight that is split here" in shown
+    assert "line 1: model.layers.0.self_attn.z_proj is not a weight to split" in shown
     assert "line 2: codec 'nf5-64-fp32'" in shown
     assert not (tmp_path / "out").exists()
 

@@ -263,7 +263,7 @@ def test_a_table_says_the_ranks(capsys, tmp_path):
         (["--budget", "2.2bits", "--rank", "64"], "--rank 64 is above 57, the highest that --budget 2.2bits holds"),
         (["--budget", "1bits"], "--budget 1bits is too small"),
         (["--budget", "17bits"], "above 16 bits"),
-        (["--budget", "20 apples"], "is no budget"),
+        (["--budget", "20 apples"], "is not a budget"),
         (["--allocation", "nowhere.txt"], "--allocation nowhere.txt cannot be read"),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_block_that_cannot_be_run_is_refused():
 
 def test_the_optimizer_must_be_known():
     run = Training(Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"), 1, "lion")
-    with pytest.raises(ValueError, match="optimizer 'lion' is none of adamw, adamw_8bit"):
+    with pytest.raises(ValueError, match="optimizer 'lion' is not one of adamw, adamw_8bit"):
         plan_training(planned_family("LlamaForCausalLM"), run, EVERYTHING, Limits())
 
 

@@ -103,7 +103,7 @@ def test_up_to_1024_on_the_shorter_side_nothing_is_estimated(monkeypatch):
 def test_the_standard_error_is_the_spread_between_seeds(monkeypatch):
     """Forty estimates: their deviation is known to 11 %, so a factor of 1.6 is five deviations away."""
     monkeypatch.setattr(error, "EXACT_SIDE", 64)
-    monkeypatch.setattr(error, "ENOUGH", 1.0)  # one batch each
+    monkeypatch.setattr(error, "CLOSE_ENOUGH", 1.0)  # one batch each
     matrix = torch.from_numpy(decaying(120, 150, 0))
     found = [norms(matrix, seeded(seed)) for seed in range(40)]
     spread = np.std([one.nuclear for one in found], ddof=1)
@@ -124,7 +124,7 @@ def test_batches_are_drawn_until_the_standard_error_is_0_6_percent(monkeypatch):
     found = norms(torch.from_numpy(noise(300, 310, 1)), seeded(0))
     assert found.nuclear_error <= 0.006 * found.nuclear
     before = len(drawn)
-    monkeypatch.setattr(error, "ENOUGH", 0.0045)
+    monkeypatch.setattr(error, "CLOSE_ENOUGH", 0.0045)
     tighter = norms(torch.from_numpy(noise(300, 310, 1)), seeded(0))
     assert tighter.nuclear_error <= 0.0045 * tighter.nuclear
     assert before < len(drawn) - before < 16

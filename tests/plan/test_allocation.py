@@ -68,9 +68,9 @@ def test_an_edited_table_needs_three_columns_and_no_heading():
 
 
 WRONG = {  # a line in place of another, by its number, and what is said of it
-    "an unknown weight": (0, "layers.9.q_proj nf3-64-8x256 4", "line 2: layers.9.q_proj is no weight that is split"),
+    "an unknown weight": (0, "layers.9.q_proj nf3-64-8x256 4", "line 2: layers.9.q_proj is not a weight to split"),
     "a missing line": (0, None, "1 weights have no line: layers.0.q_proj"),
-    "a double line": (1, "layers.0.q_proj nf3-64-8x256 4", "line 3: layers.0.q_proj stands there twice"),
+    "a double line": (1, "layers.0.q_proj nf3-64-8x256 4", "line 3: layers.0.q_proj has a line already"),
     "an unknown codec": (
         2,
         "layers.0.down_proj nf5-64-8x256 4",
@@ -84,8 +84,8 @@ WRONG = {  # a line in place of another, by its number, and what is said of it
     ),
     "a negative rank": (1, "layers.0.k_proj nf3-64-8x256 -1", "line 3: rank -1 is outside 0..16"),
     "a broken rank": (1, "layers.0.k_proj nf3-64-8x256 4.5", "line 3: rank 4.5 is outside 0..16"),
-    "too few columns": (1, "layers.0.k_proj nf3-64-8x256", "line 3: a weight, a codec and a rank are needed"),
-    "bitsandbytes beside others": (0, "layers.0.q_proj nf4 4", "nf4 is bitsandbytes' and stands for all weights or"),
+    "too few columns": (1, "layers.0.k_proj nf3-64-8x256", "line 3: the line needs a weight, a codec and a rank"),
+    "bitsandbytes beside others": (0, "layers.0.q_proj nf4 4", "nf4 (bitsandbytes) cannot be mixed"),
 }
 
 
@@ -110,10 +110,10 @@ def test_the_two_kinds_of_bitsandbytes_do_not_mix_and_either_stands_alone():
     lines = [f"{spec.module} nf4+dq 4" for spec in WEIGHTS]
     assert from_text("\n".join(lines), WEIGHTS, "FILE").is_plain
     lines[0] = f"{WEIGHTS[0].module} nf4 4"
-    with pytest.raises(ValueError, match=r"nf4, nf4\+dq is bitsandbytes'"):
+    with pytest.raises(ValueError, match=r"nf4 and nf4\+dq \(bitsandbytes\) cannot be mixed"):
         from_text("\n".join(lines), WEIGHTS, "FILE")
 
 
 def test_another_text_is_no_table():
-    with pytest.raises(ValueError, match="line 1: Once is no weight that is split here"):
+    with pytest.raises(ValueError, match="line 1: Once is not a weight to split"):
         from_text("Once upon a time", WEIGHTS, "FILE")

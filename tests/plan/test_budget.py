@@ -36,8 +36,8 @@ def test_bits_are_for_each_number_and_bytes_for_all(text, num_bytes):
 )
 def test_what_is_no_budget_is_told_what_is(text):
     sentence = (
-        f"--budget {text!r} is no budget: give bits for each number that is split, such as 2.75bits, or bytes for all "
-        "of them with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GB"
+        f"--budget {text!r} is not a budget: give bits per number of the weights, such as 2.75bits, or bytes for all "
+        "weights in KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GB"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         parse_budget(text, WEIGHTS)
@@ -50,7 +50,7 @@ def test_a_size_that_cannot_be_read_is_refused_as_sizes_are():
 
 @pytest.mark.parametrize(("text", "most"), [("16.01bits", "16.000bits"), ("1MB", "0.328MB"), ("1GiB", "0.001GiB")])
 def test_more_than_16_bits_is_refused(text, most):
-    with pytest.raises(ValueError, match=f"--budget {text} is above 16 bits a number .{most}., which the weights take"):
+    with pytest.raises(ValueError, match=f"--budget {text} is above 16 bits a number .{most}., the size of"):
         parse_budget(text, WEIGHTS)
 
 

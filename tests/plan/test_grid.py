@@ -60,9 +60,9 @@ def test_candidates_are_every_codec_at_every_rank():
     [
         (("int4", "nf3-64-fp32"), (), 4, "^--codecs: codec 'int4' is unknown; a codec is nf4 or nf4.dq"),
         (("nf7-64-fp32", "int4"), (), 4, "^--codecs: codec 'nf7-64-fp32': .*; --codecs: codec 'int4' is unknown"),
-        (("nf4", "nf3-64-fp32"), (), 4, "^--codecs nf4 is bitsandbytes' and stands for all weights or for none"),
+        (("nf4", "nf3-64-fp32"), (), 4, "^--codecs: nf4 .bitsandbytes. cannot be mixed with other codecs"),
         ((), (4, 33, -1), 4, r"^--ranks -1, 33 are outside 0..32, the ranks of the largest weights$"),
-        ((), (), -2, "^--rank -2 is negative; 0 is no factors$"),
+        ((), (), -2, "^--rank -2 is negative; 0 means no components$"),
     ],
 )
 def test_what_is_none_is_refused(codecs, ranks, rank, sentence):

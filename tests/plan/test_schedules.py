@@ -1,9 +1,9 @@
-"""SARA's and PRILoRA's ranks by their definitions, and the knob turned as far as a budget goes."""
+"""SARA's and PRILoRA's ranks by their definitions, and the highest setting that a budget holds."""
 
 import numpy as np
 import pytest
 
-from qsvd.plan.solve import prilora, sara, turned
+from qsvd.plan.solve import highest_setting, prilora, sara
 from tests import reference
 from tests.plan.weights import specs
 
@@ -36,15 +36,15 @@ def test_prilora_of_one_layer():
 
 
 @pytest.mark.parametrize("budget", [0, 1, 17, 3_001, 5_999, 6_000, 10_000])
-def test_the_knob_is_turned_until_the_next_step_is_too_much(budget):
+def test_the_next_rank_above_the_highest_setting_is_too_much(budget):
     settings = np.sort(np.random.default_rng(0).uniform(0, 1, 3_000))  # at each of which one more rank comes
 
-    def ranks(knob):
-        return [int((settings <= knob).sum())]
+    def rank(setting):
+        return int((settings <= setting).sum())
 
-    found = turned(ranks, 1.0, lambda tried: 2 * tried[0], budget)
-    assert found == [min(budget // 2, 3_000)]
+    found = highest_setting(1.0, lambda setting: 2 * rank(setting), budget)
+    assert rank(found) == min(budget // 2, 3_000)
 
 
-def test_nothing_is_found_where_the_least_is_too_much():
-    assert turned(lambda _: [0], 1.0, lambda _: 5, 4) is None
+def test_nothing_is_found_if_the_least_is_too_much():
+    assert highest_setting(1.0, lambda _: 5, 4) is None
