@@ -1,10 +1,10 @@
-"""Conversations through a tokenizer's chat template, and which of their characters the assistant speaks.
+"""Conversations: their messages, their text by a tokenizer's chat template, and the assistant's part of that text.
 
-Three ways to know, the first that can be had:
-    marks   the template has {% generation %} around what the assistant says
-    TRL     knows the template and has a copy with marks (trl.chat_template_utils.get_training_chat_template)
-    prefix  an assistant turn is what the conversation with it has over the conversation before it, up to where the
-            template would have the model begin; refused where the template rewrites earlier turns
+The assistant's part is found in the first of three ways that is possible:
+    marks   the template has {% generation %} around the assistant's text
+    TRL     has a copy of the template with marks (trl.chat_template_utils.get_training_chat_template)
+    prefix  an assistant turn is the text that the conversation gains with it, after the generation prompt; refused if
+            the template changes earlier turns
 """
 
 import json
@@ -18,12 +18,13 @@ from qsvd.errors import BadInput, listing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Conversations as data sets spell them -> messages as chat templates take them, {"role", "content", ...}.
+Message = dict[str, Any]  # {"role", "content", ...}, as chat templates take it
+Span = tuple[int, int]  # characters from, to
+Tools = list[dict | Callable] | None  # JSON schemas; transformers would take functions too
 
+MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-Message = dict[str, Any]
-
-SPEAKERS = {
+SPEAKERS = {  # "from" of a turn -> role of a message
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -36,11 +37,11 @@ SPEAKERS = {
 
 
 def check_messages(messages: object, column: str) -> list[Message]:
-    """The messages without their null fields (a table has a field for all if one message has it).
+    """Return the messages without their null fields: a table has a field in all messages if it is in one.
 
     Raises:
-        BadInput: not a list of at least one object with a role and a content; only a message with tool_calls may
-            do without content.
+        BadInput: messages is not a list of at least one object with role and content. A message with tool_calls needs
+            no content.
     """
     if not isinstance(messages, list) or not messages:
         raise BadInput(f"{column} is {described(messages)}, not a list of messages")
@@ -48,10 +49,10 @@ def check_messages(messages: object, column: str) -> list[Message]:
 
 
 def from_conversation(conversation: object) -> list[Message]:
-    """Messages of [{"from", "value"}, ...]; a conversation in role and content is taken as it is.
+    """Return the messages of [{"from", "value"}, ...]; a conversation with role and content is returned as it is.
 
     Raises:
-        BadInput: not a list of turns, a turn without from or value, or a speaker who is not in SPEAKERS.
+        BadInput: conversation is not a list of turns, or a turn lacks from or value, or its from is not in SPEAKERS.
     """
     if not isinstance(conversation, list) or not conversation:
         raise BadInput(f"conversations is {described(conversation)}, not a list of turns")
@@ -61,24 +62,24 @@ def from_conversation(conversation: object) -> list[Message]:
 
 
 def read_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The tools of a row, also where the column holds them as JSON text; None if there are none.
+    """Return the tools of a row, a list or its JSON text; None if there are none.
 
     Raises:
-        BadInput: they are no list of JSON schemas.
+        BadInput: they are not a list of JSON schemas.
     """
     tools = row.get("tools") or None
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) or None
         except ValueError as error:
-            raise BadInput(f"tools is a text that is no JSON ({error})") from error
+            raise BadInput(f"tools is a text, but not JSON ({error})") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadInput(f"tools is {described(tools)}, not a list of JSON schemas")
     return tools
 
 
 def described(value: object) -> str:
-    """What stands there instead, short enough for a sentence."""
+    """Return the type of a value and its repr, shortened for a message."""
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"
 
@@ -102,33 +103,28 @@ def _from_turn(turn: object, place: str) -> Message:
     return {"role": SPEAKERS[turn["from"]], "content": turn["value"]}
 
 
-MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Span = tuple[int, int]  # characters from, to
-Tools = list[dict | Callable] | None  # JSON schemas; transformers would take functions too
-
-
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The template to train with, for conversations without and with tools; most tokenizers have one for both."""
+    """A tokenizer and its templates to train with, for conversations without and with tools."""
 
     tokenizer: "PreTrainedTokenizerBase"
     plain: str
     with_tools: str
 
     def of(self, tools: Tools) -> str:
-        """The template for a conversation."""
+        """Return the template for a conversation with these tools."""
         return self.with_tools if tools else self.plain
 
 
 class Chat(NamedTuple):
-    """A conversation as the model reads it; the spans are the assistant's, each with the end of its turn."""
+    """A conversation as text, and the spans of the assistant's turns in it, each with its end-of-turn token."""
 
     text: str
     spans: list[Span]
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate | None:
-    """The tokenizer's template, or TRL's copy of it with marks; None if the tokenizer has none."""
+    """Return the tokenizer's template, or TRL's copy of it with marks; None if the tokenizer has no template."""
     if tokenizer.chat_template is None:
         return None
     anything: list[dict] = [{"type": "function", "function": {"name": "any", "parameters": {}}}]
@@ -140,10 +136,10 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate | None:
 
 
 def render(template: ChatTemplate, messages: list[Message], tools: Tools = None, *, begin: bool = False) -> str:
-    """The conversation as text, with `begin` up to where the model would begin its answer.
+    """Return the conversation as text; with `begin`, the generation prompt follows it.
 
     Raises:
-        BadInput: the template refuses the conversation, or does not know what is in it.
+        BadInput: the template cannot render the conversation.
     """
     import jinja2
 
@@ -152,16 +148,16 @@ def render(template: ChatTemplate, messages: list[Message], tools: Tools = None,
             messages, tools, chat_template=template.of(tools), add_generation_prompt=begin, tokenize=False
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise BadInput(f"the chat template refuses it: {error}") from error
+        raise BadInput(f"the chat template cannot render it: {error}") from error
     assert isinstance(text, str), "without tokenize, one conversation is one text"
     return text
 
 
 def render_marked(template: ChatTemplate, messages: list[Message], tools: Tools, first: int) -> Chat:
-    """The conversation with the spans of the assistant's turns, from message number `first` on.
+    """Return the conversation with the spans of the assistant's turns, from message number `first` on.
 
     Raises:
-        BadInput: as `render`, or the template writes a conversation differently once it goes on.
+        BadInput: as `render`, or the template changes earlier messages when more follow.
     """
     text = render(template, messages, tools)
     if not MARK.search(template.of(tools)):
@@ -170,21 +166,19 @@ def render_marked(template: ChatTemplate, messages: list[Message], tools: Tools,
     if first:
         before = render(template, messages[:first], tools)
         if not text.startswith(before):
-            raise BadInput("the chat template writes the prompt differently once a completion follows")
+            raise BadInput("the chat template changes the prompt when a completion follows it")
         spans = [span for span in spans if span[0] >= len(before)]
     return Chat(text, spans)
 
 
 def speaks(messages: Sequence[Message]) -> bool:
-    """Whether any message is the assistant's and says or calls something."""
-    return any(
-        message["role"] == "assistant" and (_is_said(message.get("content")) or bool(message.get("tool_calls")))
-        for message in messages
-    )
-
-
-def _is_said(content: object) -> bool:
-    return bool(content.strip() if isinstance(content, str) else content)
+    """Return whether a message of the assistant has content or calls a tool."""
+    for message in messages:
+        content = message.get("content")
+        has_content = content.strip() if isinstance(content, str) else content
+        if message["role"] == "assistant" and (has_content or message.get("tool_calls")):
+            return True
+    return False
 
 
 def _template_of_trl(tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -193,12 +187,12 @@ def _template_of_trl(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
     try:
         return get_training_chat_template(tokenizer)
-    except (ValueError, TypeError, KeyError, jinja2.TemplateError):  # it tries calls of tools, which not all render
+    except (ValueError, TypeError, KeyError, jinja2.TemplateError):  # it tries tool calls, which some templates refuse
         return None
 
 
 def _spans_by_marks(template: ChatTemplate, messages: list[Message], tools: Tools) -> list[Span]:
-    """Where {% generation %} blocks lie in the text; blocks that touch are one."""
+    """Return the spans of {% generation %} blocks; adjacent blocks are one span."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokens: dict[str, Any] = dict(template.tokenizer.special_tokens_map)
@@ -221,13 +215,13 @@ def _spans_by_prefix(template: ChatTemplate, messages: list[Message], tools: Too
         if messages[number]["role"] != "assistant":
             continue
         if number == 0:
-            raise BadInput("the assistant speaks first, so that nothing shows where its turn begins")
+            raise BadInput("the first message is the assistant's, so the start of its turn cannot be found")
         before = render(template, messages[:number], tools, begin=True)
         after = render(template, messages[: number + 1], tools)
         if not (after.startswith(before) and text.startswith(after)):
             raise BadInput(
-                f"message {number + 1}, the assistant's, cannot be told apart: the chat template writes a conversation "
-                "differently once it goes on; mark what the assistant says in the template with {% generation %}"
+                f"the assistant's text in message {number + 1} cannot be located: the chat template changes earlier "
+                "messages when more follow; mark the assistant's text in the template with {% generation %}"
             )
         spans.append((len(before), len(after)))
     return spans

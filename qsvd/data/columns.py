@@ -1,14 +1,14 @@
-"""What the columns of a data set mean: a conversation, a prompt and its completion, plain text, or a text to label.
+"""Columns of a data set -> examples: a conversation, a prompt and its completion, a text, or a text and its label.
 
-Of the sets below the first whose columns are all in the file is taken, so that the more specific one wins: a file with
-`instruction`, `output` and `text` holds instructions. `--map column=name` gives a column of the file one of our names.
+Of COLUMN_SETS the first whose required columns are all present is used, so the more specific one wins: a file with
+`instruction`, `output` and `text` holds instructions. `--map column=name` renames a column of the file to one of ours.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from qsvd.data import chat as turns
+from qsvd.data.chat import check_messages, described, from_conversation, read_tools
 from qsvd.data.row_files import Places, Rows, refusal
 from qsvd.errors import BadInput, listing
 
@@ -32,16 +32,16 @@ class Examples:
     kind: Kind
     rows: list[Row]
     places: Places
-    literal: bool = True  # a pair of strings is text as it stands, not a question that a chat template may dress
+    literal: bool = True  # strings of a pair are used as they are; else a chat template may be applied to the prompt
 
     def where(self, index: int) -> str:
-        """ "train.jsonl, line 3"."""
+        """Return the place of an example, "train.jsonl, line 3"."""
         return self.places.where(index)
 
 
 @dataclass(frozen=True)
 class ColumnSet:
-    """Columns that together are an example, and how a row of them becomes one."""
+    """Columns that make an example, and the function that makes it of a row."""
 
     kind: Kind
     required: tuple[str, ...]
@@ -54,17 +54,17 @@ class ColumnSet:
 
 
 def recognise(rows: Rows, mapping: Mapping[str, str]) -> Examples:
-    """The rows as examples of one kind; each is checked, and nothing slow has happened yet.
+    """Return the rows as examples of one kind, each checked. Nothing is tokenized yet.
 
-    A column counts as there if any row has a value in it; null is no value.
+    A column is present if any row has a value in it that is not null.
 
     Args:
-        mapping: Column of the file -> our name for it. Only sets with all these names are then considered, and a
-            column of the file that already has such a name is left aside.
+        mapping: Column of the file -> our name for it. Only column sets with all these names are used, and a column of
+            the file that already has such a name is ignored.
 
     Raises:
-        BadInput: the mapping names a column that is not there, or a name that is not ours; no set fits; rows lack a
-            column or hold something else in it (all counted, the first few shown).
+        BadInput: the mapping names a column that is missing, or a name that is not ours; no set fits; rows lack a
+            column or have a wrong value in it (all are counted, the first few are shown).
     """
     columns = list(dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None))
     _check_mapping(mapping, columns, rows.places.source)
@@ -76,7 +76,7 @@ def recognise(rows: Rows, mapping: Mapping[str, str]) -> Examples:
     converted, problems, form = [], [], None
     for index, row in enumerate(rows.rows):
         try:
-            converted.append(_convert(chosen, _renamed(row, mapping)))
+            converted.append(_convert(chosen, row, mapping))
             form = _same_form(converted[-1], form)
         except ValueError as error:
             problems.append((rows.places.short(index), str(error)))
@@ -85,25 +85,22 @@ def recognise(rows: Rows, mapping: Mapping[str, str]) -> Examples:
     return Examples(chosen.kind, converted, rows.places, chosen.literal)
 
 
-def _renamed(row: Row, mapping: Mapping[str, str]) -> Row:
-    """The values that are there, under our names."""
-    there = {name: value for name, value in row.items() if value is not None}
-    kept = {name: value for name, value in there.items() if name not in mapping and name not in mapping.values()}
-    return kept | {ours: there[column] for column, ours in mapping.items() if column in there}
-
-
-def _convert(chosen: ColumnSet, row: Row) -> Row:
-    missing = [name for name in chosen.required if name not in row]
+def _convert(chosen: ColumnSet, row: Row, mapping: Mapping[str, str]) -> Row:
+    """Return a row as an example: null values dropped, columns renamed, the rest checked by the column set."""
+    present = {name: value for name, value in row.items() if value is not None}
+    kept = {name: value for name, value in present.items() if name not in mapping and name not in mapping.values()}
+    renamed = kept | {ours: present[column] for column, ours in mapping.items() if column in present}
+    missing = [name for name in chosen.required if name not in renamed]
     if missing:
         raise BadInput(f"no {' and no '.join(missing)}")
-    return chosen.convert(row)
+    return chosen.convert(renamed)
 
 
 def _same_form(row: Row, form: type | None) -> type:
-    """str or list, whichever the prompts of a file are; refuses a row that has the other."""
+    """Return str or list, the type of all prompts of a file; refuse a row with the other type."""
     found = type(row.get("prompt"))
     if form not in (None, found):
-        raise BadInput(f"prompt is {turns.described(row['prompt'])}, but the rows before have it as {form.__name__}")
+        raise BadInput(f"prompt is {described(row['prompt'])}, but in the rows before it is a {form.__name__}")
     return found
 
 
@@ -114,7 +111,7 @@ def _check_mapping(mapping: Mapping[str, str], columns: Sequence[str], source: s
         raise BadInput(f"--map: {source} has no column {listing(absent)}; it has {listing(columns, limit=20)}")
     unknown = [name for name in mapping.values() if name not in names]
     if unknown:
-        raise BadInput(f"--map: {listing(unknown)} is none of our names, which are {', '.join(names)}")
+        raise BadInput(f"--map: {listing(unknown)} is not a name of qsvd; the names are {', '.join(names)}")
     twice = [name for name in names if list(mapping.values()).count(name) > 1]
     if twice:
         raise BadInput(f"--map: several columns are mapped to {listing(twice)}; map one")
@@ -124,40 +121,28 @@ def _no_set_fits(source: str, columns: Sequence[str], mapping: Mapping[str, str]
     mapped = f" (with --map {' '.join(f'{column}={name}' for column, name in mapping.items())})" if mapping else ""
     found = listing(columns, limit=20) if columns else "(none)"
     return (
-        f"{source} has the columns {found}{mapped}, which are no examples. "
-        f"Accepted, [] being optional: {'; '.join(map(str, COLUMN_SETS))}. "
-        "Name columns with --map COLUMN=NAME, as in --map response=output"
+        f"{source} has the columns {found}{mapped}, which do not make an example. "
+        f"Accepted columns, [] being optional: {'; '.join(map(str, COLUMN_SETS))}. "
+        "Rename columns with --map COLUMN=NAME, for example --map response=output"
     )
 
 
 def _text(row: Row, name: str) -> str:
     if not isinstance(row[name], str):
-        raise BadInput(f"{name} is {turns.described(row[name])}, not a text")
+        raise BadInput(f"{name} is {described(row[name])}, not a text")
     return row[name]
-
-
-def _from_messages(row: Row) -> Row:
-    return {"messages": turns.check_messages(row["messages"], "messages"), "tools": turns.read_tools(row)}
-
-
-def _from_conversations(row: Row) -> Row:
-    return {"messages": turns.from_conversation(row["conversations"]), "tools": turns.read_tools(row)}
 
 
 def _from_pair(row: Row) -> Row:
     if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
-        sides = {name: turns.check_messages(row[name], name) for name in ("prompt", "completion")}
+        sides = {name: check_messages(row[name], name) for name in ("prompt", "completion")}
     else:
         sides = {name: _text(row, name) for name in ("prompt", "completion")}
-    return sides | {"tools": turns.read_tools(row)}
-
-
-def _from_question(row: Row) -> Row:
-    return {"prompt": _text(row, "question"), "completion": _text(row, "answer"), "tools": None}
+    return sides | {"tools": read_tools(row)}
 
 
 def _from_instruction(row: Row) -> Row:
-    """The input, where there is one, stands below the instruction after an empty line."""
+    """Return a pair; the input, if there is one, follows the instruction after an empty line."""
     given = _text(row, "input") if "input" in row else ""
     instruction = _text(row, "instruction")
     prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
@@ -167,57 +152,66 @@ def _from_instruction(row: Row) -> Row:
 def _from_labelled(row: Row) -> Row:
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, str | int):
-        raise BadInput(f"label is {turns.described(label)}, not a name or an integer")
+        raise BadInput(f"label is {described(label)}, not a name or an integer")
     second = _text(row, "text_pair") if "text_pair" in row else None
     return {"text": _text(row, "text"), "text_pair": second, "label": label}
 
 
-def _from_text(row: Row) -> Row:
-    return {"text": _text(row, "text")}
-
-
 COLUMN_SETS = (
-    ColumnSet("chat", ("messages",), ("tools",), _from_messages),
-    ColumnSet("chat", ("conversations",), ("tools",), _from_conversations),
+    ColumnSet(
+        "chat",
+        ("messages",),
+        ("tools",),
+        lambda row: {"messages": check_messages(row["messages"], "messages"), "tools": read_tools(row)},
+    ),
+    ColumnSet(
+        "chat",
+        ("conversations",),
+        ("tools",),
+        lambda row: {"messages": from_conversation(row["conversations"]), "tools": read_tools(row)},
+    ),
     ColumnSet("pair", ("prompt", "completion"), ("tools",), _from_pair),
     ColumnSet("pair", ("instruction", "output"), ("input",), _from_instruction, literal=False),
-    ColumnSet("pair", ("question", "answer"), (), _from_question, literal=False),
+    ColumnSet(
+        "pair",
+        ("question", "answer"),
+        (),
+        lambda row: {"prompt": _text(row, "question"), "completion": _text(row, "answer"), "tools": None},
+        literal=False,
+    ),
     ColumnSet("labelled", ("text", "label"), ("text_pair",), _from_labelled),
-    ColumnSet("text", ("text",), (), _from_text),
+    ColumnSet("text", ("text",), (), lambda row: {"text": _text(row, "text")}),
 )
 
 
-# Examples as token ids, with the tokens that are trained.
+# Examples as token ids.
 
 
-UNTRAINED = -100  # the label that PyTorch's cross entropy leaves out
+UNTRAINED = -100  # the label that PyTorch's cross entropy ignores
 
 
 class Marked(NamedTuple):
-    """One sequence: its tokens, and for each the token itself where it is trained or UNTRAINED."""
+    """The tokens of one sequence, and a label for each: the token itself if it is trained, else UNTRAINED."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def num_trained(self) -> int:
-        """Labels that a causal model is trained on; it never predicts the first token."""
+        """Number of tokens with a loss; a causal model does not predict the first token."""
         return sum(label != UNTRAINED for label in self.labels[1:])
-
-
-def marked(input_ids: list[int], trained: Sequence[bool]) -> Marked:
-    """A sequence from its tokens and which of them are trained."""
-    pairs = zip(input_ids, trained, strict=True)
-    return Marked(input_ids, [token if train else UNTRAINED for token, train in pairs])
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What a trainer takes.
+    """The data of a trainer.
 
-    labels holds for each sequence a label per token (UNTRAINED where there is no loss), or for labelled text the
-    number of its class in label_names. truncated counts the examples that were cut at max_length, dropped those of
-    them that had no trained token left and are not here. token_types is there for pairs of texts only.
+    Args:
+        labels: For each sequence a label per token, UNTRAINED without a loss; for labelled text the index of its class
+            in label_names.
+        truncated: Examples that were cut at max_length.
+        dropped: Those of them that were left out, because no trained token was left.
+        token_types: For pairs of texts only.
     """
 
     kind: Kind
@@ -230,21 +224,21 @@ class Tokenized:
     token_types: list[list[int]] | None = None
 
     def where(self, index: int) -> str:
-        """ "train.jsonl, line 3"."""
+        """Return the place of a sequence, "train.jsonl, line 3"."""
         return self.places.where(index)
 
     @property
     def num_tokens(self) -> int:
-        """Of all sequences."""
+        """Number of tokens of all sequences."""
         return sum(map(len, self.input_ids))
 
     @property
     def num_trained(self) -> int:
-        """Tokens with a loss, of all sequences; for labelled text, the labels."""
+        """Number of tokens with a loss in all sequences; for labelled text, of labels."""
         return sum(1 if isinstance(label, int) else Marked([], label).num_trained for label in self.labels)
 
     def as_dataset(self) -> "Dataset":
-        """Columns input_ids and labels, and token_type_ids where there are some."""
+        """Return a data set with the columns input_ids and labels, and token_type_ids for pairs of texts."""
         from datasets import Dataset
 
         columns: dict[str, list] = {"input_ids": self.input_ids, "labels": self.labels}

@@ -1,10 +1,10 @@
-"""Characters that are trained -> tokens that are trained; and whether a turn ends with a token that ends it."""
+"""The assistant's characters -> the tokens that are trained, and a check that a turn ends with an end-of-turn token."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qsvd.data.chat import Chat, Span
-from qsvd.data.columns import UNTRAINED, Marked, marked
+from qsvd.data.chat import Chat
+from qsvd.data.columns import UNTRAINED, Marked
 from qsvd.data.plain import BATCH
 from qsvd.errors import BadInput
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 def mark_chats(
     chats: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase", stop_tokens: frozenset[int], where: Sequence[str]
 ) -> list[Marked]:
-    """The tokens of each conversation; those that hold a character of a span are trained.
+    """Return the tokens of each conversation; tokens with a character in a span are trained.
 
     Args:
-        chats: Conversations as text. The template has written all special tokens.
+        chats: Conversations as text, special tokens included.
         tokenizer: One with a fast backend, which knows the characters of each token.
-        stop_tokens: Tokens that end a turn; the last of each span, blanks aside, must be one.
-        where: The place of each conversation.
+        stop_tokens: Tokens that end a turn. The last token of each span, except blanks, must be one of them.
+        where: The place of each conversation, for messages.
 
     Raises:
-        BadInput: the tokenizer is a slow one, or an assistant turn does not end with a stop token.
+        BadInput: the tokenizer has no fast backend, or an assistant turn does not end with a stop token.
     """
     if not tokenizer.is_fast:
         raise BadInput(
-            f"{type(tokenizer).__name__} has no fast backend, which tells the characters of each token; "
-            "save a tokenizer.json beside the model (transformers does when it can convert the tokenizer)"
+            f"{type(tokenizer).__name__} has no fast backend, which is needed to find the characters of each token; "
+            "save a tokenizer.json next to the model (transformers writes one if it can convert the tokenizer)"
         )
     sequences = []
     for start in range(0, len(chats), BATCH):
@@ -39,53 +39,45 @@ def mark_chats(
         for number, (chat, tokens, offsets) in enumerate(
             zip(batch, out["input_ids"], out["offset_mapping"], strict=True), start
         ):
-            spans = [_tokens_of(span, offsets) for span in chat.spans]
-            _check_ends(tokens, spans, tokenizer, stop_tokens, where[number])
-            trained = {position for span in spans for position in span}
-            sequences.append(marked(tokens, [position in trained for position in range(len(tokens))]))
+            labels = [UNTRAINED] * len(tokens)
+            for begin, end in chat.spans:
+                # A token without characters (right == left) belongs to the span in which it starts.
+                inside = [
+                    at for at, (left, right) in enumerate(offsets) if left < end and (right > begin or left >= begin)
+                ]
+                _check_end([tokens[at] for at in inside], tokenizer, stop_tokens, where[number])
+                for at in inside:
+                    labels[at] = tokens[at]
+            sequences.append(Marked(tokens, labels))
     return sequences
 
 
 def stop_tokens_of(tokenizer: "PreTrainedTokenizerBase", more: Iterable[int] = ()) -> frozenset[int]:
-    """The end-of-sequence token, the tokens that a vocabulary was given on purpose (<|im_end|>), and `more`."""
-    backend: Any = tokenizer  # whose class, a parent of all, does not declare what all have
+    """Return the end-of-sequence token, the tokens that were added to the vocabulary (<|im_end|>), and `more`."""
+    backend: Any = tokenizer  # its base class does not declare get_added_vocab
     end = [] if backend.eos_token_id is None else [backend.eos_token_id]
     return frozenset([*end, *backend.get_added_vocab().values(), *more])
 
 
 def says_nothing(sequence: Marked, tokenizer: "PreTrainedTokenizerBase", stop_tokens: frozenset[int]) -> bool:
-    """Whether only ends of turns and blanks are trained: a template may leave out content that it cannot read."""
+    """Return whether only stop tokens and blanks are trained: a template may drop content that it cannot read."""
     said = {label for label in sequence.labels if label != UNTRAINED and label not in stop_tokens}
-    return not any(_is_seen(token, tokenizer) for token in said)
+    return not any(_is_visible(token, tokenizer) for token in said)
 
 
-def _tokens_of(span: Span, offsets: Sequence[Span]) -> list[int]:
-    """Positions of the tokens that hold a character of the span; a token without characters belongs where it begins."""
-    start, end = span
-    return [
-        position for position, (left, right) in enumerate(offsets) if left < end and (right > start or left >= start)
-    ]
-
-
-def _check_ends(
-    tokens: list[int],
-    spans: list[list[int]],
-    tokenizer: "PreTrainedTokenizerBase",
-    stop_tokens: frozenset[int],
-    where: str,
+def _check_end(
+    tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase", stop_tokens: frozenset[int], where: str
 ) -> None:
-    for span in spans:
-        last = next(
-            (tokens[at] for at in reversed(span) if tokens[at] in stop_tokens or _is_seen(tokens[at], tokenizer)), None
+    """Refuse a turn whose last token, except blanks, is not a stop token."""
+    last = next((token for token in reversed(tokens) if token in stop_tokens or _is_visible(token, tokenizer)), None)
+    if last is not None and last not in stop_tokens:
+        raise BadInput(
+            f"the chat template drops the end of a turn: the assistant's text in {where} ends with "
+            f"{tokenizer.decode([last])!r}, which is not an end-of-sequence token, so the model would not learn to "
+            "stop. Write {{ eos_token }} after the assistant's content in the template, or make the mark there a "
+            "special token of the tokenizer"
         )
-        if last is not None and last not in stop_tokens:
-            raise BadInput(
-                f"the chat template drops the end of a turn: what the assistant says in {where} ends with "
-                f"{tokenizer.decode([last])!r}, which is no end-of-sequence token: the model would not learn to stop. "
-                "Write {{ eos_token }} behind the assistant's content in the template, or make the mark that "
-                "stands there a special token of the tokenizer"
-            )
 
 
-def _is_seen(token: int, tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _is_visible(token: int, tokenizer: "PreTrainedTokenizerBase") -> bool:
     return bool(str(tokenizer.decode([token])).strip())

@@ -1,7 +1,7 @@
-"""Text that no chat template dresses: documents, and prompts with their completion.
+"""Token ids of text without a chat template: documents, prompts with their completion, labelled texts.
 
-What a tokenizer puts in front of every text (usually the start token) is in front here too; the end-of-sequence token
-is put behind a text once, whether or not the tokenizer does so.
+A text starts with the tokens that the tokenizer adds in front (usually the start token) and ends with one
+end-of-sequence token, even if the tokenizer does not add it.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from qsvd.errors import BadInput, listing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH = 1000  # texts that a tokenizer gets at once
-ANCHOR = "\n"  # stands before a text to be tokenized as the middle of a longer one
+BATCH = 1000  # texts for one call of a tokenizer
+ANCHOR = "\n"  # put before a text that is tokenized as the middle of a longer one
 
 
 def encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """The tokens of each text, without any that the tokenizer would add."""
+    """Return the tokens of each text, without special tokens."""
     tokens = []
     for start in range(0, len(texts), BATCH):
         batch = list(texts[start : start + BATCH])
@@ -28,19 +28,19 @@ def encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[l
 
 
 def start_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer puts in front of a text."""
+    """Return the tokens that the tokenizer adds in front of a text."""
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     starts = range(len(whole) - len(bare) + 1)
     start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
-    assert start is not None, "special tokens stand around a text and do not change its own"
+    assert start is not None, "special tokens are around a text and do not change its tokens"
     return whole[:start]
 
 
 def documents(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[list[Marked]]:
-    """For each text its windows of at most max_length tokens, all trained.
+    """Return the windows of each text, of at most max_length tokens, all trained.
 
-    A window starts with the last token of the one before it, untrained there, so that every token of the text but the
-    first is predicted once. A tokenizer without an end-of-sequence token leaves the end open.
+    A window starts with the last token of the window before it, untrained, so that every token of the text except the
+    first is predicted once. If the tokenizer has no end-of-sequence token, the text has none.
     """
     end_token: Any = tokenizer.eos_token_id
     start, end = start_tokens(tokenizer), [] if end_token is None else [end_token]
@@ -48,23 +48,23 @@ def documents(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_le
 
 
 def prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """The tokens of each prompt, as they stand before a completion."""
+    """Return the tokens of each prompt, as they are before a completion."""
     start = start_tokens(tokenizer)
     return [[*start, *tokens] for tokens in encode(texts, tokenizer)]
 
 
 def pairs(given: Sequence[str], completions: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[Marked]:
-    """Prompt, completion and end-of-sequence token; the last two are trained.
+    """Return prompt, completion and end-of-sequence token of each pair; the last two are trained.
 
-    The tokens of the prompt are those of the prompt alone, as they will be when the model is asked, also where the
-    tokenizer would join its end with the start of the completion.
+    The prompt is tokenized alone, as it is when the model generates, even if the tokenizer would merge its end with the
+    start of the completion.
 
     Raises:
         BadInput: the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise BadInput(
-            "the tokenizer has no end-of-sequence token, so that a model could not learn where an answer ends; "
+            "the tokenizer has no end-of-sequence token, so the model could not learn where an answer ends; "
             "set eos_token in its tokenizer_config.json"
         )
     whole = prompts([prompt + completion for prompt, completion in zip(given, completions, strict=True)], tokenizer)
@@ -86,32 +86,34 @@ def _windows(tokens: list[int], length: int) -> list[Marked]:
 
 
 def _continuation(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The tokens of a text in the middle of another: some tokenizers put a space before the first word of a text."""
+    """Return the tokens of a text inside another: some tokenizers add a space before the first word of a text."""
     anchor, both = encode([ANCHOR, ANCHOR + text], tokenizer)
     return both[len(anchor) :] if both[: len(anchor)] == anchor else encode([text], tokenizer)[0]
 
 
-# Texts, or pairs of texts, with a class each.
+# Texts, or pairs of texts, each with a class.
 
 
 def tokenize_labelled(
     examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int, label_names: Sequence[str] | None
 ) -> Tokenized:
-    """Tokens with those that the tokenizer adds, cut at max_length, and the number of each class.
+    """Return the tokens of each text, special tokens included, cut at max_length, and the index of its class.
 
     Args:
         examples: Of the kind labelled.
-        tokenizer: Cuts the longer one of two texts first.
+        tokenizer: It cuts the longer one of two texts first.
         max_length: Tokens.
-        label_names: The classes in the order of their numbers, as the training rows gave them; None finds them.
+        label_names: The classes by index, as in the training rows; None finds them.
 
     Raises:
-        BadInput: max_length has no room for text; what `find_labels` refuses; a label that is not in label_names.
+        BadInput: max_length leaves no token for the text; as `find_labels`; a label that is not in label_names.
     """
     pairs = any(row["text_pair"] is not None for row in examples.rows)
     added = tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_length <= added:
-        raise BadInput(f"max_length {max_length} is not above {added}, the tokens that the tokenizer adds to a text")
+        raise BadInput(
+            f"max_length {max_length} is not above {added}, the special tokens that the tokenizer adds to a text"
+        )
     names = find_labels(examples) if label_names is None else tuple(label_names)
     labels = _numbers(examples, names)
     ids, types, truncated = [], [], 0
@@ -128,12 +130,12 @@ def tokenize_labelled(
 
 
 def find_labels(examples: Examples) -> tuple[str, ...]:
-    """The classes in the order of their numbers: names sorted, or integers 0..n-1 as text.
+    """Return the classes by index: names sorted, or the integers 0..n-1 as text.
 
-    A label that is an integer written as text counts as an integer: a CSV file has no other.
+    An integer written as text counts as an integer, because a CSV file has only text.
 
     Raises:
-        BadInput: names and integers mixed, integers other than 0..n-1, or fewer than two classes.
+        BadInput: the labels mix names and integers, are integers other than 0..n-1, or are fewer than two classes.
     """
     found = {str(row["label"]): index for index, row in reversed(list(enumerate(examples.rows)))}
     source, integers = examples.places.source, [name for name in found if _is_integer(name)]
@@ -141,10 +143,10 @@ def find_labels(examples: Examples) -> tuple[str, ...]:
         names = [name for name in found if name not in integers]
         raise BadInput(
             f"{source} has integers and names as labels: {integers[0]} in {examples.places.short(found[integers[0]])}, "
-            f"{names[0]!r} in {examples.places.short(found[names[0]])}; write all of them in one way"
+            f"{names[0]!r} in {examples.places.short(found[names[0]])}; write all of them in the same way"
         )
     if len(found) < 2:
-        raise BadInput(f"{source} has one class only, {next(iter(found))!r}; there is nothing to tell apart")
+        raise BadInput(f"{source} has only one class, {next(iter(found))!r}; a classifier needs two or more")
     if not integers:
         return tuple(sorted(found))
     expected = [str(number) for number in range(len(found))]
@@ -152,7 +154,7 @@ def find_labels(examples: Examples) -> tuple[str, ...]:
     if wrong:
         shown = listing([f"{name} in {examples.places.short(found[name])}" for name in wrong])
         raise BadInput(
-            f"{source} has {len(found)} classes, so that integer labels must be 0..{len(found) - 1}, but there is "
+            f"{source} has {len(found)} classes, so integer labels must be 0..{len(found) - 1}, but there is "
             f"{shown}; number the classes from 0 without gaps, or give them names"
         )
     return tuple(expected)
@@ -167,11 +169,11 @@ def _numbers(examples: Examples, names: Sequence[str]) -> list[int]:
     ]
     if unknown:
         raise BadInput(
-            f"{refusal(examples.places.source, 'unknown label', unknown)}; known are {listing(list(names), limit=20)}"
+            f"{refusal(examples.places.source, 'unknown label', unknown)}; known labels are {listing(names, limit=20)}"
         )
     return [numbers[str(row["label"])] for row in examples.rows]
 
 
 def _is_integer(name: str) -> bool:
-    """Whether the name is an integer in its one usual spelling: "7", not "007" or "+7"."""
+    """Return whether the name is an integer in its usual spelling: "7", not "007" or "+7"."""
     return name.removeprefix("-").isdecimal() and name == str(int(name))

@@ -1,4 +1,4 @@
-"""One example as the model sees it, with what is trained in brackets: to be looked at before hours are spent."""
+"""One example as the model reads it, with the trained tokens in brackets, to check before a long run."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAINED = "bold green"
-OPEN, CLOSE = "[[", "]]"  # so that it shows without colours, on any terminal
+OPEN, CLOSE = "[[", "]]"  # visible on a terminal without colours
 
 
 def preview(tokenized: Tokenized, tokenizer: "PreTrainedTokenizerBase", index: int = 0) -> Text:
-    """A line that says where the example is from and how much of it is trained, and the example decoded.
+    """Return a line with the place of the example and the share of trained tokens, then the decoded example.
 
-    Trained tokens stand in [[ ]] and in colour; for labelled text the class stands in the first line.
+    Trained tokens are in [[ ]] and coloured. For labelled text the first line names the class.
 
     Raises:
         BadInput: index is outside the sequences.
@@ -40,7 +40,7 @@ def preview(tokenized: Tokenized, tokenizer: "PreTrainedTokenizerBase", index: i
 
 
 def _pieces(tokens: list[int], trained: list[bool], tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, bool]]:
-    """Runs of tokens of one sort as text; decoded from the start, because a token alone may lose its space."""
+    """Yield runs of trained or untrained tokens as text; a token that is decoded alone may lose its space."""
     end, before = 0, ""
     for is_trained, run in groupby(trained):
         end += len(list(run))

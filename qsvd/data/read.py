@@ -1,4 +1,4 @@
-"""A source of rows, as a user names it: a file, a folder with a file for each split, or a data set of the hub."""
+"""Rows from a source that a user names: a file, a folder with a file for each split, or a data set of the hub."""
 
 import os
 import re
@@ -13,22 +13,22 @@ from qsvd.files.source import MODEL_ID
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-VALID_NAMES = ("valid", "validation", "dev", "test")  # what the second split is called, preferred first
+VALID_NAMES = ("valid", "validation", "dev", "test")  # names of the validation split, preferred first
 SYNONYMS = VALID_NAMES[:3]
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> Rows:
-    """All rows of one split.
+    """Return all rows of one split.
 
     Args:
-        source: A file (.jsonl .json .csv .parquet .txt), a folder with one such file named for each split
-            (train.jsonl, valid.jsonl), or a hub id "owner/name", "owner/name:config". What exists here is never
-            looked for on the hub; nor is what looks like a path.
+        source: A file (.jsonl .json .csv .parquet .txt), a folder with one such file for each split (train.jsonl,
+            valid.jsonl), or a hub id "owner/name", "owner/name:config". Something that exists here, or looks like a
+            path, is never looked up on the hub.
         split: In a folder, the name of the file without its suffix; on the hub, the split. valid, validation and dev
-            mean the same. A file has none but "train".
+            mean the same. A file has only "train".
 
     Raises:
-        BadInput: no such source or split, two files for one split, or what `read_file` refuses.
+        BadInput: source or split does not exist, a split has two files, or as `read_file`.
     """
     names = SYNONYMS if split in SYNONYMS else (split,)
     local = _local(source)
@@ -40,14 +40,14 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
     elif split == "train":
         return read_file(local)
     else:
-        raise BadInput(f"{local} is one file and has no split {split!r}; leave the split out, or name its folder")
+        raise BadInput(f"{local} is one file and has no split {split!r}; leave the split out, or give the folder")
     if found is None:
         raise BadInput(_no_split(str(source), local, names))
     return found
 
 
 def read_pair(source: str | Path) -> tuple[Rows, Rows | None]:
-    """The training rows, and those to validate on where the source has a split named as in VALID_NAMES.
+    """Return the training rows, and the rows of the split in VALID_NAMES if the source has one.
 
     Raises:
         BadInput: as `read_rows`.
@@ -61,7 +61,7 @@ def read_pair(source: str | Path) -> tuple[Rows, Rows | None]:
 
 
 def _local(source: str | Path) -> Path | None:
-    """The file or folder that a source names; None if it can only be a data set of the hub."""
+    """Return the file or folder that a source names; None if it can only be a data set of the hub."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -81,7 +81,7 @@ def _local(source: str | Path) -> Path | None:
 
 
 def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """The file of the first name that has one."""
+    """Return the file of the first name that has one."""
     for name in names:
         files = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").is_file()]
         if len(files) > 1:
@@ -111,12 +111,12 @@ def _hub_split(source: str, names: Sequence[str]) -> Rows | None:
         return None
     rows = splits[name].to_list()
     if not rows:
-        raise BadInput(f"the split {name!r} of {source!r} on the hub is empty: it has no row to train on")
+        raise BadInput(f"the split {name!r} of {source!r} on the hub is empty: it has no rows")
     return Rows(rows, Places(f"{source} ({name})", "row", range(1, len(rows) + 1)))
 
 
 def _hub_splits(source: str) -> "DatasetDict":
-    """All splits, memory mapped from the cache of the datasets library after the first time."""
+    """Return all splits, memory-mapped from the cache of the datasets library after the first call."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -127,10 +127,10 @@ def _hub_splits(source: str) -> "DatasetDict":
         several = re.search(r"available configs: (\[.*\])", str(error), re.DOTALL)
         if several:
             raise BadInput(
-                f"{source!r} on the hub is several data sets; choose {name}:CONFIG of {several[1]}"
+                f"{source!r} on the hub has several configurations; choose {name}:CONFIG of {several[1]}"
             ) from error
         raise BadInput(
-            f"no file or folder {source!r} here, and the hub gave no data set of that name: {first_line(error)}"
+            f"no file or folder {source!r} here, and no data set of that name on the hub: {first_line(error)}"
         ) from error
     assert isinstance(splits, datasets.DatasetDict), "without a split and not streaming, load_dataset gives all splits"
     return splits

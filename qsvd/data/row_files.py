@@ -1,6 +1,6 @@
-"""One file of rows, JSON, JSON lines, CSV, Parquet or plain text, read with the exact place of every row.
+"""One file of rows, as JSON, JSON lines, CSV, Parquet or plain text, with the place of every row.
 
-Our own reader, because a converted table has forgotten the lines: datasets.load_dataset gives the same rows.
+datasets.load_dataset gives the same rows, but not their line numbers, which messages need.
 """
 
 import csv
@@ -12,18 +12,17 @@ from typing import Any
 
 from qsvd.errors import BadInput, first_line, listing
 
-# Rows of a data set, each with the place it was read from, and the sentence that names those which are refused.
-
-
 Problem = tuple[str, str]  # a place, "line 3", and what is wrong there
+BOM = b"\xef\xbb\xbf"  # some editors write it in front of UTF-8
+LARGEST_CELL = 2**31 - 1  # bytes of a CSV cell; Python's own limit of 128 KiB is below a long document
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where each row was found.
+    """The place of each row.
 
     unit is "line" (the first line of the row), "item" of a JSON list, "row" of a table, or "" for a row that is a
-    whole file; numbers count from 1.
+    whole file. numbers count from 1.
     """
 
     source: str
@@ -31,53 +30,47 @@ class Places:
     numbers: Sequence[int]
 
     def short(self, index: int) -> str:
-        """The place within the source, "line 3"."""
+        """Return the place within the source, "line 3"."""
         return f"{self.unit} {self.numbers[index]}" if self.unit else "the file"
 
     def where(self, index: int) -> str:
-        """The place with its source, "train.jsonl, line 3"."""
+        """Return the place with its source, "train.jsonl, line 3"."""
         return f"{self.source}, {self.short(index)}" if self.unit else self.source
 
     def take(self, indexes: Sequence[int]) -> "Places":
-        """The places of some rows, in the order given; a row may come twice."""
+        """Return the places of some rows, in the order given; a row may be repeated."""
         return Places(self.source, self.unit, [self.numbers[index] for index in indexes])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set as it was read: a dictionary by column for each row, and where it stands."""
+    """A data set: a dictionary by column for each row, and its place."""
 
     rows: list[dict[str, Any]]
     places: Places
 
-    def where(self, index: int) -> str:
-        """ "train.jsonl, line 3"."""
-        return self.places.where(index)
-
 
 def refusal(source: str | Path, what: str, problems: Sequence[Problem]) -> str:
-    """One sentence that counts all problems and shows the first few: "t.jsonl: 2 broken lines: line 3 (...), ..."."""
+    """Return a sentence with the number of problems and the first few: "t.jsonl: 2 broken lines: line 3 (...), ..."."""
     plural = what if len(problems) == 1 else f"{what}s"
     return f"{source}: {len(problems)} {plural}: {listing([f'{place} ({wrong})' for place, wrong in problems])}"
 
 
-BOM = b"\xef\xbb\xbf"  # some editors write it in front of UTF-8
-LARGEST_CELL = 2**31 - 1  # bytes of a CSV cell; Python's own limit of 128 KiB is below a long document
-
-
 def read_file(path: Path) -> Rows:
-    """All rows of a file, by its suffix (SUFFIXES). UTF-8 with or without a byte order mark; empty lines are skipped.
+    """Return all rows of a file; its suffix (SUFFIXES) tells the format.
 
-    A .txt file is one row {"text": all of it}. A .json file is a list of objects, or an object per line.
+    Text is UTF-8, with or without a byte order mark; empty lines are skipped. A .txt file is one row {"text": all of
+    it}. A .json file is a list of objects, or one object per line.
 
     Raises:
-        BadInput: another suffix, no row, broken lines (all counted, the first few shown), or a table without names.
+        BadInput: unknown suffix, no rows, broken lines (all are counted, the first few are shown), or a table without
+            column names.
     """
     if path.suffix.lower() not in READERS:
-        raise BadInput(f"{path} has the suffix {path.suffix!r}; those read are {', '.join(READERS)}")
+        raise BadInput(f"{path} has the suffix {path.suffix!r}; known suffixes are {', '.join(READERS)}")
     rows = READERS[path.suffix.lower()](path)
     if not rows.rows:
-        raise BadInput(f"{path} is empty: it has no row to train on")
+        raise BadInput(f"{path} is empty: it has no rows")
     return rows
 
 
@@ -112,7 +105,7 @@ def _read_json(path: Path) -> Rows:
     except json.JSONDecodeError as error:
         raise BadInput(f"{path} is no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
-        raise BadInput(f"{path} is no list of rows: it is nested too deep") from error
+        raise BadInput(f"{path} is not a list of rows: it is nested too deeply") from error
     broken: list[Problem] = []
     for number, item in enumerate(items, 1):
         try:
@@ -153,7 +146,7 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _read_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
-    """The first row that is not empty; none in an empty file."""
+    """Return the first row that is not empty; an empty list for an empty file."""
     try:
         header = next((cells for cells in reader if cells), [])
     except csv.Error as error:
@@ -167,7 +160,7 @@ def _read_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
 
 
 def _decoded_lines(path: Path, broken: list[Problem]) -> Iterator[str]:
-    """Lines with their ends; one that is no UTF-8 is noted in `broken` and goes on with marks in its place."""
+    """Yield lines with their ends; a line that is not UTF-8 is added to `broken`, and its bad bytes are replaced."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             raw = line.removeprefix(BOM) if number == 1 else line
@@ -184,7 +177,7 @@ def _read_parquet(path: Path) -> Rows:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
-        raise BadInput(f"{path} is no Parquet file, or cut off: {first_line(error)}") from error
+        raise BadInput(f"{path} is not a Parquet file, or is truncated: {first_line(error)}") from error
     return Rows(rows, Places(str(path), "row", range(1, len(rows) + 1)))
 
 
@@ -216,20 +209,20 @@ def _parse_row(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadInput(_not_utf8(error)) from error
     except json.JSONDecodeError as error:
-        raise BadInput(f"no JSON: {error.msg} at column {error.colno}") from error
+        raise BadInput(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
-        raise BadInput("nested too deep") from error
+        raise BadInput("nested too deeply") from error
     return _check_row(row, may_have_surrogates=b"\\u" in raw)
 
 
 def _check_row(row: object, *, may_have_surrogates: bool) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise BadInput(f"a JSON {type(row).__name__}, not an object with a value for each column")
-    if may_have_surrogates:  # JSON can spell half a character, which is no text and which no tokenizer takes
+    if may_have_surrogates:  # JSON can hold half a character, which no tokenizer accepts
         try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise BadInput("half of a surrogate pair, which is no character") from error
+            raise BadInput("half of a surrogate pair, which is not a character") from error
     return row
 
 

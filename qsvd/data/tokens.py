@@ -1,4 +1,4 @@
-"""Examples -> token ids with the trained tokens marked; the one place where each kind of example gets its mask."""
+"""Examples -> token ids, and for each token whether it is trained."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ from qsvd.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SEPARATOR = "\n"  # between question and answer where no chat template says what stands there
+SEPARATOR = "\n"  # between question and answer, without a chat template
 
 
 def tokenize(
@@ -26,30 +26,33 @@ def tokenize(
     stop_ids: Sequence[int] = (),
     label_names: Sequence[str] | None = None,
 ) -> Tokenized:
-    """Token ids of all examples, and for each token whether it is trained.
+    """Return the token ids of all examples, and for each token whether it is trained.
 
-    chat: every assistant turn is trained with its end-of-turn token, see chat.py. pair: the completion and the
-    end-of-sequence token; a question goes through the chat template where there is one, a literal prompt does not.
-    Both are cut at max_length; one that has no trained token left is dropped and counted. text: all tokens, in
-    windows. labelled: see labelled.py.
+    chat: every assistant turn is trained with its end-of-turn token (chat.py).
+    pair: the completion and the end-of-sequence token are trained. The chat template, if there is one, is applied to
+        questions and instructions, not to literal prompts.
+    text: all tokens are trained, in windows.
+    labelled: the class is trained (plain.py).
+
+    Chats and pairs are cut at max_length; one without a trained token left is dropped and counted.
 
     Args:
-        examples: As `recognise` gives them.
-        tokenizer: The model's.
+        examples: From `recognise`.
+        tokenizer: The tokenizer of the model.
         max_length: Tokens of a sequence, 2 or more.
-        loss_on: "answers", or "all" tokens of a chat or pair. Text has no answers: all is trained.
-        stop_ids: Tokens that end a turn beside the tokenizer's own (the model's generation_config.eos_token_id).
-        label_names: For labelled text, the classes that the training rows gave; None finds them.
+        loss_on: "answers", or "all" tokens of a chat or pair.
+        stop_ids: More tokens that end a turn (generation_config.eos_token_id of the model).
+        label_names: For labelled text, the classes of the training rows; None finds them.
 
     Raises:
-        BadInput: examples without a trained token (all counted, the first few shown) or that the chat template
-            refuses; a template that drops the end of a turn; nothing, or everything, trained in chats or pairs with
-            the loss on answers; nothing left after cutting; messages but no chat template.
+        BadInput: examples have no trained token, or the chat template cannot render them (all are counted, the first
+            few are shown); the template drops the end of a turn; with loss_on "answers" no token or every token of
+            chats or pairs is trained; nothing is left after cutting; there are messages but no chat template.
     """
     if max_length < 2:
-        raise BadInput(f"max_length {max_length} is below 2, the least that holds a token and one to predict from it")
+        raise BadInput(f"max_length {max_length} is below 2: one token predicts the next")
     if loss_on not in ("answers", "all"):
-        raise BadInput(f"loss_on {loss_on!r} is none of answers, all")
+        raise BadInput(f"loss_on {loss_on!r} is neither answers nor all")
     if examples.kind == "labelled":
         return tokenize_labelled(examples, tokenizer, max_length, label_names)
     if examples.kind == "text":
@@ -61,7 +64,7 @@ def tokenize(
 
 
 def question_prompts(questions: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """For each question the tokens that training puts before its answer, for a model that is to answer now."""
+    """Return the tokens of each question as they are before its answer in training."""
     template = chat.chat_template(tokenizer)
     if template is None:
         return plain.prompts([question + SEPARATOR for question in questions], tokenizer)
@@ -73,20 +76,15 @@ def _mark_answers(
     examples: Examples, tokenizer: "PreTrainedTokenizerBase", loss_on: str, stop_ids: Sequence[int]
 ) -> list[Marked]:
     template = chat.chat_template(tokenizer)
-    if not _goes_through_template(examples, template):
+    has_messages = examples.kind == "chat" or any(isinstance(row["prompt"], list) for row in examples.rows)
+    if not has_messages and (examples.literal or template is None):
         return _mark_pairs(examples, tokenizer, loss_on)
     if template is None:
         raise BadInput(
-            f"{examples.places.source} holds messages, but the tokenizer has no chat template; take a model that was "
-            "trained to chat, put a chat_template.jinja beside the tokenizer, or give prompt and completion as text"
+            f"{examples.places.source} holds messages, but the tokenizer has no chat template; use a chat model, "
+            "put a chat_template.jinja next to the tokenizer, or give prompt and completion as text"
         )
     return _mark_chats(examples, template, loss_on, stop_tokens_of(tokenizer, stop_ids))
-
-
-def _goes_through_template(examples: Examples, template: ChatTemplate | None) -> bool:
-    if examples.kind == "chat" or any(isinstance(row["prompt"], list) for row in examples.rows):
-        return True
-    return not examples.literal and template is not None
 
 
 def _tokenize_text(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Tokenized:
@@ -120,7 +118,9 @@ def _mark_chats(examples: Examples, template: ChatTemplate, loss_on: str, stop_t
             if loss_on == "answers":
                 chats.append(chat.render_marked(template, messages, tools, first))
             else:
-                chats.append(_whole(chat.render(template, messages, tools), messages))
+                text = chat.render(template, messages, tools)
+                # One span over all, so that the end of the assistant's last turn is checked.
+                chats.append(Chat(text, [(0, len(text))] if messages[-1]["role"] == "assistant" else []))
         except ValueError as error:
             problems.append((examples.places.short(index), str(error)))
     if problems:
@@ -130,22 +130,17 @@ def _mark_chats(examples: Examples, template: ChatTemplate, loss_on: str, stop_t
     if loss_on == "all":
         return [_all_trained(sequence) for sequence in sequences]
     lost = [says_nothing(sequence, template.tokenizer, stop_tokens) for sequence in sequences]
-    _refuse_untrained(examples.places, lost, "the chat template writes nothing that the assistant says")
+    _refuse_untrained(examples.places, lost, "the chat template leaves out what the assistant says")
     return sequences
 
 
 def _conversation(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """The messages of a row, and the number of the first that may be trained."""
+    """Return the messages of a row, and the index of the first that may be trained."""
     if "messages" in row:
         return row["messages"], 0
     if isinstance(row["prompt"], list):
         return row["prompt"] + row["completion"], len(row["prompt"])
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}], 1
-
-
-def _whole(text: str, messages: list[dict[str, Any]]) -> Chat:
-    """All of a conversation, as one span if it ends with the assistant, whose end is then looked at."""
-    return Chat(text, [(0, len(text))] if messages[-1]["role"] == "assistant" else [])
 
 
 def _all_trained(sequence: Marked) -> Marked:
@@ -161,13 +156,13 @@ def _refuse_untrained(places: Places, untrained: Sequence[bool], reason: str) ->
 
 
 def _check_share(sequences: Sequence[Marked], source: str) -> None:
-    """Refuse a mask that masks everything or nothing: the usual signs of a template that does not fit."""
+    """Refuse data in which no token or every token is trained: usually the chat template does not fit."""
     total = sum(len(sequence.input_ids) for sequence in sequences)
     trained = sum(label >= 0 for sequence in sequences for label in sequence.labels)
     if trained in (0, total):
         raise BadInput(
-            f"{source}: {trained} of {total} tokens would be trained ({'100' if trained else '0'} %), so that nothing "
-            "tells answers from the rest; see where the chat template has {% generation %}, and whether prompts are "
+            f"{source}: {trained} of {total} tokens would be trained ({'100' if trained else '0'} %), so answers "
+            "cannot be told from the rest; check where the chat template has {% generation %}, and whether prompts are "
             "empty, or train on all tokens (--loss-on all)"
         )
 
@@ -185,7 +180,7 @@ def _cut(examples: Examples, sequences: Sequence[Marked], max_length: int) -> To
         shortest = min(len(sequence.input_ids) for sequence in sequences)
         raise BadInput(
             f"{examples.places.source}: no example has a trained token within max_length {max_length}; "
-            f"the shortest has {shortest} tokens: allow more"
+            f"the shortest has {shortest} tokens; raise --max-length"
         )
     return _collect(examples, kept, truncated, dropped=len(sequences) - len(kept))
 

@@ -135,7 +135,7 @@ def test_everything_that_is_out_of_range_is_named_at_once(options, monkeypatch, 
     [
         ({"map": ("text",)}, r"^--map text is no COLUMN=NAME, such as --map query=question reply=answer$"),
         ({"map": ("text=", "=b", "a=b")}, r"^--map text= =b is no COLUMN=NAME"),
-        ({"map": ("text=body",)}, r"^--map: body is none of our names"),
+        ({"map": ("text=body",)}, r"^--map: body is not a name of qsvd"),
         ({"device": "cuda:99"}, r"^--device 'cuda:99' is not there: torch sees \d+ CUDA devices$"),
         ({"method": "pissa", "rank": 8}, r"rank 8 is not the stored rank 16, the only one that pissa can train"),
         ({"alpha": 3.0}, r"alpha 3 would scale the stored components"),

@@ -18,10 +18,10 @@ def test_a_template_that_drops_the_end_of_a_turn_is_refused():
     rows = [{"messages": SINGLE}]
     for loss_on in ("answers", "all"):
         with refused(
-            r"drops the end of a turn: what the assistant says in t\.jsonl, line 1 ends with '\.', which is no"
+            r"drops the end of a turn: the assistant's text in t\.jsonl, line 1 ends with '\.', which is not an end"
         ):
             tokenized(rows, demo(NO_END, MARKS), loss_on=loss_on)
-    with refused(r"ends with '>'.*make the mark that stands there a special token of the tokenizer"):
+    with refused(r"ends with '>'.*make the mark there a special token of the tokenizer"):
         tokenized(rows, demo(CHATML))  # its marks are text to this tokenizer
     tokenizer = demo(CHATML)
     end = tokenizer.encode(">", add_special_tokens=False)
@@ -33,11 +33,11 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_by_line():
     thinks = [SINGLE[0], {"role": "assistant", "content": "hm</think>Yes"}]
     assert tokenized([{"messages": thinks}], tokenizer).num_trained > 2
     with refused(
-        r"t\.jsonl: 1 unusable example: line 2 \(message 2, the assistant's, cannot be told apart: .*generation"
+        r"t\.jsonl: 1 unusable example: line 2 \(the assistant's text in message 2 cannot be located: .*generation"
     ):
         tokenized([{"messages": thinks}, {"messages": [*thinks, *SINGLE]}], tokenizer)
     marked = STRIPS_EARLIER.replace("<|im_end|>", "{% generation %}{% endgeneration %}<|im_end|>")
-    with refused(r"line 1 \(the chat template writes the prompt differently once a completion follows\)"):
+    with refused(r"line 1 \(the chat template changes the prompt when a completion follows it\)"):
         tokenized([{"prompt": thinks, "completion": SINGLE}], demo(marked, MARKS))
 
 
@@ -54,33 +54,33 @@ def test_an_example_without_a_trained_token_is_refused_by_line(tokenizer):
 
 def test_a_template_that_leaves_answers_out_is_refused():
     no_content = "{% for m in messages %}<|im_start|>{% generation %}<|im_end|>{% endgeneration %}{% endfor %}"
-    with refused(r"line 1 \(no trained token: the chat template writes nothing that the assistant says\)"):
+    with refused(r"line 1 \(no trained token: the chat template leaves out what the assistant says\)"):
         tokenized([{"messages": SINGLE}], demo(no_content, MARKS))
 
 
 def test_a_template_that_marks_everything_is_refused():
     everything = "{% generation %}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% endgeneration %}"
-    with refused(r"t\.jsonl: (\d+) of \1 tokens would be trained \(100 %\), so that nothing tells answers from"):
+    with refused(r"t\.jsonl: (\d+) of \1 tokens would be trained \(100 %\), so answers cannot be told from"):
         tokenized([{"messages": SINGLE}], demo(everything, MARKS))
 
 
 def test_what_the_template_refuses_is_named():
     strict = "{{ raise_exception('No system role') if messages[0].role == 'system' }}" + CHATML
-    with refused(r"1 unusable example: line 2 \(the chat template refuses it: No system role\)"):
+    with refused(r"1 unusable example: line 2 \(the chat template cannot render it: No system role\)"):
         tokenized([{"messages": SINGLE}, {"messages": DOUBLE}], demo(strict, MARKS))
-    with refused(r"line 1 \(the assistant speaks first, so that nothing shows where its turn begins\)"):
+    with refused(r"line 1 \(the first message is the assistant's, so the start of its turn cannot be found\)"):
         tokenized([{"messages": SINGLE[1:]}], demo(CHATML, MARKS))
 
 
 def test_messages_need_a_chat_template():
     for row in ({"messages": SINGLE}, {"prompt": SINGLE[:1], "completion": SINGLE[1:]}):
-        with refused(r"t\.jsonl holds messages, but the tokenizer has no chat template; take a model"):
+        with refused(r"t\.jsonl holds messages, but the tokenizer has no chat template; use a chat model"):
             tokenized([row], demo())
 
 
 def test_a_length_that_leaves_no_answer_at_all_is_refused(tokenizer):
     long = [{"role": "user", "content": "word " * 50}, SINGLE[1]]
     with refused(
-        r"t\.jsonl: no example has a trained token within max_length 4; the shortest has \d+ tokens: allow more"
+        r"t\.jsonl: no example has a trained token within max_length 4; the shortest has \d+ tokens; raise --max-length"
     ):
         tokenized([{"messages": SINGLE}, {"messages": long}], tokenizer, max_length=4)

@@ -99,22 +99,22 @@ def test_a_wrong_mapping_is_refused():
     with refused(r"--map: t\.jsonl has no column z; it has a, b$"):
         recognised({"a": "x", "b": "y"}, z="text")
     with refused(
-        r"--map: txt is none of our names, which are messages, tools, conversations, prompt, completion, inst"
+        r"--map: txt is not a name of qsvd; the names are messages, tools, conversations, prompt, completion, inst"
     ):
         recognised({"a": "x", "b": "y"}, a="txt")
     with refused(r"--map: several columns are mapped to text; map one"):
         recognised({"a": "x", "b": "y"}, a="text", b="text")
-    with refused(r"has the columns a, b \(with --map a=text b=answer\), which are no examples"):
+    with refused(r"has the columns a, b \(with --map a=text b=answer\), which do not make an example"):
         recognised({"a": "x", "b": "y"}, a="text", b="answer")
 
 
 def test_columns_that_are_no_example_are_answered_with_all_that_are():
     with refused(
-        r"t\.jsonl has the columns a, question, which are no examples\. Accepted, \[\] being optional: "
+        r"t\.jsonl has the columns a, question, which do not make an example\. Accepted columns, \[\] being optional: "
     ) as error:
         recognised({"a": "x", "question": "y"})
     assert re.search(
-        r"messages \+ \[tools\]; .*; text \+ label \+ \[text_pair\]; text\. Name columns", str(error.value)
+        r"messages \+ \[tools\]; .*; text \+ label \+ \[text_pair\]; text\. Rename columns", str(error.value)
     )
     assert all(str(known) in str(error.value) for known in COLUMN_SETS)
     with refused(r"has the columns \(none\), which"):
@@ -139,7 +139,7 @@ def test_all_rows_without_a_column_are_counted_and_five_shown():
         ({"messages": ["a"]}, r"messages\[0\] is str 'a', not an object with role and content"),
         ({"messages": [*HI, {"content": "a"}]}, r"messages\[2\] has no role"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] has no content"),
-        ({"messages": HI, "tools": "[x"}, r"tools is a text that is no JSON \(Expecting"),
+        ({"messages": HI, "tools": "[x"}, r"tools is a text, but not JSON \(Expecting"),
         ({"messages": HI, "tools": ["a"]}, r"tools is list \['a'\], not a list of JSON schemas"),
         ({"conversations": "a"}, r"conversations is str 'a', not a list of turns"),
         ({"conversations": [{"from": "gpt"}]}, r"conversations\[0\] is dict .*, not an object with from and value"),
@@ -161,5 +161,5 @@ def test_another_value_than_a_column_holds_is_refused_with_its_line(row, sentenc
 
 def test_text_and_messages_do_not_mix_in_one_file():
     pairs = [{"prompt": "a", "completion": "b"}, {"prompt": HI[:1], "completion": HI[1:]}]
-    with refused(r"line 3 \(prompt is list .*, but the rows before have it as str\)"):
+    with refused(r"line 3 \(prompt is list .*, but in the rows before it is a str\)"):
         recognised(*pairs)

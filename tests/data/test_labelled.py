@@ -41,7 +41,7 @@ def test_classes_are_sorted_names_or_the_integers(minilm, labels, names, numbers
 
 def test_the_classes_of_the_training_rows_number_those_of_others(minilm):
     assert tokenize(labelled("c", "c"), minilm, max_length=16, label_names=("a", "b", "c")).labels == [2, 2]
-    with refused(r"t\.csv: 1 unknown label: line 3 \('d'\); known are a, b, c$"):
+    with refused(r"t\.csv: 1 unknown label: line 3 \('d'\); known labels are a, b, c$"):
         tokenize(labelled("c", "d"), minilm, max_length=16, label_names=("a", "b", "c"))
 
 
@@ -90,16 +90,16 @@ def refused(sentence):
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        (["a", "a"], r"t\.csv has one class only, 'a'; there is nothing to tell apart"),
+        (["a", "a"], r"t\.csv has only one class, 'a'; a classifier needs two or more"),
         (
             [0, "pos", 1],
-            r"has integers and names as labels: . in line [24], 'pos' in line 3; write all of them in one way",
+            r"has integers and names as labels: . in line [24], 'pos' in line 3; write all of them in the same way",
         ),
         (
             [10, 2],
-            r"has 2 classes, so that integer labels must be 0\.\.1, but there is 2 in line 3, 10 in line 2; number",
+            r"has 2 classes, so integer labels must be 0\.\.1, but there is 2 in line 3, 10 in line 2; number",
         ),
-        ([0, -1, 1], r"has 3 classes, so that integer labels must be 0\.\.2, but there is -1 in line 3; number"),
+        ([0, -1, 1], r"has 3 classes, so integer labels must be 0\.\.2, but there is -1 in line 3; number"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(minilm, labels, sentence):
@@ -108,5 +108,5 @@ def test_labels_that_are_no_classes_are_refused(minilm, labels, sentence):
 
 
 def test_a_length_without_room_for_text_is_refused(minilm):
-    with refused(r"max_length 2 is not above 2, the tokens that the tokenizer adds to a text"):
+    with refused(r"max_length 2 is not above 2, the special tokens that the tokenizer adds to a text"):
         tokenize(labelled("a", "b"), minilm, max_length=2)

@@ -105,9 +105,7 @@ def test_an_end_token_that_the_tokenizer_adds_itself_comes_once():
 def test_a_tokenizer_without_an_end_token_leaves_a_text_open_and_cannot_learn_answers():
     tokenizer = shared("minilm-l6")
     assert tokenized([{"text": "hello world"}], tokenizer).input_ids == [[101, 7592, 2088]]
-    with refused(
-        r"the tokenizer has no end-of-sequence token, so that a model could not learn where an answer ends; set"
-    ):
+    with refused(r"the tokenizer has no end-of-sequence token, so the model could not learn where an answer ends; set"):
         tokenized([{"prompt": "a", "completion": "b"}], tokenizer)
 
 
@@ -136,9 +134,9 @@ def refused(sentence):
 
 
 def test_bad_options_are_refused():
-    with refused(r"max_length 1 is below 2, the least that holds a token and one to predict from it"):
+    with refused(r"max_length 1 is below 2: one token predicts the next"):
         tokenized([{"text": "a"}], DEMO, max_length=1)
-    with refused(r"loss_on 'prompts' is none of answers, all"):
+    with refused(r"loss_on 'prompts' is neither answers nor all"):
         tokenized([{"text": "a"}], DEMO, loss_on="prompts")
 
 

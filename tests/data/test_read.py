@@ -67,7 +67,7 @@ def test_whatever_a_library_writes_is_read_back(tmp_path_factory, rows):
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path, end):
     path = write(tmp_path / "a.jsonl", end.join(["\ufeff" + LINES[0], "", "   ", LINES[1], LINES[2], ""]))
     rows = read_rows(str(path))
-    assert [rows.where(index) for index in range(3)] == [f"{path}, line 1", f"{path}, line 4", f"{path}, line 5"]
+    assert [rows.places.where(index) for index in range(3)] == [f"{path}, line 1", f"{path}, line 4", f"{path}, line 5"]
     assert rows.rows == ROWS
     table = end.join(["\ufeffa,b", '1,"two', 'lines"', "", "2,x", ""])
     rows = read_rows(write(tmp_path / "a.csv", table))
@@ -88,7 +88,7 @@ def test_a_json_file_may_hold_an_object_per_line(tmp_path):
 def test_a_text_file_is_one_document(tmp_path):
     path = write(tmp_path / "Story.TXT", "\ufeffOne.\r\n\n two \n")
     assert read_rows(path).rows == [{"text": "One.\r\n\n two \n"}]
-    assert read_rows(path).where(0) == str(path)
+    assert read_rows(path).places.where(0) == str(path)
 
 
 def test_a_cell_may_be_longer_than_python_allows_at_first(tmp_path):
@@ -106,10 +106,10 @@ def test_all_broken_lines_are_counted_and_the_first_five_shown(tmp_path):
     raw = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
     path = write(tmp_path / "a.jsonl", raw)
     with refused(
-        r"a\.jsonl: 6 broken lines: line 2 \(no JSON: Expecting property name enclosed in double quotes at column 2\), "
-        r"line 3 \(a JSON list, not an object with a value for each column\), "
+        r"a\.jsonl: 6 broken lines: line 2 \(not JSON: Expecting property name enclosed in double quotes at column 2"
+        r"\), line 3 \(a JSON list, not an object with a value for each column\), "
         r"line 4 \(not UTF-8: byte 0xff at position 8\), "
-        r"line 5 \(half of a surrogate pair, which is no character\), line 6 \(a JSON int, .*\) and 1 more$"
+        r"line 5 \(half of a surrogate pair, which is not a character\), line 6 \(a JSON int, .*\) and 1 more$"
     ):
         read_rows(path)
 
@@ -120,8 +120,8 @@ DEEP = "[" * 100_000
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("a.jsonl", DEEP, r"1 broken line: line 1 \(nested too deep\)"),
-        ("a.json", DEEP, r"a\.json is no list of rows: it is nested too deep"),
+        ("a.jsonl", DEEP, r"1 broken line: line 1 \(nested too deeply\)"),
+        ("a.json", DEEP, r"a\.json is not a list of rows: it is nested too deeply"),
         ("a.json", '[{"a": 1},\n {"a": }]', r"a\.json is no JSON: Expecting value at line 2, column 8"),
         ("a.json", '[{"a": "\\ud800"}, 3]', r"2 broken items: item 1 \(half of .*\), item 2 \(a JSON int, not"),
         ("a.json", '{"rows":\n []}', r"2 broken lines: line 1 \(.*; a \.json file holds a list of objects, \[\{"),
@@ -135,8 +135,12 @@ DEEP = "[" * 100_000
             r"3 broken lines: line 2 \(1 cells under 2 column names\), line 3 ",
         ),
         ("a.csv", b"a,b\n1,2\n\xe9,3\n", r"1 broken line: line 3 \(not UTF-8: byte 0xe9 at position 1\)"),
-        ("a.parquet", "PAR1", r"a\.parquet is no Parquet file, or cut off: "),
-        ("a.xlsx", "", r"a\.xlsx has the suffix '\.xlsx'; those read are \.jsonl, \.json, \.csv, \.parquet, \.txt$"),
+        ("a.parquet", "PAR1", r"a\.parquet is not a Parquet file, or is truncated: "),
+        (
+            "a.xlsx",
+            "",
+            r"a\.xlsx has the suffix '\.xlsx'; known suffixes are \.jsonl, \.json, \.csv, \.parquet, \.txt$",
+        ),
         ("a.jsonl", "\n \n", r"a\.jsonl is empty: it has no row"),
         ("a.json", "[]", r"a\.json is empty: it has no row"),
         ("a.csv", "a,b\n", r"a\.csv is empty: it has no row"),
@@ -173,7 +177,7 @@ def test_a_file_has_no_second_split(folder):
     assert read_pair(folder / "train.jsonl")[1] is None
     (folder / "dev.jsonl").unlink()
     assert read_pair(folder)[1].rows == [{"text": "test"}]
-    with refused(r"train\.jsonl is one file and has no split 'dev'; leave the split out, or name its folder"):
+    with refused(r"train\.jsonl is one file and has no split 'dev'; leave the split out, or give the folder"):
         read_rows(folder / "train.jsonl", split="dev")
 
 
@@ -221,7 +225,7 @@ def hub(monkeypatch):
 def test_a_hub_id_gives_its_splits(hub):
     train, valid = read_pair("owner/name:main")
     assert (train.rows, valid.rows) == ([{"text": "train"}], [{"text": "validation"}])
-    assert train.where(0) == "owner/name:main (train), row 1"
+    assert train.places.where(0) == "owner/name:main (train), row 1"
     assert read_rows("owner/name", split="dev").rows == [{"text": "validation"}]
     assert set(hub) == {("owner/name", "main"), ("owner/name", None)}
 
@@ -231,8 +235,8 @@ def test_what_the_hub_does_not_have_is_said(hub):
         read_rows("owner/name", split="part")
     with refused(r"the split 'train' of 'owner/empty' on the hub is empty"):
         read_rows("owner/empty")
-    with refused(r"is several data sets; choose owner/several:CONFIG of \['main', 'other'\]"):
+    with refused(r"has several configurations; choose owner/several:CONFIG of \['main', 'other'\]"):
         read_rows("owner/several")
-    with refused(r"no file or folder 'owner/absent' here, and the hub gave no data set of that name: Couldn't reach"):
+    with refused(r"no file or folder 'owner/absent' here, and no data set of that name on the hub: Couldn't reach"):
         read_rows("owner/absent")
     assert hub
