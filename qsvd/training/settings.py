@@ -1,4 +1,4 @@
-"""How to train: one record, and the arguments of transformers' and TRL's trainers made from it."""
+"""The settings of a training run, and the arguments of transformers' and TRL's trainers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,13 @@ class Settings:
     """How to train.
 
     Args:
-        learning_rate: The peak, after `warmup` (a share of all steps), before `schedule` takes it down.
+        learning_rate: The peak, reached after `warmup` (a share of all steps); `schedule` lowers it afterwards.
         steps: Optimizer steps, or None for `epochs` passes over the data.
-        batch_size: Sequences that go through the model together; `accumulate` such batches make a step.
-        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
-        layer_major: Let the batches of a step go through the model as one, which every block divides again.
-        packing: Put short sequences into one row of max_length tokens; they do not see each other.
-        save_every: Steps from one checkpoint to the next; `keep` of them stay.
+        batch_size: Sequences of one forward pass; a step has `accumulate` such batches.
+        max_grad_norm: Gradients are scaled down to this norm; 0 switches that off.
+        layer_major: Give the model all batches of a step at once; every block divides them into batches again.
+        packing: Put short sequences into one row of max_length tokens, without attention between them.
+        save_every: Steps between checkpoints; the newest `keep` of them are kept.
         report_to: Trackers of transformers' Trainer: "tensorboard", "wandb", "trackio".
     """
 
@@ -56,12 +56,12 @@ class Settings:
 
 
 def default_optimizer(device: torch.device) -> str:
-    """QLoRA's paged 8-bit AdamW where there is a GPU to page for, else torch's."""
+    """Return QLoRA's paged 8-bit AdamW for a GPU, torch's AdamW for a CPU."""
     return "paged_adamw_8bit" if device.type == "cuda" else "adamw"
 
 
 def language_arguments(settings: Settings, folder: Path, device: torch.device) -> "SFTConfig":
-    """For TRL's SFTTrainer, on data that is tokenized, labelled and cut already."""
+    """Return the arguments of TRL's SFTTrainer, for data that is tokenized, labelled and cut already."""
     from trl import SFTConfig
 
     arguments = SFTConfig(
@@ -75,21 +75,21 @@ def language_arguments(settings: Settings, folder: Path, device: torch.device) -
 
 
 def classifier_arguments(settings: Settings, folder: Path, device: torch.device) -> "TrainingArguments":
-    """For transformers' Trainer."""
+    """Return the arguments of transformers' Trainer."""
     from transformers import TrainingArguments
 
     return _on_one_gpu(TrainingArguments(**_common(settings, folder, device)))
 
 
 def _on_one_gpu(arguments: Any) -> Any:
-    """Return the arguments, told to use the current GPU alone: by default a Trainer copies a model to all of them."""
+    """Return the arguments with one GPU, the current one: by default a Trainer copies the model to all GPUs."""
     if arguments.device.type == "cuda":  # asking for the device counts the GPUs
         arguments._n_gpu = 1
     return arguments
 
 
 def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str, Any]:
-    batches = settings.accumulate if settings.layer_major else 1  # that go through the model together
+    batches = settings.accumulate if settings.layer_major else 1  # in one forward pass
     return {
         "output_dir": str(folder),
         "learning_rate": settings.learning_rate,
@@ -113,7 +113,7 @@ def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str,
         "include_num_input_tokens_seen": "all" if settings.packing else "non_padding",
         "disable_tqdm": True,
         "use_cpu": device.type == "cpu",
-        "bf16": False,  # the model is in its compute dtype already; autocast would only copy activations
+        "bf16": False,  # the model has its compute dtype already; autocast would only copy activations
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type == "cuda",
     }

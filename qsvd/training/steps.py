@@ -1,4 +1,4 @@
-"""What is known of each optimizer step while a run goes on."""
+"""The optimizer steps of a run as they are logged, and its memory by item, measured and planned."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,8 +16,10 @@ from qsvd.memory.items import MemoryPlan
 class Step:
     """One optimizer step.
 
-    loss is in nats, of a trained token or of an example; tokens and seconds count from the start of the run, those of
-    interrupted parts included; peak_bytes is of the device, or on a CPU of the process.
+    Args:
+        loss: Nats per trained token, or per example for a classifier.
+        tokens, seconds: From the start of the run, interrupted parts included.
+        peak_bytes: Of the GPU; on a CPU, of the process.
     """
 
     number: int
@@ -30,12 +32,11 @@ class Step:
 
 
 class TellSteps(TrainerCallback):
-    """Gives a Step to `tell` after each one, and stops the run when `tell` says so.
+    """Calls `tell` with each Step; if it returns True, the run saves a checkpoint and stops.
 
     Args:
-        tell: True asks for a checkpoint and the end.
-        clock: Seconds since the start of the run.
-        peak_bytes: Most memory so far.
+        clock: Returns the seconds since the start of the run.
+        peak_bytes: Returns the most memory so far.
     """
 
     def __init__(self, tell: Callable[[Step], bool], clock: Callable[[], float], peak_bytes: Callable[[], int]):
@@ -50,10 +51,10 @@ class TellSteps(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Comes once a step, between its end and its checkpoint."""
+        """Report a step; transformers calls this between the end of a step and its checkpoint."""
         del args, kwargs
         if logs is None or "grad_norm" not in logs:
-            return  # the summary that transformers logs at the end
+            return  # the summary that transformers logs at the end of the run
         step = Step(
             number=state.global_step,
             loss=logs["loss"],
@@ -69,7 +70,7 @@ class TellSteps(TrainerCallback):
 
 
 def peak_bytes_of(device: torch.device) -> Callable[[], int]:
-    """A way to ask for the most memory so far."""
+    """Return a function that returns the most memory so far, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)
@@ -80,10 +81,10 @@ def peak_bytes_of(device: torch.device) -> Callable[[], int]:
     return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# Where the bytes of a training run are, as they were found and as they were planned.
+# The memory of a run by item.
 
 
-PLANNED = {  # item of a table -> items of the plan
+PLANNED = {  # item of the table -> items of the plan
     "residual": ("residual codes", "residual scales", "page slots"),
     "frozen components": ("frozen components",),
     "embeddings, norms, head": ("embeddings", "output head", "experts in 16 bits", "norms and the rest"),
@@ -92,14 +93,14 @@ PLANNED = {  # item of a table -> items of the plan
     "optimizer state": ("optimizer state",),
 }
 REST, PEAK = "activations and all else", "peak"
-OUTSIDE = ("CUDA context", "reserve")  # not torch's, which is who measures
+OUTSIDE = ("CUDA context", "reserve")  # torch does not measure these
 
 
 def memory_by_item(model: Any, optimizer: Any, peak_bytes: int, libraries: int) -> dict[str, int]:
-    """Bytes by item, on the device, in the order of a table; before the peak comes what it has beyond the others.
+    """Return bytes by item on the device, in the order of the table: items, the rest up to the peak, the peak.
 
     Args:
-        libraries: Bytes of the process before the model came, 0 for a GPU.
+        libraries: Bytes of the process before the model was loaded; 0 for a GPU.
     """
     linears = [module for _, module in split_linears(model)]
     caches = {id(linear.paged.cache): linear.paged.cache for linear in linears if linear.paged is not None}
@@ -122,7 +123,7 @@ def memory_by_item(model: Any, optimizer: Any, peak_bytes: int, libraries: int) 
 
 
 def planned_by_item(plan: MemoryPlan, *, on_gpu: bool, libraries: int) -> dict[str, int]:
-    """The same items by the plan."""
+    """Return the bytes of the same items by the plan."""
     found = {item.name: item.gpu if on_gpu else item.host for item in plan.items if item.name not in OUTSIDE}
     items = {name: sum(found.get(part, 0) for part in parts) for name, parts in PLANNED.items()}
     return _with_rest(items, sum(found.values()) + libraries, libraries)

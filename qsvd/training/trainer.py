@@ -27,7 +27,7 @@ from qsvd.adapters.model import restore, split_linears
 from qsvd.adapters.start import stored_factors
 from qsvd.files.adapter import open_adapter
 from qsvd.files.split_folder import SplitFolder
-from qsvd.training.guards import check_start, no_number
+from qsvd.training.guards import check_start, not_finite
 from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of
 from qsvd.training.settings import Settings, classifier_arguments, language_arguments
 
@@ -52,7 +52,7 @@ class CallMethod(TrainerCallback):
 
 
 class SplitTraining(Trainer):
-    """What both trainers have in common.
+    """The part that both trainers share.
 
     Attributes:
         method: Its hooks are called in every optimizer step.
@@ -69,38 +69,41 @@ class SplitTraining(Trainer):
 
     @property
     def run(self) -> Path:
-        """Folder of the checkpoints."""
+        """The folder of the checkpoints."""
         assert self.args.output_dir, "given by make_trainer"
         return Path(self.args.output_dir)
 
     @abstractmethod
     def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Mean nats of a batch."""
+        """Return the mean loss of a batch in nats."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run one batch forward and backward, and stop at an absurd first loss or one that is not a number."""
+        """Run one batch forward and backward; stop if the first loss is too high or a loss is not finite."""
+        # Before the first step only: a resumed run starts at a later one, and has been checked.
         if self.state.global_step == 0 and self.base is not None:
             self._check_start(self._prepare_inputs(inputs), self.base)
-            self.base = None  # once: a first step can have several batches
+            self.base = None  # the first step can have several batches; the first one is enough
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._check_number("loss", loss.item())
+        self._check_finite("loss", loss.item())
+        # True at the last batch of a step, when the gradients of all its batches are summed.
         if self.accelerator.sync_gradients:
             self.method.after_backward(self.model, self.state.global_step + 1)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Looked at before the optimizer step, which would spoil every parameter."""
+        """Check the norm before the optimizer step, which would make every parameter NaN."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._check_number("gradient norm", float(norm))
+        self._check_finite("gradient norm", float(norm))
         return norm
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter alone."""
+        """Save only the adapter: the quantized model does not change."""
         del state_dict
         self.model.save_pretrained(output_dir or self.run)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        super()._save_checkpoint(model, trial)  # into RUN/unfinished, see _get_output_dir
+        # Renamed when it is complete, so that a run that is killed here resumes from the checkpoint before it.
         finish(self.run, self.state.global_step, keep=self.keep)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -111,22 +114,23 @@ class SplitTraining(Trainer):
         restore(model or self.model, open_adapter(Path(resume_from_checkpoint)))
 
     def create_model_card(self, *_: object, **__: object) -> None:
-        """None: the run has a README of its own."""
+        """Write nothing: the run has its own README."""
 
     def _run_epoch(self, *epoch: Any, **named: Any) -> None:
-        """Nothing after the last step: resumed there, transformers would make one more before it looks."""
+        """Train one epoch, unless the last step is done: transformers would make one more before it checks."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*epoch, **named)
 
-    def _check_number(self, what: str, value: float) -> None:
+    def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             saved = checkpoints(self.run)
-            raise no_number(what, value, self.state.global_step + 1, step_of(saved[-1]) if saved else None)
+            raise not_finite(what, value, self.state.global_step + 1, step_of(saved[-1]) if saved else None)
 
     def _check_start(self, inputs: dict[str, Any], base: SplitFolder) -> None:
-        self.model.eval()
+        """Compare the loss of the first batch with that of guessing and of the quantized model."""
+        self.model.eval()  # without dropout; training_step switches back to train()
         with torch.no_grad():
             loss = self.start_loss(inputs).item()
             with stored_components(self.model, base):
@@ -137,7 +141,7 @@ class SplitTraining(Trainer):
 
 
 class LanguageTrainer(SplitTraining, SFTTrainer):
-    """For causal language models; the loss never holds all logits."""
+    """The trainer of causal language models; its loss never holds all logits."""
 
     is_classifier = False
 
@@ -147,7 +151,7 @@ class LanguageTrainer(SplitTraining, SFTTrainer):
 
 
 class ClassifierTrainer(SplitTraining, Trainer):
-    """For sequence classification."""
+    """The trainer of sequence classifiers."""
 
     is_classifier = True
 
@@ -172,7 +176,8 @@ def make_trainer(
         trainer = ClassifierTrainer(
             model, arguments, data_collator=DataCollatorWithPadding(tokenizer), train_dataset=data
         )
-        # A head takes the mean of its batch, whatever it is told of the step: the trainer has to divide by the batches.
+        # The loss of a head is the mean of its batch and ignores num_items_in_batch, so the trainer must divide by the
+        # number of batches of a step.
         trainer.model_accepts_loss_kwargs = False
     else:
         arguments = language_arguments(settings, run, model.device)
@@ -185,13 +190,14 @@ def make_trainer(
 
 @contextmanager
 def stored_components(model: nn.Module, split: SplitFolder) -> Iterator[None]:
-    """The model with the stored components in the place of its adapters, read from the base once more."""
+    """Give the model the stored components instead of its adapters inside a `with` block; they are read again."""
     modules = [module for _, module in split_linears(model)]
     adapters = [module.adapter for module in modules]
     try:
         for module in modules:
             up_OR, down_RI = stored_factors(split, module.name)
-            device = next(chain(module.adapter.parameters(), module.adapter.buffers())).device  # frozen: buffers alone
+            # A frozen adapter has buffers only.
+            device = next(chain(module.adapter.parameters(), module.adapter.buffers())).device
             module.adapter = Pissa(up_OR.to(device), down_RI.to(device)).requires_grad_(False)
         yield
     finally:

@@ -417,8 +417,8 @@ class Off(Lora):
 @pytest.mark.parametrize(
     ("alpha", "sentence"),
     [
-        (4.0, "the method does not start where the base is"),
-        (12.0, "of an even guess among 4096; the base alone has 5."),
+        (4.0, "the adapter does not start from its outputs"),
+        (12.0, "the loss of guessing among 4096; the quantized model without the adapter has 5."),
     ],
 )
 def test_a_method_that_starts_elsewhere_is_stopped_unless_told_otherwise(options, monkeypatch, capsys, alpha, sentence):
@@ -444,7 +444,10 @@ def test_a_tokenizer_of_another_model_is_noticed(options, language, tmp_path, ca
     (wrong / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert run(words(replace(options, base=wrong))) == 1
     told = capsys.readouterr().err
-    assert "worse than the 8.318 of an even guess among 4096; the base itself does so on this data: is its" in told
+    assert (
+        "higher than 8.318, the loss of guessing among 4096; the quantized model without the adapter is no better"
+        in told
+    )
     assert run([*words(replace(options, base=wrong, any_start=True)), "--resume"]) == 0
 
 
@@ -452,8 +455,8 @@ def test_a_rate_that_is_absurd_ends_with_1_and_keeps_what_was_saved(options, cap
     assert run(words(replace(options, learning_rate=1e6, warmup=0.0, steps=9, save_every=1, keep=9))) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     found = re.fullmatch(
-        r"qsvd: the (loss|gradient norm) of step (\d) is (nan|inf); checkpoint-(\d) is the last good one\. Lower "
-        r"--learning-rate, raise --warmup, or look at the data near this step",
+        r"qsvd: the (loss|gradient norm) of step (\d) is (NaN|inf); the last good checkpoint is checkpoint-(\d)\. "
+        r"Lower --learning-rate, raise --warmup, or check the data near this step",
         told,
     )
     assert int(found[2]) == int(found[4]) + 1
