@@ -61,7 +61,7 @@ def python_path():
     return os.pathsep.join(filter(None, (str(Path(qsvd.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
 
 
-def finished(process, *, timeout=120):
+def finished(process, *, timeout=600):
     """Exit code, stdout and stderr."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err

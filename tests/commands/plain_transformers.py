@@ -1,7 +1,8 @@
 """What a user without qsvd does with a result; test_loads_without_qsvd runs it in a process of its own.
 
-Usage: plain_transformers.py OUT DENSE AUTO_CLASS. DENSE is a float32 checkpoint with Q + B A in the place of W. Prints
-one JSON object: classes, names, and how far outputs are from DENSE's in float64, at most over all elements.
+Usage: plain_transformers.py OUT DENSE AUTO_CLASS [OUT DENSE AUTO_CLASS ...]. DENSE is a float32 checkpoint with Q + B A
+in the place of W. Prints one JSON object for each, a line: classes, names, and how far outputs are from DENSE's in
+float64, at most over all elements.
 """
 
 import json
@@ -88,8 +89,9 @@ def main(out, dense, auto):
     try:
         import qsvd  # noqa: F401
     except ImportError:
-        sys.stdout.write(json.dumps(found))
+        sys.stdout.write(f"\n{json.dumps(found)}\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for first in range(1, len(sys.argv), 3):
+        main(*sys.argv[first : first + 3])

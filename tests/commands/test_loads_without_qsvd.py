@@ -12,8 +12,8 @@ import transformers
 
 import qsvd
 from qsvd.files.split_folder import open_split
-from tests.checkpoints import write_checkpoint
-from tests.commands.folders import shared_model, write_dense
+from tests.checkpoints import SHARED_MODELS, write_checkpoint
+from tests.commands.folders import write_dense
 
 pytestmark = pytest.mark.slow
 
@@ -22,17 +22,34 @@ ROUNDINGS = 8  # two runs in one dtype round in another order; each is off the e
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes decodes other widths wrongly on some CPUs
 
 
-def split_and_load(source, out, auto, **options):
-    """What a process without qsvd finds out about the split of a checkpoint."""
-    qsvd.quantize(qsvd.Quantize(str(source), out=out, **options))
-    split = open_split(out)
-    dense = out.with_name("dense")
-    write_dense(source, dense, {name: split.dense(name) for name in split.weights})
+def sources(folder):
+    """Name, checkpoint, class and options of each split; of really trained models those that are here."""
+    write_checkpoint(folder / "source", max_shard_size="100KB", vocab_size=1024, **WIDTHS)
+    yield "bfloat16", folder / "source", "AutoModelForCausalLM", {"rank": 32, "shard_size": "100KB"}
+    for name, model, auto, options in (
+        ("float32", "stories260K", "AutoModelForCausalLM", {"rank": 16}),
+        ("float16", "minilm-l6", "AutoModel", {"rank": 16, "iterations": 1, "double_quant": False}),
+    ):
+        if (SHARED_MODELS / model).is_dir():
+            yield name, SHARED_MODELS / model, auto, options
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """By name: what one process without qsvd finds out about the splits, and the splits."""
+    folder, splits, arguments = tmp_path_factory.mktemp("cases"), {}, []
+    for name, source, auto, options in sources(folder):
+        out = folder / name / "out"
+        splits[name] = open_split(qsvd.quantize(qsvd.Quantize(str(source), out=out, **options)))
+        dense = {weight: splits[name].dense(weight) for weight in splits[name].weights}
+        write_dense(source, out.with_name("dense"), dense)
+        arguments += [out, out.with_name("dense"), auto]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(out), str(dense), auto]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), split
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {name: (line, split) for line, (name, split) in zip(lines, splits.items(), strict=True)}
 
 
 def assert_equal_to_dense(found, split):
@@ -51,30 +68,16 @@ def assert_equal_to_dense(found, split):
     assert set(found["trained"]) == names
 
 
-def test_a_trained_float32_llama_gives_the_logits_of_its_dense_equivalent(tmp_path):
-    source = shared_model("stories260K")
-    found, split = split_and_load(source, tmp_path / "out", "AutoModelForCausalLM", rank=16)
-    assert len(split.weights) == 35
-    assert found["stored_dtype"] == "torch.float32"
-    assert_equal_to_dense(found, split)
-
-
-def test_a_trained_half_precision_encoder_gives_the_states_of_its_dense_equivalent(tmp_path):
-    source = shared_model("minilm-l6")
-    found, split = split_and_load(source, tmp_path / "out", "AutoModel", rank=16, iterations=1, double_quant=False)
-    assert len(split.weights) == 36
-    assert found["stored_dtype"] == "torch.float16"
-    assert_equal_to_dense(found, split)
-
-
-def test_a_bfloat16_llama_in_shards_gives_the_logits_of_its_dense_equivalent(tmp_path):
-    write_checkpoint(tmp_path / "source", max_shard_size="100KB", vocab_size=1024, **WIDTHS)
-    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
-    out = tmp_path / "out"
-    found, split = split_and_load(tmp_path / "source", out, "AutoModelForCausalLM", rank=32, shard_size="100KB")
-    assert len(list(out.glob("*.safetensors"))) > 1
-    assert found["stored_dtype"] == "torch.bfloat16"
-    assert_equal_to_dense(found, split)
+@pytest.mark.parametrize(("name", "weights"), [("float32", 35), ("float16", 36), ("bfloat16", 14)])
+def test_outputs_are_those_of_the_dense_equivalent(found, name, weights):
+    """A trained Llama, a trained encoder, and a Llama in several shards."""
+    if name not in found:
+        pytest.skip("the trained models of the shared folder are not here")
+    seen, split = found[name]
+    assert len(split.weights) == weights
+    assert seen["stored_dtype"] == f"torch.{name}"
+    assert (len(list(split.folder.glob("*.safetensors"))) > 1) == (name == "bfloat16")
+    assert_equal_to_dense(seen, split)
 
 
 def test_a_new_head_on_a_split_encoder_is_a_plain_linear_layer(tmp_path):

@@ -106,8 +106,12 @@ def test_the_peak_is_the_planned_one_where_blocks_take_all_batches_of_a_step(bas
     assert planned == pytest.approx(peak, rel=NEAR)
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    return llama_base(tmp_path_factory.mktemp("mixed"), 16, ranks=(16, 0, 7), num_key_value_heads=4, **SHAPE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_bits_and_ranks_are_planned_alike(tmp_path_factory, dtype):
-    mixed = llama_base(tmp_path_factory.mktemp("mixed"), 16, ranks=(16, 0, 7), num_key_value_heads=4, **SHAPE)
+def test_mixed_bits_and_ranks_are_planned_alike(mixed, dtype):
     batch = Batch(384, 1, is_masked=False, checkpointing=True, device="cpu")
     check(mixed, "pissa", dtype, batch, has_loss=False)

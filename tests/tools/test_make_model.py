@@ -28,7 +28,7 @@ from qsvd.files.split_folder import open_split
 from qsvd.files.workspace import MANIFEST
 from qsvd.prepare.quantize import prepare
 from tests.checkpoints import tiny_config
-from tests.commands.folders import files_of, tensors_of
+from tests.commands.folders import files_of, python_path, tensors_of
 
 TOOL = Path(random_model.__file__).with_name("make_model")
 SHAPE = {"layers": 3, "hidden": 64, "ffn": 128, "heads": 4, "kv_heads": 2, "vocab": 4096}  # the tokenizer's vocabulary
@@ -47,10 +47,9 @@ def options(out, **changes):
     return qsvd.Quantize("tiny", out=out, **({"rank": 8, "device": "cpu", "shard_size": "100KB"} | changes))
 
 
-def make(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(qsvd.__file__).parents[1])}
-    command = [sys.executable, TOOL, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+def make(tool, *arguments):
+    """The command in this process."""
+    tool.main(tyro.cli(tool.Options, args=[str(argument) for argument in arguments]))
 
 
 @pytest.fixture(scope="module")
@@ -228,20 +227,19 @@ def test_the_digests_of_a_drawn_split_are_those_of_its_tensors(split_base):
     assert split.fingerprint == fingerprint(digests)
 
 
-def test_the_command_splits_a_config_on_the_fly_and_prints_time_and_peaks(tmp_path):
-    (tmp_path / "config.json").write_text(tiny_config("Qwen2ForCausalLM").to_json_string())
-    done = make(tmp_path / "out", "--config", tmp_path / "config.json", "--as", "quantized", "--rank=4", "--device=cpu")
-    assert done.returncode == 0, done.stderr
-    assert "Quantization error of qwen2, random, seed 0" in done.stdout
-    last = done.stdout.splitlines()[-1]
+def test_the_command_splits_a_config_on_the_fly_and_prints_time_and_peaks(tool, tmp_path, capsys):
+    flags = config_file(tmp_path, tiny_config("Qwen2ForCausalLM").to_json_string())
+    make(tool, tmp_path / "out", *flags, "--as", "quantized", "--rank=4", "--device=cpu")
+    shown = capsys.readouterr().out
+    assert "Quantization error of qwen2, random, seed 0" in shown
+    last = shown.splitlines()[-1]
     assert last.startswith(f"{tmp_path / 'out'}: ")
     assert " s, CPU memory peak " in last
     assert len(open_split(tmp_path / "out").weights) == 14
 
 
-def test_the_command_writes_a_llama_of_the_flags_in_16_bits(tmp_path):
-    done = make(tmp_path / "out", *FLAGS, "--layers-per-shard=2", "--dtype=float32", "--seed=3")
-    assert done.returncode == 0, done.stderr
+def test_the_command_writes_a_llama_of_the_flags_in_16_bits(tool, tmp_path):
+    make(tool, tmp_path / "out", *FLAGS, "--layers-per-shard=2", "--dtype=float32", "--seed=3")
     tensors = tensors_of(tmp_path / "out")
     source = drawn_model(seed=3).source
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
@@ -299,10 +297,12 @@ def test_what_cannot_be_made_is_refused_in_a_sentence(tool, tmp_path, case):
     arguments, sentence = REFUSALS[case]
     flags = arguments(tmp_path)
     with pytest.raises(ValueError, match=sentence):
-        tool.main(tyro.cli(tool.Options, args=[str(tmp_path / "out"), *flags]))
+        make(tool, tmp_path / "out", *flags)
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_refusal_of_the_command_is_one_line(tmp_path):
-    done = make(tmp_path / "out", "--layers=-1")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
+    command = [sys.executable, TOOL, tmp_path / "out", "--layers=-1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "make_model: --layers -1: give 1 or more\n")
