@@ -20,7 +20,7 @@ from qsvd.adapters.start import check_method, new_record, read_principal, start_
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.check import resolve
-from qsvd.files.pages import keep_for_reuse
+from qsvd.files.pages import keep_freed_memory
 from qsvd.files.safetensors import map_tensor, read_tensor
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.memory.device import device_of, dtype_of
@@ -159,7 +159,7 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
         _keep_embeddings(model, place.device)
     model.to(place.device)  # buffers that are in no file
     if pages and place.device.type == "cpu":
-        keep_for_reuse()
+        keep_freed_memory()
     model.split_record = replace(place.record, full=full)
     if adapter is not None:
         restore(model, adapter)

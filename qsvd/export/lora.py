@@ -20,7 +20,7 @@ from qsvd.export.folder import ExportFolder, disk_bytes, size_of
 from qsvd.export.peft import adapter_settings, kept_modules, write_adapter_files
 from qsvd.export.trained import Inventory, Trained, TrainedModel, check_dtype, rounded, take_inventory
 from qsvd.files.layout import ADAPTER_PREFIX
-from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, read_header, read_tensor, write_stream
+from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint
 from qsvd.files.split_folder import SplitFolder
 from qsvd.numerics.norms import frobenius
@@ -235,8 +235,11 @@ def _reduced(
         if known is None:
             assert target.original is not None, "an original, or recorded errors"
             known = measured(model.dense(name), target.original.read(name), up_OS, down_SI)
-        parts = [NewTensor(key, DTYPE_NAMES[t.dtype], tuple(t.shape), t) for key, t in (("B", up_OS), ("A", down_SI))]
-        write_stream(path, parts, {"record": json.dumps(asdict(LoraWeight(name, len(down_SI), *known)))})
+        write_stream(
+            path,
+            new_tensors({"B": up_OS, "A": down_SI}),
+            {"record": json.dumps(asdict(LoraWeight(name, len(down_SI), *known)))},
+        )
     return LoraWeight(**json.loads(read_header(path).metadata["record"]))
 
 

@@ -16,8 +16,8 @@ from qsvd.errors import BadInput, listing
 from qsvd.export.folder import HEADER_BYTES, ExportFolder, disk_bytes, size_of
 from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_inventory
 from qsvd.files.atomic import read_object, whole_file, write_json
-from qsvd.files.output import PYTORCH, from_entry
-from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, read_tensor, write_stream
+from qsvd.files.output import PYTORCH
+from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, new_tensor, read_tensor, write_stream
 from qsvd.files.source import open_checkpoint
 from qsvd.files.workspace import MANIFEST
 
@@ -128,7 +128,7 @@ def _tensors(model: TrainedModel, stored: torch.dtype, dtype: torch.dtype) -> li
             shape = tuple(model.split.weights[name]["shape"])
             new.append(NewTensor(name, DTYPE_NAMES[dtype], shape, partial(_merged, model, name, dtype)))
         elif name in others and name not in full:
-            new.append(from_entry(entry) if entry.dtype != DTYPE_NAMES[stored] else _cast(entry, dtype))
+            new.append(new_tensor(entry.name, entry) if entry.dtype != DTYPE_NAMES[stored] else _cast(entry, dtype))
     for name, tensor in full.items():
         values = rounded(tensor.detach().cpu(), dtype, name)
         new.append(NewTensor(name, DTYPE_NAMES[dtype], tuple(values.shape), values))
@@ -142,7 +142,7 @@ def _merged(model: TrainedModel, name: str, dtype: torch.dtype) -> Tensor:
 def _cast(entry: TensorEntry, dtype: torch.dtype) -> NewTensor:
     """A tensor of the base in another dtype; its bytes, if it has that dtype already."""
     if entry.dtype == DTYPE_NAMES[dtype]:
-        return from_entry(entry)
+        return new_tensor(entry.name, entry)
 
     def make() -> Tensor:
         return rounded(read_tensor(entry), dtype, entry.name)

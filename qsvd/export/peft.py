@@ -20,7 +20,7 @@ from qsvd.files.adapter import FINGERPRINT
 from qsvd.files.atomic import write_json
 from qsvd.files.layout import ADAPTER_PREFIX, adapter_config
 from qsvd.files.output import PYTORCH
-from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, write_stream
+from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, new_tensor, write_stream
 
 # What every PEFT folder needs besides its factors: the config, and modules that are saved whole.
 
@@ -68,7 +68,7 @@ def kept_modules(model: TrainedModel, task: str | None) -> tuple[tuple[str, ...]
         )
     whole: dict[str, Tensor | TensorEntry] = {**base, **model.full}
     inside = [name for name in whole if any(name.startswith(f"{path}.") for path in kept)]
-    return tuple(sorted(kept)), [_whole(name, whole[name]) for name in sorted(inside)]
+    return tuple(sorted(kept)), [new_tensor(f"{ADAPTER_PREFIX}{name}", whole[name]) for name in sorted(inside)]
 
 
 def write_adapter_files(
@@ -96,11 +96,6 @@ def _check_saveable(model: TrainedModel, kept: set[str]) -> None:
             f"PEFT saves modules whole, and {listing([path or 'the whole model' for path in refused])} would be one, "
             "with split weights inside; export merged weights instead"
         )
-
-
-def _whole(name: str, source: Tensor | TensorEntry) -> NewTensor:
-    dtype = source.dtype if isinstance(source, TensorEntry) else DTYPE_NAMES[source.dtype]
-    return NewTensor(f"{ADAPTER_PREFIX}{name}", dtype, tuple(source.shape), source)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What is trained, on disk: qsvd_adapter.json, a record, and qsvd_adapter.safetensors, the parameters.
+"""A trained adapter on disk: qsvd_adapter.json, its record, and qsvd_adapter.safetensors, its parameters.
 
-The parameters are named by their place in the model, "model.layers.0.self_attn.q_proj.up". What is frozen is in the
-base, which the fingerprint names; the folder is useless with another one, and refused.
+The parameters have the names of their places in the model, "model.layers.0.self_attn.q_proj.up". The frozen weights are
+in the quantized model with the fingerprint of the record; the adapter is refused for another one.
 """
 
 import json
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qsvd.errors import BadInput
 from qsvd.files.atomic import write_text
-from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, read_header, write_stream
+from qsvd.files.safetensors import TensorEntry, new_tensors, read_header, write_stream
 
 FORMAT = 1
 RECORD = "qsvd_adapter.json"
@@ -23,16 +23,17 @@ FINGERPRINT = "qsvd_base_fingerprint"
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """Which adapter it is, and of which base.
+    """The settings of an adapter, and its quantized model.
 
     Args:
-        base: Folder of the base, absolute, where it was when the adapter was trained.
-        fingerprint: Of the base's residuals.
-        method: Name of the method; rank and alpha are what it was told, None for its own choice.
-        dtype: Of the trained parameters, "float32" or "bfloat16".
-        seed: Of what was drawn at the start.
-        labels: Names of the classes of a sequence classifier; none for a language model.
-        full: Parameters of the model that are trained as they are, such as a new head.
+        base: Absolute path of the quantized model when the adapter was trained.
+        fingerprint: SHA-256 of the residuals of the quantized model.
+        method: Name of the method.
+        rank, alpha: As given to the method; None for its default.
+        dtype: Dtype of the trained parameters, "float32" or "bfloat16".
+        seed: Seed of the initial values.
+        labels: Names of the classes of a sequence classifier; empty for a language model.
+        full: Names of the parameters of the model that are trained themselves, such as a new head.
     """
 
     base: str
@@ -49,7 +50,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A folder with an adapter, open for reading."""
+    """An adapter, open for reading."""
 
     folder: Path
     record: AdapterRecord
@@ -57,35 +58,34 @@ class AdapterFolder:
 
 
 def write_adapter(folder: Path, record: AdapterRecord, parameters: Mapping[str, Tensor]) -> None:
-    """Write both files, the record last: where it is, the folder is complete."""
+    """Write both files, the record last: it marks a complete folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = [NewTensor(name, DTYPE_NAMES[t.dtype], tuple(t.shape), t.detach()) for name, t in parameters.items()]
-    write_stream(folder / PARAMETERS, new, {"format": "pt", FINGERPRINT: record.fingerprint})
+    write_stream(folder / PARAMETERS, new_tensors(parameters), {"format": "pt", FINGERPRINT: record.fingerprint})
     write_text(folder / RECORD, json.dumps(asdict(record), indent=2) + "\n")
 
 
 def open_adapter(folder: Path) -> AdapterFolder:
-    """Open what `write_adapter` wrote.
+    """Open an adapter that `write_adapter` wrote.
 
     Raises:
-        BadInput: the folder holds no adapter of qsvd, or its files are damaged or do not belong together.
+        BadInput: the folder holds no adapter, or its files are damaged or do not belong together.
     """
     path = folder / RECORD
     if not path.is_file():
-        raise BadInput(f"{folder} holds no trained adapter: it has no {RECORD}; give a run of qsvd train")
+        raise BadInput(f"{folder} holds no trained adapter (no {RECORD}); give the folder of a run of qsvd train")
     record = _read_record(path)
     if not (folder / PARAMETERS).is_file():
-        raise BadInput(f"{folder} is incomplete: it has no {PARAMETERS}")
+        raise BadInput(f"{folder} is incomplete: {PARAMETERS} is missing")
     header = read_header(folder / PARAMETERS)
     if header.metadata.get(FINGERPRINT) != record.fingerprint:
-        raise BadInput(f"{folder / PARAMETERS} belongs to another run than {RECORD} beside it: fingerprints differ")
+        raise BadInput(f"{folder / PARAMETERS} belongs to another run than {RECORD}: their fingerprints differ")
     return AdapterFolder(folder, record, header.tensors)
 
 
 def _read_record(path: Path) -> AdapterRecord:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["format"] != FORMAT:  # looked at first: another format may have other fields
+        if fields["format"] != FORMAT:  # checked first: another format may have other fields
             raise BadInput(f"{path} has format {fields['format']}; this version of qsvd reads format {FORMAT}")
         record = AdapterRecord(**(fields | {name: tuple(fields[name]) for name in ("labels", "full")}))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -96,13 +96,9 @@ def _read_record(path: Path) -> AdapterRecord:
 
 
 def check_base(adapter: AdapterFolder, folder: Path, fingerprint: str) -> None:
-    """Refuse a base that the adapter was not trained on.
-
-    Raises:
-        BadInput: the fingerprints differ.
-    """
+    """Refuse a quantized model that the adapter was not trained on, by BadInput."""
     if adapter.record.fingerprint != fingerprint:
         raise BadInput(
-            f"{adapter.folder} was trained on another residual than {folder}: the fingerprints differ "
-            f"({adapter.record.fingerprint[:12]} and {fingerprint[:12]}); its base was {adapter.record.base}"
+            f"{adapter.folder} was trained on another quantized model than {folder}: the fingerprints differ "
+            f"({adapter.record.fingerprint[:12]} and {fingerprint[:12]}); it was trained on {adapter.record.base}"
         )

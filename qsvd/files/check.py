@@ -1,6 +1,4 @@
-"""Is a checkpoint what its config promises, and is it still unquantized? Names, shapes and dtypes only; values are
-looked at when they are split.
-"""
+"""Compare a checkpoint with its config, and refuse quantized models, by names, shapes and dtypes of the tensors."""
 
 import copy
 import re
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SPLITTABLE = ("F32", "BF16", "F16")
-QUANTIZED_NAMES = {  # checked in this order; a tensor whose name ends like this, and never a 16-bit one's
+QUANTIZED_NAMES = {  # checked in this order; no tensor of a 16-bit model has such a name
     "bitsandbytes": re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|\.quant_state\."),
     "GPTQ": re.compile(r"\.g_idx$"),
     "AWQ": re.compile(r"\.(qweight|qzeros)$"),
@@ -28,14 +26,13 @@ PACKED_DTYPES = re.compile(r"F8_.*|[UI]\d+")
 
 
 def check_not_quantized(config: "PreTrainedConfig", tensors: Mapping[str, Entry]) -> None:
-    """Refuse a checkpoint that is already quantized, recognised by what it is.
+    """Refuse a checkpoint that is already quantized.
 
-    Args:
-        config: A quantization_config in it is evidence by itself.
-        tensors: Names of quantizers' own tensors, and integer or 8-bit float tensors called ".weight", are evidence.
+    Evidence is a quantization_config in the config, tensors with the names of a quantizer, and integer or 8-bit float
+    tensors called ".weight".
 
     Raises:
-        BadInput: evidence was found; the sentence names all kinds of it, each with an example.
+        BadInput: there is evidence; the sentence names every kind with an example.
     """
     evidence = []
     quantization = getattr(config, "quantization_config", None)
@@ -52,25 +49,25 @@ def check_not_quantized(config: "PreTrainedConfig", tensors: Mapping[str, Entry]
     if evidence:
         raise BadInput(
             f"this checkpoint is already quantized: {'; '.join(evidence)}. "
-            "qsvd splits 16-bit weights; give it the 16-bit model that this one was made from"
+            "qsvd quantizes 16-bit models; give the model that this one was made from"
         )
 
 
 def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
-    """The plan in the checkpoint's own spelling: `spelling` filled in, and every `WeightSpec.name` as the file has it.
+    """Return the plan with the tensor names of the checkpoint, in `spelling` and in the name and sources of weights.
 
-    A checkpoint may spell names otherwise than the model does: without or with the prefix of the base model, or as an
-    older release did (LayerNorm.gamma). transformers renames on loading; the same renamings are applied here.
+    A checkpoint may have other names than the model: without or with the prefix of the base model, or those of an older
+    release (LayerNorm.gamma). transformers renames tensors when it loads them; the same renamings are applied here.
 
     Args:
-        names: Of the tensors in the checkpoint. Names that the model does not know are left out.
+        names: Tensor names of the checkpoint. Names that the model does not have are ignored.
         plan: From `plan_model`.
 
     Raises:
-        BadInput: two tensors claim one place in the model, or transformers computes a weight to split from other
-            tensors while it loads.
+        BadInput: two tensors belong to one place in the model, or transformers computes a weight to split from other
+            tensors when it loads the model.
     """
-    transforms = [copy.copy(transform) for transform in plan.transforms]  # some remember what they have seen
+    transforms = [copy.copy(transform) for transform in plan.transforms]  # some have state
     spelling: dict[str, str] = {}
     clashes, computed = [], set()
     for name in sorted(names):
@@ -96,11 +93,11 @@ def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
 
 
 def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
-    """The plan in the checkpoint's spelling (see `resolve`), if every tensor it names is there as promised.
+    """Check that every tensor of the plan is in the checkpoint; return the plan with its names (see `resolve`).
 
     Raises:
-        BadInput: tensors are missing, have another shape than the config gives them, or are to be split and have
-            another dtype than F32, BF16 or F16; all kinds of trouble in one sentence each.
+        BadInput: tensors are missing or have another shape than in the config, or weights to split have another dtype
+            than F32, BF16 or F16; the sentence names every kind of fault.
     """
     plan = resolve(checkpoint.tensors, plan)
     present = {name: checkpoint.tensors[spelled] for name, spelled in plan.spelling.items()}
@@ -113,20 +110,22 @@ def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
     read = dict.fromkeys(source.tensor for spec in plan.weights for source in spec.read_from)
     entries = (checkpoint.tensors[name] for name in read if name in checkpoint.tensors)
     retyped = [f"{entry.name} is {entry.dtype}" for entry in entries if entry.dtype not in SPLITTABLE]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors that config.json promises are in no weight file: {listing(missing)}")
-    if reshaped:
-        problems.append(f"{len(reshaped)} tensors have another shape than config.json gives them: {listing(reshaped)}")
-    if retyped:
-        problems.append(f"{len(retyped)} weights to split are none of {', '.join(SPLITTABLE)}: {listing(retyped)}")
+    problems = [
+        f"{len(names)} {fault}: {listing(names)}"
+        for names, fault in (
+            (missing, "tensors that config.json describes are in no weight file"),
+            (reshaped, "tensors have another shape than in config.json"),
+            (retyped, f"weights to split have another dtype than {', '.join(SPLITTABLE)}"),
+        )
+        if names
+    ]
     if problems:
         raise BadInput(f"{checkpoint.name} is not the {plan.architecture} of its config: {'; '.join(problems)}")
     return plan
 
 
 def _model_name(name: str, plan: ModelPlan, transforms: list) -> tuple[str, bool]:
-    """The model's name for a tensor of the checkpoint, and whether its values are computed from those in the file."""
+    """Return the model's name of a tensor of the checkpoint, and whether transformers computes its values."""
     from transformers.core_model_loading import WeightConverter
 
     converted = False
@@ -143,7 +142,7 @@ def _model_name(name: str, plan: ModelPlan, transforms: list) -> tuple[str, bool
 
 
 def _may_be_absent(name: str, plan: ModelPlan, present: Mapping[str, Entry]) -> bool:
-    """Whether the model works without this tensor of its own: another one is tied to it, or it is optional."""
+    """Return whether the model needs no tensor of this name: it is optional, or tied to a tensor that is present."""
     if name in plan.optional:
         return True
     source = plan.tied.get(name, name)

@@ -1,4 +1,8 @@
-"""A Split as named tensors, and back: bitsandbytes' names for the residual, PEFT's for the factors (docs/format.md)."""
+"""A split weight as named tensors, and back (docs/format.md).
+
+A residual in NF4 has the names of bitsandbytes; one in another codec has those of qsvd's quantization method (section
+9). The components have PEFT's names.
+"""
 
 import hashlib
 import json
@@ -18,15 +22,17 @@ from qsvd.numerics.nf4 import NormalFloat4, bitsandbytes
 from qsvd.numerics.normal_float import NormalFloat
 from qsvd.plan.allocation import Allocation
 
-# Where the parts of a stored residual are, whichever layout the files have.
-
-
+ADAPTER_PREFIX = "base_model.model."
+QUANT_STATE = "quant_state.bitsandbytes__nf4"
+RESIDUAL_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)  # after the weight's name
+METHOD = "qsvd"  # quant_method of config.json
+PARTS = ("absmax", "absmax_codes", "offset")  # the tensors of a residual next to its codes
 Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
 class StoredResidual(Generic[Part]):
-    """The tensors of a residual, or where they lie, by the names of PackedBlocks.tensors; and what they make up."""
+    """The tensors of a residual, or their entries, by the names of PackedBlocks.tensors."""
 
     parts: dict[str, Part | bytes]
     shape: tuple[int, int]
@@ -34,7 +40,7 @@ class StoredResidual(Generic[Part]):
     nested_block: int | None
 
     def read(self, read: Callable[[Part], Tensor]) -> PackedBlocks:
-        """The residual; `read` gives the tensor of a part."""
+        """Read the residual; `read` returns the tensor of a part."""
         parts = {
             name: torch.frombuffer(bytearray(part), dtype=torch.uint8)
             if isinstance(part, bytes)
@@ -44,19 +50,14 @@ class StoredResidual(Generic[Part]):
         return from_bytes(parts, self.shape, self.codec, self.nested_block)
 
 
-ADAPTER_PREFIX = "base_model.model."
-QUANT_STATE = "quant_state.bitsandbytes__nf4"
-RESIDUAL_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)  # after the weight's name
-
-
 def residual_tensors(name: str, packed: PackedBlocks, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The residual under the names that transformers' bitsandbytes loader expects.
+    """Return an NF4 residual as the tensors that transformers' bitsandbytes loader expects.
 
     Args:
-        name: The weight's own tensor name, "model.layers.0.self_attn.q_proj.weight".
-        dtype: What the loader decodes to, the compute dtype.
+        name: Name of the weight, "model.layers.0.self_attn.q_proj.weight".
+        dtype: Dtype that the loader decodes to.
     """
-    assert isinstance(packed.codec, NormalFloat4), "others have the layout of packed_layout.py"
+    assert isinstance(packed.codec, NormalFloat4), "other codecs are stored by packed_tensors"
     nested = packed.scales if isinstance(packed.scales, NestedScales) else None
     inner = nested and bitsandbytes().QuantState(
         absmax=nested.absmax, code=nested.levels, blocksize=nested.block_size, dtype=torch.float32
@@ -76,16 +77,17 @@ def residual_tensors(name: str, packed: PackedBlocks, dtype: torch.dtype) -> dic
 
 
 def stored_residual(name: str, tensors: Mapping[str, Part], state: bytes) -> StoredResidual[Part]:
-    """What of the result of `residual_tensors` is what.
+    """Find the parts of a residual that `residual_tensors` named.
 
     Args:
-        tensors: By the names in the files; values of any kind.
+        tensors: Values of any kind, by the names in the files.
         state: The JSON of the quantization state.
 
     Raises:
-        BadInput: a tensor is missing, or the quantization is not NF4.
+        BadInput: a tensor is missing.
     """
-    _check_is_nf4(name, tensors)
+    if any(key not in tensors for key in (name, f"{name}.absmax", f"{name}.{QUANT_STATE}")):
+        raise BadInput(f"{name} is not an NF4 weight: it needs {name}, .absmax and .{QUANT_STATE}")
     known = json.loads(state)
     rows, columns = known["shape"]
     nested = f"{name}.nested_absmax" in tensors
@@ -103,13 +105,8 @@ def stored_residual(name: str, tensors: Mapping[str, Part], state: bytes) -> Sto
     return StoredResidual(parts, (rows, columns), codec, known["nested_blocksize"])
 
 
-def _check_is_nf4(name: str, tensors: Mapping[str, object]) -> None:
-    if any(key not in tensors for key in (name, f"{name}.absmax", f"{name}.{QUANT_STATE}")):
-        raise BadInput(f"{name} is no NF4 weight: it needs {name}, .absmax and .{QUANT_STATE}")
-
-
 def adapter_tensors(module: str, split: Split) -> dict[str, Tensor]:
-    """The factors under PEFT's LoRA names; none at rank 0."""
+    """Return the components by PEFT's LoRA names; none at rank 0."""
     if split.rank == 0:
         return {}
     prefix = f"{ADAPTER_PREFIX}{module}"
@@ -120,7 +117,7 @@ def adapter_tensors(module: str, split: Split) -> dict[str, Tensor]:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, over names and bytes in the order of the names."""
+    """Return the SHA-256 digest of names and bytes, in the order of the names."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode() + b"\0")
@@ -129,15 +126,15 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
-    """SHA-256, in hex, over the digests of all residuals: what ties an adapter to the base it was made for."""
+    """Return the SHA-256 digest of the digests of all residuals: an adapter belongs to one fingerprint."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def adapter_config(modules: list[str], rank: int, task: str | None, base: str) -> dict[str, Any]:
-    """The adapter_config.json of a plain LoRA whose scale lora_alpha / r is 1.
+    """Return the adapter_config.json, made by PEFT, of a plain LoRA whose scale lora_alpha / r is 1.
 
-    init_lora_weights is true, not "pissa": PEFT would decompose the residual once more. Written by PEFT itself.
+    init_lora_weights is true, not "pissa": with "pissa" PEFT would decompose the residual again.
     """
     from peft import LoraConfig
 
@@ -157,7 +154,7 @@ def adapter_config(modules: list[str], rank: int, task: str | None, base: str) -
 
 
 def quantization_config(left_linears: list[str], *, double_quant: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """The quantization_config of config.json, with every linear layer named that is not quantized."""
+    """Return the quantization_config of config.json for NF4; it names every linear layer that is not quantized."""
     name = str(dtype).removeprefix("torch.")
     return {
         "quant_method": "bitsandbytes",
@@ -171,23 +168,15 @@ def quantization_config(left_linears: list[str], *, double_quant: bool, dtype: t
     }
 
 
-# A residual of the NormalFloat family as named tensors, and back: our own quantization method (docs/format.md, 9).
-
-
-METHOD = "qsvd"  # quant_method of config.json
-PARTS = ("absmax", "absmax_codes", "offset")  # beside the codes, which have the weight's own name
-
-
 def part_name(name: str, part: str) -> str:
-    """ "M.absmax" for the weight "M.weight"."""
+    """Return the name of a part of a residual, "M.absmax" for the weight "M.weight"."""
     return f"{name.removesuffix('weight')}{part}"
 
 
 def packed_tensors(name: str, packed: PackedBlocks) -> dict[str, Tensor]:
-    """The residual under the names of qsvd's own quantization method; level tables, which all share, are left out.
+    """Return a residual as the tensors of qsvd's quantization method; the codec determines the level tables.
 
-    Args:
-        name: The weight's own tensor name, "model.layers.0.self_attn.q_proj.weight".
+    The codes have the name of the weight, "model.layers.0.self_attn.q_proj.weight".
     """
     parts = packed.tensors()
     named = {part_name(name, part): parts[part] for part in PARTS if part in parts}
@@ -197,10 +186,10 @@ def packed_tensors(name: str, packed: PackedBlocks) -> dict[str, Tensor]:
 def stored_packed(
     name: str, tensors: Mapping[str, Part], shape: tuple[int, int], codec: NormalFloat
 ) -> StoredResidual[Part]:
-    """What of the result of `packed_tensors` is what.
+    """Find the parts of a residual that `packed_tensors` named.
 
     Args:
-        tensors: By the names in the files; values of any kind.
+        tensors: Values of any kind, by the names in the files.
 
     Raises:
         BadInput: a tensor is missing.
@@ -208,7 +197,7 @@ def stored_packed(
     parts = [part for part in codec.parts(shape) if part not in ("codes", "levels")]
     missing = [key for key in (name, *(part_name(name, part) for part in parts)) if key not in tensors]
     if missing:
-        raise BadInput(f"{name} is no {spelling(codec)} weight: {listing(missing)} is missing")
+        raise BadInput(f"{name} is not a {spelling(codec)} weight: {listing(missing)} is missing")
     found: dict[str, Part | bytes] = {"codes": tensors[name]}
     found |= {part: tensors[part_name(name, part)] for part in parts}
     if codec.nesting is None:
@@ -218,7 +207,7 @@ def stored_packed(
 
 
 def packed_config(allocation: Allocation, dtype: torch.dtype) -> dict[str, Any]:
-    """The quantization_config of config.json: the modules of every codec, and the dtype the weights had."""
+    """Return the quantization_config of config.json for mixed bits: modules by codec, and the dtype of the weights."""
     codecs: dict[str, list[str]] = {}
     for module, choice in allocation.choices.items():
         codecs.setdefault(spelling(choice.codec), []).append(module)

@@ -1,8 +1,4 @@
-"""Pages from the shards of a result: the frozen bytes of a block, read again whenever they are asked for.
-
-Files stay open, so that one that is deleted or replaced meanwhile is still read as it was; one that is cut off or on a
-disk that goes away ends in an error, where a memory map would kill the process.
-"""
+"""Offloaded weights: reading their pages from disk, and the CPU memory that is free for them."""
 
 import ctypes
 import errno
@@ -16,15 +12,18 @@ from torch import Tensor
 
 from qsvd.files.safetensors import TensorEntry
 
-Piece = TensorEntry | bytes  # in a file, or known already
-Page = Mapping[int, Piece]  # by the offset in the page
+Page = Mapping[int, TensorEntry | bytes]  # parts in a file, or in memory, by their offset in the page
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+PLENTY = 1 << 30  # bytes that are free
+ROOT = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 class PageReader:
-    """The shards of a result, open for reading.
+    """The shards of a quantized model, opened to read pages: the frozen bytes of one block each.
 
-    Args:
-        pages: What each page consists of.
+    The files stay open, so that one that is deleted or replaced is still read as it was. A file that is truncated, or
+    whose disk is removed, ends in an error; a memory map would kill the process.
     """
 
     def __init__(self, pages: Sequence[Page]):
@@ -34,10 +33,10 @@ class PageReader:
         weakref.finalize(self, _close, tuple(self._files.values()))
 
     def read_into(self, number: int, out: Tensor) -> None:
-        """Fill `out`, uint8 on the host and at least as long as the page.
+        """Read page `number` into `out`, uint8 in CPU memory and at least as long as the page.
 
         Raises:
-            OSError: a file ends too early or cannot be read any more.
+            OSError: a file ends too early or can no longer be read.
         """
         view = out.numpy().data
         for offset, piece in self._pages[number].items():
@@ -52,10 +51,10 @@ class PageReader:
             try:
                 count = os.preadv(self._files[entry.file], [view[done:]], entry.start + done)
             except OSError as error:
-                reason = f"cannot be read any more ({error.strerror}); put it back"
+                reason = f"can no longer be read ({error.strerror}); restore it"
                 raise OSError(error.errno, reason, str(entry.file)) from error
             if not count:
-                reason = f"was cut off during the run and ends inside {entry.name}; put it back whole"
+                reason = f"was truncated during the run and ends inside {entry.name}; restore it"
                 raise OSError(errno.EIO, reason, str(entry.file))
             done += count
 
@@ -65,45 +64,36 @@ def _close(files: Sequence[int]) -> None:
         os.close(file)
 
 
-# How much memory the host has left for this process, and how to take no more of it than is used.
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-PLENTY = 1 << 30  # bytes that are free
-ROOT = Path("/sys/fs/cgroup")
-OWN_GROUPS = Path("/proc/self/cgroup")
-
-
 def free_host_memory() -> int:
-    """Bytes that can still be taken: what the system has, or what a limit on this process leaves if that is less."""
+    """Return the bytes that this process can still use: those of the system, or those below its cgroup's limit."""
     return min(psutil.virtual_memory().available, *(_left(group) for group in _groups()), 2**63)
 
 
 def taken_host_memory() -> int:
-    """Bytes that this process has already: Python, its libraries, what they hold."""
+    """Return the resident bytes of this process."""
     return psutil.Process().memory_info().rss
 
 
 def trim_freed_memory() -> None:
-    """Tell glibc to keep no large piece of memory that is free, while a model is made.
+    """Tell glibc to return every large block that is freed to the system; for the time when a model is made.
 
-    By default it raises the size from which it gives pieces back with every piece that is freed, to 32 MB: what models
-    make and drop before they are filled then leaves holes of some GB, which later work fills here and there.
+    By default glibc raises the size from which it does so with every freed block, up to 32 MB. The blocks that a model
+    allocates and frees before its weights are loaded would then leave gaps of some GB.
     """
     _set_malloc(mapped=1 << 20, trimmed=1 << 20)
 
 
-def keep_for_reuse() -> None:
-    """Tell glibc to keep what is free, up to its usual sizes, if the host has plenty.
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks up to its usual sizes, if much memory is free; for the time of training.
 
-    Bands of weights come and go all the time: to ask the system for each takes a third of a CPU's speed.
+    Parts of weights are decoded and freed all the time. Asking the system for each costs a third of a CPU's speed.
     """
     if free_host_memory() >= PLENTY:
         _set_malloc(mapped=1 << 25, trimmed=1 << 26)
 
 
 def _set_malloc(*, mapped: int, trimmed: int) -> None:
-    """Nothing where the user has chosen sizes, or where the C library is another one."""
+    """Set the sizes, unless the user has set them or the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt(M_MMAP_THRESHOLD, mapped)
@@ -111,7 +101,7 @@ def _set_malloc(*, mapped: int, trimmed: int) -> None:
 
 
 def _groups() -> list[Path]:
-    """The control groups that may limit this process's memory, its own and those around it."""
+    """Return the control groups that may limit the memory of this process: its own and their parents."""
     lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
     folders = []
     for line in lines:
@@ -124,13 +114,13 @@ def _groups() -> list[Path]:
 
 
 def _left(group: Path) -> int:
-    """Limit less usage, where what is kept of files on disk does not count: it goes when memory is asked for."""
+    """Return limit less usage. The cache of files on disk does not count as used: the system drops it when needed."""
     for limit, usage, cache, shared in (
         ("memory.max", "memory.current", "file", "shmem"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
     ):
         if (group / limit).is_file() and (text := (group / limit).read_text().strip()) != "max":
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            files = int(stat.get(cache, 0)) - int(stat.get(shared, 0))  # the cache has those in memory (tmpfs) too
+            files = int(stat.get(cache, 0)) - int(stat.get(shared, 0))  # the cache includes files in memory (tmpfs)
             return max(int(text) - int((group / usage).read_text()) + files, 0)
     return 2**63

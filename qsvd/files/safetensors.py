@@ -1,7 +1,7 @@
-"""The safetensors format, read and written as a stream (https://github.com/huggingface/safetensors, "Format").
+"""The safetensors format, read and written tensor by tensor (https://github.com/huggingface/safetensors, "Format").
 
-The safetensors library maps a file into memory to read it and wants all tensors in memory to write it. Here a tensor is
-read into a buffer of its own and a file is written tensor by tensor, so that resident memory stays countable.
+The safetensors library maps a file into memory to read it and needs all tensors in memory to write it. Here every
+tensor is read into its own buffer and written alone, so that the resident memory is known.
 
     8 bytes   length N of the header, little endian
     N bytes   JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__" -> {str: str}
@@ -11,7 +11,7 @@ read into a buffer of its own and a file is written tensor by tensor, so that re
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import RawIOBase
 from pathlib import Path
@@ -86,17 +86,16 @@ class TensorEntry(Entry):
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a safetensors file says about itself."""
+class SafetensorsHeader:
+    """The header of a safetensors file."""
 
     tensors: dict[str, TensorEntry]  # in the order of their bytes
     metadata: dict[str, str]
-    raw: bytes = field(repr=False)  # the JSON as it stands in the file
-    file_bytes: int
+    raw: bytes = field(repr=False)  # the JSON text in the file
 
 
 class NewTensor(NamedTuple):
-    """A tensor to write: its values, what makes them when their turn comes, or where they lie in another file."""
+    """A tensor to write: its values, a function that makes them when they are written, or its place in another file."""
 
     name: str
     dtype: str
@@ -104,31 +103,42 @@ class NewTensor(NamedTuple):
     source: torch.Tensor | TensorEntry | Callable[[], torch.Tensor]
 
 
-def read_header(path: Path) -> Header:
-    """The tensors and the metadata of a safetensors file; no tensor is read.
+def new_tensor(name: str, source: torch.Tensor | TensorEntry) -> NewTensor:
+    """Return a tensor to write as it is, from memory or from another file."""
+    dtype = source.dtype if isinstance(source, TensorEntry) else DTYPE_NAMES[source.dtype]
+    return NewTensor(name, dtype, tuple(source.shape), source)
+
+
+def new_tensors(sources: Mapping[str, torch.Tensor | TensorEntry]) -> list[NewTensor]:
+    """Return tensors to write as they are, by name."""
+    return [new_tensor(name, source) for name, source in sources.items()]
+
+
+def read_header(path: Path) -> SafetensorsHeader:
+    """Read the header of a safetensors file.
 
     Raises:
-        BadInput: the file breaks the format, is cut off or too long; the sentence names it and what is wrong.
+        BadInput: the file breaks the format, is truncated or is too long; the sentence names it and the fault.
     """
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if file_bytes < 8 or length > file_bytes - 8:
             asked = f"its header should have {length} bytes" if file_bytes >= 8 else "a header starts with 8 bytes"
-            raise BadInput(f"{path} is truncated or no safetensors file: {asked}, the file has {file_bytes}")
+            raise BadInput(f"{path} is truncated or not a safetensors file: {asked}, the file has {file_bytes}")
         raw = file.read(length)
     table = _parse(path, raw)
     metadata = table.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise BadInput(f"{path} is no safetensors file: {METADATA} must map strings to strings")
+        raise BadInput(f"{path} is not a safetensors file: {METADATA} must map strings to strings")
     entries = [_entry(path, name, fields, 8 + length) for name, fields in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
     _check_extent(path, entries, 8 + length, file_bytes)
-    return Header({entry.name: entry for entry in entries}, metadata, raw, file_bytes)
+    return SafetensorsHeader({entry.name: entry for entry in entries}, metadata, raw)
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """The tensor, in memory of its own; a ValueError when the file ends before the tensor does."""
+    """Read a tensor into its own memory; raise BadInput if the file ends too early."""
     flat = torch.empty(entry.num_bytes, dtype=torch.uint8)
     view = flat.numpy().data
     done = 0
@@ -140,7 +150,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
 
 
 def map_tensor(entry: TensorEntry) -> torch.Tensor:
-    """The tensor in the file, of which only what is read comes into memory; changes of it stay out of the file."""
+    """Map a tensor: only the parts that are used are read, and changes do not reach the file."""
     if not entry.num_bytes:
         return read_tensor(entry)
     place = numpy.memmap(entry.file, dtype=numpy.uint8, mode="c", offset=entry.start, shape=(entry.num_bytes,))
@@ -148,17 +158,16 @@ def map_tensor(entry: TensorEntry) -> torch.Tensor:
 
 
 def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is complete or not there.
+    """Write a safetensors file that is complete or does not exist (see `whole_file`).
 
-    The bytes depend on names, values and metadata only, not on the order given. The file grows under the name
-    PATH.partial and is renamed when it is whole and on the disk; after any error the partial file is gone.
+    The bytes depend on names, values and metadata, not on the order of `tensors`.
 
     Args:
-        tensors: Values are taken from memory, made one tensor at a time, or copied from another file in chunks.
         metadata: Strings by name; transformers expects {"format": "pt"}.
 
     Raises:
-        BadInput: a name comes twice or is reserved; a source has another dtype or shape than stated, or is cut off.
+        BadInput: a name is given twice or is reserved; a source has another dtype or shape than stated, or is
+            truncated.
     """
     ordered = sorted(tensors, key=lambda new: (-TORCH_DTYPES[new.dtype].itemsize, new.name))
     _check_new(path, ordered)
@@ -167,8 +176,11 @@ def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, s
         for new in ordered:
             if isinstance(new.source, TensorEntry):
                 _copy(new.source, file)
-            else:
-                _write_values(path, new, new.source, file)
+                continue
+            values = new.source if isinstance(new.source, torch.Tensor) else new.source()
+            _check_source(path, new, values)
+            file.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del values  # before the next ones are made
 
 
 def _parse(path: Path, raw: bytes) -> dict:
@@ -181,18 +193,20 @@ def _parse(path: Path, raw: bytes) -> dict:
     try:
         table = json.loads(raw, object_pairs_hook=no_duplicates)
     except ValueError as error:
-        raise BadInput(f"{path} is no safetensors file: its header is no valid JSON ({error})") from error
+        raise BadInput(f"{path} is not a safetensors file: its header is not valid JSON ({error})") from error
     if not isinstance(table, dict):
-        raise BadInput(f"{path} is no safetensors file: its header is a JSON {type(table).__name__}, not an object")
+        raise BadInput(f"{path} is not a safetensors file: its header is a JSON {type(table).__name__}, not an object")
     return table
 
 
 def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntry:
     match fields:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if _are_sizes(shape):
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
+            isinstance(size, int) and size >= 0 for size in shape
+        ):
             pass
         case _:
-            raise BadInput(f"{path} is no safetensors file: {name} lacks a valid dtype, shape or data_offsets")
+            raise BadInput(f"{path} is not a safetensors file: {name} lacks a valid dtype, shape or data_offsets")
     if dtype not in TORCH_DTYPES:
         raise BadInput(f"{path}: {name} has the unknown dtype {dtype!r}; known are {', '.join(TORCH_DTYPES)}")
     num_bytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
@@ -201,19 +215,13 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntr
     return TensorEntry(name, dtype, tuple(shape), num_bytes, path, data_start + begin)
 
 
-def _are_sizes(shape: list) -> bool:
-    return all(isinstance(size, int) and size >= 0 for size in shape)
-
-
 def _check_extent(path: Path, entries: Sequence[TensorEntry], data_start: int, file_bytes: int) -> None:
-    """Refuse tensors that overlap or leave holes, and a file of another length than they need."""
+    """Refuse tensors that overlap or leave gaps, and a file of another length than they need."""
     end = data_start
     misplaced = []
     for entry in entries:
         if entry.start != end:
-            misplaced.append(
-                f"{entry.name} ({'overlaps' if entry.start < end else 'leaves a hole after'} its neighbour)"
-            )
+            misplaced.append(f"{entry.name} ({'overlaps' if entry.start < end else 'leaves a gap after'} the previous)")
         end = entry.start + entry.num_bytes
     if misplaced:
         raise BadInput(f"{path} has a wrong header: {listing(misplaced)}")
@@ -229,7 +237,7 @@ def _check_new(path: Path, ordered: Sequence[NewTensor]) -> None:
     if refused:
         raise BadInput(f"{path}: tensor names must be unique and not {METADATA}: {listing(refused)}")
     for new in ordered:
-        if isinstance(new.source, (TensorEntry, torch.Tensor)):
+        if isinstance(new.source, TensorEntry | torch.Tensor):
             _check_source(path, new, new.source)
 
 
@@ -241,7 +249,7 @@ def _check_source(path: Path, new: NewTensor, source: TensorEntry | torch.Tensor
 
 
 def _header(ordered: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
-    """Length and JSON, padded with spaces as the format allows."""
+    """Return the length and the JSON, padded with spaces as the format allows."""
     table: dict[str, object] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for new in ordered:
@@ -250,16 +258,6 @@ def _header(ordered: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_values(
-    path: Path, new: NewTensor, source: torch.Tensor | Callable[[], torch.Tensor], target: BinaryIO
-) -> None:
-    """Values from memory; those that are made are let go on return."""
-    if not isinstance(source, torch.Tensor):
-        source = source()
-        _check_source(path, new, source)
-    target.write(source.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _copy(entry: TensorEntry, target: BinaryIO) -> None:

@@ -1,6 +1,6 @@
-"""A 16-bit checkpoint as transformers stores it: a folder or a hub id -> its config, and its tensors one at a time.
+"""A 16-bit model as transformers stores it: a folder or a hub id -> its config, and its tensors one at a time.
 
-Opening reads headers only. What the config promises and whether the checkpoint is already quantized is for `check`.
+Opening reads headers only. `check` compares them with the config and refuses quantized models.
 """
 
 import hashlib
@@ -24,34 +24,34 @@ from qsvd.plan.weights import Source, WeightSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Tensors of a pytorch_model.bin, for checkpoints without safetensors. Unpickled with weights_only: no code runs.
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the names that transformers looks for, in this order
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*")
+NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.json", "trainer_state.json")
+LARGEST_COPY = 50 * 10**6  # bytes; a tokenizer file is smaller, a stray weight file larger
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for the fingerprint
+MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class PickleEntry(Entry):
-    """A tensor in a pickled file, found by its name."""
+    """A tensor in a pytorch_model.bin, found by its name."""
 
     file: Path
 
 
-def read_pickle_header(path: Path) -> dict[str, PickleEntry]:
-    """The tensors of the file by name.
-
-    Raises:
-        BadInput: the file is damaged, of a form that cannot be mapped, or holds something other than named tensors.
-    """
+def _read_pickle_header(path: Path) -> dict[str, PickleEntry]:
     entries = {}
-    for name, tensor in _load(path).items():
+    for name, tensor in _load_pickle(path).items():
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
-            raise BadInput(f"{path}: {name} is no dense tensor; save the model's state_dict as safetensors")
+            raise BadInput(f"{path}: {name} is not a dense tensor; save the model's state_dict as safetensors")
         num_bytes = tensor.numel() * tensor.element_size()
         entries[name] = PickleEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), num_bytes, path)
     return entries
 
 
-def read_pickled(entry: PickleEntry, part: Source) -> torch.Tensor:
-    """Read a part of the tensor into memory of its own. The file is mapped only while the part is copied."""
-    values = _load(entry.file)[entry.name]
+def _read_pickled(entry: PickleEntry, part: Source) -> Tensor:
+    """Read a part of a tensor into its own memory. The file is mapped only while the part is copied."""
+    values = _load_pickle(entry.file)[entry.name]
     if part.index is not None:
         values = values[part.index]
     if part.rows is not None:
@@ -59,12 +59,12 @@ def read_pickled(entry: PickleEntry, part: Source) -> torch.Tensor:
     return values.clone(memory_format=torch.contiguous_format)
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    try:
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    try:  # weights_only: no code of the file is run
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise BadInput(
-            f"{path} is truncated or no PyTorch file that weights_only can map ({first_line(error)}); "
+            f"{path} is truncated or not a PyTorch file that weights_only can map ({first_line(error)}); "
             "download it again, or save the model as safetensors"
         ) from error
     if not isinstance(table, dict):
@@ -72,27 +72,16 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     return table
 
 
-# A model id of the Hugging Face hub -> a folder in the local cache, with no more files than qsvd reads.
-
-
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*")
-WEIGHT_INDEXES = ("model.safetensors", "pytorch_model.bin")  # preferred first
-MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
 def download(model: str) -> Path:
-    """The snapshot folder of a hub model; its name is the commit.
-
-    Files below the top folder and weights in formats that are not needed stay on the hub.
+    """Download the files of a hub model that qsvd reads; return the snapshot folder, whose name is the commit.
 
     Raises:
-        BadInput: `model` is no such model, or the hub cannot be reached and the cache does not have it.
+        BadInput: there is no such model, or the hub cannot be reached and the cache does not have it.
     """
-    _check_id(model)
     folder = _snapshot(model, SMALL_FILES, revision=None)
-    for weights in WEIGHT_INDEXES:
+    for weights in (SAFE, PICKLED):
         index = folder / f"{weights}.index.json"
-        shards = sorted(set(read_weight_map(index).values())) if index.is_file() else []
+        shards = sorted(set(_read_weight_map(index).values())) if index.is_file() else []
         _snapshot(model, [weights, *shards], revision=folder.name)
         if shards or (folder / weights).is_file():
             break
@@ -100,38 +89,30 @@ def download(model: str) -> Path:
 
 
 def download_config(model: str) -> Path:
-    """The config.json of a hub model, and nothing else.
+    """Download only the config.json of a hub model.
 
     Raises:
-        BadInput: as `download` does, or the model has no config.json.
+        BadInput: there is no such model, it has no config.json, or the hub cannot be reached.
     """
-    _check_id(model)
     path = _snapshot(model, ["config.json"], revision=None) / "config.json"
     if not path.is_file():
-        raise BadInput(f"{model!r} on the hub has no config.json: it is no transformers model")
+        raise BadInput(f"{model!r} on the hub has no config.json: it is not a transformers model")
     return path
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Return the shard's file name by tensor name, from model.safetensors.index.json or pytorch_model.bin.index.json.
-
-    Raises:
-        BadInput: the index is not a JSON object with such a table under "weight_map".
-    """
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Return the shard of every tensor, from model.safetensors.index.json or pytorch_model.bin.index.json."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise BadInput(f"{index} has no weight_map from tensor names to files; download it again")
     return weight_map
 
 
-def _check_id(model: str) -> None:
-    if not MODEL_ID.fullmatch(model):
-        raise BadInput(f"no folder {model!r} here, and a hub id looks like 'owner/name'")
-
-
 def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
+    if not MODEL_ID.fullmatch(model):
+        raise BadInput(f"no folder {model!r} here, and a hub id looks like 'owner/name'")
     try:
         folder = snapshot_download(model, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
     except errors.GatedRepoError as error:
@@ -146,27 +127,21 @@ def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path
     return Path(folder)
 
 
-SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the names that transformers looks for, in this order
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for the fingerprint
-LARGEST_COPY = 50 * 10**6  # bytes; a tokenizer file is smaller, a stray weight file larger
-NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.json", "trainer_state.json")
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint; nothing but headers is in memory."""
+    """An open 16-bit model; only headers are in memory."""
 
-    name: str  # as given: a folder or a hub id
+    name: str  # a folder or a hub id, as given
     folder: Path | None  # None if the tensors are in no files
     revision: str | None  # the hub's commit; None for a folder
     config: "PreTrainedConfig" = field(repr=False)
-    config_json: dict[str, Any] = field(repr=False)  # config.json as it is
+    config_json: dict[str, Any] = field(repr=False)  # config.json as it is in the file
     tensors: Mapping[str, Entry] = field(repr=False)
-    other_files: tuple[Path, ...]  # tokenizer, generation and chat template files, to copy beside the result
-    fingerprint: str  # sha256 of config.json and of every weight file's header, size and a sample of its bytes
+    other_files: tuple[Path, ...]  # tokenizer, generation and chat template files, to copy to the output
+    fingerprint: str  # SHA-256 of config.json and of every weight file's header, size and a sample of its bytes
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read a tensor into CPU memory of its own, in the dtype and shape of its entry."""
+    def read(self, name: str) -> Tensor:
+        """Read a tensor into its own CPU memory, in the dtype and shape of its entry."""
         return self.read_part(Source(name))
 
     def read_weight(self, spec: WeightSpec) -> Tensor:
@@ -184,7 +159,7 @@ class Checkpoint:
         """Read a part of a tensor; nothing else of the tensor comes into memory."""
         entry = self.tensors[part.tensor]
         if isinstance(entry, PickleEntry):
-            return read_pickled(entry, part)
+            return _read_pickled(entry, part)
         assert isinstance(entry, TensorEntry), "a checkpoint of other entries has its own read_part"
         if part.index is not None:
             entry = entry.matrix(part.index)
@@ -194,14 +169,15 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a local folder, which never touches the network, or else a model of the hub.
+    """Open a local folder, without the network, or else a model of the hub.
 
     Args:
         model: A folder with config.json and model.safetensors, its index and shards, or the same as pytorch_model.bin;
             or a hub id, "owner/name".
 
     Raises:
-        BadInput: no such folder or id; config.json or the weights are missing, damaged or of an unknown format.
+        BadInput: there is no such folder or id; config.json or the weights are missing, damaged or of an unknown
+            format.
     """
     folder = Path(model).expanduser()
     is_local = model != "" and folder.is_dir()
@@ -247,10 +223,10 @@ def _read_config(folder: Path) -> tuple["PreTrainedConfig", dict[str, Any]]:
 
 
 def read_config(path: Path) -> "PreTrainedConfig":
-    """What transformers makes of a config.json, given as the file itself or as its folder.
+    """Let transformers read a config.json, given as the file itself or as its folder.
 
     Raises:
-        BadInput: it makes nothing of it; the sentence says why.
+        BadInput: transformers refuses it; the sentence says why.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -259,11 +235,11 @@ def read_config(path: Path) -> "PreTrainedConfig":
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError, StrictDataclassError) as error:
-        raise BadInput(f"transformers makes no config of {file}: {first_line(error)}") from error
+        raise BadInput(f"transformers cannot read {file}: {first_line(error)}") from error
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Entry], dict[str, bytes]]:
-    """Every tensor by name, and for every weight file the bytes that describe its tensors."""
+    """Return every tensor by name, and for every weight file the bytes that describe its tensors."""
     for weights in (SAFE, PICKLED):
         index = folder / f"{weights}.index.json"
         if (folder / weights).is_file():
@@ -278,7 +254,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Entry], dict[str, bytes]]:
 
 
 def _read_indexed(folder: Path, index: Path) -> tuple[dict[str, Entry], dict[str, bytes]]:
-    weight_map = read_weight_map(index)
+    weight_map = _read_weight_map(index)
     files = sorted(set(weight_map.values()))
     absent = [file for file in files if not (folder / file).is_file()]
     if absent:
@@ -291,7 +267,7 @@ def _read_indexed(folder: Path, index: Path) -> tuple[dict[str, Entry], dict[str
 
 
 def _read_files(folder: Path, files: Iterable[str]) -> tuple[dict[str, Entry], dict[str, bytes]]:
-    """The tensors of all files; the errors of all damaged files as one."""
+    """Return the tensors of all files, and report all damaged files in one error."""
     tensors: dict[str, Entry] = {}
     seen: dict[str, bytes] = {}
     errors = []
@@ -312,7 +288,7 @@ def _read_files(folder: Path, files: Iterable[str]) -> tuple[dict[str, Entry], d
 
 def _read_one(path: Path) -> tuple[dict[str, Entry], bytes]:
     if path.suffix == ".bin":
-        pickled = read_pickle_header(path)
+        pickled = _read_pickle_header(path)
         described = [(name, entry.dtype, entry.shape) for name, entry in pickled.items()]
         return dict(pickled), json.dumps(described).encode() + _sample(path)
     header = read_header(path)
@@ -320,7 +296,7 @@ def _read_one(path: Path) -> tuple[dict[str, Entry], bytes]:
 
 
 def _sample(path: Path) -> bytes:
-    """A few kilobytes from all over a file: two models of the same shapes differ there."""
+    """Return a few kilobytes from places all over a file: two models of the same shapes differ there."""
     size = path.stat().st_size
     samples = []
     with path.open("rb") as file:
@@ -331,7 +307,7 @@ def _sample(path: Path) -> bytes:
 
 
 def other_files(folder: Path) -> tuple[Path, ...]:
-    """What else a user of the result needs: small files of the kinds that tokenizers are stored in, and the licence."""
+    """Return the small files to copy to the output: tokenizer, chat template, generation settings, licence."""
 
     def is_copied(path: Path) -> bool:
         wanted = any(path.match(pattern) for pattern in SMALL_FILES)
@@ -339,9 +315,6 @@ def other_files(folder: Path) -> tuple[Path, ...]:
         return path.is_file() and wanted and not refused and path.stat().st_size <= LARGEST_COPY
 
     return tuple(sorted(path for path in folder.iterdir() if is_copied(path)))
-
-
-# Weights of a checkpoint one after another, the next one being read while this one is worked on.
 
 
 def stream(checkpoint: Checkpoint, weights: Sequence[WeightSpec]) -> Iterator[Tensor]:

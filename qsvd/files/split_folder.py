@@ -1,4 +1,4 @@
-"""A result of `qsvd quantize`, read back: residual and factors of each weight, and the dense matrix they stand for."""
+"""A quantized model, open for reading: residual and components of each weight, and the matrix that they make."""
 
 import json
 from dataclasses import dataclass
@@ -31,36 +31,33 @@ from qsvd.numerics.normal_float import NormalFloat
 
 @dataclass(frozen=True)
 class SplitFolder:
-    """OUT, open for reading; tensors are read when asked for.
-
-    weights maps each split weight's tensor name to its entry in the manifest: module, shape, role, codec, rank, file.
-    tensors are those of all shards and of the adapter.
-    """
+    """A quantized model. Tensors are read on demand."""
 
     folder: Path
-    manifest: dict[str, Any]
-    tensors: dict[str, TensorEntry]
+    manifest: dict[str, Any]  # qsvd.json
+    tensors: dict[str, TensorEntry]  # of all shards and of the stored components
 
     @property
     def weights(self) -> dict[str, dict[str, Any]]:
+        """Return module, shape, role, codec, rank and file of every weight, by its tensor name."""
         return self.manifest["weights"]
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        """Of the stored factors, by the weight's tensor name."""
+        """Return the rank of the components of every weight, by its tensor name."""
         return {name: weight["rank"] for name, weight in self.weights.items()}
 
     @property
     def fingerprint(self) -> str:
-        """Of all residuals."""
+        """Return the digest of all residuals."""
         return self.manifest["fingerprint"]
 
     def residual(self, name: str, *, mapped: bool = False) -> PackedBlocks:
-        """Q of one weight; mapped: its bytes stay in the file until they are looked at."""
+        """Read Q of one weight; with `mapped`, its bytes are read when they are used."""
         return self.stored(name).read(map_tensor if mapped else read_tensor)
 
     def stored(self, name: str) -> StoredResidual[TensorEntry]:
-        """Where the parts of Q of one weight lie."""
+        """Return the entries of the parts of Q of one weight."""
         codec, entries = self.codec(name), {key: self.tensors[key] for key in self._part_names(name)}
         if isinstance(codec, NormalFloat):
             rows, columns = self.weights[name]["shape"]
@@ -69,20 +66,20 @@ class SplitFolder:
         return stored_residual(name, entries, b"" if state is None else read_tensor(state).numpy().tobytes())
 
     def codec(self, name: str) -> Codec:
-        """That the residual of one weight is in; results of version 0.1.0 name none, and have one for all."""
+        """Return the codec of one residual. Models of version 0.1.0 name none and have one codec for all."""
         if "codec" in self.weights[name]:
             return codec_named(self.weights[name]["codec"])
         return NormalFloat4(double_quant=self.manifest["run"]["double_quant"])
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
-        """Of most of the weights before they were split."""
+        """Return the dtype that most of the weights had in the 16-bit model."""
         quantization = read_object(self.folder / "config.json")["quantization_config"]
         return getattr(torch, quantization.get("dtype") or quantization["bnb_4bit_compute_dtype"])
 
     @cached_property
     def residual_names(self) -> frozenset[str]:
-        """Every tensor that is part of a residual."""
+        """Return the names of all tensors that are part of a residual."""
         return frozenset(part for name in self.weights for part in self._part_names(name))
 
     def _part_names(self, name: str) -> list[str]:
@@ -93,7 +90,7 @@ class SplitFolder:
         return [key for key in keys if key in self.tensors]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """B [O, R] and A [R, I] of one weight, or None at rank 0."""
+        """Read B [O, R] and A [R, I] of one weight; return None at rank 0."""
         if self.weights[name]["rank"] == 0:
             return None
         prefix = f"{ADAPTER_PREFIX}{self.weights[name]['module']}"
@@ -101,19 +98,19 @@ class SplitFolder:
         return up_OR, down_RI
 
     def dense(self, name: str) -> Tensor:
-        """Q + B A, float32 [O, I]."""
+        """Return Q + B A, float32 [O, I]."""
         dense_OI, factors = self.residual(name).decode(), self.factors(name)
         return dense_OI if factors is None else dense_OI.addmm_(factors[0].float(), factors[1].float())
 
 
 def open_split(folder: Path) -> SplitFolder:
-    """Open a result.
+    """Open a quantized model.
 
     Raises:
-        BadInput: the folder is no result of qsvd quantize, or adapter and residual do not belong together.
+        BadInput: the folder is not a quantized model, lacks files, or its components belong to another model.
     """
     if not (folder / MANIFEST).is_file():
-        raise BadInput(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
+        raise BadInput(f"{folder} is not a quantized model: it has no {MANIFEST}")
     manifest = json.loads((folder / MANIFEST).read_text())
     tensors: dict[str, TensorEntry] = {}
     shards = _shards(folder, manifest)
@@ -129,15 +126,15 @@ def open_split(folder: Path) -> SplitFolder:
         header = read_header(adapter)
         if header.metadata.get("qsvd_base_fingerprint") != manifest["fingerprint"]:
             raise BadInput(
-                f"{adapter} belongs to another residual than {folder}: its fingerprint differs; use the adapter that "
-                "was made with this folder"
+                f"{adapter} belongs to another quantized model than {folder}: its fingerprint differs; use the file "
+                "that was written with this folder"
             )
         tensors |= header.tensors
     return SplitFolder(folder, manifest, tensors)
 
 
 def _shards(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The weight files, those without a split weight too."""
+    """Return the names of all weight files, also of those without a split weight."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})

@@ -2,10 +2,11 @@
 
     {module}.rows         float32 [O]  mean over a row of F_ij, the mean over examples of the squared gradient
     {module}.columns      float32 [I]  mean over a column of F_ij
-    {module}.trace        float32 [1]  of the Hessian of the mean loss in this weight, estimated; only where asked for
+    {module}.trace        float32 [1]  estimated trace of the Hessian of the mean loss in this weight; optional
     {module}.trace_error  float32 [1]  standard error of that estimate
 
-Metadata: format, fingerprint (of the checkpoint), and a JSON record of how they were made.
+Metadata: format, fingerprint (of the checkpoint), and a JSON record of how they were made. The file of measured
+candidates of `qsvd allocate` is here too.
 
 Shape suffixes: O = out features, I = in features.
 """
@@ -23,8 +24,7 @@ from torch import Tensor
 from qsvd.decompose.candidates import CandidateErrors
 from qsvd.decompose.objective import Objective, fisher
 from qsvd.errors import BadInput, listing
-from qsvd.files.output import in_memory
-from qsvd.files.safetensors import TensorEntry, read_header, read_tensor, write_stream
+from qsvd.files.safetensors import TensorEntry, new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint
 from qsvd.files.workspace import check_same, lock, unlock
 from qsvd.plan.weights import WeightSpec
@@ -36,11 +36,10 @@ ROWS, COLUMNS, TRACE, TRACE_ERROR = "rows", "columns", "trace", "trace_error"
 
 @dataclass(frozen=True)
 class Statistics:
-    """An open file of statistics; a module's tensors are read when they are asked for.
+    """An open file of statistics. The tensors of a module are read on demand.
 
     Args:
-        path: The file.
-        fingerprint: Of the checkpoint they are of, `Checkpoint.fingerprint`.
+        fingerprint: `Checkpoint.fingerprint` of the 16-bit model.
         modules: Paths of the weights in the transformers model, sorted.
         record: How they were made: model, data, examples, tokens, seed, and so on.
     """
@@ -53,14 +52,14 @@ class Statistics:
 
     @property
     def has_traces(self) -> bool:
-        """Whether traces of the Hessian were estimated."""
+        """Return whether the file has traces of the Hessian."""
         return all(f"{module}.{TRACE}" in self._entries for module in self.modules)
 
     def objective(self, module: str) -> Objective:
-        """LQ-LoRA's weights of the rows and columns of one weight.
+        """Return LQ-LoRA's weights of the rows and columns of one weight.
 
         Raises:
-            BadInput: the file lacks the module, or holds moments that are none.
+            BadInput: the file lacks the module, or its moments are negative or not finite.
         """
         try:
             return fisher(self._read(module, ROWS), self._read(module, COLUMNS))
@@ -68,31 +67,27 @@ class Statistics:
             raise BadInput(f"{self.path}: {module}: {error}") from error
 
     def trace(self, module: str) -> float:
-        """The trace of the Hessian in one weight: how much the loss bends, summed over the weight's numbers.
+        """Return the trace of the Hessian of the loss in one weight.
 
         Raises:
-            BadInput: the file has no traces, or lacks the module, or its trace is no finite number.
+            BadInput: the file has no traces, lacks the module, or its trace is not finite.
         """
         if not self.has_traces:
-            raise BadInput(f"{self.path} has no traces of the Hessian; make it again by qsvd calibrate --traces 8")
+            raise BadInput(f"{self.path} has no traces of the Hessian; run qsvd calibrate again with --traces 8")
         trace = float(self._read(module, TRACE))
         if not math.isfinite(trace):
-            raise BadInput(f"{self.path}: {module}: its trace is {trace}; make the file again by qsvd calibrate")
+            raise BadInput(f"{self.path}: {module}: its trace is {trace}; run qsvd calibrate again")
         return trace
 
     def trace_error(self, module: str) -> float:
-        """The standard error of `trace`.
-
-        Raises:
-            BadInput: as `trace`.
-        """
+        """Return the standard error of `trace`; refuse what `trace` refuses."""
         self.trace(module)
         return float(self._read(module, TRACE_ERROR))
 
     def _read(self, module: str, part: str) -> Tensor:
         entry = self._entries.get(f"{module}.{part}")
         if entry is None:
-            raise BadInput(f"no {part} of {module} are there")
+            raise BadInput(f"the file has no {part} of {module}")
         return read_tensor(entry)
 
 
@@ -100,105 +95,103 @@ def open_statistics(path: Path) -> Statistics:
     """Open a file that `qsvd calibrate` wrote; only its header is read.
 
     Raises:
-        BadInput: there is no such file, or it is none of ours, or damaged.
+        BadInput: there is no such file, qsvd calibrate did not write it, or it is damaged.
     """
     if not path.is_file():
-        raise BadInput(f"no file {path}; qsvd calibrate MODEL DATA --out {path} makes one")
+        raise BadInput(f"{path} does not exist; qsvd calibrate MODEL DATA --out {path} makes it")
     header = read_header(path)
     if header.metadata.get("format") != FORMAT:
-        raise BadInput(f"{path} holds no statistics of qsvd calibrate (format {header.metadata.get('format')!r})")
+        raise BadInput(f"{path} was not written by qsvd calibrate (format {header.metadata.get('format')!r})")
     modules = tuple(sorted(name.removesuffix(f".{ROWS}") for name in header.tensors if name.endswith(f".{ROWS}")))
     _check_parts(path, header.tensors, modules)
     try:
         record, fingerprint = json.loads(header.metadata["record"]), header.metadata["fingerprint"]
     except (KeyError, ValueError) as error:
-        raise BadInput(f"{path} is damaged: its metadata lack {error}; make it again by qsvd calibrate") from error
+        raise BadInput(f"{path} is damaged: its metadata lack {error}; run qsvd calibrate again") from error
     return Statistics(path, fingerprint, modules, record, header.tensors)
 
 
-def check_statistics(statistics: Statistics, fingerprint: str, modules: Sequence[str], path: Path) -> None:
-    """Refuse statistics that are not those of this model.
+def check_statistics(statistics: Statistics, fingerprint: str, modules: Sequence[str]) -> None:
+    """Refuse statistics of another model.
 
     Args:
-        fingerprint: Of the checkpoint that is to be split.
+        fingerprint: `Checkpoint.fingerprint` of the 16-bit model.
         modules: Paths of the weights that need statistics.
-        path: The file, for the sentence of an error.
 
     Raises:
-        BadInput: they were made of another checkpoint, or lack weights.
+        BadInput: the statistics are those of another checkpoint, or lack weights.
     """
     if statistics.fingerprint != fingerprint:
         made_of = statistics.record.get("model")
         raise BadInput(
-            f"{path} holds statistics of another model ({made_of}, fingerprint {statistics.fingerprint[:12]} instead "
-            f"of {fingerprint[:12]}); run qsvd calibrate on this one"
+            f"{statistics.path} has the statistics of another model ({made_of}, fingerprint "
+            f"{statistics.fingerprint[:12]} instead of {fingerprint[:12]}); run qsvd calibrate on this one"
         )
     lacking = sorted({*modules} - {*statistics.modules})
     if lacking:
         raise BadInput(
-            f"{path} lacks {len(lacking)} of {len(modules)} weights: {listing(lacking)}; run qsvd calibrate with the "
-            "same --include and --exclude, or with none"
+            f"{statistics.path} lacks {len(lacking)} of {len(modules)} weights: {listing(lacking)}; run qsvd calibrate "
+            "with the same --include and --exclude, or with none"
         )
 
 
 def write_statistics(path: Path, tensors: Mapping[str, Tensor], *, fingerprint: str, record: Mapping[str, Any]) -> None:
-    """Write a file that is whole or not there.
+    """Write statistics to a file that is complete or does not exist.
 
     Args:
-        tensors: By name, as above.
-        fingerprint: Of the checkpoint.
-        record: JSON-able; how they were made.
+        tensors: By the names above.
+        fingerprint: `Checkpoint.fingerprint` of the 16-bit model.
+        record: How they were made, JSON-able.
     """
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "record": json.dumps(record, sort_keys=True)}
-    write_stream(path, in_memory(tensors), metadata)
+    write_stream(path, new_tensors(tensors), metadata)
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where a run keeps what it has added up so far."""
+    """Return the file in which an interrupted run keeps its sums."""
     return path.with_name(f"{path.name}.unfinished")
 
 
 def save_unfinished(path: Path, sums: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
-    """Keep the sums of a run; `path` is that of the result."""
+    """Write the sums of a run; `path` is the file of its result."""
     metadata = {"format": UNFINISHED_FORMAT, "identity": json.dumps(identity, sort_keys=True)}
-    write_stream(unfinished_path(path), in_memory(sums), metadata)
+    write_stream(unfinished_path(path), new_tensors(sums), metadata)
 
 
 def open_unfinished(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The sums of an earlier run with the same identity, or None where there are none.
+    """Read the sums of an earlier run with the same identity; return None if there are none.
 
     Raises:
-        BadInput: they are of a run with other options or other data, or the file is something else.
+        BadInput: the sums are from a run with other options or data, or the file is something else.
     """
     unfinished = unfinished_path(path)
     if not unfinished.exists():
         return None
     header = read_header(unfinished)
     if header.metadata.get("format") != UNFINISHED_FORMAT:
-        raise BadInput(f"{unfinished} is no unfinished run of qsvd calibrate; move it, or give --out another file")
+        raise BadInput(f"{unfinished} was not written by qsvd calibrate; move it, or give --out another file")
     found = json.loads(header.metadata["identity"])
     check_same(unfinished, found, identity, "remove the file, or give --out another file")
     return {name: read_tensor(entry) for name, entry in header.tensors.items()}
 
 
 def _check_parts(path: Path, entries: Mapping[str, TensorEntry], modules: Sequence[str]) -> None:
-    """Refuse weights of which a part is missing or has another form."""
+    """Refuse weights with a part that is missing or has another dtype or shape."""
     wanted = [f"{module}.{part}" for module in modules for part in (ROWS, COLUMNS)]
     wrong = [
         name for name in wanted if name not in entries or entries[name].dtype != "F32" or len(entries[name].shape) != 1
     ]
     if wrong or not modules:
-        raise BadInput(f"{path} is damaged: {listing(wrong) or 'it has no weights'}; make it again by qsvd calibrate")
-
-
-# Measured candidates of weights, kept as they come: FILE.costs.jsonl, a line of identity and then a line a weight.
+        raise BadInput(f"{path} is damaged: {listing(wrong) or 'it has no weights'}; run qsvd calibrate again")
 
 
 class CostsFile:
-    """The file, opened for one run. A `with` block releases its lock at the end.
+    """FILE.costs.jsonl, the measured candidates of weights: a line with the identity of the run, then a line a weight.
+
+    A `with` block releases its lock at the end.
 
     Args:
-        path: Made when the first weight is added; or left by a run with the same `identity`.
+        path: Made if it does not exist, or left by a run with the same `identity`.
         identity: What the measurements depend on, JSON-able.
 
     Raises:
@@ -237,7 +230,7 @@ class CostsFile:
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
             if content and not content.startswith(b"{"):
-                raise BadInput(f"{self.path} holds no measurements of qsvd; give another --out")
+                raise BadInput(f"{self.path} was not written by qsvd; give another --out")
             self.path.unlink(missing_ok=True)
             self._append(identity)
             return {}
@@ -280,25 +273,25 @@ def _from_record(record: Mapping[str, Any]) -> CandidateErrors:
 def statistics_for(
     objective: str, file: Path | None, checkpoint: Checkpoint, weights: Sequence[WeightSpec]
 ) -> Statistics | None:
-    """The statistics that an objective needs.
+    """Open the statistics that an objective needs; return None if it needs none.
 
     Raises:
-        BadInput: they are not given, or not needed, or those of another model, or without traces for the Hessian.
+        BadInput: they are not given, not needed, those of another model, or have no traces for the Hessian.
     """
     if objective in ("relative", "frobenius"):
         if file is not None:
             raise BadInput(
-                f"--statistics are for --objective fisher or hessian, and it is {objective}; give one of them"
+                f"--statistics is for --objective fisher or hessian, and --objective is {objective}; change one of them"
             )
         return None
     if file is None:
         raise BadInput(
-            f"--objective {objective} needs --statistics FILE, which qsvd calibrate makes; or leave --objective out"
+            f"--objective {objective} needs --statistics FILE, which qsvd calibrate writes; or omit --objective"
         )
     path = file.expanduser()
     statistics = open_statistics(path)
     modules = [spec.module for spec in weights]
-    check_statistics(statistics, checkpoint.fingerprint, modules, path)
+    check_statistics(statistics, checkpoint.fingerprint, modules)
     wrong = []
     for module in modules:
         try:

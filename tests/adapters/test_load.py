@@ -177,7 +177,7 @@ def test_a_training_step_moves_the_adapters_alone(out):
 
 
 def test_a_folder_that_is_no_result_is_refused(out):
-    with pytest.raises(ValueError, match=r"source is no result of qsvd quantize: it has no qsvd\.json"):
+    with pytest.raises(ValueError, match=r"source is not a quantized model: it has no qsvd\.json"):
         qsvd.load(out.parent / "source")
 
 

@@ -115,7 +115,7 @@ def test_a_reference_is_the_model_at_that_moment_and_tied_as_it_is(tmp_path):
 def test_an_adapter_of_another_residual_is_refused(out, tmp_path):
     other = split_checkpoint(tmp_path, seed=1)
     qsvd.load(other).save_pretrained(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"run was trained on another residual than .*out: the fingerprints differ"):
+    with pytest.raises(ValueError, match=r"run was trained on another quantized model than .*out: the fingerprints"):
         qsvd.load(out, adapter=tmp_path / "run")
 
 

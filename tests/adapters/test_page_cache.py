@@ -211,7 +211,7 @@ def test_a_shard_that_is_cut_off_meanwhile_is_an_error_that_names_it(tmp_path):
     gradients(model)
     shard = out / "model.safetensors"
     os.truncate(shard, 4096)
-    with pytest.raises(OSError, match="was cut off during the run and ends inside model") as raised:
+    with pytest.raises(OSError, match="was truncated during the run and ends inside model") as raised:
         gradients(model)
     assert raised.value.filename == str(shard)
 

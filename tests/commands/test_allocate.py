@@ -377,8 +377,8 @@ BAD = {
     "a negative gap": ("--gap=-1", "--gap -1.0 and --time-limit 60.0: at least 0, and above 0 seconds"),
     "no time": ("--time-limit 0", "--gap 0.0001 and --time-limit 0.0: at least 0, and above 0 seconds"),
     "no statistics": ("--objective fisher", "--objective fisher needs --statistics FILE, which qsvd calibrate makes"),
-    "statistics for nothing": ("--statistics x", "--statistics are for --objective fisher or hessian, and it is rel"),
-    "no such statistics": ("--objective hessian --statistics x", "no file x; qsvd calibrate MODEL DATA --out x makes"),
+    "statistics for nothing": ("--statistics x", "--statistics is for --objective fisher or hessian, and --obj"),
+    "no such statistics": ("--objective hessian --statistics x", "x does not exist; qsvd calibrate MODEL DATA --out x"),
     "a pattern that matches nothing": ("--include *.query", "no linear layer in the blocks matches '*.query'"),
     "a device": ("--device tpu", "--device 'tpu' is none of auto, cpu, cuda, cuda:N"),
 }
@@ -399,7 +399,7 @@ def test_bad_input_is_one_sentence_before_a_weight_is_read(allocate, tmp_path, k
 @pytest.mark.parametrize("objective", ["fisher", "hessian"])
 def test_statistics_that_do_not_fit_are_refused_before_a_weight_is_read(allocate, statistics, objective):
     for path, sentence in (
-        (statistics("other", fingerprint="0" * 64), "other holds statistics of another model"),
+        (statistics("other", fingerprint="0" * 64), "other has the statistics of another model"),
         (statistics("few", modules=5), "few lacks 9 of 14 weights"),
     ):
         code, _, err = allocate("--objective", objective, "--statistics", path)
@@ -411,7 +411,7 @@ def test_statistics_that_do_not_fit_are_refused_before_a_weight_is_read(allocate
 def test_the_hessian_needs_traces(allocate, statistics):
     code, _, err = allocate("--objective", "hessian", "--statistics", statistics(traces=False))
     assert code == 2
-    assert "has no traces of the Hessian; make it again by qsvd calibrate --traces" in err
+    assert "has no traces of the Hessian; run qsvd calibrate again with --traces" in err
 
 
 @pytest.mark.usefixtures("unread")

@@ -103,13 +103,13 @@ def test_a_shard_has_a_wrong_header(refused, shards):
     file = sorted(shards.glob("model-*.safetensors"))[1]
     content = file.read_bytes()
     file.write_bytes(content[:8] + b"[" + content[9:])
-    assert refused(shards).startswith(f"{file} is no safetensors file: its header is no valid JSON")
+    assert refused(shards).startswith(f"{file} is not a safetensors file: its header is not valid JSON")
 
 
 def test_a_tensor_is_missing(refused, model):
     edit(model, lambda tensors: tensors.pop(Q_PROJ))
     assert refused(model) == (
-        f"{model} is not the LlamaForCausalLM of its config: 1 tensors that config.json promises are in no weight "
+        f"{model} is not the LlamaForCausalLM of its config: 1 tensors that config.json describes are in no weight "
         f"file: {Q_PROJ}"
     )
 
@@ -117,7 +117,7 @@ def test_a_tensor_is_missing(refused, model):
 def test_a_tensor_has_another_shape(refused, model):
     edit(model, lambda tensors: tensors.update({Q_PROJ: torch.zeros(32, 16, dtype=torch.bfloat16)}))
     assert refused(model).endswith(
-        f"1 tensors have another shape than config.json gives them: {Q_PROJ} is [32, 16] instead of [32, 32]"
+        f"1 tensors have another shape than in config.json: {Q_PROJ} is [32, 16] instead of [32, 32]"
     )
 
 

@@ -185,8 +185,11 @@ def of_plain_bits(out, source, statistics):
         (["--allocator", "bits"], "--allocator bits spends a --budget, and none is given"),
         (["--objective", "fisher"], "--objective fisher needs --statistics FILE"),
         (["--objective", "hessian", "--statistics", "x"], "it matters with --budget only"),
-        (["--statistics", "x"], "--statistics are for --objective fisher or hessian"),
-        (["--budget", "3bits", "--objective", "fisher", "--statistics", "nowhere"], "no file nowhere; qsvd calibrate"),
+        (["--statistics", "x"], "--statistics is for --objective fisher or hessian"),
+        (
+            ["--budget", "3bits", "--objective", "fisher", "--statistics", "nowhere"],
+            "nowhere does not exist; qsvd",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(source, tmp_path, capsys, flags, sentence):
@@ -201,7 +204,7 @@ def test_statistics_of_another_model_are_refused(statistics, tmp_path, capsys):
     write_checkpoint(tmp_path / "other", hidden_size=64, intermediate_size=96, seed=1)
     flags = ["--objective", "fisher", "--statistics", str(statistics), "--out", str(tmp_path / "out"), "--rank", "4"]
     assert run(["quantize", str(tmp_path / "other"), *flags]) == 2
-    assert "holds statistics of another model (tiny, fingerprint" in capsys.readouterr().err
+    assert "has the statistics of another model (tiny, fingerprint" in capsys.readouterr().err
 
 
 def test_a_result_by_other_statistics_is_another_result(source, statistics, tmp_path):

@@ -106,7 +106,7 @@ def test_an_out_that_is_something_else_is_refused(stories, texts, tmp_path, refu
         f"--out {tmp_path / 'folder'} is a folder; give a file, such as {tmp_path / 'folder'}/statistics.safetensors"
     )
     shutil.copyfile(stories / "model.safetensors", tmp_path / "model")
-    assert "holds no statistics of qsvd calibrate" in refused(stories, texts, "--examples", 4, out=tmp_path / "model")
+    assert "was not written by qsvd calibrate" in refused(stories, texts, "--examples", 4, out=tmp_path / "model")
 
 
 def test_a_loss_that_is_no_number_ends_the_run_without_a_file(tmp_path, capsys):

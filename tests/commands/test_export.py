@@ -246,7 +246,7 @@ def test_a_base_that_was_moved_is_named_with_base(tmp_path, export):
     other = make_base(tmp_path / "other", rank=2)
     code, _, err = export(folder / "run", "merged", tmp_path / "export2", "--base", other / "out")
     assert code == 2
-    assert "run was trained on another residual than" in err
+    assert "run was trained on another quantized model than" in err
     assert not (tmp_path / "export2").exists()
 
 

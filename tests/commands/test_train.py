@@ -143,7 +143,7 @@ def test_everything_that_is_out_of_range_is_named_at_once(options, monkeypatch, 
         ({"split": "valid"}, r"texts\.jsonl is one file and has no split 'valid'"),
         ({"valid": "no/such/file.jsonl"}, r"^no such file or folder: no/such/file\.jsonl$"),
         ({"data": "no/such/file.jsonl"}, r"^no such file or folder: no/such/file\.jsonl$"),
-        ({"base": Path("nowhere")}, r"^nowhere is no result of qsvd quantize: it has no qsvd\.json$"),
+        ({"base": Path("nowhere")}, r"^nowhere is not a quantized model: it has no qsvd\.json$"),
     ],
     ids=str,
 )

@@ -93,14 +93,14 @@ def test_the_record_is_written_last(folder, monkeypatch):
 def test_a_folder_without_an_adapter_is_refused(folder):
     for place in (folder.parent, folder / "nowhere"):
         with pytest.raises(
-            ValueError, match=r"holds no trained adapter: it has no qsvd_adapter\.json; give a run of qsvd"
+            ValueError, match=r"holds no trained adapter \(no qsvd_adapter\.json\); give the folder of a run"
         ):
             open_adapter(place)
 
 
 def test_a_record_without_its_parameters_is_refused(folder):
     (folder / "qsvd_adapter.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"is incomplete: it has no qsvd_adapter\.safetensors"):
+    with pytest.raises(ValueError, match=r"is incomplete: qsvd_adapter\.safetensors is missing"):
         open_adapter(folder)
 
 
@@ -145,7 +145,7 @@ def test_another_format_is_named_whatever_else_it_has(folder):
 @pytest.mark.parametrize("metadata", [None, {"format": "pt", "qsvd_base_fingerprint": "00"}])
 def test_parameters_of_another_run_are_refused(folder, metadata):
     safetensors.torch.save_file({"a": torch.ones(1)}, folder / "qsvd_adapter.safetensors", metadata=metadata)
-    with pytest.raises(ValueError, match=r"safetensors belongs to another run than qsvd_adapter\.json beside it"):
+    with pytest.raises(ValueError, match=r"safetensors belongs to another run than qsvd_adapter\.json: their"):
         open_adapter(folder)
 
 
@@ -159,6 +159,8 @@ def test_cut_off_parameters_are_refused(folder):
 def test_a_base_is_known_by_its_fingerprint_alone(folder):
     adapter = open_adapter(folder)
     check_base(adapter, folder.with_name("moved"), RECORD.fingerprint)
-    said = r"another residual than .*moved: .* \(1f1f1f1f1f1f and 1f1f1f1f1f1e\); its base was /models/base$"
+    said = (
+        r"another quantized model than .*moved: .* \(1f1f1f1f1f1f and 1f1f1f1f1f1e\); it was trained on /models/base$"
+    )
     with pytest.raises(ValueError, match=said):
         check_base(adapter, folder.with_name("moved"), "1f1f1f1f1f1e" + "1f" * 26)

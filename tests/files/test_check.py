@@ -110,7 +110,7 @@ def test_two_tied_tensors_that_are_both_absent_are_missed(tmp_path):
     write_checkpoint(tmp_path, "GemmaForCausalLM")
     edit(tmp_path, lambda t: {name: tensor for name, tensor in t.items() if name != "model.embed_tokens.weight"})
     with pytest.raises(
-        ValueError, match=r"2 tensors that config\.json promises .*: model\.embed_tokens\.weight, lm_head"
+        ValueError, match=r"2 tensors that config\.json describes .*: model\.embed_tokens\.weight, lm_head"
     ):
         checked(tmp_path)
 
@@ -141,17 +141,20 @@ def test_all_kinds_of_trouble_are_told_at_once(tmp_path):
     with pytest.raises(ValueError, match="is not the LlamaForCausalLM of its config: ") as error:
         checked(tmp_path)
     said = str(error.value)
-    assert "2 tensors that config.json promises are in no weight file: model.layers.1.mlp.up_proj.weight, mod" in said
-    assert "1 tensors have another shape than config.json gives them: model.layers.0.self_attn.q_proj.weight is" in said
+    assert "2 tensors that config.json describes are in no weight file: model.layers.1.mlp.up_proj.weight, mod" in said
+    assert "1 tensors have another shape than in config.json: model.layers.0.self_attn.q_proj.weight is" in said
     assert "[512, 1] instead of [32, 32]" in said
-    assert "1 weights to split are none of F32, BF16, F16: model.layers.0.self_attn.k_proj.weight is F64" in said
+    assert (
+        "1 weights to split have another dtype than F32, BF16, F16: model.layers.0.self_attn.k_proj.weight is F64"
+        in said
+    )
 
 
 def test_a_weight_that_is_missing_is_not_taken_for_one_of_another_dtype(tmp_path):
     write_checkpoint(tmp_path)
     edit(tmp_path, lambda t: {name: tensor for name, tensor in t.items() if "q_proj" not in name})
     with pytest.raises(
-        ValueError, match=r"2 tensors that config\.json promises .*: model\.layers\.0\.self_attn\.q_proj"
+        ValueError, match=r"2 tensors that config\.json describes .*: model\.layers\.0\.self_attn\.q_proj"
     ) as error:
         checked(tmp_path)
     assert "none of" not in str(error.value)
@@ -224,7 +227,9 @@ def entries(**dtypes):
 )
 def test_quantized_tensors_are_recognised(tensors, message):
     config = tiny_config("LlamaForCausalLM")
-    with pytest.raises(ValueError, match=r"this checkpoint is already quantized: .* give it the 16-bit model") as error:
+    with pytest.raises(
+        ValueError, match=r"is already quantized: .* give the model that this one was made from$"
+    ) as error:
         check_not_quantized(config, entries(b__bias="BF16") | tensors)
     assert message in str(error.value)
     assert ("GPTQ" in message) <= ("AWQ" not in str(error.value))

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from qsvd.files import pages as host_memory
-from qsvd.files.pages import free_host_memory, keep_for_reuse, trim_freed_memory
+from qsvd.files.pages import free_host_memory, keep_freed_memory, trim_freed_memory
 
 AVAILABLE = 10**12
 NO_LIMIT_V1 = "9223372036854771712"  # what version 1 writes where there is none
@@ -103,7 +103,7 @@ def test_free_memory_is_kept_for_reuse_where_there_is_plenty(monkeypatch, free, 
     library = SimpleNamespace(mallopt=lambda *choice: found.append(choice))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
     monkeypatch.setattr(host_memory, "free_host_memory", lambda: free)
-    keep_for_reuse()
+    keep_freed_memory()
     assert found == asked
 
 
@@ -111,4 +111,4 @@ def test_what_the_user_has_told_malloc_stands(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=pytest.fail))
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
     trim_freed_memory()
-    keep_for_reuse()
+    keep_freed_memory()

@@ -90,14 +90,14 @@ def test_what_bitsandbytes_saves_is_read_back_and_written_again_to_the_same_byte
 def test_a_residual_that_lacks_a_tensor_is_refused(lacking):
     saved = by_bitsandbytes(weight_of((64, 64)), double_quant=True)
     del saved[lacking]
-    with pytest.raises(ValueError, match=r"down_proj\.weight is no NF4 weight: it needs"):
+    with pytest.raises(ValueError, match=r"down_proj\.weight is not an NF4 weight: it needs"):
         read_back(saved)
 
 
 def test_a_residual_in_fp4_is_refused():
     codes, state = bitsandbytes.quantize_4bit(weight_of((64, 64)), quant_type="fp4", blocksize=64)
     saved = {NAME: codes} | {f"{NAME}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
-    with pytest.raises(ValueError, match="is no NF4 weight"):
+    with pytest.raises(ValueError, match="is not an NF4 weight"):
         read_back(saved)
 
 

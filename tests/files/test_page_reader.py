@@ -76,7 +76,7 @@ def test_files_that_are_deleted_or_replaced_are_read_as_they_were(shards):
 def test_a_file_that_was_cut_off_is_an_error_that_names_it(shards):
     reader = PageReader(pages(shards))
     os.truncate(shards / "one", 1009)  # one byte too few
-    with pytest.raises(OSError, match=r"was cut off during the run and ends inside one\.10") as raised:
+    with pytest.raises(OSError, match=r"was truncated during the run and ends inside one\.10") as raised:
         reader.read_into(0, room(1600))
     assert (raised.value.errno, raised.value.filename) == (errno.EIO, str(shards / "one"))
     assert read(reader, 1, 1256)[256:] == CONTENT[::-1][4000:]
@@ -89,7 +89,7 @@ def test_a_disk_that_goes_away_is_an_error_that_names_the_file(shards, monkeypat
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(os, "preadv", gone)
-    with pytest.raises(OSError, match=r"cannot be read any more \(Stale file handle\)") as raised:
+    with pytest.raises(OSError, match=r"can no longer be read \(Stale file handle\)") as raised:
         reader.read_into(1, room(1256))
     assert (raised.value.errno, raised.value.filename) == (errno.ESTALE, str(shards / "two"))
 

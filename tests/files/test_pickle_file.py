@@ -59,9 +59,9 @@ def test_pickled_shards_are_read_by_their_index(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"junk", r"pytorch_model\.bin is truncated or no PyTorch file that weights_only can map"),
+        (b"junk", r"pytorch_model\.bin is truncated or not a PyTorch file that weights_only can map"),
         ([torch.ones(1)], "holds a list, not tensors by name"),
-        ({"model": {"a": torch.ones(1)}}, "model is no dense tensor; save"),
+        ({"model": {"a": torch.ones(1)}}, "model is not a dense tensor; save"),
     ],
 )
 def test_pickled_files_of_another_kind_are_refused(tmp_path, content, message):

@@ -150,16 +150,16 @@ def entry_of(dtype="F32", shape=(2,), offsets=(0, 8)):
     ("header", "data", "message"),
     [
         (b"[]", b"", "its header is a JSON list, not an object"),
-        (b"{oops", b"", "its header is no valid JSON"),
-        (b"\xff\xfe", b"", "its header is no valid JSON"),
+        (b"{oops", b"", "its header is not valid JSON"),
+        (b"\xff\xfe", b"", "its header is not valid JSON"),
         (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}', b"", "a name comes twice"),
         ({"__metadata__": {"a": 1}}, b"", "__metadata__ must map strings to strings"),
         ({"a": {"dtype": "F32", "shape": [2]}}, bytes(8), "a lacks a valid dtype, shape or data_offsets"),
         ({"a": entry_of(shape=(-2,))}, bytes(8), "a lacks a valid dtype, shape or data_offsets"),
         ({"a": entry_of(dtype="Q4")}, bytes(8), "a has the unknown dtype 'Q4'; known are F64, F32"),
         ({"a": entry_of(shape=(3,))}, bytes(8), r"wrong header: a, F32 \[3\], has 8 bytes, not 12"),
-        ({"a": entry_of(), "b": entry_of(offsets=(4, 12))}, bytes(12), r"wrong header: b \(overlaps its neighbour\)"),
-        ({"a": entry_of(), "b": entry_of(offsets=(9, 17))}, bytes(17), r"wrong header: b \(leaves a hole after its"),
+        ({"a": entry_of(), "b": entry_of(offsets=(4, 12))}, bytes(12), r"wrong header: b \(overlaps the previous\)"),
+        ({"a": entry_of(), "b": entry_of(offsets=(9, 17))}, bytes(17), r"wrong header: b \(leaves a gap after the"),
         ({"a": entry_of(offsets=(-4, 4))}, bytes(4), r"wrong header: a \(overlaps"),
         ({"a": entry_of()}, bytes(5), r"truncated: 3 of \d+ bytes are missing"),
         ({"a": entry_of()}, bytes(10), "2 bytes follow the last tensor"),
@@ -183,7 +183,7 @@ def test_a_wrong_header_is_refused(tmp_path, header, data, message):
 def test_a_file_too_short_for_its_header_is_refused(tmp_path, content, message):
     path = tmp_path / "short.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"short\.safetensors is truncated or no safetensors file: {message}"):
+    with pytest.raises(ValueError, match=rf"short\.safetensors is truncated or not a safetensors file: {message}"):
         read_header(path)
 
 

@@ -120,9 +120,9 @@ def test_a_folder_without_config_is_refused(tmp_path):
     [
         ("{oops", r"config\.json is not valid JSON"),
         ("[]", r"config\.json is a JSON list, not an object"),
-        ('{"model_type": "alien"}', r"transformers makes no config of .*config\.json: .*alien"),
-        ("{}", r"transformers makes no config of .*config\.json: "),
-        ('{"model_type": "llama", "hidden_size": "wide"}', r"no config of .*config\.json: .*'hidden_size': .* got str"),
+        ('{"model_type": "alien"}', r"transformers cannot read .*config\.json: .*alien"),
+        ("{}", r"transformers cannot read .*config\.json: "),
+        ('{"model_type": "llama", "hidden_size": "wide"}', r"cannot read .*config\.json: .*'hidden_size': .* got str"),
     ],
 )
 def test_a_config_that_is_none_is_refused(tmp_path, text, message):
@@ -163,7 +163,7 @@ def test_damaged_shards_are_all_named(tmp_path):
     os.truncate(first, first.stat().st_size - 6)
     second.write_bytes(b"<html>not found</html>")
     with pytest.raises(
-        ValueError, match=rf"{first.name} is truncated: 6 of .*; .*{second.name} is truncated or no safe"
+        ValueError, match=rf"{first.name} is truncated: 6 of .*; .*{second.name} is truncated or not a safe"
     ):
         open_checkpoint(str(tmp_path))
 

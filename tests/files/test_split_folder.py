@@ -60,13 +60,13 @@ def test_an_adapter_of_another_base_is_refused(results, tmp_path):
     path = out / "adapter" / "adapter_model.safetensors"
     adapter = safetensors.torch.load_file(path)
     safetensors.torch.save_file(adapter, path, metadata={"format": "pt", "qsvd_base_fingerprint": "0" * 64})
-    with pytest.raises(ValueError, match=r"belongs to another residual than .*: its fingerprint differs"):
+    with pytest.raises(ValueError, match=r"belongs to another quantized model than .*: its fingerprint differs"):
         open_split(out)
     safetensors.torch.save_file(adapter, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="belongs to another residual"):
+    with pytest.raises(ValueError, match="belongs to another quantized model"):
         open_split(out)
 
 
 def test_a_folder_that_is_no_result_is_refused(results):
-    with pytest.raises(ValueError, match=r"source is no result of qsvd quantize: it has no qsvd\.json"):
+    with pytest.raises(ValueError, match=r"source is not a quantized model: it has no qsvd\.json"):
         open_split(results / "source")

@@ -256,7 +256,7 @@ def config_file(folder: Path, content: str) -> list[str]:
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "unknown config": (lambda f: config_file(f, '{"model_type": "xyz"}'), "transformers makes no config of .*xyz"),
+    "unknown config": (lambda f: config_file(f, '{"model_type": "xyz"}'), "transformers cannot read .*xyz"),
     "no config": (lambda f: ["--config", str(f / "config.json")], "config.json does not exist"),
     "Conv1D": (
         lambda f: config_file(f, tiny_config("GPT2LMHeadModel").to_json_string()),

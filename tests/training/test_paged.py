@@ -118,8 +118,8 @@ def test_a_shard_that_is_cut_off_during_a_run_ends_it_with_what_is_kept(base, da
     monkeypatch.setattr(RunFolder, "add_step", cutting)
     assert run(words(cut)) == 1
     said = capsys.readouterr().err
-    assert f"{shard}: was cut off during the run and ends inside model.layers." in said
-    assert "; put it back whole; checkpoint-2 is kept, and the same command with --resume goes on from it" in said
+    assert f"{shard}: was truncated during the run and ends inside model.layers." in said
+    assert "; restore it; checkpoint-2 is kept, and the same command with --resume goes on from it" in said
     monkeypatch.undo()
     shutil.copyfile(base / shard.name, shard)
     assert run([*words(cut), "--resume"]) == 0
