@@ -1,1 +1,1 @@
-"""Floor 4: where everything fits, by item, before any work."""
+"""Floor 4: memory and time of a task, estimated by item before it runs."""

@@ -1,7 +1,7 @@
-"""Bytes that one block needs in a training step: it is run, forward and back, on the meta device.
+"""Bytes of one block in a training step, counted while it runs forward and backward on the meta device.
 
-Nothing is assumed of an architecture: the block is transformers' own, with its linear layers replaced by twins of
-SplitLinear and its attention by one that keeps what the fused kernels keep.
+The block is transformers' own, so that no architecture is assumed. Twins of SplitLinear replace its linear layers, and
+an attention that keeps what the fused kernels keep replaces its attention.
 """
 
 import copy
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from qsvd.errors import BadInput, first_line
-from qsvd.memory import twins as attention
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.memory.twins import Decoding, LinearTwin, LiveBytes
+from qsvd.memory.twins import MASKED, PLAIN, WHOLE, Decoding, LinearTwin, LiveBytes, register_attention
 from qsvd.plan.weights import BUILD_ERRORS
 
 if TYPE_CHECKING:
@@ -25,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes through the model together.
+    """A batch of sequences.
 
     Args:
-        tokens: Of a sequence.
-        batch: Sequences.
+        tokens: Length of a sequence.
+        batch: Number of sequences.
         is_masked: Whether sequences are padded or packed.
-        checkpointing: Whether a block keeps its input only, and runs again in the backward pass.
-        device: "cuda" or "cpu": how much is decoded at a time.
+        checkpointing: Whether a block keeps only its input, and runs again in the backward pass.
+        device: "cuda" or "cpu", which decides how much is decoded at a time.
     """
 
     tokens: int
@@ -43,8 +42,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Peak:
-    """A peak in bytes, and how much of it is decoded residual."""
+class BlockPeak:
+    """A peak in bytes, and the part of it that is decoded residual."""
 
     total: int
     decoding: int
@@ -52,33 +51,33 @@ class Peak:
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Bytes of one block in a training step, its input not counted.
+    """Bytes of one block in a training step, without its input.
 
     Args:
         input: The hidden state that it takes, which is what a checkpoint holds.
-        kept: From its forward pass to its backward pass, its output included.
+        kept: Kept from its forward pass to its backward pass, with its output.
         forward: Peak of the forward pass.
-        first: Peak of the backward pass where its parameters have no gradients yet; it includes the new ones.
-        later: The same where they have; those are not included.
-        around: What lies round the blocks: tokens, position embeddings.
+        first: Peak of the backward pass if its parameters have no gradients yet, with the new gradients.
+        later: Peak of the backward pass if they have gradients, without these.
+        around: Tensors that all blocks share: tokens, position embeddings, masks.
     """
 
     input: int
     kept: int
-    forward: Peak
-    first: Peak
-    later: Peak
+    forward: BlockPeak
+    first: BlockPeak
+    later: BlockPeak
     around: int
 
 
 @lru_cache(maxsize=4096)
 def run_blocks(model: SplitModelPlan, batch: Batch) -> tuple[BlockBytes, ...]:
-    """Of every block, in model order; blocks of the same shapes are run once.
+    """Simulate a training step of every block and return its bytes, in model order. Equal blocks run once.
 
     Raises:
         BadInput: the model cannot be run from tokens alone.
     """
-    attention.register()
+    register_attention()
     found: dict[Any, BlockBytes] = {}
     runs = []
     for block in model.blocks:
@@ -90,7 +89,7 @@ def run_blocks(model: SplitModelPlan, batch: Batch) -> tuple[BlockBytes, ...]:
 
 
 def _kind(model: SplitModelPlan, path: str) -> Any:
-    """What tells blocks apart that need different bytes."""
+    """Return a key that is equal for blocks that need the same bytes."""
     module = model.skeleton.model.get_submodule(path)
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     mine = [spec for spec in model.names.weights if spec.module.startswith(f"{path}.")]
@@ -116,14 +115,14 @@ def _run(model: SplitModelPlan, path: str, batch: Batch) -> BlockBytes:
 
 
 def _set_attention(model: SplitModelPlan, batch: Batch) -> int:
-    """Give the empty model the attention that the real one will have; bytes of the mask that all blocks share."""
+    """Give the empty model the attention that the real one will have, and return the bytes of the shared mask."""
     positions = batch.batch * batch.tokens**2
     if not model.skeleton.has_fused_attention:
-        kind, mask = attention.WHOLE, positions * model.dtype.itemsize
+        kind, mask = WHOLE, positions * model.dtype.itemsize
     elif batch.is_masked:
-        kind, mask = attention.MASKED, positions
+        kind, mask = MASKED, positions
     else:
-        kind, mask = attention.PLAIN, 0
+        kind, mask = PLAIN, 0
     for module in model.skeleton.model.modules():
         config = getattr(module, "config", None)
         if config is not None:
@@ -132,7 +131,7 @@ def _set_attention(model: SplitModelPlan, batch: Batch) -> int:
 
 
 def _with_twins(model: SplitModelPlan, path: str, live: LiveBytes, device: str) -> nn.Module:
-    """A copy of the block with twins in the place of its split layers."""
+    """Return a copy of the block with twins in place of its quantized layers."""
     block = copy.deepcopy(model.skeleton.model.get_submodule(path))
     for spec in model.names.weights:
         if spec.module.startswith(f"{path}."):
@@ -144,7 +143,7 @@ def _with_twins(model: SplitModelPlan, path: str, live: LiveBytes, device: str) 
 
 
 class _End(Function):
-    """Takes the place of what comes after a block: keeps nothing of its output, and returns a gradient for it."""
+    """Stands for all that follows a block: keeps nothing of its output, and returns a gradient for it."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, gradient: Tensor | None) -> Tensor:
@@ -159,7 +158,7 @@ class _End(Function):
 
 
 def _step(block: nn.Module, arguments: tuple[Any, Any], batch: Batch, live: LiveBytes) -> BlockBytes:
-    """One forward and backward pass of the block; `later` and `around` are for the caller to fill."""
+    """Run the block forward and backward. The caller fills `later` and `around`."""
     positional, named = arguments
     positional[0].grad = None
     before = live.now
@@ -181,20 +180,20 @@ def _step(block: nn.Module, arguments: tuple[Any, Any], batch: Batch, live: Live
         del output, gradient
         assert isinstance(end, Tensor), "apply returns what forward does"
         end.backward()
-    return BlockBytes(positional[0].nbytes, kept, forward, _peak(live, before), Peak(0, 0), 0)
+    return BlockBytes(positional[0].nbytes, kept, forward, _peak(live, before), BlockPeak(0, 0), 0)
 
 
 def _first_tensor(output: Any) -> Tensor:
-    """The hidden state that a block returns, alone or before others."""
+    """Return the hidden state of a block that returns it alone or in a tuple."""
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _peak(live: LiveBytes, before: int) -> Peak:
-    return Peak(live.peak - before, live.marked_at_peak)
+def _peak(live: LiveBytes, before: int) -> BlockPeak:
+    return BlockPeak(live.peak - before, live.marked_at_peak)
 
 
 class _Reached(Exception):
-    """The block that is looked for was called."""
+    """Carries the arguments of a block out of the model that called it."""
 
     def __init__(self, arguments: tuple[Any, Any]):
         super().__init__()
@@ -202,7 +201,7 @@ class _Reached(Exception):
 
 
 def _call_of(empty: "PreTrainedModel", path: str, batch: Batch) -> tuple[tuple[Any, Any], int]:
-    """The arguments with which the model calls a block, and the bytes of what it made before, the input not counted."""
+    """Return the arguments with which the model calls a block, and the bytes made before it, without its input."""
 
     def stop(_module: nn.Module, arguments: Any, options: Any) -> None:
         raise _Reached((arguments, options))

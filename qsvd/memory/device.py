@@ -1,4 +1,4 @@
-"""The device, and the dtype to compute in, that options name."""
+"""The device and the compute dtype that options name."""
 
 import torch
 
@@ -26,7 +26,7 @@ def device_of(name: str) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise BadInput(f"--device {name!r} is not there: torch sees {count} CUDA devices")
+        raise BadInput(f"--device {name!r} does not exist: torch finds {count} CUDA GPUs")
     index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

@@ -1,27 +1,26 @@
-"""How long things take, from a speed and a bandwidth: estimates, for choosing, never measurements."""
+"""Estimates of how long training and quantizing take, from the speed of a machine."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 from qsvd.decompose.alternate import FIRST_PASSES, LATER_PASSES
-from qsvd.memory.frozen import base_bytes, staying_blocks
-from qsvd.memory.items import Placement
+from qsvd.memory.frozen import base_bytes, resident_of
+from qsvd.memory.items import SIXTEEN_BITS, Placement
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
 from qsvd.numerics.norms import PROBES
 from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
 
-EXACT_SHARE = 0.25  # of the speed in 16 bits that float32 products are taken to reach
-LANCZOS_STEPS = 16  # of a norm's estimate, before and after: what noise needs
-TRAFFIC = 60  # bytes of memory for a number in an iteration: copied in float32, encoded, decoded, subtracted
-BYTES_PER_OPERATION = 0.01  # of memory, while it computes at full speed: 1 TB/s beside 100 TFLOP/s, as on a 4090
-SOURCE = 2  # bytes of a number of the 16-bit checkpoint
+EXACT_SHARE = 0.25  # speed of float32 products, relative to 16 bits (assumed)
+LANCZOS_STEPS = 16  # steps of one estimate of a norm: what noise needs
+TRAFFIC = 60  # bytes read and written for a number in an iteration: copied in float32, encoded, decoded, subtracted
+BYTES_PER_OPERATION = 0.01  # memory bandwidth over speed: 1 TB/s and 100 TFLOP/s, as on a 4090
 
 
 @dataclass(frozen=True)
 class Rate:
-    """So much a second, and how that is known."""
+    """A number per second, and where it comes from."""
 
     value: float
     source: Literal["assumed", "given", "measured"] = "assumed"
@@ -29,12 +28,12 @@ class Rate:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a machine does in a second.
+    """Speed of a machine.
 
     Args:
-        flops: Products and sums, in 16 bits.
-        link: Bytes from host memory to the device.
-        disk: Bytes from the disk, or to it.
+        flops: Products and sums in 16 bits.
+        link: Bytes from CPU memory to the GPU.
+        disk: Bytes from or to the disk.
     """
 
     flops: Rate
@@ -44,7 +43,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one training step, an estimate: the longer of computing and moving, which overlap."""
+    """Estimated seconds of one training step: the longer of computing and copying pages, which overlap."""
 
     compute: float
     transfer: float
@@ -60,30 +59,30 @@ class StepTime:
 
 
 def step_time(model: SplitModelPlan, training: Training, placement: Placement, speed: Speed) -> StepTime:
-    """Of one step: 6 operations for a number of the model and a token, 4 without checkpointing.
+    """Estimate one training step: 6 operations per number of the model and token, 4 without checkpointing.
 
-    The base is frozen, so its gradients cost nothing: forward, again forward, and the gradient of the input. Every page
-    comes twice for each batch, or twice for the step where blocks take all batches one after the other.
+    Frozen weights have no gradients: a step is a forward pass, its recomputation, and the gradients of inputs. Every
+    page is copied twice for each batch, or twice for the step with layer-major accumulation.
     """
     tokens = training.batch.tokens * training.batch.batch * training.accumulate
     text = model.text_config
     numbers = model.elements + text.hidden_size * text.vocab_size
     each = 6 if training.batch.checkpointing else 4
-    visits = 2 * (1 if training.layer_major else training.accumulate)
-    transfer = visits * page_seconds(model, placement, speed)
+    copies = 2 * (1 if training.layer_major else training.accumulate)
+    transfer = copies * page_seconds(model, placement, speed)
     return StepTime(each * numbers * tokens / speed.flops.value, transfer, tokens)
 
 
 def page_seconds(model: SplitModelPlan, placement: Placement, speed: Speed) -> float:
-    """Of all pages, moved once."""
-    staying = staying_blocks(model, placement)
-    paged = sum(block.page for number, block in enumerate(model.blocks) if number not in staying)
+    """Estimate the seconds for copying every page once."""
+    resident = resident_of(model, placement)
+    paged = sum(block.page for number, block in enumerate(model.blocks) if number not in resident)
     return paged / (speed.link.value if placement.pages == "host" else min(speed.link.value, speed.disk.value))
 
 
 @dataclass(frozen=True)
 class QuantizeTime:
-    """Seconds of a whole `qsvd quantize`, an estimate: reading hides behind computing or the other way round."""
+    """Estimated seconds of `qsvd quantize`: reading and computing overlap, writing comes on top."""
 
     compute: float
     read: float
@@ -95,13 +94,13 @@ class QuantizeTime:
 
 
 def quantize_time(model: SplitModelPlan, iterations: int, speed: Speed) -> QuantizeTime:
-    """Products with sketches and with the probes of the error's norms, the memory that is gone through, and the files.
+    """Estimate `qsvd quantize`: products with sketches and with the probes of norms, memory traffic, and files.
 
-    The result is written twice: weight by weight, and joined to shards.
+    The output is written twice: weight by weight, and joined to shards.
     """
     traffic = TRAFFIC * iterations * model.elements / (BYTES_PER_OPERATION * speed.flops.value)
     products = _operations(model, iterations) / (EXACT_SHARE * speed.flops.value)
-    source = SOURCE * model.elements + model.dense.total
+    source = SIXTEEN_BITS * model.elements + model.dense.total
     return QuantizeTime(products + traffic, source / speed.disk.value, 2 * base_bytes(model) / speed.disk.value)
 
 

@@ -1,29 +1,24 @@
-"""Bytes of `qsvd quantize` at its worst moment, on the largest weight."""
+"""Bytes of `qsvd quantize` at its largest weight, and of generating text."""
 
 import math
 from dataclasses import replace
 
 from qsvd.memory.block_bytes import Batch, run_blocks
 from qsvd.memory.frozen import base_bytes, context_item, context_notes, dense_items, residual_items
-from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, items_of, on
+from qsvd.memory.items import SIXTEEN_BITS, Item, Limits, MemoryPlan, Placement, items_of, on
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.numerics.norms import EXACT_SIDE, PROBES, STEPS
 from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
 from qsvd.plan.allocation import Choice
 from qsvd.plan.tensors import total_bytes
 
-SOURCE = 2  # bytes of a number of a 16-bit checkpoint
-COPIES = 2  # float32 matrices at once: the weight and what is left of it
+COPIES = 2  # float32 matrices at once: the weight, and the weight minus its residual or components
 SKETCHES = 4  # tall float32 matrices at once in the randomized SVD
-SHARD = 5 * 10**9  # of the output, which is there twice while it is written
+SHARD = 5 * 10**9  # bytes of an output file
 
 
 def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> MemoryPlan:
-    """What is where while the largest weight is split and measured.
-
-    Args:
-        device: "cuda" or "cpu".
-    """
+    """Return the bytes while the largest weight is quantized and measured, on "cuda" or "cpu"."""
     largest = max(model.names.weights, key=lambda spec: math.prod(spec.shape))
     choices = model.allocation.choices
     factors = base_bytes(model) - model.dense.total - sum(block.residual for block in model.blocks)
@@ -37,17 +32,17 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
     notes = (f"The largest weight is {largest.module}, {largest.shape[0]:,} x {largest.shape[1]:,}.",)
     notes += context_notes(device)
     if model.dense.experts:
-        notes += ("Experts are 3-D stacks, which qsvd does not split: --exclude them, and they are copied in 16 bits.",)
+        notes += ("Experts are 3-D stacks, which qsvd cannot quantize: --exclude them to keep them in 16 bits.",)
     return MemoryPlan("quantize", items_of(items, device), limits, notes)
 
 
 def plan_splitting(
     shape: tuple[int, int], choice: Choice, device: str, limits: Limits, *, weighted: bool = False
 ) -> MemoryPlan:
-    """What is in memory while a weight of this shape, the largest of its model, is split and measured.
+    """Return the bytes in memory while a weight of this shape, the largest of its model, is quantized and measured.
 
     Args:
-        weighted: Whether rows and columns are; what is decomposed is then a copy.
+        weighted: Whether errors are weighted by statistics, which takes a scaled copy.
     """
     items = _memory_items(shape, choice, device, copies=COPIES + weighted)
     return MemoryPlan("quantize", items_of(items, device), limits)
@@ -56,11 +51,11 @@ def plan_splitting(
 def _memory_items(shape: tuple[int, int], choice: Choice, device: str, copies: int = COPIES) -> list[Item]:
     numbers = math.prod(shape)
     return [
-        on(device, "largest weight, as it is stored", SOURCE * numbers),
+        on(device, "largest weight, as it is stored", SIXTEEN_BITS * numbers),
         on(device, "float32 copies of it", 4 * copies * numbers),
         on(device, "its residual, kept and new", 2 * choice.codec.num_bytes(shape)),
         on(device, "singular vectors and probes", max(_sketch(shape, choice.rank), _probes(shape))),
-        Item("weights that are read", host=(2 if device == "cuda" else 1) * SOURCE * numbers),
+        Item("weights that are read", host=(2 if device == "cuda" else 1) * SIXTEEN_BITS * numbers),
         context_item(device),
     ]
 
@@ -71,19 +66,16 @@ def _sketch(shape: tuple[int, int], rank: int) -> int:
 
 
 def _probes(shape: tuple[int, int]) -> int:
-    """Of the estimate of a nuclear norm, or of an exact one."""
+    """Return the bytes of a nuclear norm, exact for small matrices and estimated for others."""
     short = min(shape)
     return 8 * 3 * short**2 if short <= EXACT_SIDE else 4 * PROBES * max(STEPS) * short
 
 
-# Bytes of generating text from a split model: what is frozen, and the keys and values of the tokens.
-
-
 def plan_serving(model: SplitModelPlan, batch: Batch, placement: Placement, limits: Limits) -> MemoryPlan:
-    """What is where while the last token of so many sequences of so many tokens is made.
+    """Return the bytes while the last token of every sequence of the batch is generated.
 
     Raises:
-        ValueError: the model cannot be run from tokens alone.
+        BadInput: the model cannot be run from tokens alone.
     """
     device = batch.device
     blocks = run_blocks(model, replace(batch, checkpointing=True))
@@ -100,12 +92,12 @@ def plan_serving(model: SplitModelPlan, batch: Batch, placement: Placement, limi
         on(device, "logits of the last token", 4 * batch.batch * text.vocab_size),
         context_item(device),
     ]
-    notes = ("All tokens but one are taken to be the prompt, read in one go.", *context_notes(device))
+    notes = ("All tokens but the last are the prompt and are read in one pass (assumed).", *context_notes(device))
     return MemoryPlan("serve", items_of(items, device), limits, notes)
 
 
 def cache_bytes(model: SplitModelPlan, batch: Batch) -> int:
-    """Of keys and values of all tokens in all blocks; windows of sliding attention are not taken off."""
+    """Return the bytes of the keys and values of all tokens in all blocks, as if no attention had a window."""
     text = model.text_config
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

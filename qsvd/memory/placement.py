@@ -1,4 +1,4 @@
-"""Which frozen weights stay on the device: as many as fit."""
+"""The placement of a task: as many blocks resident on the device as fit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,11 +15,11 @@ OFFLOADS = {"auto": (False, True), "yes": (True,), "no": (False,)}
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user wants of a placement.
+    """What a user asks of a placement.
 
     Args:
-        share: Of the blocks that stay on the device, 0 to 1, or "auto".
-        offload: Whether checkpoints of activations go to the host.
+        share: Share of the blocks that are resident on the device, 0 to 1, or "auto".
+        offload: Whether checkpoints of activations go to CPU memory.
     """
 
     share: float | Literal["auto"] = "auto"
@@ -28,7 +28,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Placed:
-    """A placement, and the bytes that it leads to. Its `resident` is always a number."""
+    """A placement and its memory plan. Its `resident` is always a number."""
 
     placement: Placement
     memory: MemoryPlan
@@ -39,26 +39,26 @@ Count = Callable[[Placement], MemoryPlan]
 
 
 def place(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish = FREE) -> Placed:
-    """The placement of a training run with the most resident blocks that fits; if none does, the last one tried.
+    """Return the placement of a training run with the most resident blocks that fits; if none does, the nearest one.
 
-    Tried in this order: everything on the device; embeddings on the host, where the head does not share their tensor;
-    fewer resident blocks; pages on disk; checkpoints of activations on the host.
+    Tried in this order: everything on the device; embeddings in CPU memory, if the head does not share their tensor;
+    fewer resident blocks; pages on disk; checkpoints of activations in CPU memory.
 
     Raises:
-        ValueError: as plan_training does.
+        BadInput: as plan_training does.
     """
     possible = ways(model, training.batch.device, wish)
     return _best(lambda placement: plan_training(model, training, placement, limits), possible, wish)
 
 
 def place_serving(model: SplitModelPlan, batch: Batch, limits: Limits, wish: Wish = FREE) -> Placed:
-    """The same for generating text."""
+    """Return the same for generating text."""
     possible = ways(model, batch.device, replace(wish, offload="no"))
     return _best(lambda placement: plan_serving(model, batch, placement, limits), possible, wish)
 
 
 def can_fit(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish = FREE) -> bool:
-    """Whether there is a placement of a training run that fits, looked for where it needs least."""
+    """Return whether any placement of a training run fits; only the extremes of resident blocks are tried."""
     every, possible = len(model.blocks), ways(model, training.batch.device, wish)
     numbers = (every, 0) if wish.share == "auto" else (num_resident(wish.share, every),)
     extremes = [replace(way, resident=resident) for way in possible for resident in numbers]
@@ -66,7 +66,7 @@ def can_fit(model: SplitModelPlan, training: Training, limits: Limits, wish: Wis
 
 
 def ways(model: SplitModelPlan, device: str, wish: Wish) -> list[Placement]:
-    """Placements with as many resident blocks as wished, "auto" being all, to take some from; the best first."""
+    """Return the placements to try, the best first, each with the most blocks that may be resident."""
     every = len(model.blocks)
     resident = every if wish.share == "auto" else num_resident(wish.share, every)
     if device != "cuda":
@@ -90,12 +90,12 @@ def _best(count: Count, possible: list[Placement], wish: Wish) -> Placed:
 
 
 def _lack(placed: Placed) -> int:
-    """Bytes that are not there, of all places together."""
+    """Return how many bytes are missing, in all places together."""
     return sum(-(placed.memory.spare(where) or 0) for where in placed.memory.lacking)
 
 
 def _most_resident(count: Count, way: Placement, wish: Wish) -> Placed:
-    """With the most resident blocks that fit, by bisection; with none if none fit."""
+    """Return the way with the most resident blocks that fit, by bisection; with none if none fit."""
     whole, every = Placed(way, count(way)), way.resident or 0
     if whole.memory.fits or wish.share != "auto":
         return whole

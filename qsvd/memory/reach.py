@@ -1,6 +1,6 @@
-"""How far a machine reaches: the longest sequence and the highest rank that fit, and what to change for a run.
+"""The longest sequence and the highest rank that fit on a machine, and what to change so that a run fits.
 
-Every answer is looked for by bisection, since more tokens and higher ranks only ever need more.
+Bisection finds each answer, since more tokens and higher ranks always need more memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,14 @@ from qsvd.memory.placement import FREE, Wish, can_fit, place
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
 
-Make = Callable[[int], SplitModelPlan]  # rank -> the model with it
+Make = Callable[[int], SplitModelPlan]  # from a rank to the model with it
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What fits, the rest of a run left as it is; None where not even the least does.
+    """The longest sequence, at most the model's context, and the highest rank that fit; None if none does.
 
-    Args:
-        tokens: Longest sequence, at most the model's context; None too where nothing fits.
-        rank: Highest.
+    Each is for the run as it is otherwise.
     """
 
     tokens: int | None
@@ -29,9 +27,12 @@ class Reach:
 
 @dataclass(frozen=True)
 class Cell:
-    """One answer of a table: what share of the blocks stays on a card, or None where the run does not fit.
+    """One cell of a table.
 
-    offloads says that checkpoints of activations wait on the host.
+    Args:
+        gpu: Bytes of the GPU.
+        share: Share of the blocks that are resident; None if the run does not fit.
+        offloads: Whether checkpoints of activations are kept in CPU memory.
     """
 
     rank: int
@@ -42,7 +43,7 @@ class Cell:
 
 
 def most(least: int, limit: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest number of least..limit that fits, where everything below a number that fits does; None if none."""
+    """Return the largest number of least..limit that fits, if all below it fit too; None if none fits."""
     if limit < least or not fits(least):
         return None
     if fits(limit):
@@ -55,28 +56,24 @@ def most(least: int, limit: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def longest(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish, context: int) -> int | None:
-    """Tokens of the longest sequence that fits, at most the context of the model."""
-
-    def fits(tokens: int) -> bool:
-        return can_fit(model, with_tokens(training, tokens), limits, wish)
-
-    return most(1, context, fits)
+    """Return the tokens of the longest sequence that fits, at most `context`."""
+    return most(1, context, lambda tokens: can_fit(model, with_tokens(training, tokens), limits, wish))
 
 
 def highest(make: Make, training: Training, limits: Limits, wish: Wish, limit: int) -> int | None:
-    """The highest rank that fits, at most `limit`."""
+    """Return the highest rank that fits, at most `limit`."""
     return most(1, limit, lambda rank: can_fit(make(rank), training, limits, wish))
 
 
 def with_tokens(training: Training, tokens: int) -> Training:
-    """The same run on sequences of another length."""
+    """Return the run with sequences of another length."""
     return replace(training, batch=replace(training.batch, tokens=tokens))
 
 
 def explore(
     make: Make, training: Training, host: int | None, ranks: Sequence[int], tokens: Sequence[int], cards: Sequence[int]
 ) -> tuple[Cell, ...]:
-    """What share of the blocks stays on each card (bytes), for each rank and length."""
+    """Return the share of resident blocks for each rank, length and size of a GPU in bytes (`cards`)."""
     cells = []
     for rank in ranks:
         model = make(rank)
@@ -89,11 +86,7 @@ def explore(
 
 
 def advice(make: Make, rank: int, training: Training, limits: Limits, reach: Reach) -> tuple[str, ...]:
-    """Changes that make a run fit, a sentence each; every one was tried, alone or with those before it.
-
-    Args:
-        make: Of a rank, with the adapters' dtype as wished.
-    """
+    """Return changes that make a run fit, a sentence each. Every one was tried."""
     found = [
         sentence
         for sentence, changed in _changes(training)
@@ -111,7 +104,7 @@ def advice(make: Make, rank: int, training: Training, limits: Limits, reach: Rea
             "all of these together fit: --gradient-checkpointing, --batch 1, --optimizer paged_adamw_8bit, and "
             f"--tokens {least.batch.tokens}",
         )
-    return ("nothing that can be changed is enough: take a larger card, a host with more memory, or a smaller model",)
+    return ("no change of options is enough: take a larger GPU, more CPU memory, or a smaller model",)
 
 
 def _changes(training: Training) -> tuple[tuple[str, Training], ...]:
@@ -125,8 +118,7 @@ def _changes(training: Training) -> tuple[tuple[str, Training], ...]:
 
 
 def _least(training: Training) -> Training:
-    """Everything that saves memory at once, and sequences of at most 512 tokens."""
-    batch = replace(
-        training.batch, checkpointing=True, batch=1, is_masked=False, tokens=min(training.batch.tokens, 512)
-    )
+    """Return the run with all changes that save memory, and at most 512 tokens."""
+    tokens = min(training.batch.tokens, 512)
+    batch = replace(training.batch, checkpointing=True, batch=1, is_masked=False, tokens=tokens)
     return replace(training, batch=batch, optimizer="paged_adamw_8bit", layer_major=False)

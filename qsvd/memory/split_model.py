@@ -1,4 +1,4 @@
-"""A split model before it is made: what is frozen in each block, what is trained, what stays as it was."""
+"""A quantized model with adapters, known by its shapes: what is frozen, trained and not quantized in each block."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Block:
-    """The split weights of one block.
+    """The quantized weights of one block.
 
     Args:
-        path: In the model, "model.layers.3".
-        codes, scales: Bytes of the residuals; scales has everything but the codes.
+        path: Its path in the model, "model.layers.3".
+        codes, scales: Bytes of the residuals; scales counts everything but the codes.
         page: Bytes of a page that holds them all.
-        parameters: Everything that is trained.
-        buffers: Bytes that the adapters keep frozen.
+        parameters: The trained tensors.
+        buffers: Bytes of the frozen tensors of the adapters.
     """
 
     path: str
@@ -43,11 +43,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Dense:
-    """Bytes of what is not split. The head is 0 where it shares its tensor with the embeddings."""
+    """Bytes of the tensors that are not quantized. The head is 0 if it shares its tensor with the embeddings."""
 
     embeddings: int
     head: int
-    experts: int  # 3-D stacks, which stay in 16 bits
+    experts: int  # 3-D stacks, which are kept in 16 bits
     rest: int
 
     @property
@@ -57,12 +57,12 @@ class Dense:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The 16-bit model on the meta device, everything frozen, to be looked at and run without memory.
+    """The 16-bit model on the meta device, which runs without memory; everything is frozen.
 
     Args:
-        dtype: To compute in.
+        dtype: Compute dtype.
         has_fused_attention: Whether transformers runs it with a kernel that never holds the T x T matrix.
-        buffers: Bytes of the buffers that no file holds.
+        buffers: Bytes of the buffers that are in no file.
     """
 
     model: "PreTrainedModel"
@@ -72,10 +72,10 @@ class Skeleton:
 
 
 def skeleton(config: "PreTrainedConfig", dtype: torch.dtype) -> Skeleton:
-    """Of the model that the config describes; everything is in `dtype` but the buffers, which are counted as made.
+    """Return the model that a config describes, in `dtype`; its buffers are counted in the dtypes they are made in.
 
     Raises:
-        ValueError: no class can be built from the config.
+        BadInput: no class can be built from the config.
     """
     model = build(config)
     persistent = model.state_dict().keys()
@@ -85,15 +85,15 @@ def skeleton(config: "PreTrainedConfig", dtype: torch.dtype) -> Skeleton:
     return Skeleton(frozen, dtype, is_fused, buffers)
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, so that what is counted of one can be kept
+@dataclass(frozen=True, eq=False)  # compared by identity, as a key of caches
 class SplitModelPlan:
-    """A split model with adapters.
+    """A quantized model with adapters.
 
     Args:
-        skeleton: Of the 16-bit model.
-        names: What is split, and all shapes.
+        skeleton: The 16-bit model.
+        names: Its weights to quantize, and all shapes.
         allocation: Codec and stored rank of each weight.
-        adapters: By the weight's tensor name.
+        adapters: The tensors of each adapter, by the weight's tensor name.
     """
 
     skeleton: Skeleton
@@ -103,17 +103,17 @@ class SplitModelPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """To compute in; of everything that is neither residual nor adapter."""
+        """Dtype of everything but residuals and adapters, and of the computation."""
         return self.skeleton.dtype
 
     @property
     def text_config(self) -> "PreTrainedConfig":
-        """Of the language model, where there are others beside it."""
+        """Config of the language model."""
         return self.skeleton.model.config.get_text_config()
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """In model order."""
+        """The blocks in model order."""
         members: dict[str, list[WeightSpec]] = {}
         for spec in self.names.weights:
             members.setdefault(block_of(spec.module), []).append(spec)
@@ -121,7 +121,7 @@ class SplitModelPlan:
 
     @cached_property
     def dense(self) -> Dense:
-        """What is not split, tied tensors once, with the buffers that no file holds."""
+        """Bytes of what is not quantized, tied tensors once, with the buffers that are in no file."""
         split = {f"{spec.module}.weight" for spec in self.names.weights}
         sizes = {
             name: math.prod(shape) * self.dtype.itemsize
@@ -139,7 +139,7 @@ class SplitModelPlan:
 
     @property
     def generates(self) -> bool:
-        """Whether it makes text, token by token."""
+        """Whether the model can generate text."""
         return self.skeleton.model.can_generate()
 
     @property
@@ -149,17 +149,17 @@ class SplitModelPlan:
 
     @property
     def elements(self) -> int:
-        """Numbers of the weights that are split."""
+        """How many numbers the quantized weights have."""
         return sum(math.prod(spec.shape) for spec in self.names.weights)
 
     @property
     def parameters(self) -> tuple[TensorShape, ...]:
-        """Everything that is trained, in model order."""
+        """The trained tensors in model order."""
         return tuple(tensor for block in self.blocks for tensor in block.parameters)
 
     @property
     def buffers(self) -> int:
-        """Bytes that the adapters keep frozen."""
+        """Bytes of the frozen tensors of the adapters."""
         return sum(block.buffers for block in self.blocks)
 
     def _block(self, path: str, specs: Sequence[WeightSpec]) -> Block:
@@ -178,7 +178,7 @@ class SplitModelPlan:
 
 
 def _names(model: "PreTrainedModel") -> tuple[set[str], set[str]]:
-    """Names of the tensors of the input embeddings, and of the output head."""
+    """Return the tensor names of the input embeddings and of the output head."""
     found = []
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         paths = {path for path, other in model.named_modules() if other is module}

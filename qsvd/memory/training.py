@@ -1,11 +1,11 @@
-"""Bytes of a training run at its worst moment, by item, for one placement of the frozen weights."""
+"""Bytes of a training run, by item, at the moment of a step that takes most."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from qsvd.memory.block_bytes import Batch, Peak, run_blocks
+from qsvd.memory.block_bytes import Batch, BlockPeak, run_blocks
 from qsvd.memory.frozen import context_item, context_notes, dense_items, residual_items
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, items_of, on
 from qsvd.memory.split_model import SplitModelPlan
@@ -13,27 +13,18 @@ from qsvd.plan.tensors import OptimizerBytes, optimizer_bytes, total_bytes
 
 # Bytes of the loss: TRL's chunked log-probabilities, never all logits (kernels/chunked_logprob.py of 1.16).
 
-
 ROWS, COLUMNS = 4096, 32768  # of the tile of logits; it is made whole, even for a smaller vocabulary
 VECTORS = 10  # float32 numbers kept for each token: maxima, sums, labels
-TILE_WORK = 29  # bytes an element that torch makes of a tile on a CPU; on a GPU one kernel does it in place
+TILE_WORK = 29  # bytes per element that torch's operations on a tile take on a CPU; a GPU has one kernel, in place
 
 
-@dataclass(frozen=True)
-class LossBytes:
-    """Bytes from the last hidden state to its gradient.
+def loss_bytes(
+    tokens: int, batch: int, hidden: int, vocabulary: int, *, dtype: torch.dtype, device: str
+) -> tuple[int, int]:
+    """Return the bytes kept from the forward pass of the loss on, and the most that its backward pass adds.
 
-    Args:
-        kept: From the forward pass on: the hidden states that are scored, and a few numbers for each.
-        peak: Beside those, the most of the backward pass.
+    Every token but the first of each sequence is scored. A CPU uses torch's operations in place of one kernel.
     """
-
-    kept: int
-    peak: int
-
-
-def loss_bytes(tokens: int, batch: int, hidden: int, vocabulary: int, *, dtype: torch.dtype, device: str) -> LossBytes:
-    """Of so many tokens, each of them scored; on a CPU with torch's operations instead of one kernel."""
     scored, columns = (tokens - 1) * batch, min(vocabulary, COLUMNS)
     rows = min(scored, ROWS)
     copied = device == "cuda" or batch > 1  # else a view
@@ -43,15 +34,15 @@ def loss_bytes(tokens: int, batch: int, hidden: int, vocabulary: int, *, dtype: 
     if device == "cpu":
         exact = 4 * (rows + hidden) * columns if is_short else 0  # float32 copies of the tile and of its weights
         work = max(TILE_WORK * rows * columns, exact)
-    rounded = dtype.itemsize * states if is_short else 0  # of the gradient, while the tile is still there
+    rounded = dtype.itemsize * states if is_short else 0  # the rounded gradient, made before the tile is freed
     kept = 4 * VECTORS * scored + (dtype.itemsize * states if copied else 0)
-    return LossBytes(kept, 4 * states + rows * COLUMNS * dtype.itemsize + max(work, rounded))
+    return kept, 4 * states + rows * COLUMNS * dtype.itemsize + max(work, rounded)
 
 
-ROWS_OF_TOKENS = 24  # bytes of a token: its number, its label and its place in the mask, 64 bits each
-KEPT_RUNS = 3  # checkpoints of a run on disk: two that stay and one that is being written
-SLICES = 3  # gradients of all hidden states at once where a block divides them: what comes, what goes, one part's
-AHEAD = 6  # checkpoints on the GPU at most while the others are on the host (TRL's max_fwd_stash_size is 5)
+TOKEN = 24  # bytes: its number, its label and its mask, 64 bits each
+KEPT_RUNS = 3  # checkpoints of a run on disk: two that are kept and one that is being written
+SLICES = 3  # layer-major: gradients of the block's output, of its input, and of the parts of the input
+AHEAD = 6  # checkpoints on the GPU at most while the others are in CPU memory (TRL's max_fwd_stash_size is 5)
 
 
 @dataclass(frozen=True)
@@ -59,11 +50,11 @@ class Training:
     """How to train.
 
     Args:
-        batch: What goes through the model together.
-        accumulate: Such batches in a step.
+        batch: One batch.
+        accumulate: Batches in a step.
         optimizer: Its name in qsvd.
-        layer_major: Whether a block takes all batches of a step before the next block does.
-        has_loss: False leaves the output head and the loss out.
+        layer_major: Whether a block computes all batches of a step before the next block begins.
+        has_loss: False leaves out the output head and the loss.
     """
 
     batch: Batch
@@ -75,7 +66,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes that come and go, at one moment of a step."""
+    """Temporary bytes at one moment of a step."""
 
     name: str
     checkpoints: int = 0
@@ -91,24 +82,23 @@ class Moment:
 
 
 def plan_training(model: SplitModelPlan, training: Training, placement: Placement, limits: Limits) -> MemoryPlan:
-    """What is where when most is there.
+    """Return the bytes at the moment of a step that takes most on the device.
 
     Raises:
-        ValueError: the model cannot be run from tokens alone, or the optimizer is unknown.
+        BadInput: the model cannot be run from tokens alone, or the optimizer is unknown.
     """
     device = training.batch.device
     state = _state(model, training)
-    moments = moments_of(model, training)
-    kept_there = [_offloaded(moment, model, training, placement) for moment in moments]
-    most, waiting = max(kept_there, key=lambda pair: pair[0].total)
+    moments = [_offloaded(moment, model, training, placement) for moment in moments_of(model, training)]
+    most, offloaded = max(moments, key=lambda pair: pair[0].total)
     items = [
         *residual_items(model, placement, device),
         *dense_items(model, placement, device),
         on(device, "frozen components", model.buffers),
         on(device, "trained parameters", total_bytes(model.parameters)),
-        _optimizer_item(state, device),
+        _with_host(on(device, "optimizer state", state.device), state.host),
         on(device, "gradients", most.gradients),
-        _checkpoint_item(most.checkpoints, waiting, device),
+        _with_host(on(device, "checkpoints of activations", most.checkpoints), offloaded),
         on(device, "activations of one block", most.block),
         on(device, "decode workspace", most.decoding),
         on(device, "loss", most.loss),
@@ -121,17 +111,17 @@ def plan_training(model: SplitModelPlan, training: Training, placement: Placemen
 
 @lru_cache(maxsize=4096)
 def moments_of(model: SplitModelPlan, training: Training) -> tuple[Moment, ...]:
-    """The moments of a step that can be its worst."""
+    """Return the moments of a step that can take most."""
     batch, passes = training.batch, training.accumulate if training.layer_major else 1
     blocks = run_blocks(model, batch)
-    tokens = ROWS_OF_TOKENS * batch.tokens * batch.batch
+    tokens = TOKEN * batch.tokens * batch.batch
     below = [passes * (blocks[0].around + blocks[0].input + tokens)]
     for block in blocks:
         below.append(below[-1] + passes * block.kept)
     gradients = [total_bytes(block.parameters) for block in model.blocks]
     everything = sum(gradients)
     before = everything if training.accumulate > passes else 0
-    joined = passes * blocks[0].input if passes > 1 else 0  # outputs of the parts, and the same as one
+    joined = passes * blocks[0].input if passes > 1 else 0  # the parts' outputs as one tensor, besides the parts
     found = [
         Moment("forward", below[-2] + joined, before, *_parts(blocks[-1].forward)),
         Moment("loss", below[-1], before, loss=_loss(model, training, passes * blocks[-1].input)),
@@ -139,7 +129,7 @@ def moments_of(model: SplitModelPlan, training: Training) -> tuple[Moment, ...]:
         Moment("optimizer step", gradients=everything, optimizer=_state(model, training).workspace),
     ]
     for number, block in enumerate(blocks):
-        peak = block.later if before else block.first  # the first has the block's own new gradients inside
+        peak = block.later if before else block.first  # `first` includes the block's own new gradients
         above = before or sum(gradients[number + (1 if passes == 1 else 0) :])
         found.append(Moment("backward", below[number] + SLICES * joined, above, *_parts(peak)))
     return tuple(found)
@@ -149,12 +139,12 @@ def _state(model: SplitModelPlan, training: Training) -> OptimizerBytes:
     return optimizer_bytes(training.optimizer, model.parameters, on_gpu=training.batch.device == "cuda")
 
 
-def _parts(peak: Peak) -> tuple[int, int]:
+def _parts(peak: BlockPeak) -> tuple[int, int]:
     return peak.total - peak.decoding, peak.decoding
 
 
 def _loss(model: SplitModelPlan, training: Training, hidden: int) -> int:
-    """The last hidden state, of so many bytes, the final norm's input in float32, and the loss of a whole pass."""
+    """Return the bytes of the last hidden state, the final norm's float32 copy of it, and the loss."""
     exact = _exact(model, hidden)
     kept = hidden + (exact if model.dtype.itemsize < 4 else 0)
     if not training.has_loss:
@@ -162,48 +152,42 @@ def _loss(model: SplitModelPlan, training: Training, hidden: int) -> int:
     text, batch = model.text_config, training.batch
     rows = batch.batch * (training.accumulate if training.layer_major else 1)
     loss = loss_bytes(batch.tokens, rows, text.hidden_size, text.vocab_size, dtype=model.dtype, device=batch.device)
-    return kept + loss.kept + loss.peak
+    return kept + sum(loss)
 
 
 def _final_norm(model: SplitModelPlan, hidden: int) -> int:
-    """Its backward pass: the gradient, three hidden states in float32, and the input in float32 if it is another."""
+    """Return the bytes of its backward pass: the gradient, three float32 hidden states, one more if not in float32."""
     return hidden + (4 if model.dtype.itemsize < 4 else 3) * _exact(model, hidden)
 
 
 def _exact(model: SplitModelPlan, hidden: int) -> int:
-    """Of the same hidden state in float32."""
+    """Return the bytes of this hidden state in float32."""
     return 4 * hidden // model.dtype.itemsize
 
 
 def _offloaded(moment: Moment, model: SplitModelPlan, training: Training, placement: Placement) -> tuple[Moment, int]:
-    """The moment with only the nearest checkpoints on the device, and the bytes of those that wait on the host."""
+    """Return the moment with only the nearest checkpoints on the device, and the bytes that are in CPU memory."""
     if not placement.activation_offload:
         return moment, 0
     block = run_blocks(model, training.batch)[0]
     near = block.around + (AHEAD * block.input if training.batch.checkpointing else block.input + block.kept)
-    staying = min(moment.checkpoints, near)
-    return replace(moment, checkpoints=staying), moment.checkpoints - staying
+    kept = min(moment.checkpoints, near)
+    return replace(moment, checkpoints=kept), moment.checkpoints - kept
 
 
-def _checkpoint_item(here: int, waiting: int, device: str) -> Item:
-    item = on(device, "checkpoints of activations", here)
-    return replace(item, host=item.host + waiting)
-
-
-def _optimizer_item(state: OptimizerBytes, device: str) -> Item:
-    item = on(device, "optimizer state", state.device)
-    return replace(item, host=item.host + state.host)
+def _with_host(item: Item, num_bytes: int) -> Item:
+    return replace(item, host=item.host + num_bytes)
 
 
 def _notes(model: SplitModelPlan, training: Training, device: str) -> tuple[str, ...]:
-    notes = ["Everything is counted from shapes, at the worst moment of a step; GB are 10^9 bytes."]
+    notes = ["Bytes are counted from shapes, at the moment of a step that takes most; GB are 10^9 bytes."]
     notes += context_notes(device)
     if training.optimizer.startswith("paged"):
-        notes.append("The state of a paged optimizer counts on the GPU, and can leave it when the card is full.")
+        notes.append("The state of a paged optimizer is counted on the GPU; it can leave the GPU when that is full.")
     if training.batch.is_masked:
-        notes.append("Sequences are padded or packed, so attention holds a mask of tokens x tokens for each.")
+        notes.append("Sequences are padded or packed, so attention holds a tokens x tokens mask for each.")
     if not model.skeleton.has_fused_attention:
         notes.append("transformers runs this model with eager attention, whose tokens x tokens matrices are counted.")
     if model.dense.experts:
-        notes.append("Experts are 3-D stacks, which qsvd does not split: they are counted in 16 bits and frozen.")
+        notes.append("Experts are 3-D stacks, which qsvd cannot quantize: they are counted in 16 bits and frozen.")
     return tuple(notes)

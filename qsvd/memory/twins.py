@@ -1,4 +1,6 @@
-"""SplitLinear (adapters/linear.py) on the meta device: the same tensors come and go, and nothing is computed.
+"""Stand-ins on the meta device that make and free the same tensors as the real layers, and compute nothing.
+
+LinearTwin stands for SplitLinear (adapters/linear.py), three kinds of attention for transformers'. LiveBytes counts.
 
 Shape suffixes: T = tokens, O = out features, I = in features, K = rank of the adapter's factors.
 """
@@ -19,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 from qsvd.numerics.codec import BAND, Codec
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
-# How many bytes of tensors are alive while something runs on the meta device: exact, and without the memory.
-
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages that are made while it is on; those that were there before are not counted.
+    """Counts the bytes of storages that are made while it is on and are still alive.
 
-    now and peak are in bytes; marked_at_peak is what of the peak was made inside `marking`.
+    Attributes:
+        now, peak: Bytes.
+        marked_at_peak: The part of the peak that was made inside `marking`.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
@@ -36,12 +38,12 @@ class LiveBytes(TorchDispatchMode):
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def restart(self) -> None:
-        """Take the peak from here on."""
+        """Restart the peak from here."""
         self.peak, self.marked_at_peak = self.now, self._marked
 
     @contextmanager
     def marking(self) -> Iterator[None]:
-        """Mark what is made inside."""
+        """Mark the storages that are made inside."""
         self._is_marking = True
         yield
         self._is_marking = False
@@ -75,12 +77,12 @@ class LiveBytes(TorchDispatchMode):
         self._marked -= size * is_marked
 
 
-SCALE_PEAK, SCALE_KEPT = 16, 4  # bytes a block while 8-bit scales are decoded, and of the result
+SCALE_PEAK, SCALE_KEPT = 16, 4  # bytes per block of weights while 8-bit scales are decoded, and of decoded scales
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the residual of an [O, I] weight is decoded, on "cpu" or "cuda", and who counts the bytes."""
+    """The decoding of the residual of an [O, I] weight on "cpu" or "cuda", counted by `live`."""
 
     shape: tuple[int, int]
     codec: Codec
@@ -88,17 +90,17 @@ class Decoding:
     live: LiveBytes
 
     def whole(self, y_TO: Tensor) -> Tensor:
-        """y Q, [T, I], for which all of Q is decoded at once in the dtype of y."""
+        """Return y Q, [T, I], with all of Q decoded at once in the dtype of y."""
         with self.live.marking():
             scales = None if self.device == "cuda" else self._scales(y_TO)
             matrix_OI = y_TO.new_empty(self.shape)
-            if self.device == "cuda":  # there the matrix is made first
+            if self.device == "cuda":  # the kernel makes the matrix first
                 scales = self._scales(y_TO)
         del scales
         return y_TO @ matrix_OI
 
     def bands(self, x: Tensor, *, at_once: int) -> None:
-        """Bands come and go, so many of them there together."""
+        """Make and free bands of rows, `at_once` of them together."""
         rows, columns = self.shape
         step = self.codec.block_size // math.gcd(columns, self.codec.block_size)
         height = min(max(BAND[self.device] // columns // step, 1) * step, rows)
@@ -108,7 +110,7 @@ class Decoding:
         del scales, bands
 
     def _scales(self, x: Tensor) -> Tensor | None:
-        """The scales in float32, where they have to be decoded first."""
+        """Return float32 scales if the stored ones are quantized and must be decoded."""
         if "absmax_codes" not in self.codec.parts(self.shape):
             return None
         blocks = math.ceil(math.prod(self.shape) / self.codec.block_size)
@@ -119,12 +121,12 @@ class Decoding:
 
 
 class LinearTwin(nn.Module):
-    """A split linear layer without numbers.
+    """SplitLinear without numbers.
 
     Args:
-        decoding: Of its residual.
-        adapter: Its tensors.
-        bias: Of the layer, or None.
+        decoding: The decoding of its residual.
+        adapter: The tensors of its adapter.
+        bias: Its bias, or None.
     """
 
     def __init__(self, decoding: Decoding, adapter: AdapterTensors, bias: Tensor | None):
@@ -144,7 +146,7 @@ class LinearTwin(nn.Module):
         return outputs_TO.view(*x.shape[:-1], outputs_TO.shape[-1])
 
     def _factors(self) -> tuple[Any, Any, Any]:
-        """up, down and gain: made, trained or frozen."""
+        """Return up, down and gain, each made from parameters, trained or frozen."""
         parameters = list(self.trained.values())
         if not self.adapter.made:
             found = self.frozen | dict(self.trained.items())
@@ -161,7 +163,7 @@ def _empty(tensor: TensorShape, *, is_trained: bool = True) -> nn.Parameter:
 
 
 class _Made(Function):
-    """What a forward pass makes of the parameters: kept until the backward pass, which gives each its gradient."""
+    """Tensors that a forward pass makes of the parameters and keeps until the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, made: Mapping[str, TensorShape], *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -178,7 +180,7 @@ class _Made(Function):
 
 
 class _Product(Function):
-    """The steps of SplitLinear's product in their order."""
+    """The steps of SplitLinear's product, in its order."""
 
     @staticmethod
     def forward(  # noqa: PLR0913  # autograd takes them one by one
@@ -214,17 +216,16 @@ class _Product(Function):
         return dx_TI, d_up_OK, d_down_KI, d_gain_O, None, None
 
 
-# An attention for the meta device that keeps what the fused kernels keep: q, k, v, the output and log-sum-exps.
-
+# Attention for the meta device. It keeps what the fused kernels keep: q, k, v, the output and log-sum-exps.
 
 PLAIN, MASKED, WHOLE = "qsvd_plain", "qsvd_masked", "qsvd_whole"
 
 
-def register() -> None:
-    """Make the kinds known to transformers; none of them is given a mask, they make their own.
+def register_attention() -> None:
+    """Register the kinds of attention with transformers, which gives them no mask; they make their own.
 
-    PLAIN is one sequence or several of equal length, MASKED has padding or packed sequences, and WHOLE holds the
-    T x T matrix, as transformers' eager attention does for models that its fused kernels cannot do.
+    PLAIN is for sequences of equal length, MASKED for padded or packed ones. WHOLE holds the T x T matrix, as
+    transformers' eager attention does for models that its fused kernels cannot run.
     """
     from transformers import AttentionInterface
 
@@ -237,18 +238,19 @@ def _plain(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
     del module, attention_mask
-    output = _Fused.apply(query, key, value, None)
-    assert isinstance(output, Tensor), "apply returns what forward does"
-    return output.transpose(1, 2).contiguous(), None
+    return _fused(query, key, value, None)
 
 
 def _masked(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """The kernels do not group heads where there is a mask, and add it as a matrix in the dtype of the query."""
+    """With a mask the kernels do not group heads, and add the mask as a matrix in the dtype of the query."""
     del module, attention_mask
     key, value = _repeated(key, query), _repeated(value, query)
-    bias = query.new_empty(len(query), 1, query.shape[2], key.shape[2])
+    return _fused(query, key, value, query.new_empty(len(query), 1, query.shape[2], key.shape[2]))
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
     output = _Fused.apply(query, key, value, bias)
     assert isinstance(output, Tensor), "apply returns what forward does"
     return output.transpose(1, 2).contiguous(), None
@@ -273,7 +275,7 @@ def _repeated(key: Tensor, query: Tensor) -> Tensor:
 
 
 class _Fused(Function):
-    """softmax(q k^T) v without the matrix."""
+    """softmax(q k^T) v without the T x T matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

@@ -211,7 +211,7 @@ def test_a_device_of_no_known_kind(refused, model, device):
 def test_a_cuda_device_that_is_not_there(refused, model):
     count = torch.cuda.device_count()
     assert refused(model, f"--device=cuda:{count}") == (
-        f"--device 'cuda:{count}' is not there: torch sees {count} CUDA devices"
+        f"--device 'cuda:{count}' does not exist: torch finds {count} CUDA GPUs"
     )
 
 

@@ -28,7 +28,7 @@ ODD = {
 
 @dataclass(frozen=True)
 class Case:
-    """A run: its base, its adapters, what stays, and the length of its sequences."""
+    """A run: its base, its adapters, its placement, and the length of its sequences."""
 
     base: str
     options: AdapterOptions

@@ -34,7 +34,7 @@ def test_a_limit_of_memory_can_be_set_for_every_name(monkeypatch):
 
 
 def test_a_gpu_beyond_the_last_is_refused(current):
-    with pytest.raises(ValueError, match="'cuda:2' is not there: torch sees 2 CUDA devices"):
+    with pytest.raises(ValueError, match="'cuda:2' does not exist: torch finds 2 CUDA GPUs"):
         device_of("cuda:2")
     assert current == [1]
 

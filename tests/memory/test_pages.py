@@ -1,4 +1,4 @@
-"""Which blocks visit, and how their bytes lie."""
+"""Which blocks are offloaded, and how their bytes lie in pages."""
 
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ def test_tensors_of_a_page_begin_at_multiples():
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 7, 32, 80])
-def test_as_many_stay_as_were_asked_for_and_visitors_lie_between_them(blocks):
+def test_as_many_are_resident_as_were_asked_for_and_the_others_lie_between_them(blocks):
     for resident in range(blocks + 1):
         stay = sorted(resident_blocks(blocks, resident))
         assert len(set(stay)) == len(stay) == resident

@@ -1,4 +1,4 @@
-"""As many blocks stay as fit, and everything else goes where it is told to."""
+"""As many blocks are resident as fit, and everything else goes where it is told to."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ def placed(gpu, host=64, rank=64, tokens=4096, wish=Wish(), **changes):  # noqa:
     return place(llama_70b(rank), training(tokens, **changes), Limits(gpu * GB, host * GB), wish)
 
 
-def test_everything_stays_where_it_fits():
+def test_everything_is_on_the_gpu_if_it_fits():
     assert placed(80).placement == Placement(80)
     assert placed(80).memory.fits
 
@@ -47,12 +47,12 @@ def test_pages_are_on_disk_where_the_host_is_too_small():
     assert found.memory["pages"].host == 3 * llama_70b(64).blocks[0].page, "a ring of the slots alone"
 
 
-def test_the_host_holds_the_pages_of_the_blocks_that_visit():
+def test_cpu_memory_holds_the_pages_of_the_offloaded_blocks():
     found = placed(24)
-    visitors = 80 - found.placement.resident
+    offloaded = 80 - found.placement.resident
     shapes = [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)]
     page = page_bytes(size for shape in shapes for size in NormalFloat4(double_quant=True).parts(shape).values())
-    assert found.memory["pages"].host == visitors * page
+    assert found.memory["pages"].host == offloaded * page
     assert found.memory["page slots"].gpu == 3 * page
 
 

@@ -46,7 +46,7 @@ def test_splitting_the_largest_weight_takes_what_is_planned(rank):
     assert read == 2 * 4096 * 1280, "the next one"
 
 
-def test_a_70b_is_split_on_a_small_card_with_little_host_memory():
+def test_a_70b_is_split_on_a_small_gpu_with_little_cpu_memory():
     plan = plan_quantizing(llama_70b(64), "cuda", Limits(8 * GB, 8 * GB, 100 * GB))
     assert plan.fits
     assert plan["residual"].disk == pytest.approx(35.3 * GB, rel=2e-3)

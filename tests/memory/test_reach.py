@@ -56,7 +56,7 @@ def test_advice_combines_changes_where_no_single_one_is_enough():
 
 def test_advice_says_when_nothing_helps():
     (said,) = advice(llama_70b, 64, training(), Limits(4 * GB, 64 * GB), Reach(None, None))
-    assert "a larger card" in said
+    assert "a larger GPU" in said
 
 
 def test_the_table_has_every_combination():

@@ -130,6 +130,6 @@ def test_methods_that_train_components_need_some():
 
 
 @pytest.mark.parametrize(("name", "may_move"), [("LlamaForCausalLM", True), ("GemmaForCausalLM", False)])
-def test_embeddings_that_are_the_head_too_stay_on_the_card(name, may_move):
+def test_embeddings_that_are_the_head_too_are_on_the_gpu(name, may_move):
     assert {way.embeddings_on_host for way in ways(planned_family(name), "cuda", FREE)} == {may_move}
     assert not any(way.embeddings_on_host for way in ways(planned_family(name), "cpu", FREE))
