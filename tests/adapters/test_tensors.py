@@ -1,5 +1,7 @@
 """What a method says of its tensors is what a started adapter has."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -25,19 +27,18 @@ def described(tensors):
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("method", "stored_rank", "rank"),
     [("pissa", 8, 8), ("lora", 0, 4), ("lora", 8, 4), ("lora", 8, 64), ("edora", 8, 8), ("edora", 8, 3)],
 )
-def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_rank, rank, trained, stored, shape):
-    adapter = started(method, shape, stored_rank, rank, (trained, stored))
-    said = METHODS[method].tensors(shape, stored_rank, rank, trained, stored)
-    assert described(said.parameters.items()) == described(adapter.named_parameters())
-    assert described(said.buffers.items()) == described(adapter.named_buffers())
-    assert METHODS[method].num_parameters(shape, rank) == sum(p.numel() for p in adapter.parameters())
+def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_rank, rank):
+    dtypes = (torch.float32, torch.bfloat16)
+    for shape, trained, stored in itertools.product(SHAPES, dtypes, dtypes):
+        adapter = started(method, shape, stored_rank, rank, (trained, stored))
+        said = METHODS[method].tensors(shape, stored_rank, rank, trained, stored)
+        assert described(said.parameters.items()) == described(adapter.named_parameters())
+        assert described(said.buffers.items()) == described(adapter.named_buffers())
+        assert METHODS[method].num_parameters(shape, rank) == sum(p.numel() for p in adapter.parameters())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

@@ -10,16 +10,16 @@ from qsvd.numerics.nf4 import NormalFloat4
 SHAPES = [(70, 172), (172, 70), (33, 64), (3, 5), (1, 1), (64, 1), (129, 96), (5, 200)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("most", [1, 64, 3000, 10**9])
-def test_the_bands_decode_to_the_matrix(shape, double_quant, most):
-    codec = NormalFloat4(double_quant=double_quant)
-    packed = codec.encode(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    bands = list(packed.in_rows(most))
-    assert [row for rows, _ in bands for row in range(rows.start, rows.stop)] == list(range(shape[0]))
-    for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(torch.cat([band.decode(dtype=dtype) for _, band in bands]), packed.decode(dtype=dtype))
+def test_the_bands_decode_to_the_matrix(double_quant, most):
+    for shape in SHAPES:
+        codec = NormalFloat4(double_quant=double_quant)
+        packed = codec.encode(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        bands = list(packed.in_rows(most))
+        assert [row for rows, _ in bands for row in range(rows.start, rows.stop)] == list(range(shape[0]))
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(torch.cat([band.decode(dtype=dtype) for _, band in bands]), packed.decode(dtype=dtype))
 
 
 @given(rows=st.integers(1, 200), columns=st.integers(1, 200), most=st.integers(1, 40_000))

@@ -1,5 +1,7 @@
 """NF4 decoded to half precision: the float32 matrix, rounded once."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -17,17 +19,16 @@ def packed_matrix(shape, *, double_quant):
     return NormalFloat4(double_quant=double_quant).encode(matrix)
 
 
-@pytest.mark.parametrize("run", [64, 192, 1 << 19])
-@pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_decode_rounds_once_from_float32(shape, dtype, double_quant, run, monkeypatch):
-    monkeypatch.setattr(nf4, "RUN", run)
-    packed = packed_matrix(shape, double_quant=double_quant)
-    decoded = packed.decode(dtype=dtype)
-    assert (decoded.dtype, tuple(decoded.shape)) == (dtype, shape)
-    assert torch.equal(decoded, packed.decode().to(dtype))
-    assert packed.decode().dtype == torch.float32
+def test_decode_rounds_once_from_float32(shape, dtype, monkeypatch):
+    for run, double_quant in itertools.product([64, 192, 1 << 19], [False, True]):
+        monkeypatch.setattr(nf4, "RUN", run)
+        packed = packed_matrix(shape, double_quant=double_quant)
+        decoded = packed.decode(dtype=dtype)
+        assert (decoded.dtype, tuple(decoded.shape)) == (dtype, shape)
+        assert torch.equal(decoded, packed.decode().to(dtype))
+        assert packed.decode().dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -1,5 +1,6 @@
 """Checkpoints are whole or passed over, hold no more than what resuming needs, and only the newest stay."""
 
+import os
 import shutil
 
 import pytest
@@ -55,6 +56,16 @@ def test_finishing_moves_it_into_its_place_and_drops_the_oldest(tmp_path):
     write(tmp_path / "unfinished" / "checkpoint-4")
     finish(tmp_path, 4, keep=2)
     assert sorted(names(tmp_path.iterdir())) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_is_in_its_place(tmp_path, monkeypatch):
+    written, synced = tmp_path / "unfinished" / "checkpoint-4", set()
+    write(written)
+    files = {path.stat().st_ino for path in written.iterdir()}
+    monkeypatch.setattr("os.fsync", lambda number: written.exists() and synced.add(os.fstat(number).st_ino))
+    finish(tmp_path, 4, keep=2)
+    assert synced == files
+    assert not written.exists()
 
 
 def test_finishing_replaces_one_of_the_same_step(tmp_path):
