@@ -29,7 +29,7 @@ def rows_of(table: str) -> list[list[str]]:
 def test_components_bring_perplexity_back_and_fine_tuning_lowers_the_loss(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    short = ["--ranks", "0", "32", "--tokens", "4096", "--epochs", "0.2"]
+    short = ["--ranks", "0", "32", "--tokens", "2048", "--epochs", "0.1"]
     assert run(["demo", "--out", str(tmp_path), *short]) == 0
     costs, tuned = capsys.readouterr().out.split("What 4 bits cost")[1].split("Fine-tuned")
     original, plain, split = (float(cells[4].split()[0]) for cells in rows_of(costs))
