@@ -19,6 +19,7 @@ import qsvd
 from qsvd.errors import BadInput, QsvdError
 from qsvd.option_types import POSITIONAL, Group, Help, marks_of
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
+from qsvd.prepare.checks import check
 
 COMMANDS = {
     "plan": Plan,
@@ -54,6 +55,7 @@ def run(arguments: list[str]) -> int:
         return 0
     try:
         options = parse(arguments)
+        check(options)  # before the command, and torch with it, is imported
         command = import_module(f"qsvd.commands.{_name_of(options)}")
         command.main(options)
     except QsvdError as error:

@@ -10,6 +10,7 @@ An option is a field of a frozen dataclass, `name: Annotated[type, mark, ...] = 
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ SAME_RESULT = Mark("does not affect the result")  # paths too: files are compare
 class Range:
     """Allowed values of an option, and the words for any other value. None is always allowed."""
 
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], object]  # a value that counts as true or false
     words: str
 
 
@@ -63,6 +64,7 @@ FROM_ZERO = Range(lambda value: 0 <= value < math.inf, "is not a finite number o
 SECONDS = Range(lambda value: value > 0, "is not above 0")
 SHARE = Range(lambda value: 0 <= value < 1, "is not a number from 0 to below 1")
 AUTO_OR_SHARE = Range(lambda value: value == "auto" or 0 <= value <= 1, "is neither auto nor a number from 0 to 1")
+DEVICE = Range(lambda value: re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", value), "is none of auto, cpu, cuda, cuda:N")
 
 
 def marks_of(record: type) -> dict[str, tuple[Any, ...]]:
@@ -80,7 +82,7 @@ def result_options(options: object) -> dict[str, Any]:
 def out_of_range(options: object) -> list[str]:
     """Return a clause for every number outside its range, such as "--rank 0 is below 1"."""
     return [
-        f"--{name.replace('_', '-')} {value} {mark.words}"
+        f"--{name.replace('_', '-')} {value!r} {mark.words}"
         for name, marks in marks_of(type(options)).items()
         for mark in marks
         if isinstance(mark, Range) and (value := getattr(options, name)) is not None and not mark.holds(value)
@@ -138,7 +140,7 @@ LayerMajor = Annotated[
     bool, Help("Run all batches of a step through one block, then the next: weights are copied once per step.")
 ]
 ShardSize = Annotated[str, Help("Maximum size of one output file, e.g. 500MB or 5GB.", "SIZE")]
-Device = Annotated[str, Help("auto (a GPU if there is one), cpu, cuda or cuda:1.", "DEVICE")]
+Device = Annotated[str, DEVICE, Help("auto (a GPU if there is one), cpu, cuda or cuda:1.", "DEVICE")]
 Seed = Annotated[int, Help("Random seed.")]
 Base = Annotated[Path | None, Help("Quantized model of the run, if it has moved.", "OUT")]
 Json = Annotated[bool, Help("Print JSON.")]

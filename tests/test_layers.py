@@ -7,7 +7,8 @@ import qsvd
 
 PACKAGE = Path(qsvd.__file__).parent
 FLOORS = (  # bottom up; folders of one floor do not import from each other, except where a line says so
-    {"errors", "option_types", "records"},
+    {"errors"},
+    {"option_types", "paths", "records"},
     {"options"},
     {"numerics"},
     {"decompose"},

@@ -297,6 +297,10 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("eval", "limit"): ([0], "is below 1"),
     ("eval", "batch_size"): ([0], "is below 1"),
     ("eval", "resident"): ([-1.0], "is neither auto nor a number from 0 to 1"),
+    **{
+        (command, "device"): (["", "gpu", "cpu:x", "cuda:", "meta"], "is none of auto, cpu, cuda, cuda:N")
+        for command in ("allocate", "calibrate", "quantize", "train", "eval")
+    },
     ("report", "worst"): ([-1], "is below 0"),
     ("demo", "epochs"): ([0.0, math.inf], "is not a finite number above 0"),
 }
@@ -309,6 +313,7 @@ INSIDE = {  # the last values inside
     ("train", "alpha"): [1e-9, None],
     ("train", "seed"): [0, 2**32 - 1],
     ("quantize", "rank"): [0],
+    ("quantize", "device"): ["auto", "cpu", "cuda", "cuda:12"],
     ("eval", "window"): [2, None],
 }
 FLAGS = [(command, name) for command, flags in AGREED.items() for name in flags]
@@ -353,7 +358,7 @@ def test_settings_are_options_and_each_becomes_an_argument_of_a_trainer_or_is_ke
     names = {field.name for field in fields(Settings)}
     assert names <= AGREED["train"].keys()
     assert names - copied_to_settings() == {"keep"}
-    assert "keep" in read_in(PACKAGE / "commands" / "train.py", ("options",))
+    assert "keep" in read_in(PACKAGE / "training" / "trainer.py", ("settings",))
 
 
 @pytest.mark.parametrize("command", AGREED)
@@ -431,7 +436,7 @@ def test_a_number_outside_its_range_is_named_with_its_value(command, name):
     values, words = OUTSIDE[command, name]
     flag = f"--{name.replace('_', '-')}"
     for value in values:
-        assert out_of_range(replace(example(command), **{name: value})) == [f"{flag} {value} {words}"]
+        assert out_of_range(replace(example(command), **{name: value})) == [f"{flag} {value!r} {words}"]
 
 
 @pytest.mark.parametrize(("command", "name"), INSIDE)

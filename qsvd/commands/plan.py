@@ -1,4 +1,4 @@
-"""`qsvd plan`: what fits where, before any work."""
+"""`qsvd plan`: estimate GPU, CPU and disk memory before any work."""
 
 import json
 
@@ -6,7 +6,7 @@ from rich.console import Console
 
 from qsvd.commands.console import quiet
 from qsvd.errors import DoesNotFit
-from qsvd.memory.duration import StepTime, page_seconds, quantize_time, step_time
+from qsvd.memory.duration import page_seconds, quantize_time, step_time
 from qsvd.memory.other_tasks import plan_quantizing
 from qsvd.memory.placement import place, place_serving
 from qsvd.memory.reach import Cell, Reach, advice, explore, highest, longest
@@ -17,15 +17,15 @@ from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswe
 
 RANKS = (16, 32, 64, 128)
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-CARDS = tuple(size * 10**9 for size in (8, 12, 16, 24, 48, 80))
+GPUS = tuple(size * 10**9 for size in (8, 12, 16, 24, 48, 80))
 
 
 def main(options: Plan) -> None:
     """Print the plan to stdout, as tables or as JSON.
 
     Raises:
-        ValueError: an option is not usable, or the model is none that can be planned.
-        DoesNotFit: after the tables, where something lacks room.
+        BadInput: an option cannot be used, or the model cannot be planned.
+        DoesNotFit: something does not fit; raised after the tables are printed.
     """
     with quiet():
         job = prepare_plan(options)
@@ -40,10 +40,11 @@ def main(options: Plan) -> None:
 
 
 def answer(job: PlanJob) -> Answer:
-    """Everything that is asked for."""
+    """Plan every task that is asked for."""
     model, task = job.model, job.options.task
+    batch, accumulate = job.training.batch, job.training.accumulate
     time = quantize_time(model, Quantize.iterations, job.speed)
-    quantize = QuantizeAnswer(plan_quantizing(model, job.training.batch.device, job.limits), time)
+    quantize = QuantizeAnswer(plan_quantizing(model, batch.device, job.limits), time)
     return Answer(
         quantize=quantize if task == "quantize" or (task == "all" and not job.source.is_split) else None,
         train=_training(job, model) if task in ("all", "train") else None,
@@ -51,14 +52,9 @@ def answer(job: PlanJob) -> Answer:
         cells=_explored(job) if job.options.explore else (),
         blocks=len(model.blocks),
         speed=job.speed,
-        what=_what(job),
+        what=f"rank {job.source.rank}, {batch.tokens:,} tokens, {batch.batch} x {accumulate} sequences a step",
         notes=job.source.notes,
     )
-
-
-def _what(job: PlanJob) -> str:
-    batch, accumulate = job.training.batch, job.training.accumulate
-    return f"rank {job.source.rank}, {batch.tokens:,} tokens, {batch.batch} x {accumulate} sequences a step"
 
 
 def _serving(job: PlanJob, model: SplitModelPlan) -> ServeAnswer:
@@ -74,20 +70,12 @@ def _training(job: PlanJob, model: SplitModelPlan) -> TrainAnswer:
         rank=highest(job.source.make, job.training, limits, wish, job.source.most_rank),
     )
     step = step_time(model, job.training, placed.placement, job.speed)
-    changes = (
-        _faster(job, step)
-        if placed.memory.fits
-        else advice(job.source.make, job.source.rank, job.training, limits, reach)
-    )
+    changes: tuple[str, ...] = ()
+    if not placed.memory.fits:
+        changes = advice(job.source.make, job.source.rank, job.training, limits, reach)
+    elif step.transfer > step.compute and job.training.accumulate > 1 and not job.training.layer_major:
+        changes = ("--layer-major copies the weights once per step, not once per batch",)
     return TrainAnswer(placed, reach, changes, step)
-
-
-def _faster(job: PlanJob, step: StepTime) -> tuple[str, ...]:
-    """What would hide the moving of weights, where it takes longer than computing."""
-    training = job.training
-    if step.transfer <= step.compute or training.layer_major or training.accumulate == 1:
-        return ()
-    return ("--layer-major moves the weights once a step, not once a batch",)
 
 
 def _explored(job: PlanJob) -> tuple[Cell, ...]:
@@ -95,4 +83,4 @@ def _explored(job: PlanJob) -> tuple[Cell, ...]:
     if job.source.is_fixed:
         ranks = [job.source.rank]
     lengths = [length for length in LENGTHS if length <= job.context] or [job.context]
-    return explore(job.source.make, job.training, job.limits.host, ranks, lengths, CARDS)
+    return explore(job.source.make, job.training, job.limits.host, ranks, lengths, GPUS)

@@ -1,4 +1,4 @@
-"""`qsvd report`: the error report of a result, again."""
+"""`qsvd report`: print the error report of a quantized model again, without torch."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qsvd.errors import BadInput
-from qsvd.files.workspace import ERRORS, MANIFEST, UNFINISHED
+from qsvd.files.workspace import ERRORS, MANIFEST, check_quantized
 from qsvd.options import Report
 from qsvd.records import Coverage, LeftTensors, WeightError
 from qsvd.report.errors import from_record, to_json, to_terminal
@@ -15,30 +15,25 @@ from qsvd.report.header import ReportHeader
 
 def main(options: Report) -> None:
     """Print the report to stdout, as tables or as JSON."""
-    if options.worst < 0:
-        raise BadInput(f"--worst {options.worst} is negative; give 0 or more weights to list")
     folder = options.folder.expanduser()
     if options.json:
         print(json.dumps(to_json(*load_report(folder), worst_count=options.worst), indent=2))
-        return
-    show_report(folder, worst=options.worst)
+    else:
+        show_report(folder, worst=options.worst)
 
 
 def show_report(folder: Path, *, worst: int) -> None:
-    """Print the tables of a result."""
+    """Print the tables of a quantized model, with so many of the worst layers."""
     Console().print(to_terminal(*load_report(folder), worst_count=worst))
 
 
 def load_report(folder: Path) -> tuple[ReportHeader, list[WeightError]]:
-    """The head and the records of a result.
+    """Read the header and the error of every layer of a quantized model.
 
     Raises:
-        BadInput: the folder is no complete result, was drawn instead of split, or its files are damaged.
+        BadInput: the folder is not a complete quantized model, has random weights, or its files are damaged.
     """
-    if not (folder / MANIFEST).is_file():
-        if (folder / UNFINISHED).is_dir():
-            raise BadInput(f"{folder} is not finished; run the same qsvd quantize command again to complete it")
-        raise BadInput(f"{folder} is no result of qsvd quantize: it has no {MANIFEST}")
+    check_quantized(folder)
     try:
         header = json.loads((folder / MANIFEST).read_text())["header"]
         covered = header["coverage"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qsvd.data.row_files import SUFFIXES, Places, Rows, read_file
 from qsvd.errors import BadInput, first_line, listing
-from qsvd.files.source import MODEL_ID
+from qsvd.paths import HUB_ID
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -31,7 +31,7 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
         BadInput: source or split does not exist, a split has two files, or as `read_file`.
     """
     names = SYNONYMS if split in SYNONYMS else (split,)
-    local = _local(source)
+    local = local_data(source)
     if local is None:
         found = _hub_split(str(source), names)
     elif local.is_dir():
@@ -52,7 +52,7 @@ def read_pair(source: str | Path) -> tuple[Rows, Rows | None]:
     Raises:
         BadInput: as `read_rows`.
     """
-    local = _local(source)
+    local = local_data(source)
     train = read_rows(source)
     if local is None:
         return train, _hub_split(str(source), VALID_NAMES)
@@ -60,8 +60,12 @@ def read_pair(source: str | Path) -> tuple[Rows, Rows | None]:
     return train, read_file(path) if path else None
 
 
-def _local(source: str | Path) -> Path | None:
-    """Return the file or folder that a source names; None if it can only be a data set of the hub."""
+def local_data(source: str | Path) -> Path | None:
+    """Return the file or folder that a source names, or None if it can only be a data set of the Hub.
+
+    Raises:
+        BadInput: it is neither.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -75,7 +79,7 @@ def _local(source: str | Path) -> Path | None:
     )
     if looks_like_path:
         raise BadInput(f"no such file or folder: {text}")
-    if not MODEL_ID.fullmatch(text.partition(":")[0]):
+    if not HUB_ID.fullmatch(text.partition(":")[0]):
         raise BadInput(f"no file or folder {text!r} here, and a hub id looks like 'owner/name' or 'owner/name:config'")
     return None
 

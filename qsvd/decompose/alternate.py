@@ -15,7 +15,6 @@ from the plain split, every fit is of the scaled matrix and scaled back, and the
 quantizer ignores the weights, so that a loop of weighted fits alone can end with a larger weighted error than the plain
 split. Starting from the plain split prevents that.
 
-examples/split_one_matrix.py splits one matrix and prints its error.
 Shape suffixes: O = out features, I = in features, R = rank, K = sketch columns.
 """
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from qsvd.errors import BadInput
 from qsvd.files.atomic import write_text
 from qsvd.files.safetensors import TensorEntry, new_tensors, read_header, write_stream
+from qsvd.files.workspace import ADAPTER_RECORD
 
 FORMAT = 1
-RECORD = "qsvd_adapter.json"
 PARAMETERS = "qsvd_adapter.safetensors"
 FINGERPRINT = "qsvd_base_fingerprint"
 
@@ -61,7 +61,7 @@ def write_adapter(folder: Path, record: AdapterRecord, parameters: Mapping[str, 
     """Write both files, the record last: it marks a complete folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_stream(folder / PARAMETERS, new_tensors(parameters), {"format": "pt", FINGERPRINT: record.fingerprint})
-    write_text(folder / RECORD, json.dumps(asdict(record), indent=2) + "\n")
+    write_text(folder / ADAPTER_RECORD, json.dumps(asdict(record), indent=2) + "\n")
 
 
 def open_adapter(folder: Path) -> AdapterFolder:
@@ -70,15 +70,17 @@ def open_adapter(folder: Path) -> AdapterFolder:
     Raises:
         BadInput: the folder holds no adapter, or its files are damaged or do not belong together.
     """
-    path = folder / RECORD
+    path = folder / ADAPTER_RECORD
     if not path.is_file():
-        raise BadInput(f"{folder} holds no trained adapter (no {RECORD}); give the folder of a run of qsvd train")
+        raise BadInput(
+            f"{folder} holds no trained adapter (no {ADAPTER_RECORD}); give the folder of a run of qsvd train"
+        )
     record = _read_record(path)
     if not (folder / PARAMETERS).is_file():
         raise BadInput(f"{folder} is incomplete: {PARAMETERS} is missing")
     header = read_header(folder / PARAMETERS)
     if header.metadata.get(FINGERPRINT) != record.fingerprint:
-        raise BadInput(f"{folder / PARAMETERS} belongs to another run than {RECORD}: their fingerprints differ")
+        raise BadInput(f"{folder / PARAMETERS} belongs to another run than {ADAPTER_RECORD}: their fingerprints differ")
     return AdapterFolder(folder, record, header.tensors)
 
 

@@ -6,7 +6,6 @@ Opening reads headers only. `check` compares them with the config and refuses qu
 import hashlib
 import json
 import pickle
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.atomic import read_object
 from qsvd.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
+from qsvd.paths import check_checkpoint, checkpoint_folder
 from qsvd.plan.weights import Source, WeightSpec
 
 if TYPE_CHECKING:
@@ -179,14 +179,10 @@ def open_checkpoint(model: str) -> Checkpoint:
         BadInput: there is no such folder or id; config.json or the weights are missing, damaged or of an unknown
             format.
     """
-    folder = Path(model).expanduser()
-    is_local = model != "" and folder.is_dir()
-    if not is_local:
-        if folder.is_file():
-            raise BadInput(f"{model!r} is a file; give the folder that holds it and config.json")
-        folder = download(model)
-    _refuse_gguf(folder)
-    config, config_json = _read_config(folder)
+    local = checkpoint_folder(model)
+    folder = download(model) if local is None else local
+    check_checkpoint(folder)
+    config_json, config = read_object(folder / "config.json"), read_config(folder)
     tensors, seen = _read_tensors(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(seen):
@@ -194,32 +190,13 @@ def open_checkpoint(model: str) -> Checkpoint:
     return Checkpoint(
         name=model,
         folder=folder,
-        revision=None if is_local else folder.name,
+        revision=folder.name if local is None else None,
         config=config,
         config_json=config_json,
         tensors=tensors,
         other_files=other_files(folder),
         fingerprint=digest.hexdigest(),
     )
-
-
-def _refuse_gguf(folder: Path) -> None:
-    gguf = sorted(path.name for path in folder.glob("*.gguf"))
-    if gguf and not any(folder.glob("*.safetensors")):
-        raise BadInput(
-            f"{folder} holds GGUF files ({listing(gguf)}), which are quantized or for llama.cpp only; "
-            "give the 16-bit safetensors checkpoint that they were made from"
-        )
-
-
-def _read_config(folder: Path) -> tuple["PreTrainedConfig", dict[str, Any]]:
-    path = folder / "config.json"
-    if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        hint = "this is an adapter: give its base model" if adapter else "give the folder of a transformers checkpoint"
-        raise BadInput(f"no config.json in {folder}; {hint}")
-    config_json = read_object(path)
-    return read_config(folder), config_json
 
 
 def read_config(path: Path) -> "PreTrainedConfig":

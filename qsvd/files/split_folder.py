@@ -22,7 +22,7 @@ from qsvd.files.layout import (
     stored_residual,
 )
 from qsvd.files.safetensors import TensorEntry, map_tensor, read_header, read_tensor
-from qsvd.files.workspace import MANIFEST
+from qsvd.files.workspace import MANIFEST, check_quantized
 from qsvd.numerics.codec import Codec, PackedBlocks
 from qsvd.numerics.names import codec_named
 from qsvd.numerics.nf4 import NormalFloat4
@@ -109,8 +109,7 @@ def open_split(folder: Path) -> SplitFolder:
     Raises:
         BadInput: the folder is not a quantized model, lacks files, or its components belong to another model.
     """
-    if not (folder / MANIFEST).is_file():
-        raise BadInput(f"{folder} is not a quantized model: it has no {MANIFEST}")
+    check_quantized(folder)
     manifest = json.loads((folder / MANIFEST).read_text())
     tensors: dict[str, TensorEntry] = {}
     shards = _shards(folder, manifest)

@@ -23,6 +23,7 @@ from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import read_object, write_json
 
 MANIFEST = "qsvd.json"  # of a quantized model: its record, written last
+ADAPTER_RECORD = "qsvd_adapter.json"  # of an adapter: how it was made, and on which quantized model
 ERRORS = "errors.jsonl"  # of a quantized model: the error of every weight, a JSON object a line
 UNFINISHED = "unfinished"  # the folder of all that only a resumed run needs
 IDENTITY = "run.json"
@@ -147,6 +148,19 @@ def check_empty(folder: Path, ignored: Iterable[str], command: str) -> None:
         raise BadInput(f"{folder} is not a folder; give --out another name")
     if folder.is_dir() and {path.name for path in folder.iterdir()} - {*ignored}:
         raise BadInput(f"{folder} is not empty and was not written by {command}; {ANOTHER_FOLDER}")
+
+
+def check_quantized(folder: Path) -> None:
+    """Check that a folder is a complete quantized model.
+
+    Raises:
+        BadInput: qsvd quantize has not finished it, or did not write it.
+    """
+    if (folder / MANIFEST).is_file():
+        return
+    if (folder / UNFINISHED).is_dir():
+        raise BadInput(f"{folder} is not finished; run the same qsvd quantize command again to complete it")
+    raise BadInput(f"{folder} is not a quantized model: it has no {MANIFEST}")
 
 
 def check_space(folder: Path, num_bytes: int, otherwise: str) -> None:

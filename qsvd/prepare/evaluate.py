@@ -11,6 +11,7 @@ from qsvd.errors import BadInput
 from qsvd.evaluate.exact_match import MARKER, final_number
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.options import Eval
+from qsvd.prepare.checks import check
 from qsvd.prepare.models import NamedModel, check_kind, find_model
 from qsvd.prepare.train import mapping_of, open_tokenizer
 
@@ -43,7 +44,7 @@ def prepare_eval(options: Eval) -> Work:
     Raises:
         BadInput: an option or the data is not usable.
     """
-    _check_numbers(options)
+    check(options)
     device = device_of(options.device)
     rows = read_rows(options.data, split=options.split)
     examples = recognise(rows, mapping_of(options.map))
@@ -63,28 +64,6 @@ def prepare_eval(options: Eval) -> Work:
     subjects = tuple(_subject(name, options, task) for name in options.models)
     reference = None if options.reference is None else _subject(options.reference, options, task)
     return Work(options, subjects, examples, is_one_text, task, reference, device, dtype_of(options.dtype, device))
-
-
-def _check_numbers(options: Eval) -> None:
-    """Every number that is out of its range, in one sentence."""
-    least = {
-        "batch-size": (options.batch_size, 1),
-        "max-new-tokens": (options.max_new_tokens, 1),
-        "limit": (options.limit, 1),
-        "window": (options.window, 2),
-        "stride": (options.stride, 1),
-    }
-    wrong = [
-        f"--{name} {value} is below {low}" for name, (value, low) in least.items() if value is not None and value < low
-    ]
-    if options.window and options.stride and options.stride > options.window:
-        wrong.append(f"--stride {options.stride} is above --window {options.window}")
-    if options.resident != "auto" and not 0 <= options.resident <= 1:
-        wrong.append(f"--resident {options.resident} is neither auto nor a share from 0 to 1")
-    if not options.models:
-        wrong.append("no model is given: name at least one folder")
-    if wrong:
-        raise BadInput("; ".join(wrong))
 
 
 def _check_answers(examples: Examples) -> None:

@@ -12,12 +12,13 @@ from qsvd.adapters.start import new_record, stored_factors, trained_adapter
 from qsvd.data.columns import Examples
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.export.trained import Trained, TrainedModel
-from qsvd.files.adapter import RECORD, AdapterFolder, AdapterRecord, check_base, open_adapter
+from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.safetensors import read_tensor
-from qsvd.files.source import MODEL_ID, download
+from qsvd.files.source import download
 from qsvd.files.split_folder import SplitFolder, open_split
-from qsvd.files.workspace import MANIFEST
+from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST
 from qsvd.memory.items import EVERYTHING, Placement
+from qsvd.paths import local_path
 from qsvd.plan.weights import is_classifier
 
 if TYPE_CHECKING:
@@ -51,12 +52,10 @@ def find_model(name: str, base: Path | None) -> NamedModel:
         BadInput: there is no such folder or hub model, it holds nothing that is known, or the run belongs to another
             base.
     """
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        if MODEL_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
-            return NamedModel(name, "16-bit", download(name))
-        raise BadInput(f"{name} is no folder, and no hub id either")
-    if (folder / RECORD).is_file():
+    folder = local_path(name)
+    if folder is None:
+        return NamedModel(name, "16-bit", download(name))
+    if (folder / ADAPTER_RECORD).is_file():
         adapter = open_adapter(folder)
         home = base.expanduser() if base is not None else Path(adapter.record.base)
         if not home.is_dir():
@@ -68,7 +67,7 @@ def find_model(name: str, base: Path | None) -> NamedModel:
         return NamedModel(name, "split", folder, _architecture(open_split(folder)))
     if (folder / "config.json").is_file():
         return NamedModel(name, "16-bit", folder)
-    raise BadInput(f"{name} is no checkpoint (config.json), no result of qsvd quantize, and no run of qsvd train")
+    raise BadInput(f"{name} is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train")
 
 
 def _architecture(split: SplitFolder) -> str:
@@ -167,10 +166,10 @@ def open_trained(run: Path, base: Path | None) -> Opened:
         BadInput: the folder is neither, or the base is not there or another one.
     """
     if not run.expanduser().exists():  # a hub id would be downloaded, and then refused
-        raise BadInput(f"no folder {run} here; give a run of qsvd train, or a result of qsvd quantize")
+        raise BadInput(f"no folder {run} here; give a run of qsvd train, or a quantized model")
     found = find_model(str(run), base)
     if found.kind == "16-bit":
-        raise BadInput(f"{run} is a 16-bit checkpoint; give a run of qsvd train, or a result of qsvd quantize")
+        raise BadInput(f"{run} is a 16-bit model; give a run of qsvd train, or a quantized model")
     split = open_split(found.home)
     if found.kind == "split":
         return Opened(split, None, new_record(split, AdapterOptions()), TrainedModel(split, _stored(split)))

@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from qsvd.errors import BadInput
-from qsvd.files.adapter import RECORD
 from qsvd.files.atomic import read_object, write_text
-from qsvd.files.workspace import ANOTHER_FOLDER, IDENTITY, LOCK, UNFINISHED, check_empty, check_same, lock, unlock
+from qsvd.files.workspace import (
+    ADAPTER_RECORD,
+    ANOTHER_FOLDER,
+    IDENTITY,
+    LOCK,
+    UNFINISHED,
+    check_empty,
+    check_same,
+    lock,
+    unlock,
+)
 from qsvd.training.steps import Step
 
 NAME = re.compile(r"checkpoint-(\d+)")
-PARTS = (RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 def finish(run: Path, step: int, *, keep: int) -> None:

@@ -123,7 +123,7 @@ def test_a_damaged_journal_is_named(quantize, tmp_path, content):
 
 def test_report_of_a_folder_that_is_no_result(tmp_path, capsys):
     assert run(["report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"qsvd: {tmp_path} is no result of qsvd quantize: it has no qsvd.json\n"
+    assert capsys.readouterr().err == f"qsvd: {tmp_path} is not a quantized model: it has no qsvd.json\n"
 
 
 def test_report_of_a_damaged_result_names_the_file_and_the_line(quantize, tmp_path, capsys):
@@ -156,4 +156,4 @@ def test_report_of_a_run_that_is_not_finished(tmp_path, capsys):
 
 def test_report_of_a_negative_number_of_weights(tmp_path, capsys):
     assert run(["report", str(tmp_path), "--worst=-1"]) == 2
-    assert capsys.readouterr().err == "qsvd: --worst -1 is negative; give 0 or more weights to list\n"
+    assert capsys.readouterr().err == "qsvd: --worst -1 is below 0\n"

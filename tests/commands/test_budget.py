@@ -176,19 +176,22 @@ def of_plain_bits(out, source, statistics):
         (["--budget", "1.5bits"], "--budget 1.5bits is too small"),
         (["--budget", "17bits"], "is above 16 bits a number"),
         (["--budget", "3 bytes"], "is not a budget: give bits"),
-        (["--budget", "3bits", "--allocation", "x.txt"], "one of them says how many bits a weight gets; leave one out"),
-        (["--budget", "3bits", "--dry-run"], "qsvd allocate measures them"),
+        (
+            ["--budget", "3bits", "--allocation", "x.txt"],
+            "--budget and --allocation both set the bits of each layer: give one of them",
+        ),
+        (["--budget", "3bits", "--dry-run"], "run qsvd allocate, or qsvd plan --budget for the sizes"),
         (
             ["--budget", "3bits", "--rank", "0", "--order", "quantize", "--end", "quantize", "--iterations", "1"],
             "needs at least 2 iterations",
         ),
-        (["--allocator", "bits"], "--allocator bits spends a --budget, and none is given"),
+        (["--allocator", "bits"], "--allocator bits needs a --budget"),
         (["--objective", "fisher"], "--objective fisher needs --statistics FILE"),
-        (["--objective", "hessian", "--statistics", "x"], "it matters with --budget only"),
+        (["--objective", "hessian", "--statistics", "x"], "--objective hessian needs a --budget"),
         (["--statistics", "x"], "--statistics is for --objective fisher or hessian"),
         (
             ["--budget", "3bits", "--objective", "fisher", "--statistics", "nowhere"],
-            "nowhere does not exist; qsvd",
+            "nowhere does not exist; qsvd calibrate",
         ),
     ],
 )

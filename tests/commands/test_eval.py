@@ -294,14 +294,14 @@ def test_several_models_are_columns_of_one_table(made, evaluate, monkeypatch):
         ("{base} --data {jsonl} --stride 4", "--stride 4 is for one text, such as a .txt file; {jsonl} is none"),
         (
             "{base} --data {text} --limit 0 --batch-size 0 --max-new-tokens 0",
-            "--batch-size 0 is below 1; --max-new-tokens 0 is below 1; --limit 0 is below 1",
+            "--max-new-tokens 0 is below 1; --limit 0 is below 1; --batch-size 0 is below 1",
         ),
         ("--data {text}", "no model is given: name at least one folder"),
         ("{base} --data {folder}/none.txt", "no such file or folder: {folder}/none.txt"),
-        ("{folder}/none --data {text}", "{folder}/none is no folder, and no hub id either"),
+        ("{folder}/none --data {text}", "no folder '{folder}/none' here, and a Hub id looks like 'owner/name'"),
         (
             "{folder} --data {text}",
-            "{folder} is no checkpoint (config.json), no result of qsvd quantize, and no run of qsvd train",
+            "{folder} is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train",
         ),
         ("{base} --data {text} --task accuracy", "--task accuracy does not go with text examples, as {text} has"),
         ("{base} --data {text} --task exact-match", "--task exact-match does not go with text examples, as {text} has"),
@@ -391,7 +391,7 @@ def test_pages_from_disk_change_no_digit(made, capsys, share):
 
 def test_a_share_that_is_none_is_refused(made, capsys):
     assert qsvd_command(["eval", str(made.base), "--data", made.jsonl, "--resident", "-1"]) == 2
-    assert "--resident -1.0 is neither auto nor a share from 0 to 1" in capsys.readouterr().err
+    assert "--resident -1.0 is neither auto nor a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_the_planner_is_asked_for_every_model_of_4_bits(made, measured, monkeypatch):

@@ -271,9 +271,9 @@ def test_without_the_original_the_recorded_error_is_stated_and_nothing_checked(t
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("source", "is a 16-bit checkpoint; give a run of qsvd train, or a result of qsvd quantize"),
+        ("source", "is a 16-bit model; give a run of qsvd train, or a quantized model"),
         ("nothing", "nothing here; give a run of qsvd train, or a result of qsvd quantize"),
-        (".", "is no checkpoint (config.json), no result of qsvd quantize, and no run of qsvd train"),
+        (".", "is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train"),
     ],
 )
 def test_what_is_no_run_is_refused(made, tmp_path, export, source, sentence):
@@ -289,7 +289,7 @@ def test_a_name_that_might_be_on_the_hub_is_not_looked_for(tmp_path, export, mon
     code, _, err = export("some/run", "merged", tmp_path / "out")
     assert (code, err) == (
         2,
-        "qsvd: no folder some/run here; give a run of qsvd train, or a result of qsvd quantize\n",
+        "qsvd: no folder some/run here; give a run of qsvd train, or a quantized model\n",
     )
 
 

@@ -123,7 +123,7 @@ def test_the_stored_ranks_of_a_result_count(capsys, split):
     wide = config.hidden_size
     shapes = [(wide, wide)] * 2 + [(wide // 2, wide)] * 2 + [(768, wide)] * 2 + [(wide, 768)]
     assert sizes["trained parameters"] == 4 * 16 * sum(sum(shape) for shape in shapes)
-    assert "split already" in found["notes"][0]
+    assert "is quantized already" in found["notes"][0]
     assert found["train"]["highest_rank"] == 16
     _, found = planned(capsys, split, "--for", "train", "--tokens", 32, "--method", "lora", "--rank", 8)
     sizes = {item["name"]: item["gpu"] for item in found["train"]["items"]}
@@ -135,7 +135,7 @@ def test_lora_on_a_16_bit_model_is_qlora(capsys, large):
     _, found = planned(capsys, large, "--for", "train", "--method", "lora", "--rank", 16)
     items = {item["name"] for item in found["train"]["items"]}
     assert "frozen components" not in items
-    assert "as QLoRA does" in found["notes"][0]
+    assert "as in QLoRA" in found["notes"][0]
 
 
 def test_the_table_of_cards_has_a_share_or_no(capsys, large):
@@ -152,7 +152,7 @@ def test_experts_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
     write_checkpoint(tmp_path / "made", "MixtralForCausalLM")
     code, found = planned(capsys, tmp_path / "made", "--rank", 4, "--for", "train", "--tokens", 16)
     assert code == 0
-    assert "cannot be split and are counted in 16 bits" in found["notes"][0]
+    assert "cannot be quantized and are counted in 16 bits" in found["notes"][0]
 
 
 @pytest.mark.parametrize(
@@ -163,17 +163,20 @@ def test_experts_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
         (["--tokens", "0"], "--tokens 0 is below 2"),
         (["--tokens", "-5", "--batch", "0"], "--tokens -5 is below 2; --batch 0 is below 1"),
         (["--rank", "-1"], "--rank -1 is below 0"),
-        (["--rank", "2000"], "--rank 2000 is above 1024, the shorter side of the smallest weight"),
+        (["--rank", "2000"], "--rank 2000 is above 1024, the shorter side of the smallest layer"),
         (["--accumulate", "0"], "--accumulate 0 is below 1"),
-        (["--resident", "1.5"], "--resident 1.5 is neither auto nor a share from 0 to 1"),
-        (["--tflops", "0"], "--tflops 0 is no number above 0"),
-        (["--link", "-3"], "--link -3 is no number above 0"),
-        (["--tokens", "9000"], "--tokens 9000 is above the 8192 positions of the model"),
+        (["--resident", "1.5"], "--resident 1.5 is neither auto nor a number from 0 to 1"),
+        (["--tflops", "0"], "--tflops 0.0 is not a finite number above 0"),
+        (["--link", "-3"], "--link -3.0 is not a finite number above 0"),
+        (["--tokens", "9000"], "--tokens 9000 is above the context length of the model, 8192"),
         (
             ["--method", "edora", "--rank", "0"],
             "edora trains stored components, and the quantized model has none (rank 0)",
         ),
-        (["--layer-major", "--no-gradient-checkpointing"], "--layer-major computes each batch of a block again"),
+        (
+            ["--layer-major", "--no-gradient-checkpointing"],
+            "--layer-major needs gradient checkpointing: leave out --no-gradient-checkpointing",
+        ),
     ],
 )
 def test_bad_numbers_are_refused_in_one_sentence(capsys, large, words, sentence):
@@ -208,7 +211,7 @@ def test_a_folder_without_a_config_is_refused(capsys, tmp_path):
 
 def test_pissa_keeps_its_stored_rank(capsys, split):
     assert run(["plan", str(split), "--rank", "8"]) == 2
-    assert "--rank 8 is not the stored rank 16" in capsys.readouterr().err
+    assert "--rank 8 is not 16, the stored rank, which pissa trains" in capsys.readouterr().err
 
 
 def test_what_is_not_given_has_no_limit(large):
@@ -253,14 +256,17 @@ def test_a_table_says_the_ranks(capsys, tmp_path):
     assert run(["plan", *map(str, words[:-2]), "--rank", "5"]) == 0, "lora's rank is its own"
     capsys.readouterr()
     assert run(["plan", *map(str, words), "--rank", "3"]) == 2
-    assert "--rank 3 is not 7, which the table says" in capsys.readouterr().err
+    assert "--rank 3 is not 7, the rank in --allocation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--budget", "2.5bits", "--allocation", "x"], "one of them says how many bits a weight gets; leave one out"),
-        (["--budget", "2.2bits", "--rank", "64"], "--rank 64 is above 57, the highest that --budget 2.2bits holds"),
+        (
+            ["--budget", "2.5bits", "--allocation", "x"],
+            "--budget and --allocation both set the bits of each layer: give one of them",
+        ),
+        (["--budget", "2.2bits", "--rank", "64"], "--rank 64 is above 57, the highest rank in --budget 2.2bits"),
         (["--budget", "1bits"], "--budget 1bits is too small"),
         (["--budget", "17bits"], "above 16 bits"),
         (["--budget", "20 apples"], "is not a budget"),
@@ -274,4 +280,4 @@ def test_budgets_and_tables_that_cannot_be_used_are_refused(capsys, large, words
 
 def test_what_is_split_already_takes_no_budget(capsys, split):
     assert run(["plan", str(split), "--budget", "3bits"]) == 2
-    assert "is split already" in capsys.readouterr().err
+    assert "is quantized already" in capsys.readouterr().err

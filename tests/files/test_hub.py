@@ -60,7 +60,7 @@ def test_pickled_weights_are_downloaded_when_there_are_no_others(hub):
 @pytest.mark.parametrize("model", ["./absent", "/absent/folder", "a/b/c", "~/absent", "", "name with spaces"])
 def test_what_looks_like_a_path_is_not_looked_up(model, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
-    with pytest.raises(ValueError, match=r"no folder '.*' here, and a hub id looks like 'owner/name'"):
+    with pytest.raises(ValueError, match=r"no folder '.*' here, and a Hub id looks like 'owner/name'"):
         open_checkpoint(model)
 
 

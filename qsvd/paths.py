@@ -1,0 +1,56 @@
+"""What a model's name on the command line stands for: a local path or a Hub id. No torch, so that a wrong path is
+refused at once."""
+
+import re
+from pathlib import Path
+
+from qsvd.errors import BadInput, listing
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def local_path(name: str) -> Path | None:
+    """Return the file or folder of this name, or None if there is none and the name may be a Hub id.
+
+    Raises:
+        BadInput: there is none, and the name cannot be a Hub id.
+    """
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return path
+    if not HUB_ID.fullmatch(name):
+        raise BadInput(f"no folder {name!r} here, and a Hub id looks like 'owner/name'")
+    return None
+
+
+def checkpoint_folder(name: str) -> Path | None:
+    """Return the local folder of a 16-bit model, or None if the name may be a Hub id.
+
+    Raises:
+        BadInput: the name is a file or cannot be a Hub id, or `check_checkpoint` refuses the folder.
+    """
+    folder = local_path(name)
+    if folder is None:
+        return None
+    if folder.is_file():
+        raise BadInput(f"{name!r} is a file; give the folder that holds it and config.json")
+    check_checkpoint(folder)
+    return folder
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Check that a folder looks like a 16-bit model.
+
+    Raises:
+        BadInput: it has no config.json, or holds GGUF files only.
+    """
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf and not any(folder.glob("*.safetensors")):
+        raise BadInput(
+            f"{folder} holds GGUF files ({listing(gguf)}), which are quantized or for llama.cpp only; "
+            "give the 16-bit safetensors model that they were made from"
+        )
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = "this is an adapter: give its base model" if adapter else "give the folder of a transformers model"
+        raise BadInput(f"no config.json in {folder}; {hint}")

@@ -1,0 +1,168 @@
+"""Checks of the options alone, and of the paths in them. They import no torch: the command line refuses a mistake at
+once, before it imports the command."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from qsvd.data.read import local_data
+from qsvd.errors import BadInput, parse_size
+from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST, check_quantized
+from qsvd.option_types import out_of_range
+from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
+from qsvd.paths import checkpoint_folder, local_path
+
+Options = Allocate | Calibrate | Demo | Eval | Export | Plan | Quantize | Report | Train
+
+LEAST_SHARD = 10**5  # bytes of one output file
+TRACKERS = {  # name -> packages of which transformers needs one
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
+
+
+def check(options: Options) -> None:
+    """Check ranges, options that exclude each other, sizes and paths.
+
+    Raises:
+        BadInput: the options cannot be used (the sentence names every fault), or a path cannot.
+    """
+    wrong = out_of_range(options) + _conflicts(options)
+    if wrong:
+        raise BadInput("; ".join(wrong))
+    for name, least in {"gpu": 1, "host": 1, "shard_size": LEAST_SHARD}.items():
+        size = getattr(options, name, None)
+        if size is not None:
+            parse_size(size, f"--{name.replace('_', '-')}", least=least)
+    _check_models(options)
+    for source in (getattr(options, "data", None), getattr(options, "valid", None)):
+        if source is not None:
+            local_data(source)
+    table: Path | None = getattr(options, "allocation", None)
+    if table is not None and not table.expanduser().is_file():
+        raise BadInput(f"--allocation {table} cannot be read: there is no such file")
+    statistics: Path | None = getattr(options, "statistics", None)
+    if statistics is not None and not statistics.expanduser().is_file():
+        raise BadInput(f"{statistics} does not exist; qsvd calibrate MODEL DATA --out {statistics} makes it")
+    _check_output(options)
+
+
+def _conflicts(options: Options) -> list[str]:
+    """Return a clause for every option that does not go with another one."""
+    wrong = []
+    if isinstance(options, Plan | Train) and options.layer_major and not options.gradient_checkpointing:
+        wrong.append("--layer-major needs gradient checkpointing: leave out --no-gradient-checkpointing")
+    if isinstance(options, Plan | Quantize) and options.allocation is not None and options.budget is not None:
+        wrong.append("--budget and --allocation both set the bits of each layer: give one of them")
+    if isinstance(options, Quantize):
+        wrong += _conflicts_of_quantize(options)
+    if isinstance(options, Quantize | Allocate):
+        wrong += _conflicts_of_objective(options)
+    if isinstance(options, Train):
+        wrong += _conflicts_of_train(options)
+    if isinstance(options, Eval):
+        wrong += _conflicts_of_eval(options)
+    return wrong
+
+
+def _conflicts_of_quantize(options: Quantize) -> list[str]:
+    if options.budget is not None and options.dry_run:
+        return [
+            "--dry-run cannot show the result of a --budget before the layers are measured: run qsvd allocate, or "
+            "qsvd plan --budget for the sizes alone"
+        ]
+    wrong = []
+    if options.budget is None and options.allocator != "both":
+        wrong.append(f"--allocator {options.allocator} needs a --budget")
+    if options.budget is None and options.objective == "hessian":
+        wrong.append("--objective hessian needs a --budget: it weights whole layers")
+    return wrong
+
+
+def _conflicts_of_objective(options: Quantize | Allocate) -> list[str]:
+    name, has_file = options.objective, options.statistics is not None
+    if name in ("fisher", "hessian") and not has_file:
+        return [f"--objective {name} needs --statistics FILE, which qsvd calibrate writes; or omit --objective"]
+    if name not in ("fisher", "hessian") and has_file:
+        return [f"--statistics is for --objective fisher or hessian, and --objective is {name}; change one of them"]
+    return []
+
+
+def _conflicts_of_train(options: Train) -> list[str]:
+    wrong = []
+    if options.layer_major and options.packing:
+        wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")
+    for name in options.report_to:
+        if name not in TRACKERS:
+            wrong.append(f"--report-to {name} is none of {', '.join(TRACKERS)}")
+        elif not any(find_spec(package) for package in TRACKERS[name]):
+            wrong.append(f"--report-to {name} needs the package {name}, which is not installed (pip install {name})")
+    return wrong
+
+
+def _conflicts_of_eval(options: Eval) -> list[str]:
+    wrong = []
+    if options.window is not None and options.stride is not None and options.stride > options.window:
+        wrong.append(f"--stride {options.stride} is above --window {options.window}")
+    if not options.models:
+        wrong.append("no model is given: name at least one folder")
+    return wrong
+
+
+def _check_models(options: Options) -> None:
+    """Refuse models that are neither here nor on the Hub."""
+    match options:
+        case Quantize() | Allocate() | Calibrate():
+            checkpoint_folder(options.model)
+        case Plan():
+            _check_config(options.model)
+        case Train(base=folder) | Report(folder=folder):
+            check_quantized(folder.expanduser())
+        case Eval():
+            for name in (*options.models, *filter(None, [options.reference])):
+                model_kind(name)
+        case Export():
+            _check_exported(options.run)
+        case _:
+            pass
+
+
+def _check_exported(run: Path) -> None:
+    if not run.expanduser().exists():  # a Hub id would be downloaded, and then refused
+        raise BadInput(f"no folder {run} here; give a run of qsvd train, or a quantized model")
+    if model_kind(str(run)) == "16-bit":
+        raise BadInput(f"{run} is a 16-bit model; give a run of qsvd train, or a quantized model")
+
+
+def model_kind(name: str) -> str:
+    """Return what a name stands for: "16-bit" (a Hub id too), "split" (a quantized model) or "trained" (a run).
+
+    Raises:
+        BadInput: the name is none of these.
+    """
+    folder = local_path(name)
+    if folder is None:
+        return "16-bit"
+    for file, kind in {ADAPTER_RECORD: "trained", MANIFEST: "split", "config.json": "16-bit"}.items():
+        if (folder / file).is_file():
+            return kind
+    raise BadInput(f"{name} is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train")
+
+
+def _check_config(name: str) -> None:
+    path = local_path(name)
+    if path is not None and path.is_dir() and not any((path / file).is_file() for file in (MANIFEST, "config.json")):
+        raise BadInput(f"no config.json in {path}; give a transformers model or a config.json")
+
+
+def _check_output(options: Options) -> None:
+    """Refuse an output folder that is a file, and an output file that is a folder."""
+    out: Path | None = getattr(options, "out", None)
+    if out is None or not out.expanduser().exists():
+        return
+    file = {Allocate: "allocation.txt", Calibrate: "statistics.safetensors"}.get(type(options))
+    is_folder = out.expanduser().is_dir()
+    if file is not None and is_folder:
+        raise BadInput(f"--out {out} is a folder; give a file, such as {out / file}")
+    if file is None and not is_folder:
+        raise BadInput(f"--out {out} is not a folder; give another name")
