@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import qsvd
-import qsvd.training.settings
 from qsvd.cli import COMMANDS, parse
 from qsvd.option_types import SAME_RESULT, Range, marks_of, out_of_range, result_options
 from qsvd.training.settings import Settings
@@ -179,11 +178,11 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
 }
 READERS = {
     "calibrate": ("prepare/calibrate", "commands/calibrate"),
-    "plan": ("prepare/plan", "commands/plan"),
+    "plan": ("prepare/checks", "prepare/plan", "commands/plan"),
     "allocate": ("prepare/allocate", "commands/allocate"),
-    "quantize": ("prepare/quantize", "prepare/outputs", "commands/quantize"),
-    "train": ("prepare/train", "commands/train"),
-    "eval": ("prepare/evaluate", "prepare/models", "commands/eval"),
+    "quantize": ("prepare/checks", "prepare/quantize", "prepare/allocate", "commands/outputs", "commands/quantize"),
+    "train": ("prepare/checks", "prepare/train", "prepare/examples", "commands/journal", "commands/train"),
+    "eval": ("prepare/checks", "prepare/evaluate", "prepare/examples", "prepare/models", "commands/eval"),
     "export": ("prepare/models", "commands/export"),
     "report": ("commands/report",),
     "demo": ("commands/demo",),
@@ -340,25 +339,25 @@ def read_in(path, owners):
 
 
 def copied_to_settings():
-    """Options of `qsvd train` that prepare_run copies by name into Settings, and that become arguments there."""
+    """Options of `qsvd train` that prepare_train copies by name into Settings, and that trainers use."""
     names = {field.name for field in fields(Settings)}
-    return names & read_in(Path(qsvd.training.settings.__file__), ("settings",))
+    readers = (PACKAGE / "training" / f"{name}.py" for name in ("settings", "trainer"))
+    return names & set().union(*(read_in(path, ("settings",)) for path in readers))
 
 
 @pytest.mark.parametrize("command", AGREED)
 def test_each_flag_is_read_by_its_command(command):
     """asdict only records a flag; something must act on it."""
-    read = set().union(*(read_in(PACKAGE / f"{module}.py", ("options",)) for module in READERS[command]))
+    read = set().union(*(read_in(PACKAGE / f"{module}.py", ("options", "chosen")) for module in READERS[command]))
     if command == "train":
         read |= copied_to_settings()
     assert AGREED[command].keys() - read == set()
 
 
-def test_settings_are_options_and_each_becomes_an_argument_of_a_trainer_or_is_kept_beside_it():
+def test_settings_are_options_and_a_trainer_uses_each():
     names = {field.name for field in fields(Settings)}
     assert names <= AGREED["train"].keys()
-    assert names - copied_to_settings() == {"keep"}
-    assert "keep" in read_in(PACKAGE / "training" / "trainer.py", ("settings",))
+    assert names == copied_to_settings()
 
 
 @pytest.mark.parametrize("command", AGREED)

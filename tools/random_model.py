@@ -20,7 +20,7 @@ from random_weights import draw_codes, draw_factors, draw_gaussian, draw_scales,
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 
-from qsvd.commands.quantize import copied
+from qsvd.commands.outputs import copied_tensor, write_outputs
 from qsvd.decompose.split import Split
 from qsvd.errors import first_line
 from qsvd.files.layout import adapter_tensors, digest, residual_tensors
@@ -30,8 +30,7 @@ from qsvd.files.source import Checkpoint, other_files
 from qsvd.numerics.codec import PackedBlocks
 from qsvd.options import Quantize
 from qsvd.plan.weights import Source, plan_model
-from qsvd.prepare.outputs import finish
-from qsvd.prepare.quantize import Job, check_disk, prepare
+from qsvd.prepare.quantize import QuantizeRun, check_resources, prepare_quantize
 
 BLOCK = re.compile(r"(.*?\.\d+)\.")  # "model.layers.7" of a tensor's name
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -177,46 +176,42 @@ def write_split(model: RandomModel, options: Quantize) -> None:
         ValueError: an option cannot be used, or the folder holds something else.
         DoesNotFit: the files do not fit on the disk.
     """
-    job = prepare(options, model.source)
-    job = replace(
-        job, source=replace(job.source, options=replace(options, iterations=0))
-    )  # which says "drawn" in every record and report
-    check_disk(job)
-    with OutputFolder(job.source.out, job.source.identity) as folder:
+    run = prepare_quantize(options, model.source)
+    run = replace(run, options=replace(options, iterations=0))  # which says "drawn" in every record and report
+    check_resources(run)
+    with OutputFolder(run.out, run.identity) as folder:
         if folder.is_complete:
             return
-        for shard in job.shards:
-            if (job.source.out / shard.file).is_file():
+        for shard in run.shards:
+            if (run.out / shard.file).is_file():
                 continue
             started = time.perf_counter()
-            residuals = [new for number in shard.weights for new in _residual(job, folder, number)]
-            folder.write_shard(shard.file, (), [*residuals, *(copied(job, name) for name in shard.copied)])
+            residuals = [new for number in shard.weights for new in _residual(run, folder, number)]
+            folder.write_shard(shard.file, (), [*residuals, *(copied_tensor(run, name) for name in shard.copied)])
             seconds = time.perf_counter() - started
             print(f"{shard.file}: {shard.num_bytes / seconds / 1e6:.0f} MB/s", file=sys.stderr)
-        finish(job, folder)
+        write_outputs(run, folder)
 
 
-def _residual(job: Job, folder: OutputFolder, number: int) -> Iterator[NewTensor]:
+def _residual(run: QuantizeRun, folder: OutputFolder, number: int) -> Iterator[NewTensor]:
     """Yield the tensors of one residual. The small ones are drawn now, the codes when they are written.
 
     The components are saved with the codes, because their file holds the digest of the residual.
     """
-    source, spec = job.source, job.source.plan.weights[number]
-    codec, rank = job.recipes[spec.module].codec, job.recipes[spec.module].rank
+    spec = run.plan.weights[number]
+    choice = run.resolved.choices[spec.module]
     scales_of, factors_of, codes_of = (
-        generator_of(source.options.seed, f"{part} {spec.module}", source.device)
-        for part in ("scales", "factors", "codes")
+        generator_of(run.options.seed, f"{part} {spec.module}", run.device) for part in ("scales", "factors", "codes")
     )
-    scales, no_codes = draw_scales(spec.shape, codec, scales_of), torch.empty(0, dtype=torch.uint8)
-    small = residual_tensors(spec.name, PackedBlocks(no_codes, scales, spec.shape, codec), source.compute_dtype)
+    scales, no_codes = draw_scales(spec.shape, choice.codec, scales_of), torch.empty(0, dtype=torch.uint8)
+    small = residual_tensors(spec.name, PackedBlocks(no_codes, scales, spec.shape, choice.codec), run.compute_dtype)
     del small[spec.name]
 
     def codes() -> Tensor:
         drawn = draw_codes(spec.shape, codes_of).view(-1, 1).cpu()
-        factors = (factor.to(source.recipe.dtype) for factor in draw_factors(spec.shape, rank, factors_of))
-        split = Split(
-            PackedBlocks(drawn, scales, spec.shape, job.recipes[spec.module].codec), *factors, iteration=0, history=()
-        )
+        factors = (factor.to(run.dtype) for factor in draw_factors(spec.shape, choice.rank, factors_of))
+        packed = PackedBlocks(drawn, scales, spec.shape, choice.codec)
+        split = Split(packed, *factors, iteration=0, history=())
         tensors = adapter_tensors(spec.module, split)
         folder.save_factors(number, tensors, None, digest({spec.name: drawn, **small}))
         return drawn

@@ -25,9 +25,9 @@ from qsvd.memory.placement import Wish
 from qsvd.options import Eval
 from qsvd.plan.weights import context_length
 from qsvd.prepare.evaluate import Subject, Work, prepare_eval
+from qsvd.prepare.examples import positions, stop_ids
 from qsvd.prepare.machine import machine, place_reading
 from qsvd.prepare.models import NamedModel, class_names, load_model
-from qsvd.prepare.train import positions, stop_ids
 from qsvd.report.evaluation import ModelScores, evaluation_json, evaluation_table
 
 MOST_WINDOW = 2048  # tokens, unless more are asked for

@@ -24,8 +24,8 @@ from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import write_peft
 from qsvd.files.source import open_checkpoint
 from qsvd.options import Export
+from qsvd.prepare.checks import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
-from qsvd.prepare.quantize import LEAST_SHARD
 from qsvd.report.readme import vllm_rank
 
 # Does an export compute what was trained? Load it with the libraries that it is for, and compare logits.

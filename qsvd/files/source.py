@@ -19,7 +19,7 @@ from torch import Tensor
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.atomic import read_object
 from qsvd.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
-from qsvd.paths import check_checkpoint, checkpoint_folder
+from qsvd.paths import HUB_ID, check_checkpoint, checkpoint_folder
 from qsvd.plan.weights import Source, WeightSpec
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "
 NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.json", "trainer_state.json")
 LARGEST_COPY = 50 * 10**6  # bytes; a tokenizer file is smaller, a stray weight file larger
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for the fingerprint
-MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    if not MODEL_ID.fullmatch(model):
+    if not HUB_ID.fullmatch(model):
         raise BadInput(f"no folder {model!r} here, and a hub id looks like 'owner/name'")
     try:
         folder = snapshot_download(model, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,20 @@ from qsvd.data.columns import Examples, Tokenized, recognise
 from qsvd.data.read import read_rows
 from qsvd.data.tokens import tokenize
 from qsvd.errors import BadInput, listing
-from qsvd.files.check import check_complete, check_not_quantized
-from qsvd.files.source import Checkpoint, open_checkpoint
+from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import open_statistics
 from qsvd.files.workspace import check_same
 from qsvd.memory.device import device_of, dtype_of
+from qsvd.option_types import result_options
 from qsvd.options import Calibrate
-from qsvd.plan.weights import ModelPlan, context_length, is_classifier, plan_model
-from qsvd.prepare.models import class_names
-from qsvd.prepare.train import MOST_LENGTH, mapping_of, open_tokenizer, stop_ids
+from qsvd.plan.weights import ModelPlan, context_length, is_classifier
+from qsvd.prepare.checks import check
+from qsvd.prepare.examples import MOST_LENGTH, mapping_of, open_tokenizer, stop_ids
+from qsvd.prepare.models import class_names, open_16_bit
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrateRun:
     """A checked run of `qsvd calibrate`."""
 
     options: Calibrate
@@ -52,37 +53,20 @@ class Calibration:
         return sum(len(example.input_ids) for example in self.examples)
 
 
-def prepare_calibrate(options: Calibrate) -> Calibration:
+def prepare_calibrate(options: Calibrate) -> CalibrateRun:
     """Open the checkpoint and the data, tokenize, and refuse what cannot be calibrated.
 
     Raises:
         BadInput: an option, the checkpoint or the data is not usable, or OUT is of another run.
     """
-    _check_numbers(options)
+    check(options)
     device = device_of(options.device)
-    checkpoint = open_checkpoint(options.model)
-    check_not_quantized(checkpoint.config, checkpoint.tensors)
-    plan = check_complete(checkpoint, plan_model(checkpoint.config, include=options.include, exclude=options.exclude))
+    checkpoint, plan = open_16_bit(options.model, options.include, options.exclude)
     options = replace(options, max_length=_length(options, checkpoint))
     examples = _examples(options, checkpoint, plan)
     dtype = dtype_of(options.dtype, device)
     is_complete = _is_complete(options, _identity(options, checkpoint, examples, device, dtype))
-    return Calibration(options, checkpoint, plan, examples, device, dtype, is_complete)
-
-
-def _check_numbers(options: Calibrate) -> None:
-    """Every number that is out of its range, in one sentence."""
-    least = {
-        "examples": (options.examples, 1),
-        "max-length": (options.max_length, 2),
-        "traces": (options.traces, 0),
-        "chunk": (options.chunk, 1),
-    }
-    wrong = [
-        f"--{name} {value} is below {low}" for name, (value, low) in least.items() if value is not None and value < low
-    ]
-    if wrong:
-        raise BadInput("; ".join(wrong))
+    return CalibrateRun(options, checkpoint, plan, examples, device, dtype, is_complete)
 
 
 def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
@@ -184,9 +168,7 @@ def _identity(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    names = ("examples", "max_length", "traces", "loss_on", "include", "exclude", "seed")
-    chosen = {name: value for name, value in asdict(options).items() if name in names}
-    chosen |= {name: list(chosen[name]) for name in ("include", "exclude")}
+    chosen = result_options(options)
     sequences = [[list(one.input_ids), one.target, one.segments] for one in examples]
     digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
     kind = {"dtype": str(dtype).removeprefix("torch."), "device": device.type}

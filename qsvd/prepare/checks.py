@@ -21,8 +21,11 @@ TRACKERS = {  # name -> packages of which transformers needs one
 }
 
 
-def check(options: Options) -> None:
+def check(options: Options, *, is_open: bool = False) -> None:
     """Check ranges, options that exclude each other, sizes and paths.
+
+    Args:
+        is_open: Whether the model is open already, so that its name is not a path.
 
     Raises:
         BadInput: the options cannot be used (the sentence names every fault), or a path cannot.
@@ -34,7 +37,7 @@ def check(options: Options) -> None:
         size = getattr(options, name, None)
         if size is not None:
             parse_size(size, f"--{name.replace('_', '-')}", least=least)
-    _check_models(options)
+    _check_models(options, is_open=is_open)
     for source in (getattr(options, "data", None), getattr(options, "valid", None)):
         if source is not None:
             local_data(source)
@@ -109,9 +112,11 @@ def _conflicts_of_eval(options: Eval) -> list[str]:
     return wrong
 
 
-def _check_models(options: Options) -> None:
+def _check_models(options: Options, *, is_open: bool) -> None:
     """Refuse models that are neither here nor on the Hub."""
     match options:
+        case _ if is_open:
+            pass
         case Quantize() | Allocate() | Calibrate():
             checkpoint_folder(options.model)
         case Plan():

@@ -1,5 +1,6 @@
 """A model as a user names it: a 16-bit checkpoint, a result of qsvd quantize, or a run of qsvd train."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,16 +14,37 @@ from qsvd.data.columns import Examples
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.export.trained import Trained, TrainedModel
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
+from qsvd.files.check import check_complete, check_not_quantized
 from qsvd.files.safetensors import read_tensor
-from qsvd.files.source import download
+from qsvd.files.source import Checkpoint, download, open_checkpoint
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.paths import local_path
-from qsvd.plan.weights import is_classifier
+from qsvd.plan.weights import ModelPlan, is_classifier, plan_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+def open_16_bit(
+    model: str, include: Sequence[str], exclude: Sequence[str], checkpoint: Checkpoint | None = None
+) -> tuple[Checkpoint, ModelPlan]:
+    """Open a 16-bit model and name the weights that are split.
+
+    Args:
+        model: A folder, or a hub id.
+        include, exclude: Patterns of module names.
+        checkpoint: An open one, which is taken instead of `model`.
+
+    Raises:
+        BadInput: the model cannot be opened, is quantized already, or lacks tensors.
+    """
+    checkpoint = checkpoint or open_checkpoint(model)
+    check_not_quantized(checkpoint.config, checkpoint.tensors)
+    plan = plan_model(checkpoint.config, include=include, exclude=exclude)
+    return checkpoint, check_complete(checkpoint, plan)
+
 
 Kind = Literal["16-bit", "split", "trained"]
 

@@ -170,7 +170,7 @@ def _notes(options: Plan, stacks: Sequence[str], *, is_plain: bool) -> tuple[str
 def _allocation_of(options: Plan, weights: Sequence[WeightSpec]) -> Callable[[int], Allocation]:
     """Return the function from a rank to an allocation: NF4, a mixture that fits the budget, or the given table."""
     if options.allocation is not None:
-        table = read_table(options.allocation, weights).allocation
+        table, _ = read_table(options.allocation, weights)
         return lambda _: table
     budget = options.budget
     if budget is not None:

@@ -1,8 +1,9 @@
-"""Everything that can be known, checked and refused before a weight is read."""
+"""Options of `qsvd quantize` to a checked run: codec and rank of every weight, the output files, the bytes."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,100 +13,233 @@ from qsvd.decompose.alternate import Recipe
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
-from qsvd.files.check import check_complete, check_not_quantized
 from qsvd.files.output import OutputFolder
 from qsvd.files.safetensors import TORCH_DTYPES
 from qsvd.files.shards import Shard, Sizes, plan_shards, sizes_of
-from qsvd.files.source import Checkpoint, open_checkpoint
+from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import Statistics, statistics_for
 from qsvd.files.workspace import MANIFEST, UNFINISHED, check_space
 from qsvd.memory.device import device_of
 from qsvd.memory.other_tasks import plan_splitting
 from qsvd.numerics.names import spelling
 from qsvd.numerics.nf4 import NormalFloat4
-from qsvd.options import Allocate, Quantize
+from qsvd.option_types import result_options
+from qsvd.options import Quantize
 from qsvd.plan.allocation import Allocation, Choice, from_text, residual_bits, to_text, uniform
-from qsvd.plan.weights import ModelPlan, WeightSpec, coverage, plan_model
-from qsvd.prepare.allocate import Progressed, ShowProgress, execute, is_sealed, prepare_allocate, sealed
+from qsvd.plan.weights import ModelPlan, WeightSpec, coverage
+from qsvd.prepare.allocate import AllocateRun, allocate_run, check_measuring, is_sealed, measure_and_solve, sealed
+from qsvd.prepare.checks import LEAST_SHARD, check
 from qsvd.prepare.machine import machine
+from qsvd.prepare.models import open_16_bit
+from qsvd.prepare.progress import ShowProgress
 from qsvd.report.header import ReportHeader, codec_words
 from qsvd.report.planning import lack
 
-LEAST_SHARD = 10**5  # bytes of one output file
+ALLOCATION = "allocation.txt"  # in OUT, and in its folder of unfinished work
+HEADS = ("lm_head", "classifier", "score", "qa_outputs")  # trained anew on a quantized model, so never 4-bit
 
 
 @dataclass(frozen=True)
-class Table:
-    """An allocation, and the text that says it."""
-
-    allocation: Allocation
-    text: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checked request: what is to be split, and how; with a budget not yet to how many bits and components.
+class QuantizeRun:
+    """A checked run of `qsvd quantize`.
 
     Args:
-        recipe: Of the loop; codec and rank are those of every weight where there is neither table nor budget.
-        table: That the options name.
-        statistics: Where the objective asks for them.
-        shard_bytes: Most of one output file.
+        statistics: The sensitivity file that the objective needs; None where it needs none.
+        compute_dtype: The dtype that a loader decodes to.
+        shard_bytes: Most bytes of one output file.
+        allocation: Codec and rank of every weight; None until `resolve_allocation` has spent the budget.
+        table: The text of an allocation table; None where all weights get the same codec and rank.
     """
 
     options: Quantize
     checkpoint: Checkpoint
     plan: ModelPlan
-    recipe: Recipe
-    table: Table | None
     statistics: Statistics | None
     device: torch.device
     compute_dtype: torch.dtype
     shard_bytes: int
+    allocation: Allocation | None
+    table: str | None
 
     @property
     def out(self) -> Path:
-        """The folder of the result."""
+        """The folder of the quantized model."""
         return self.options.out.expanduser()
 
     @property
+    def resolved(self) -> Allocation:
+        """The allocation, which is known by now."""
+        assert self.allocation is not None, "resolve_allocation comes before the work"
+        return self.allocation
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored components."""
+        return getattr(torch, self.options.dtype)
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the bytes of the result depend on."""
-        options = asdict(self.options)
-        for name in ("out", "dry_run", "model", "allocation", "statistics"):
-            del options[name]
+        """What the bytes of the output depend on."""
+        options = result_options(self.options)
         if self.options.budget is None:
             del options["budget"], options["allocator"]
             if self.statistics is None:
                 del options["objective"]
         if self.statistics is not None:
             options["statistics"] = file_sha256(self.statistics.path)
-        options |= {name: list(options[name]) for name in ("include", "exclude")}
         options["shard_size"] = self.shard_bytes
-        if self.table is not None:
-            choices = self.table.allocation.choices
+        if self.options.allocation is not None:
+            choices = self.resolved.choices
             options["allocation"] = {m: [spelling(choice.codec), choice.rank] for m, choice in choices.items()}
         return options | {"device": self.device.type, "source_fingerprint": self.checkpoint.fingerprint}
 
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """The output files, in order."""
+        return tuple(plan_shards(self.checkpoint, self.plan.weights, self.resolved, self.shard_bytes))
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """The bytes that the run reads and writes."""
+        return sizes_of(self.checkpoint, self.plan.weights, self.shards, self.resolved, self.dtype)
+
+    @cached_property
+    def skipped(self) -> tuple[str, ...]:
+        """The modules that transformers must not make 4-bit, where bitsandbytes decodes."""
+        return _skipped(self.plan) if self.resolved.is_plain else ()
+
+    @property
+    def header(self) -> ReportHeader:
+        """The head of the reports."""
+        options, choices, is_plain = self.options, self.resolved.choices.values(), self.resolved.is_plain
+        ranks = [choice.rank for choice in choices]
+        return ReportHeader(
+            model=options.model,
+            codec=codec_words([choice.codec for choice in choices]),
+            rank=max(ranks),
+            order=options.order,
+            iterations=options.iterations,
+            end=options.end,
+            coverage=coverage(self.plan),
+            least_rank=min(ranks),
+            residual_bits=None if is_plain else residual_bits(self.resolved, self.plan.weights),
+            quantizer="bitsandbytes" if is_plain else "qsvd",
+            objective="fisher" if options.objective == "fisher" else "plain",
+        )
+
+    def recipe(self, module: str) -> Recipe:
+        """Return how the weight of a module is split."""
+        return _recipe(self.options, self.resolved.choices[module])
+
     def objective(self, module: str) -> Objective:
-        """What the split of a weight is to minimise; a ValueError where its statistics are damaged."""
+        """Return what the split of a module's weight minimizes; a BadInput where its statistics are damaged."""
         if self.statistics is None or self.options.objective != "fisher":
             return PLAIN
         return self.statistics.objective(module)
 
+    def measuring(self) -> AllocateRun:
+        """Return the run that spends the budget; its files are in the folder of unfinished work."""
+        table = self.out / UNFINISHED / ALLOCATION
+        return allocate_run(self.options, self.checkpoint, self.plan, self.statistics, self.device, table)
 
-def prepare_source(options: Quantize, checkpoint: Checkpoint | None = None) -> Source:
-    """Open the checkpoint, name its weights, and refuse what cannot be done.
+
+def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) -> QuantizeRun:
+    """Open the 16-bit model, name its weights, and refuse what cannot be done.
 
     Args:
         checkpoint: An open one; None opens options.model.
 
     Raises:
-        BadInput: an option, or the checkpoint, is not usable.
+        BadInput: an option, or the 16-bit model, cannot be used.
     """
-    recipe = Recipe(
-        codec=NormalFloat4(double_quant=options.double_quant),
-        rank=options.rank if options.budget is None and options.allocation is None else 1,  # of any that has factors
+    check(options, is_open=checkpoint is not None)
+    _recipe(options, Choice(NormalFloat4(double_quant=True), max(options.rank, 1)))  # refuses what cannot be looped
+    shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
+    device = device_of(options.device)
+    checkpoint, plan = open_16_bit(options.model, options.include, options.exclude, checkpoint)
+    allocation, table = None, None
+    if options.allocation is not None:
+        allocation, table = read_table(options.allocation, plan.weights)
+    elif options.budget is None:
+        _check_rank(options.rank, plan.weights)
+        choice = Choice(NormalFloat4(double_quant=options.double_quant), options.rank)
+        allocation = uniform(plan.weights, choice)
+    run = QuantizeRun(
+        options=options,
+        checkpoint=checkpoint,
+        plan=plan,
+        statistics=statistics_for(options.objective, options.statistics, checkpoint, plan.weights),
+        device=device,
+        compute_dtype=_compute_dtype(checkpoint, plan.weights),
+        shard_bytes=shard_bytes,
+        allocation=allocation,
+        table=table,
+    )
+    if allocation is None:
+        run.measuring()  # refuses a budget that cannot be met
+    else:
+        _ = run.skipped  # refuses names that transformers cannot tell apart
+    return run
+
+
+def resolve_allocation(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) -> QuantizeRun:
+    """Return the run with an allocation. With a budget, the weights are measured and the budget is solved first.
+
+    Measurements, and the table that is solved, stay in the folder: a run that was stopped continues with the same
+    table.
+
+    Args:
+        folder: The folder of the quantized model, not complete.
+        show: Is called after every measured weight. What it raises ends the work; measured weights stay.
+
+    Raises:
+        BadInput: the budget cannot be met, or the solved table was edited.
+    """
+    if run.allocation is not None:
+        return run
+    kept = folder.unfinished / ALLOCATION
+    if not kept.is_file():
+        measuring = run.measuring()
+        allocation = measure_and_solve(measuring, show).allocation
+        write_text(kept, sealed(to_text(allocation, run.plan.weights, measuring.task.factor_bytes)))
+    text = kept.read_text(encoding="utf-8")
+    if not is_sealed(text):
+        raise BadInput(
+            f"{kept} was edited, and weights may be split already by what it said before; copy it, and give the copy "
+            "as --allocation with another --out"
+        )
+    return replace(run, allocation=from_text(text, run.plan.weights, str(kept)), table=text)
+
+
+def check_resources(run: QuantizeRun) -> None:
+    """Refuse a run that does not fit into memory or on the disk. A complete quantized model needs nothing more.
+
+    Raises:
+        DoesNotFit: with the numbers.
+    """
+    if (run.out / MANIFEST).is_file():
+        return
+    if run.allocation is not None:
+        _check_memory(run)
+        check_room(run.out, run.sizes.disk)
+        return
+    measuring = run.measuring()
+    if not measuring.out.is_file():  # an earlier run measured the weights and solved the budget
+        check_measuring(measuring)
+    split = {spec.name for spec in run.plan.weights}
+    copied = sum(tensor.num_bytes for name, tensor in run.checkpoint.tensors.items() if name not in split)
+    check_room(run.out, 2 * measuring.task.budget.num_bytes + copied)  # at worst all of the budget is there twice
+
+
+def check_room(out: Path, num_bytes: int) -> None:
+    """Refuse, by DoesNotFit, so many bytes in a folder; the bytes that are there already count."""
+    check_space(out, num_bytes, "give --out another disk, a lower --rank or --budget, or a smaller --shard-size")
+
+
+def _recipe(options: Quantize, choice: Choice) -> Recipe:
+    return Recipe(
+        codec=choice.codec,
+        rank=choice.rank,
         iterations=options.iterations,
         order=options.order,
         end=options.end,
@@ -113,54 +247,18 @@ def prepare_source(options: Quantize, checkpoint: Checkpoint | None = None) -> S
         exact=options.svd == "exact",
         dtype=getattr(torch, options.dtype),
     )
-    _check_choices(options)
-    shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
-    device = device_of(options.device)
-    checkpoint = checkpoint or open_checkpoint(options.model)
-    check_not_quantized(checkpoint.config, checkpoint.tensors)
-    plan = plan_model(checkpoint.config, include=options.include, exclude=options.exclude)
-    plan = check_complete(checkpoint, plan)
-    if options.allocation is None and options.budget is None:
-        _check_rank(options.rank, plan.weights)
-    return Source(
-        options=options,
-        checkpoint=checkpoint,
-        plan=plan,
-        recipe=recipe,
-        table=None if options.allocation is None else read_table(options.allocation, plan.weights),
-        statistics=statistics_for(options.objective, options.statistics, checkpoint, plan.weights),
-        device=device,
-        compute_dtype=_compute_dtype(checkpoint, plan.weights),
-        shard_bytes=shard_bytes,
-    )
 
 
-def read_table(file: Path, weights: Sequence[WeightSpec]) -> Table:
-    """The choices of a table that `qsvd allocate` wrote, or somebody edited.
-
-    Raises:
-        BadInput: it cannot be read, or does not fit the weights.
-    """
-    try:
-        text = file.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--allocation {file} cannot be read as a text file: {error}") from error
-    return Table(from_text(text, weights, f"--allocation {file}"), text)
-
-
-def _check_choices(options: Quantize) -> None:
-    """Refuse options that say different things about bits and ranks."""
-    if options.allocation is not None and options.budget is not None:
-        raise BadInput("--budget and --allocation: one of them says how many bits a weight gets; leave one out")
-    if options.budget is not None and options.dry_run:
-        raise BadInput(
-            "--dry-run cannot show what a budget leads to before the weights are measured; qsvd allocate measures "
-            "them, and qsvd plan --budget says the bytes"
+def _check_memory(run: QuantizeRun) -> None:
+    """Refuse a run whose largest weight cannot be split in the memory that is free."""
+    largest = max(run.plan.weights, key=lambda spec: math.prod(spec.shape))
+    choice, free = run.resolved.choices[largest.module], machine(run.device, run.compute_dtype).limits
+    plan = plan_splitting(largest.shape, choice, run.device.type, free, weighted=run.options.objective == "fisher")
+    if not plan.fits:
+        raise DoesNotFit(
+            f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close other programs that use it, give "
+            "another --device, or --exclude the weight"
         )
-    if options.allocator != "both" and options.budget is None:
-        raise BadInput(f"--allocator {options.allocator} spends a --budget, and none is given; add one")
-    if options.objective == "hessian" and options.budget is None:
-        raise BadInput("--objective hessian weights whole matrices, so it matters with --budget only; add one")
 
 
 def _check_rank(rank: int, weights: Sequence[WeightSpec]) -> None:
@@ -173,132 +271,33 @@ def _check_rank(rank: int, weights: Sequence[WeightSpec]) -> None:
         )
 
 
+def read_table(file: Path, weights: Sequence[WeightSpec]) -> tuple[Allocation, str]:
+    """Return the allocation of a table that `qsvd allocate` wrote or somebody edited, and its text.
+
+    Raises:
+        BadInput: the table cannot be read, or does not fit the weights.
+    """
+    try:
+        text = file.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--allocation {file} cannot be read as a text file: {error}") from error
+    return from_text(text, weights, f"--allocation {file}"), text
+
+
 def _compute_dtype(checkpoint: Checkpoint, weights: Sequence[WeightSpec]) -> torch.dtype:
-    """The dtype that most elements are stored in: what a loader decodes to."""
+    """Return the dtype that most elements are stored in."""
     elements: dict[str, int] = {}
     for spec in weights:
-        entry = checkpoint.tensors[spec.name]
-        elements[entry.dtype] = elements.get(entry.dtype, 0) + spec.shape[0] * spec.shape[1]
+        dtype = checkpoint.tensors[spec.name].dtype
+        elements[dtype] = elements.get(dtype, 0) + math.prod(spec.shape)
     return TORCH_DTYPES[max(elements, key=lambda name: elements[name])]
 
 
-# A run of `qsvd quantize` that is settled: what every weight gets, which file holds it, how much it all takes.
-
-
-ALLOCATION = "allocation.txt"  # in the folder of the result
-HEADS = ("lm_head", "classifier", "score", "qa_outputs")  # trained anew on a split base, so never 4-bit
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request with an allocation.
-
-    Args:
-        text: Of the table that says the allocation.
-        recipes: By the path of the module.
-        skipped: What transformers must not make 4-bit, where it is bitsandbytes that does.
-    """
-
-    source: Source
-    allocation: Allocation
-    text: str | None
-    recipes: Mapping[str, Recipe]
-    shards: tuple[Shard, ...]
-    sizes: Sizes
-    skipped: tuple[str, ...]
-
-    @property
-    def header(self) -> ReportHeader:
-        """The head of the reports."""
-        options, weights = self.source.options, self.source.plan.weights
-        choices = self.allocation.choices
-        ranks = [choice.rank for choice in choices.values()]
-        codecs = [choice.codec for choice in choices.values()]
-        return ReportHeader(
-            model=options.model,
-            codec=codec_words(codecs),
-            rank=max(ranks),
-            order=options.order,
-            iterations=options.iterations,
-            end=options.end,
-            coverage=coverage(self.source.plan),
-            least_rank=min(ranks),
-            residual_bits=None if self.allocation.is_plain else residual_bits(self.allocation, weights),
-            quantizer="bitsandbytes" if self.allocation.is_plain else "qsvd",
-            objective="fisher" if options.objective == "fisher" else "plain",
-        )
-
-
-def job_of(source: Source, table: Table | None) -> Job:
-    """The job of a request.
-
-    Args:
-        table: What every weight gets; None is the codec and the rank of the request.
-
-    Raises:
-        BadInput: transformers could not tell the weights that are split from others.
-    """
-    choice = Choice(source.recipe.codec, source.recipe.rank)
-    allocation = table.allocation if table else uniform(source.plan.weights, choice)
-    checkpoint, weights, dtype = source.checkpoint, source.plan.weights, source.recipe.dtype
-    shards = plan_shards(checkpoint, weights, allocation, source.shard_bytes)
-    return Job(
-        source=source,
-        allocation=allocation,
-        text=table.text if table else None,
-        recipes={
-            module: replace(source.recipe, codec=choice.codec, rank=choice.rank)
-            for module, choice in allocation.choices.items()
-        },
-        shards=tuple(shards),
-        sizes=sizes_of(checkpoint, weights, shards, allocation, dtype),
-        skipped=_skipped(source.plan) if allocation.is_plain else (),
-    )
-
-
-def check_memory(job: Job) -> None:
-    """Refuse a run whose largest weight cannot be split in the memory that is free.
-
-    Raises:
-        DoesNotFit: with the numbers.
-    """
-    source = job.source
-    if (source.out / MANIFEST).is_file():
-        return
-    largest = max(source.plan.weights, key=lambda spec: math.prod(spec.shape))
-    free = machine(source.device, source.compute_dtype).limits
-    choice = job.allocation.choices[largest.module]
-    weighted = source.options.objective == "fisher"
-    plan = plan_splitting(largest.shape, choice, source.device.type, free, weighted=weighted)
-    if not plan.fits:
-        raise DoesNotFit(
-            f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close what else uses it, take another "
-            "--device, or --exclude the weight"
-        )
-
-
-def check_disk(job: Job) -> None:
-    """Refuse a run whose output cannot fit on the disk; a complete result needs no more.
-
-    Raises:
-        DoesNotFit: too little space is free, with the numbers.
-    """
-    check_room(job.source.out, job.sizes.disk)
-
-
-def check_room(out: Path, num_bytes: int) -> None:
-    """Refuse, by DoesNotFit, so many bytes in a folder that is not complete, those counted that are there."""
-    if (out / MANIFEST).is_file():
-        return
-    otherwise = "give --out another disk, a lower --rank or --budget, or a smaller --shard-size"
-    check_space(out, num_bytes, otherwise)
-
-
 def _skipped(plan: ModelPlan) -> tuple[str, ...]:
-    """What transformers must not make 4-bit: every linear layer that is left, and heads that a user may add.
+    """Return the linear layers that stay in 16 bits, and heads that a user may add.
 
     Raises:
-        BadInput: transformers' matching would also skip a weight that is split, or convert one that is left.
+        BadInput: transformers' matching would also skip a weight that is split, or convert one that is not.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -308,84 +307,7 @@ def _skipped(plan: ModelPlan) -> tuple[str, ...]:
     wrong = [path for path in split if not should_convert_module(path, skipped)]
     if wrong:
         raise BadInput(
-            f"transformers cannot tell {listing(wrong)} from the layers left in 16 bits, since it compares the ends of "
-            "names; exclude these too, or include the others"
+            f"transformers cannot tell {listing(wrong)} from the layers that stay in 16 bits, since it compares the "
+            "ends of names; exclude these too, or include the others"
         )
     return tuple(skipped)
-
-
-# From a request of `qsvd quantize` to a job: what every weight gets, by a budget, a table, or alike for all.
-
-
-def prepare(options: Quantize, checkpoint: Checkpoint | None = None) -> Job:
-    """A job, silently; with a budget that takes a pass over all weights, and writes to the folder of the result.
-
-    Args:
-        checkpoint: An open one; None opens options.model.
-
-    Raises:
-        BadInput, DoesNotFit: as from `prepare_source` and `settled`.
-    """
-    return settled(prepare_source(options, checkpoint), _silent)
-
-
-def settled(source: Source, show: ShowProgress) -> Job:
-    """The job of a request.
-
-    With a budget the weights are measured first. Measurements, and the table that comes of them, stay in the folder of
-    the result: a run that was stopped goes on with the same table.
-
-    Args:
-        show: Is told after every measured weight; what it raises ends the work, and measured weights stay.
-
-    Raises:
-        BadInput: the budget, or the folder, is not usable.
-        DoesNotFit: the largest weight cannot be measured in the memory that is free.
-    """
-    if source.options.budget is None:
-        return job_of(source, source.table)
-    unfinished = source.out / UNFINISHED / ALLOCATION
-    job = None
-    if not unfinished.is_file() and not (source.out / MANIFEST).is_file():
-        job = prepare_allocate(_questions(source, unfinished), source.checkpoint, source.plan)
-        check_room(source.out, _most_bytes(source, job.task.budget.num_bytes))  # both before the folder is made
-    with OutputFolder(source.out, source.identity) as folder:
-        kept = source.out / ALLOCATION if folder.is_complete else unfinished
-        if job is not None and not folder.is_complete:
-            allocation = execute(job, show).allocation
-            write_text(kept, sealed(to_text(allocation, source.plan.weights, source.recipe.dtype.itemsize)))
-        text = kept.read_text(encoding="utf-8")
-        if not folder.is_complete and not is_sealed(text):
-            raise BadInput(
-                f"{kept} was edited, and weights may be split already by what it said; copy it, and give it as "
-                "--allocation with another --out"
-            )
-    return job_of(source, Table(from_text(text, source.plan.weights, str(kept)), text))
-
-
-def _most_bytes(source: Source, budget: int) -> int:
-    """On the disk at any moment: all of the budget there twice at worst, and what is copied."""
-    split = {spec.name for spec in source.plan.weights}
-    return 2 * budget + sum(t.num_bytes for name, t in source.checkpoint.tensors.items() if name not in split)
-
-
-def _questions(source: Source, file: Path) -> Allocate:
-    """What `qsvd allocate` would have been asked."""
-    options = source.options
-    assert options.budget is not None, "the caller looked"
-    return Allocate(
-        options.model,
-        budget=options.budget,
-        out=file,
-        allocator=options.allocator,
-        objective=options.objective,
-        statistics=options.statistics,
-        rank=options.rank,
-        dtype=options.dtype,
-        device=options.device,
-        seed=options.seed,
-    )
-
-
-def _silent(done: Progressed) -> None:
-    del done

@@ -21,9 +21,10 @@ from qsvd.memory.items import Limits
 from qsvd.options import Allocate
 from qsvd.plan.allocation import from_text
 from qsvd.plan.weights import plan_model
-from qsvd.prepare.allocate import execute, importances, prepare_allocate
+from qsvd.prepare.allocate import importances, measure_and_solve, prepare_allocate
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import shared_model
+from tests.stops import StopAfter, Stopped
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 FAST = ("--codecs", "nf2-16-2x64", "nf3-16-3x64", "nf4-16-4x64", "--ranks", "0", "1", "4", "--device", "cpu")
@@ -180,7 +181,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(allocate, tmp_path, monkey
     assert code == 130
     assert out == ""
     assert err.endswith(
-        "interrupted; measured weights are kept in table.txt.costs.jsonl, the same command goes on there\n"
+        "interrupted; measured weights are kept in table.txt.costs.jsonl, the same command continues there\n"
     )
     assert len(measured) == 5
     assert not (tmp_path / "table.txt").exists()
@@ -450,18 +451,13 @@ def test_another_command_can_ask_for_an_allocation_and_stop_it(model, weights, t
     options = Allocate(
         str(model), "3bits", tmp_path / "new" / "table.txt", codecs=FAST[1:4], ranks=(0, 1), device="cpu"
     )
-    checkpoint, plan = open_checkpoint(str(model)), plan_model(open_checkpoint(str(model)).config)
-
-    def stop(done):
-        if done.weights == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        execute(prepare_allocate(options, checkpoint, plan), stop)
-    shapes, shown = counted(monkeypatch), []
-    found = execute(prepare_allocate(options, checkpoint, plan), shown.append).allocation
-    assert len(shapes) == len(shown) == 11
-    assert shown[-1].elements == shown[-1].total_elements
+    checkpoint = open_checkpoint(str(model))
+    with pytest.raises(Stopped):
+        measure_and_solve(prepare_allocate(options, checkpoint), StopAfter(3))
+    shapes, show = counted(monkeypatch), StopAfter()
+    found = measure_and_solve(prepare_allocate(options, checkpoint), show).allocation
+    assert len(shapes) == len(show.seen) == 11
+    assert show.seen[-1].done == show.seen[-1].total
     assert [*found.choices] == [spec.module for spec in weights]
     assert [path.name for path in options.out.parent.iterdir()] == ["table.txt.costs.jsonl"]
 

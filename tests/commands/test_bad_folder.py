@@ -145,7 +145,7 @@ def test_report_without_its_records_promises_nothing_that_is_not_so(quantize, tm
     assert run(["report", str(tmp_path)]) in (1, 2)
     sentence = capsys.readouterr().err
     assert "errors.jsonl" in sentence
-    assert "the same command goes on there" not in sentence
+    assert "the same command continues there" not in sentence
 
 
 def test_report_of_a_run_that_is_not_finished(tmp_path, capsys):

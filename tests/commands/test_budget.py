@@ -12,14 +12,15 @@ import torch
 
 import qsvd
 from qsvd.cli import run
-from qsvd.commands.quantize import execute
+from qsvd.commands.quantize import quantize_run
 from qsvd.errors import DoesNotFit
 from qsvd.files.source import open_checkpoint
 from qsvd.files.statistics import write_statistics
-from qsvd.prepare.quantize import prepare, prepare_source, settled
+from qsvd.prepare.quantize import prepare_quantize
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of, tensors_of
 from tests.mixed import modules_of, residual
+from tests.stops import StopAfter, Stopped
 
 KEPT = (".safetensors", "allocation.txt", "config.json")
 
@@ -93,22 +94,15 @@ def test_a_run_that_was_stopped_ends_in_the_same_files(source, tmp_path, stage):
     alone = qsvd.quantize(options(source, tmp_path / "alone"))
     wanted = options(source, tmp_path / "stopped")
     if stage == "measuring":
-        seen = []
-
-        def stop(done):
-            seen.append(done)
-            if done.weights == 5:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            settled(prepare_source(wanted), stop)
-        settled(prepare_source(wanted), seen.append)
-        assert [done.weights for done in seen] == [1, 2, 3, 4, 5, 6, 7], "none is measured twice"
+        first, rest = StopAfter(5), StopAfter()
+        with pytest.raises(Stopped):
+            quantize_run(prepare_quantize(wanted), first)
+        quantize_run(prepare_quantize(wanted), rest)
+        measured = [now.what for now in (*first.seen, *rest.seen) if "measured" in now.what]
+        assert measured == [f"{number}/7 weights measured" for number in range(1, 8)], "none is measured twice"
     else:
-        steps = execute(prepare(wanted))
-        for _ in range(3):
-            next(steps)
-        steps.close()
+        with pytest.raises(Stopped):
+            quantize_run(prepare_quantize(wanted), StopAfter(7 + 3))
         table = wanted.out / "unfinished" / "allocation.txt"
         text = table.read_text()
         table.write_text(text.replace("nf3-", "nf2-"))
@@ -235,12 +229,14 @@ def test_damaged_statistics_are_refused_before_any_work(source, statistics, tmp_
 def test_a_budget_that_the_disk_does_not_hold_is_refused_before_measuring(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr("qsvd.prepare.quantize.execute", None)
+    monkeypatch.setattr("qsvd.prepare.quantize.measure_and_solve", None)
     with pytest.raises(DoesNotFit, match="GB more disk space"):
-        prepare(options(source, tmp_path / "out"))
+        qsvd.quantize(options(source, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_every_weight_of_the_table_is_one_of_the_model(source, tmp_path):
-    job = prepare(options(source, tmp_path / "out"))
-    assert list(job.allocation.choices) == modules_of(source)
+    out = qsvd.quantize(options(source, tmp_path / "out"))
+    assert list(json.loads((out / "qsvd.json").read_text())["weights"]) == [
+        f"{name}.weight" for name in modules_of(source)
+    ]

@@ -11,11 +11,11 @@ import transformers
 
 from qsvd.cli import run
 from qsvd.commands import calibrate as command
-from qsvd.commands.calibrate import calibrate, execute
-from qsvd.commands.console import Position
+from qsvd.commands.calibrate import calibrate, measure
 from qsvd.files.statistics import open_statistics
 from qsvd.prepare.calibrate import prepare_calibrate
 from tests.commands.calibrations import TEXTS, options_of, write_rows
+from tests.stops import StopAfter
 
 ROUNDOFF = 64 * 2.0**-24  # of the largest moment of a weight, as in tests/calibrate/test_moments.py
 
@@ -132,7 +132,9 @@ def test_a_chunk_is_what_half_of_the_free_memory_holds(stories, texts, tmp_path,
         each = 4 * (tokens * 64 * 6 * (1 + traces) + tokens**2 * 5)
         for free, expected in ((0, 1), (6 * each, 3), (10**12, 4)):
             monkeypatch.setattr(command, "free_host_memory", lambda left=free: left)
-            assert next(position.examples for position in list(execute(job)) if position.is_kept) == expected
+            show = StopAfter()
+            measure(job, show)
+            assert next(now.done for now in show.seen if now.may_stop) == expected
             (tmp_path / "s").unlink()
 
 
@@ -145,11 +147,6 @@ def test_a_block_that_does_not_fit_ends_with_what_to_do(stories, texts, tmp_path
     assert run(["calibrate", str(stories), str(texts), "--out", str(tmp_path / "s"), *flags]) == 3
     assert re.fullmatch(
         rf"qsvd: a block of {stories} with its gradients does not fit on cpu for \d+ tokens; give a smaller "
-        r"--max-length, close what else uses it, or take --device cpu\n",
+        r"--max-length, close other programs that use it, or give --device cpu\n",
         capsys.readouterr().err,
     )
-
-
-def test_progress_in_words():
-    assert Position(8, 32, 0.3, 0.2, 2.5, True).line(10) == "30 %, 8/32 examples kept, 35 s left, loss 2.5000"
-    assert Position(8, 32, 0.25, 0.0, None, True).line(1) == "25 %, 8/32 examples kept, resumed"

@@ -6,11 +6,15 @@ import signal
 import sys
 from contextlib import contextmanager
 
+import pytest
+
 from qsvd.cli import run
 from qsvd.commands import calibrate as command
-from qsvd.commands.calibrate import calibrate, execute
+from qsvd.commands import console
+from qsvd.commands.calibrate import calibrate, measure
 from qsvd.prepare.calibrate import prepare_calibrate
 from tests.commands.calibrations import TEXTS, options_of, write_rows
+from tests.stops import StopAfter, Stopped
 
 EXIT = 9
 
@@ -58,13 +62,14 @@ def test_a_run_that_dies_before_any_rename_goes_on_to_the_same_bytes(stories, te
 
 def test_what_is_kept_is_not_done_again(stories, texts, tmp_path):
     options = options_of(stories, texts, tmp_path / "s", chunk=1)
-    for position in execute(prepare_calibrate(options)):
-        if position.is_kept and position.examples == 3:
-            break
-    positions = list(execute(prepare_calibrate(options)))
-    assert min(position.share for position in positions) > 3 / 4
-    assert [position.examples for position in positions if position.is_kept] == [4]
-    assert len(positions) == 2 * 5 + 1  # five blocks, up and down
+    steps = 2 * 5 + 1  # five blocks, up and down, and the end of a chunk
+    with pytest.raises(Stopped):
+        measure(prepare_calibrate(options), StopAfter(3 * steps))
+    show = StopAfter()
+    measure(prepare_calibrate(options), show)
+    assert min(now.share for now in show.seen) > 3 / 4
+    assert [now.done for now in show.seen if now.may_stop] == [4]
+    assert len(show.seen) == steps
 
 
 def test_ctrl_c_ends_after_the_chunk_and_says_what_stays(stories, texts, tmp_path, capsys, monkeypatch):
@@ -79,14 +84,15 @@ def test_ctrl_c_ends_after_the_chunk_and_says_what_stays(stories, texts, tmp_pat
 
         yield show
 
-    monkeypatch.setattr(command, "watching", once)
+    monkeypatch.setattr(console, "display", once)
     out = tmp_path / "s"
     assert run(["calibrate", str(stories), str(texts), "--out", str(out), "--examples", "4", "--chunk", "2"]) == 130
     stopping, sentence = capsys.readouterr().err.splitlines()
-    assert stopping == "stopping after this chunk of examples; once more to stop at once"
-    assert sentence == f"qsvd: interrupted; finished examples are kept, the same command goes on for {out}"
-    positions = list(execute(prepare_calibrate(options_of(stories, texts, out))))
-    assert positions[0].examples == 2
+    assert stopping == "stopping after this chunk of examples; press Ctrl-C again to stop at once"
+    assert sentence == f"qsvd: interrupted; finished examples are kept, the same command continues for {out}"
+    show = StopAfter()
+    measure(prepare_calibrate(options_of(stories, texts, out)), show)
+    assert "2/4 examples kept" in show.seen[0].what
     assert out.is_file()
 
 
@@ -112,6 +118,7 @@ def test_without_a_chunk_asked_for_few_examples_can_be_lost(stories, texts, tmp_
     whole = calibrate(options_of(stories, texts, tmp_path / "whole"))
     monkeypatch.setattr(command, "MOST_CHUNK", 3)
     options = options_of(stories, texts, tmp_path / "s")
-    kept = [position.examples for position in execute(prepare_calibrate(options)) if position.is_kept]
-    assert kept == [3, 4]
+    show = StopAfter()
+    measure(prepare_calibrate(options), show)
+    assert [now.done for now in show.seen if now.may_stop] == [3, 4]
     assert options.out.read_bytes() == whole.read_bytes()

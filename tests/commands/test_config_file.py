@@ -97,7 +97,7 @@ def test_a_folder_instead_of_a_file_is_bad_input(tmp_path, capsys):
     assert run(["quantize", "m", "--out", "o", "--config", str(tmp_path)]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"qsvd: --config {tmp_path}")
-    assert "what is finished is kept" not in shown
+    assert "finished work is kept" not in shown
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path, capsys):

@@ -1,58 +1,81 @@
-"""Progress lines and requests to stop."""
+"""Progress, and requests to stop."""
 
 import signal
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from qsvd.commands.console import Standing, StopRequest, watching
+from qsvd.commands.console import StopRequest, display, watched
+from qsvd.commands.journal import progress_of
+from qsvd.errors import Interrupted
+from qsvd.prepare.progress import Progress
+from qsvd.training.steps import Step
 
-HALF = Standing(
-    weights=3, num_weights=8, num_bytes=60_000_000, new_bytes=40_000_000, total_bytes=160_000_000, reduction=13.25
-)
+
+def at(number, total, *, new=None):
+    return Progress(number, number if new is None else new, total, f"{number}/{total} weights", ("MB/s", 1e6))
 
 
-def test_a_line_counts_speed_and_time_left_by_this_runs_own_bytes():
-    assert HALF.line(4.0) == "3/8 weights, 10 MB/s, 10 s left, error -13.2 %"
+def test_a_line_counts_speed_and_time_left_by_this_runs_own_work():
+    half = Progress(60e6, 40e6, 160e6, "3/8 weights", ("MB/s", 1e6), "error -13.2 %")
+    assert half.line(4.0) == "3/8 weights, 10 MB/s, 10 s left, error -13.2 %"
+    assert Progress(600, 200, 1000, "5/9 weights measured").line(10.0) == "5/9 weights measured, 20 s left"
 
 
 def test_a_line_before_any_work_of_this_run_promises_no_time():
-    assert replace(HALF, new_bytes=0).line(4.0) == "3/8 weights, 0 MB/s, resumed, error -13.2 %"
+    assert at(3, 8, new=0).line(4.0) == "3/8 weights, 0 MB/s, resumed"
 
 
-def test_an_error_that_grew_has_a_plus():
-    assert replace(HALF, reduction=-2.5).line(4.0).endswith("error +2.5 %")
+def step(number):
+    """A step of two seconds and a hundred tokens."""
+    return Step(number, 1 / 3, 0.5, 1e-4, 100 * number, 2.0 * number, 1_230_000_000)
 
 
-def test_no_reduction_has_no_minus():
-    assert replace(HALF, reduction=0.0).line(4.0).endswith("error +0.0 %")
+def test_the_line_of_a_step_has_the_loss_the_speed_the_time_left_and_the_peak():
+    line = "step 5/20, loss 0.3333, 50 tokens/s, 30 s left, peak 1.23 GB"
+    assert progress_of(step(5), 20, None).line(0.0) == line
 
 
-def lines_of_a_run(capsys, num_weights, resumed=0):
-    with watching() as show:
-        for number in range(1, num_weights + 1):
-            num_bytes = number * 10**6
-            new_bytes = max(0, number - resumed) * 10**6
-            show(Standing(number, num_weights, num_bytes, new_bytes, num_weights * 10**6, 5.0))
+def test_the_speed_of_a_resumed_run_is_its_own():
+    slow = Step(10, 1.0, 0.5, 1e-4, 1000, 1000.0, 0)
+    now = Step(15, 1 / 3, 0.5, 1e-4, 1500, 1010.0, 1_230_000_000)
+    line = "step 15/20, loss 0.3333, 50 tokens/s, 10 s left, peak 1.23 GB"
+    assert progress_of(now, 20, slow).line(0.0) == line
+
+
+def test_a_step_that_took_no_time_divides_by_nothing():
+    line = progress_of(Step(1, 1.0, 0.5, 0.0, 0, 0.0, 0), 1, None).line(0.0)
+    assert line.startswith("step 1/1, loss 1.0000, 0 tokens/s, 0 s left")
+
+
+def lines_of_a_run(capsys, total, first=1):
+    with display() as show:
+        for number in range(first, total + 1):
+            show(at(number, total))
     shown = capsys.readouterr()
     assert shown.out == ""
     return [int(line.split("/")[0]) for line in shown.err.splitlines()]
 
 
-def test_without_a_terminal_there_is_a_line_every_five_percent_and_a_last_one(capsys):
-    numbers = lines_of_a_run(capsys, 1000)
-    assert len(numbers) in (20, 21)
-    assert numbers[0] == 50
-    assert numbers[-1] == 1000
+@pytest.mark.parametrize("first", [1, 903])
+def test_without_a_terminal_there_is_a_first_line_one_every_five_percent_and_a_last_one(capsys, first):
+    numbers = lines_of_a_run(capsys, 1000, first)
+    assert (numbers[0], numbers[-1]) == (first, 1000)
     gaps = [later - earlier for earlier, later in pairwise(numbers)]
     assert all(50 <= gap <= 51 for gap in gaps[:-1])  # of 1000 weights; 51 where 0.05 is not met to the last bit
     assert 0 < gaps[-1] <= 51
 
 
-@pytest.mark.parametrize("num_weights", [1, 7])
-def test_few_large_weights_have_a_line_each(capsys, num_weights):
-    assert lines_of_a_run(capsys, num_weights) == list(range(1, num_weights + 1))
+@pytest.mark.parametrize("total", [1, 7])
+def test_few_large_weights_have_a_line_each(capsys, total):
+    assert lines_of_a_run(capsys, total) == list(range(1, total + 1))
+
+
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with display() as show:
+        show(at(10, 10))
+    assert "10/10 weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -62,7 +85,7 @@ def test_the_first_signal_is_a_request_and_the_second_stops(number, capsys):
         assert not stop.made
         signal.raise_signal(number)
         assert stop.made
-        assert capsys.readouterr().err == "stopping after this weight; once more to stop at once\n"
+        assert capsys.readouterr().err == "stopping after this weight; press Ctrl-C again to stop at once\n"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
@@ -74,3 +97,12 @@ def test_without_a_signal_nothing_is_asked_and_the_handlers_come_back():
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
     assert not stop.made
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_watched_run_stops_where_nothing_is_lost():
+    with watched("weight", "all is kept") as show:
+        show(at(1, 9))
+        signal.raise_signal(signal.SIGINT)
+        show(Progress(2, 2, 9, "2/9 weights", may_stop=False))
+        with pytest.raises(Interrupted, match=r"^interrupted; all is kept$"):
+            show(at(3, 9))

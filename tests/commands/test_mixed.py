@@ -16,11 +16,11 @@ from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import split_linears, trained
 from qsvd.cli import run
 from qsvd.commands.demo import MODEL
-from qsvd.commands.quantize import execute
+from qsvd.commands.quantize import quantize_run
 from qsvd.files.split_folder import open_split
 from qsvd.memory.items import Placement
 from qsvd.numerics.names import codec_named
-from qsvd.prepare.quantize import prepare
+from qsvd.prepare.quantize import prepare_quantize
 from qsvd.training.trainer import stored_components
 from tests.adapters import results
 from tests.adapters.results import IDS, ROUNDINGS, distance, outputs
@@ -28,6 +28,7 @@ from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of, tensors_of
 from tests.mixed import CODECS, RANKS, mixed_base, modules_of, plain_model, residual, write_table
 from tests.runs import text_rows, write_rows
+from tests.stops import StopAfter, Stopped
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}  # blocks of 128 cross rows
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for an old name
@@ -67,7 +68,9 @@ def test_every_weight_has_the_codec_and_the_rank_of_its_line(out):
     assert set(adapter["target_modules"]) == {module for module, (_, rank) in chosen.items() if rank}
     assert adapter["r"] == adapter["lora_alpha"] == 4
     again = qsvd.Quantize(str(out.parent / "source"), out=out.parent / "x", allocation=out / "allocation.txt")
-    assert {m: c.rank for m, c in prepare(again).allocation.choices.items()} == {m: r for m, (_, r) in chosen.items()}
+    assert {m: c.rank for m, c in prepare_quantize(again).resolved.choices.items()} == {
+        m: r for m, (_, r) in chosen.items()
+    }
 
 
 def test_the_files_hold_the_bytes_that_a_budget_counts(out):
@@ -116,13 +119,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(out):
     options = qsvd.Quantize(
         str(out.parent / "source"), out=out.parent / "stopped", iterations=1, shard_size="100KB", allocation=table
     )
-    steps = execute(prepare(options))
-    for _ in range(5):
-        next(steps)
-    steps.close()
+    with pytest.raises(Stopped):
+        quantize_run(prepare_quantize(options), StopAfter(5))
     write_table(out.parent / "other.txt", modules_of(out.parent / "source"), ranks=(2,))
     with pytest.raises(ValueError, match="was written with other options: allocation"):
-        next(execute(prepare(qsvd.Quantize(**(vars(options) | {"allocation": out.parent / "other.txt"})))))
+        qsvd.quantize(qsvd.Quantize(**(vars(options) | {"allocation": out.parent / "other.txt"})))
     qsvd.quantize(options)
     kept = {
         name: content for name, content in files_of(out).items() if name.endswith((".safetensors", "allocation.txt"))

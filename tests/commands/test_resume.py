@@ -143,8 +143,8 @@ def test_an_interrupted_process_ends_with_130_and_the_same_command_goes_on(tmp_p
     kept = {path: path.stat().st_mtime_ns for path in unfinished.glob("*.factors")}
     assert code == 130
     assert out == ""
-    assert "stopping after this weight; once more to stop at once" in err
-    assert err.endswith("qsvd: interrupted; finished weights are kept, the same command goes on in out\n")
+    assert "stopping after this weight; press Ctrl-C again to stop at once" in err
+    assert err.endswith("qsvd: interrupted; finished work is kept, the same command continues in out\n")
     assert 0 < len(kept) < 36
     monkeypatch.chdir(tmp_path)
     assert run([str(argument) for argument in arguments]) == 0

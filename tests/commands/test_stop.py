@@ -40,7 +40,7 @@ def test_the_first_interrupt_finishes_the_weight_at_hand(source, tmp_path, monke
     out = tmp_path / "out"
     begun = interrupting(monkeypatch, 3)
     assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 130
-    assert "finished weights are kept, the same command goes on in" in capsys.readouterr().err
+    assert "finished work is kept, the same command continues in" in capsys.readouterr().err
     assert len(begun) == len(list((out / "unfinished").glob("*.factors"))) == 3
     monkeypatch.undo()
     begun = interrupting(monkeypatch)
@@ -93,7 +93,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_same_command_goes_on(
     monkeypatch.setattr(qsvd.files.output, "write_stream", until_full)
     assert run(arguments) == 1
     *_, sentence = capsys.readouterr().err.splitlines()
-    assert sentence == "qsvd: No space left on device; finished weights are kept, the same command goes on in out"
+    assert sentence == "qsvd: No space left on device; finished work is kept, the same command continues in out"
     monkeypatch.setattr(qsvd.files.output, "write_stream", write_stream)
     begun = interrupting(monkeypatch)
     assert run(arguments) == 0

@@ -15,7 +15,7 @@ import qsvd.commands.train
 from qsvd.adapters.methods import METHODS, Lora
 from qsvd.cli import parse, run
 from qsvd.commands.train import train
-from qsvd.prepare.train import prepare_run
+from qsvd.prepare.train import prepare_train
 from qsvd.training.run_folder import RunFolder
 from tests.runs import (
     TEXTS,
@@ -133,8 +133,8 @@ def test_everything_that_is_out_of_range_is_named_at_once(options, monkeypatch, 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"map": ("text",)}, r"^--map text is no COLUMN=NAME, such as --map query=question reply=answer$"),
-        ({"map": ("text=", "=b", "a=b")}, r"^--map text= =b is no COLUMN=NAME"),
+        ({"map": ("text",)}, r"^--map text is not COLUMN=NAME, such as --map query=question reply=answer$"),
+        ({"map": ("text=", "=b", "a=b")}, r"^--map text= =b is not COLUMN=NAME"),
         ({"map": ("text=body",)}, r"^--map: body is not a name of qsvd"),
         ({"device": "cuda:99"}, r"^--device 'cuda:99' does not exist: torch finds \d+ CUDA GPUs$"),
         ({"method": "pissa", "rank": 8}, r"rank 8 is not the stored rank 16, the only one that pissa can train"),
@@ -177,7 +177,7 @@ def test_sequences_beyond_the_positions_of_the_model_are_refused(options, tmp_pa
         r"^1 sequences have more tokens than the 512 positions of the model: .*line 1 \(\d+\); give --max-length 512$"
     )
     refused(replace(options, data=long, max_length=1024), sentence)
-    assert prepare_run(replace(options, data=long, max_length=512))
+    assert prepare_train(replace(options, data=long, max_length=512))
 
 
 def test_held_out_examples_of_another_kind_are_refused(options, labelled):
@@ -187,7 +187,7 @@ def test_held_out_examples_of_another_kind_are_refused(options, labelled):
 def test_a_base_without_a_tokenizer_is_refused(options, language, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(language, bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    refused(replace(options, base=bare), r"bare has no tokenizer that transformers can open; copy the source's files")
+    refused(replace(options, base=bare), r"bare has no tokenizer that transformers can open; copy the tokenizer files")
 
 
 # What is only shown
@@ -211,7 +211,7 @@ def test_a_dry_run_prints_every_setting_and_writes_nothing(options, capsys):
     assert found["learning-rate"] == "2e-05"
     assert found["optimizer"] == "adamw"
     assert (found["method"], found["adapter dtype"], found["device"]) == ("pissa", "float32", "cpu, torch.float32")
-    total = len(prepare_run(replace(options, held_out=0.0)).data.input_ids)
+    total = len(prepare_train(replace(options, held_out=0.0)).data.input_ids)
     held_out = round(0.2 * total)
     assert found["held out"] == f"{held_out} sequences"
     assert found["sequences"].startswith(f"{total - held_out} with ")
@@ -275,7 +275,7 @@ def nats(model, sequences):
 
 
 def test_the_held_out_loss_is_that_of_the_model_before_and_after(complete):
-    job = prepare_run(complete)
+    job = prepare_train(complete)
     summary = json.loads((complete.out / "summary.json").read_text())
     held_out = job.held_out.input_ids
     assert not [ids for ids in held_out if ids in job.data.input_ids]
@@ -295,7 +295,7 @@ def test_what_is_held_out_is_a_share_a_folders_file_a_file_or_nothing(options, t
     other = write_rows(tmp_path / "other.jsonl", text_rows()[:2])
 
     def counts(**changes):
-        job = prepare_run(replace(options, max_length=128, **changes))
+        job = prepare_train(replace(options, max_length=128, **changes))
         return len(job.data.input_ids), len(job.held_out.input_ids) if job.held_out else 0
 
     assert counts() == (total, 0)
@@ -311,7 +311,7 @@ def test_what_is_held_out_is_a_share_a_folders_file_a_file_or_nothing(options, t
 
 def test_at_most_256_examples_are_held_out_and_the_seed_draws_them(options, tmp_path):
     data = write_rows(tmp_path / "many.jsonl", [{"text": f"number {number}"} for number in range(1000)])
-    jobs = [prepare_run(replace(options, data=data, held_out=0.9, seed=seed)) for seed in (0, 0, 1)]
+    jobs = [prepare_train(replace(options, data=data, held_out=0.9, seed=seed)) for seed in (0, 0, 1)]
     drawn = [job.held_out.input_ids for job in jobs]
     assert [len(ids) for ids in drawn] == [256, 256, 256]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -365,7 +365,7 @@ def test_the_names_of_the_classes_are_part_of_the_data(options, classifier, tmp_
     for names in ("ab", "xy"):
         rows = [{"text": row["text"], "label": names["ab".index(row["label"])]} for row in labelled_rows()]
         data = write_rows(tmp_path / f"{names}.jsonl", rows)
-        identities.append(prepare_run(replace(options, base=classifier, data=data)).identity)
+        identities.append(prepare_train(replace(options, base=classifier, data=data)).identity)
     assert identities[0] != identities[1]
 
 
@@ -381,7 +381,7 @@ def test_base_and_data_may_move(complete, language, tmp_path, capsys):
 def test_an_interrupt_in_the_last_step_is_too_late(options, monkeypatch, capsys):
     interrupting(monkeypatch, 4)
     assert run(words(options)) == 0
-    assert "stopping after this step; once more to stop at once" in capsys.readouterr().err
+    assert "stopping after this step; press Ctrl-C again to stop at once" in capsys.readouterr().err
     assert (options.out / "summary.json").is_file()
 
 
@@ -396,7 +396,7 @@ def test_a_second_interrupt_stops_at_once(options, monkeypatch, capsys):
 
 
 def test_two_processes_do_not_train_in_one_folder(options, capsys):
-    with RunFolder(options.out, prepare_run(options).identity, resume=False):
+    with RunFolder(options.out, prepare_train(options).identity, resume=False):
         assert run([*words(options), "--resume"]) == 2
     assert "another qsvd process is writing to" in capsys.readouterr().err
 

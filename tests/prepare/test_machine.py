@@ -17,7 +17,7 @@ from qsvd.memory.placement import Wish
 from qsvd.memory.training import Training, plan_training
 from qsvd.prepare import machine as place_run
 from qsvd.prepare.machine import Machine, machine, num_blocks, place_reading, place_training, show_placement
-from qsvd.prepare.train import prepare_run
+from qsvd.prepare.train import prepare_train
 from tests.adapters.results import split_checkpoint
 from tests.runs import classifier_base, labelled_rows, language_base, text_rows, training, write_rows
 
@@ -205,7 +205,7 @@ def asked(monkeypatch, base, data, folder, **changes):
         return real(model, training, limits, wish)
 
     monkeypatch.setattr(place_run, "place", place)
-    job = prepare_run(training(base, data, folder / "run", **changes))
+    job = prepare_train(training(base, data, folder / "run", **changes))
     monkeypatch.setattr(place_run, "place", real)
     ((found, wish),) = seen
     assert wish == Wish("auto", "no" if job.data.label_names else "auto")

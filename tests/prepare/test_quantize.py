@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 
 import qsvd
-import qsvd.prepare.quantize
+import qsvd.prepare.models
 from qsvd.errors import DoesNotFit
-from qsvd.prepare.quantize import check_disk, check_memory, prepare
+from qsvd.prepare.quantize import check_resources, prepare_quantize
 from tests.checkpoints import write_checkpoint
 
 
@@ -24,26 +24,26 @@ def options(tmp_path):
 
 
 def test_the_identity_is_json_and_comes_back_equal(options):
-    identity = prepare(replace(options, include=("*.q_proj",))).source.identity
+    identity = prepare_quantize(replace(options, include=("*.q_proj",))).identity
     assert json.loads(json.dumps(identity)) == identity
 
 
 def test_what_changes_the_bytes_changes_the_identity_and_nothing_else_does(options, tmp_path):
-    identity = prepare(options).source.identity
+    identity = prepare_quantize(options).identity
     changes = {"rank": 5, "iterations": 2, "order": "quantize", "end": "quantize", "stop": "never", "svd": "exact"}
     changes |= {"dtype": "float32", "double_quant": False, "include": ("*",), "exclude": ("*.q_proj",)}
     changes |= {"shard_size": "1GB", "seed": 1}
     for name, value in changes.items():
-        assert prepare(replace(options, **{name: value})).source.identity != identity, name
-    assert prepare(replace(options, out=tmp_path / "elsewhere", device="cpu")).source.identity == identity
+        assert prepare_quantize(replace(options, **{name: value})).identity != identity, name
+    assert prepare_quantize(replace(options, out=tmp_path / "elsewhere", device="cpu")).identity == identity
     moved = shutil.copytree(options.model, tmp_path / "moved")
-    assert prepare(replace(options, model=str(moved))).source.identity == identity
+    assert prepare_quantize(replace(options, model=str(moved))).identity == identity
 
 
 def test_another_source_is_another_identity(options, tmp_path):
     write_checkpoint(tmp_path / "wider", vocab_size=97)
     other = replace(options, model=str(tmp_path / "wider"))
-    assert prepare(other).source.identity != prepare(options).source.identity
+    assert prepare_quantize(other).identity != prepare_quantize(options).identity
 
 
 def test_a_loader_decodes_to_the_dtype_of_most_elements(options, tmp_path):
@@ -54,30 +54,32 @@ def test_a_loader_decodes_to_the_dtype_of_most_elements(options, tmp_path):
         tensors[name] = tensor.float() if "self_attn" in name else tensor.half() if "mlp" in name else tensor
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     options = qsvd.Quantize(str(folder), out=tmp_path / "out", rank=4)
-    assert prepare(options).source.compute_dtype == torch.float16
-    assert prepare(replace(options, include=("*.self_attn.*", "*.0.mlp.up_proj"))).source.compute_dtype == torch.float32
-    assert prepare(qsvd.Quantize(model, out=tmp_path / "out", rank=4)).source.compute_dtype == torch.bfloat16
+    assert prepare_quantize(options).compute_dtype == torch.float16
+    assert (
+        prepare_quantize(replace(options, include=("*.self_attn.*", "*.0.mlp.up_proj"))).compute_dtype == torch.float32
+    )
+    assert prepare_quantize(qsvd.Quantize(model, out=tmp_path / "out", rank=4)).compute_dtype == torch.bfloat16
 
 
 def test_heads_that_a_user_may_add_are_skipped_by_a_loader(options):
-    assert set(prepare(options).skipped) == {"lm_head", "classifier", "score", "qa_outputs"}
+    assert set(prepare_quantize(options).skipped) == {"lm_head", "classifier", "score", "qa_outputs"}
 
 
 def test_a_split_that_transformers_would_not_load_is_refused(options, monkeypatch):
-    plan_model = qsvd.prepare.quantize.plan_model
+    plan_model = qsvd.prepare.models.plan_model
 
     def with_another_linear_left(*arguments, **patterns):
         return replace(plan_model(*arguments, **patterns), left_linears=("0.mlp.up_proj", "lm_head"))
 
-    monkeypatch.setattr(qsvd.prepare.quantize, "plan_model", with_another_linear_left)
-    with pytest.raises(ValueError, match=r"cannot tell model\.layers\.0\.mlp\.up_proj from the layers left in 16 bits"):
-        prepare(options)
+    monkeypatch.setattr(qsvd.prepare.models, "plan_model", with_another_linear_left)
+    with pytest.raises(ValueError, match=r"cannot tell model\.layers\.0\.mlp\.up_proj from the layers that stay"):
+        prepare_quantize(options)
 
 
 def test_a_weight_that_cannot_be_split_in_what_is_free_is_refused_before_any_is_read(options, monkeypatch):
     monkeypatch.setattr("qsvd.commands.quantize.stream", None)
     monkeypatch.setattr("qsvd.prepare.machine.free_host_memory", lambda: 310_000_000)
-    check_memory(prepare(options))  # 300 MB of them are a reserve
+    check_resources(prepare_quantize(options))  # 300 MB of them are a reserve
     monkeypatch.setattr("qsvd.prepare.machine.free_host_memory", lambda: 300_000_000)
     with pytest.raises(DoesNotFit, match=r"needs .* more CPU memory to split model\.layers\.0\.mlp\.gate_proj\.weight"):
         qsvd.quantize(options)
@@ -86,35 +88,35 @@ def test_a_weight_that_cannot_be_split_in_what_is_free_is_refused_before_any_is_
 
 @pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False)])
 def test_the_disk_must_hold_the_largest_moment_to_the_byte(options, monkeypatch, missing, fits):
-    job = prepare(options)
+    job = prepare_quantize(options)
     give_disk(monkeypatch, job.sizes.disk - missing)
     if fits:
-        check_disk(job)
+        check_resources(job)
         return
     with pytest.raises(DoesNotFit, match="more disk space"):
-        check_disk(job)
+        check_resources(job)
 
 
 def test_what_an_earlier_run_wrote_need_not_fit_again(options, monkeypatch):
-    job = prepare(options)
-    (job.source.out / "unfinished").mkdir(parents=True)
-    (job.source.out / "unfinished" / "00000.residual").write_bytes(bytes(1000))
+    job = prepare_quantize(options)
+    (job.out / "unfinished").mkdir(parents=True)
+    (job.out / "unfinished" / "00000.residual").write_bytes(bytes(1000))
     give_disk(monkeypatch, job.sizes.disk - 1000)
-    check_disk(job)
+    check_resources(job)
     give_disk(monkeypatch, job.sizes.disk - 1001)
     with pytest.raises(DoesNotFit):
-        check_disk(job)
+        check_resources(job)
 
 
 def test_the_disk_is_that_of_the_nearest_folder_that_exists(options, tmp_path, monkeypatch):
     asked = give_disk(monkeypatch, 10**9)
-    check_disk(prepare(replace(options, out=tmp_path / "a" / "b")))
+    check_resources(prepare_quantize(replace(options, out=tmp_path / "a" / "b")))
     assert asked == [tmp_path]
 
 
 def test_a_tilde_is_the_home_folder(options, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert prepare(replace(options, out=Path("~/result"))).source.out == tmp_path / "result"
+    assert prepare_quantize(replace(options, out=Path("~/result"))).out == tmp_path / "result"
 
 
 def give_disk(monkeypatch, free):

@@ -21,14 +21,16 @@ import tyro
 import qsvd
 from qsvd.cli import run
 from qsvd.commands.demo import MODEL
-from qsvd.commands.quantize import execute
+from qsvd.commands.quantize import quantize_run
 from qsvd.files.layout import digest, fingerprint
 from qsvd.files.source import open_checkpoint
 from qsvd.files.split_folder import open_split
 from qsvd.files.workspace import MANIFEST
-from qsvd.prepare.quantize import prepare
+from qsvd.prepare.progress import show_nothing
+from qsvd.prepare.quantize import prepare_quantize
 from tests.checkpoints import tiny_config
 from tests.commands.folders import files_of, python_path, tensors_of
+from tests.stops import StopAfter, Stopped
 
 TOOL = Path(random_model.__file__).with_name("make_model")
 SHAPE = {"layers": 3, "hidden": 64, "ffn": 128, "heads": 4, "kv_heads": 2, "vocab": 4096}  # the tokenizer's vocabulary
@@ -115,7 +117,10 @@ def test_splitting_what_is_drawn_gives_the_bytes_of_splitting_what_was_written(t
     written = open_checkpoint(str(tmp_path / "source"))
     assert list(written.tensors) == list(model.source.tensors)
     for folder, source in (("written", written), ("drawn", model.source)):
-        assert len([*execute(prepare(options(tmp_path / folder, shard_size=shard_size, iterations=2), source))]) == 21
+        run = prepare_quantize(options(tmp_path / folder, shard_size=shard_size, iterations=2), source)
+        show = StopAfter()
+        quantize_run(run, show)
+        assert len(show.seen) == 21
     written, drawn = (files_of(tmp_path / folder) for folder in ("written", "drawn"))
     assert written.keys() == drawn.keys() >= {"tokenizer.json", "config.json", "adapter/adapter_model.safetensors"}
     assert (sum(name.startswith("model-") for name in drawn) > 1) == (shard_size == "100KB")
@@ -124,22 +129,21 @@ def test_splitting_what_is_drawn_gives_the_bytes_of_splitting_what_was_written(t
 
 
 def test_a_stopped_split_of_what_is_drawn_goes_on(tmp_path):
-    whole = prepare(options(tmp_path / "whole", iterations=1), drawn_model().source)
-    assert all(weight.is_new for weight in execute(whole))
-    stopped = prepare(options(tmp_path / "stopped", iterations=1), drawn_model().source)
-    steps = execute(stopped)
-    for _ in range(9):
-        next(steps)
-    steps.close()
-    resumed = [weight.is_new for weight in execute(prepare(stopped.source.options, drawn_model().source))]
-    assert resumed == [False] * 9 + [True] * 12
+    quantize_run(prepare_quantize(options(tmp_path / "whole", iterations=1), drawn_model().source), show_nothing)
+    stopped = prepare_quantize(options(tmp_path / "stopped", iterations=1), drawn_model().source)
+    with pytest.raises(Stopped):
+        quantize_run(stopped, StopAfter(9))
+    rest = StopAfter()
+    quantize_run(prepare_quantize(stopped.options, drawn_model().source), rest)
+    assert [now.new > 0 for now in rest.seen] == [False] * 9 + [True] * 12
     assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "whole")
 
 
 def test_another_seed_does_not_go_on_with_a_split(tmp_path):
-    next(execute(prepare(options(tmp_path / "out"), drawn_model().source)))
+    with pytest.raises(Stopped):
+        quantize_run(prepare_quantize(options(tmp_path / "out"), drawn_model().source), StopAfter(1))
     with pytest.raises(ValueError, match="was written with other options: source_fingerprint"):
-        next(execute(prepare(options(tmp_path / "out"), drawn_model(seed=1).source)))
+        quantize_run(prepare_quantize(options(tmp_path / "out"), drawn_model(seed=1).source), show_nothing)
 
 
 def weights_of(folder):
@@ -206,7 +210,7 @@ def test_a_stopped_split_base_goes_on_to_the_same_bytes(split_base, tmp_path, mo
 def test_a_drawn_split_has_the_tensors_of_a_real_one(tmp_path, rank, double_quant):
     flags = {"rank": rank, "double_quant": double_quant, "iterations": 1}
     random_model.write_split(drawn_model(), options(tmp_path / "drawn", **flags))
-    list(execute(prepare(options(tmp_path / "real", **flags), drawn_model().source)))
+    quantize_run(prepare_quantize(options(tmp_path / "real", **flags), drawn_model().source), show_nothing)
     drawn, real = (tensors_of(tmp_path / folder) for folder in ("drawn", "real"))
     assert drawn.keys() == real.keys()
     for name, tensor in real.items():

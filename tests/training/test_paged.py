@@ -11,7 +11,7 @@ from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.commands.train import train
 from qsvd.errors import DoesNotFit
-from qsvd.prepare.train import prepare_run
+from qsvd.prepare.train import prepare_train
 from qsvd.training.run_folder import RunFolder
 from tests.runs import interrupting, outcome, text_rows, training, words, write_rows
 
@@ -66,7 +66,7 @@ def test_auto_takes_less_on_the_device_where_there_is_less(base, data, tmp_path,
     monkeypatch.setattr("qsvd.prepare.machine.taken_host_memory", lambda: 0)
 
     def job(**changes):
-        return prepare_run(options(base, data, tmp_path / "run", **changes))
+        return prepare_train(options(base, data, tmp_path / "run", **changes))
 
     everything, nothing = (job(resident=share).placed.memory.total("host") for share in (1.0, 0.0))
     assert nothing < everything

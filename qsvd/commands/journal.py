@@ -1,0 +1,172 @@
+"""What a training run shows and keeps: its plan, its steps, its summary, and a sentence where it fails."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qsvd.adapters.model import moved_bytes, trained
+from qsvd.errors import DoesNotFit, show_size
+from qsvd.evaluate.accuracy import accuracy, mean_loss
+from qsvd.files.atomic import whole_file, write_text
+from qsvd.prepare.progress import Progress, ShowProgress
+from qsvd.prepare.train import TrainRun
+from qsvd.report.training import RunSummary, loss_plot, run_readme
+from qsvd.training.guards import memory_advice
+from qsvd.training.run_folder import SUMMARY, RunFolder, checkpoints, step_of
+from qsvd.training.steps import Step, memory_by_item, peak_bytes_of, planned_by_item
+
+
+def show_plan(run: TrainRun) -> None:
+    """Print what would be trained."""
+    place: Literal["gpu", "host"] = "gpu" if run.device.type == "cuda" else "host"
+    memory = f"{show_size(run.placed.memory.total(place))} of {show_size(getattr(run.placed.memory.limits, place))}"
+    rows = {name.replace("_", "-"): str(value) for name, value in asdict(run.settings).items()} | {
+        "method": run.record.method,
+        "adapter dtype": run.record.dtype,
+        "device": f"{run.device}, {run.dtype}",
+        "sequences": f"{len(run.data.input_ids):,} with {run.data.num_tokens:,} tokens",
+        "trained tokens": f"{run.data.num_trained:,}",
+        "held out": f"{len(run.held_out.input_ids) if run.held_out else 0:,} sequences",
+        "steps": f"{run.total_steps:,}" + (" at most" if run.settings.packing else ""),
+        "4-bit weights on the device": run.resident,
+        "memory, without the libraries'": memory,
+    }
+    table = Table("setting", "value", title="What would be trained", title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def truncated(run: TrainRun) -> str:
+    """Return a sentence on examples that were cut."""
+    dropped = f", {run.data.dropped} of them left out, since no trained token remained" if run.data.dropped else ""
+    return f"{run.data.truncated} examples were cut at {run.settings.max_length} tokens{dropped}"
+
+
+class RunRecorder:
+    """Writes every step into the run's folder, shows it, and passes on the wish to stop.
+
+    Args:
+        show: Shows progress.
+        is_stop_asked: Whether the run is to end after the step that is recorded.
+    """
+
+    def __init__(self, run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_asked: Callable[[], bool]):
+        self._run, self._folder, self._show, self._is_stop_asked = run, folder, show, is_stop_asked
+        self.checkpoint, self._before = resume_point(run.out, folder)
+        folder.keep_steps(self._before.number if self._before else 0)
+        self._started = time.monotonic()
+        self.peak_bytes = peak_bytes_of(run.device)
+        self.library_bytes = 0 if run.device.type == "cuda" else self.peak_bytes()  # of a process without a model
+        self.is_stopped = False
+
+    def start_clock(self) -> None:
+        """Count seconds from here; those of an earlier part of the run are added."""
+        self._started = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return the seconds of training, earlier parts of the run included."""
+        return (self._before.seconds if self._before else 0.0) + time.monotonic() - self._started
+
+    def record(self, step: Step) -> bool:
+        """Write and show a step; return whether the run is to save a checkpoint and end."""
+        self._folder.add_step(step)
+        self._show(progress_of(step, self._run.total_steps, self._before))
+        self.is_stopped = self._is_stop_asked()
+        return self.is_stopped
+
+
+def progress_of(step: Step, total: int, before: Step | None) -> Progress:
+    """Return a step as progress; speed and time left are those since `before`, the last step of an earlier part."""
+    tokens, seconds, number = (before.tokens, before.seconds, before.number) if before else (0, 0.0, 0)
+    elapsed = max(step.seconds - seconds, 1e-9)
+    speed = (step.tokens - tokens) / elapsed
+    what = f"step {step.number}/{total}, loss {step.loss:.4f}, {speed:,.0f} tokens/s"
+    peak = f"peak {step.peak_bytes / 1e9:.2f} GB"
+    return Progress(step.number, step.number - number, total, what, more=peak, seconds=elapsed)
+
+
+def resume_point(run: Path, folder: RunFolder) -> tuple[Path | None, Step | None]:
+    """Return the newest whole checkpoint whose step was recorded, and that step; None and None without one."""
+    steps = {step.number: step for step in folder.steps()}
+    found = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) in steps]
+    return (found[-1], steps[step_of(found[-1])]) if found else (None, None)
+
+
+def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | None]:
+    """Return the loss on the held-out examples, and the accuracy of a classifier, under the names of the summary.
+
+    Args:
+        when: "before" or "after".
+    """
+    found: dict[str, float | None] = {f"held_out_{when}": None, f"accuracy_{when}": None}
+    if run.held_out is None:
+        return found
+    model.eval()
+    batch, pad, segments = run.settings.batch_size, run.tokenizer.pad_token_id, run.held_out.token_types
+    examples: list[Any] = list(zip(run.held_out.input_ids, run.held_out.labels, strict=True))
+    if run.data.label_names:
+        model.config.pad_token_id = pad  # decoders find the end of a text by it
+        measured = accuracy(model, examples, pad_token=pad, batch=batch, segments=segments)
+        return {f"held_out_{when}": measured.nats, f"accuracy_{when}": measured.share}
+    return found | {f"held_out_{when}": mean_loss(model, examples, pad_token=pad, batch=batch).nats}
+
+
+def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunRecorder) -> None:
+    """Write the adapter, pictures, README and summary; the summary last, since it says that the run is complete."""
+    model, steps, libraries = trainer.model, folder.steps(), recorder.library_bytes
+    peak = recorder.peak_bytes()
+    model.save_pretrained(run.out)
+    summary = RunSummary(
+        base=str(run.options.base),
+        method=run.record.method,
+        learning_rate=run.settings.learning_rate,
+        optimizer=run.settings.optimizer,
+        trained_parameters=sum(p.numel() for p in trained(model).values()),
+        steps=len(steps),
+        tokens=steps[-1].tokens,
+        seconds=steps[-1].seconds,
+        first_loss=steps[0].loss,
+        last_loss=steps[-1].loss,
+        memory=memory_by_item(model, trainer.optimizer, peak, libraries),
+        planned=planned_by_item(run.placed.memory, on_gpu=run.device.type == "cuda", libraries=libraries),
+        resident=run.resident,
+        moved_bytes=moved_bytes(model),
+        device=str(run.device),
+        **(folder.start or {}),
+        **held_out_loss(run, model, "after"),
+    )
+    before, after = summary.held_out_before, summary.held_out_after
+    held_out = None if before is None or after is None else (before, after)
+    for kind in ("png", "svg"):
+        with whole_file(run.out / f"loss.{kind}") as file:
+            file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
+    write_text(run.out / "README.md", run_readme(summary, str(run.options.out)))
+    folder.write(SUMMARY, asdict(summary))
+
+
+@contextmanager
+def explained_errors(run: TrainRun) -> Iterator[None]:
+    """Turn errors of memory and disk into a sentence that says what to change and what is kept."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        used, total = 0, 0
+        if run.device.type == "cuda":
+            total = torch.cuda.get_device_properties(run.device).total_memory
+            used = torch.cuda.memory_allocated(run.device)
+        reason = str(error).partition("\n")[0]
+        raise DoesNotFit(memory_advice(reason, run.settings, used=used, total=total)) from error
+    except OSError as error:
+        saved = checkpoints(run.out)
+        kept = "nothing was saved yet"
+        if saved:
+            kept = f"{saved[-1].name} is kept, and the same command with --resume continues from it"
+        raise OSError(error.errno, f"{error.strerror or error}; {kept}", error.filename) from error

@@ -1,0 +1,187 @@
+"""What `qsvd quantize` writes: the tensors of one weight, and the files around the shards, the manifest last."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from math import sqrt
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import qsvd
+from qsvd.decompose.split import Split
+from qsvd.export.peft import adapter_settings
+from qsvd.files.atomic import whole_file, write_json, write_text
+from qsvd.files.layout import (
+    adapter_tensors,
+    fingerprint,
+    packed_config,
+    packed_tensors,
+    quantization_config,
+    residual_tensors,
+)
+from qsvd.files.output import OutputFolder
+from qsvd.files.safetensors import NewTensor, TensorEntry, read_header
+from qsvd.files.workspace import ERRORS, MANIFEST
+from qsvd.numerics.names import spelling
+from qsvd.plan.weights import WeightSpec
+from qsvd.prepare.quantize import ALLOCATION, QuantizeRun
+from qsvd.records import WeightError
+from qsvd.report.errors import from_record, to_markdown, to_record
+from qsvd.report.readme import readme
+
+FORMAT = 1
+LIBRARIES = ("torch", "bitsandbytes", "transformers", "peft", "safetensors")
+TASKS = {  # PEFT's task_type; for classifiers none, since PEFT would look for a head among the factors
+    "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def tensors_of(run: QuantizeRun, spec: WeightSpec, split: Split) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors of residual and components under their names in the files, on the CPU."""
+    if run.resolved.is_plain:
+        residual = residual_tensors(spec.name, split.residual, run.compute_dtype)
+    else:
+        residual = packed_tensors(spec.name, split.residual)
+    return {name: tensor.cpu() for name, tensor in residual.items()}, adapter_tensors(spec.module, split)
+
+
+def copied_tensor(run: QuantizeRun, name: str) -> NewTensor:
+    """Return a tensor of the 16-bit model as it is; its bytes are copied or read when they are written."""
+    entry = run.checkpoint.tensors[name]
+    values = entry if isinstance(entry, TensorEntry) else partial(run.checkpoint.read, name)
+    return NewTensor(name, entry.dtype, entry.shape, values)
+
+
+def error_change(errors: list[WeightError]) -> str:
+    """Return in words how much components changed the Frobenius error of the weights so far."""
+    before, after = (sum(getattr(error, state).frobenius ** 2 for error in errors) for state in ("before", "after"))
+    percent = 100 * (sqrt(after / before) - 1) if before else 0.0
+    return f"error {percent:+.1f} %"
+
+
+def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
+    """Write what belongs to a complete result, then drop the folder of unfinished work. May be run again.
+
+    A weight whose record is null was drawn, not split: it has no error, and the report says so.
+    """
+    digests = {spec.name: folder.residual_sha256(number) for number, spec in enumerate(run.plan.weights)}
+    base = fingerprint(digests)
+    records = [folder.weight_record(number) for number in range(len(run.plan.weights))]
+    errors = [from_record(record) for record in records if record is not None]
+    if any(choice.rank for choice in run.resolved.choices.values()):
+        _write_adapter(run, folder, base)
+    _write_config(run)
+    _write_index(run)
+    for source in run.checkpoint.other_files:
+        with whole_file(run.out / source.name) as file:
+            file.write(source.read_bytes())
+    write_text(run.out / ERRORS, "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
+    write_text(run.out / "report.md", to_markdown(run.header, errors) if errors else _unmeasured(run))
+    if run.table is not None:
+        write_text(run.out / ALLOCATION, run.table)
+    write_text(run.out / "README.md", readme(run.header, str(run.out), run.plan.architecture))
+    write_json(run.out / MANIFEST, _manifest(run, digests, base))
+    folder.close()
+
+
+def _write_adapter(run: QuantizeRun, folder: OutputFolder, base: str) -> None:
+    metadata = {"qsvd_base_fingerprint": base}
+    folder.write_adapter("adapter/adapter_model.safetensors", range(len(run.plan.weights)), metadata)
+    task = next((task for ending, task in TASKS.items() if run.plan.architecture.endswith(ending)), None)
+    ranks = {module: choice.rank for module, choice in run.resolved.choices.items() if choice.rank}
+    config = adapter_settings(ranks, (), task, str(run.out))
+    write_json(run.out / "adapter" / "adapter_config.json", config)
+
+
+def _write_config(run: QuantizeRun) -> None:
+    """The source's config.json as it is, with the quantization added."""
+    dtype = run.compute_dtype
+    if run.resolved.is_plain:
+        nested = run.header.codec == "nf4+dq"
+        quantization = quantization_config(list(run.skipped), double_quant=nested, dtype=dtype)
+    else:
+        quantization = packed_config(run.resolved, dtype)
+    config = run.checkpoint.config_json | {"quantization_config": quantization}
+    write_json(run.out / "config.json", config)
+
+
+def _write_index(run: QuantizeRun) -> None:
+    if len(run.shards) == 1:
+        return
+    headers = {shard.file: read_header(run.out / shard.file) for shard in run.shards}
+    weight_map = {name: file for file, header in headers.items() for name in header.tensors}
+    total = sum(entry.num_bytes for header in headers.values() for entry in header.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(run.out / "model.safetensors.index.json", index)
+
+
+def _unmeasured(run: QuantizeRun) -> str:
+    return f"# {run.header.model}\n\n{run.header.method}.\n\nNo weight was split, so no error was measured.\n"
+
+
+def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str, Any]:
+    file_of = {number: shard.file for shard in run.shards for number in shard.weights}
+    weights = {
+        spec.name: {
+            "module": spec.module,
+            "shape": list(spec.shape),
+            "role": spec.role,
+            "codec": spelling(run.resolved.choices[spec.module].codec),
+            "rank": run.resolved.choices[spec.module].rank,
+            "file": file_of[number],
+            "residual_sha256": digests[spec.name],
+        }
+        for number, spec in enumerate(run.plan.weights)
+    }
+    checkpoint = run.checkpoint
+    return {
+        "format": FORMAT,
+        "fingerprint": base,
+        "source": {
+            "model": checkpoint.name,
+            "revision": checkpoint.revision,
+            "fingerprint": checkpoint.fingerprint,
+            "architecture": run.plan.architecture,
+        },
+        "run": run.identity,
+        "versions": {"qsvd": qsvd.__version__} | {name: version(name) for name in LIBRARIES},
+        "header": asdict(run.header),
+        "weights": weights,
+    }
+
+
+# What `qsvd quantize --dry-run` prints: the resolved options, the weights and the expected sizes.
+
+
+def show_plan(run: QuantizeRun) -> None:
+    """Print the plan of a job to stdout."""
+    console = Console()
+    options = Table("option", "value", title="Options", title_justify="left")
+    for name, value in asdict(run.options).items():
+        options.add_row(f"--{name.replace('_', '-')}", str(value))
+    options.add_row("(device)", str(run.device))
+    weights = Table("weight", "role", "shape", "codec", "rank", title="Weights", title_justify="left")
+    for spec in run.plan.weights:
+        choice = run.resolved.choices[spec.module]
+        shape = f"{spec.shape[0]} x {spec.shape[1]}"
+        weights.add_row(spec.module, spec.role, shape, spelling(choice.codec), str(choice.rank))
+    sizes = Table("part", "MB", title="Sizes", title_justify="left")
+    for name, num_bytes in (
+        ("weights to split, as they are", run.sizes.source),
+        ("residual", run.sizes.residual),
+        ("principal components", run.sizes.factors),
+        ("copied as it is", run.sizes.copied),
+        ("most on disk at any moment", run.sizes.disk),
+    ):
+        sizes.add_row(name, f"{num_bytes / 1e6:,.1f}")
+    console.print(options, weights, sizes)
+    console.print(f"Coverage: {run.header.reach}", soft_wrap=True, highlight=False)
+    for left in run.header.coverage.left:
+        console.print(f"Left: {left.pattern} ({left.size})", soft_wrap=True, highlight=False)
+    shards = ", ".join(shard.file for shard in run.shards[:3]) + (" ..." if len(run.shards) > 3 else "")
+    console.print(f"Files: {shards}", soft_wrap=True, highlight=False)

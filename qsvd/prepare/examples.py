@@ -1,0 +1,143 @@
+"""The data of a run: rows to tokens, and what is held out."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsvd.data.columns import Examples, Tokenized, recognise
+from qsvd.data.read import read_pair, read_rows
+from qsvd.data.row_files import Rows
+from qsvd.data.tokens import tokenize
+from qsvd.errors import BadInput, listing
+from qsvd.files.split_folder import SplitFolder
+from qsvd.options import Train
+from qsvd.plan.weights import context_length
+
+MOST_LENGTH = 1024  # tokens of a sequence, unless more are asked for
+MOST_HELD_OUT = 256  # examples, where no validation data are given
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Open the tokenizer of a model's folder and give it a padding token.
+
+    Raises:
+        BadInput: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"{folder} has no tokenizer that transformers can open; copy the tokenizer files of the 16-bit model there"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def mapping_of(pairs: tuple[str, ...]) -> dict[str, str]:
+    """Return --map COLUMN=NAME as a dictionary; a BadInput names the words that are not such pairs."""
+    wrong = [pair for pair in pairs if not all(pair.partition("=")[::2])]
+    if wrong:
+        raise BadInput(f"--map {' '.join(wrong)} is not COLUMN=NAME, such as --map query=question reply=answer")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """Return the tokens that end generation, by generation_config.json."""
+    path = folder / "generation_config.json"
+    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
+def positions(split: SplitFolder) -> int:
+    """Return the tokens that a quantized model can read; a recurrent one has no limit."""
+    from transformers import AutoConfig
+
+    return context_length(AutoConfig.from_pretrained(split.folder, local_files_only=True))
+
+
+def training_examples(
+    options: Train, tokenizer: Any, split: SplitFolder, max_length: int
+) -> tuple[Tokenized, Tokenized | None]:
+    """Return the tokenized examples that are trained and those that are held out.
+
+    Raises:
+        BadInput: the data cannot be used: the sentence says where and why.
+    """
+    train, valid = _rows(options)
+    examples = recognise(train, mapping_of(options.map))
+    _check_kind(options, examples)
+    others = None if valid is None else recognise(valid, mapping_of(options.map))
+    if others is not None and others.kind != examples.kind:
+        raise BadInput(f"{others.places.source} holds {others.kind} examples, {examples.places.source} {examples.kind}")
+    chosen = {"max_length": max_length, "loss_on": options.loss_on, "stop_ids": stop_ids(split.folder)}
+    data: Tokenized = tokenize(examples, tokenizer, **chosen, label_names=None)
+    held_out = None
+    if others is not None:
+        held_out = tokenize(others, tokenizer, **chosen, label_names=data.label_names or None)
+    elif options.held_out:
+        data, held_out = _hold_out(data, options)
+    _check_lengths(positions(split), [data] if held_out is None else [data, held_out])
+    return data, held_out
+
+
+def _rows(options: Train) -> tuple[Rows, Rows | None]:
+    """Read the rows of the training data, and of the validation data if there are any."""
+    if options.valid is not None:
+        valid_split = "train" if Path(options.valid).expanduser().is_file() else "valid"
+        return read_rows(options.data, split=options.split), read_rows(options.valid, split=valid_split)
+    if options.split != "train":
+        return read_rows(options.data, split=options.split), None
+    return read_pair(options.data)
+
+
+def _check_kind(options: Train, examples: Examples) -> None:
+    """Refuse options that only language models have, where texts are labelled."""
+    chosen = {"--packing": options.packing, "--activation-offload": options.activation_offload == "yes"}
+    given = [flag for flag, is_on in chosen.items() if is_on]
+    if examples.kind == "labelled" and given:
+        raise BadInput(
+            f"{examples.places.source} holds labelled texts, which train a classifier; {' and '.join(given)} "
+            "can be used for language models only"
+        )
+
+
+def _check_lengths(limit: int, tokenized: Sequence[Tokenized]) -> None:
+    """Refuse sequences that are longer than what the model can read."""
+    long = [
+        f"{one.where(index)} ({len(tokens)})"
+        for one in tokenized
+        for index, tokens in enumerate(one.input_ids)
+        if len(tokens) > limit
+    ]
+    if long:
+        raise BadInput(
+            f"{len(long)} sequences have more tokens than the {limit} positions of the model: {listing(long)}; "
+            f"give --max-length {limit}"
+        )
+
+
+def _hold_out(data: Tokenized, options: Train) -> tuple[Tokenized, Tokenized | None]:
+    """Divide the sequences into those that are trained and a share, drawn by the seed, that is held out."""
+    total = len(data.input_ids)
+    count = min(MOST_HELD_OUT, max(1, round(options.held_out * total)))
+    if count >= total:
+        return data, None
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(options.seed)).tolist()
+    return _take(data, sorted(order[count:])), _take(data, sorted(order[:count]))
+
+
+def _take(data: Tokenized, indexes: list[int]) -> Tokenized:
+    return replace(
+        data,
+        input_ids=[data.input_ids[index] for index in indexes],
+        labels=[data.labels[index] for index in indexes],
+        places=data.places.take(indexes),
+        token_types=data.token_types and [data.token_types[index] for index in indexes],
+    )
