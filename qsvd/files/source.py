@@ -6,7 +6,6 @@ Opening reads headers only. `check` compares them with the config and refuses qu
 import hashlib
 import json
 import pickle
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
