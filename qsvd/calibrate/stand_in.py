@@ -1,7 +1,7 @@
-"""Stand-ins in the place of a model's blocks: what lies around the blocks runs, and they are called by themselves.
+"""Stand-ins for the blocks of a model: the rest of the model runs, and each block can be called by itself later.
 
-A block is an element of a list of modules that takes the hidden states of the one before it. Everything else that a
-block is called with (masks, rotary embeddings, which differ between the blocks of some models) is kept as it was given.
+A block is an element of a list of modules; it takes the hidden states of the block before it. Its other arguments
+(masks, rotary embeddings; in some models they differ between blocks) are recorded as the model gives them.
 """
 
 from collections.abc import Mapping
@@ -15,23 +15,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qsvd.errors import BadInput, listing
 
-HIDDEN = "hidden_states"  # what the argument is called where it is given by name
-VALUES = (bool, int, float, str, torch.dtype, torch.device)  # other objects could carry something from block to block
+HIDDEN = "hidden_states"  # name of the argument, if it is given by name
+VALUES = (bool, int, float, str, torch.dtype, torch.device)  # other objects could pass data from block to block
 NOT_ALONE = "the blocks cannot be run one at a time; calibrate a model whose blocks are a plain chain"
 
 
 class AllCalled(Exception):
-    """Every block has been called: what comes after them is not wanted."""
+    """Every block has been called, and the rest of the forward pass is not needed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls one block, the hidden states apart.
+    """The arguments of one block except the hidden states.
 
     Args:
-        path: Of the block in the model.
-        positional, named: The other arguments, tensors on the host.
-        is_named: Whether the hidden states are given by name; else they come first.
+        path: Path of the block in the model.
+        positional, named: The arguments, tensors in CPU memory.
+        is_named: Whether the hidden states are given by name; else they are the first argument.
     """
 
     path: str
@@ -40,32 +40,35 @@ class Call:
     is_named: bool
 
     def run(self, block: nn.Module, weights: Mapping[str, Tensor], hidden: Tensor) -> Any:
-        """What the block returns with these weights; differentiable in them and in the hidden states.
+        """Return what the block returns with these weights; differentiable in them and in the hidden states.
 
         Raises:
-            BadInput: the block hands something to later blocks beside the hidden states.
+            BadInput: the block passes other tensors to later blocks.
         """
-        positional, named = _on(hidden.device, (self.positional, dict(self.named)))
+        positional, named = tree_map(  # copies the containers, too
+            lambda leaf: leaf.to(hidden.device) if isinstance(leaf, Tensor) else leaf,
+            (self.positional, dict(self.named)),
+        )
         before = len(tree_leaves((positional, named)))
         given = ((), {HIDDEN: hidden}) if self.is_named else ((hidden,), {})
         returned = functional_call(block, dict(weights), (*given[0], *positional), {**given[1], **named})
         if len(tree_leaves((positional, named))) != before:
-            raise BadInput(f"{self.path} hands tensors to later blocks beside the hidden states, so {NOT_ALONE}")
+            raise BadInput(f"{self.path} passes tensors other than the hidden states to later blocks, so {NOT_ALONE}")
         return returned
 
 
 @dataclass
 class Tape:
-    """What the stand-ins of one run saw, and what they return.
+    """The record of one forward pass through the stand-ins, and what they return.
 
     Args:
-        num_blocks: That are to be called, each once.
-        last: What the last of them returns; None stops the run there.
-        returns: Length of the tuple that a block returns, or 0 where it returns the hidden states alone.
-        keep: Whether the arguments are kept.
-        hidden: What the first was called with.
+        num_blocks: Number of blocks, each to be called once.
+        last: What the last block returns; None stops the pass there.
+        returns: Length of the tuple that a block returns, or 0 if it returns only the hidden states.
+        keep: Whether to keep the arguments.
+        hidden: Hidden states before the first block.
         calls: In order.
-        passed: What each returned: leaves, of which nothing may depend but the next block.
+        passed: What each stand-in returned: leaf tensors that only the next block may use.
     """
 
     num_blocks: int
@@ -78,11 +81,11 @@ class Tape:
     _moved: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def answer(self, path: str, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Take the call of a block down, and give the model something to go on with.
+        """Record the call of a block, and return hidden states for the model to continue with.
 
         Raises:
-            AllCalled: this was the last block, and nothing after it is wanted.
-            BadInput: the block is called again, or with more of the earlier ones than their output.
+            AllCalled: this was the last block, and `last` is None.
+            BadInput: the block is called a second time, or depends on earlier blocks other than the one before it.
         """
         is_named = HIDDEN in named
         hidden: Any = named.pop(HIDDEN) if is_named else next(iter(positional), None)
@@ -100,36 +103,38 @@ class Tape:
         return self.passed[-1] if not self.returns else (self.passed[-1], *[None] * (self.returns - 1))
 
     def _check_alone(self, path: str, hidden: Any, others: Any) -> None:
-        """Refuse a call that depends on more than the output of the block before it."""
+        """Refuse a call that depends on anything except the output of the block before it."""
         if not isinstance(hidden, Tensor):
-            raise BadInput(f"{path} is not given hidden states first, so {NOT_ALONE}")
+            raise BadInput(f"{path} is not called with hidden states first, so {NOT_ALONE}")
         leaves = [leaf for leaf in tree_leaves(others) if leaf is not None]
         kinds = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *VALUES))}
         if any(call.path == path for call in self.calls):
             raise BadInput(f"{path} is called more than once for one text, so {NOT_ALONE}")
         if self.passed and hidden is not self.passed[-1]:
-            raise BadInput(f"the model changes what {self.calls[-1].path} gives before {path} gets it, so {NOT_ALONE}")
+            raise BadInput(
+                f"the model changes the output of {self.calls[-1].path} before {path} gets it, so {NOT_ALONE}"
+            )
         if kinds:
-            raise BadInput(f"{path} is given a {listing(sorted(kinds))}, which may change, so {NOT_ALONE}")
+            raise BadInput(f"{path} gets a {listing(sorted(kinds))}, which may change, so {NOT_ALONE}")
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            raise BadInput(f"{path} takes more of earlier blocks than what the one before it returns, so {NOT_ALONE}")
+            raise BadInput(f"{path} uses other outputs of earlier blocks than the hidden states, so {NOT_ALONE}")
 
     def _host(self, leaf: Any) -> Any:
-        """A tensor on the host, once however many blocks take it."""
+        """Return a tensor in CPU memory; one that several blocks take is copied once."""
         if not isinstance(leaf, Tensor) or leaf.device.type == "cpu":
             return leaf
         if id(leaf) not in self._moved:
-            self._moved[id(leaf)] = (leaf, leaf.cpu())  # both, since an id may come again when its tensor is gone
+            self._moved[id(leaf)] = (leaf, leaf.cpu())  # both, because an id can be reused when its tensor is freed
         return self._moved[id(leaf)][1]
 
 
 class StandIn(nn.Module):
-    """Takes the place of a block; looks like it to whoever asks for an attribute.
+    """A module in the place of a block, with the attributes of the block.
 
     Args:
-        path: Of the block.
-        block: Is not a part of the model any more: its parameters are not found.
-        tapes: The tape of the run that goes on is the last of them.
+        path: Path of the block.
+        block: The block, which is no longer a submodule: its parameters are not those of the model.
+        tapes: The last one is that of the current forward pass.
     """
 
     def __init__(self, path: str, block: nn.Module, tapes: list[Tape]):
@@ -145,10 +150,5 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["block"], name)
 
     def forward(self, *positional: Any, **named: Any) -> Any:
-        """What the tape says."""
+        """Return what the current tape answers."""
         return self.tapes[-1].answer(self.path, positional, named)
-
-
-def _on(device: torch.device, arguments: Any) -> Any:
-    """The same arguments with all tensors on a device; containers are new ones."""
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, arguments)

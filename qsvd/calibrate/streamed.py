@@ -1,7 +1,7 @@
-"""A 16-bit model of which one block at a time is in memory, beside what lies around the blocks.
+"""A 16-bit model of which only one block at a time is in memory, with the layers around the blocks.
 
-It is built without memory; embeddings, head and norms are filled from the checkpoint once, and a block's tensors are
-read each time the block is wanted, and let go with the dictionary that holds them.
+It is built on the meta device. Embeddings, head and norms are read from the checkpoint once; the tensors of a block are
+read each time the block is needed, and freed with the dictionary that holds them.
 """
 
 import copy
@@ -22,12 +22,11 @@ from qsvd.plan.weights import BUILD_ERRORS, ModelPlan
 
 @dataclass(frozen=True)
 class Compute:
-    """How it is computed.
+    """Device and dtype of the computation.
 
     Args:
-        device: Where blocks visit.
-        dtype: Of weights and activations.
-        twice: Whether gradients are differentiated again, which fused attention does not allow.
+        dtype: Dtype of weights and activations.
+        twice: Whether gradients are differentiated again, which fused attention does not support.
     """
 
     device: torch.device
@@ -37,22 +36,21 @@ class Compute:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One text on its way: the hidden states before the first block [1, T, D], and how each block is called."""
+    """One text: the hidden states before the first block [1, T, D], and the call of each block."""
 
     hidden: Tensor
     calls: tuple[Call, ...]
 
 
 class StreamedModel:
-    """A model whose blocks are read when they are wanted.
+    """A model whose blocks are read when they are needed.
 
     Args:
-        checkpoint: 16-bit.
-        plan: Of the checkpoint, in its spelling; the weights in it are those that statistics are wanted of.
-        compute: How.
+        checkpoint: A 16-bit model.
+        plan: Its plan, with the names of the checkpoint; statistics are made of its weights.
 
     Raises:
-        BadInput: tensors of the model are not in the checkpoint as they are in the model, or it has no blocks.
+        BadInput: a parameter of the model is not in the checkpoint, or it has no blocks.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: ModelPlan, compute: Compute):
@@ -66,24 +64,24 @@ class StreamedModel:
         self._around = self._read([name for name in plan.shapes if name not in inside])
         for path, block in self._empty.items():
             self._model.set_submodule(path, StandIn(path, block, self._tapes))
-        self._returns: int | None = None  # until a block has been run
+        self._returns: int | None = None  # known after one block has been run
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that a text goes through."""
+        """Number of blocks."""
         return len(self._empty)
 
     def wanted(self, path: str) -> tuple[str, ...]:
-        """The weights of one block that statistics are wanted of, by their names inside the block."""
+        """Return the weights of one block that need statistics, by their names inside the block."""
         modules = (spec.module for spec in self.plan.weights if spec.module.startswith(f"{path}."))
         return tuple(f"{module.removeprefix(f'{path}.')}.weight" for module in modules)
 
     def read_block(self, path: str) -> dict[str, Tensor]:
-        """All tensors of one block on the device, by their names inside the block."""
+        """Read all tensors of one block to the device; return them by their names inside the block."""
         return {name.removeprefix(f"{path}."): tensor for name, tensor in self._read(self._names[path]).items()}
 
     def record(self, inputs: Mapping[str, Tensor]) -> Recorded:
-        """What one text meets before and beside the blocks.
+        """Run the model up to its last block, with stand-ins for the blocks, and return how each is called.
 
         Args:
             inputs: Arguments of the model's forward, with a batch of one, on the device.
@@ -92,7 +90,7 @@ class StreamedModel:
             BadInput: the model does not call every block once, each with the output of the one before.
         """
         if self._returns is None:
-            self._returns = self._look_at_a_block(inputs)
+            self._returns = self._returned_by_a_block(inputs)
         tape = Tape(self.num_blocks, None, self._returns, keep=True)
         self._run(inputs, tape)
         called = [call.path for call in tape.calls]
@@ -105,22 +103,20 @@ class StreamedModel:
         return Recorded(tape.hidden.cpu(), tuple(tape.calls))
 
     def run_block(self, call: Call, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """The hidden states after a block, differentiable in the weights and in those before it."""
+        """Return the hidden states after a block, differentiable in its weights and its input."""
         returned = call.run(self._empty[call.path], weights, hidden)
         return returned if isinstance(returned, Tensor) else returned[0]
 
     def logits(self, inputs: Mapping[str, Tensor], hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What the model makes of the last block's output, and what must have no part in it.
+        """Return the logits for an output of the last block, and tensors in place of the other blocks' outputs.
+
+        If a gradient reaches one of those tensors, the model uses the output of a block outside the next block.
 
         Args:
             inputs: As for `record`.
-            hidden: The last block's output on the device; the logits are differentiable in it.
-
-        Returns:
-            Logits, and stand-ins for the outputs of the other blocks: where a gradient reaches one of these, the model
-            uses it beside the next block.
+            hidden: Output of the last block on the device; the logits are differentiable in it.
         """
-        assert self._returns is not None, "a text has been recorded"
+        assert self._returns is not None, "record() was called before"
         tape = Tape(self.num_blocks, hidden, self._returns, keep=False)
         return self._run(inputs, tape).logits, tape.passed[:-1]
 
@@ -136,14 +132,14 @@ class StreamedModel:
         except BUILD_ERRORS as error:
             length = inputs["input_ids"].shape[-1]
             raise BadInput(
-                f"{self.plan.architecture} cannot be run on a text of {length} tokens: {first_line(error)}; a smaller "
-                "--max-length may do"
+                f"{self.plan.architecture} cannot be run on a text of {length} tokens: {first_line(error)}; try a "
+                "smaller --max-length"
             ) from error
         finally:
             self._tapes.pop()
 
-    def _look_at_a_block(self, inputs: Mapping[str, Tensor]) -> int:
-        """Length of the tuple that a block returns, or 0 for the hidden states alone: the first is run once."""
+    def _returned_by_a_block(self, inputs: Mapping[str, Tensor]) -> int:
+        """Run the first block once; return the length of the tuple that it returns, or 0 for a tensor."""
         tape = Tape(1, None, 0, keep=True)
         self._run(inputs, tape)
         if tape.hidden is None:
@@ -157,7 +153,7 @@ class StreamedModel:
         return length
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors of the model on the device, floating point ones in the compute dtype; tied ones are one tensor."""
+        """Read tensors to the device, floating point ones in the compute dtype; tied names share one tensor."""
         device, dtype = self.compute.device, self.compute.dtype
         read: dict[str, Tensor] = {}
         for name in names:
@@ -169,13 +165,13 @@ class StreamedModel:
 
 
 def _build(checkpoint: Checkpoint, plan: ModelPlan, compute: Compute) -> Any:
-    """The model, parameters without memory, buffers as transformers makes them and on the device."""
+    """Return the model with parameters on the meta device, and buffers as transformers makes them on the device."""
     import transformers
     from accelerate import init_empty_weights
 
     config: Any = copy.deepcopy(checkpoint.config)
     for one in {id(c): c for c in (config, config.get_text_config())}.values():
-        one.use_cache = False  # a block that is run again must not find what it left
+        one.use_cache = False  # blocks are run again, and must not use keys and values of the run before
     try:
         with init_empty_weights(include_buffers=False):
             model = getattr(transformers, plan.architecture)(config)
@@ -190,23 +186,24 @@ def _build(checkpoint: Checkpoint, plan: ModelPlan, compute: Compute) -> Any:
 
 
 def _block_paths(model: nn.Module, plan: ModelPlan) -> list[str]:
-    """Every element of every list that has a weight to split, in model order."""
+    """Return the paths of all elements of the lists of blocks that have a weight to split, in model order."""
     lists = {block_of(spec.module).rpartition(".")[0] for spec in plan.weights}
     return [f"{parent}.{name}" for parent in sorted(lists) for name, _ in model.get_submodule(parent).named_children()]
 
 
 def _spelled(name: str, plan: ModelPlan) -> str | None:
-    """The name in the checkpoint of what has this name in the model, or of what it is tied to."""
+    """Return the name in the checkpoint of a tensor of the model, or of a tensor that it is tied to."""
     source = plan.tied.get(name, name)
     alike = (name, source, *(other for other, one in plan.tied.items() if one == source))
     return next((plan.spelling[one] for one in alike if one in plan.spelling), None)
 
 
 def _check_readable(model: nn.Module, plan: ModelPlan) -> None:
-    """Refuse parameters that transformers would compute or draw on loading."""
+    """Refuse parameters that transformers would compute or draw at random on loading."""
     absent = [name for name, _ in model.named_parameters() if _spelled(name, plan) is None]
     if absent:
         raise BadInput(
             f"{len(absent)} tensors of {plan.architecture} are not in the checkpoint as they are in the model "
-            f"({listing(absent)}): transformers joins or draws them on loading; such a model cannot be calibrated"
+            f"({listing(absent)}): transformers merges them or draws them at random on loading; such a "
+            "model cannot be calibrated"
         )

@@ -1,4 +1,4 @@
-"""What is added up over the examples, for every weight: it can be put away, and the sum goes on to the same bytes.
+"""Sums over the calibration examples for every weight; they can be saved and continued without changing the result.
 
 Shape suffixes: O = out features, I = in features.
 """
@@ -18,7 +18,7 @@ LOSS, EXAMPLES = "loss", "examples"
 
 @dataclass
 class Sums:
-    """Sums over examples, float64 on the device; in the order of the examples, however many go together.
+    """Sums over examples, float64 on the device, added in the order of the examples.
 
     Args:
         values: By name: MODULE.rows [O] and MODULE.columns [I], means of the squared gradient over a row and a column;
@@ -29,7 +29,7 @@ class Sums:
 
     @classmethod
     def empty(cls, weights: Sequence[WeightSpec], device: torch.device, *, has_traces: bool) -> "Sums":
-        """Before the first example."""
+        """Return the sums before the first example."""
         sizes = {f"{spec.module}.rows": spec.shape[0] for spec in weights}
         sizes |= {f"{spec.module}.columns": spec.shape[1] for spec in weights}
         if has_traces:
@@ -38,37 +38,37 @@ class Sums:
         return cls({name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()})
 
     def add_gradient(self, module: str, gradient_OI: Tensor) -> None:
-        """Of the loss of one example in one weight."""
+        """Add the gradient of the loss of one example with respect to one weight."""
         squares_OI = gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32)).square()
         self.values[f"{module}.rows"] += squares_OI.sum(dim=1, dtype=torch.float64) / squares_OI.shape[1]
         self.values[f"{module}.columns"] += squares_OI.sum(dim=0, dtype=torch.float64) / squares_OI.shape[0]
 
     def add_trace(self, module: str, sample: float) -> None:
-        """v^T H v of one example and one probe, in one weight."""
+        """Add v^T H v of one example and one probe, for one weight."""
         self.values[f"{module}.trace"] += sample
         self.values[f"{module}.trace_squares"] += sample**2
 
     def add_loss(self, loss: float) -> None:
-        """Of one example."""
+        """Add the loss of one example."""
         self.values[LOSS] += loss
         self.values[EXAMPLES] += 1
 
     @property
     def num_examples(self) -> int:
-        """Examples that are in the sums."""
+        """Number of examples in the sums."""
         return int(self.values[EXAMPLES])
 
     @property
     def loss(self) -> float:
-        """Mean over the examples, in nats."""
+        """Mean loss over the examples, in nats."""
         return float(self.values[LOSS]) / self.num_examples
 
 
 def means(sums: Sums, weights: Sequence[WeightSpec], probes: int) -> Mapping[str, Tensor]:
-    """The tensors of a file of statistics, float32 on the host.
+    """Return the tensors of a statistics file, float32 in CPU memory.
 
-    The standard error of a trace takes all samples, of each probe and each example, for independent ones. For the trace
-    over these very examples it is too large rather than too small: it counts that examples differ.
+    The standard error of a trace treats all samples, of each probe and example, as independent. It includes the spread
+    between examples, so for the trace over these examples it is too large rather than too small.
     """
     count = sums.num_examples
     found = {}
@@ -83,7 +83,7 @@ def means(sums: Sums, weights: Sequence[WeightSpec], probes: int) -> Mapping[str
 
 
 def _mean_and_error(total: float, squares: float, samples: int) -> tuple[float, float]:
-    """The mean of the samples and its standard error, which is infinite for a single one."""
+    """Return the mean of the samples and its standard error, which is infinite for one sample."""
     mean = total / samples
     if samples < 2:
         return mean, float("inf")
@@ -91,16 +91,13 @@ def _mean_and_error(total: float, squares: float, samples: int) -> tuple[float, 
     return mean, sqrt(variance / samples)
 
 
-# One text to calibrate on, and what the model loses on it.
-
-
 @dataclass(frozen=True)
 class Example:
-    """Tokens, and what is to be predicted.
+    """A text to calibrate on.
 
     Args:
         input_ids: [T].
-        target: A label for each token, -100 where there is no loss (token t predicts label t + 1); or the class.
+        target: A label for each token, -100 without a loss (token t predicts label t + 1); or the class.
         segments: token_type_ids [T]; None is the model's default.
     """
 
@@ -109,14 +106,14 @@ class Example:
     segments: Sequence[int] | None = None
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Arguments of the model's forward, a batch of one: nothing is padded, so nothing is masked."""
+        """Return the arguments of the model's forward: a batch of one, without padding and mask."""
         inputs = {"input_ids": torch.tensor([list(self.input_ids)], device=device)}
         if self.segments is not None:
             inputs["token_type_ids"] = torch.tensor([list(self.segments)], device=device)
         return inputs
 
     def loss(self, logits: Tensor) -> Tensor:
-        """Mean cross entropy of the trained tokens, or that of the class; at least float32.
+        """Return the mean cross entropy of the trained tokens, or that of the class, in float32 or better.
 
         Args:
             logits: [1, T, V] of a language model, or [1, C] of a classifier.
@@ -125,4 +122,4 @@ class Example:
         if isinstance(self.target, int):
             return functional.cross_entropy(exact, torch.tensor(self.target, device=exact.device))
         labels_T = torch.tensor(list(self.target), device=exact.device)
-        return functional.cross_entropy(exact[:-1], labels_T[1:])  # -100 is left out
+        return functional.cross_entropy(exact[:-1], labels_T[1:])  # ignores -100

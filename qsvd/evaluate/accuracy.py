@@ -1,4 +1,4 @@
-"""How often a sequence classifier is right.
+"""Accuracy of a sequence classifier, and the loss of a language model on labelled tokens.
 
 Shape suffixes: N = sequences of one batch, T = tokens of the longest, C = classes.
 """
@@ -12,26 +12,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qsvd.data.columns import UNTRAINED
 from qsvd.errors import BadInput, listing
 from qsvd.evaluate import perplexity
 from qsvd.evaluate.batches import Model, by_length, check_ready, check_sequences, padded
 from qsvd.evaluate.perplexity import Perplexity
 
-# How far a share that was counted on some examples may be from the share on all.
-
-
-NORMAL_975 = 1.959963984540054  # the normal distribution's 97.5% quantile: two sides of a 95% interval
+NORMAL_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution, for a two-sided 95 % interval
 
 
 def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95% score interval of a share, in 0..1 even for none or all (Wilson 1927, JASA 22, page 209).
+    """Return the 95 % score interval of a share, within 0..1 (Wilson 1927, JASA 22, page 209).
 
     Args:
-        count: Examples that have the property, 0..total.
-        total: Examples, at least 1, drawn independently.
+        count: Examples with the property, 0..total.
+        total: Examples, at least 1, independent of each other.
     """
-    assert 0 <= count <= total, "what was counted is among all"
-    assert total, "a measure without examples is refused before it is one"
+    assert 0 <= count <= total, "count is a part of total"
+    assert total, "callers refuse a measure without examples"
     share, squared = count / total, NORMAL_975**2
     middle = (count + squared / 2) / (total + squared)
     half = NORMAL_975 / (total + squared) * math.sqrt(total * share * (1 - share) + squared / 4)
@@ -40,7 +38,7 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Examples of which the most probable class is the label; nats is the mean cross entropy of a label, in nats."""
+    """Number of examples whose most probable class is the label; nats is the mean cross entropy per label."""
 
     correct: int
     total: int
@@ -48,12 +46,12 @@ class Accuracy:
 
     @property
     def share(self) -> float:
-        """Correct examples among all, 0..1."""
+        """Correct examples over all, 0..1."""
         return self.correct / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The share's 95% interval (Wilson)."""
+        """The 95 % interval of the share (Wilson)."""
         return wilson_interval(self.correct, self.total)
 
 
@@ -65,20 +63,20 @@ def accuracy(
     batch: int = 32,
     segments: Sequence[list[int]] | None = None,
 ) -> Accuracy:
-    """Accuracy and cross entropy of a sequence classifier; the batch size changes only the rounding.
+    """Return accuracy and cross entropy of a sequence classifier; the batch size changes only the rounding.
 
     Args:
         model: A transformers ForSequenceClassification model, encoder or decoder, in evaluation mode.
         examples: Token ids, special tokens included, and the label of each.
-        pad_token: Token id for the places after a shorter sequence, masked from attention. It must be the one in the
-            model's config: decoders read the class at the last token that is not it.
-        batch: Sequences that go through the model together, alike in length.
-        segments: token_type_ids of each example, as many as it has tokens; None is the model's default.
+        pad_token: Token id that fills shorter sequences, masked from attention. It must be that of the model's config:
+            decoders read the class at the last token that is not padding.
+        batch: Sequences of one forward pass, of similar length.
+        segments: token_type_ids of each example, one per token; None is the model's default.
 
     Raises:
-        BadInput: batch is below 1, the model is in training mode, has fewer than two classes, another pad token or
-            gives no logits [N, C], or there is no example, or one is empty, too long, or has a token or label that
-            the model does not know.
+        BadInput: batch is below 1; the model is in training mode, has fewer than two classes or another pad token, or
+            its logits are not [N, C]; there is no example; an example is empty, too long, or has an unknown token or
+            label.
     """
     check_ready(model, batch)
     sequences = [tokens for tokens, _ in examples]
@@ -88,7 +86,7 @@ def accuracy(
     if pad_token != expected:
         raise BadInput(
             f"pad token {pad_token} is not {expected}, the pad_token_id of the model's config, by which decoders find "
-            f"the end of a text: set model.config.pad_token_id = {pad_token} or give the one it has"
+            f"the end of a text: set model.config.pad_token_id = {pad_token}, or give that pad token"
         )
     correct, nats = 0, 0.0
     for indices in by_length(sequences, batch):
@@ -102,7 +100,7 @@ def accuracy(
 
 @torch.inference_mode()
 def _logits(model: Model, group: list[list[int]], pad_token: int, types: list[list[int]] | None) -> Tensor:
-    """Float32 [N, C] on the CPU."""
+    """Return logits, float32 [N, C] on the CPU."""
     tokens_NT, mask_NT = padded(model, group, pad_token)
     inputs = {"input_ids": tokens_NT, "attention_mask": mask_NT}
     if types is not None:
@@ -125,52 +123,50 @@ def _check_classes(model: Model, labels: list[int]) -> None:
         raise BadInput(f"label {listing([str(label) for label in bad])} is outside 0..{num_classes - 1}, the classes")
 
 
-# Loss on examples of which only some tokens count: answers whose questions are masked.
+# Loss of a language model on the labelled tokens of examples: answers, not questions.
 
 
-IGNORED = -100  # transformers' label of a token that is given, not predicted
-
-Example: TypeAlias = tuple[list[int], list[int]]  # input ids, and labels that are input ids or IGNORED
+Example: TypeAlias = tuple[list[int], list[int]]  # input ids, and labels that are input ids or UNTRAINED
 
 
 def mean_loss(model: Model, examples: Sequence[Example], *, pad_token: int, batch: int = 8) -> Perplexity:
-    """Mean negative log-likelihood of the labels that count, each predicted from the tokens before it.
+    """Return the mean negative log-likelihood of the labelled tokens, each predicted from the tokens before it.
 
-    Tokens count alike, whichever example they are from. A first label is never predicted, as in transformers' loss.
+    Every labelled token has the same weight. The first label is never predicted, as in transformers' loss.
 
     Args:
         model: A causal language model in evaluation mode.
         examples: Input ids and labels of equal length; a label of -100 is not counted.
-        pad_token: Token id for the places after a shorter sequence, masked from attention.
-        batch: Sequences that go through the model together, alike in length; their logits, batch x longest x
-            vocabulary in the model's dtype, are the memory that this takes.
+        pad_token: Token id that fills shorter sequences, masked from attention.
+        batch: Sequences of one forward pass, of similar length. Their logits, batch x longest x vocabulary in the
+            model's dtype, take most of the memory.
 
     Raises:
-        BadInput: batch is below 1, the model is in training mode, there is no example, or one is empty, too long, or
-            has a token or label outside the vocabulary or labels of another length, or no label counts.
+        BadInput: batch is below 1; the model is in training mode; there is no example; an example is empty, too long,
+            or has a token outside the vocabulary, a wrong label or another number of labels; no token is labelled.
     """
     check_ready(model, batch)
     sequences = [tokens for tokens, _ in examples]
     check_sequences(model, sequences, pad_token=pad_token)
     _check_labels(examples)
-    counted = [[label != IGNORED for label in labels[1:]] for _, labels in examples]
+    counted = [[label != UNTRAINED for label in labels[1:]] for _, labels in examples]
     tokens = sum(sum(row) for row in counted)
     if not tokens:
-        raise BadInput(f"no label to predict: after the first token of each example all are {IGNORED}")
+        raise BadInput(f"no label to predict: all labels after the first of each example are {UNTRAINED}")
     nats = sum(_loss(model, [examples[i] for i in indices], pad_token) for indices in by_length(sequences, batch))
     return Perplexity(nats / tokens, tokens)
 
 
 @torch.inference_mode()
 def _loss(model: Model, group: list[Example], pad_token: int) -> float:
-    """Sum over the labels that count, in nats."""
+    """Return the sum over the labelled tokens, in nats."""
     tokens_NT, mask_NT = padded(model, [tokens for tokens, _ in group], pad_token)
-    # From the end: prompt tuning puts virtual tokens, with logits of their own, before the text.
+    # From the end, since prompt tuning puts virtual tokens with logits before the text.
     logits_NTV = model(input_ids=tokens_NT, attention_mask=mask_NT, use_cache=False).logits[:, -tokens_NT.shape[1] :]
     positions = max(1, perplexity.CHUNK_ELEMENTS // logits_NTV.shape[-1])
     total = torch.zeros((), dtype=torch.float64)
     for logits_TV, (_, labels) in zip(logits_NTV, group, strict=True):
-        places = [place for place, label in enumerate(labels[1:]) if label != IGNORED]
+        places = [place for place, label in enumerate(labels[1:]) if label != UNTRAINED]
         for start in range(0, len(places), positions):
             chunk = places[start : start + positions]
             targets_P = torch.tensor([labels[place + 1] for place in chunk], device=logits_TV.device)
@@ -187,12 +183,12 @@ def _check_labels(examples: Sequence[Example]) -> None:
         if len(labels) != len(tokens)
     ]
     if uneven:
-        raise BadInput(f"example {listing(uneven)} has labels of another number than its tokens: give one to each")
+        raise BadInput(f"example {listing(uneven)} has another number of labels than of tokens: give one label a token")
     wrong = [
         f"{i} at {place} ({label} for {token})"
         for i, example in enumerate(examples)
         for place, (token, label) in enumerate(zip(*example, strict=True))
-        if label not in (token, IGNORED)
+        if label not in (token, UNTRAINED)
     ]
     if wrong:
-        raise BadInput(f"example {listing(wrong)} has a label that is neither its token nor {IGNORED}")
+        raise BadInput(f"example {listing(wrong)} has a label that is neither its token nor {UNTRAINED}")

@@ -1,6 +1,6 @@
-"""How far a model's predictions are from those of the 16-bit model it was made from, as llama.cpp measures it.
+"""KL divergence of a model's predictions from those of its 16-bit model, as llama.cpp measures it.
 
-Shape suffixes: P = predictions, V = vocabulary, K = the kinds of values of one prediction.
+Shape suffixes: P = predictions, V = vocabulary, K = values of one prediction.
 """
 
 from collections.abc import Iterable
@@ -14,17 +14,16 @@ from qsvd.errors import BadInput
 from qsvd.evaluate.batches import Model, check_ready, equal_lengths
 from qsvd.evaluate.perplexity import Window, alike, check_window, last_predictions, slide
 
-CHUNK_ELEMENTS = 1 << 22  # logits that are float64 at one time: 32 MB, and five such arrays
+CHUNK_ELEMENTS = 1 << 22  # logits in float64 at one time: five arrays of 32 MB
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Kullback-Leibler divergence from the reference to the model, over predicted tokens, in nats.
+    """Kullback-Leibler divergence KL(reference || model) of the predicted tokens, in nats.
 
-    An _error is the standard error of a mean, from the spread of tokens as if they were independent. Percentiles are
-    of the divergence of a token, interpolated linearly. top_token_agreement is the share of tokens, 0..1, for which
-    both models find the same token most probable. nats_model and nats_reference are the mean negative
-    log-likelihoods, so that perplexities are their exponentials.
+    An _error is the standard error of a mean, as if tokens were independent. Percentiles are of the divergence of a
+    token, interpolated linearly. top_token_agreement is the share of tokens, 0..1, for which both models find the same
+    token most probable. nats_model and nats_reference are mean negative log-likelihoods; perplexity is exp of them.
     """
 
     mean: float
@@ -50,24 +49,23 @@ class Divergence:
 def divergence_of_text(
     model: Model, reference: Model, tokens: list[int], *, window: int, stride: int, batch: int = 8
 ) -> Divergence:
-    """KL(reference || model) of every predicted token of a text, by windows as in perplexity_of_text.
+    """Return KL(reference || model) of every predicted token of a text, in windows as in perplexity_of_text.
 
-    The statistics are those of llama.cpp's `llama-perplexity --kl-divergence` (tools/perplexity/perplexity.cpp), which
-    counts the second half of disjoint windows and keeps the reference as 16-bit log-probabilities; here windows slide,
-    both models run side by side, and the divergence is taken in float64.
+    The statistics are those of llama.cpp's `llama-perplexity --kl-divergence` (tools/perplexity/perplexity.cpp).
+    llama.cpp counts the second half of disjoint windows and stores 16-bit log-probabilities of the reference; here
+    windows slide, both models run together, and the divergence is computed in float64.
 
     Args:
         model: A causal language model in evaluation mode.
-        reference: The model it is compared with, of the same vocabulary, on any device.
-        tokens: Token ids, with the start token already in front if the models expect one.
-        window: Tokens the models see at once.
+        reference: The model to compare with, of the same vocabulary, on any device.
+        tokens: Token ids, with the start token if the models expect one.
+        window: Tokens that a model reads at once.
         stride: Tokens from one window to the next, 1..window.
-        batch: Windows of equal length that go through a model together; the logits of both are the memory that this
-            takes.
+        batch: Windows of equal length of one forward pass. The logits of both models take most of the memory.
 
     Raises:
-        BadInput: window is below 2, stride outside 1..window or batch below 1, a model is in training mode, the
-            vocabularies differ in size, a token is outside them, or fewer than two tokens are predicted.
+        BadInput: window is below 2, stride outside 1..window or batch below 1; a model is in training mode; the
+            vocabularies differ in size; a token is outside them; fewer than two tokens are predicted.
     """
     check_window(window, stride)
     return _measure(model, reference, slide(tokens, window, stride), batch)
@@ -76,7 +74,7 @@ def divergence_of_text(
 def divergence_of_documents(
     model: Model, reference: Model, documents: Iterable[list[int]], *, window: int, batch: int = 8
 ) -> Divergence:
-    """The same over documents, each by itself and cut at the window, as in perplexity_of_documents."""
+    """Return the divergence over documents, each separate and cut at the window, as in perplexity_of_documents."""
     check_window(window, stride=window)
     return _measure(model, reference, ((document[:window], 0) for document in documents), batch)
 
@@ -93,13 +91,13 @@ def _measure(model: Model, reference: Model, windows: Iterable[Window], batch: i
     parts = [_compare(model, reference, group, skip) for group, skip in alike(windows, batch)]
     count = sum(part.shape[1] for part in parts)
     if count < 2:
-        raise BadInput(f"predicted tokens: {count}, too few to compare two models by, as an error bar needs 2")
+        raise BadInput(f"predicted tokens: {count}, too few to compare two models: a standard error needs 2")
     return _summary(torch.cat(parts, dim=1).numpy())
 
 
 @torch.inference_mode()
 def _compare(model: Model, reference: Model, group: list[list[int]], skip: int) -> Tensor:
-    """Float64 [K, P] on the CPU, see _values, for sequences of one length without the first `skip` predictions."""
+    """Return _values, float64 [K, P] on the CPU, of sequences of one length without the first `skip` predictions."""
     tokens_NT = equal_lengths(model, group)
     targets_NP = tokens_NT[:, 1 + skip :]
     count = targets_NP.shape[1]
@@ -114,13 +112,13 @@ def _compare(model: Model, reference: Model, group: list[list[int]], skip: int) 
 
 
 def _values(ours_PV: Tensor, theirs_PV: Tensor, targets_P: Tensor) -> Tensor:
-    """Float64 [4, P]: divergence, negative log-likelihoods of model and reference, and 1 where the top tokens agree.
+    """Return divergence, negative log-likelihoods of model and reference, and 1 for equal top tokens, float64 [4, P].
 
-    Float64 because a divergence is small beside the log-probabilities it is the difference of.
+    Float64, because the divergence is a small difference of large log-probabilities.
     """
     log_q_PV, log_p_PV = ours_PV.double().log_softmax(-1), theirs_PV.double().log_softmax(-1)
     p_PV = log_p_PV.exp()
-    # 0 ln 0 = 0: what the reference excludes costs nothing; a NaN is not equal to 0 and stays one.
+    # 0 ln 0 = 0; a NaN is not equal to 0 and stays a NaN.
     divergence_P = torch.where(p_PV == 0, 0.0, p_PV * (log_p_PV - log_q_PV)).sum(-1)
     nats = [-log_PV.gather(-1, targets_P[:, None])[:, 0] for log_PV in (log_q_PV, log_p_PV)]
     return torch.stack([divergence_P, *nats, (ours_PV.argmax(-1) == theirs_PV.argmax(-1)).double()])
@@ -142,7 +140,7 @@ def _summary(values_KP: numpy.ndarray) -> Divergence:
         top_token_agreement_error=_standard_error(agree_P),
         nats_model=float(model_P.mean()),
         nats_reference=float(reference_P.mean()),
-        # llama.cpp adds both variances and takes the covariance off, which is the variance of the difference.
+        # llama.cpp adds both variances and subtracts the covariance twice: the variance of the difference.
         log_perplexity_ratio_error=_standard_error(model_P - reference_P),
         tokens=tokens,
     )

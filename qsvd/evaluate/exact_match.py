@@ -1,4 +1,4 @@
-"""How often a model's generated answer ends in the right number, as GSM8K is scored (arXiv:2110.14168).
+"""Share of generated answers that end in the right number, as GSM8K is scored (arXiv:2110.14168).
 
 Shape suffixes: N = sequences of one batch, T = tokens of the longest, G = generated tokens.
 """
@@ -19,7 +19,7 @@ from qsvd.evaluate.batches import Model, by_length, check_ready, check_sequences
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARKER = "####"  # GSM8K writes it before the final number
+MARKER = "####"  # GSM8K puts it before the final number
 NUMBER = re.compile(
     r"(?:(?<![\w)\].%])(?P<sign>[-+\u2212]))?"  # after a digit, a word or a bracket it is an operator
     r"(?:\$\s?(?P<late>[-\u2212])?)?"
@@ -29,9 +29,9 @@ NUMBER = re.compile(
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """Questions answered with the right number.
+    """Number of questions that were answered with the right number.
 
-    unfinished is how many answers were cut at max_new_tokens; answers are the generated texts, in order.
+    unfinished is the number of answers that were cut at max_new_tokens; answers are the generated texts, in order.
     """
 
     correct: int
@@ -41,20 +41,20 @@ class ExactMatch:
 
     @property
     def share(self) -> float:
-        """Correct answers among all, 0..1."""
+        """Correct answers over all, 0..1."""
         return self.correct / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The share's 95% interval (Wilson)."""
+        """The 95 % interval of the share (Wilson)."""
         return wilson_interval(self.correct, self.total)
 
 
 def final_number(text: str) -> str | None:
-    """The answer that a text ends in, in one spelling: "$1,000.00" and "1000." are both "1000".
+    """Return the final number of a text in one spelling: "$1,000.00" and "1000." are both "1000".
 
-    The first number after the last "####", on its line; in a text without that mark the last number. None where there
-    is no such number: a mark with nothing after it is an answer that was not given. Commas group by three digits.
+    It is the first number after the last "####", on the same line; without that mark, the last number of the text. None
+    if there is no such number; a mark without a number after it is a missing answer. Commas separate thousands.
     """
     _, marker, after = text.rpartition(MARKER)
     numbers = list(NUMBER.finditer(after.partition("\n")[0] if marker else text))
@@ -79,23 +79,23 @@ def exact_match(
     """Generate an answer to each question, greedily, and compare its final number with that of the given answer.
 
     Args:
-        model: A causal language model in evaluation mode; what its generation config says of sampling, beams,
-            penalties and lengths is set aside.
+        model: A causal language model in evaluation mode. Sampling, beams, penalties and lengths of its generation
+            config are ignored.
         questions: Token ids of each prompt, as the model expects them before an answer.
-        answers: Text of the right answer to each, as in GSM8K: "... #### 72" or the number alone.
-        tokenizer: Spells the generated tokens; its end token, and those of the model's generation config, end one.
-        max_new_tokens: Tokens after which an answer is cut, and counted by what it says so far.
-        batch: Questions that go through the model together, alike in length.
+        answers: The right answer to each question, as in GSM8K: "... #### 72" or only the number.
+        tokenizer: Decodes the answers. Its end token and those of the model's generation config end an answer.
+        max_new_tokens: An answer is cut after so many tokens, and scored as it is.
+        batch: Questions of one forward pass, of similar length.
 
     Raises:
-        BadInput: batch or max_new_tokens is below 1, the model is in training mode or cannot generate, no end token
-            is known, there are no questions or not as many answers, a question is empty, too long or has a token
-            outside the vocabulary, or an answer has no number.
+        BadInput: batch or max_new_tokens is below 1; the model is in training mode or cannot generate; no end token is
+            known; there are no questions, or not as many answers; a question is empty, too long or has a token outside
+            the vocabulary; an answer has no number.
     """
     check_ready(model, batch)
     gold = _gold(questions, answers)
     if max_new_tokens < 1:
-        raise BadInput(f"max_new_tokens {max_new_tokens} is below 1, the least that can hold a number")
+        raise BadInput(f"max_new_tokens {max_new_tokens} is below 1")
     ends = _end_tokens(model, tokenizer)
     check_sequences(model, questions, pad_token=ends[0], room=max_new_tokens)
     texts, unfinished = [""] * len(gold), 0
@@ -111,10 +111,10 @@ def exact_match(
 
 @torch.inference_mode()
 def _generate(model: Model, group: list[list[int]], ends: list[int], max_new_tokens: int) -> list[list[int]]:
-    """Token ids [N, G] after each prompt; after an end token come more of them."""
-    # An end token is in every vocabulary, as a pad token is not. The mask hides it on the left; on the right it ends.
+    """Return token ids [N, G] after each prompt; after an end token, more end tokens follow."""
+    # Padding with an end token: every vocabulary has one, not every one has a pad token. The mask hides it on the left.
     tokens_NT, mask_NT = padded(model, group, ends[0], left=True)
-    # What is not named here would be taken from the model's own generation config.
+    # Everything that is not named here would come from the model's generation config.
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
@@ -132,14 +132,14 @@ def _generate(model: Model, group: list[list[int]], ends: list[int], max_new_tok
         return_dict_in_generate=False,
     )
     generate = model.generate
-    assert callable(generate), "a model that can generate has the method"
+    assert callable(generate), "models that can generate have the method"
     output_NT = generate(input_ids=tokens_NT, attention_mask=mask_NT, generation_config=greedy)
     assert isinstance(output_NT, torch.Tensor), "without return_dict_in_generate the answer is token ids"
     return output_NT[:, tokens_NT.shape[1] :].tolist()
 
 
 def _end_tokens(model: Model, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids that end an answer: the tokenizer's, and the model's own, which chat models have more of."""
+    """Return token ids that end an answer: of the tokenizer, and of the model, since chat models have several."""
     if not model.can_generate():
         raise BadInput(f"{type(model).__name__} generates no text: load the model as AutoModelForCausalLM")
     own = model.generation_config.eos_token_id
@@ -151,11 +151,11 @@ def _end_tokens(model: Model, tokenizer: "PreTrainedTokenizerBase") -> list[int]
 
 
 def _gold(questions: Sequence[list[int]], answers: Sequence[str]) -> list[str]:
-    """The number of each answer."""
+    """Return the number of each answer."""
     if len(questions) != len(answers):
         raise BadInput(f"{len(questions)} questions have {len(answers)} answers: give one to each")
     numbers = [final_number(answer) for answer in answers]
     missing = [f"{i} ({answers[i][-40:]!r})" for i, number in enumerate(numbers) if number is None]
     if missing:
-        raise BadInput(f"answer {listing(missing)} has no final number, which is what is compared")
+        raise BadInput(f"answer {listing(missing)} has no final number to compare with")
     return [number for number in numbers if number is not None]

@@ -90,7 +90,7 @@ def test_a_weight_that_no_token_reaches_has_moments_and_a_trace_of_zero(probes, 
             "AlbertForSequenceClassification",
             r"albert.encoder.albert_layer_groups.0 is called more than once for one text, so the blocks cannot",
         ),
-        ("Gemma3nForCausalLM", r"model.layers.0 is given a KVSharingDict, which may change, so the blocks cannot"),
+        ("Gemma3nForCausalLM", r"model.layers.0 gets a KVSharingDict, which may change, so the blocks cannot"),
     ],
 )
 def test_models_that_are_no_plain_chain_are_refused(architecture, sentence):
@@ -120,17 +120,15 @@ def refusal_of(*calls, last=None, num_blocks=3):
 def test_calls_that_depend_on_more_than_the_block_before_are_refused():
     """As models make them that add, share or skip hidden states between their blocks."""
     start, before = ("a", lambda _: torch.ones(1, 2, 3), {}), lambda tape: tape.passed[-1]
-    assert refusal_of(("a", lambda _: None, {})) == "a is not given hidden states first"
+    assert refusal_of(("a", lambda _: None, {})) == "a is not called with hidden states first"
     assert refusal_of(start, ("a", before, {})) == "a is called more than once for one text"
     assert refusal_of(start, ("b", lambda tape: before(tape) + 1, {})) == (
-        "the model changes what a gives before b gets it"
+        "the model changes the output of a before b gets it"
     )
     assert refusal_of(start, ("b", before, lambda tape: {"first": 2 * tape.passed[0]})) == (
-        "b takes more of earlier blocks than what the one before it returns"
+        "b uses other outputs of earlier blocks than the hidden states"
     )
-    assert refusal_of(start, ("b", before, {"cache": object(), "mask": None})) == (
-        "b is given a object, which may change"
-    )
+    assert refusal_of(start, ("b", before, {"cache": object(), "mask": None})) == ("b gets a object, which may change")
 
 
 class _Writes(torch.nn.Module):
@@ -142,7 +140,7 @@ class _Writes(torch.nn.Module):
 def test_a_block_that_leaves_something_in_its_arguments_is_refused():
     call = Call("layers.4", ({},), {}, is_named=False)
     with pytest.raises(
-        ValueError, match=r"^layers.4 hands tensors to later blocks beside the hidden states, so the blo"
+        ValueError, match=r"^layers.4 passes tensors other than the hidden states to later blocks, so the blo"
     ):
         call.run(_Writes(), {}, torch.ones(1, 2, 3))
 
@@ -151,7 +149,7 @@ def test_an_output_that_uses_an_earlier_block_is_refused(monkeypatch):
     logits = StreamedModel.logits
     monkeypatch.setattr(StreamedModel, "logits", lambda *given: _mixed(*logits(*given)))
     with pytest.raises(
-        ValueError, match=r"^the model's output uses more than the last block's; it cannot be run block"
+        ValueError, match=r"^the model's output uses outputs of other blocks than the last; it cannot be run block"
     ):
         means_of(case("LlamaForCausalLM").streamed(), examples_of("LlamaForCausalLM"))
 
@@ -175,7 +173,7 @@ def test_tensors_that_transformers_makes_on_loading_are_refused():
     spelling = {model: name for model, name in one.plan.spelling.items() if model != "model.norm.weight"}
     sentence = (
         r"^1 tensors of LlamaForCausalLM are not in the checkpoint as they are in the model \(model.norm.weight\): "
-        "transformers joins or draws them on loading; such a model cannot be calibrated$"
+        "transformers merges them or draws them at random on loading; such a model cannot be calibrated$"
     )
     with pytest.raises(ValueError, match=sentence):
         replace(one, plan=replace(one.plan, spelling=spelling)).streamed()

@@ -64,7 +64,7 @@ def test_data_of_the_wrong_kind_are_refused(stories, classifier, texts, tmp_path
         "labelled texts"
     )
     strange = write_rows(tmp_path / "s.jsonl", [{"text": "A cat.", "label": "good"}, {"text": "No.", "label": "odd"}])
-    assert refused(classifier, strange) == (f"{strange}: 1 unknown label: line 2 ('odd'); known are bad, good")
+    assert refused(classifier, strange) == (f"{strange}: 1 unknown label: line 2 ('odd'); known labels are bad, good")
 
 
 def test_models_without_a_loss_and_quantized_ones_are_refused(texts, tmp_path, refused):
@@ -116,5 +116,5 @@ def test_a_loss_that_is_no_number_ends_the_run_without_a_file(tmp_path, capsys):
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "s.safetensors"
     assert run(["calibrate", str(folder), str(calibrations.texts()), "--out", str(out), "--examples", "2"]) == 2
-    assert "the loss of an example is nan: the checkpoint holds numbers that are none" in capsys.readouterr().err
+    assert "the loss of an example is nan: the checkpoint holds NaN or infinity" in capsys.readouterr().err
     assert not out.exists()

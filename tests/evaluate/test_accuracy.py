@@ -100,7 +100,7 @@ def test_a_regression_model_is_refused():
 def test_a_pad_token_that_the_decoder_does_not_know_is_refused(known):
     sentence = (
         rf"pad token {PAD} is not {known}, the pad_token_id of the model's config, by which decoders find the end of "
-        rf"a text: set model\.config\.pad_token_id = {PAD} or give the one it has"
+        rf"a text: set model\.config\.pad_token_id = {PAD}, or give that pad token"
     )
     with refused(sentence):
         accuracy(llama_classifier(pad_token_id=known), EXAMPLES, pad_token=PAD)
@@ -121,5 +121,5 @@ def test_what_every_measure_refuses_is_refused():
         measure(llama_classifier(), EXAMPLES, batch=0)
     with refused(IN_TRAINING):
         measure(llama_classifier().train(), EXAMPLES)
-    with refused("no examples: there is nothing to measure a model on"):
+    with refused("no examples to measure a model on"):
         measure(llama_classifier(), [])

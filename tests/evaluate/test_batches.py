@@ -23,7 +23,7 @@ def test_padding_is_on_one_side_and_masked(left):
 
 
 def test_no_example_is_refused():
-    with refused("no examples: there is nothing to measure a model on"):
+    with refused("no examples to measure a model on"):
         check_sequences(MODEL, [], pad_token=PAD)
 
 
@@ -48,7 +48,7 @@ def test_all_examples_beyond_the_models_positions_are_named():
     sentence = "more tokens than the 128 positions of the model"
     with refused(rf"example 1 \(129\), 2 \(130\) has {sentence}: shorten or drop them"):
         check_sequences(MODEL, [[1], [1] * 129, [1] * 130], pad_token=PAD)
-    with refused(rf"example 0 \(119\) has {sentence}, 10 of them for what is generated: shorten or drop them"):
+    with refused(rf"example 0 \(119\) has {sentence}, 10 of them for the generated text: shorten or drop them"):
         check_sequences(MODEL, [[1] * 119], pad_token=PAD, room=10)
 
 

@@ -210,15 +210,15 @@ def test_vocabularies_of_two_sizes_are_refused():
 
 def test_fewer_than_two_predictions_are_refused():
     for documents, count in (([], 0), ([[3], [4]], 0), ([[1, 2]], 1)):
-        with refused(f"predicted tokens: {count}, too few to compare two models by, as an error bar needs 2"):
+        with refused(f"predicted tokens: {count}, too few to compare two models: a standard error needs 2"):
             divergence_of_documents(MODEL, REFERENCE, documents, window=8)
 
 
 def test_bad_arguments_are_refused():
-    with refused("window 1 is below 2, the least that holds a token and one to predict from it"):
+    with refused("window 1 is below 2: one token predicts the next"):
         divergence_of_documents(MODEL, REFERENCE, [TEXT], window=1)
     for stride in (0, 9):
-        with refused(rf"stride {stride} is outside 1\.\.8, the strides of a window of 8 tokens"):
+        with refused(rf"stride {stride} is outside 1\.\.8, the size of the window"):
             divergence_of_text(MODEL, REFERENCE, TEXT, window=8, stride=stride)
     with refused(EMPTY_BATCH):
         divergence_of_documents(MODEL, REFERENCE, [TEXT], window=8, batch=0)

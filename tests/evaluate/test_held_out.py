@@ -5,8 +5,9 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qsvd.data.columns import UNTRAINED
 from qsvd.evaluate import perplexity
-from qsvd.evaluate.accuracy import IGNORED, mean_loss
+from qsvd.evaluate.accuracy import mean_loss
 from tests.evaluate.tiny import (
     EMPTY_BATCH,
     IN_TRAINING,
@@ -25,10 +26,10 @@ PEFT_IS_BEHIND = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` 
 
 def masked(texts):
     """Labels with a masked question in front, one with a hole, one all masked, one all counted."""
-    examples = [(tokens, [IGNORED] * (len(tokens) // 2) + tokens[len(tokens) // 2 :]) for tokens in texts]
+    examples = [(tokens, [UNTRAINED] * (len(tokens) // 2) + tokens[len(tokens) // 2 :]) for tokens in texts]
     hole, nothing, whole = texts[0], texts[1], texts[2]
-    examples[0] = (hole, [*hole[:2], IGNORED, *hole[3:-1], IGNORED])
-    examples[1] = (nothing, [IGNORED] * len(nothing))
+    examples[0] = (hole, [*hole[:2], UNTRAINED, *hole[3:-1], UNTRAINED])
+    examples[1] = (nothing, [UNTRAINED] * len(nothing))
     examples[2] = (whole, list(whole))
     return examples
 
@@ -40,7 +41,7 @@ def one_by_one(model, examples):
     """Mean nats and count: transformers' mean of each example, weighted by what it counts."""
     total, count = 0.0, 0
     for tokens, labels in examples:
-        counted = sum(label != IGNORED for label in labels[1:])
+        counted = sum(label != UNTRAINED for label in labels[1:])
         if counted:  # else transformers' mean is 0 / 0
             with torch.no_grad():
                 loss = model(input_ids=torch.tensor([tokens]), labels=torch.tensor([labels])).loss
@@ -71,7 +72,7 @@ def test_virtual_tokens_of_prompt_tuning_are_context_and_not_text():
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
     model = get_peft_model(llama(), config).eval()
     # PEFT predicts a first token from the virtual ones; with the first masked, both count the same labels.
-    examples = [(tokens, [IGNORED, *labels[1:]]) for tokens, labels in EXAMPLES]
+    examples = [(tokens, [UNTRAINED, *labels[1:]]) for tokens, labels in EXAMPLES]
     nats, count = one_by_one(model, examples)
     result = mean_loss(model, examples, pad_token=PAD, batch=3)
     assert (result.nats, result.tokens) == (pytest.approx(nats, rel=ROUNDOFF), count)
@@ -94,7 +95,7 @@ def test_a_trained_model_in_bf16_is_judged_in_float32():
     folder = shared("models/stories260K")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     texts = [tokenizer.encode(text) for text in ("Once upon a time", "Lily saw a big red ball.", "Tom was sad.")]
-    examples = [(tokens, [IGNORED, IGNORED, *tokens[2:]]) for tokens in texts]
+    examples = [(tokens, [UNTRAINED, UNTRAINED, *tokens[2:]]) for tokens in texts]
     nats, _ = one_by_one(model, examples)
     assert nats < 3  # of ln 512 = 6.2: it reads the text
     assert mean_loss(model, examples, pad_token=0).nats == pytest.approx(nats, rel=4 * ROUNDOFF)
@@ -105,7 +106,7 @@ def test_a_trained_model_in_bf16_is_judged_in_float32():
 
 def test_labels_of_another_number_than_tokens_are_named():
     with refused(
-        r"example 0 \(1 for 2\), 2 \(3 for 1\) has labels of another number than its tokens: give one to each"
+        r"example 0 \(1 for 2\), 2 \(3 for 1\) has another number of labels than of tokens: give one label a token"
     ):
         mean_loss(llama(), [([1, 2], [1]), ([1], [1]), ([1], [1, 2, 3])], pad_token=PAD)
 
@@ -113,12 +114,12 @@ def test_labels_of_another_number_than_tokens_are_named():
 def test_labels_that_are_already_shifted_are_named():
     sentence = r"example 0 at 0 \(2 for 1\), 0 at 1 \(3 for 2\) has a label that is neither its token nor -100"
     with refused(sentence):
-        mean_loss(llama(), [([1, 2, 3], [2, 3, IGNORED])], pad_token=PAD)
+        mean_loss(llama(), [([1, 2, 3], [2, 3, UNTRAINED])], pad_token=PAD)
 
 
 def test_examples_without_a_label_to_predict_are_refused():
-    with refused("no label to predict: after the first token of each example all are -100"):
-        mean_loss(llama(), [([1, 2], [1, IGNORED]), ([4], [4])], pad_token=PAD)
+    with refused("no label to predict: all labels after the first of each example are -100"):
+        mean_loss(llama(), [([1, 2], [1, UNTRAINED]), ([4], [4])], pad_token=PAD)
 
 
 def test_what_every_measure_refuses_is_refused():
@@ -126,5 +127,5 @@ def test_what_every_measure_refuses_is_refused():
         mean_loss(llama(), EXAMPLES, pad_token=PAD, batch=0)
     with refused(IN_TRAINING):
         mean_loss(llama().train(), EXAMPLES, pad_token=PAD)
-    with refused("no examples: there is nothing to measure a model on"):
+    with refused("no examples to measure a model on"):
         mean_loss(llama(), [], pad_token=PAD)

@@ -159,10 +159,8 @@ def test_virtual_tokens_of_prompt_tuning_are_context_and_not_text():
     assert perplexity_of_documents(model, [TEXT], window=100).nats == pytest.approx(expected, rel=ROUNDOFF)
 
 
-def test_a_uniform_model_costs_one_byte_for_each_byte():
+def test_the_perplexity_of_a_uniform_model_is_the_number_of_its_tokens():
     assert Perplexity(math.log(256), 50).perplexity == pytest.approx(256)
-    assert Perplexity(math.log(256), 50).bits_per_byte(50) == pytest.approx(8)
-    assert Perplexity(math.log(256), 50).bits_per_byte(200) == pytest.approx(2)
 
 
 def test_a_perplexity_beyond_float64_is_infinite():
@@ -174,17 +172,15 @@ def refused(sentence):
 
 
 def test_bad_arguments_are_refused():
-    with refused("window 1 is below 2, the least that holds a token and one to predict from it"):
+    with refused("window 1 is below 2: one token predicts the next"):
         perplexity_of_documents(MODEL, [TEXT], window=1)
-    with refused("window 1 is below 2, the least that holds a token and one to predict from it"):
+    with refused("window 1 is below 2: one token predicts the next"):
         perplexity_of_text(MODEL, TEXT, window=1, stride=1)
-    with refused("batch 0 is below 1, the least that goes through a model"):
+    with refused("batch 0 is below 1"):
         perplexity_of_documents(MODEL, [TEXT], window=8, batch=0)
     for stride in (0, 9):
-        with refused(rf"stride {stride} is outside 1\.\.8, the strides of a window of 8 tokens"):
+        with refused(rf"stride {stride} is outside 1\.\.8, the size of the window"):
             perplexity_of_text(MODEL, TEXT, window=8, stride=stride)
-    with refused("0 bytes of text is below 1, the least that bits per byte can be taken over"):
-        Perplexity(1.0, 1).bits_per_byte(0)
 
 
 def test_a_text_without_a_token_to_predict_is_refused():
@@ -202,7 +198,7 @@ def test_a_token_outside_the_vocabulary_is_named(token):
 
 
 def test_a_model_in_training_mode_is_refused():
-    with refused(r"the model is in training mode, where dropout changes what it predicts: call eval\(\) first"):
+    with refused(r"the model is in training mode, in which dropout changes its predictions: call eval\(\) first"):
         perplexity_of_documents(tiny_llama().train(), [TEXT], window=8)
 
 

@@ -87,5 +87,5 @@ def refused(sentence):
     return pytest.raises(ValueError, match=f"^{sentence}$")
 
 
-IN_TRAINING = r"the model is in training mode, where dropout changes what it predicts: call eval\(\) first"
-EMPTY_BATCH = "batch 0 is below 1, the least that goes through a model"
+IN_TRAINING = r"the model is in training mode, in which dropout changes its predictions: call eval\(\) first"
+EMPTY_BATCH = "batch 0 is below 1"
