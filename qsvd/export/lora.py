@@ -1,6 +1,9 @@
-"""A trained adapter as a PEFT LoRA on the original 16-bit model; lora_difference has the algebra.
+"""Export a trained adapter as a PEFT LoRA for the 16-bit model.
 
-Shape suffixes: O = out features, I = in features, S = rank of one weight's difference.
+With the trained W' = Q + B A and the stored components B0 A0, the LoRA is dW = B A - B0 A0. It leaves the quantization
+error W + dW - W' = W - Q - B0 A0, which is measured, or read from errors.jsonl.
+
+Shape suffixes: O = out features, I = in features, K, R, S = ranks of trained, stored and written factors; M = K + R.
 """
 
 import json
@@ -23,29 +26,21 @@ from qsvd.files.layout import ADAPTER_PREFIX
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint
 from qsvd.files.split_folder import SplitFolder
+from qsvd.files.workspace import ERRORS
 from qsvd.numerics.norms import frobenius
 
-# What training changed in one weight, as a LoRA on the original weight, and the error that remains.
-
-
+SOURCE_FINGERPRINT = "qsvd_source_fingerprint"
 ROUNDOFF = torch.finfo(torch.float32).eps  # rounding both factors to float32 moves a product by eps |B| |A| at most
 
 
 @dataclass(frozen=True)
 class LoraWeight:
-    """What is left between one original weight with its LoRA and the trained one.
+    """The LoRA of one weight and its error."""
 
-    Args:
-        name: Of the tensor.
-        rank: Of the difference; 0 where training changed nothing.
-        error: ||W + dW - W'||_F.
-        norm: ||W||_F.
-    """
-
-    name: str
-    rank: int
-    error: float
-    norm: float
+    name: str  # of the tensor
+    rank: int  # of dW; 0 if training changed nothing
+    error: float  # ||W + dW - W'||_F
+    norm: float  # ||W||_F
 
     @property
     def relative_error(self) -> float:
@@ -53,9 +48,9 @@ class LoraWeight:
 
 
 def difference(trained: Trained, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Balanced factors, float64 [O, S] and [S, I], of what training changed; S is its numerical rank.
+    """Return balanced factors of dW, float64 [O, S] and [S, I]; S is its numerical rank.
 
-    Singular values that a rounding of the factors to float32 could have made (Weyl's inequality) count as zero.
+    Singular values that the rounding of the factors to float32 could have made (Weyl's inequality) count as zero.
 
     Args:
         trained: B [O, K] and A [K, I].
@@ -76,27 +71,27 @@ def difference(trained: Trained, stored: tuple[Tensor, Tensor] | None) -> tuple[
 
 
 def measured(dense_OI: Tensor, weight_OI: Tensor, up_OS: Tensor, down_SI: Tensor) -> tuple[float, float]:
-    """||W + dW - W'||_F and ||W||_F.
+    """Return ||W + dW - W'||_F and ||W||_F.
 
     Args:
         dense_OI: W', float32.
         weight_OI: W, of any float dtype.
-        up_OS, down_SI: dW as it is written, rounded.
+        up_OS, down_SI: The rounded factors of dW.
     """
     error_OI = dense_OI.neg().add_(weight_OI).addmm_(up_OS.float(), down_SI.float())
     return frobenius(error_OI), frobenius(weight_OI.float())
 
 
 def recorded(split: SplitFolder) -> dict[str, tuple[float, float]]:
-    """||W - Q - B0 A0||_F and ||W||_F of every split weight, as `qsvd quantize` measured them.
+    """Return ||W - Q - B0 A0||_F and ||W||_F of every split weight, as `qsvd quantize` measured them.
 
     Raises:
-        BadInput: errors.jsonl is not there, is damaged or lacks a weight.
+        BadInput: errors.jsonl does not exist, is damaged or lacks a weight.
     """
-    path = split.folder / "errors.jsonl"
-    advice = "give the original model, on which the error can be measured"
+    path = split.folder / ERRORS
+    advice = "give the 16-bit model, to measure the error"
     if not path.is_file():
-        raise BadInput(f"{path} is not there; {advice}")
+        raise BadInput(f"{path} does not exist; {advice}")
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found = {line["name"]: (float(line["after"]["frobenius"]), float(line["weight_frobenius"])) for line in lines}
@@ -108,44 +103,32 @@ def recorded(split: SplitFolder) -> dict[str, tuple[float, float]]:
     return {name: found[weight["module"]] for name, weight in split.weights.items()}
 
 
-SOURCE_FINGERPRINT = "qsvd_source_fingerprint"
-
-
 @dataclass(frozen=True)
 class LoraExport:
-    """What `write_lora` wrote.
+    """The result of `write_lora`."""
 
-    Args:
-        weights: In the order of the base's manifest.
-        rank: Of every factor in the file; lower ranks are filled up with zeros.
-        is_measured: Whether errors were measured on the original; else they are those that `qsvd quantize` recorded,
-            which leave out the rounding of the new factors.
-        kept_modules: Modules saved whole, PEFT's modules_to_save.
-        num_bytes: Of all tensors.
-    """
-
-    weights: tuple[LoraWeight, ...]
-    rank: int
-    is_measured: bool
-    kept_modules: tuple[str, ...]
-    num_bytes: int
+    weights: tuple[LoraWeight, ...]  # in the order of the manifest
+    rank: int  # of all factors; lower ranks are padded with zeros
+    is_measured: bool  # else errors are those of `qsvd quantize`, without the rounding of the new factors
+    kept_modules: tuple[str, ...]  # saved whole, PEFT's modules_to_save
+    num_bytes: int  # of all tensors
 
     @property
     def relative_error(self) -> float:
-        """Of all weights together, ||W + dW - W'||_F / ||W||_F."""
+        """Return ||W + dW - W'||_F / ||W||_F of all weights together."""
         norm = sqrt(sum(weight.norm**2 for weight in self.weights))
         return sqrt(sum(weight.error**2 for weight in self.weights)) / norm if norm else 0.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a LoRA is written for.
+    """The model that a LoRA is written for.
 
     Args:
-        base: Where a loader finds the original model: a path, or a hub id.
+        base: Path or hub id of the 16-bit model.
         task: PEFT's task_type, "CAUSAL_LM"; None for a bare encoder.
-        original: The same model, to measure the remaining error on; None takes what `qsvd quantize` recorded.
-        dtype: Of the factors: float32, bfloat16 or float16.
+        original: The same model, to measure the error; None takes the errors that `qsvd quantize` recorded.
+        dtype: Dtype of the factors: float32, bfloat16 or float16.
     """
 
     base: str
@@ -155,19 +138,19 @@ class Target:
 
 
 def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
-    """Write a PEFT LoRA for the model that the base was made from; every weight in turn, one in memory.
+    """Write a PEFT LoRA for the 16-bit model, with one weight at a time in memory.
 
-    All factors have the same rank, lower ones filled up with zeros: llama.cpp divides alpha by the rank of each factor,
-    vLLM by the one in the config, and neither knows PEFT's rank_pattern.
+    All factors are padded with zeros to the same rank: llama.cpp divides alpha by the rank of each factor, vLLM by the
+    one in the config, and neither reads PEFT's rank_pattern.
 
     Args:
-        model: What was trained, without gains.
-        folder: Empty or not there, or left by the same export.
-        target: What it is written for.
+        model: Without gains.
+        folder: Does not exist, is empty, or was left by the same export.
 
     Raises:
-        BadInput: the trained values are not usable or have gains; the original is another model; no errors are
-            recorded; PEFT cannot save what was trained in full; the folder holds something else, or does not fit.
+        BadInput: the trained values are not usable or have gains; `original` is another model; no errors are recorded;
+            PEFT cannot save the parameters trained in full; the folder holds something else.
+        DoesNotFit: the files do not fit on the disk.
     """
     check_dtype(target.dtype)
     known = _known_errors(model, target.original)
@@ -195,13 +178,13 @@ def _source(model: TrainedModel) -> dict[str, Any]:
 
 
 def _known_errors(model: TrainedModel, original: Checkpoint | None) -> dict[str, tuple[float, float]]:
-    """Error and norm of every weight where no original is given; else the original must be the right one."""
+    """Return error and norm of every weight if no 16-bit model is given to measure them; check the model if it is."""
     if original is None:
         return recorded(model.split)
     if original.fingerprint != _source(model)["fingerprint"]:
         raise BadInput(
             f"{original.name} is not the model that {model.split.folder} was made from, {_source(model)['model']}: its "
-            "fingerprint differs; give that model, as it was then"
+            "fingerprint differs; give that model, unchanged"
         )
     return {}
 
@@ -219,7 +202,7 @@ def _identity(model: TrainedModel, target: Target, inventory: Inventory) -> dict
 
 
 def _most_bytes(model: TrainedModel, inventory: Inventory, dtype: torch.dtype) -> int:
-    """Of the factors, which are on the disk twice for a moment: each on its own, and filled up in one file."""
+    """Return the most bytes of the factors, which are on the disk twice: in files of their own, and padded in one."""
     shapes = {name: weight["shape"] for name, weight in model.split.weights.items()}
     ranks = (min(rank + model.split.weights[name]["rank"], *shapes[name]) for name, rank in inventory.ranks.items())
     return 2 * max(1, *ranks) * sum(sum(shape) for shape in shapes.values()) * dtype.itemsize
@@ -228,34 +211,30 @@ def _most_bytes(model: TrainedModel, inventory: Inventory, dtype: torch.dtype) -
 def _reduced(
     model: TrainedModel, name: str, path: Path, target: Target, known: tuple[float, float] | None
 ) -> LoraWeight:
-    """Write one weight's difference to a file of its own, unless an earlier run did."""
+    """Write the difference of one weight to its own file, unless an earlier run did."""
     if not path.is_file():
         factors = difference(model.read(name), model.split.factors(name))
         up_OS, down_SI = (rounded(factor, target.dtype, f"the LoRA of {name}") for factor in factors)
         if known is None:
             assert target.original is not None, "an original, or recorded errors"
             known = measured(model.dense(name), target.original.read(name), up_OS, down_SI)
-        write_stream(
-            path,
-            new_tensors({"B": up_OS, "A": down_SI}),
-            {"record": json.dumps(asdict(LoraWeight(name, len(down_SI), *known)))},
-        )
+        record = json.dumps(asdict(LoraWeight(name, len(down_SI), *known)))
+        write_stream(path, new_tensors({"B": up_OS, "A": down_SI}), {"record": record})
     return LoraWeight(**json.loads(read_header(path).metadata["record"]))
 
 
 def _factors(model: TrainedModel, paths: Mapping[str, Path], rank: int, dtype: torch.dtype) -> list[NewTensor]:
-    """B and A of every weight, read and filled up when their turn comes."""
+    """Return B and A of every weight; they are read and padded when they are written."""
     new = []
     for name, module in model.modules().items():
         rows, columns = model.split.weights[name]["shape"]
         for letter, shape in (("A", (rank, columns)), ("B", (rows, rank))):
             key = f"{ADAPTER_PREFIX}{module}.lora_{letter}.weight"
-            new.append(NewTensor(key, DTYPE_NAMES[dtype], shape, partial(_filled_up, paths[name], letter, shape)))
+            new.append(NewTensor(key, DTYPE_NAMES[dtype], shape, partial(_padded, paths[name], letter, shape)))
     return new
 
 
-def _filled_up(path: Path, letter: str, shape: tuple[int, int]) -> Tensor:
-    """A finished factor with rows or columns of zeros after it."""
+def _padded(path: Path, letter: str, shape: tuple[int, int]) -> Tensor:
     factor = read_tensor(read_header(path).tensors[letter])
     return pad(factor, (0, shape[1] - factor.shape[1], 0, shape[0] - factor.shape[0]))
 

@@ -1,9 +1,9 @@
-"""A trained model as a plain 16-bit checkpoint: W' = gain * (Q + B A) in float32, rounded once, shard by shard.
+"""Export a trained model as a plain 16-bit checkpoint: W' = gain * (Q + B A) in float32, rounded once.
 
-In memory are one weight and what it is made of. A killed run goes on at the first shard that is not there.
+One weight at a time is in memory. A killed run continues with the first shard that is missing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,40 +17,31 @@ from qsvd.export.folder import HEADER_BYTES, ExportFolder, disk_bytes, size_of
 from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_inventory
 from qsvd.files.atomic import read_object, whole_file, write_json
 from qsvd.files.output import PYTORCH
-from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, new_tensor, read_tensor, write_stream
+from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensor, read_tensor, write_stream
 from qsvd.files.source import open_checkpoint
 from qsvd.files.workspace import MANIFEST
 
 
 @dataclass(frozen=True)
 class MergedExport:
-    """What `write_merged` wrote.
+    """The result of `write_merged`."""
 
-    Args:
-        weights: Number of weights that were merged.
-        full: Number of tensors that were trained in full, which replace others or are new.
-        shards: Number of weight files.
-        dtype: Of merged weights, "bfloat16".
-        num_bytes: Of all tensors.
-    """
-
-    weights: int
-    full: int
+    weights: int  # that were merged
+    full: int  # tensors that were trained in full
     shards: int
-    dtype: str
-    num_bytes: int
+    dtype: str  # of merged weights, "bfloat16"
+    num_bytes: int  # of all tensors
 
 
 @dataclass(frozen=True)
 class MergedForm:
-    """How a merged checkpoint is written.
+    """The form of a merged checkpoint.
 
     Args:
-        dtype: float32, bfloat16 or float16; None is that of the weights before they were split. Tensors that the source
-            kept in another dtype than its weights keep it.
-        shard_bytes: Most bytes of one file; a larger tensor has its own.
-        config_changes: Entries of config.json to replace or add, such as architectures, id2label and label2id of a
-            classifier.
+        dtype: float32, bfloat16 or float16; None is that of the weights in the 16-bit model. Tensors that had another
+            dtype there keep it.
+        shard_bytes: Maximum size of a file; a larger tensor has a file of its own.
+        config_changes: Entries of config.json to replace or add, such as the architectures of a classifier.
     """
 
     dtype: torch.dtype | None = None
@@ -62,14 +53,13 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
     """Write a checkpoint that needs neither qsvd nor PEFT nor bitsandbytes.
 
     Args:
-        model: What was trained; read twice, one weight at a time.
-        folder: Empty or not there, or left by the same export.
-        form: How it is written.
+        model: Read twice, one weight at a time.
+        folder: Does not exist, is empty, or was left by the same export.
 
     Raises:
-        BadInput: the trained values are not usable, or beyond the range of the dtype; a parameter trained in full is
-            new or has a new shape without changes of the config; the folder holds something else, or does not fit on
-            the disk.
+        BadInput: the trained values are not usable, or outside the range of the dtype; a parameter trained in full is
+            new or has a new shape, and the config is not changed; the folder holds something else.
+        DoesNotFit: the files do not fit on the disk.
     """
     stored = model.split.stored_dtype
     dtype = form.dtype or stored
@@ -90,68 +80,59 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
             for file in copied:
                 with whole_file(folder / file.name) as target:
                     target.write(file.read_bytes())
-            config = _config(model) | {"dtype": name} | dict(form.config_changes)
+            config = read_object(model.split.folder / "config.json") | {"dtype": name} | dict(form.config_changes)
             dropped = ("quantization_config", "torch_dtype")  # the second is the older name of dtype
             write_json(folder / "config.json", {key: v for key, v in config.items() if key not in dropped})
             export.finish(asdict(result))
     return result
 
 
-def _config(model: TrainedModel) -> dict[str, Any]:
-    return read_object(model.split.folder / "config.json")
-
-
 def _check_full(model: TrainedModel, form: MergedForm) -> None:
-    """Refuse parameters that the model of the base's own config would not load."""
+    """Refuse parameters that do not fit the config of the quantized model."""
     others = model.others()
     changed = []
     for name, tensor in model.full.items():
         entry = others.get(model.spelling.get(name, name))
         if entry is None:
-            changed.append(f"{name} is not in the base")
+            changed.append(f"{name} is not in the quantized model")
         elif entry.shape != tuple(tensor.shape):
             changed.append(f"{name} is {list(tensor.shape)} instead of {list(entry.shape)}")
     if changed and not form.config_changes:
         raise BadInput(
-            f"{listing(changed)}: the base's config.json describes another model; give config_changes, the "
-            "architectures and sizes of the trained one"
+            f"{listing(changed)}: the config.json of {model.split.folder} describes another model; give config_changes "
+            "with the architectures and sizes of the trained model"
         )
 
 
 def _tensors(model: TrainedModel, stored: torch.dtype, dtype: torch.dtype) -> list[NewTensor]:
-    """Every tensor of the result, the base's in its order, then new ones; made or copied when its turn comes."""
+    """Return every tensor of the export: those of the quantized model in its order, then new ones."""
     full = {model.spelling.get(name, name): tensor for name, tensor in model.full.items()}
     others = model.others()
+    recast = DTYPE_NAMES[stored] if stored != dtype else None  # tensors of other dtypes are copied as they are
+
+    def read(name: str) -> Tensor:
+        return read_tensor(others[name])
+
     new = []
     for name, entry in model.split.tensors.items():
         if name in model.split.weights:
             shape = tuple(model.split.weights[name]["shape"])
-            new.append(NewTensor(name, DTYPE_NAMES[dtype], shape, partial(_merged, model, name, dtype)))
+            new.append(NewTensor(name, DTYPE_NAMES[dtype], shape, partial(_made, model.dense, name, dtype)))
+        elif name in others and name not in full and entry.dtype == recast:
+            new.append(NewTensor(name, DTYPE_NAMES[dtype], entry.shape, partial(_made, read, name, dtype)))
         elif name in others and name not in full:
-            new.append(new_tensor(entry.name, entry) if entry.dtype != DTYPE_NAMES[stored] else _cast(entry, dtype))
+            new.append(new_tensor(name, entry))
     for name, tensor in full.items():
-        values = rounded(tensor.detach().cpu(), dtype, name)
-        new.append(NewTensor(name, DTYPE_NAMES[dtype], tuple(values.shape), values))
+        new.append(new_tensor(name, rounded(tensor.detach().cpu(), dtype, name)))
     return new
 
 
-def _merged(model: TrainedModel, name: str, dtype: torch.dtype) -> Tensor:
-    return rounded(model.dense(name), dtype, name)
-
-
-def _cast(entry: TensorEntry, dtype: torch.dtype) -> NewTensor:
-    """A tensor of the base in another dtype; its bytes, if it has that dtype already."""
-    if entry.dtype == DTYPE_NAMES[dtype]:
-        return new_tensor(entry.name, entry)
-
-    def make() -> Tensor:
-        return rounded(read_tensor(entry), dtype, entry.name)
-
-    return NewTensor(entry.name, DTYPE_NAMES[dtype], entry.shape, make)
+def _made(read: Callable[[str], Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    return rounded(read(name), dtype, name)
 
 
 def _shards(new: Sequence[NewTensor], most_bytes: int) -> dict[str, list[NewTensor]]:
-    """Files in the order of the tensors, each up to `most_bytes`; a tensor larger than that has its own."""
+    """Return the tensors of every file: in their order, up to `most_bytes` a file; a larger tensor has its own."""
     groups: list[list[NewTensor]] = [[]]
     total = 0
     for tensor in new:
@@ -167,7 +148,7 @@ def _shards(new: Sequence[NewTensor], most_bytes: int) -> dict[str, list[NewTens
 
 
 def _write_shards(folder: Path, shards: Mapping[str, Sequence[NewTensor]]) -> None:
-    """The files that are not there yet, and the index of all."""
+    """Write the files that are missing, and the index."""
     for file, tensors in shards.items():
         if not (folder / file).is_file():
             write_stream(folder / file, tensors, PYTORCH)

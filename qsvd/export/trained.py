@@ -1,6 +1,6 @@
-"""What training left, in the form that every export starts from, and what must hold before one is begun.
+"""A trained model in the form that every export starts from, and the checks before an export.
 
-A trained weight is W' = gain * (Q + B A). Q is in the base folder; B, A and the gain come by name, weight by weight.
+A trained weight is W' = gain * (Q + B A). Q is in the quantized model; B, A and the gain are read weight by weight.
 Shape suffixes: O = out features, I = in features, K = rank of one weight's trained factors.
 """
 
@@ -23,7 +23,7 @@ class Trained:
     """One trained weight, W' = gain_O[:, None] * (Q + up_OK @ down_KI).
 
     Args:
-        up_OK, down_KI: float32, every scale folded in; K may be 0, and differ from weight to weight.
+        up_OK, down_KI: float32, with every scale included; K may be 0 and differ between weights.
         gain_O: float32, a factor for each row; None is 1.
     """
 
@@ -34,14 +34,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A base folder and what was trained beside it.
+    """A quantized model and its trained adapter.
 
     Args:
-        split: The base.
-        weight: The trained factors of a split weight, by the name of its tensor in the base; KeyError if it has none.
-        full: Parameters that were trained as they are, such as a new head, by their names in the trained model.
-        spelling: Name in the trained model -> name of the tensor in the base, as `check.resolve` finds it; what is not
-            in it is spelled as in the base.
+        split: The quantized model.
+        weight: Returns the trained values of a weight, by its tensor name in the quantized model; KeyError if it has
+            none.
+        full: Parameters that were trained themselves, such as a new head, by their names in the trained model.
+        spelling: Name in the trained model -> tensor name in the quantized model, from `check.resolve`; a name that it
+            lacks is the same in both.
     """
 
     split: SplitFolder
@@ -50,19 +51,19 @@ class TrainedModel:
     spelling: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, name: str) -> Trained:
-        """The trained weight, on the CPU and apart from any graph."""
+        """Return the trained values of a weight, on the CPU and detached from the autograd graph."""
         trained = self.weight(name)
         gain_O = None if trained.gain_O is None else trained.gain_O.detach().cpu()
         return Trained(trained.up_OK.detach().cpu(), trained.down_KI.detach().cpu(), gain_O)
 
     def dense(self, name: str) -> Tensor:
-        """W', float32 [O, I]."""
+        """Return W', float32 [O, I]."""
         trained = self.read(name)
         dense_OI = self.split.residual(name).decode().addmm_(trained.up_OK, trained.down_KI)
         return dense_OI if trained.gain_O is None else dense_OI.mul_(trained.gain_O[:, None])
 
     def modules(self) -> dict[str, str]:
-        """Name of a split weight's tensor -> path of its module in the trained model."""
+        """Return the path of the module in the trained model of every weight, by its tensor name."""
         spelled = {name: model_name for model_name, name in self.spelling.items()}
         return {
             name: spelled.get(name, f"{weight['module']}.weight").removesuffix(".weight")
@@ -70,7 +71,7 @@ class TrainedModel:
         }
 
     def others(self) -> dict[str, TensorEntry]:
-        """Every tensor of the base that is no part of a split weight, by its name there."""
+        """Return every tensor of the quantized model that is not part of a split weight, by its name."""
         residuals = self.split.residual_names
         return {
             name: entry
@@ -81,12 +82,12 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a trained model consists of.
+    """The ranks and the digest of a trained model.
 
     Args:
-        ranks: K of every split weight, by the name of its tensor.
-        has_gains: Whether rows are scaled; then those of every weight are that has factors.
-        digest: SHA-256, in hex, over all trained values: what a resumed export must find again.
+        ranks: K of every split weight, by its tensor name.
+        has_gains: Whether rows are scaled, in every weight with K > 0 or in none.
+        digest: SHA-256 of all trained values, part of the identity of an export.
     """
 
     ranks: dict[str, int]
@@ -95,11 +96,11 @@ class Inventory:
 
 
 def take_inventory(model: TrainedModel) -> Inventory:
-    """Read everything that was trained once, one weight at a time, and refuse what cannot be exported.
+    """Read all trained values, one weight at a time, and refuse those that cannot be exported.
 
     Raises:
-        BadInput: weights are missing, have another dtype or shape than the base asks for, or a NaN or infinity; some
-            weights have gains and some none; a parameter trained in full is a split weight or no finite float tensor.
+        BadInput: weights are missing, have a wrong dtype or shape, or a NaN or infinity; only some weights have gains;
+            a parameter trained in full is a split weight or not a finite float tensor.
     """
     ranks: dict[str, int] = {}
     digests: dict[str, str] = {}
@@ -120,23 +121,16 @@ def take_inventory(model: TrainedModel) -> Inventory:
             ranks[name], digests[name] = trained.down_KI.shape[0], digest(values)
     wrong += [f"{name}: {fault}" for name, tensor in model.full.items() for fault in _full_faults(model, name, tensor)]
     digests |= {f"full {name}": digest({name: tensor.detach().cpu()}) for name, tensor in model.full.items()}
-    _refuse(model, missing, wrong)
+    if missing:
+        wrong.insert(0, f"{len(missing)} of {len(model.split.weights)} weights are missing ({listing(missing)})")
+    if wrong:
+        raise BadInput(f"the trained values do not fit {model.split.folder}: {listing(wrong, separator='; ')}")
     without = [name for name, rank in ranks.items() if rank and name not in gained]
     if gained and without:
         raise BadInput(
-            f"{len(without)} of {len(ranks)} weights have no gain ({listing(without)}); give all one or none"
+            f"{len(without)} of {len(ranks)} weights have no gain ({listing(without)}); give one to all or to none"
         )
     return Inventory(ranks, bool(gained), fingerprint(digests))
-
-
-def _refuse(model: TrainedModel, missing: list[str], wrong: list[str]) -> None:
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {len(model.split.weights)} split weights are missing: {listing(missing)}")
-    if wrong:
-        problems.append(f"{len(wrong)} tensors are not as they must be: {listing(wrong)}")
-    if problems:
-        raise BadInput(f"what was trained does not fit {model.split.folder}: {'; '.join(problems)}")
 
 
 def _faults(values: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
@@ -162,24 +156,20 @@ def _full_faults(model: TrainedModel, name: str, tensor: Tensor) -> list[str]:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse a dtype that no export is written in.
-
-    Raises:
-        BadInput: it is none of float32, bfloat16, float16.
-    """
+    """Refuse a dtype other than float32, bfloat16 and float16, by BadInput."""
     if dtype not in DTYPES:
-        raise BadInput(f"dtype {str(dtype).removeprefix('torch.')} is none of float32, bfloat16, float16")
+        raise BadInput(f"dtype {str(dtype).removeprefix('torch.')} is not float32, bfloat16 or float16")
 
 
 def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The values in `dtype`, rounded once.
+    """Round the values to `dtype`.
 
     Raises:
-        BadInput: a value is beyond the range of the dtype, or was no finite number before; it names the tensor.
+        BadInput: a value is outside the range of the dtype; the sentence names the tensor.
     """
     values = values.to(dtype)
     if not values.isfinite().all():
         raise BadInput(
-            f"{name} has values beyond the range of {str(dtype).removeprefix('torch.')}; export in bfloat16 or float32"
+            f"{name} has values outside the range of {str(dtype).removeprefix('torch.')}; export in bfloat16 or float32"
         )
     return values

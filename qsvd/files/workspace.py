@@ -3,12 +3,12 @@
 Only one process at a time writes to a place: it holds a lock file. A later run continues only what a run with the same
 identity began; the identity is a JSON object of all options and inputs that the bytes depend on.
 
-    place                          locked by             identity in                                 complete with
-    OUT of qsvd quantize           OUT/unfinished/lock   OUT/unfinished/run.json, then qsvd.json     qsvd.json
-    OUT of qsvd export             OUT/unfinished/lock   OUT/unfinished/run.json, qsvd_export.json   qsvd_export.json
-    RUN of qsvd train              RUN/lock              RUN/run.json                                summary.json
-    FILE.costs.jsonl of allocate   FILE.costs.jsonl.lock its first line                              (always open)
-    FILE of qsvd calibrate         (not locked)          FILE.unfinished, then FILE: their metadata  FILE
+    place                           lock                   identity                              complete with
+    OUT of qsvd quantize            OUT/unfinished/lock    OUT/unfinished/run.json, qsvd.json    qsvd.json
+    OUT of qsvd export              OUT/unfinished/lock    OUT/unfinished/run.json, the record   qsvd_export.json
+    RUN of qsvd train               RUN/lock               RUN/run.json                          summary.json
+    FILE.costs.jsonl of allocate    FILE.costs.jsonl.lock  its first line                        (stays open)
+    FILE of qsvd calibrate          (none)                 metadata of FILE.unfinished, FILE     FILE
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Checkpoints that are whole or not there: written in RUN/unfinished, then renamed to RUN/checkpoint-N."""
+"""RUN, the folder of one training run: its lock and identity, its checkpoints and its steps.
+
+A checkpoint is complete or does not exist: it is written in RUN/unfinished, then renamed to RUN/checkpoint-N.
+"""
 
 import json
 import os
@@ -25,11 +28,14 @@ from qsvd.files.workspace import (
 from qsvd.training.steps import Step
 
 NAME = re.compile(r"checkpoint-(\d+)")
+START = "start.json"
+STEPS = "steps.jsonl"
+SUMMARY = "summary.json"
 PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 def finish(run: Path, step: int, *, keep: int) -> None:
-    """Put RUN/unfinished/checkpoint-N in its place, once it is on the disk, and drop all but the newest `keep`."""
+    """Sync RUN/unfinished/checkpoint-N to the disk, rename it, and remove all but the newest `keep`."""
     written = run / UNFINISHED / f"checkpoint-{step}"
     for file in [path for path in written.rglob("*") if path.is_file()]:
         with file.open("rb+") as opened:
@@ -44,37 +50,27 @@ def finish(run: Path, step: int, *, keep: int) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first; one that lacks a part is passed over."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if all((path / part).is_file() for part in PARTS)]
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which it was written."""
-    match = NAME.fullmatch(checkpoint.name)
-    assert match, "from checkpoints()"
-    return int(match[1])
-
-
-# RUN, the folder of one training run: who may write in it, what it holds, what its steps were.
-
-
-START = "start.json"
-STEPS = "steps.jsonl"
-SUMMARY = "summary.json"
+    """Return the step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 class RunFolder:
-    """RUN, opened for one run of `qsvd train`; a `with` block lets it go again.
+    """RUN, opened for one run of `qsvd train`. A `with` block releases the lock at its end.
 
     Args:
-        folder: Made if it is not there. Empty, or with resume a run of the same identity.
+        folder: Made if it does not exist; else empty, or with `resume` a run with the same identity.
         identity: What the bytes of the adapter depend on.
-        resume: Whether to go on with what is there.
+        resume: Whether to continue the run in the folder.
 
     Raises:
-        BadInput: the folder holds something else, or a run and no --resume, or another run (the sentence says what
-            differs), or another process is at work in it.
+        BadInput: the folder holds something else, a run that is not to be resumed, or a run with another identity (the
+            sentence says what differs); or another process writes to it.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool):
@@ -92,32 +88,32 @@ class RunFolder:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """Of a run that is complete."""
+        """Return summary.json; None if the run is not complete."""
         return self._json(SUMMARY)
 
     @property
     def start(self) -> dict[str, Any] | None:
-        """What was measured before the first step."""
+        """Return start.json, what was measured before the first step; None if it was not measured yet."""
         return self._json(START)
 
     def write(self, name: str, value: object) -> None:
-        """A JSON file."""
+        """Write a JSON file."""
         write_text(self.folder / name, json.dumps(value, indent=2) + "\n")
 
     def steps(self) -> list[Step]:
-        """All steps so far; a last line that a kill has cut is left out."""
+        """Return all steps so far, without a last line that a kill left incomplete."""
         path = self.folder / STEPS
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [Step(**json.loads(line)) for line in lines]
 
     def keep_steps(self, last: int) -> list[Step]:
-        """Forget the steps after `last`, which a resumed run makes again."""
+        """Remove the steps after `last`, which a resumed run repeats; return the others."""
         kept = [step for step in self.steps() if step.number <= last]
         write_text(self.folder / STEPS, "".join(f"{json.dumps(asdict(step))}\n" for step in kept))
         return kept
 
     def add_step(self, step: Step) -> None:
-        """One line more."""
+        """Append one step."""
         with (self.folder / STEPS).open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(asdict(step))}\n")
 
@@ -131,7 +127,7 @@ class RunFolder:
             check_empty(self.folder, {LOCK}, "qsvd train")
             return
         if not (checkpoints(self.folder) or (self.folder / SUMMARY).is_file()):
-            return  # it ended before it saved anything: nothing is lost when another run starts here
+            return  # it saved nothing, so nothing is lost when another run starts here
         if not resume:
             raise BadInput(f"{self.folder} holds a run already; give --resume to continue it, or --out another folder")
         check_same(self.folder, found, identity, ANOTHER_FOLDER)

@@ -196,7 +196,7 @@ def test_recorded_errors_that_cannot_be_read_are_refused(llama, tmp_path):
     out = shutil.copytree(llama / "out", tmp_path / "out")
     model = as_model(out, perturbed(out))
     lines = (out / "errors.jsonl").read_text().splitlines()
-    advice = "give the original model"
+    advice = "give the 16-bit model"
     (out / "errors.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(ValueError, match=rf"lacks 1 weights \(model.layers.0.self_attn.q_proj\); {advice}"):
         write_lora(model, tmp_path / "x", Target("b", None))
@@ -205,5 +205,5 @@ def test_recorded_errors_that_cannot_be_read_are_refused(llama, tmp_path):
         with pytest.raises(ValueError, match=rf"errors.jsonl is damaged \(.*\); {advice}"):
             write_lora(model, tmp_path / "x", Target("b", None))
     (out / "errors.jsonl").unlink()
-    with pytest.raises(ValueError, match=rf"errors.jsonl is not there; {advice}"):
+    with pytest.raises(ValueError, match=rf"errors.jsonl does not exist; {advice}"):
         write_lora(model, tmp_path / "x", Target("b", None))

@@ -186,7 +186,7 @@ def test_a_new_head_makes_a_classifier(bert, tmp_path):
 def test_a_new_parameter_needs_another_config(bert, tmp_path):
     full = {"classifier.bias": torch.ones(3), "pooler.dense.bias": torch.ones(65)}
     model = as_model(bert / "out", perturbed(bert / "out"), full=full)
-    sentence = r"classifier.bias is not in the base, pooler.dense.bias is \[65\] instead of \[64\]: the base's config"
+    sentence = r"classifier.bias is not in the quantized model, pooler.dense.bias is \[65\] instead of \[64\]: the con"
     with pytest.raises(ValueError, match=sentence):
         write_merged(model, tmp_path / "x", MergedForm())
     assert not (tmp_path / "x").exists()
@@ -196,13 +196,13 @@ def test_values_beyond_float16_are_refused(llama, tmp_path):
     trained = perturbed(llama / "out")
     name = "model.layers.0.mlp.up_proj.weight"
     trained[name] = Trained(1e6 * trained[name].up_OK, trained[name].down_KI)
-    with pytest.raises(ValueError, match=r"up_proj.weight has values beyond the range of float16; export in bfloat16"):
+    with pytest.raises(ValueError, match=r"up_proj.weight has values outside the range of float16; export in bf"):
         write_merged(as_model(llama / "out", trained), tmp_path / "x", MergedForm(torch.float16))
     write_merged(as_model(llama / "out", trained), tmp_path / "x", MergedForm(torch.bfloat16))
 
 
 def test_an_unknown_dtype_is_refused(llama, tmp_path):
-    with pytest.raises(ValueError, match="dtype float64 is none of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype float64 is not float32, bfloat16 or float16"):
         write_merged(as_model(llama / "out", {}), tmp_path / "x", MergedForm(torch.float64))
 
 
