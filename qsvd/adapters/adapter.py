@@ -1,7 +1,6 @@
-"""What is trained beside a frozen residual: the interface of every method.
+"""The interface of every method: an adapter is trained, the residual of its weight is frozen.
 
-A method is one file with a subclass of Adapter, and one line in methods.py. Its trained numbers are nn.Parameters;
-what it keeps frozen are buffers, which come from the base again and are not saved.
+Trained tensors are nn.Parameters. Frozen ones are buffers, which are read from the quantized model and not saved.
 
 Shape suffixes: O = out features, I = in features, R = stored rank, K = rank of the adapter's factors.
 """
@@ -22,12 +21,12 @@ FEW = 1 << 28  # parameters whose float32 master, gradient and 32-bit Adam state
 
 
 @dataclass(frozen=True)
-class Principal:
-    """One weight as it is stored: W ~ residual + up_OR @ down_RI.
+class StoredWeight:
+    """One weight of a quantized model: W ~ residual + up_OR @ down_RI.
 
     Args:
         residual: Q [O, I].
-        up_OR, down_RI: The stored factors, of any float dtype; R is 0 where nothing but the residual is stored.
+        up_OR, down_RI: The components, of any float dtype; R is 0 if only the residual is stored.
     """
 
     residual: PackedBlocks
@@ -41,14 +40,14 @@ class Principal:
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Which adapter, and what its method may be told.
+    """The method of an adapter and its options.
 
     Args:
-        method: "pissa", "lora", "edora"; None is pissa, or lora where no components are stored.
-        rank: Of what is trained; None is the method's own choice.
-        alpha: The trained product is multiplied by alpha / rank (LoRA, arXiv:2106.09685); None is the method's choice.
-        dtype: Of the trained parameters, "float32" or "bfloat16"; "auto" is float32 up to FEW parameters.
-        seed: Of what is drawn.
+        method: "pissa", "lora" or "edora"; None is pissa, or lora if a weight has no components.
+        rank: Trained rank; None is the default of the method.
+        alpha: The trained product is multiplied by alpha / rank (LoRA, arXiv:2106.09685); None is the method's default.
+        dtype: Dtype of the trained parameters, "float32" or "bfloat16"; "auto" is float32 up to FEW parameters.
+        seed: Seed of random initial values.
     """
 
     method: str | None = None
@@ -64,15 +63,24 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a method does when it is not told, and why.
+    """The options of a method that are not given, and why they are so.
 
-    rank None is the stored rank, alpha None is the rank, learning_rate is for AdamW.
+    Args:
+        rank: None is the stored rank.
+        alpha: None is the rank.
+        learning_rate: For AdamW.
     """
 
     rank: int | None
     alpha: float | None
     learning_rate: float
     reason: str
+
+    def rank_and_scale(self, options: AdapterOptions, stored_rank: int) -> tuple[int, float]:
+        """Return the rank and the scale alpha / rank, as given or by default."""
+        rank = next(rank for rank in (options.rank, self.rank, stored_rank) if rank is not None)
+        alpha = next(alpha for alpha in (options.alpha, self.alpha, rank) if alpha is not None)
+        return rank, alpha / rank if rank else 0.0
 
 
 class Adapter(nn.Module, ABC):
@@ -103,11 +111,11 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Adapter":
-        """The adapter before the first step, on the device of the principal; the model then computes Q + B A.
+    def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Adapter":
+        """Return the adapter before the first step, on the device of `stored`; the layer then computes Q + B A.
 
         Raises:
-            ValueError: the method cannot start from these factors with these options; the sentence says what it needs.
+            BadInput: the method cannot start from these components with these options.
         """
 
     @classmethod
@@ -115,35 +123,28 @@ class Adapter(nn.Module, ABC):
     def tensors(
         cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
     ) -> AdapterTensors:
-        """What `start` makes of an [O, I] weight, without making it.
+        """Return the shapes of what `start` makes for an [O, I] weight.
 
         Args:
-            stored_rank: R, of the stored factors, in `stored_dtype`.
-            rank: K, of what is trained, in `dtype`.
+            stored_rank: R, the rank of the components, which are in `stored_dtype`.
+            rank: K, the trained rank, in `dtype`.
         """
 
     @classmethod
     def num_parameters(cls, shape: tuple[int, int], rank: int) -> int:
-        """Trained parameters of an [O, I] weight at this trained rank."""
+        """Return how many parameters are trained for an [O, I] weight at this trained rank."""
         made = cls.tensors(shape, rank, rank, torch.float32, torch.float32)
         return sum(tensor.numel for tensor in made.parameters.values())
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
-        """up [O, K] and down [K, I], differentiable, with the scale folded in."""
+        """Return up [O, K] and down [K, I], differentiable, with the scale folded in."""
 
     def gain(self) -> Tensor | None:
-        """A factor for each output, [O], or None where it is 1."""
+        """Return a factor for each output, [O], or None if all are 1."""
         return None
 
 
-def stored_factors(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> dict[str, TensorShape]:
-    """The stored factors of an [O, I] weight, kept frozen."""
+def frozen_shapes(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> dict[str, TensorShape]:
+    """Return the shapes of the frozen components of an [O, I] weight."""
     return {"frozen_up": TensorShape((shape[0], rank), dtype), "frozen_down": TensorShape((rank, shape[1]), dtype)}
-
-
-def chosen(options: AdapterOptions, defaults: Defaults, stored_rank: int) -> tuple[int, float]:
-    """Rank and scale alpha / rank, as told or by default."""
-    rank = options.rank if options.rank is not None else defaults.rank if defaults.rank is not None else stored_rank
-    alpha = options.alpha if options.alpha is not None else defaults.alpha if defaults.alpha is not None else rank
-    return rank, alpha / rank if rank else 0.0

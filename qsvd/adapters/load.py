@@ -16,7 +16,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import HostEmbedding, SplitModel, restore
 from qsvd.adapters.page_cache import PagedResidual, open_pages
-from qsvd.adapters.start import check_method, new_record, read_principal, start_from
+from qsvd.adapters.start import check_method, new_record, read_weight, start_from
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.check import resolve
@@ -249,10 +249,10 @@ def _split_linear(
     if not isinstance(model.get_submodule(path), nn.Linear):
         raise BadInput(f"{path} of {plan.architecture} is no nn.Linear, yet {place.split.folder} has it split")
     bias = plan.spelling.get(f"{path}.bias")
-    principal = read_principal(place.split, name, place.device, place.record.method, is_paged=paged is not None)
-    adapter = start_from(principal, place.split, place.record, name)
+    stored = read_weight(place.split, name, place.device, place.record.method, is_paged=paged is not None)
+    adapter = start_from(stored, place.split, place.record, name)
     bias_O = None if bias is None else _dense(place, bias, place.dtype, place.device)
-    return SplitLinear(paged or principal.residual, adapter, bias_O, name)
+    return SplitLinear(paged or stored.residual, adapter, bias_O, name)
 
 
 def _dense(place: _Place, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,8 +1,4 @@
-"""PiSSA: train the principal factors themselves (arXiv:2404.02948, section 3; on a quantized residual: QPiSSA).
-
-The factors are the stored ones, whichever loop fitted them, so LoftQ's and LQ-LoRA's splits are trained alike.
-Shape suffixes as in adapter.py.
-"""
+"""The methods of training, and their table METHODS. Shape suffixes as in adapter.py."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Principal, chosen, stored_factors
+from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, StoredWeight, frozen_shapes
 from qsvd.errors import BadInput
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
@@ -24,13 +20,16 @@ def no_components(method: str) -> BadInput:
 
 
 class Pissa(Adapter):
-    """W' = Q + B A, with B and A trained from where `qsvd quantize` put them. Parameters: R (O + I)."""
+    """PiSSA (arXiv:2404.02948, section 3): W' = Q + B A, with the components B and A trained. Parameters: R (O + I).
+
+    Components of every loop (QPiSSA, LoftQ, LQ-LoRA) are trained alike.
+    """
 
     defaults = Defaults(
         rank=None,
         alpha=None,
         learning_rate=2e-5,
-        reason="the authors' rate; large principal values make the loss sharper than LoRA's, so the rate is smaller",
+        reason="the authors' rate; large singular values make the loss sharper than LoRA's, so it is smaller",
     )
     needs_components = True
 
@@ -40,27 +39,27 @@ class Pissa(Adapter):
         self.down = nn.Parameter(down_RI)
 
     @classmethod
-    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Pissa":
+    def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Pissa":
         del generator  # nothing is drawn
-        if principal.rank == 0:
+        if stored.rank == 0:
             raise no_components("pissa")
-        if options.rank not in (None, principal.rank):
+        if options.rank not in (None, stored.rank):
             raise BadInput(
-                f"rank {options.rank} is not the stored rank {principal.rank}, the only one that pissa can train; "
+                f"rank {options.rank} is not the stored rank {stored.rank}, the only one that pissa can train; "
                 "leave the rank out, or quantize with another one"
             )
-        if options.alpha not in (None, principal.rank):
+        if options.alpha not in (None, stored.rank):
             raise BadInput(
                 f"alpha {options.alpha:g} would scale the stored components; with pissa it is the rank "
-                f"{principal.rank}: leave it out"
+                f"{stored.rank}: leave it out"
             )
-        return cls(*(factor.to(options.torch_dtype, copy=True) for factor in (principal.up_OR, principal.down_RI)))
+        return cls(*(factor.to(options.torch_dtype, copy=True) for factor in (stored.up_OR, stored.down_RI)))
 
     @classmethod
     def tensors(
         cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
     ) -> AdapterTensors:
-        del stored_rank, stored_dtype  # the stored factors are the trained ones, in another dtype
+        del stored_rank, stored_dtype  # the components are trained, in another dtype
         parameters = {"up": TensorShape((shape[0], rank), dtype), "down": TensorShape((rank, shape[1]), dtype)}
         return AdapterTensors(parameters, buffers={}, made={})
 
@@ -68,42 +67,40 @@ class Pissa(Adapter):
         return self.up, self.down
 
 
-# LoRA beside what is frozen: the residual alone (QLoRA, arXiv:2305.14314) or with its principal components.
-
-
 class Lora(Adapter):
-    """W' = Q + B0 A0 + (alpha / K) B A, with B and A trained from B = 0 (arXiv:2106.09685, section 4.1).
+    """LoRA (arXiv:2106.09685, section 4.1): W' = Q + B0 A0 + (alpha / K) B A, with B and A trained from B = 0.
 
-    Parameters: K (O + I). K is cut to the smaller side of the weight, the scale stays.
+    Without components it is QLoRA (arXiv:2305.14314). Parameters: K (O + I). K is cut to the smaller side of the
+    weight; the scale is not changed.
     """
 
     defaults = Defaults(
         rank=64,
         alpha=16,
         learning_rate=2e-4,
-        reason="QLoRA's own rank, alpha and rate for 7B and 13B",
+        reason="QLoRA's rank, alpha and rate for 7B and 13B",
     )
 
-    def __init__(self, principal: Principal, up_OK: Tensor, down_KI: Tensor, scale: float):
+    def __init__(self, stored: StoredWeight, up_OK: Tensor, down_KI: Tensor, scale: float):
         super().__init__()
         self.scale = scale
         self.up = nn.Parameter(up_OK)
         self.down = nn.Parameter(down_KI)
-        self.register_buffer("frozen_up", principal.up_OR, persistent=False)
-        self.register_buffer("frozen_down", principal.down_RI, persistent=False)
+        self.register_buffer("frozen_up", stored.up_OR, persistent=False)
+        self.register_buffer("frozen_down", stored.down_RI, persistent=False)
 
     @classmethod
-    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Lora":
-        rank, scale = chosen(options, cls.defaults, principal.rank)
-        out_features, in_features = principal.residual.shape
+    def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Lora":
+        rank, scale = cls.defaults.rank_and_scale(options, stored.rank)
+        out_features, in_features = stored.residual.shape
         if rank < 1:
             raise BadInput(f"rank {rank} is below 1, the least that trains anything")
-        rank = min(rank, out_features, in_features)  # more would only repeat
+        rank = min(rank, out_features, in_features)  # a higher rank adds nothing
         bound = 1 / math.sqrt(in_features)  # Kaiming's uniform bound with a = sqrt 5, as LoRA and PEFT draw A
         down_KI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-        device = principal.up_OR.device
+        device = stored.up_OR.device
         up_OK = torch.zeros(out_features, rank, dtype=options.torch_dtype, device=device)
-        return cls(principal, up_OK, down_KI.to(device, options.torch_dtype), scale)
+        return cls(stored, up_OK, down_KI.to(device, options.torch_dtype), scale)
 
     @classmethod
     def tensors(
@@ -113,10 +110,10 @@ class Lora(Adapter):
         rank = min(rank, rows, columns)
         parameters = {"up": TensorShape((rows, rank), dtype), "down": TensorShape((rank, columns), dtype)}
         both = stored_rank + rank
-        made = {"up": TensorShape((rows, both), dtype)}  # scaled, and beside the frozen ones
+        made = {"up": TensorShape((rows, both), dtype)}  # scaled, and joined with the frozen ones
         if stored_rank:
             made["down"] = TensorShape((both, columns), dtype)
-        return AdapterTensors(parameters, stored_factors(shape, stored_rank, stored_dtype), made)
+        return AdapterTensors(parameters, frozen_shapes(shape, stored_rank, stored_dtype), made)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         up_OK = self.scale * self.up
@@ -127,20 +124,20 @@ class Lora(Adapter):
         return torch.cat((frozen_up.to(up_OK), up_OK), dim=1), torch.cat((frozen_down.to(self.down), down_KI))
 
 
-# EDoRA: a small trained core between frozen singular directions, and a magnitude per output (arXiv:2501.12067).
-
-
-TINY = torch.finfo(torch.float32).tiny  # the square of a norm is no less: a row of zeros keeps the gain 1
+TINY = torch.finfo(torch.float32).tiny  # least square of a norm, so that a row of zeros keeps the gain 1
 
 
 class EDora(Adapter):
-    """A core R [K, K] from zero and a magnitude m [O] from the row norms of Q + B0 A0. Parameters: K^2 + O."""
+    """EDoRA (arXiv:2501.12067): a core R [K, K] between frozen singular directions, and a magnitude m [O] of the rows.
+
+    R starts at zero, and m at the row norms of Q + B0 A0. Parameters: K^2 + O.
+    """
 
     defaults = Defaults(
         rank=None,
         alpha=None,
         learning_rate=1e-3,
-        reason="the largest but one of the authors' grid; few parameters between frozen directions bear a large rate",
+        reason="the second largest of the authors' grid; few parameters are trained, so a higher rate works",
     )
 
     needs_components = True
@@ -152,31 +149,31 @@ class EDora(Adapter):
         }
     )
 
-    def __init__(self, principal: Principal, rank: int, scale: float, dtype: torch.dtype):
+    def __init__(self, stored: StoredWeight, rank: int, scale: float, dtype: torch.dtype):
         super().__init__()
         self.scale = scale
-        up_OR, down_RI = principal.up_OR, principal.down_RI
+        up_OR, down_RI = stored.up_OR, stored.down_RI
         directions_OR = _left_directions(up_OR, down_RI)
         frozen = {
             "frozen_up": up_OR,
             "frozen_down": down_RI,
             "directions": directions_OR[:, :rank].to(up_OR.dtype),
             "inner": directions_OR[:, :rank].T @ up_OR.float(),
-        } | _norm_constants(principal)
+        } | _norm_constants(stored)
         for name, tensor in frozen.items():
             self.register_buffer(name, tensor.contiguous(), persistent=False)
         self.core = nn.Parameter(torch.zeros(rank, rank, dtype=dtype, device=up_OR.device))
         self.magnitude = nn.Parameter(self._row_norms(up_OR.float()))  # float32: its steps vanish in bfloat16
 
     @classmethod
-    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "EDora":
-        del generator  # R starts at zero: the core has a gradient there, since what surrounds it is not zero
-        if principal.rank == 0:
+    def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "EDora":
+        del generator  # nothing is random: R starts at zero and has a gradient there, unlike LoRA's product
+        if stored.rank == 0:
             raise no_components("edora")
-        rank, scale = chosen(options, cls.defaults, principal.rank)
-        if not 1 <= rank <= principal.rank:
-            raise BadInput(f"rank {rank} is outside 1..{principal.rank}, the principal components that are stored")
-        return cls(principal, rank, scale, options.torch_dtype)
+        rank, scale = cls.defaults.rank_and_scale(options, stored.rank)
+        if not 1 <= rank <= stored.rank:
+            raise BadInput(f"rank {rank} is outside 1..{stored.rank}, the stored components")
+        return cls(stored, rank, scale, options.torch_dtype)
 
     @classmethod
     def tensors(
@@ -198,14 +195,13 @@ class EDora(Adapter):
         made = {"up": exact(rows, stored_rank), "gain": exact(rows), "norms": exact(rows)}
         if stored_dtype != torch.float32:
             made["exact_directions"] = exact(rows, rank)
-        return AdapterTensors(parameters, stored_factors(shape, stored_rank, stored_dtype) | constants, made)
+        return AdapterTensors(parameters, frozen_shapes(shape, stored_rank, stored_dtype) | constants, made)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         inner_KR, frozen_OR = self.get_buffer("inner"), self.get_buffer("frozen_up")  # float32, and as stored
         core_KR = self.scale * self.core.to(inner_KR) @ inner_KR
-        return frozen_OR.to(inner_KR) + self.get_buffer("directions").to(inner_KR) @ core_KR, self.get_buffer(
-            "frozen_down"
-        )
+        up_OR = frozen_OR.to(inner_KR) + self.get_buffer("directions").to(inner_KR) @ core_KR
+        return up_OR, self.get_buffer("frozen_down")
 
     def gain(self) -> Tensor:
         with torch.no_grad():
@@ -213,17 +209,17 @@ class EDora(Adapter):
         return self.magnitude / norms_O
 
     def _row_norms(self, up_OR: Tensor) -> Tensor:
-        """||q_i + b_i A0|| of every row, float32 [O]."""
+        """Return ||q_i + b_i A0|| of every row, float32 [O]."""
         cross_O = (self.get_buffer("residual_down") * up_OR).sum(dim=1)
         inner_O = (up_OR @ self.get_buffer("down_gram") * up_OR).sum(dim=1)
         return (self.get_buffer("residual_squares") + 2 * cross_O + inner_O).clamp_(min=TINY).sqrt_()
 
 
 def _left_directions(up_OR: Tensor, down_RI: Tensor) -> Tensor:
-    """Left singular vectors of up @ down, largest value first, float32 [O, R], by two thin QRs and an R x R SVD.
+    """Return the left singular vectors of up @ down, largest value first, float32 [O, R].
 
-    A saved core means nothing between other vectors, so they are the same on every machine: from the CPU, in float64,
-    the largest entry of each positive.
+    A saved core is valid only between the same vectors. So they are computed in float64 on the CPU of every machine,
+    by two thin QRs and an R x R SVD, and the largest entry of each is made positive.
     """
     basis_OR, inner_RR = torch.linalg.qr(up_OR.cpu().double())
     outer_RR = torch.linalg.qr(down_RI.cpu().double().T, mode="r").R
@@ -232,9 +228,9 @@ def _left_directions(up_OR: Tensor, down_RI: Tensor) -> Tensor:
     return (vectors_OR * largest_R.sign()).to(up_OR.device, torch.float32)
 
 
-def _norm_constants(principal: Principal) -> dict[str, Tensor]:
-    """||q_i||^2 [O], Q A0^T [O, R] and A0 A0^T [R, R], float32; the one decoding of Q."""
-    residual_OI, down_RI = principal.residual.decode(), principal.down_RI.float()
+def _norm_constants(stored: StoredWeight) -> dict[str, Tensor]:
+    """Return ||q_i||^2 [O], Q A0^T [O, R] and A0 A0^T [R, R], float32; Q is decoded only here."""
+    residual_OI, down_RI = stored.residual.decode(), stored.down_RI.float()
     return {
         "residual_squares": residual_OI.square().sum(dim=1),
         "residual_down": residual_OI @ down_RI.T,
@@ -242,11 +238,8 @@ def _norm_constants(principal: Principal) -> dict[str, Tensor]:
     }
 
 
-# What a method that trains stored components leaves of a weight that stores none: the residual, as it is.
-
-
 class Frozen(Adapter):
-    """W' = Q. Parameters: none."""
+    """W' = Q: for a weight without components, if the method needs them. Parameters: none."""
 
     defaults = Defaults(rank=None, alpha=None, learning_rate=0.0, reason="nothing is trained")
 
@@ -256,22 +249,19 @@ class Frozen(Adapter):
         self.register_buffer("frozen_down", down_RI, persistent=False)
 
     @classmethod
-    def start(cls, principal: Principal, options: AdapterOptions, generator: torch.Generator) -> "Frozen":
+    def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Frozen":
         del options, generator  # nothing is chosen or drawn
-        return cls(principal.up_OR.float(), principal.down_RI.float())
+        return cls(stored.up_OR.float(), stored.down_RI.float())
 
     @classmethod
     def tensors(
         cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
     ) -> AdapterTensors:
         del rank, dtype, stored_dtype
-        return AdapterTensors(parameters={}, buffers=stored_factors(shape, stored_rank, torch.float32), made={})
+        return AdapterTensors(parameters={}, buffers=frozen_shapes(shape, stored_rank, torch.float32), made={})
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.get_buffer("frozen_up"), self.get_buffer("frozen_down")
-
-
-# The methods by name: one line each.
 
 
 METHODS: dict[str, type[Adapter]] = {
@@ -282,15 +272,15 @@ METHODS: dict[str, type[Adapter]] = {
 
 
 def default_method(ranks: Iterable[int]) -> str:
-    """The method for a base with these stored ranks: pissa, or lora where a weight stores nothing."""
+    """Return the method for a model with these stored ranks: pissa, or lora if a weight has no components."""
     return "pissa" if all(ranks) else "lora"
 
 
 def kind_of(method: str, stored_rank: int, ranks: Iterable[int]) -> type[Adapter]:
-    """What a weight with this stored rank gets: methods that train stored components leave those without as they are.
+    """Return the adapter class of one weight: Frozen if the method needs components and this weight has none.
 
     Args:
-        ranks: Of all weights. Where none stores any, it is for the method to refuse.
+        ranks: The stored ranks of all weights. If all are 0, the method itself refuses to start.
     """
     kind = METHODS[method]
     return Frozen if kind.needs_components and stored_rank == 0 and any(ranks) else kind

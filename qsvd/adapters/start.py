@@ -1,4 +1,4 @@
-"""Which adapter, and the adapter of each weight before its first step."""
+"""New adapters: their record, the adapter of each weight before its first step, and their shapes for the planner."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, Principal, chosen
+from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, StoredWeight
 from qsvd.adapters.methods import METHODS, default_method, kind_of, no_components
 from qsvd.errors import BadInput
 from qsvd.files.adapter import AdapterFolder, AdapterRecord
@@ -21,14 +21,12 @@ from qsvd.plan.weights import ModelPlan, WeightSpec, describe, role_of
 
 
 def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, ...] = ()) -> AdapterRecord:
-    """The record of a new adapter, on disk as in memory.
+    """Return the record of a new adapter.
 
     Raises:
         BadInput: the method or the dtype is unknown, or there is only one label.
     """
-    method = options.method
-    if method is None:
-        method = default_method(split.ranks.values())
+    method = default_method(split.ranks.values()) if options.method is None else options.method
     check_method(method)
     if len(labels) == 1:
         raise BadInput(f"labels has the one class {labels[0]!r}; a classifier needs at least two")
@@ -45,76 +43,77 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
 
 
 def check_method(method: str) -> None:
-    """Refuse a method that there is not."""
+    """Raise BadInput if the method is unknown."""
     if method not in METHODS:
-        raise BadInput(f"method {method!r} is none of {', '.join(METHODS)}")
+        raise BadInput(f"method {method!r} is not one of {', '.join(METHODS)}")
 
 
 def _dtype_name(split: SplitFolder, method: str, options: AdapterOptions) -> str:
-    """Of the trained parameters: as told, or float32 while they are few."""
-    if options.dtype in ("float32", "bfloat16"):
-        return options.dtype
-    if options.dtype != "auto":
-        raise BadInput(f"adapter dtype {options.dtype!r} is none of auto, float32, bfloat16")
+    if options.dtype not in ("auto", "float32", "bfloat16"):
+        raise BadInput(f"adapter dtype {options.dtype!r} is not one of auto, float32, bfloat16")
     count = 0
     for name, weight in split.weights.items():
         kind = kind_of(method, split.ranks[name], split.ranks.values())
-        rank, _ = chosen(options, kind.defaults, weight["rank"])
+        rank, _ = kind.defaults.rank_and_scale(options, weight["rank"])
         count += kind.num_parameters(tuple(weight["shape"]), rank)
+    return _resolved(options.dtype, count)
+
+
+def _resolved(dtype: str, count: int) -> str:
+    """Return the name of the dtype of so many trained parameters; "auto" is float32 while they are few."""
+    if dtype != "auto":
+        return dtype
     return "float32" if count <= FEW else "bfloat16"
 
 
 def start_adapter(split: SplitFolder, record: AdapterRecord, name: str, device: torch.device) -> Adapter:
-    """The adapter of one weight before its first step.
-
-    Args:
-        name: Of the weight's tensor in the base.
+    """Return the adapter of one weight before its first step; `name` is its tensor in the quantized model.
 
     Raises:
-        BadInput: the method cannot start from the weight's factors; the sentence names the weight.
+        BadInput: the method cannot start from the weight's components.
     """
-    return start_from(read_principal(split, name, device, record.method), split, record, name)
+    return start_from(read_weight(split, name, device, record.method), split, record, name)
 
 
-def read_principal(
+def read_weight(
     split: SplitFolder, name: str, device: torch.device, method: str, *, is_paged: bool = False
-) -> Principal:
-    """One weight as it is stored, read once.
+) -> StoredWeight:
+    """Read one weight.
 
     Args:
-        is_paged: Leave the residual in its file, unless the method starts from its values.
+        is_paged: Map the residual in its file and read it only if the method starts from its values.
     """
-    up_OR, down_RI = stored_factors(split, name)
+    up_OR, down_RI = read_components(split, name)
     kind = kind_of(method, split.ranks[name], split.ranks.values())
     if is_paged and not kind.starts_from_residual:
         residual = split.residual(name, mapped=True)
     else:
         residual = split.residual(name).to(device)
-    return Principal(residual, up_OR.to(device), down_RI.to(device))
+    return StoredWeight(residual, up_OR.to(device), down_RI.to(device))
 
 
-def stored_factors(split: SplitFolder, name: str) -> tuple[Tensor, Tensor]:
-    """B [O, R] and A [R, I] of one weight; R is 0 where nothing but the residual is stored."""
+def read_components(split: SplitFolder, name: str) -> tuple[Tensor, Tensor]:
+    """Return B [O, R] and A [R, I] of one weight; R is 0 if only the residual is stored."""
     rows, columns = split.weights[name]["shape"]
     return split.factors(name) or (torch.zeros(rows, 0), torch.zeros(0, columns))
 
 
-def start_from(principal: Principal, split: SplitFolder, record: AdapterRecord, name: str) -> Adapter:
-    """As `start_adapter`, of a weight that is read already."""
-    options = AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
+def start_from(stored: StoredWeight, split: SplitFolder, record: AdapterRecord, name: str) -> Adapter:
+    """Return the same as `start_adapter`, for a weight that was read already."""
+    # Each weight has its own generator, so that its start does not depend on which others are made, and in which order.
     digest = hashlib.sha256(f"{record.seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
     try:
-        return kind_of(record.method, principal.rank, split.ranks.values()).start(principal, options, generator)
+        return kind_of(record.method, stored.rank, split.ranks.values()).start(stored, _options_of(record), generator)
     except ValueError as error:
         raise BadInput(f"{split.folder}: {name}: {error}") from error
 
 
 def trained_adapter(split: SplitFolder, adapter: AdapterFolder, name: str, module: str) -> Adapter:
-    """The adapter of one weight as it was saved, on the CPU.
+    """Return the saved adapter of one weight, on the CPU.
 
     Args:
-        name: Of the weight's tensor in the base.
+        name: The weight's tensor in the quantized model.
         module: Path of its module in the trained model.
 
     Raises:
@@ -129,16 +128,20 @@ def trained_adapter(split: SplitFolder, adapter: AdapterFolder, name: str, modul
     return made
 
 
-# A split model with adapters, for the planner: from a result of `qsvd quantize`, or from a config alone.
+def _options_of(record: AdapterRecord) -> AdapterOptions:
+    return AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
+
+
+# For the planner: a quantized model with adapters, from its folder or from a config alone.
 
 
 def planned_base(split: SplitFolder, record: AdapterRecord, dtype: torch.dtype) -> SplitModelPlan:
-    """What `load` would make of a result of `qsvd quantize` and a record of its adapters; no weight is read."""
+    """Return the shapes of what `load` makes of a quantized model and a record; no weight is read."""
     return planner_of(split, dtype)(record)
 
 
 def planner_of(split: SplitFolder, dtype: torch.dtype) -> Callable[[AdapterRecord], SplitModelPlan]:
-    """The same for several records of one base, which is opened once."""
+    """Return a function that does the same for several records of one quantized model, which is opened once."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(split.folder, local_files_only=True)
@@ -150,8 +153,7 @@ def planner_of(split: SplitFolder, dtype: torch.dtype) -> Callable[[AdapterRecor
     stored = getattr(torch, split.manifest["run"]["dtype"])
 
     def make(record: AdapterRecord) -> SplitModelPlan:
-        options = AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
-        return planned(empty, names, Allocation(choices), options=options, stored_dtype=stored)
+        return planned(empty, names, Allocation(choices), options=_options_of(record), stored_dtype=stored)
 
     return make
 
@@ -164,14 +166,14 @@ def planned(
     options: AdapterOptions,
     stored_dtype: torch.dtype = torch.bfloat16,
 ) -> SplitModelPlan:
-    """A split model that may not exist yet.
+    """Return the shapes of a quantized model with adapters, which may not exist yet.
 
     Args:
         empty: The 16-bit model, without memory.
-        names: What of it is split.
+        names: Its weights to quantize.
         allocation: Codec and stored rank of each.
-        options: Of the adapters; method None is pissa, or lora where nothing is stored.
-        stored_dtype: Of the stored factors.
+        options: Options of the adapters.
+        stored_dtype: Dtype of the components.
 
     Raises:
         BadInput: the method cannot start from these ranks.
@@ -181,9 +183,9 @@ def planned(
     if METHODS[name].needs_components and not any(ranks.values()):
         raise no_components(name)
     kinds = {module: kind_of(name, rank, ranks.values()) for module, rank in ranks.items()}
-    trained = {module: chosen(options, kind.defaults, ranks[module])[0] for module, kind in kinds.items()}
+    trained = {module: kind.defaults.rank_and_scale(options, ranks[module])[0] for module, kind in kinds.items()}
     count = sum(kinds[spec.module].num_parameters(spec.shape, trained[spec.module]) for spec in names.weights)
-    dtype = torch_dtype(options.dtype, count)
+    dtype = getattr(torch, _resolved(options.dtype, count))
 
     @cache  # one record for all weights that are alike
     def tensors(kind: type[Adapter], shape: tuple[int, int], stored_rank: int, rank: int) -> AdapterTensors:
@@ -194,13 +196,6 @@ def planned(
         for spec in names.weights
     }
     return SplitModelPlan(empty, names, allocation, adapters)
-
-
-def torch_dtype(name: str, count: int) -> torch.dtype:
-    """Of so many trained parameters: as named, or float32 while they are few."""
-    if name == "auto":
-        return torch.float32 if count <= FEW else torch.bfloat16
-    return getattr(torch, name)
 
 
 def _spec(name: str, weight: Mapping[str, object]) -> WeightSpec:

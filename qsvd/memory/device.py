@@ -19,9 +19,9 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise BadInput(f"--device {name!r} is none of auto, cpu, cuda, cuda:N") from error
+        raise BadInput(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device {name!r} is none of auto, cpu, cuda, cuda:N")
+        raise BadInput(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()

@@ -9,7 +9,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.load import load, names_of
-from qsvd.adapters.start import new_record, stored_factors, trained_adapter
+from qsvd.adapters.start import new_record, read_components, trained_adapter
 from qsvd.data.columns import Examples
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.export.trained import Trained, TrainedModel
@@ -210,7 +210,7 @@ def open_trained(run: Path, base: Path | None) -> Opened:
 
 def _stored(split: SplitFolder) -> Any:
     def weight(name: str) -> Trained:
-        up_OR, down_RI = stored_factors(split, name)
+        up_OR, down_RI = read_components(split, name)
         return Trained(up_OR.float(), down_RI.float())
 
     return weight

@@ -24,7 +24,7 @@ from trl import SFTTrainer
 from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.methods import METHODS, Pissa
 from qsvd.adapters.model import restore, split_linears
-from qsvd.adapters.start import stored_factors
+from qsvd.adapters.start import read_components
 from qsvd.files.adapter import open_adapter
 from qsvd.files.split_folder import SplitFolder
 from qsvd.training.guards import check_start, not_finite
@@ -195,7 +195,7 @@ def stored_components(model: nn.Module, split: SplitFolder) -> Iterator[None]:
     adapters = [module.adapter for module in modules]
     try:
         for module in modules:
-            up_OR, down_RI = stored_factors(split, module.name)
+            up_OR, down_RI = read_components(split, module.name)
             # A frozen adapter has buffers only.
             device = next(chain(module.adapter.parameters(), module.adapter.buffers())).device
             module.adapter = Pissa(up_OR.to(device), down_RI.to(device)).requires_grad_(False)

@@ -6,7 +6,7 @@ Shape suffixes: T = tokens, O = out features, I = in features, R = stored rank, 
 import torch
 from torch import nn
 
-from qsvd.adapters.adapter import Adapter, Defaults, Principal
+from qsvd.adapters.adapter import Adapter, Defaults, StoredWeight
 from qsvd.numerics.codec import NestedScales
 from qsvd.numerics.nf4 import NormalFloat4
 from tests import reference
@@ -34,7 +34,7 @@ def principal_of(shape, rank, *, dtype=torch.float32, double_quant=False, seed=0
     up, down = (
         torch.from_numpy(reference.gaussian(*size, seed=seed + 1)) for size in ((shape[0], rank), (rank, shape[1]))
     )
-    return Principal(packed_residual(shape, double_quant=double_quant, seed=seed), up.to(dtype), down.to(dtype))
+    return StoredWeight(packed_residual(shape, double_quant=double_quant, seed=seed), up.to(dtype), down.to(dtype))
 
 
 class Given(Adapter):

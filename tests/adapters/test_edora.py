@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qsvd.adapters.adapter import AdapterOptions, Principal
+from qsvd.adapters.adapter import AdapterOptions, StoredWeight
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods import EDora
 from tests import reference
@@ -38,7 +38,7 @@ def separated(dtype=torch.float32):
         [1.0, 2, 3, 4]
     )  # up and down: neither is orthogonal
     up, down = left * np.array([4.0, 3, 2, 1]) @ mixing, np.linalg.inv(mixing) @ right.T
-    return Principal(packed_residual(SHAPE), *(torch.from_numpy(f).to(dtype).contiguous() for f in (up, down)))
+    return StoredWeight(packed_residual(SHAPE), *(torch.from_numpy(f).to(dtype).contiguous() for f in (up, down)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,7 +84,7 @@ def zero_rows():
     matrix[:2], matrix[2] = 0, -1
     up = torch.from_numpy(reference.gaussian(8, 1))
     up[:2], up[2] = 0, 1
-    return Principal(codec.encode(matrix), up, torch.ones(1, 64))
+    return StoredWeight(codec.encode(matrix), up, torch.ones(1, 64))
 
 
 def deficient():
@@ -103,7 +103,7 @@ PRINCIPALS = {
     "one number": lambda: principal_of((1, 1), 1),
     "rows of zeros": zero_rows,
     "deficient factors": deficient,
-    "factors of zeros": lambda: Principal(packed_residual((33, 64)), torch.zeros(33, 3), torch.zeros(3, 64)),
+    "factors of zeros": lambda: StoredWeight(packed_residual((33, 64)), torch.zeros(33, 3), torch.zeros(3, 64)),
 }
 
 

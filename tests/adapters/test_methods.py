@@ -169,7 +169,7 @@ def test_pissa_takes_the_stored_rank_as_rank_and_alpha():
         ("pissa", 3, {"rank": 2}, "rank 2 is not the stored rank 3, the only one that pissa can train"),
         ("pissa", 3, {"alpha": 0.5}, "alpha 0.5 would scale the stored components; with pissa it is the rank 3"),
         ("edora", 0, {}, r"edora trains stored components, and the quantized model has none \(rank 0\); quantize with"),
-        ("edora", 3, {"rank": 4}, r"rank 4 is outside 1\.\.3, the principal components that are stored"),
+        ("edora", 3, {"rank": 4}, r"rank 4 is outside 1\.\.3, the stored components"),
         ("edora", 3, {"rank": 0}, r"rank 0 is outside 1\.\.3"),
         ("lora", 3, {"rank": 0}, "rank 0 is below 1, the least that trains anything"),
         ("lora", 0, {"rank": -1}, "rank -1 is below 1"),

@@ -162,7 +162,7 @@ def test_an_adapter_of_a_method_that_there_is_not_is_refused(out, tmp_path):
     qsvd.load(out).save_pretrained(tmp_path / "run")
     path = tmp_path / "run" / "qsvd_adapter.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"method": "dora"}))
-    with pytest.raises(ValueError, match="method 'dora' is none of pissa, lora, edora"):
+    with pytest.raises(ValueError, match="method 'dora' is not one of pissa, lora, edora"):
         qsvd.load(out, adapter=tmp_path / "run")
 
 

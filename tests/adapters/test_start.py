@@ -73,8 +73,8 @@ def test_that_number_takes_4_gigabytes():
 @pytest.mark.parametrize(
     ("options", "labels", "said"),
     [
-        (AdapterOptions("dora"), (), r"method 'dora' is none of pissa, lora, edora$"),
-        (AdapterOptions(dtype="float16"), (), r"adapter dtype 'float16' is none of auto, float32, bfloat16$"),
+        (AdapterOptions("dora"), (), r"method 'dora' is not one of pissa, lora, edora$"),
+        (AdapterOptions(dtype="float16"), (), r"adapter dtype 'float16' is not one of auto, float32, bfloat16$"),
         (AdapterOptions(), ("only",), r"labels has the one class 'only'; a classifier needs at least two$"),
     ],
 )

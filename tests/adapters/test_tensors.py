@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qsvd.adapters.adapter import AdapterOptions, Principal
+from qsvd.adapters.adapter import AdapterOptions, StoredWeight
 from qsvd.adapters.methods import METHODS
 from qsvd.numerics.nf4 import NormalFloat4
 
@@ -18,7 +18,7 @@ def started(method, shape, stored_rank, rank, dtypes):
     trained_dtype, stored_dtype = dtypes
     residual = NormalFloat4(double_quant=True).encode(torch.randn(shape, generator=generator))
     up, down = torch.randn(shape[0], stored_rank), torch.randn(stored_rank, shape[1])
-    principal = Principal(residual, up.to(stored_dtype), down.to(stored_dtype))
+    principal = StoredWeight(residual, up.to(stored_dtype), down.to(stored_dtype))
     options = AdapterOptions(method, rank=rank, dtype=str(trained_dtype).removeprefix("torch."))
     return METHODS[method].start(principal, options, generator)
 

@@ -381,7 +381,7 @@ BAD = {
     "statistics for nothing": ("--statistics x", "--statistics is for --objective fisher or hessian, and --obj"),
     "no such statistics": ("--objective hessian --statistics x", "x does not exist; qsvd calibrate MODEL DATA --out x"),
     "a pattern that matches nothing": ("--include *.query", "no linear layer in the blocks matches '*.query'"),
-    "a device": ("--device tpu", "--device 'tpu' is none of auto, cpu, cuda, cuda:N"),
+    "a device": ("--device tpu", "--device 'tpu' is not one of auto, cpu, cuda, cuda:N"),
 }
 
 

@@ -205,7 +205,7 @@ def test_a_shard_size_that_is_none(refused, model, size):
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cpu:x", ""])
 def test_a_device_of_no_known_kind(refused, model, device):
-    assert refused(model, f"--device={device}") == f"--device {device!r} is none of auto, cpu, cuda, cuda:N"
+    assert refused(model, f"--device={device}") == f"--device {device!r} is not one of auto, cpu, cuda, cuda:N"
 
 
 def test_a_cuda_device_that_is_not_there(refused, model):

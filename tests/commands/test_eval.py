@@ -305,7 +305,7 @@ def test_several_models_are_columns_of_one_table(made, evaluate, monkeypatch):
         ),
         ("{base} --data {text} --task accuracy", "--task accuracy does not go with text examples, as {text} has"),
         ("{base} --data {text} --task exact-match", "--task exact-match does not go with text examples, as {text} has"),
-        ("{base} --data {text} --device tpu", "--device 'tpu' is none of auto, cpu, cuda, cuda:N"),
+        ("{base} --data {text} --device tpu", "--device 'tpu' is not one of auto, cpu, cuda, cuda:N"),
         (
             "{labelled} --data {rows} --reference {base}",
             "--reference compares models on text; {rows} holds labelled examples",

@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 
-from qsvd.adapters.adapter import AdapterOptions, Principal
+from qsvd.adapters.adapter import AdapterOptions, StoredWeight
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods import METHODS
 from tests import reference
@@ -135,7 +135,7 @@ def test_no_dense_weight_is_kept_after_the_forward_pass(has_gain):
 def test_each_method_starts_on_the_gpu_as_on_the_cpu(method):
     shape = (70, 172)
     principal = principal_of(shape, RANK, double_quant=True)
-    moved = Principal(principal.residual.to(torch.device("cuda")), principal.up_OR.cuda(), principal.down_RI.cuda())
+    moved = StoredWeight(principal.residual.to(torch.device("cuda")), principal.up_OR.cuda(), principal.down_RI.cuda())
     options = AdapterOptions(method, rank=RANK)
     on_cpu, on_gpu = (
         METHODS[method].start(one, options, torch.Generator().manual_seed(0)) for one in (principal, moved)

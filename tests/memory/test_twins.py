@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qsvd.adapters.adapter import AdapterOptions, Principal
+from qsvd.adapters.adapter import AdapterOptions, StoredWeight
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods import METHODS
 from qsvd.memory.twins import Decoding, LinearTwin, LiveBytes
@@ -31,7 +31,7 @@ def test_a_layer_of_several_bands_has_the_peaks_of_its_twin(dtype, double_quant)
     codec = NormalFloat4(double_quant=double_quant)
     residual = codec.encode(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
     factors = torch.randn(SHAPE[0], RANK), torch.randn(RANK, SHAPE[1])
-    adapter = METHODS["pissa"].start(Principal(residual, *factors), AdapterOptions("pissa"), torch.Generator())
+    adapter = METHODS["pissa"].start(StoredWeight(residual, *factors), AdapterOptions("pissa"), torch.Generator())
     real = peaks(SplitLinear(residual, adapter, None), torch.randn(TOKENS, SHAPE[1], dtype=dtype), Tracker())
     live = LiveBytes()
     tensors = METHODS["pissa"].tensors(SHAPE, RANK, RANK, torch.float32, torch.bfloat16)

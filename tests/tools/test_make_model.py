@@ -275,7 +275,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "odd heads": (lambda _: [*FLAGS, "--heads=5"], "transformers makes no Llama of .*'heads': 5"),
     "layers per shard": (lambda _: [*FLAGS, "--layers-per-shard=0"], "--layers-per-shard 0 is below 1"),
     "tokenizer": (lambda f: [*FLAGS, f"--tokenizer={f / 'none'}"], "--tokenizer .*none is not a folder"),
-    "device": (lambda _: [*FLAGS, "--device=tpu"], "--device 'tpu' is none of auto, cpu"),
+    "device": (lambda _: [*FLAGS, "--device=tpu"], "--device 'tpu' is not one of auto, cpu"),
     "rank": (lambda _: [*FLAGS, "--as=split", "--rank=99"], "--rank 99 is above the shorter side"),
     "strangers": (
         lambda f: (f / "out").mkdir() or (f / "out" / "x").touch() or [*FLAGS, "--as=split", "--rank=4"],
