@@ -56,6 +56,14 @@ def test_every_probe_of_every_example_has_signs_of_its_own(repeats, probes):
     assert all(found[f"{spec.module}.trace_error"].item() > 0 for spec in one.plan.weights)
 
 
+def test_no_two_samples_share_their_signs(monkeypatch):
+    one, (example, *_) = case("LlamaForCausalLM"), examples_of("LlamaForCausalLM")
+    numbers, signs = set(), Probes.signs
+    monkeypatch.setattr(Probes, "signs", lambda probes, *of: numbers.add(of[1]) or signs(probes, *of))
+    means_of(one.streamed(twice=True), [example] * 3, probes=2)
+    assert numbers == set(range(6))
+
+
 def test_the_mean_of_many_probes_is_the_trace_within_its_error():
     """The exact trace is the sum of the diagonal of H, number by number, by autograd."""
     options = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -23,7 +23,7 @@ def die_at(options, number, changes=None):
     """Run in a forked process that is gone, without any clean-up, right before its so-manieth rename."""
     process = multiprocessing.get_context("fork").Process(target=_calibrate, args=(options, number, changes))
     process.start()
-    process.join(timeout=60)
+    process.join(timeout=600)
     return process.exitcode
 
 

@@ -29,7 +29,7 @@ class CountedCheckpoint:
 
 def wait_until_begun(checkpoint, count):
     while len(checkpoint.begun) < count:
-        assert checkpoint.event.wait(timeout=10)
+        assert checkpoint.event.wait(timeout=600)
         checkpoint.event.clear()
 
 

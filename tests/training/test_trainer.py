@@ -89,6 +89,15 @@ def test_a_step_has_the_mean_loss_of_its_trained_tokens_and_its_gradients(
         assert error <= ROUNDOFF * gradient.abs().max(), name
 
 
+@pytest.mark.parametrize("all_trained", [True, False])
+def test_the_loss_that_the_start_is_checked_by_is_the_mean_of_its_trained_tokens(
+    language, expected, tmp_path, all_trained
+):
+    made = trainer(language, tmp_path, masked(all_trained=all_trained), settings())
+    (batch,) = made.get_train_dataloader()
+    assert made.start_loss(batch).item() == pytest.approx(expected[all_trained][0], rel=LOSS_ROUNDOFF)
+
+
 @pytest.mark.parametrize(("is_on", "times"), [(False, 1), (True, 2)])
 def test_gradient_checkpointing_computes_activations_twice(language, tmp_path, is_on, times):
     made = trainer(language, tmp_path, sequences(), settings(gradient_checkpointing=is_on))
