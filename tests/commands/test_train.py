@@ -15,6 +15,7 @@ import qsvd.commands.train
 from qsvd.adapters.methods import METHODS, Lora
 from qsvd.cli import parse, run
 from qsvd.commands.train import train
+from qsvd.errors import BadInput
 from qsvd.prepare.train import prepare_train
 from qsvd.training.run_folder import RunFolder
 from tests.runs import (
