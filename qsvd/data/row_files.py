@@ -103,7 +103,7 @@ def _read_json(path: Path) -> Rows:
     try:
         items = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadInput(f"{path} is no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+        raise BadInput(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
         raise BadInput(f"{path} is not a list of rows: it is nested too deeply") from error
     broken: list[Problem] = []

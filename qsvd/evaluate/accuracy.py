@@ -37,12 +37,11 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Number of examples whose most probable class is the label; nats is the mean cross entropy per label."""
+class Counted:
+    """A number of correct examples out of all."""
 
     correct: int
     total: int
-    nats: float
 
     @property
     def share(self) -> float:
@@ -53,6 +52,13 @@ class Accuracy:
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the share (Wilson)."""
         return wilson_interval(self.correct, self.total)
+
+
+@dataclass(frozen=True)
+class Accuracy(Counted):
+    """Examples whose most probable class is the label; nats is the mean cross entropy per label."""
+
+    nats: float
 
 
 def accuracy(

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from qsvd.errors import BadInput, listing
-from qsvd.evaluate.accuracy import wilson_interval
+from qsvd.evaluate.accuracy import Counted
 from qsvd.evaluate.batches import Model, by_length, check_ready, check_sequences, padded
 
 if TYPE_CHECKING:
@@ -28,26 +28,14 @@ NUMBER = re.compile(
 
 
 @dataclass(frozen=True)
-class ExactMatch:
-    """Number of questions that were answered with the right number.
+class ExactMatch(Counted):
+    """Questions that were answered with the right number.
 
     unfinished is the number of answers that were cut at max_new_tokens; answers are the generated texts, in order.
     """
 
-    correct: int
-    total: int
     unfinished: int
     answers: tuple[str, ...]
-
-    @property
-    def share(self) -> float:
-        """Correct answers over all, 0..1."""
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the share (Wilson)."""
-        return wilson_interval(self.correct, self.total)
 
 
 def final_number(text: str) -> str | None:

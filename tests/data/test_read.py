@@ -122,7 +122,7 @@ DEEP = "[" * 100_000
     [
         ("a.jsonl", DEEP, r"1 broken line: line 1 \(nested too deeply\)"),
         ("a.json", DEEP, r"a\.json is not a list of rows: it is nested too deeply"),
-        ("a.json", '[{"a": 1},\n {"a": }]', r"a\.json is no JSON: Expecting value at line 2, column 8"),
+        ("a.json", '[{"a": 1},\n {"a": }]', r"a\.json is not JSON: Expecting value at line 2, column 8"),
         ("a.json", '[{"a": "\\ud800"}, 3]', r"2 broken items: item 1 \(half of .*\), item 2 \(a JSON int, not"),
         ("a.json", '{"rows":\n []}', r"2 broken lines: line 1 \(.*; a \.json file holds a list of objects, \[\{"),
         ("a.json", b"[\xe9]", r"a\.json is not UTF-8: byte 0xe9 at position 2; save it as UTF-8"),
