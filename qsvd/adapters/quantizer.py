@@ -28,7 +28,7 @@ class PackedConfig(QuantizationConfigMixin):
     """The quantization_config of a config.json.
 
     Args:
-        codecs: Spelling of a codec (numerics/codecs.py) -> paths of the modules whose weight it packs.
+        codecs: Name of a codec (numerics/names.py) -> paths of the modules whose weight it packs.
         dtype: What these weights were stored in before: float32, bfloat16 or float16.
         quant_method: "qsvd".
 

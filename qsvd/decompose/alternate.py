@@ -9,6 +9,7 @@
 
 QPiSSA (arXiv:2404.02948, section 4.2), LoftQ (arXiv:2310.08659, algorithm 1) and LQ-LoRA (arXiv:2311.12023, algorithm
 2) are orders and lengths of this loop. Unlike theirs it returns the best iterate, measured as it will be stored.
+examples/split_one_matrix.py shows its use.
 
 An objective that weights rows and columns, such as LQ-LoRA's Fisher information, changes three things: the loop starts
 from the plain split, every fit is of the scaled matrix and scaled back, and the error is the weighted one. The

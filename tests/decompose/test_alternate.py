@@ -233,3 +233,58 @@ def test_a_transposed_view_splits_like_its_copy(dtype):
     """As the weights of GPT-2's Conv1D come."""
     view = torch.from_numpy(weight_of((60, 50))).to(dtype).mT
     assert same_bytes(*(split_weight(one, Recipe(NF4, 4, 3)) for one in (view, view.contiguous())))
+
+
+@pytest.mark.parametrize(
+    ("bad", "count"), [((torch.nan,), 1), ((torch.inf, -torch.inf), 2), ((torch.nan, torch.inf, torch.nan), 3)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nans_and_infinities_are_counted(bad, count, dtype):
+    weight = torch.from_numpy(reference.gaussian(12, 10)).to(dtype)
+    weight.view(-1)[5 : 5 + len(bad)] = torch.tensor(bad, dtype=dtype)
+    with pytest.raises(ValueError, match=f"^{count} of 120 values are NaN or infinite$"):
+        split_weight(weight, Recipe(NF4, 2))
+
+
+def test_a_finite_weight_whose_sum_overflows_is_split():
+    weight = torch.full((4, 64), 3e38)
+    assert split_weight(weight, Recipe(NF4, 0)).residual.decode().equal(weight)
+
+
+@pytest.mark.parametrize("shape", [(12, 10), (10, 12)])
+def test_a_rank_above_the_matrix_is_refused(shape):
+    with pytest.raises(
+        ValueError, match=rf"rank 11 is outside 0\.\.10, the ranks of a \({shape[0]}, {shape[1]}\) matrix"
+    ):
+        split_weight(torch.zeros(shape), Recipe(NF4, 11))
+    assert split_weight(torch.from_numpy(reference.gaussian(*shape)), Recipe(NF4, 10)).rank == 10
+
+
+def test_a_recipe_that_stores_nothing_is_refused():
+    with pytest.raises(ValueError, match="rank -1 is negative"):
+        Recipe(NF4, -1)
+    with pytest.raises(ValueError, match="0 iterations leave nothing to store"):
+        Recipe(NF4, 4, 0)
+    with pytest.raises(ValueError, match="needs at least 2 iterations: after 1 the factors are still zero"):
+        Recipe(NF4, 4, 1, "quantize", "quantize")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"order": "svdd"}, "order 'svdd' is not one of svd, quantize"),
+        ({"end": "fit"}, "end 'fit' is not one of svd, quantize"),
+        ({"stop": "x"}, "stop 'x' is not one of rise, never"),
+    ],
+)
+def test_an_unknown_word_is_refused(options: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Recipe(NF4, 8, **options)
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(8, 8, dtype=torch.int8), torch.ones(8, 8, dtype=torch.float64), torch.ones(2, 8, 8)]
+)
+def test_what_is_no_16_bit_or_float32_matrix_is_refused(weight: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"a float32, bfloat16 or float16 matrix can be split, not torch\.\w+ \(.*8\)"):
+        split_weight(weight, Recipe(NF4, 4))

@@ -56,7 +56,7 @@ def test_rank_0_is_the_codec_alone(shape, scale, seed):
 
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96), (280, 300)])
 @pytest.mark.parametrize("rank", [2, 16])
-def test_what_is_foreseen_is_two_passes_and_the_gain_of_the_second_once_more(shape, rank):
+def test_an_error_is_that_of_two_passes_less_the_gain_of_the_second_once_more(shape, rank):
     matrix = reference.decaying(*shape, power=0.7)
     first, second = passes(matrix, rank)
     assert second < first
@@ -72,7 +72,7 @@ def test_where_the_second_pass_is_worse_the_first_counts():
 
 
 @pytest.mark.parametrize("rank", [2, 16])
-def test_what_is_foreseen_is_near_what_five_full_passes_end_with(rank):
+def test_an_error_is_near_that_of_five_full_passes(rank):
     matrix = reference.decaying(96, 160, power=0.7)
     loop = reference.alternation(matrix, rank=rank, passes=5, order="svd", end="svd")
     best = min(one.distance for one in loop) ** 2

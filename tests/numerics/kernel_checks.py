@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU, in a process of their own: test_normal_float_kernels.py starts it.
+"""Triton's kernels without a GPU, in a process of their own: test_kernels.py starts it.
 
 interpret   they run in Triton's interpreter, on CPU tensors, and give what torch's operations give
 compile     they are compiled for a GPU that need not be there, as they would be launched

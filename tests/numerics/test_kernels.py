@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted, and compiled. With one, tests/gpu/test_normal_float_bits_gpu.py."""
+"""The Triton kernels without a GPU: interpreted, and compiled. With one, tests/gpu/test_normal_float_gpu.py."""
 
 import os
 import subprocess

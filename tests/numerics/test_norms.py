@@ -199,3 +199,11 @@ def test_measuring_leaves_the_matrix_as_it_was(monkeypatch):
         matrix = torch.from_numpy(noise(120, 100, 0))
         norms(matrix, seeded(0))
         assert np.array_equal(matrix.numpy(), noise(120, 100, 0))
+
+
+def test_the_estimated_nuclear_norm_of_a_nearly_rank_1_error_is_right() -> None:
+    matrix = torch.zeros(1100, 1200)
+    matrix[7] = torch.randn(1200, generator=torch.Generator().manual_seed(0))
+    found = norms(matrix, torch.Generator().manual_seed(0))
+    only_value = float(matrix.double().norm())  # the one singular value is also the sum of all
+    assert found.nuclear == pytest.approx(only_value, abs=1e-3 * only_value + 4 * found.nuclear_error)

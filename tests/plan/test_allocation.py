@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_named_by_its_line(kind):
     assert sentence in str(refused.value)
 
 
-def test_all_that_is_wrong_is_said_at_once():
+def test_one_message_has_all_problems():
     text = table({0: None, 1: "layers.0.k_proj nf3-64-8x256 99", 2: "layers.0.down_proj nf9-64-fp16 0"})
     with pytest.raises(
         ValueError, match=r"rank 99 .*; line 3: codec 'nf9-64-fp16'.*; 1 weights have no line"
@@ -106,7 +106,7 @@ def test_all_that_is_wrong_is_said_at_once():
     assert "k_proj have no line" not in str(refused.value)  # it has one, though a wrong one
 
 
-def test_the_two_kinds_of_bitsandbytes_do_not_mix_and_either_stands_alone():
+def test_the_two_codecs_of_bitsandbytes_do_not_mix_and_either_can_be_alone():
     lines = [f"{spec.module} nf4+dq 4" for spec in WEIGHTS]
     assert from_text("\n".join(lines), WEIGHTS, "FILE").is_plain
     lines[0] = f"{WEIGHTS[0].module} nf4 4"

@@ -34,7 +34,7 @@ def test_bits_are_for_each_number_and_bytes_for_all(text, num_bytes):
 @pytest.mark.parametrize(
     "text", ["", "3", "bits", "3 bytes", "3 apples", "-3bits", "3b", "2,75bits", "3bitsy", "nan bits"]
 )
-def test_what_is_no_budget_is_told_what_is(text):
+def test_a_text_that_is_not_a_budget_is_refused_with_examples(text):
     sentence = (
         f"--budget {text!r} is not a budget: give bits per number of the weights, such as 2.75bits, or bytes for all "
         "weights in KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GB"
@@ -55,7 +55,7 @@ def test_more_than_16_bits_is_refused(text, most):
 
 
 @pytest.mark.parametrize("unit", ["bits", "KB", "MiB", "GB"])
-def test_what_is_said_to_be_enough_is(unit):
+def test_the_budget_that_a_message_calls_enough_is_enough(unit):
     budget = parse_budget({"bits": "1bits", "KB": "1KB", "MiB": "0.1MiB", "GB": "0.0001GB"}[unit], WEIGHTS)
     for needed in (1, 56_321, 61_439, 327_679):
         enough = budget.enough(needed)

@@ -1,5 +1,7 @@
-"""The integer program against enumeration of every choice."""
+"""The integer program against enumeration of every choice; and its silence."""
 
+import ctypes
+import sys
 from itertools import pairwise, product
 
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsvd.plan import program
-from qsvd.plan.program import Candidates, least_bytes, solve_program
+from qsvd.plan.program import Candidates, least_bytes, silent_stdout, solve_program
 
 ROUNDOFF = 1e-9  # relative, of sums of a few float64
 
@@ -146,3 +148,16 @@ def test_costs_that_are_all_zero():
     found = solve_program([Candidates([3, 4], [0.0, 0.0])] * 3, 10)
     assert found.cost == found.gap == 0
     assert found.num_bytes == 9
+
+
+def test_c_is_silent_inside_and_loud_outside(capfd):
+    library = ctypes.CDLL(None)
+    sys.stdout.write("before\n")
+    with silent_stdout():
+        library.puts(b"noise that C may hold back until the process ends")
+        sys.stderr.write("to stderr\n")
+    library.puts(b"after")
+    library.fflush(None)
+    shown = capfd.readouterr()
+    assert shown.out == "before\nafter\n"
+    assert shown.err == "to stderr\n"

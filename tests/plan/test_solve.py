@@ -1,4 +1,4 @@
-"""The allocators on made-up measurements, against their definitions and against enumeration."""
+"""The allocators on made-up measurements, against their definitions and against enumeration; rules for ranks."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,18 @@ from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Choice
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import Grid
-from qsvd.plan.solve import AllocationProblem, Allocator, check_feasible, expected, over_norms, solve
+from qsvd.plan.solve import (
+    AllocationProblem,
+    Allocator,
+    check_feasible,
+    expected,
+    highest_setting,
+    over_norms,
+    prilora,
+    sara,
+    solve,
+)
+from tests import reference
 from tests.plan.weights import specs
 
 CODECS = ("nf2-16-2x64", "nf3-16-3x64", "nf4-16-4x64", "nf8-128-8x256")
@@ -189,7 +200,7 @@ def test_between_measured_ranks_the_logarithm_of_the_error_is_a_line():
 
 
 @pytest.mark.parametrize(("allocator", "rank"), [("both", 2), ("uniform", 2), ("sara", 2), ("prilora", 2), ("bits", 8)])
-def test_a_budget_that_is_too_small_is_told_the_least_that_is_enough(allocator, rank):
+def test_a_budget_that_is_too_small_is_refused_with_the_least_one(allocator, rank):
     weights = [replace(spec, shape=(32, 32)) for spec in WEIGHTS]
     small = task("1bits", weights=weights, rank=rank)
     hint = f"rank {rank}" if allocator == "bits" else "with their smallest codecs and ranks"
@@ -245,3 +256,45 @@ def test_a_weight_of_zeros_counts_as_it_is():
     measured = measurements(task("3.4bits"))
     first = WEIGHTS[0].module
     assert over_norms(WEIGHTS[:1], {first: replace(measured[first], norm=0.0)}) == {first: 1.0}
+
+
+def test_sara_counts_leading_singular_values_whose_sum_stays_below_a_share_of_all():
+    matrices = [reference.decaying(40, 60, power=power) for power in (0.2, 0.7, 2.0)]
+    spectra = [reference.singular_values(matrix) for matrix in matrices]
+    ranks = sara([(values.tolist(), float(values.sum())) for values in spectra])
+    for share in (0.0, 0.01, 0.1, 0.3, 0.77):
+        by_hand = [int((np.cumsum(values) < share * values.sum()).sum()) for values in spectra]
+        assert ranks(share) == by_hand
+    assert ranks(0.0) == [0, 0, 0]
+    assert len(set(ranks(0.5))) == 3
+
+
+def test_sara_gives_no_more_ranks_than_there_are_values():
+    assert sara([([5.0, 4.0], 100.0)])(0.9) == [2]
+
+
+def test_prilora_rises_in_a_line_from_a_rank_to_three_times_that():
+    weights = specs(layers=5)
+    ranks = prilora(weights, [100] * len(weights))
+    by_layer = [round(4 + (12 - 4) * layer / 4) for layer in range(5)]
+    assert ranks(4.0) == [rank for rank in by_layer for _ in range(3)]
+    assert prilora(weights, [7] * len(weights))(4.0)[-1] == 7
+
+
+def test_prilora_of_one_layer():
+    assert prilora(specs(layers=1), [100] * 3)(4.0) == [4, 4, 4]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 17, 3_001, 5_999, 6_000, 10_000])
+def test_the_next_rank_above_the_highest_setting_is_too_much(budget):
+    settings = np.sort(np.random.default_rng(0).uniform(0, 1, 3_000))  # at each of which one more rank comes
+
+    def rank(setting):
+        return int((settings <= setting).sum())
+
+    found = highest_setting(1.0, lambda setting: 2 * rank(setting), budget)
+    assert rank(found) == min(budget // 2, 3_000)
+
+
+def test_nothing_is_found_if_the_least_is_too_much():
+    assert highest_setting(1.0, lambda _: 5, 4) is None

@@ -1,4 +1,4 @@
-"""What optimizers keep, by their own state after a step, around the sizes where bitsandbytes changes its mind."""
+"""What optimizers keep, by their own state after a step, around the sizes at which bitsandbytes changes it."""
 
 import bitsandbytes
 import pytest
