@@ -272,7 +272,7 @@ def test_without_the_original_the_recorded_error_is_stated_and_nothing_checked(t
     ("source", "sentence"),
     [
         ("source", "is a 16-bit model; give a run of qsvd train, or a quantized model"),
-        ("nothing", "nothing here; give a run of qsvd train, or a result of qsvd quantize"),
+        ("nothing", "nothing here; give a run of qsvd train, or a quantized model"),
         (".", "is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train"),
     ],
 )
