@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -100,29 +100,41 @@ def explained_disk_errors(unfinished: Path, kept: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers, datasets, TRL and accelerate below errors, and the warning that paging needs a GPU."""
-    import datasets
+def quiet(*, reads_data: bool = True) -> Iterator[None]:
+    """Silence transformers, TRL and accelerate below errors, and the warning that paging needs a GPU.
+
+    Args:
+        reads_data: Whether to hide the progress bars of datasets, too; that imports it.
+    """
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    no_bars_before = datasets.are_progress_bars_disabled()
     others = [logging.getLogger(name) for name in ("trl", "accelerate")]
     levels = [logger.level for logger in others]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     for logger in others:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_bars_of_datasets() if reads_data else nullcontext():
             warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU", UserWarning)
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-        if not no_bars_before:
-            datasets.enable_progress_bars()
         for logger, level in zip(others, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _no_bars_of_datasets() -> Iterator[None]:
+    import datasets
+
+    was_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_disabled:
+            datasets.enable_progress_bars()

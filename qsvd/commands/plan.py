@@ -27,7 +27,7 @@ def main(options: Plan) -> None:
         BadInput: an option cannot be used, or the model cannot be planned.
         DoesNotFit: something does not fit; raised after the tables are printed.
     """
-    with quiet():
+    with quiet(reads_data=False):
         job = prepare_plan(options)
         found = answer(job)
     if options.json:
