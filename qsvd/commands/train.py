@@ -1,4 +1,7 @@
-"""`qsvd train`: adapters next to the frozen residual, from a quantized model and data to a run."""
+"""`qsvd train`: adapters next to the frozen residual, from a quantized model and data to a run.
+
+examples/train_loop.py is the same in a plain PyTorch loop, without checkpoints and a plan of the memory.
+"""
 
 import sys
 from collections.abc import Callable
