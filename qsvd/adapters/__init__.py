@@ -1,1 +1,1 @@
-"""Floor 7: modules of a loaded model: the frozen residual and the adapter that is trained."""
+"""Floor 7: adapters on quantized weights, their layers, methods and offloaded pages, and the loading of models."""

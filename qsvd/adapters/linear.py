@@ -15,11 +15,9 @@ from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.page_cache import PagedResidual
 from qsvd.numerics.codec import BAND, PackedBlocks, from_bytes
 
-# x Q^T and y Q for a packed matrix Q, of which no more is decoded at a time than the product needs.
-
 
 def times_transposed(x_TI: Tensor, packed: PackedBlocks) -> Tensor:
-    """x Q^T [T, O] in the dtype of x, with no more of Q decoded than a band of rows."""
+    """Return x Q^T [T, O] in the dtype of x. Q is decoded in bands of rows, one at a time."""
     y_TO = x_TI.new_empty(len(x_TI), packed.shape[0])
     for rows, band in packed.in_rows(BAND[x_TI.device.type]):
         torch.mm(x_TI, band.decode(dtype=x_TI.dtype).T, out=y_TO[:, rows])
@@ -27,27 +25,28 @@ def times_transposed(x_TI: Tensor, packed: PackedBlocks) -> Tensor:
 
 
 def times(y_TO: Tensor, packed: PackedBlocks) -> Tensor:
-    """y Q [T, I] in the dtype of y, in bands of rows; in 16 bits all of Q at once, since sums of bands would be
-    rounded one by one.
+    """Return y Q [T, I] in the dtype of y. Q is decoded in bands of rows, one at a time.
+
+    In 16 bits all of Q is decoded at once, since the sums of bands would be rounded one by one.
     """
     if y_TO.dtype.itemsize < 4:
         return y_TO @ packed.decode(dtype=y_TO.dtype)
     x_TI = y_TO.new_empty(len(y_TO), packed.shape[1])
     for rows, band in packed.in_rows(BAND[y_TO.device.type]):
         band_RI = band.decode(dtype=y_TO.dtype)
-        torch.addmm(x_TI, y_TO[:, rows], band_RI, beta=1 if rows.start else 0, out=x_TI)  # 0: x is not read
+        torch.addmm(x_TI, y_TO[:, rows], band_RI, beta=1 if rows.start else 0, out=x_TI)  # beta 0 does not read x
     return x_TI
 
 
 class SplitLinear(nn.Module):
-    """nn.Linear with the weight W' = gain * (Q + up @ down), Q decoded when it is needed and not kept.
+    """nn.Linear with the weight W' = gain * (Q + up @ down); Q is decoded when it is needed and not kept.
 
     Args:
-        residual: Q [O, I]. Its tensors become buffers, as bytes, so that a change of the module's dtype leaves them;
-            or it stays where it is and visits the device.
-        adapter: What is trained; on the device.
+        residual: Q [O, I]. Its tensors become buffers of bytes, which a change of the module's dtype does not cast;
+            a PagedResidual is copied to the device when it is needed.
+        adapter: The trained part, on the device.
         bias: Frozen, [O] in the compute dtype, or None.
-        name: Of the weight's tensor in the base's files.
+        name: Name of the weight's tensor in the files of the quantized model.
     """
 
     def __init__(self, residual: PackedBlocks | PagedResidual, adapter: Adapter, bias: Tensor | None, name: str = ""):
@@ -73,11 +72,11 @@ class SplitLinear(nn.Module):
         return from_bytes(parts, shape, self.codec, self._nested_block)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., O], in the dtype of x, or of autocast where that is on."""
+        """Map [..., I] to [..., O] in the dtype of x, or of autocast if that is on."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):  # would round the adapter's own steps, such as edora's norms
+        with torch.autocast(device, enabled=False):  # it would round the adapter's own steps, such as edora's norms
             up_OK, down_KI = self.adapter.factors()
             gain_O = self.adapter.gain()
         inputs_TI = x.reshape(-1, self.in_features)
@@ -90,15 +89,16 @@ class SplitLinear(nn.Module):
 
 
 def _scaled(y_TO: Tensor, gain_O: Tensor) -> Tensor:
-    """y * gain in the dtype of y, rounded once: a gain rounded to bfloat16 would err alike for every token."""
+    """Return y * gain in the dtype of y, rounded once: rounding the gain itself would err alike for every token."""
     return torch.mul(y_TO, gain_O, out=torch.empty_like(y_TO))
 
 
 class _Product(Function):
-    """gain * (x Q^T + (x A^T) B^T) + bias, with Q asked for and decoded again for the gradient.
+    """gain * (x Q^T + (x A^T) B^T) + bias, with Q decoded again for the gradient.
 
-    Kept between the two: x, x A^T, references to B and A, and with a gain the product before it.
-    Products are computed in the dtype of x; the factors' gradients come in the factors' own dtypes.
+    The forward pass saves x, x A^T, references to B and A, and with a gain the product before it. It never saves Q,
+    whose buffer may hold another page by then. Products are computed in the dtype of x; gradients of the factors have
+    the dtypes of the factors.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""A transformers model straight from a result of `qsvd quantize`: built empty, filled tensor by tensor on the device.
+"""Load a quantized model with an adapter: build a transformers model without memory, and fill it tensor by tensor.
 
-No dense weight is made. Host memory holds one tensor at a time besides what stays on the host.
+No dense weight is made. CPU memory holds one tensor at a time, and what is offloaded there.
 """
 
 import re
@@ -30,14 +30,12 @@ from qsvd.plan.weights import ModelPlan, describe
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# The new head of a classifier: drawn as transformers does, float32, trained in full.
-
 
 def classifier(config: "PreTrainedConfig", labels: tuple[str, ...]) -> Any:
-    """The class of transformers' sequence classifier for this config, which is told the labels.
+    """Return transformers' class of a sequence classifier for this config, and write the labels into the config.
 
     Raises:
-        BadInput: there is none for this type of model.
+        BadInput: transformers has none for this type of model.
     """
     import transformers
 
@@ -53,17 +51,19 @@ def classifier(config: "PreTrainedConfig", labels: tuple[str, ...]) -> Any:
 
 
 def start_head(model: Any, plan: ModelPlan, *, is_classifier: bool, seed: int) -> tuple[str, ...]:
-    """Make the parameters that no file holds, on the device of the others; their names.
+    """Make the head of a new classifier, which is in no file, on the device of the model. Return its parameters' names.
+
+    It is initialized as transformers does it, in float32, and trained in full.
 
     Raises:
-        BadInput: parameters are missing that are not a new head's.
+        BadInput: parameters are missing that do not belong to the head.
     """
     device = next(p.device for p in model.parameters() if not p.is_meta)
     empty = [name for name, p in model.named_parameters() if p.is_meta and name not in plan.tied]
     head = [n for n in empty if is_classifier and not n.startswith(f"{plan.base_prefix}.")]
     missing = sorted(set(empty) - set(head) - plan.optional)
     if missing:
-        raise BadInput(f"the base lacks {len(missing)} tensors of {plan.architecture}: {listing(missing)}")
+        raise BadInput(f"the quantized model lacks {len(missing)} tensors of {plan.architecture}: {listing(missing)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for path in dict.fromkeys(name.rpartition(".")[0] for name in head):
@@ -81,7 +81,7 @@ def _in_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model is made, and with which adapters."""
+    """What to load, with which adapters, and where."""
 
     split: SplitFolder
     record: AdapterRecord
@@ -100,32 +100,33 @@ def load(  # noqa: PLR0913  # each is a choice of its own
     dtype: torch.dtype | None = None,
     placement: Placement = EVERYTHING,
 ) -> Any:
-    """A transformers model with the residuals of `folder` and an adapter beside each, ready to generate or to train.
+    """Load a quantized model with an adapter, ready to generate or to train.
 
     Args:
-        folder: A result of `qsvd quantize`.
-        adapter: A run of `qsvd train` on this folder, or a checkpoint of it; None is an adapter before its first step.
-        options: Of a new adapter.
+        folder: A quantized model, as `qsvd quantize` writes it.
+        adapter: A run of `qsvd train` on this folder, or one of its checkpoints; None makes a new adapter.
+        options: Options of a new adapter.
         labels: Names of the classes; the model is then a sequence classifier with a new head, trained in full.
         device: "auto" is a GPU if there is one.
-        dtype: Of everything but residuals and adapters; None is bfloat16 on a GPU and float32 on a CPU.
-        placement: Which residuals stay on the device, and where the others wait until they visit it. The results are
-            the same, to the bit.
+        dtype: Dtype of everything but residuals and adapters; None is bfloat16 on a GPU and float32 on a CPU.
+        placement: Which residuals are kept on the device, and where the others are kept. The outputs are the same, to
+            the bit.
 
     Returns:
         An instance of the transformers class, in evaluation mode, in which only the adapters (and a new head) require
         gradients.
 
     Raises:
-        BadInput: the folder is no result, the adapter belongs to another one or does not fit, the method is unknown
-            or cannot start from this base, or transformers cannot build the model; or the placement cannot be had.
+        BadInput: the folder is not a quantized model, the adapter belongs to another one or does not fit, the method is
+            unknown or cannot start from this model, transformers cannot build the model, or the placement is not
+            possible.
     """
     split = open_split(Path(folder).expanduser())
     if adapter is None:
         record = new_record(split, options or AdapterOptions(), labels)
         return _load(_place(split, record, device, dtype, placement), None)
     if options is not None or labels:
-        raise BadInput(f"the adapter {adapter} says itself what it is: leave out options and labels")
+        raise BadInput(f"options and labels are stored in the adapter {adapter}: leave them out")
     trained = open_adapter(Path(adapter).expanduser())
     check_base(trained, split.folder, split.fingerprint)
     check_method(trained.record.method)
@@ -133,7 +134,7 @@ def load(  # noqa: PLR0913  # each is a choice of its own
 
 
 def names_of(split: SplitFolder, record: AdapterRecord) -> ModelPlan:
-    """The names of the model that `load` would make, in the spelling of the base's files; no weight is read."""
+    """Return the names of the model that `load` makes, in the spelling of the files; no weight is read."""
     return _empty(_Place(split, record, torch.device("cpu"), torch.float32))[1]
 
 
@@ -150,7 +151,9 @@ def _place(
 
 
 def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
-    pages = open_pages(place.split, place.device, place.placement)  # first: it makes free memory go back at once
+    pages = open_pages(
+        place.split, place.device, place.placement
+    )  # first: it sets how the C library keeps freed memory
     model, plan = _empty(place)
     _fill(model, plan, place, pages)
     full = start_head(model, plan, is_classifier=bool(place.record.labels), seed=place.record.seed)
@@ -167,18 +170,18 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
 
 
 def _keep_embeddings(model: Any, device: torch.device) -> None:
-    """Put what looks tokens up on the host in the place of the embedding."""
+    """Replace the embedding by one in CPU memory."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
         raise BadInput(
-            f"the embedding of {type(model).__name__} is its output head too, which computes on the device; "
+            f"the embedding of {type(model).__name__} is also its output head, which computes on the device; "
             "leave embeddings_on_host out"
         )
     model.set_input_embeddings(HostEmbedding(embedding, device))
 
 
 def _empty(place: _Place) -> tuple[Any, ModelPlan]:
-    """The model without memory for parameters, all of them frozen, and its names in the spelling of the files."""
+    """Return the model without memory for its parameters, all frozen, and its names in the spelling of the files."""
     import transformers
     from accelerate import init_empty_weights
 
@@ -186,7 +189,7 @@ def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     delattr(config, "quantization_config")
     config.dtype = place.dtype
-    # A trainer that looks for a reference model by this name would load the residual alone; now it says what to do.
+    # A trainer that loads a reference model by this name would get the residual alone; the name tells what to do.
     config.name_or_path = f"qsvd.load({str(folder)!r}): give ref_model=model.reference()"
     architecture = _class(config, place)
     kind = type(architecture.__name__, (SplitModel, architecture), {"__module__": architecture.__module__})
@@ -214,17 +217,17 @@ def _generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
 
 
 def _own_names(split: SplitFolder) -> list[str]:
-    """Names of the tensors that the 16-bit model had."""
+    """Return the names of the tensors that the 16-bit model had."""
     parts = split.residual_names - split.weights.keys()
     return [name for name in split.tensors if name not in parts and ".lora_" not in name]
 
 
 def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedResidual]) -> None:
-    """Every tensor of the folder to its place."""
+    """Read every tensor of the folder into the model."""
     spelled = {name: model_name for model_name, name in plan.spelling.items()}
     lost = [name for name in place.split.weights if name not in spelled]
     if lost:
-        raise BadInput(f"{plan.architecture} has no place for {len(lost)} split weights: {listing(lost)}")
+        raise BadInput(f"{plan.architecture} has no layers for {len(lost)} quantized weights: {listing(lost)}")
     split_modules = {spelled[name].removesuffix(".weight"): name for name in place.split.weights}
     embedding = model.get_input_embeddings() if place.placement.embeddings_on_host else None
     for name, model_name in sorted(spelled.items(), key=lambda pair: place.split.tensors[pair[0]].start):
@@ -247,7 +250,7 @@ def _split_linear(
     model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
 ) -> SplitLinear:
     if not isinstance(model.get_submodule(path), nn.Linear):
-        raise BadInput(f"{path} of {plan.architecture} is no nn.Linear, yet {place.split.folder} has it split")
+        raise BadInput(f"{path} of {plan.architecture} is not an nn.Linear, but {place.split.folder} has it quantized")
     bias = plan.spelling.get(f"{path}.bias")
     stored = read_weight(place.split, name, place.device, place.record.method, is_paged=paged is not None)
     adapter = start_from(stored, place.split, place.record, name)
@@ -262,7 +265,7 @@ def _dense(place: _Place, name: str, dtype: torch.dtype, device: torch.device) -
 
 
 def _stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
-    """Whether transformers keeps this parameter in float32 when it loads a model in `dtype`: patterns say which."""
+    """Return whether transformers keeps this parameter in float32 when it loads a model in `dtype`."""
     patterns = set[str]()
     if dtype == torch.float16:
         patterns.update(model._keep_in_fp32_modules or ())

@@ -1,4 +1,4 @@
-"""A transformers model with SplitLinear inside: what it trains, and how that is saved."""
+"""A transformers model with SplitLinear layers: its trained parameters, and how they are saved and restored."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -18,17 +18,17 @@ from qsvd.files.safetensors import read_tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Layer-major accumulation: a block sees all micro-batches of a step before the next block sees any.
+# Layer-major accumulation: a block computes all micro-batches of a step before the next block begins.
 
 
 def in_micro_batches(rows: int, checkpoint: Callable[..., Any], block: Any, *inputs: Any) -> Any:
-    """What a block returns for a batch, computed for so many rows at a time.
+    """Return the output of a block for a batch, computed for `rows` rows at a time.
 
     Args:
-        checkpoint: As torch.utils.checkpoint.checkpoint: a function and its inputs.
-        block: A partial of the block's forward that holds its keyword arguments, as transformers gives it.
-        inputs: Its positional arguments, the hidden states [batch, tokens, hidden] first. Of all arguments, tensors
-            with as many rows as these are divided, the others are the same for every part.
+        checkpoint: Called like torch.utils.checkpoint.checkpoint, with a function and its inputs.
+        block: A partial of the block's forward with its keyword arguments, as transformers passes it.
+        inputs: Positional arguments, the hidden states [batch, tokens, hidden] first. Tensors with as many rows are
+            divided, all other arguments are the same for every part.
     """
     total = len(inputs[0])
     if total <= rows:
@@ -42,7 +42,7 @@ def in_micro_batches(rows: int, checkpoint: Callable[..., Any], block: Any, *inp
 
 
 def _rows(value: Any, total: int, start: int, stop: int) -> Any:
-    """Of a tensor, or of the tensors in a tuple, what belongs to these rows of the batch."""
+    """Return these rows of a tensor, or of the tensors in a tuple."""
     if isinstance(value, Tensor):
         return value[start:stop] if value.ndim and len(value) == total else value
     if isinstance(value, tuple):
@@ -51,9 +51,9 @@ def _rows(value: Any, total: int, start: int, stop: int) -> Any:
 
 
 def _joined(outputs: list[Any], rows: int) -> Any:
-    """The parts' outputs as the whole batch's: tensors one below the other, in tuples where there are some.
+    """Return the outputs of the parts as that of the batch: tensors concatenated, also inside tuples.
 
-    A tensor of one row from parts of several, as T5's position bias, is the same for all of them.
+    A tensor of one row from parts of several rows, like T5's position bias, is the same for all parts.
     """
     first = outputs[0]
     if isinstance(first, tuple):
@@ -67,13 +67,10 @@ ADAPTER = ".adapter."  # between a module's path and the name of an adapter's pa
 
 
 class SplitModel:
-    """Goes before a transformers class: `class SplitLlama(SplitModel, LlamaForCausalLM)`.
-
-    The model is the transformers class in every other respect.
-    """
+    """Mixin before a transformers class: `class SplitLlama(SplitModel, LlamaForCausalLM)`."""
 
     split_record: AdapterRecord
-    micro_batch: int | None = None  # rows that a block computes with at a time in training; None is all
+    micro_batch: int | None = None  # rows that a block computes at a time in training; None is all
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
@@ -84,21 +81,21 @@ class SplitModel:
         above._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
 
     def save_pretrained(self, save_directory: str | Path, *_: object, **__: object) -> None:
-        """Save what is trained, a few MB; `qsvd.load(BASE, adapter=save_directory)` brings it back.
+        """Save the trained parameters, a few MB; `qsvd.load(OUT, adapter=save_directory)` loads them.
 
-        transformers' other arguments, which are about files of whole models, change nothing.
+        transformers' other arguments concern files of whole models and are ignored.
         """
         write_adapter(Path(save_directory), self.split_record, trained(cast("PreTrainedModel", self)))
 
     @property
     def transformers_class(self) -> Any:
-        """The class that this one goes before."""
+        """The transformers class of the model."""
         return type(self).__mro__[2]
 
     def reference(self) -> "PreTrainedModel":
-        """This model as it is now, frozen, for trainers that compare with one (TRL's `ref_model`).
+        """Return a frozen copy of this model, for trainers with a reference model (TRL's `ref_model`).
 
-        It shares the residuals, embeddings and everything else that is not trained: it costs the adapter again.
+        It shares all frozen tensors, so that it costs the memory of the adapter only.
         """
         model = cast("PreTrainedModel", self)
         shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
@@ -107,25 +104,25 @@ class SplitModel:
 
 
 def split_linears(model: nn.Module) -> Iterator[tuple[str, SplitLinear]]:
-    """Path and module of every split weight, in model order."""
+    """Yield path and module of every SplitLinear, in model order."""
     for path, module in model.named_modules():
         if isinstance(module, SplitLinear):
             yield path, module
 
 
 def moved_bytes(model: nn.Module) -> int:
-    """Bytes of pages that were brought to the device so far."""
+    """Return the bytes of pages that were copied to the device so far."""
     caches = {id(linear.paged.cache): linear.paged.cache for _, linear in split_linears(model) if linear.paged}
     return sum(cache.moved_bytes for cache in caches.values())
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained parameter by its name on disk, "model.layers.0.self_attn.q_proj.up"."""
+    """Return every trained parameter by its name on disk, "model.layers.0.self_attn.q_proj.up"."""
     return {name.replace(ADAPTER, "."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def restore(model: nn.Module, adapter: AdapterFolder) -> None:
-    """Give the trained parameters the values of a folder.
+    """Load the trained parameters from a folder.
 
     Raises:
         BadInput: the folder lacks parameters of the model, has others, or of other shapes.
@@ -142,23 +139,16 @@ def _check_names(parameters: Mapping[str, Tensor], adapter: AdapterFolder) -> No
     missing = sorted(set(parameters) - set(found))
     strange = sorted(set(found) - set(parameters))
     reshaped = sorted(n for n in set(parameters) & set(found) if tuple(parameters[n].shape) != found[n].shape)
-    sentences = [
-        f"{len(names)} parameters {what}: {listing(names)}"
-        for what, names in (("are missing", missing), ("are unknown", strange), ("have other shapes", reshaped))
-        if names
-    ]
-    if sentences:
+    problems = (("are missing", missing), ("are unknown", strange), ("have other shapes", reshaped))
+    if sentences := [f"{len(names)} parameters {what}: {listing(names)}" for what, names in problems if names]:
         raise BadInput(f"{adapter.folder} does not fit the model: {'; '.join(sentences)}")
 
 
-# Token embeddings that stay in host memory: 2 GB of a 70B model, of which a batch needs a few rows.
-
-
 class HostEmbedding(nn.Module):
-    """The embedding of a model, looked up on the host; its rows go to the device.
+    """A token embedding in CPU memory (2 GB of a 70B model), which copies the rows of a batch to the device.
 
     Args:
-        embedding: On the CPU. It is kept outside of torch's list of modules, so that `model.to` leaves it there.
+        embedding: On the CPU. It is hidden from torch's list of modules, so that `model.to` does not move it.
     """
 
     def __init__(self, embedding: nn.Module, device: torch.device):
@@ -172,9 +162,9 @@ class HostEmbedding(nn.Module):
         return self._outside[0].get_parameter("weight")
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[...] to [..., hidden]."""
+        """Map [...] to [..., hidden]."""
         return self._outside[0](tokens.cpu()).to(self._device, non_blocking=True)
 
     def __deepcopy__(self, memo: dict) -> "HostEmbedding":
-        """Itself: it is frozen."""
+        """Return itself: it is frozen."""
         return self

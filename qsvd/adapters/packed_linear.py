@@ -1,6 +1,6 @@
-"""A frozen linear layer of a transformers model whose weight is packed: y = x Q^T + bias.
+"""A frozen linear layer with a packed weight, for transformers: y = x Q^T + bias.
 
-It is an nn.Linear by class, since that is what PEFT puts an adapter on.
+It is a subclass of nn.Linear, because PEFT puts adapters on these.
 
 Shape suffixes: T = tokens, all leading dimensions of the input in one, O = out features, I = in features.
 """
@@ -21,28 +21,25 @@ from qsvd.numerics.codec import NestedScales, PackedBlocks
 from qsvd.numerics.normal_float import Nesting, NormalFloat
 
 NOT_NUMBERS = (
-    "the weight of a packed layer is codes, not numbers that could be summed or cast: an adapter cannot be merged into "
-    "it, nor built on its size; call dequantize() on the transformers model first, or merge with `qsvd export`"
+    "the weight of a packed layer is codes, which cannot be added or cast: an adapter cannot be merged into it, nor "
+    "built on its size; call dequantize() on the transformers model first, or merge with `qsvd export`"
 )
 
 
 class Codes(Tensor):
-    """What others see as the weight of a packed layer: a look at its codes, which refuses to become numbers.
+    """The weight of a packed layer as other libraries see it: a view of its codes that refuses float operations.
 
-    int8: the one dtype to which T5 does not cast the layer's input.
+    Its dtype is int8, the only one to which T5 does not cast the layer's input.
     """
 
-    _is_param = True  # to torch, which then finds it by get_parameter
-    _is_hf_initialized = True  # to transformers, which then draws no random numbers into it
+    _is_param = True  # lets torch's get_parameter find it
+    _is_hf_initialized = True  # keeps transformers from filling it with random numbers
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """
-        Raises:
-            BadInput: `.data` is asked for, by which PEFT merges, or what comes out would be of a float dtype.
-        """
+        """Run a function on the codes; raise BadInput for `.data`, by which PEFT merges, and for float results."""
         del types
         if getattr(func, "__self__", None) is Tensor.data:
             raise BadInput(NOT_NUMBERS)
@@ -54,15 +51,15 @@ class Codes(Tensor):
 
 
 class PackedLinear(nn.Linear):
-    """nn.Linear with the weight Q, decoded for the product and again for the gradient of the input, and not kept.
+    """nn.Linear with the weight Q, decoded for the product and again for the gradient of the input.
 
-    Its tensors are those of a checkpoint, to be filled by who makes it: weight (the codes), absmax, and with nested
-    scales absmax_codes and offset. A change of the module's dtype leaves them.
+    Its tensors are empty and to be filled from a checkpoint: weight (the codes), absmax, and with nested scales
+    absmax_codes and offset. A change of the module's dtype does not cast them.
 
     Args:
         in_features, out_features: I and O.
-        codec: How the weight is packed.
-        bias_dtype: None where there is no bias.
+        codec: The codec of the weight.
+        bias_dtype: None for a layer without a bias.
         device: Where the tensors are made.
     """
 
@@ -92,11 +89,11 @@ class PackedLinear(nn.Linear):
         """Q [O, I]."""
         codes = self._parameters["weight"]
         assert codes is not None, "set when it was made"
-        codes = codes.detach().view(torch.uint8)  # accelerate may have brought them as what others see, int8
+        codes = codes.detach().view(torch.uint8)  # accelerate may have stored them as it sees them, int8
         return PackedBlocks(codes, self._scales(), (self.out_features, self.in_features), self.codec)
 
     def forward(self, input: Tensor) -> Tensor:  # the name is nn.Linear's
-        """[..., I] to [..., O], in the dtype of the input, or of autocast where that is on."""
+        """Map [..., I] to [..., O] in the dtype of the input, or of autocast if that is on."""
         device = input.device.type
         x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
         outputs_TO = _Product.apply(x.reshape(-1, self.in_features), self.bias, self)
@@ -104,7 +101,7 @@ class PackedLinear(nn.Linear):
         return outputs_TO.view(*x.shape[:-1], self.out_features)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary layer with the same numbers, each rounded once from float32; frozen."""
+        """Return a frozen nn.Linear with the same numbers, each rounded once from float32."""
         has_bias = self.bias is not None
         linear = nn.Linear(self.in_features, self.out_features, bias=has_bias, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(self.packed.decode(dtype=dtype), requires_grad=False)
@@ -125,7 +122,7 @@ class PackedLinear(nn.Linear):
         return NestedScales(self.absmax_codes, self.absmax, self.offset, levels, nesting.block_size, num_blocks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """What .to, .half and .cuda call: scales go through it as bytes, so that they move and are not cast."""
+        """Apply .to, .half or .cuda; scales pass as bytes, so that they are moved and not cast."""
         scales = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         for name, buffer in scales.items():
             self._buffers[name] = buffer.reshape(-1).view(torch.uint8)
@@ -141,7 +138,7 @@ def _levels(nesting: Nesting, device: torch.device) -> Tensor:
 
 
 class _Product(Function):
-    """x Q^T + bias, with nothing kept for the gradient of x, for which Q is decoded again."""
+    """x Q^T + bias. Nothing is saved for the gradient of x, for which Q is decoded again."""
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, bias_O: Tensor | None, linear: PackedLinear) -> Tensor:

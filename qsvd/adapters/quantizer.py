@@ -29,7 +29,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         codecs: Name of a codec (numerics/names.py) -> paths of the modules whose weight it packs.
-        dtype: What these weights were stored in before: float32, bfloat16 or float16.
+        dtype: Dtype of these weights in the 16-bit model: float32, bfloat16 or float16.
         quant_method: "qsvd".
 
     Raises:
@@ -40,25 +40,25 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]  # an enum of transformers' own
         self.codecs = {name: list(paths) for name, paths in codecs.items()}
         self.dtype = dtype
-        wrong = [] if dtype in DTYPES else [f"dtype {dtype!r} is none of {', '.join(DTYPES)}"]
+        wrong = [] if dtype in DTYPES else [f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"]
         for name in codecs:
             try:
                 if not isinstance(codec_named(name), NormalFloat):
-                    wrong.append(f"codec {name!r} is bitsandbytes' and has its quantization method")
+                    wrong.append(f"codec {name!r} belongs to the quantization method bitsandbytes")
             except ValueError as error:
                 wrong.append(str(error))
         paths = [path for listed in self.codecs.values() for path in listed]
         if twice := sorted({path for path in paths if paths.count(path) > 1}):
-            wrong.append(f"{listing(twice)} stand twice in it")
+            wrong.append(f"it has two codecs for {listing(twice)}")
         if wrong:
             raise BadInput(f"the quantization_config of method {METHOD!r} cannot be used: {'; '.join(wrong)}")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config that a config.json has; the arguments are transformers' own.
+        """Return the config of a config.json; the arguments are transformers' own.
 
         Raises:
-            BadInput: it has other keys than those of the method, and what __init__ refuses.
+            BadInput: it has other keys, or values that __init__ refuses.
         """
         if sorted(config_dict) != ["codecs", "dtype", "quant_method"]:
             raise BadInput(
@@ -68,7 +68,7 @@ class PackedConfig(QuantizationConfigMixin):
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def packing(self) -> dict[str, NormalFloat]:
-        """The codec of every path."""
+        """Return the codec of every path."""
         found: dict[str, NormalFloat] = {}
         for name, paths in self.codecs.items():
             codec = codec_named(name)
@@ -77,7 +77,7 @@ class PackedConfig(QuantizationConfigMixin):
         return found
 
     def at(self, packing: Mapping[str, NormalFloat]) -> "PackedConfig":
-        """The same with these paths alone."""
+        """Return the config of these paths alone."""
         codecs: dict[str, list[str]] = {}
         for path, codec in packing.items():
             codecs.setdefault(spelling(codec), []).append(path)
@@ -85,17 +85,17 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """Puts a PackedLinear in the place of every linear layer that the config names; transformers then fills them.
+    """Replaces every linear layer that the config names by a PackedLinear; transformers then fills them.
 
     Raises:
-        BadInput: the checkpoint is not packed, so that it would have to be quantized while it is loaded.
+        BadInput: the checkpoint is not packed: it would have to be quantized while it is loaded.
     """
 
     quantization_config: PackedConfig
 
     def __init__(self, quantization_config: PackedConfig, *, pre_quantized: bool = True):
         super().__init__(quantization_config, pre_quantized=pre_quantized)
-        self.missing = set[str]()  # tensors of packed layers that are still to come from the files
+        self.missing = set[str]()  # tensors of packed layers that were not found in the files yet
         if not pre_quantized:
             raise BadInput(
                 f"from_pretrained does not quantize by the method {METHOD!r}: leave quantization_config out, make OUT "
@@ -103,18 +103,18 @@ class PackedQuantizer(HfQuantizer):
             )
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  # abstract: no type
-        """Codes and scales are saved as they are."""
+        """Return True: codes and scales are saved as they are."""
         return True
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Adapters train beside the packed layers."""
+        """Return True: adapters can be trained on packed layers."""
         return True
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None, which is no cast, for what belongs to packed layers; some models keep layers in float32 by name.
+        """Return None (no cast) for tensors of packed layers; some models keep layers in float32 by name.
 
-        transformers asks for every tensor of the files that has a place in the model, and so what they lack is known.
+        transformers asks for every tensor of the files that belongs to the model, which shows what the files lack.
         """
         name = converter.target_patterns[0]
         if name not in self.missing:
@@ -123,14 +123,11 @@ class PackedQuantizer(HfQuantizer):
         return dtype if name.endswith(".bias") else None
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """The same model of ordinary linear layers, in place; all of it in `dtype` if that is given."""
+        """Replace the packed layers by nn.Linear, in place; the whole model gets `dtype` if that is given."""
         return super().dequantize(model, model.dtype if dtype is None else dtype)
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
-        """
-        Raises:
-            BadInput: a path has no linear layer, or one that shares its weight.
-        """
+        """Replace the layers; raise BadInput for a path without a linear layer, or with one that shares its weight."""
         packing = _located(model, self.quantization_config.packing())
         self.quantization_config = self.quantization_config.at(packing)
         for path, codec in packing.items():
@@ -141,14 +138,11 @@ class PackedQuantizer(HfQuantizer):
             self.missing |= {f"{path}.{name}" for name in packed.state_dict()}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> "PreTrainedModel":
-        """
-        Raises:
-            BadInput: the files lack tensors of packed layers.
-        """
+        """Raise BadInput if the files lack tensors of packed layers."""
         if self.missing:
             raise BadInput(
                 f"{model.config.name_or_path} lacks {len(self.missing)} tensors of packed layers: "
-                f"{listing(sorted(self.missing))}; fetch or make it again"
+                f"{listing(sorted(self.missing))}; download or quantize it again"
             )
         return model
 
@@ -160,10 +154,10 @@ class PackedQuantizer(HfQuantizer):
 
 
 def _located(model: "PreTrainedModel", packing: Mapping[str, NormalFloat]) -> dict[str, NormalFloat]:
-    """The codecs by the model's own paths.
+    """Return the codecs by the model's own paths.
 
-    A bare model lacks the prefix that its paths have below a head, and has none of the other heads' layers; these
-    are left out if the checkpoint says that it was made for another class.
+    A model without a head lacks the prefix of the paths, and each head has its own layers. Paths that are not found are
+    an error only for the class that the checkpoint was made for.
     """
     linears = {path for path, module in model.named_modules() if type(module) is nn.Linear}
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
@@ -180,8 +174,8 @@ def _located(model: "PreTrainedModel", packing: Mapping[str, NormalFloat]) -> di
     made_for = model.config.architectures or []
     if wrong and type(model).__name__ in made_for:
         raise BadInput(
-            f"the quantization_config names {len(wrong)} modules that are no linear layers of a {type(model).__name__} "
-            f"with a weight of their own: {listing(wrong)}"
+            f"the quantization_config names {len(wrong)} modules that are not linear layers of a "
+            f"{type(model).__name__} with a weight of their own: {listing(wrong)}"
         )
     return found
 

@@ -168,7 +168,9 @@ def test_the_body_is_split_where_it_was(out):
 def test_a_body_without_what_comes_before_the_head_is_refused(tmp_path):
     """A BERT trained on masks alone has no pooler; a new one would be no part of the base."""
     out = split_checkpoint(tmp_path, "BertForMaskedLM")
-    said = r"the base lacks 2 tensors of BertForSequenceClassification: bert\.pooler\.dense\.bias, .*\.weight$"
+    said = (
+        r"the quantized model lacks 2 tensors of BertForSequenceClassification: bert\.pooler\.dense\.bias, .*\.weight$"
+    )
     with pytest.raises(ValueError, match=said):
         qsvd.load(out, labels=LABELS)
 

@@ -186,7 +186,7 @@ def test_a_weight_that_the_model_has_no_place_for_is_refused(out, tmp_path):
         if file == "config.json":
             fields["num_hidden_layers"] = 1
 
-    said = r"LlamaForCausalLM has no place for 7 split weights: model\.layers\.1\..* and 2 more$"
+    said = r"LlamaForCausalLM has no layers for 7 quantized weights: model\.layers\.1\..* and 2 more$"
     with pytest.raises(ValueError, match=said):
         qsvd.load(changed(out, tmp_path / "out", one_layer))
 
@@ -196,7 +196,8 @@ def test_tensors_that_the_base_lacks_are_named(out, tmp_path):
         if file == "config.json":
             fields["num_hidden_layers"] = 3
 
-    said = r"the base lacks 9 tensors of LlamaForCausalLM: model\.layers\.2\.input_layernorm\.weight, .* and 4 more$"
+    names = r"model\.layers\.2\.input_layernorm\.weight, .* and 4 more"
+    said = rf"the quantized model lacks 9 tensors of LlamaForCausalLM: {names}$"
     with pytest.raises(ValueError, match=said):
         qsvd.load(changed(out, tmp_path / "out", three_layers))
 
@@ -208,7 +209,7 @@ def test_a_split_weight_of_another_kind_of_module_is_refused(out, tmp_path):
             fields["weights"]["model.embed_tokens.weight"] = one | {"module": "model.embed_tokens"}
 
     with pytest.raises(
-        ValueError, match=r"model\.embed_tokens of LlamaForCausalLM is no nn\.Linear, yet .* has it split"
+        ValueError, match=r"model\.embed_tokens of LlamaForCausalLM is not an nn\.Linear, but .* has it quantized"
     ):
         qsvd.load(changed(out, tmp_path / "out", embedding))
 

@@ -24,7 +24,7 @@ from tests.adapters.principals import SHAPES, UNIT
 TOKENS = 11
 EXACT = ("nf2-64-bf16", "nf4-32-fp32", "nf8-16-fp16")  # one product of two float32 numbers: the weight has no error
 DECODING = 8 * 2.0**-24 * 0.4
-REFUSAL = "codes, not numbers"
+REFUSAL = "codes, which cannot be added or cast"
 
 
 def tensor(*shape, seed=0):

@@ -274,5 +274,5 @@ def test_tokens_looked_up_on_the_host_give_the_same_bits_and_stay_there_when_the
 
 def test_an_embedding_that_is_the_head_too_cannot_stay_on_the_host(tmp_path):
     out = split_checkpoint(tmp_path, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="the embedding of LlamaForCausalLM is its output head too"):
+    with pytest.raises(ValueError, match="the embedding of LlamaForCausalLM is also its output head"):
         load(out, None, "host", embeddings_on_host=True)

@@ -275,7 +275,7 @@ def test_peft_cannot_merge_into_codes_and_changes_nothing_when_it_tries(base, me
     lora = with_lora(model)
     with torch.no_grad():
         wanted = lora(TOKENS).logits
-    with pytest.raises(ValueError, match=r"codes, not numbers.*call dequantize\(\).*`qsvd export`"):
+    with pytest.raises(ValueError, match=r"codes, which cannot be added or cast.*call dequantize\(\).*`qsvd export`"):
         MERGES[merge](lora)
     left = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
     assert all(torch.equal(left[name], tensor) for name, tensor in before.items())
@@ -288,7 +288,7 @@ def test_adapters_that_need_the_weights_numbers_say_so(base, config):
     """DoRA its norms, before the first step; IA3 the weight, when it is merged."""
     if config == "ia3":
         config = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    with pytest.raises(ValueError, match="codes, not numbers"):
+    with pytest.raises(ValueError, match="codes, which cannot be added or cast"):
         get_peft_model(opened(base[0]), config).merge_and_unload()
 
 
@@ -331,9 +331,10 @@ def refused(folder, sentence, **changes):
 def test_a_config_that_cannot_be_used_is_refused_with_all_that_is_wrong(copied):
     codecs = {"nf5-64-bf16": ["a"], "nf4+dq": ["b"], "nf3-64-bf16": ["q", "q"]}
     wrong = (
-        r"the quantization_config of method 'qsvd' cannot be used: dtype 'int8' is none of float32, bfloat16, float16; "
-        r"codec 'nf5-64-bf16': .* a codec is nf4 or .*; codec 'nf4\+dq' is bitsandbytes' and has its quantization "
-        r"method; q stand twice in it"
+        r"the quantization_config of method 'qsvd' cannot be used: dtype 'int8' is not one of float32, bfloat16, "
+        r"float16; "
+        r"codec 'nf5-64-bf16': .* a codec is nf4 or .*; codec 'nf4\+dq' belongs to the quantization method "
+        r"bitsandbytes; it has two codecs for q"
     )
     refused(copied, wrong, codecs=codecs, dtype="int8")
 
@@ -349,7 +350,7 @@ def test_a_config_with_other_keys_is_refused(copied):
 def test_paths_that_the_model_has_not_are_refused_all_at_once(copied):
     paths = [Q_PROJ, "model.layers.2.self_attn.q_proj", "model.norm", "model.layers.0.mlp"]
     sentence = (
-        r"the quantization_config names 3 modules that are no linear layers of a LlamaForCausalLM with a weight of "
+        r"the quantization_config names 3 modules that are not linear layers of a LlamaForCausalLM with a weight of "
         r"their own: model\.layers\.2\.self_attn\.q_proj, model\.norm, model\.layers\.0\.mlp"
     )
     refused(copied, sentence, codecs={"nf3-64-bf16": paths})
@@ -366,7 +367,7 @@ def test_files_that_lack_tensors_are_refused_all_named(copied):
     lost = [f"{Q_PROJ}.absmax", f"{Q_PROJ}.offset", "model.layers.1.mlp.down_proj.weight"]
     save_file({k: v for k, v in files.items() if k not in lost}, copied / "model.safetensors", {"format": "pt"})
     found = re.escape(", ".join(sorted(lost)))
-    with pytest.raises(ValueError, match=f"lacks 3 tensors of packed layers: {found}; fetch or make it again$"):
+    with pytest.raises(ValueError, match=f"lacks 3 tensors of packed layers: {found}; download or quantize it again$"):
         opened(copied)
 
 
