@@ -1,5 +1,4 @@
-"""`qsvd demo`: the embedded model through quantize, report and held-out perplexity, at several ranks; then fine-tuned
-on a book that it has not seen, by three methods."""
+"""`qsvd demo`: quantize the embedded model at several ranks, report, compare perplexity, fine-tune in three ways."""
 
 import json
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ WAYS = (
 
 
 def main(options: Demo) -> None:
-    """Print the report at the highest rank, a table over all ranks, and one over ways to fine-tune."""
+    """Run `qsvd demo`: 1 quantize at every rank, 2 print report and perplexity, 3 fine-tune and print the losses."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -61,7 +60,15 @@ def main(options: Demo) -> None:
     tokens = AutoTokenizer.from_pretrained(MODEL)(text, verbose=False).input_ids[: options.tokens]
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     base = _perplexity(model, tokens)
-    table = Table("model", "bits", "error", "perplexity", "lost", title="What 4 bits cost", title_justify="left")
+    table = Table(
+        "model",
+        "bits per weight",
+        "error",
+        "perplexity",
+        "change",
+        title="Quantized model at several ranks",
+        title_justify="left",
+    )
     table.add_row("16-bit", "16.00", "0", f"{base.perplexity:.3f}", "0 %")
     ranks = sorted(set(options.ranks))
     for rank in ranks:
@@ -79,18 +86,26 @@ def main(options: Demo) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"{base.tokens} tokens of novels that the model has not seen; results in {options.out}\n", soft_wrap=True
+        f"{base.tokens} tokens of novels that are not in the training data; folders are in {options.out}\n",
+        soft_wrap=True,
     )
     console.print(_fine_tune(options))
-    console.print(
-        "Nats per token on the end of a book that the model has not seen, of which it was trained on the rest."
-    )
+    console.print("Loss in nats per token on the end of a book; the rest of the book was the training data.")
 
 
 def _fine_tune(options: Demo) -> Table:
-    """Train in every way, and say what came of it."""
+    """Fine-tune in every way and return a table of the losses."""
     data = fine_tuning_data(options.out.expanduser() / "book")
-    table = Table("method", "trained", "rate", "before", "after", "seconds", title="Fine-tuned", title_justify="left")
+    table = Table(
+        "method",
+        "trained parameters",
+        "learning rate",
+        "loss before",
+        "loss after",
+        "seconds",
+        title="Fine-tuning",
+        title_justify="left",
+    )
     for way in WAYS:
         base = quantize(Quantize(str(MODEL), out=_folder(options, way.base_rank), rank=way.base_rank, device="cpu"))
         run = train(
@@ -126,14 +141,14 @@ def _perplexity(model: "PreTrainedModel", tokens: list[int]) -> Perplexity:
 
 
 def _install(model: "PreTrainedModel", folder: Path) -> None:
-    """Put Q + B A of every weight, in float32, in the place of W."""
+    """Replace every weight W by Q + B A, in float32."""
     split = open_split(folder)
     for name in split.weights:
         model.get_parameter(name).data.copy_(split.dense(name))
 
 
 def fine_tuning_data(folder: Path) -> Path:
-    """A folder with train.txt and valid.txt: a book that the embedded model has not seen."""
+    """Write train.txt and valid.txt, a book that the embedded model was not trained on, and return their folder."""
     text = FINE_TUNING.read_text(encoding="utf-8")
     cut = text.index("\n", round((1 - VALID_SHARE) * len(text)))
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,63 +24,63 @@ from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.memory.placement import Wish
 from qsvd.options import Eval
 from qsvd.plan.weights import context_length
-from qsvd.prepare.evaluate import Subject, Work, prepare_eval
+from qsvd.prepare.evaluate import EvalRun, Subject, prepare_eval
 from qsvd.prepare.examples import positions, stop_ids
 from qsvd.prepare.machine import machine, place_reading
 from qsvd.prepare.models import NamedModel, class_names, load_model
 from qsvd.report.evaluation import ModelScores, evaluation_json, evaluation_table
 
 MOST_WINDOW = 2048  # tokens, unless more are asked for
-MOST_NEW_TOKENS = 512  # likewise
+MOST_NEW_TOKENS = 512  # unless more are asked for
 Values = dict[str, float]
 
 
 def main(options: Eval) -> None:
-    """Print a table, or JSON."""
+    """Run `qsvd eval`: 1 check, 2 measure every model, 3 print a table or JSON."""
     with quiet():
-        work = prepare_eval(options)
-        measured = [ModelScores(one.found.name, one.found.kind, _measure(one, work)) for one in work.subjects]
+        run = prepare_eval(options)
+        measured = [ModelScores(one.found.name, one.found.kind, _measure(one, run)) for one in run.subjects]
     if options.json:
-        print(json.dumps(evaluation_json(measured, _how(work)), indent=2))
+        print(json.dumps(evaluation_json(measured, _how(run)), indent=2))
     else:
-        title = ", ".join(f"{name} {value}" for name, value in _how(work).items() if value is not None)
+        title = ", ".join(f"{name} {value}" for name, value in _how(run).items() if value is not None)
         Console().print(evaluation_table(measured, title))
 
 
-def _measure(subject: Subject, work: Work) -> Values:
-    """All values of one model, which is gone afterwards."""
+def _measure(subject: Subject, run: EvalRun) -> Values:
+    """Return all values of one model; its memory is free afterwards."""
     measures = {"accuracy": _accuracy, "exact-match": _exact_match}
-    is_text = work.examples.kind == "text"
-    return measures.get(work.task, _perplexity if is_text else _answers)(subject, work)
+    is_text = run.examples.kind == "text"
+    return measures.get(run.task, _perplexity if is_text else _answers)(subject, run)
 
 
-def _perplexity(subject: Subject, work: Work) -> Values:
-    documents = _documents(subject, work)
-    if work.reference is not None and _documents(work.reference, work) != documents:
+def _perplexity(subject: Subject, run: EvalRun) -> Values:
+    documents = _documents(subject, run)
+    if run.reference is not None and _documents(run.reference, run) != documents:
         raise BadInput(
-            f"{subject.found.name} and {work.reference.found.name} divide the text into other tokens, which cannot be "
-            "compared one by one; give the model it was made from"
+            f"{subject.found.name} and {run.reference.found.name} tokenize the text differently, so tokens cannot be "
+            "compared; give the 16-bit model that it was made from"
         )
-    model = _load(subject, work)
-    window = _window(model, subject, work.options)
+    model = _load(subject, run)
+    window = _window(model, subject, run.options)
     values: Values = {"window": window}
-    if work.is_one_text:
-        stride = work.options.stride or max(1, window // 2)
+    if run.is_one_text:
+        stride = run.options.stride or max(1, window // 2)
         values["stride"] = stride
         of_text = partial(perplexity_of_text, tokens=documents[0], window=window, stride=stride)
         compare: Callable[..., Divergence] = partial(
             divergence_of_text, tokens=documents[0], window=window, stride=stride
         )
-        measured = of_text(model, batch=work.options.batch_size)
+        measured = of_text(model, batch=run.options.batch_size)
     else:
         compare = partial(divergence_of_documents, documents=documents, window=window)
-        measured = perplexity_of_documents(model, documents, window=window, batch=work.options.batch_size)
+        measured = perplexity_of_documents(model, documents, window=window, batch=run.options.batch_size)
         values["shortened"] = sum(len(document) > window for document in documents)
     values |= {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
-    if work.reference is None:
+    if run.reference is None:
         return values
-    reference = _load(work.reference, work)
-    found = compare(model, reference, batch=work.options.batch_size)
+    reference = _load(run.reference, run)
+    found = compare(model, reference, batch=run.options.batch_size)
     return values | {
         "kl_mean": found.mean,
         "kl_mean_error": found.mean_error,
@@ -96,31 +96,31 @@ def _perplexity(subject: Subject, work: Work) -> Values:
     }
 
 
-def _documents(subject: Subject, work: Work) -> list[list[int]]:
-    return [subject.tokenizer(row["text"], verbose=False).input_ids for row in work.examples.rows]
+def _documents(subject: Subject, run: EvalRun) -> list[list[int]]:
+    return [subject.tokenizer(row["text"], verbose=False).input_ids for row in run.examples.rows]
 
 
-def _answers(subject: Subject, work: Work) -> Values:
-    """Perplexity of the answers, given what stands before them."""
-    model = _load(subject, work)
-    window = _window(model, subject, work.options)
-    data = tokenize(work.examples, subject.tokenizer, max_length=window, stop_ids=stop_ids(subject.found.home))
+def _answers(subject: Subject, run: EvalRun) -> Values:
+    """Return the perplexity of the answers, given their prompts."""
+    model = _load(subject, run)
+    window = _window(model, subject, run.options)
+    data = tokenize(run.examples, subject.tokenizer, max_length=window, stop_ids=stop_ids(subject.found.home))
     pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
-    measured = mean_loss(model, pairs, pad_token=subject.tokenizer.pad_token_id, batch=work.options.batch_size)
+    measured = mean_loss(model, pairs, pad_token=subject.tokenizer.pad_token_id, batch=run.options.batch_size)
     values: Values = {"window": window, "shortened": data.truncated}
     return values | {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
 
 
-def _accuracy(subject: Subject, work: Work) -> Values:
-    model = _load(subject, work)
-    window = _window(model, subject, work.options)
-    names = subject.found.labels or class_names(model.config, work.examples)
-    data = tokenize(work.examples, subject.tokenizer, max_length=window, label_names=names)
+def _accuracy(subject: Subject, run: EvalRun) -> Values:
+    model = _load(subject, run)
+    window = _window(model, subject, run.options)
+    names = subject.found.labels or class_names(model.config, run.examples)
+    data = tokenize(run.examples, subject.tokenizer, max_length=window, label_names=names)
     pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = subject.tokenizer.pad_token_id
-    batch, segments = work.options.batch_size, data.token_types
+    batch, segments = run.options.batch_size, data.token_types
     measured = accuracy(model, pairs, pad_token=config.pad_token_id, batch=batch, segments=segments)
     low, high = measured.interval
     return {
@@ -135,18 +135,18 @@ def _accuracy(subject: Subject, work: Work) -> Values:
     }
 
 
-def _exact_match(subject: Subject, work: Work) -> Values:
-    prompts = question_prompts([row["prompt"] for row in work.examples.rows], subject.tokenizer)
-    model = _load(subject, work)
-    room = context_length(model.config) - max(map(len, prompts))
-    new_tokens = work.options.max_new_tokens or max(1, min(MOST_NEW_TOKENS, room))
+def _exact_match(subject: Subject, run: EvalRun) -> Values:
+    prompts = question_prompts([row["prompt"] for row in run.examples.rows], subject.tokenizer)
+    model = _load(subject, run)
+    left = context_length(model.config) - max(map(len, prompts))
+    new_tokens = run.options.max_new_tokens or max(1, min(MOST_NEW_TOKENS, left))
     measured = exact_match(
         model,
         prompts,
-        [row["completion"] for row in work.examples.rows],
+        [row["completion"] for row in run.examples.rows],
         subject.tokenizer,
         max_new_tokens=new_tokens,
-        batch=work.options.batch_size,
+        batch=run.options.batch_size,
     )
     low, high = measured.interval
     return {
@@ -160,25 +160,25 @@ def _exact_match(subject: Subject, work: Work) -> Values:
     }
 
 
-def _load(subject: Subject, work: Work) -> Any:
-    """The model, of which as much stays on the device as fits."""
-    is_classifier = work.task == "accuracy"
-    placement = EVERYTHING if subject.found.kind == "16-bit" else _placement(subject.found, work)
-    return load_model(subject.found, work.device, work.dtype, classifier=is_classifier, placement=placement)
+def _load(subject: Subject, run: EvalRun) -> Any:
+    """Load a model; as many blocks stay on the device as fit."""
+    is_classifier = run.task == "accuracy"
+    placement = EVERYTHING if subject.found.kind == "16-bit" else _placement(subject.found, run)
+    return load_model(subject.found, run.device, run.dtype, classifier=is_classifier, placement=placement)
 
 
-def _placement(found: NamedModel, work: Work) -> Placement:
+def _placement(found: NamedModel, run: EvalRun) -> Placement:
     split = open_split(found.home)
     record = new_record(split, AdapterOptions())
     if found.kind == "trained":
         record = open_adapter(Path(found.name).expanduser()).record
-    tokens = min(work.options.window or MOST_WINDOW, positions(split))
-    batch = Batch(tokens, work.options.batch_size, is_masked=True, checkpointing=True, device=work.device.type)
-    return place_reading(split, record, batch, Wish(work.options.resident), machine(work.device, work.dtype))
+    tokens = min(run.options.window or MOST_WINDOW, positions(split))
+    batch = Batch(tokens, run.options.batch_size, is_masked=True, checkpointing=True, device=run.device.type)
+    return place_reading(split, record, batch, Wish(run.options.resident), machine(run.device, run.dtype))
 
 
 def _window(model: Any, subject: Subject, options: Eval) -> int:
-    """As asked for, or the model's context."""
+    """Return --window, or the model's context, at most MOST_WINDOW."""
     context = context_length(model.config)
     if options.window is None:
         return min(MOST_WINDOW, context)
@@ -187,9 +187,9 @@ def _window(model: Any, subject: Subject, options: Eval) -> int:
     return options.window
 
 
-def _how(work: Work) -> dict[str, object]:
-    """How it was measured, for whoever reads the numbers."""
-    options = work.options
-    how: dict[str, object] = {"task": work.task, "data": options.data, "examples": len(work.examples.rows)}
-    dtype = str(work.dtype).removeprefix("torch.")
-    return how | {"dtype": dtype, "device": str(work.device), "reference": options.reference}
+def _how(run: EvalRun) -> dict[str, object]:
+    """Return how it was measured, for readers of the numbers."""
+    options = run.options
+    how: dict[str, object] = {"task": run.task, "data": options.data, "examples": len(run.examples.rows)}
+    dtype = str(run.dtype).removeprefix("torch.")
+    return how | {"dtype": dtype, "device": str(run.device), "reference": options.reference}

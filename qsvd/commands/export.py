@@ -1,4 +1,7 @@
-"""`qsvd export`: a run in the form that PEFT, vLLM, llama.cpp and plain transformers load."""
+"""`qsvd export`: write a run in the form that PEFT, vLLM, llama.cpp and plain transformers load, and check it.
+
+The check loads the export with the library that it is for, and compares its logits with those of the trained model.
+"""
 
 import os
 import re
@@ -28,18 +31,15 @@ from qsvd.prepare.checks import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
 from qsvd.report.readme import vllm_rank
 
-# Does an export compute what was trained? Load it with the libraries that it is for, and compare logits.
-
-
-BATCH, LENGTH = 2, 32  # random tokens
+BATCH, LENGTH = 2, 32  # of the random tokens
 COPIES = 4  # float32 models that are in memory at the same time, at most
-FLOOR = 1e-3  # of the spread: float32 sums in another order, on deep models
-ROUNDINGS = 8  # an export is rounded in another place than the model that says how much rounding costs
+FLOOR = 1e-3  # of the spread: float32 sums in another order, in deep models
+ROUNDINGS = 8  # an export is rounded at other places than the model that measures the effect of rounding
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How far an export is from what it should be.
+    """Difference between the logits of an export and the expected ones.
 
     difference is the largest difference of a logit, spread the standard deviation of all logits, agreement the share
     of positions with the same most probable token (or class) as the trained model has.
@@ -50,7 +50,7 @@ class Checked:
     agreement: float
 
     def line(self, expected: str) -> str:
-        """In words."""
+        """Return the difference in words."""
         return (
             f"checked: logits differ by at most {self.difference:.2g} from {expected} (their spread is "
             f"{self.spread:.2g}); {self.agreement:.1%} of top tokens as trained"
@@ -58,14 +58,14 @@ class Checked:
 
 
 def fits(opened: Opened) -> bool:
-    """Whether a few float32 copies of the model fit in free memory."""
+    """Return whether a few float32 copies of the model fit in free memory."""
     elements = sum(weight["shape"][0] * weight["shape"][1] for weight in opened.split.weights.values())
     elements += sum(entry.num_bytes // 2 for entry in opened.trained.others().values())
     return COPIES * 4 * elements < _available_bytes()
 
 
 def _available_bytes() -> int:
-    """Of host memory, with what the system gives up for it: the files of an export fill its cache."""
+    """Return the free CPU memory, file cache included: the files of an export fill the cache."""
     meminfo = Path("/proc/meminfo")
     found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.is_file() else None
     return int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -73,7 +73,7 @@ def _available_bytes() -> int:
 
 @torch.no_grad()
 def check(opened: Opened, candidate: Any, expected: Any, dtype: torch.dtype) -> Checked:
-    """Compare an export, as a library loaded it, with what it should be.
+    """Compare the logits of an export, as a library loaded it, with the expected ones.
 
     Raises:
         BadInput: they differ by more than rounding to `dtype` explains.
@@ -96,7 +96,7 @@ def check(opened: Opened, candidate: Any, expected: Any, dtype: torch.dtype) -> 
 
 
 def _rounded(opened: Opened, dtype: torch.dtype) -> Any:
-    """The trained model with every parameter rounded to `dtype`: what that alone costs is known without an export."""
+    """Return the trained model with every parameter rounded to `dtype`, to measure the effect of rounding alone."""
     model = plain(opened, opened.trained.dense)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
@@ -104,10 +104,10 @@ def _rounded(opened: Opened, dtype: torch.dtype) -> Any:
 
 
 def plain(opened: Opened, dense: Callable[[str], Tensor]) -> Any:
-    """The model with nn.Linear in the place of every SplitLinear.
+    """Return the model with nn.Linear in the place of every SplitLinear.
 
     Args:
-        dense: Weight [O, I] by the name of its tensor in the base.
+        dense: Returns a weight [O, I] by the name of its tensor in the quantized model.
     """
     model = opened.load()
     for path, linear in list(split_linears(model)):
@@ -120,7 +120,7 @@ def plain(opened: Opened, dense: Callable[[str], Tensor]) -> Any:
 
 
 def with_adapter(model: Any, folder: Path) -> Any:
-    """PEFT's model."""
+    """Return the model with a PEFT adapter."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder)).eval()
@@ -132,7 +132,7 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def main(options: Export) -> None:
-    """Export, check, and print what to do with the result."""
+    """Run `qsvd export`: 1 write, 2 check by logits, 3 print how to use the export."""
     shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
     opened = open_trained(options.run, options.base)
     if refusal := METHODS[opened.record.method].export_refusals.get(options.to):
@@ -145,7 +145,7 @@ def main(options: Export) -> None:
 
 
 def _export(options: Export, opened: Opened, dtype: torch.dtype | None, shard_bytes: int) -> list[str]:
-    """Write and check; what to print."""
+    """Write and check an export; return the lines to print."""
     if options.to == "peft":
         return _peft(options, opened, dtype or torch.float32)
     if options.to == "lora":
@@ -162,15 +162,15 @@ def _peft(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:
         residual = plain(opened, lambda name: opened.split.residual(name).decode())
         lines.append(check(opened, with_adapter(residual, out), opened.load(), dtype).line("the trained model"))
     if done.use_dora and opened.task == "CAUSAL_LM":
-        return [*lines, "vLLM and llama.cpp load no DoRA: export --to merged for them"]
+        return [*lines, "vLLM and llama.cpp do not load DoRA: use --to merged for them"]
     if opened.task != "CAUSAL_LM":
         return lines
     if opened.split.manifest["header"].get("quantizer", "bitsandbytes") == "qsvd":
-        return [*lines, "mixed bits: import qsvd, then PEFT loads it; for vLLM and llama.cpp export --to merged"]
+        return [*lines, "mixed bits: PEFT loads it after import qsvd; use --to merged for vLLM and llama.cpp"]
     return [
         *lines,
         f"vLLM: vllm serve {quote(base)} --quantization bitsandbytes {_vllm_flags(done.rank, options)}",
-        "llama.cpp reads no bitsandbytes base: export --to merged for it",
+        "llama.cpp does not read bitsandbytes models: use --to merged for it",
     ]
 
 
@@ -185,7 +185,7 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:
         _error(done),
     ]
     if original is None:
-        lines.append(f"not checked by logits: {name} is not here; give --original")
+        lines.append(f"not checked by logits: {name} is not on this machine; give --original")
     elif _is_checked(options, opened):
         expected = plain(opened, lambda weight: _on_original(opened, original, weight))
         exact = plain(opened, lambda weight: original.read(weight).float())
@@ -223,12 +223,12 @@ def _error(done: LoraExport) -> str:
 
 
 def _on_original(opened: Opened, original: Any, name: str) -> torch.Tensor:
-    """W + (W' - Q - B0 A0), by its definition."""
+    """Return W + (W' - Q - B0 A0), by its definition."""
     return original.read(name).float() + (opened.trained.dense(name) - opened.split.dense(name))
 
 
 def _config_changes(opened: Opened) -> dict[str, Any]:
-    """What config.json must say of a classifier."""
+    """Return the entries of config.json that a classifier changes."""
     labels = opened.record.labels
     if not labels:
         return {}
@@ -239,7 +239,7 @@ def _config_changes(opened: Opened) -> dict[str, Any]:
         "id2label": {str(number): label for number, label in config.id2label.items()},
         "label2id": config.label2id,
         "problem_type": config.problem_type,
-        "pad_token_id": config.pad_token_id,  # by which decoders find the end of a text
+        "pad_token_id": config.pad_token_id,  # decoders find the end of a text by it
     }
 
 

@@ -65,7 +65,7 @@ def error_change(errors: list[WeightError]) -> str:
 
 
 def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
-    """Write what belongs to a complete result, then drop the folder of unfinished work. May be run again.
+    """Write the files of a complete quantized model, then delete the folder of unfinished work. May run again.
 
     A weight whose record is null was drawn, not split: it has no error, and the report says so.
     """
@@ -99,7 +99,7 @@ def _write_adapter(run: QuantizeRun, folder: OutputFolder, base: str) -> None:
 
 
 def _write_config(run: QuantizeRun) -> None:
-    """The source's config.json as it is, with the quantization added."""
+    """Write config.json: that of the 16-bit model with the quantization added."""
     dtype = run.compute_dtype
     if run.resolved.is_plain:
         nested = run.header.codec == "nf4+dq"
@@ -159,7 +159,7 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
 
 
 def show_plan(run: QuantizeRun) -> None:
-    """Print the plan of a job to stdout."""
+    """Print to stdout what a run would do."""
     console = Console()
     options = Table("option", "value", title="Options", title_justify="left")
     for name, value in asdict(run.options).items():
@@ -172,11 +172,11 @@ def show_plan(run: QuantizeRun) -> None:
         weights.add_row(spec.module, spec.role, shape, spelling(choice.codec), str(choice.rank))
     sizes = Table("part", "MB", title="Sizes", title_justify="left")
     for name, num_bytes in (
-        ("weights to split, as they are", run.sizes.source),
+        ("weights to quantize, in the 16-bit model", run.sizes.source),
         ("residual", run.sizes.residual),
-        ("principal components", run.sizes.factors),
-        ("copied as it is", run.sizes.copied),
-        ("most on disk at any moment", run.sizes.disk),
+        ("components", run.sizes.factors),
+        ("copied", run.sizes.copied),
+        ("maximum on disk during the run", run.sizes.disk),
     ):
         sizes.add_row(name, f"{num_bytes / 1e6:,.1f}")
     console.print(options, weights, sizes)

@@ -1,4 +1,4 @@
-"""Everything about an allocation that can be known, checked and refused before a weight is read."""
+"""Options of `qsvd allocate` to a checked run, and its work: measure the weights, then solve the budget."""
 
 import hashlib
 import math
@@ -30,8 +30,8 @@ from qsvd.prepare.models import open_16_bit
 from qsvd.prepare.progress import Progress, ShowProgress
 from qsvd.report.allocation import summary
 
-COPY_BYTES = 24  # of a number: the weight in float32, three copies of it, and two weights as they are stored
-DIGEST = "# digest: "  # of all other lines; an edited table has another
+COPY_BYTES = 24  # per number: the weight in float32, three copies of it, and two weights as they are stored
+DIGEST = "# digest: "  # of all other lines, so that an edited table is recognized
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class AllocateRun:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What measurements depend on. The Hessian weights whole matrices, after they are measured."""
+        """Return what the measurements depend on. The Hessian weights whole matrices, after they are measured."""
         options, grid = self.options, self.task.grid
         fisher = self.statistics if self.is_fisher else None
         return {
@@ -121,13 +121,13 @@ def allocate_run(
 
 
 def sealed(text: str) -> str:
-    """A table with a remark by which an edited one is told."""
+    """Return a table with a digest of its lines, by which an edited table is recognized."""
     title, rest = text.split("\n", maxsplit=1)
     return f"{title}\n{DIGEST}{_digest(text)}\n{rest}"
 
 
 def is_sealed(text: str) -> bool:
-    """Whether a table is as `sealed` gave it."""
+    """Return whether a table is as `sealed` returned it."""
     lines = text.split("\n")
     digests = [line for line in lines if line.startswith(DIGEST)]
     rest = "\n".join(line for line in lines if not line.startswith(DIGEST))
@@ -135,10 +135,10 @@ def is_sealed(text: str) -> bool:
 
 
 def importances(run: AllocateRun) -> tuple[Mapping[str, float] | None, tuple[str, ...]]:
-    """What each weight's squared error is multiplied with, None for 1, and remarks on it.
+    """Return the factor of each weight's squared error, None for 1, and remarks on the factors.
 
     HAWQ-V3's (arXiv:2011.10680): the mean of the Hessian's trace over the numbers of the weight. A Hessian estimated
-    from few examples can have a trace that is not above zero; it counts as the least that is.
+    from few examples can have a trace of zero or less; the smallest trace above zero replaces it.
 
     Raises:
         BadInput: no trace is above zero.
@@ -156,7 +156,7 @@ def importances(run: AllocateRun) -> tuple[Mapping[str, float] | None, tuple[str
 
 
 def _check_replaceable(path: Path, fingerprint: str) -> None:
-    """Refuse to lose what somebody wrote or edited.
+    """Refuse to overwrite a file that somebody wrote or edited.
 
     Raises:
         BadInput: the path is something else than an unedited table of the same model.
@@ -165,7 +165,7 @@ def _check_replaceable(path: Path, fingerprint: str) -> None:
         return
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if not text.startswith(TITLE):
-        raise BadInput(f"--out {path} is there already and is no table of qsvd allocate; give another name")
+        raise BadInput(f"--out {path} exists and is not a table of qsvd allocate; give another name")
     if not is_sealed(text):
         raise BadInput(f"--out {path} was edited by hand; give another name, or move it away")
     if f"# source: {fingerprint}\n" not in text:
@@ -181,7 +181,7 @@ def check_measuring(run: AllocateRun) -> None:
     if free is not None and needed > free:
         raise DoesNotFit(
             f"{largest.name} {list(largest.shape)} needs about {needed / 1e9:.1f} GB on {run.device} to be measured, "
-            f"and {free / 1e9:.1f} GB are free; close what else uses it, take another --device, or --exclude the weight"
+            f"and {free / 1e9:.1f} GB are free; close other programs that use it, give another --device, or --exclude it"
         )
 
 
@@ -201,7 +201,7 @@ def measure_and_solve(run: AllocateRun, show: ShowProgress) -> AllocationResult:
 
 
 def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors]:
-    """Of every weight, from the file or now."""
+    """Return the errors of every weight, from the file of measurements or measured now."""
     weights = run.task.weights
     run.costs.parent.mkdir(parents=True, exist_ok=True)
     with CostsFile(run.costs, run.identity) as kept:
@@ -217,13 +217,13 @@ def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors
 
 
 def _is_measured(run: AllocateRun, spec: WeightSpec, kept: CostsFile) -> bool:
-    """Whether there is a line with every rank that is asked for; where ranks lack, a new line takes its place."""
+    """Return whether the file has every rank that is asked for; a line with fewer ranks is replaced."""
     found = kept.measured.get(spec.module)
     return found is not None and tuple(found.ranks) == _ranks(run, spec, kept)
 
 
 def _ranks(run: AllocateRun, spec: WeightSpec, kept: CostsFile) -> tuple[int, ...]:
-    """What is to be measured of a weight, and what has been, rising from 0."""
+    """Return the ranks to measure and those already measured, ascending from 0."""
     found = kept.measured.get(spec.module)
     asked = run.task.grid.measured(spec.shape, with_fixed=run.options.allocator == "bits")
     return tuple(sorted({*asked, *(found.ranks if found else ())}))
@@ -247,7 +247,7 @@ def _measure(run: AllocateRun, spec: WeightSpec, weight_OI: Tensor, ranks: Seque
         )
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
-            f"{spec.name} {list(spec.shape)} does not fit on {run.device}; close what else uses it, or give "
+            f"{spec.name} {list(spec.shape)} does not fit on {run.device}; close other programs that use it, or give "
             "--device cpu"
         ) from error
     except ValueError as error:

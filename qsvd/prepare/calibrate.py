@@ -1,4 +1,4 @@
-"""What `qsvd calibrate` measures, and on what: everything that can be refused before a weight is read."""
+"""Options of `qsvd calibrate` to a checked run: the 16-bit model, the examples, what the statistics depend on."""
 
 import hashlib
 import json
@@ -39,25 +39,25 @@ class CalibrateRun:
 
     @property
     def out(self) -> Path:
-        """The file of the result."""
+        """The file of the statistics."""
         return self.options.out.expanduser()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the bytes of the result depend on."""
+        """What the bytes of the file depend on."""
         return _identity(self.options, self.checkpoint, self.examples, self.device, self.dtype)
 
     @property
     def num_tokens(self) -> int:
-        """Of all examples."""
+        """Number of tokens of all examples."""
         return sum(len(example.input_ids) for example in self.examples)
 
 
 def prepare_calibrate(options: Calibrate) -> CalibrateRun:
-    """Open the checkpoint and the data, tokenize, and refuse what cannot be calibrated.
+    """Open the 16-bit model and the data, tokenize, and refuse what cannot be calibrated.
 
     Raises:
-        BadInput: an option, the checkpoint or the data is not usable, or OUT is of another run.
+        BadInput: an option, the model or the data cannot be used, or the file is from another run.
     """
     check(options)
     device = device_of(options.device)
@@ -70,7 +70,7 @@ def prepare_calibrate(options: Calibrate) -> CalibrateRun:
 
 
 def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
-    """Tokens of an example: as asked for, or the model's context, MOST_LENGTH at most."""
+    """Return --max-length, or the model's context, at most MOST_LENGTH."""
     context = context_length(checkpoint.config)
     if options.max_length is None:
         return min(MOST_LENGTH, context)
@@ -80,7 +80,7 @@ def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
 
 
 def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[Example, ...]:
-    """As many as are asked for, in the order of the data."""
+    """Return as many examples as are asked for, in the order of the data."""
     classifies = _learns_classes(plan, options.model)
     examples = recognise(read_rows(options.data, split=options.split), mapping_of(options.map))
     if classifies != (examples.kind == "labelled"):
@@ -106,7 +106,7 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
 
 
 def _learns_classes(plan: ModelPlan, model: str) -> bool:
-    """Whether the model learns classes; a ValueError where it is no language model either."""
+    """Return whether the model is a classifier; a BadInput where it is not a language model either."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     learns_classes = is_classifier(plan.architecture)
@@ -132,7 +132,7 @@ def _tokenize(options: Calibrate, checkpoint: Checkpoint, examples: Examples, cl
 
 
 def _labels(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:
-    """The classes of the checkpoint."""
+    """Return the class names of the model."""
     names = class_names(checkpoint.config, examples)
     if len(names) < 2:
         raise BadInput(f"{checkpoint.name} has {len(names)} class, as for regression; 2 or more are needed")
@@ -140,18 +140,18 @@ def _labels(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:
 
 
 def _check_vocabulary(data: Tokenized, checkpoint: Checkpoint) -> None:
-    """Refuse tokens that the model has no embedding of: on a GPU they would end the process."""
+    """Refuse tokens outside the vocabulary of the model: on a GPU they would end the process."""
     size = checkpoint.config.get_text_config().vocab_size
     outside = sorted({token for tokens in data.input_ids for token in tokens if not 0 <= token < size})
     if outside:
         raise BadInput(
             f"the tokenizer of {checkpoint.name} gives token {listing([str(token) for token in outside])}, outside "
-            f"0..{size - 1}, the vocabulary of its model; put the model's own tokenizer beside it"
+            f"0..{size - 1}, the vocabulary of its model; put the model's own tokenizer into its folder"
         )
 
 
 def _is_complete(options: Calibrate, identity: dict[str, Any]) -> bool:
-    """Whether OUT is there already, by a run with the same identity; a ValueError where it is something else."""
+    """Return whether the file exists from a run with the same identity; a BadInput where it is another file."""
     out = options.out.expanduser()
     if not out.exists():
         return False

@@ -1,4 +1,4 @@
-"""What `qsvd eval` measures, and how: everything that can be refused before a model is loaded."""
+"""Options of `qsvd eval` to a checked run: the models, the examples, the task."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +18,15 @@ from qsvd.prepare.models import NamedModel, check_kind, find_model
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is measured, with its tokenizer; not yet loaded."""
+    """A model to measure, with its tokenizer; not loaded yet."""
 
     found: NamedModel
     tokenizer: Any
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is measured, and how."""
+class EvalRun:
+    """A checked run of `qsvd eval`."""
 
     options: Eval
     subjects: tuple[Subject, ...]
@@ -38,11 +38,11 @@ class Work:
     dtype: torch.dtype
 
 
-def prepare_eval(options: Eval) -> Work:
-    """Everything that can be refused before a model is loaded.
+def prepare_eval(options: Eval) -> EvalRun:
+    """Open models and data, and refuse what cannot be measured, before a model is loaded.
 
     Raises:
-        BadInput: an option or the data is not usable.
+        BadInput: an option, a model or the data cannot be used.
     """
     check(options)
     device = device_of(options.device)
@@ -51,7 +51,7 @@ def prepare_eval(options: Eval) -> Work:
     task = _task(options, examples)
     is_one_text = examples.kind == "text" and not examples.places.unit
     if options.stride is not None and not is_one_text:
-        raise BadInput(f"--stride {options.stride} is for one text, such as a .txt file; {options.data} is none")
+        raise BadInput(f"--stride {options.stride} is for one text, such as a .txt file; {options.data} holds several")
     if options.reference is not None and examples.kind != "text":
         raise BadInput(f"--reference compares models on text; {options.data} holds {examples.kind} examples")
     if options.limit is not None:
@@ -63,7 +63,7 @@ def prepare_eval(options: Eval) -> Work:
         _check_answers(examples)
     subjects = tuple(_subject(name, options, task) for name in options.models)
     reference = None if options.reference is None else _subject(options.reference, options, task)
-    return Work(options, subjects, examples, is_one_text, task, reference, device, dtype_of(options.dtype, device))
+    return EvalRun(options, subjects, examples, is_one_text, task, reference, device, dtype_of(options.dtype, device))
 
 
 def _check_answers(examples: Examples) -> None:
@@ -80,7 +80,7 @@ def _subject(name: str, options: Eval, task: str) -> Subject:
 
 
 def _task(options: Eval, examples: Examples) -> str:
-    """As asked for, or by what the data is."""
+    """Return --task, or the task that the data are for."""
     is_question = examples.kind == "pair" and all(isinstance(row["prompt"], str) for row in examples.rows)
     fits = {
         "perplexity": examples.kind != "labelled",

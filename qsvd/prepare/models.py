@@ -1,4 +1,4 @@
-"""A model as a user names it: a 16-bit checkpoint, a result of qsvd quantize, or a run of qsvd train."""
+"""A model as a user names it: a 16-bit model, a quantized model, or a run of qsvd train."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,10 +51,12 @@ Kind = Literal["16-bit", "split", "trained"]
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that is there, not yet loaded.
+    """A model that was found, not loaded yet.
 
-    home is the folder of the tokenizer and config.json: the checkpoint or the base. architecture is the class in
-    transformers of a result or of a run's base; labels are the classes of a run.
+    Args:
+        home: The folder with the tokenizer and config.json: the model, or the quantized model of a run.
+        architecture: The class in transformers of a quantized model, or of the quantized model of a run.
+        labels: The class names of a run.
     """
 
     name: str
@@ -65,14 +67,13 @@ class NamedModel:
 
 
 def find_model(name: str, base: Path | None) -> NamedModel:
-    """What a name stands for.
+    """Return what a name stands for.
 
     Args:
-        base: Of a run, where it is now; None: where it was when the run was made.
+        base: Where the quantized model of a run is now; None is where it was when the run was made.
 
     Raises:
-        BadInput: there is no such folder or hub model, it holds nothing that is known, or the run belongs to another
-            base.
+        BadInput: there is no such folder or Hub model, it holds none of the three, or the quantized model is another one.
     """
     folder = local_path(name)
     if folder is None:
@@ -81,7 +82,7 @@ def find_model(name: str, base: Path | None) -> NamedModel:
         adapter = open_adapter(folder)
         home = base.expanduser() if base is not None else Path(adapter.record.base)
         if not home.is_dir():
-            raise BadInput(f"{name} was trained beside {home}, which is not there; give --base where it is now")
+            raise BadInput(f"{name} was trained on {home}, which does not exist; give --base with its new folder")
         split = open_split(home)
         check_base(adapter, home, split.fingerprint)
         return NamedModel(name, "trained", home, _architecture(split), adapter.record.labels)
@@ -97,9 +98,9 @@ def _architecture(split: SplitFolder) -> str:
 
 
 def check_kind(found: NamedModel, *, classifier: bool) -> None:
-    """Refuse a result or a run that is no classifier, or no language model, where one is asked for.
+    """Refuse a model that is not a classifier, or not a language model, where one is needed.
 
-    What a 16-bit checkpoint lacks is seen when it is loaded.
+    A 16-bit model is checked when it is loaded.
     """
     if found.kind == "16-bit":
         return
@@ -111,7 +112,7 @@ def check_kind(found: NamedModel, *, classifier: bool) -> None:
     if not classifier and found.labels:
         raise BadInput(f"{found.name} is a classifier ({listing(found.labels)}), which needs labelled examples")
     if not classifier and found.architecture not in _causal_classes():
-        raise BadInput(f"{found.name} is a {found.architecture}, which predicts no next token; give a language model")
+        raise BadInput(f"{found.name} is a {found.architecture}, which does not predict tokens; give a language model")
 
 
 def _causal_classes() -> set[str]:
@@ -128,10 +129,10 @@ def load_model(
     classifier: bool = False,
     placement: Placement = EVERYTHING,
 ) -> Any:
-    """The model, in evaluation mode; the placement is for results and runs.
+    """Return the model in evaluation mode; `placement` is for quantized models and runs.
 
     Raises:
-        BadInput: it cannot be built, or is no classifier, or no language model, where one is asked for.
+        BadInput: it cannot be built, or is not a classifier or a language model where one is needed.
     """
     check_kind(found, classifier=classifier)
     if found.kind == "trained":
@@ -151,16 +152,13 @@ def load_model(
     return model.to(device).eval()
 
 
-# What an export starts from, opened: a base and what a run trained beside it, or the base alone.
-
-
 @dataclass(frozen=True)
 class Opened:
-    """A base, and perhaps a run.
+    """A quantized model, and perhaps a run, open for export.
 
     Args:
-        adapter: None: the stored components as they are.
-        trained: The same as exports want it.
+        adapter: None for the stored components as they are.
+        trained: The same in the form that exports take.
     """
 
     split: SplitFolder
@@ -170,22 +168,22 @@ class Opened:
 
     @property
     def task(self) -> str | None:
-        """PEFT's task_type."""
+        """The task_type of PEFT."""
         if self.record.labels:
             return "SEQ_CLS"
         return "CAUSAL_LM" if self.split.manifest["source"]["architecture"].endswith("ForCausalLM") else None
 
     def load(self) -> Any:
-        """The trained model as qsvd runs it, float32 on the CPU."""
+        """Load the trained model as qsvd runs it, in float32 on the CPU."""
         adapter = None if self.adapter is None else self.adapter.folder
         return load(self.split.folder, adapter=adapter, device="cpu", dtype=torch.float32)
 
 
 def open_trained(run: Path, base: Path | None) -> Opened:
-    """Open a run with its base, or a base.
+    """Open a run with its quantized model, or a quantized model.
 
     Raises:
-        BadInput: the folder is neither, or the base is not there or another one.
+        BadInput: the folder is neither, or the quantized model of the run is missing or another one.
     """
     if not run.expanduser().exists():  # a hub id would be downloaded, and then refused
         raise BadInput(f"no folder {run} here; give a run of qsvd train, or a quantized model")
@@ -216,11 +214,8 @@ def _stored(split: SplitFolder) -> Any:
     return weight
 
 
-# The classes of a 16-bit classifier, as labelled examples spell them.
-
-
 def class_names(config: "PreTrainedConfig", examples: Examples) -> tuple[str, ...]:
-    """Its own names in the order of their numbers, or these numbers where the examples have numbers."""
+    """Return the class names of a 16-bit classifier in order, or their numbers where the examples have numbers."""
     known: dict[Any, str] = dict(config.id2label or {})
     names = tuple(known[number] for number in sorted(known))
     numbers = tuple(str(number) for number in range(len(names)))

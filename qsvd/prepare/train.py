@@ -1,4 +1,4 @@
-"""Everything that a training run needs, opened and checked before anything slow."""
+"""Options of `qsvd train` to a checked run: quantized model, examples, settings, and what stays on the device."""
 
 import hashlib
 import json
@@ -29,11 +29,7 @@ from qsvd.training.settings import Settings, default_optimizer
 
 
 def check_start_of(record: AdapterRecord, split: SplitFolder) -> None:
-    """Start the adapter of one small weight for each stored rank, and forget it.
-
-    Raises:
-        BadInput: the method cannot start from this base with these options.
-    """
+    """Start the adapter of one small weight for each stored rank, to refuse options that the method cannot use."""
     for rank in sorted({weight["rank"] for weight in split.weights.values()}):
         sizes = {name: math.prod(weight["shape"]) for name, weight in split.weights.items() if weight["rank"] == rank}
         start_adapter(split, record, min(sizes, key=lambda name: sizes[name]), torch.device("cpu"))
@@ -145,5 +141,5 @@ def _training(options: Train, optimizer: str, max_length: int, data: Tokenized, 
 
 
 def _digest(data: Tokenized) -> str:
-    """SHA-256, in hex, over tokens, labels and the names of the labels."""
+    """Return the SHA-256, in hex, of tokens, labels and label names."""
     return hashlib.sha256(json.dumps([data.input_ids, data.labels, data.label_names]).encode()).hexdigest()
