@@ -64,7 +64,7 @@ FROM_ZERO = Range(lambda value: 0 <= value < math.inf, "is not a finite number o
 SECONDS = Range(lambda value: value > 0, "is not above 0")
 SHARE = Range(lambda value: 0 <= value < 1, "is not a number from 0 to below 1")
 AUTO_OR_SHARE = Range(lambda value: value == "auto" or 0 <= value <= 1, "is neither auto nor a number from 0 to 1")
-DEVICE = Range(lambda value: re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", value), "is none of auto, cpu, cuda, cuda:N")
+DEVICE = Range(lambda value: re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", value), "is not one of auto, cpu, cuda, cuda:N")
 
 
 def marks_of(record: type) -> dict[str, tuple[Any, ...]]:

@@ -297,7 +297,7 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("eval", "batch_size"): ([0], "is below 1"),
     ("eval", "resident"): ([-1.0], "is neither auto nor a number from 0 to 1"),
     **{
-        (command, "device"): (["", "gpu", "cpu:x", "cuda:", "meta"], "is none of auto, cpu, cuda, cuda:N")
+        (command, "device"): (["", "gpu", "cpu:x", "cuda:", "meta"], "is not one of auto, cpu, cuda, cuda:N")
         for command in ("allocate", "calibrate", "quantize", "train", "eval")
     },
     ("report", "worst"): ([-1], "is below 0"),

@@ -181,7 +181,7 @@ def check_measuring(run: AllocateRun) -> None:
     if free is not None and needed > free:
         raise DoesNotFit(
             f"{largest.name} {list(largest.shape)} needs about {needed / 1e9:.1f} GB on {run.device} to be measured, "
-            f"and {free / 1e9:.1f} GB are free; close other programs that use it, give another --device, or --exclude it"
+            f"and {free / 1e9:.1f} GB are free; close other programs that use it, give another --device or --exclude it"
         )
 
 

@@ -73,7 +73,7 @@ def find_model(name: str, base: Path | None) -> NamedModel:
         base: Where the quantized model of a run is now; None is where it was when the run was made.
 
     Raises:
-        BadInput: there is no such folder or Hub model, it holds none of the three, or the quantized model is another one.
+        BadInput: there is no such model, it is none of the three, or the quantized model of the run is another one.
     """
     folder = local_path(name)
     if folder is None:

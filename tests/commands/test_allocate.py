@@ -251,9 +251,7 @@ def test_a_file_that_is_no_unedited_table_of_the_model_is_not_replaced(allocate,
     (tmp_path / "folder").mkdir()
     assert "--out folder is a folder; give a file, such as folder/allocation.txt" in allocate(out="folder")[2]
     table.write_text("my notes")
-    assert allocate()[2] == (
-        "qsvd: --out table.txt is there already and is no table of qsvd allocate; give another name\n"
-    )
+    assert allocate()[2] == ("qsvd: --out table.txt exists and is not a table of qsvd allocate; give another name\n")
     table.unlink()
     allocate()
     written = table.read_text()

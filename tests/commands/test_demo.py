@@ -31,7 +31,7 @@ def test_components_bring_perplexity_back_and_fine_tuning_lowers_the_loss(
 ) -> None:
     short = ["--ranks", "0", "32", "--tokens", "2048", "--epochs", "0.1"]
     assert run(["demo", "--out", str(tmp_path), *short]) == 0
-    costs, tuned = capsys.readouterr().out.split("What 4 bits cost")[1].split("Fine-tuned")
+    costs, tuned = capsys.readouterr().out.split("Quantized model at several ranks")[1].split("Fine-tuning")
     original, plain, split = (float(cells[4].split()[0]) for cells in rows_of(costs))
     assert original < split < plain
     assert plain < 1.2 * original

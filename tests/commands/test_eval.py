@@ -193,7 +193,7 @@ def test_a_reference_with_another_tokenizer_is_refused_before_it_is_loaded(made,
     (other / "model.safetensors").write_bytes(b"")
     code, said, err = evaluate(made.base, "--data", made.jsonl, "--reference", other)
     assert (code, said) == (2, "")
-    assert f"{made.base} and {other} divide the text into other tokens" in err
+    assert f"{made.base} and {other} tokenize the text differently" in err
 
 
 def test_answers_are_measured_given_their_questions(made, tmp_path, measured):
@@ -291,7 +291,7 @@ def test_several_models_are_columns_of_one_table(made, evaluate, monkeypatch):
         ("{base} --data {text} --window 1", "--window 1 is below 2"),
         ("{base} --data {text} --window 64 --stride 100", "--stride 100 is above --window 64"),
         ("{base} --data {text} --window 513", "--window 513 is above 512, the positions of {base}"),
-        ("{base} --data {jsonl} --stride 4", "--stride 4 is for one text, such as a .txt file; {jsonl} is none"),
+        ("{base} --data {jsonl} --stride 4", "--stride 4 is for one text, such as a .txt file; {jsonl} holds several"),
         (
             "{base} --data {text} --limit 0 --batch-size 0 --max-new-tokens 0",
             "--max-new-tokens 0 is below 1; --limit 0 is below 1; --batch-size 0 is below 1",
@@ -319,14 +319,14 @@ def test_several_models_are_columns_of_one_table(made, evaluate, monkeypatch):
             "{encoder} has no classification head, which labelled examples need; give a run trained on labels",
         ),
         ("{labelled} --data {text}", "{labelled} is a classifier (neg, pos), which needs labelled examples"),
-        ("{encoder} --data {text}", "{encoder} is a BertModel, which predicts no next token; give a language model"),
+        ("{encoder} --data {text}", "{encoder} is a BertModel, which does not predict tokens; give a language model"),
         (
             "{plain_encoder} --data {rows}",
             "{plain_encoder} lacks 2 weights of a BertForSequenceClassification: classifier.bias, classifier.weight",
         ),
         (
             "{no_tokenizer} --data {text}",
-            "{no_tokenizer} has no tokenizer that transformers can open; copy the tokenizer files",
+            "{no_tokenizer} has no tokenizer that transformers can open; copy the tokenizer files of the 16-bit model there",
         ),
     ],
 )
@@ -362,7 +362,8 @@ def test_a_run_whose_base_was_moved_needs_base(made, tmp_path, measured, evaluat
     code, _, err = evaluate(tmp_path / "run", "--data", made.jsonl)
     assert code == 2
     assert (
-        err == f"qsvd: {tmp_path / 'run'} was trained beside {base}, which is not there; give --base where it is now\n"
+        err
+        == f"qsvd: {tmp_path / 'run'} was trained on {base}, which does not exist; give --base with its new folder\n"
     )
     measured(tmp_path / "run", "--data", made.jsonl, "--base", tmp_path / "moved")
 

@@ -122,7 +122,7 @@ def test_the_commands_name_the_least_rank_that_vllm_allows(tmp_path, export, ran
     flags = f"--enable-lora --max-lora-rank {{}} --lora-modules trained='{out}'"
     expected = f"vLLM: vllm serve '{folder / 'out'}' --quantization bitsandbytes {flags.format(on_residual)}"
     assert expected in said.splitlines()
-    assert "llama.cpp reads no bitsandbytes base: export --to merged for it" in said
+    assert "llama.cpp does not read bitsandbytes models: use --to merged for it" in said
     _, said, _ = export(folder / "run", "lora", tmp_path / "lora", "--no-check")
     assert f"vLLM: vllm serve '{folder / 'source'}' --enable-lora --max-lora-rank {on_original} " in said
     assert f"llama.cpp: python convert_lora_to_gguf.py --base '{folder / 'source'}' {tmp_path / 'lora'}" in said
@@ -239,8 +239,8 @@ def test_a_base_that_was_moved_is_named_with_base(tmp_path, export):
     code, _, err = export(folder / "run", "merged", tmp_path / "export")
     assert (code, err) == (
         2,
-        f"qsvd: {folder / 'run'} was trained beside {folder / 'out'}, which is not there; give --base where it is "
-        "now\n",
+        f"qsvd: {folder / 'run'} was trained on {folder / 'out'}, which does not exist; give --base with its "
+        "new folder\n",
     )
     assert export(folder / "run", "merged", tmp_path / "export", "--base", folder / "moved")[0] == 0
     other = make_base(tmp_path / "other", rank=2)
@@ -257,7 +257,7 @@ def test_without_the_original_the_recorded_error_is_stated_and_nothing_checked(t
     (folder / "source").rename(folder / "elsewhere")
     code, said, _ = export(folder / "run", "lora", tmp_path / "second")
     assert code == 0
-    assert f"not checked by logits: {folder / 'source'} is not here; give --original" in said
+    assert f"not checked by logits: {folder / 'source'} is not on this machine; give --original" in said
     stated = [line for line in said.splitlines() if "relative error" in line]
     assert stated == [
         line.replace("measured", "as qsvd quantize recorded it") for line in measured.splitlines() if "relative" in line

@@ -38,7 +38,7 @@ def record(split):
 
 @pytest.fixture
 def free(monkeypatch):
-    """A machine with 8 GB of a GPU, 5 of them free, and 20 GB of host memory free, for a process that has 1."""
+    """A machine with 8 GB of a GPU, 5 of them free, and 20 GB of CPU memory free, for a process that has 1."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {CUDA: (5 * 10**9, 8 * 10**9)}[device])
     monkeypatch.setattr(place_run, "free_host_memory", lambda: 20 * 10**9)
     monkeypatch.setattr(place_run, "taken_host_memory", lambda: 10**9)
@@ -69,7 +69,7 @@ def test_a_run_may_take_what_is_free_or_less_if_less_is_given(device, asked, gpu
 @pytest.mark.parametrize(
     ("device", "asked", "sentence"),
     [
-        (CPU, {"gpu": "24GB"}, "--gpu 24GB is for a GPU, and the device is cpu"),
+        (CPU, {"gpu": "24GB"}, "--gpu 24GB needs a GPU, and the device is cpu"),
         (CUDA, {"gpu": "24"}, "--gpu '24' is no size"),
         (CPU, {"host": "lots"}, "--host 'lots' is no size"),
     ],
@@ -84,7 +84,7 @@ def test_a_run_that_does_not_fit_is_told_the_longest_that_would(split, record):
     run = Training(Batch(64, 2, False, True, "cpu"), 2, "adamw")
     most = plan_training(model, run, Placement(0, "disk"), Limits()).total("host")
     assert place_training(split, record, run, Wish(0.0), there(host=most)).placement == Placement(0, "disk")
-    with pytest.raises(DoesNotFit, match=r"needs [\d.]+ MB of host memory, where [\d.]+ MB may be used; ") as raised:
+    with pytest.raises(DoesNotFit, match=r"needs [\d.]+ MB of CPU memory, where [\d.]+ MB may be used; ") as raised:
         place_training(split, record, run, Wish(0.0), there(host=most - 1))
     tokens = int(re.fullmatch(r".*; --max-length (\d+) would fit", str(raised.value))[1])
     assert 0 < tokens < 64
@@ -101,7 +101,7 @@ def shortened(run, tokens):
 
 def test_all_that_lacks_is_said_at_once(split, record):
     run = Training(replace(BATCH, device="cuda"), 2, "adamw")
-    each = r"[\d.]+ MB of GPU memory, where 1 MB may be used, and [\d.]+ KB of host memory, where 1 KB may be used;"
+    each = r"[\d.]+ MB of GPU memory, where 1 MB may be used, and [\d.]+ KB of CPU memory, where 1 KB may be used;"
     with pytest.raises(DoesNotFit, match=f"needs {each}"):
         place_training(split, record, run, Wish(0.0), there(10**6, 10**3, CUDA))
 
@@ -116,7 +116,7 @@ def test_reading_takes_the_logits_of_every_token_too(split, record, share):
     model, placement = planned_base(split, record, torch.float32), Placement(int(share * LAYERS), "disk")
     most = plan_serving(model, BATCH, placement, Limits()).total("host") + logits(BATCH)
     assert place_reading(split, record, BATCH, Wish(share), there(host=most)) == placement
-    sentence = r"needs (\d+) MB of host memory, where (\d+) MB may be used; give a smaller --batch-size or --window"
+    sentence = r"needs (\d+) MB of CPU memory, where (\d+) MB may be used; give a smaller --batch-size or --window"
     with pytest.raises(DoesNotFit, match=sentence):
         place_reading(split, record, BATCH, Wish(share), there(host=most - 1))
 
@@ -140,7 +140,7 @@ def test_on_a_gpu_the_logits_are_there_and_not_on_the_host(split, record):
 
 
 def test_less_than_the_logits_alone_is_said_as_it_is(split, record):
-    with pytest.raises(DoesNotFit, match=r"needs 3\d\d MB of host memory, where 10 KB may be used; give a smaller"):
+    with pytest.raises(DoesNotFit, match=r"needs 3\d\d MB of CPU memory, where 10 KB may be used; give a smaller"):
         place_reading(split, record, BATCH, Wish(), there(host=10**4))
 
 
@@ -150,7 +150,7 @@ def test_less_than_the_logits_alone_is_said_as_it_is(split, record):
         (Placement(), "all 5 blocks"),
         (Placement(5, "disk"), "all 5 blocks"),
         (Placement(0, "disk"), "0 of 5 blocks, the others on disk"),
-        (Placement(4, "host"), "4 of 5 blocks, the others in host memory"),
+        (Placement(4, "host"), "4 of 5 blocks, the others in CPU memory"),
     ],
 )
 def test_a_placement_in_words(split, placement, said):
