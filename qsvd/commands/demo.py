@@ -60,15 +60,8 @@ def main(options: Demo) -> None:
     tokens = AutoTokenizer.from_pretrained(MODEL)(text, verbose=False).input_ids[: options.tokens]
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     base = _perplexity(model, tokens)
-    table = Table(
-        "model",
-        "bits per weight",
-        "error",
-        "perplexity",
-        "change",
-        title="Quantized model at several ranks",
-        title_justify="left",
-    )
+    columns = ("model", "bits per weight", "error", "perplexity", "change")
+    table = Table(*columns, title="Quantized model at several ranks", title_justify="left")
     table.add_row("16-bit", "16.00", "0", f"{base.perplexity:.3f}", "0 %")
     ranks = sorted(set(options.ranks))
     for rank in ranks:
@@ -96,16 +89,8 @@ def main(options: Demo) -> None:
 def _fine_tune(options: Demo) -> Table:
     """Fine-tune in every way and return a table of the losses."""
     data = fine_tuning_data(options.out.expanduser() / "book")
-    table = Table(
-        "method",
-        "trained parameters",
-        "learning rate",
-        "loss before",
-        "loss after",
-        "seconds",
-        title="Fine-tuning",
-        title_justify="left",
-    )
+    columns = ("method", "parameters", "rate", "before", "after", "seconds")
+    table = Table(*columns, title="Fine-tuning: loss before and after", title_justify="left")
     for way in WAYS:
         base = quantize(Quantize(str(MODEL), out=_folder(options, way.base_rank), rank=way.base_rank, device="cpu"))
         run = train(

@@ -326,7 +326,8 @@ def test_several_models_are_columns_of_one_table(made, evaluate, monkeypatch):
         ),
         (
             "{no_tokenizer} --data {text}",
-            "{no_tokenizer} has no tokenizer that transformers can open; copy the tokenizer files of the 16-bit model there",
+            "{no_tokenizer} has no tokenizer that transformers can open; "
+            "copy the tokenizer files of the 16-bit model there",
         ),
     ],
 )

@@ -148,7 +148,7 @@ def test_what_was_trained_is_exported(out, capsys, tmp_path):
     for form in ("merged", "peft", "lora"):
         shown = exported(tmp_path / "run", form, tmp_path / form, capsys)
         assert "checked: logits differ by at most" in shown
-        assert ("mixed bits: import qsvd" in shown) == (form == "peft")
+        assert ("mixed bits: PEFT loads it after import qsvd" in shown) == (form == "peft")
         assert "bitsandbytes" not in shown
     merged, stored = tensors_of(tmp_path / "merged"), tensors_of(out)
     source = tensors_of(out.parent / "source")

@@ -59,7 +59,7 @@ def test_help_mistakes_and_the_report_import_nothing_heavy(out, tmp_path):
         (["quantize", "empty", "--out", "x"], 2, "no config.json in empty"),
         (["quantize", model, "--out", "file"], 2, "--out file is not a folder"),
         (["quantize", model, "--out", "x", "--shard-size", "5"], 2, "--shard-size '5'"),
-        (["quantize", model, "--out", "x", "--device", "gpu"], 2, "--device 'gpu' is none of"),
+        (["quantize", model, "--out", "x", "--device", "gpu"], 2, "--device 'gpu' is not one of"),
         (["quantize", model, "--out", "x", "--config", "none.yaml"], 2, "none.yaml: no such file"),
         (["calibrate", model, "./no.jsonl", "--out", "x"], 2, "no such file or folder: ./no.jsonl"),
         (["allocate", model, "--budget", "3bits", "--out", "empty"], 2, "--out empty is a folder"),

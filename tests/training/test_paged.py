@@ -80,7 +80,7 @@ def test_auto_takes_less_on_the_device_where_there_is_less(base, data, tmp_path,
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(base, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qsvd.commands.train.load", None)
     small = options(base, data, tmp_path / "run", host="1MB")
-    with pytest.raises(DoesNotFit, match=r"the run needs [\d.]+ MB of host memory, where 0 bytes may be used; "):
+    with pytest.raises(DoesNotFit, match=r"the run needs [\d.]+ MB of CPU memory, where 0 bytes may be used; "):
         train(small)
     assert run(words(small)) == 3
     assert "the run needs" in capsys.readouterr().err
@@ -90,7 +90,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(base, data, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"gpu": "24GB"}, "--gpu 24GB is for a GPU, and the device is cpu"),
+        ({"gpu": "24GB"}, "--gpu 24GB needs a GPU, and the device is cpu"),
         ({"host": "64"}, "--host '64' is no size: give a number and KB, MB, GB or TB, such as 24GB"),
         ({"resident": 1.5}, "--resident 1.5 is neither auto nor a number from 0 to 1"),
         ({"layer_major": True, "packing": True}, "--layer-major needs several rows per step"),
@@ -119,7 +119,7 @@ def test_a_shard_that_is_cut_off_during_a_run_ends_it_with_what_is_kept(base, da
     assert run(words(cut)) == 1
     said = capsys.readouterr().err
     assert f"{shard}: was truncated during the run and ends inside model.layers." in said
-    assert "; restore it; checkpoint-2 is kept, and the same command with --resume goes on from it" in said
+    assert "; restore it; checkpoint-2 is kept, and the same command with --resume continues from it" in said
     monkeypatch.undo()
     shutil.copyfile(base / shard.name, shard)
     assert run([*words(cut), "--resume"]) == 0

@@ -167,8 +167,8 @@ def test_an_interrupted_process_saves_its_step_ends_with_130_and_goes_on(languag
     done = len(steps_of(options.out))
     assert code == 130
     assert out == ""
-    assert "stopping after this step; once more to stop at once" in err
-    assert err.endswith(f"the same command with --resume goes on in {options.out}\n")
+    assert "stopping after this step; press Ctrl-C again to stop at once" in err
+    assert err.endswith(f"the same command with --resume continues in {options.out}\n")
     assert [path.name for path in checkpoints(options.out)] == [f"checkpoint-{done}"]
     assert 1 < done < 20
     assert run([*line, "--resume"]) == 0
