@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
         command.main(options)
     except QsvdError as error:
         return _fail(error, error.exit_code)
-    except BrokenPipeError:  # a reader such as `head` has seen enough
+    except BrokenPipeError:  # a reader such as `head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -175,7 +175,7 @@ def _yaml_mapping(file: Path) -> Mapping[Any, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--config {file} cannot be read as a text file: {error}") from error
     except yaml.YAMLError as error:
-        raise BadInput(f"--config {file} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise BadInput(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
         raise BadInput(f"--config {file} must hold `name: value` lines")
     return values

@@ -73,7 +73,7 @@ def parse_size(text: str, flag: str, *, least: int = 1) -> int:
     size = int(float(found[1]) * (UNITS | BINARY)[found[2]]) if found else 0
     if not found or size < least:
         at_least = f" of at least {show_size(least)}" if least > 1 else ""
-        raise BadInput(f"{flag} {text!r} is no size{at_least}: give a number and KB, MB, GB or TB, such as 24GB")
+        raise BadInput(f"{flag} {text!r} is not a size{at_least}: give a number and KB, MB, GB or TB, such as 24GB")
     return size
 
 

@@ -23,12 +23,12 @@ def test_a_number_and_a_unit_are_decimal_bytes(text, size):
 
 @pytest.mark.parametrize("text", ["24", "", "GB", "24Gi", "-1GB", "24 G", "1e3GB", "0GB"])
 def test_anything_else_is_refused(text):
-    with pytest.raises(ValueError, match=r"--gpu .* is no size: give a number and KB, MB, GB or TB, such as 24GB"):
+    with pytest.raises(ValueError, match=r"--gpu .* is not a size: give a number and KB, MB, GB or TB, such as 24GB"):
         parse_size(text, "--gpu")
 
 
 def test_a_size_may_have_to_be_large_enough():
-    with pytest.raises(ValueError, match="is no size of at least 100 KB"):
+    with pytest.raises(ValueError, match="is not a size of at least 100 KB"):
         parse_size("99KB", "--shard-size", least=100_000)
 
 

@@ -70,13 +70,13 @@ def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish:
     model = planned_base(split, record, here.dtype)
     choices = 0 if record.labels else model.text_config.vocab_size
     logits = 2 * here.dtype.itemsize * batch.batch * batch.tokens * choices  # and a copy of them
-    beside = on(here.device.type, "logits of every token", logits)
+    logits_item = on(here.device.type, "logits of every token", logits)
     left = (
         None if size is None else size - taken
-        for size, taken in ((here.limits.gpu, beside.gpu), (here.limits.host, beside.host))
+        for size, taken in ((here.limits.gpu, logits_item.gpu), (here.limits.host, logits_item.host))
     )
     found = place_serving(model, batch, Limits(*left), wish)
-    memory = replace(found.memory, items=(*found.memory.items, beside), limits=here.limits)
+    memory = replace(found.memory, items=(*found.memory.items, logits_item), limits=here.limits)
     if not memory.fits:
         raise DoesNotFit(f"{_lack(memory)}; give a smaller --batch-size or --window")
     return found.placement

@@ -199,7 +199,7 @@ def test_nothing_left_to_split(refused, model):
 @pytest.mark.parametrize("size", ["5", "5PB", "", "GB", "-5GB", "99KB", "0.00001GB"])
 def test_a_shard_size_that_is_none(refused, model, size):
     sentence = refused(model, f"--shard-size={size}")
-    refusal = "is no size of at least 100 KB: give a number and KB, MB, GB or TB, such as 24GB"
+    refusal = "is not a size of at least 100 KB: give a number and KB, MB, GB or TB, such as 24GB"
     assert sentence == f"--shard-size {size!r} {refusal}"
 
 

@@ -62,8 +62,8 @@ def test_another_command_takes_a_file_too(config):
         ("ranks: 8\n", "unknown option 'ranks' (known: model, out, rank, iterations, "),
         ("- rank\n", "must hold `name: value` lines"),
         ("", "must hold `name: value` lines"),
-        ("rank: [8\n", "is no valid YAML: while parsing a flow sequence"),
-        ("rank: 8\n  out: x\n", "is no valid YAML: "),
+        ("rank: [8\n", "is not valid YAML: while parsing a flow sequence"),
+        ("rank: 8\n  out: x\n", "is not valid YAML: "),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(config, capsys, text, sentence):

@@ -158,8 +158,8 @@ def test_experts_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--gpu", "24"], "--gpu '24' is no size: give a number and KB, MB, GB or TB, such as 24GB"),
-        (["--host", "much"], "--host 'much' is no size"),
+        (["--gpu", "24"], "--gpu '24' is not a size: give a number and KB, MB, GB or TB, such as 24GB"),
+        (["--host", "much"], "--host 'much' is not a size"),
         (["--tokens", "0"], "--tokens 0 is below 2"),
         (["--tokens", "-5", "--batch", "0"], "--tokens -5 is below 2; --batch 0 is below 1"),
         (["--rank", "-1"], "--rank -1 is below 0"),

@@ -44,7 +44,7 @@ def test_a_text_that_is_not_a_budget_is_refused_with_examples(text):
 
 
 def test_a_size_that_cannot_be_read_is_refused_as_sizes_are():
-    with pytest.raises(ValueError, match="--budget 'many GB' is no size"):
+    with pytest.raises(ValueError, match="--budget 'many GB' is not a size"):
         parse_budget("many GB", WEIGHTS)
 
 

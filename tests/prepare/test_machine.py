@@ -70,8 +70,8 @@ def test_a_run_may_take_what_is_free_or_less_if_less_is_given(device, asked, gpu
     ("device", "asked", "sentence"),
     [
         (CPU, {"gpu": "24GB"}, "--gpu 24GB needs a GPU, and the device is cpu"),
-        (CUDA, {"gpu": "24"}, "--gpu '24' is no size"),
-        (CPU, {"host": "lots"}, "--host 'lots' is no size"),
+        (CUDA, {"gpu": "24"}, "--gpu '24' is not a size"),
+        (CPU, {"host": "lots"}, "--host 'lots' is not a size"),
     ],
 )
 def test_what_is_no_size_or_for_no_gpu_is_refused(device, asked, sentence):
