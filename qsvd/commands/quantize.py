@@ -103,12 +103,7 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) ->
 
 
 def split_and_measure(run: QuantizeRun, spec: WeightSpec, weight_OI: Tensor) -> tuple[Split, WeightError]:
-    """Split one weight and measure its error.
-
-    Raises:
-        DoesNotFit: the weight does not fit on the device.
-        BadInput: the weight cannot be split, such as one with NaN.
-    """
+    """Split one weight and measure its error; a DoesNotFit or a BadInput says why a weight cannot be split."""
     seed, objective = seed_of(run.options.seed, spec), run.objective(spec.module)
     try:
         weight_OI = weight_OI.to(run.device)
