@@ -19,7 +19,7 @@ import qsvd
 from qsvd.errors import BadInput, QsvdError
 from qsvd.option_types import POSITIONAL, Group, Help, marks_of
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
-from qsvd.prepare.checks import check
+from qsvd.prepare.check_options import check
 
 COMMANDS = {
     "plan": Plan,

@@ -106,4 +106,4 @@ def test_a_function_has_at_most_60_lines():
 def test_the_walk_finds_the_modules_and_their_imports():
     assert {folder_of(path) for path in MODULES} >= {"numerics", "files", "commands", "cli", "options"}
     lines = {".".join(parts) for parts in imported(PACKAGE / "commands" / "quantize.py")}
-    assert "qsvd.files.output.OutputFolder" in lines
+    assert "qsvd.files.quantize_folder.OutputFolder" in lines

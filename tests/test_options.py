@@ -178,11 +178,17 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
 }
 READERS = {
     "calibrate": ("prepare/calibrate", "commands/calibrate"),
-    "plan": ("prepare/checks", "prepare/plan", "commands/plan"),
+    "plan": ("prepare/check_options", "prepare/plan", "commands/plan"),
     "allocate": ("prepare/allocate", "commands/allocate"),
-    "quantize": ("prepare/checks", "prepare/quantize", "prepare/allocate", "commands/outputs", "commands/quantize"),
-    "train": ("prepare/checks", "prepare/train", "prepare/examples", "commands/journal", "commands/train"),
-    "eval": ("prepare/checks", "prepare/evaluate", "prepare/examples", "prepare/models", "commands/eval"),
+    "quantize": (
+        "prepare/check_options",
+        "prepare/quantize",
+        "prepare/allocate",
+        "commands/outputs",
+        "commands/quantize",
+    ),
+    "train": ("prepare/check_options", "prepare/train", "prepare/examples", "commands/journal", "commands/train"),
+    "eval": ("prepare/check_options", "prepare/evaluate", "prepare/examples", "prepare/models", "commands/eval"),
     "export": ("prepare/models", "commands/export"),
     "report": ("commands/report",),
     "demo": ("commands/demo",),

@@ -24,7 +24,7 @@ from qsvd.commands.outputs import copied_tensor, write_outputs
 from qsvd.decompose.split import Split
 from qsvd.errors import first_line
 from qsvd.files.layout import adapter_tensors, digest, residual_tensors
-from qsvd.files.output import OutputFolder
+from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.safetensors import DTYPE_NAMES, Entry, NewTensor, write_stream
 from qsvd.files.source import Checkpoint, other_files
 from qsvd.numerics.codec import PackedBlocks

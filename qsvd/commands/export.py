@@ -27,7 +27,7 @@ from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import write_peft
 from qsvd.files.source import open_checkpoint
 from qsvd.options import Export
-from qsvd.prepare.checks import LEAST_SHARD
+from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
 from qsvd.report.readme import vllm_rank
 

@@ -23,7 +23,7 @@ from qsvd.files.layout import (
     quantization_config,
     residual_tensors,
 )
-from qsvd.files.output import OutputFolder
+from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.safetensors import NewTensor, TensorEntry, read_header
 from qsvd.files.workspace import ERRORS, MANIFEST
 from qsvd.numerics.names import spelling

@@ -12,7 +12,7 @@ from qsvd.commands.report import show_report
 from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.split import Split, measure
 from qsvd.errors import BadInput, DoesNotFit
-from qsvd.files.output import OutputFolder
+from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.source import Checkpoint, stream
 from qsvd.files.workspace import UNFINISHED
 from qsvd.options import Quantize

@@ -16,7 +16,7 @@ from qsvd.errors import BadInput, listing
 from qsvd.export.folder import HEADER_BYTES, ExportFolder, disk_bytes, size_of
 from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_inventory
 from qsvd.files.atomic import read_object, whole_file, write_json
-from qsvd.files.output import PYTORCH
+from qsvd.files.quantize_folder import PYTORCH
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensor, read_tensor, write_stream
 from qsvd.files.source import open_checkpoint
 from qsvd.files.workspace import MANIFEST

@@ -19,7 +19,7 @@ from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_invento
 from qsvd.files.adapter import FINGERPRINT
 from qsvd.files.atomic import write_json
 from qsvd.files.layout import ADAPTER_PREFIX, adapter_config
-from qsvd.files.output import PYTORCH
+from qsvd.files.quantize_folder import PYTORCH
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, new_tensor, write_stream
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

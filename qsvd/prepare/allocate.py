@@ -24,7 +24,7 @@ from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import grid_of
 from qsvd.plan.solve import AllocationProblem, AllocationResult, check_feasible, over_norms, solve
 from qsvd.plan.weights import ModelPlan, WeightSpec
-from qsvd.prepare.checks import check
+from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import machine, seed_of
 from qsvd.prepare.models import open_16_bit
 from qsvd.prepare.progress import Progress, ShowProgress

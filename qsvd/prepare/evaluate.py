@@ -11,7 +11,7 @@ from qsvd.errors import BadInput
 from qsvd.evaluate.exact_match import MARKER, final_number
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.options import Eval
-from qsvd.prepare.checks import check
+from qsvd.prepare.check_options import check
 from qsvd.prepare.examples import mapping_of, open_tokenizer
 from qsvd.prepare.models import NamedModel, check_kind, find_model
 

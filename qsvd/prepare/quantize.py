@@ -13,7 +13,7 @@ from qsvd.decompose.alternate import Recipe
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
-from qsvd.files.output import OutputFolder
+from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.safetensors import TORCH_DTYPES
 from qsvd.files.shards import Shard, Sizes, plan_shards, sizes_of
 from qsvd.files.source import Checkpoint
@@ -28,7 +28,7 @@ from qsvd.options import Quantize
 from qsvd.plan.allocation import Allocation, Choice, from_text, residual_bits, to_text, uniform
 from qsvd.plan.weights import ModelPlan, WeightSpec, coverage
 from qsvd.prepare.allocate import AllocateRun, allocate_run, check_measuring, is_sealed, measure_and_solve, sealed
-from qsvd.prepare.checks import LEAST_SHARD, check
+from qsvd.prepare.check_options import LEAST_SHARD, check
 from qsvd.prepare.machine import machine
 from qsvd.prepare.models import open_16_bit
 from qsvd.prepare.progress import ShowProgress

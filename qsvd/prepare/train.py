@@ -22,7 +22,7 @@ from qsvd.memory.placement import Placed, Wish
 from qsvd.memory.training import Training
 from qsvd.option_types import result_options
 from qsvd.options import Train
-from qsvd.prepare.checks import check
+from qsvd.prepare.check_options import check
 from qsvd.prepare.examples import MOST_LENGTH, open_tokenizer, positions, training_examples
 from qsvd.prepare.machine import machine, place_training, show_placement
 from qsvd.training.settings import Settings, default_optimizer

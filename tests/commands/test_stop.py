@@ -8,7 +8,7 @@ import pytest
 
 import qsvd
 import qsvd.commands.quantize
-import qsvd.files.output
+import qsvd.files.quantize_folder
 from qsvd.cli import run
 from qsvd.decompose.alternate import split_weight
 from tests.checkpoints import write_checkpoint
@@ -79,7 +79,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_same_command_goes_on(
     source, tmp_path, monkeypatch, capsys, number
 ):
     arguments = ["quantize", str(source), "--out", "out", "--rank", "4", "--shard-size", "100KB"]
-    write_stream = qsvd.files.output.write_stream
+    write_stream = qsvd.files.quantize_folder.write_stream
     written = []
 
     def until_full(path, tensors, metadata):
@@ -90,11 +90,11 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_same_command_goes_on(
 
     (tmp_path / "full").mkdir()
     monkeypatch.chdir(tmp_path / "full")
-    monkeypatch.setattr(qsvd.files.output, "write_stream", until_full)
+    monkeypatch.setattr(qsvd.files.quantize_folder, "write_stream", until_full)
     assert run(arguments) == 1
     *_, sentence = capsys.readouterr().err.splitlines()
     assert sentence == "qsvd: No space left on device; finished work is kept, the same command continues in out"
-    monkeypatch.setattr(qsvd.files.output, "write_stream", write_stream)
+    monkeypatch.setattr(qsvd.files.quantize_folder, "write_stream", write_stream)
     begun = interrupting(monkeypatch)
     assert run(arguments) == 0
     assert len(begun) == 14 - len([path for path in written[:-1] if path.suffix == ".factors"])

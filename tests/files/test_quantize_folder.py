@@ -10,10 +10,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-import qsvd.files.output
+import qsvd.files.quantize_folder
 from qsvd.files.atomic import write_json, write_text
 from qsvd.files.layout import digest
-from qsvd.files.output import OutputFolder
+from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.safetensors import new_tensor
 
 IDENTITY = {"rank": 4, "seed": 0, "include": ["*.q"]}
@@ -82,7 +82,7 @@ def test_a_shard_joins_residuals_and_copies_and_drops_the_residuals(tmp_path):
     folder = open_folder(tmp_path / "out")
     for number in (0, 1):
         folder.save(number, residual(number), factors(number), RECORD)
-    norm = qsvd.files.output.read_header(source).tensors["norm.weight"]
+    norm = qsvd.files.quantize_folder.read_header(source).tensors["norm.weight"]
     folder.write_shard("model.safetensors", [0, 1], [new_tensor(norm.name, norm)])
     shard = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     expected = residual(0) | residual(1) | {"norm.weight": safetensors.torch.load_file(source)["norm.weight"]}
