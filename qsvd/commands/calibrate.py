@@ -14,7 +14,7 @@ from qsvd.files.pages import free_host_memory
 from qsvd.files.statistics import open_unfinished, save_unfinished, unfinished_path, write_statistics
 from qsvd.options import Calibrate
 from qsvd.prepare.calibrate import CalibrateRun, prepare_calibrate
-from qsvd.prepare.progress import Progress, ShowProgress, show_nothing
+from qsvd.records import Progress, ShowProgress, show_nothing
 
 HOST_SHARE = 0.5  # of the free CPU memory, for the hidden states of a chunk
 MOST_CHUNK = 16  # examples that a killed run may lose; for each chunk the weights are read twice

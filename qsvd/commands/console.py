@@ -15,7 +15,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from qsvd.errors import Interrupted
-from qsvd.prepare.progress import Progress, ShowProgress
+from qsvd.records import Progress, ShowProgress
 
 LINE_EVERY = 0.05  # of the work
 

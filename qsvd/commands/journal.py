@@ -15,8 +15,8 @@ from qsvd.adapters.model import moved_bytes, trained
 from qsvd.errors import DoesNotFit, show_size
 from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.files.atomic import whole_file, write_text
-from qsvd.prepare.progress import Progress, ShowProgress
 from qsvd.prepare.train import TrainRun
+from qsvd.records import Progress, ShowProgress
 from qsvd.report.training import RunSummary, loss_plot, run_readme
 from qsvd.training.guards import memory_advice
 from qsvd.training.run_folder import SUMMARY, RunFolder, checkpoints, step_of

@@ -8,8 +8,7 @@ from qsvd.commands.console import quiet
 from qsvd.errors import DoesNotFit
 from qsvd.memory.duration import page_seconds, quantize_time, step_time
 from qsvd.memory.other_tasks import plan_quantizing
-from qsvd.memory.placement import place, place_serving
-from qsvd.memory.reach import Cell, Reach, advice, explore, highest, longest
+from qsvd.memory.placement import Cell, Reach, advice, explore, highest, longest, place, place_serving
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.options import Plan, Quantize
 from qsvd.prepare.plan import PlanJob, prepare_plan

@@ -18,9 +18,8 @@ from qsvd.files.workspace import UNFINISHED
 from qsvd.options import Quantize
 from qsvd.plan.weights import WeightSpec
 from qsvd.prepare.machine import seed_of
-from qsvd.prepare.progress import Progress, ShowProgress, show_nothing
 from qsvd.prepare.quantize import QuantizeRun, check_resources, check_room, prepare_quantize, resolve_allocation
-from qsvd.records import WeightError
+from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
 from qsvd.report.errors import from_record, to_record
 
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from qsvd.adapters.load import load
 from qsvd.commands.console import StopRequest, display, quiet
 from qsvd.commands.journal import RunRecorder, explained_errors, finish_run, held_out_loss, show_plan, truncated
-from qsvd.data.preview import preview
+from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
 from qsvd.options import Train
-from qsvd.prepare.progress import ShowProgress, show_nothing
 from qsvd.prepare.train import TrainRun, prepare_train
+from qsvd.records import ShowProgress, show_nothing
 from qsvd.report.training import RunSummary, training_tables
 from qsvd.training.run_folder import START, RunFolder
 from qsvd.training.steps import TellSteps

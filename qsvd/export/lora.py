@@ -19,9 +19,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qsvd.errors import BadInput, listing
-from qsvd.export.folder import ExportFolder, disk_bytes, size_of
 from qsvd.export.peft import adapter_settings, kept_modules, write_adapter_files
-from qsvd.export.trained import Inventory, Trained, TrainedModel, check_dtype, rounded, take_inventory
+from qsvd.export.trained import (
+    ExportFolder,
+    Inventory,
+    Trained,
+    TrainedModel,
+    check_dtype,
+    disk_bytes,
+    rounded,
+    size_of,
+    take_inventory,
+)
 from qsvd.files.layout import ADAPTER_PREFIX
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint

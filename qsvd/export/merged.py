@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, listing
-from qsvd.export.folder import HEADER_BYTES, ExportFolder, disk_bytes, size_of
-from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_inventory
+from qsvd.export.trained import (
+    HEADER_BYTES,
+    ExportFolder,
+    TrainedModel,
+    check_dtype,
+    disk_bytes,
+    rounded,
+    size_of,
+    take_inventory,
+)
 from qsvd.files.atomic import read_object, whole_file, write_json
 from qsvd.files.quantize_folder import PYTORCH
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensor, read_tensor, write_stream

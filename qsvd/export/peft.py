@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, listing
-from qsvd.export.folder import ExportFolder, disk_bytes, size_of
-from qsvd.export.trained import TrainedModel, check_dtype, rounded, take_inventory
+from qsvd.export.trained import ExportFolder, TrainedModel, check_dtype, disk_bytes, rounded, size_of, take_inventory
 from qsvd.files.adapter import FINGERPRINT
 from qsvd.files.atomic import write_json
 from qsvd.files.layout import ADAPTER_PREFIX, adapter_config

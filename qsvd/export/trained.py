@@ -1,19 +1,24 @@
-"""A trained model in the form that every export starts from, and the checks before an export.
+"""A trained model in the form that every export starts from, the checks before an export, and its folder.
 
 A trained weight is W' = gain * (Q + B A). Q is in the quantized model; B, A and the gain are read weight by weight.
 Shape suffixes: O = out features, I = in features, K = rank of one weight's trained factors.
 """
 
-from collections.abc import Callable, Mapping
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, listing
+from qsvd.files.atomic import read_object, write_json
 from qsvd.files.layout import ADAPTER_PREFIX, digest, fingerprint
-from qsvd.files.safetensors import TensorEntry
+from qsvd.files.safetensors import TORCH_DTYPES, NewTensor, TensorEntry
 from qsvd.files.split_folder import SplitFolder
+from qsvd.files.workspace import IDENTITY, LOCK, Workspace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -173,3 +178,41 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             f"{name} has values outside the range of {str(dtype).removeprefix('torch.')}; export in bfloat16 or float32"
         )
     return values
+
+
+FORMAT = 1
+HEADER_BYTES = 250  # of the JSON of one tensor in a header and an index, at most
+OTHER_BYTES = 10**6  # of configs and records, at most
+
+
+class ExportFolder(Workspace):
+    """The folder of one run of `qsvd export`; an export that has finished nothing leaves no folder."""
+
+    record = "qsvd_export.json"
+    command = "qsvd export"
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        marks = (self.unfinished / IDENTITY, self.unfinished / LOCK)
+        if not any(path.is_file() and path not in marks for path in self.folder.rglob("*")):
+            shutil.rmtree(self.unfinished)
+            self.folder.rmdir()
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the record, then remove what only a resumed run needs."""
+        write_json(self.folder / self.record, {"format": FORMAT, "run": self.identity, "result": result})
+        self.close()
+
+    def result(self) -> dict[str, Any]:
+        """Return what was given to `finish`."""
+        return read_object(self.folder / self.record)["result"]
+
+
+def size_of(new: Sequence[NewTensor]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(math.prod(tensor.shape) * TORCH_DTYPES[tensor.dtype].itemsize for tensor in new)
+
+
+def disk_bytes(new: Sequence[NewTensor]) -> int:
+    """Return an upper bound on the bytes of a file with these tensors and of the small files next to it."""
+    return size_of(new) + HEADER_BYTES * len(new) + OTHER_BYTES

@@ -27,7 +27,7 @@ from qsvd.plan.weights import ModelPlan, WeightSpec
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import machine, seed_of
 from qsvd.prepare.models import open_16_bit
-from qsvd.prepare.progress import Progress, ShowProgress
+from qsvd.records import Progress, ShowProgress
 from qsvd.report.allocation import summary
 
 COPY_BYTES = 24  # per number: the weight in float32, three copies of it, and two weights as they are stored

@@ -15,8 +15,7 @@ from qsvd.files.pages import free_host_memory, taken_host_memory
 from qsvd.files.split_folder import SplitFolder
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.items import Limits, MemoryPlan, Placement, block_of, on
-from qsvd.memory.placement import Placed, Wish, place, place_serving
-from qsvd.memory.reach import longest
+from qsvd.memory.placement import Placed, Wish, longest, place, place_serving
 from qsvd.memory.training import Training
 from qsvd.plan.weights import WeightSpec
 

@@ -25,7 +25,7 @@ from qsvd.memory.training import Training
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.options import Plan, Quantize
 from qsvd.plan.allocation import Allocation, Choice, uniform
-from qsvd.plan.assumed import assumed, most_rank_within
+from qsvd.plan.budget import assumed, most_rank_within
 from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import measured_flops, measured_link

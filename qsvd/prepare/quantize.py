@@ -31,7 +31,7 @@ from qsvd.prepare.allocate import AllocateRun, allocate_run, check_measuring, is
 from qsvd.prepare.check_options import LEAST_SHARD, check
 from qsvd.prepare.machine import machine
 from qsvd.prepare.models import open_16_bit
-from qsvd.prepare.progress import ShowProgress
+from qsvd.records import ShowProgress
 from qsvd.report.header import ReportHeader, codec_words
 from qsvd.report.planning import lack
 

@@ -76,7 +76,7 @@ class ReportHeader:
 
 def codec_words(codecs: Sequence["Codec"]) -> str:
     """Return one codec by its name, several by the numbers of their bits: "nf2, nf3 and nf4"."""
-    from qsvd.numerics.names import spelling  # imports torch
+    from qsvd.numerics.names import spelling
 
     spellings = {spelling(codec) for codec in codecs}
     if len(spellings) == 1:

@@ -11,8 +11,7 @@ from rich.text import Text
 from qsvd.errors import show_size
 from qsvd.memory.duration import QuantizeTime, Rate, Speed, StepTime
 from qsvd.memory.items import PLACES, Limits, MemoryPlan, Placement
-from qsvd.memory.placement import Placed
-from qsvd.memory.reach import Cell, Reach
+from qsvd.memory.placement import Cell, Placed, Reach
 
 OFFLOADED = "*"
 MEMORY = {"gpu": "GPU memory", "host": "CPU memory", "disk": "disk space"}

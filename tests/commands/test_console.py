@@ -8,7 +8,7 @@ import pytest
 from qsvd.commands.console import StopRequest, display, watched
 from qsvd.commands.journal import progress_of
 from qsvd.errors import Interrupted
-from qsvd.prepare.progress import Progress
+from qsvd.records import Progress
 from qsvd.training.steps import Step
 
 

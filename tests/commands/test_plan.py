@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from qsvd.cli import parse, run
-from qsvd.memory.reach import Cell
+from qsvd.memory.placement import Cell
 from qsvd.plan.weights import plan_model
 from qsvd.prepare.plan import prepare_plan
 from tests.checkpoints import write_checkpoint

@@ -3,7 +3,7 @@
 import pytest
 
 from qsvd.data.columns import recognise
-from qsvd.data.preview import preview
+from qsvd.data.masks import preview
 from qsvd.data.row_files import Places, Rows
 from qsvd.data.tokens import tokenize
 from tests.data.templates import CHATML_MARKED, MARKS, demo, shared

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from qsvd.errors import DoesNotFit
-from qsvd.export.folder import ExportFolder
-from qsvd.export.trained import Trained, check_dtype, rounded, take_inventory
+from qsvd.export.trained import ExportFolder, Trained, check_dtype, rounded, take_inventory
 from tests.export.cases import as_model, dense, files_of, make_base, perturbed, roundoff
 
 RUN = {"to": "merged", "labels": {0: "a"}}

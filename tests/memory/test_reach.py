@@ -3,8 +3,7 @@
 import pytest
 
 from qsvd.memory.items import Limits
-from qsvd.memory.placement import FREE, can_fit
-from qsvd.memory.reach import Reach, advice, explore, highest, longest, most, with_tokens
+from qsvd.memory.placement import FREE, Reach, advice, can_fit, explore, highest, longest, most, with_tokens
 from tests.memory.large import GB, llama_70b, training
 
 CARD = Limits(24 * GB, 64 * GB)

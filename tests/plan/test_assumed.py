@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qsvd.plan.allocation import residual_bits, stored_bytes
-from qsvd.plan.assumed import assumed, most_rank_within, noise_square
+from qsvd.plan.budget import assumed, most_rank_within, noise_square
 from qsvd.plan.weights import plan_model
 from tests import normal_floats
 from tests.checkpoints import tiny_config

@@ -7,8 +7,7 @@ from rich.console import Console
 
 from qsvd.memory.duration import QuantizeTime, Rate, Speed, StepTime
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement
-from qsvd.memory.placement import Placed
-from qsvd.memory.reach import Cell, Reach
+from qsvd.memory.placement import Cell, Placed, Reach
 from qsvd.report.planning import (
     Answer,
     QuantizeAnswer,

@@ -26,8 +26,8 @@ from qsvd.files.layout import digest, fingerprint
 from qsvd.files.source import open_checkpoint
 from qsvd.files.split_folder import open_split
 from qsvd.files.workspace import MANIFEST
-from qsvd.prepare.progress import show_nothing
 from qsvd.prepare.quantize import prepare_quantize
+from qsvd.records import show_nothing
 from tests.checkpoints import tiny_config
 from tests.commands.folders import files_of, python_path, tensors_of
 from tests.stops import StopAfter, Stopped
