@@ -73,8 +73,9 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> bool:
     with OutputFolder(run.out, run.identity) as folder:
         if folder.is_complete:
             return False
-        run = resolve_allocation(run, folder, show)  # 2: at once, unless there is a budget
-        check_resources(run)
+        if run.allocation is None:  # 2: a budget
+            run = resolve_allocation(run, folder, show)
+            check_resources(run)
         split_weights(run, folder, show)  # 3
         write_outputs(run, folder)  # 4
     return True

@@ -137,8 +137,9 @@ class QuantizeRun:
             return PLAIN
         return self.statistics.objective(module)
 
+    @cached_property
     def measuring(self) -> AllocateRun:
-        """Return the run that spends the budget; its files are in the folder of unfinished work."""
+        """The run that spends the budget; its files are in the folder of unfinished work."""
         table = self.out / UNFINISHED / ALLOCATION
         return allocate_run(self.options, self.checkpoint, self.plan, self.statistics, self.device, table)
 
@@ -153,7 +154,10 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
         BadInput: an option, or the 16-bit model, cannot be used.
     """
     check(options, is_open=checkpoint is not None)
-    _recipe(options, Choice(NormalFloat4(double_quant=True), max(options.rank, 1)))  # refuses what cannot be looped
+    rank = (
+        options.rank if options.budget is None and options.allocation is None else 1
+    )  # some weight may have components
+    _recipe(options, Choice(NormalFloat4(double_quant=options.double_quant), rank))  # refuses what cannot be looped
     shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
     device = device_of(options.device)
     checkpoint, plan = open_16_bit(options.model, options.include, options.exclude, checkpoint)
@@ -175,15 +179,13 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
         allocation=allocation,
         table=table,
     )
-    if allocation is None:
-        run.measuring()  # refuses a budget that cannot be met
-    else:
-        _ = run.skipped  # refuses names that transformers cannot tell apart
+    # refuses a budget that cannot be met, or names that transformers cannot tell apart
+    _ = run.measuring if allocation is None else run.skipped
     return run
 
 
 def resolve_allocation(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) -> QuantizeRun:
-    """Return the run with an allocation. With a budget, the weights are measured and the budget is solved first.
+    """Return a run with a --budget with its allocation: the weights are measured, then the budget is solved.
 
     Measurements, and the table that is solved, stay in the folder: a run that was stopped continues with the same
     table.
@@ -195,11 +197,9 @@ def resolve_allocation(run: QuantizeRun, folder: OutputFolder, show: ShowProgres
     Raises:
         BadInput: the budget cannot be met, or the solved table was edited.
     """
-    if run.allocation is not None:
-        return run
     kept = folder.unfinished / ALLOCATION
     if not kept.is_file():
-        measuring = run.measuring()
+        measuring = run.measuring
         allocation = measure_and_solve(measuring, show).allocation
         write_text(kept, sealed(to_text(allocation, run.plan.weights, measuring.task.factor_bytes)))
     text = kept.read_text(encoding="utf-8")
@@ -223,7 +223,7 @@ def check_resources(run: QuantizeRun) -> None:
         _check_memory(run)
         check_room(run.out, run.sizes.disk)
         return
-    measuring = run.measuring()
+    measuring = run.measuring
     if not measuring.out.is_file():  # an earlier run measured the weights and solved the budget
         check_measuring(measuring)
     split = {spec.name for spec in run.plan.weights}

@@ -61,6 +61,13 @@ def test_a_loader_decodes_to_the_dtype_of_most_elements(options, tmp_path):
     assert prepare_quantize(qsvd.Quantize(model, out=tmp_path / "out", rank=4)).compute_dtype == torch.bfloat16
 
 
+def test_one_iteration_that_only_quantizes_is_for_rank_0_alone(options):
+    once = replace(options, order="quantize", end="quantize", iterations=1)
+    assert prepare_quantize(replace(once, rank=0)).recipe("model.layers.0.mlp.up_proj").rank == 0
+    with pytest.raises(ValueError, match="needs at least 2 iterations"):
+        prepare_quantize(once)
+
+
 def test_heads_that_a_user_may_add_are_skipped_by_a_loader(options):
     assert set(prepare_quantize(options).skipped) == {"lm_head", "classifier", "score", "qa_outputs"}
 
