@@ -154,9 +154,8 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
         BadInput: an option, or the 16-bit model, cannot be used.
     """
     check(options, is_open=checkpoint is not None)
-    rank = (
-        options.rank if options.budget is None and options.allocation is None else 1
-    )  # some weight may have components
+    is_uniform = options.budget is None and options.allocation is None  # else some weights may have components
+    rank = options.rank if is_uniform else 1
     _recipe(options, Choice(NormalFloat4(double_quant=options.double_quant), rank))  # refuses what cannot be looped
     shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
     device = device_of(options.device)
