@@ -1,5 +1,6 @@
 """`qsvd quantize`: one weight after another from the 16-bit model into OUT, then the files around them."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) ->
     for shard in run.shards:
         is_written = (run.out / shard.file).is_file()
         for number in shard.weights:
-            num_bytes = run.checkpoint.tensors[weights[number].name].num_bytes
+            num_bytes = math.prod(weights[number].shape) * run.checkpoint.dtype_of(weights[number]).itemsize
             if not folder.is_done(number):
                 split, error = split_and_measure(run, weights[number], next(tensors))
                 folder.save(number, *tensors_of(run, weights[number], split), to_record(error))

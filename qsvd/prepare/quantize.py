@@ -1,6 +1,7 @@
 """Options of `qsvd quantize` to a checked run: codec and rank of every weight, the output files, the bytes."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,6 @@ from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.quantize_folder import OutputFolder
-from qsvd.files.safetensors import TORCH_DTYPES
 from qsvd.files.shards import Shard, Sizes, plan_shards, sizes_of
 from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import Statistics, statistics_for
@@ -225,7 +225,7 @@ def check_resources(run: QuantizeRun) -> None:
     measuring = run.measuring
     if not measuring.out.is_file():  # an earlier run measured the weights and solved the budget
         check_measuring(measuring)
-    split = {spec.name for spec in run.plan.weights}
+    split = {source.tensor for spec in run.plan.weights for source in spec.read_from}
     copied = sum(tensor.num_bytes for name, tensor in run.checkpoint.tensors.items() if name not in split)
     check_room(run.out, 2 * measuring.task.budget.num_bytes + copied)  # at worst all of the budget is there twice
 
@@ -285,11 +285,10 @@ def read_table(file: Path, weights: Sequence[WeightSpec]) -> tuple[Allocation, s
 
 def _compute_dtype(checkpoint: Checkpoint, weights: Sequence[WeightSpec]) -> torch.dtype:
     """Return the dtype that most elements are stored in."""
-    elements: dict[str, int] = {}
+    elements: Counter[torch.dtype] = Counter()
     for spec in weights:
-        dtype = checkpoint.tensors[spec.name].dtype
-        elements[dtype] = elements.get(dtype, 0) + math.prod(spec.shape)
-    return TORCH_DTYPES[max(elements, key=lambda name: elements[name])]
+        elements[checkpoint.dtype_of(spec)] += math.prod(spec.shape)
+    return elements.most_common(1)[0][0]
 
 
 def _skipped(plan: ModelPlan) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch
 import qsvd
 import qsvd.prepare.models
 from qsvd.errors import DoesNotFit
+from qsvd.plan.weights import Source, plan_model
 from qsvd.prepare.quantize import check_resources, prepare_quantize
 from tests.checkpoints import write_checkpoint
 
@@ -135,3 +136,25 @@ def give_disk(monkeypatch, free):
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     return asked
+
+
+def test_weights_with_sources_of_another_name_are_quantized_alike(options, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(options.model, tmp_path / "renamed"))
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    places = {name: f"stored.{name}" for name in tensors if "mlp" in name}
+    renamed = {places.get(name, name): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def with_sources(*args, **kwargs):
+        plan = plan_model(*args, **kwargs)
+        weights = tuple(
+            replace(spec, sources=(Source(places[spec.name]),)) if spec.name in places else spec
+            for spec in plan.weights
+        )
+        return replace(plan, weights=weights, optional=plan.optional | {*places})
+
+    expected = qsvd.quantize(options)
+    monkeypatch.setattr(qsvd.prepare.models, "plan_model", with_sources)
+    found = qsvd.quantize(replace(options, model=str(folder), out=tmp_path / "found"))
+    for file in ("model.safetensors", "errors.jsonl"):
+        assert (found / file).read_bytes() == (expected / file).read_bytes()
