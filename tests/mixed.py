@@ -10,7 +10,7 @@ import transformers
 import qsvd
 from tests import normal_floats
 from tests.checkpoints import write_checkpoint
-from tests.commands.folders import tensors_of
+from tests.commands.folders import components_of, tensors_of
 
 CODECS = ("nf3-64-8x256-fit", "nf2-16-fp16", "nf8-128-bf16", "nf4-32-3x16", "nf3-64-fp32")
 RANKS = (3, 0, 4, 1)
@@ -63,7 +63,7 @@ def plain_model(out):
     """transformers' own model of the source in float64, with Q + B A in the place of each split weight."""
     manifest = json.loads((out / "qsvd.json").read_text())
     model = transformers.AutoModelForCausalLM.from_pretrained(out.parent / "source", dtype=torch.float64).eval()
-    stored, factors = tensors_of(out), tensors_of(out / "adapter")
+    stored, factors = tensors_of(out), components_of(out)
     for weight in manifest["weights"].values():
         module = weight["module"]
         dense = residual(weight["codec"], module, weight["shape"], stored)

@@ -25,11 +25,12 @@ from qsvd.errors import BadInput, parse_size
 from qsvd.export.lora import LoraExport, Target, write_lora
 from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import write_peft
+from qsvd.files.atomic import read_object
 from qsvd.files.source import open_checkpoint
 from qsvd.options import Export
 from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
-from qsvd.report.readme import vllm_rank
+from qsvd.report.serving import PLUGIN, four_bit_line, lora_flags
 
 BATCH, LENGTH = 2, 32  # of the random tokens
 COPIES = 4  # float32 models that are in memory at the same time, at most
@@ -167,9 +168,12 @@ def _peft(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:
         return lines
     if opened.split.manifest["header"].get("quantizer", "bitsandbytes") == "qsvd":
         return [*lines, "mixed bits: PEFT loads it after import qsvd; use --to merged for vLLM and llama.cpp"]
+    quantization = read_object(opened.split.folder / "config.json")["quantization_config"]
     return [
         *lines,
-        f"vLLM: vllm serve {quote(base)} --quantization bitsandbytes {_vllm_flags(done.rank, options)}",
+        f"vLLM: {PLUGIN}",
+        four_bit_line(base, "trained", str(options.out), done.rank, quantization),
+        "in requests, name the model trained; the model residual-only gives wrong outputs",
         "llama.cpp does not read bitsandbytes models: use --to merged for it",
     ]
 
@@ -195,7 +199,7 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:
         return lines
     return [
         *lines,
-        f"vLLM: vllm serve {quote(name)} {_vllm_flags(done.rank, options)}",
+        f"vLLM: vllm serve {quote(name)} {lora_flags('trained', str(options.out), done.rank)}",
         f"llama.cpp: python convert_lora_to_gguf.py --base {quote(name)} {quote(str(options.out))}",
     ]
 
@@ -211,10 +215,6 @@ def _merged(options: Export, opened: Opened, form: MergedForm) -> list[str]:
     if opened.task == "CAUSAL_LM":
         lines += [f"vLLM: vllm serve {folder}", f"llama.cpp: python convert_hf_to_gguf.py {folder} --outtype bf16"]
     return lines
-
-
-def _vllm_flags(rank: int, options: Export) -> str:
-    return f"--enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules trained={quote(str(options.out))}"
 
 
 def _error(done: LoraExport) -> str:

@@ -16,6 +16,8 @@ from qsvd.decompose.split import Split
 from qsvd.export.peft import adapter_settings
 from qsvd.files.atomic import whole_file, write_json, write_text
 from qsvd.files.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
     adapter_tensors,
     fingerprint,
     packed_config,
@@ -25,6 +27,7 @@ from qsvd.files.layout import (
 )
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.safetensors import NewTensor, TensorEntry, read_header
+from qsvd.files.split_folder import FORMATS
 from qsvd.files.workspace import ERRORS, MANIFEST
 from qsvd.numerics.names import spelling
 from qsvd.plan.weights import WeightSpec
@@ -32,8 +35,8 @@ from qsvd.prepare.quantize import ALLOCATION, QuantizeRun
 from qsvd.records import WeightError
 from qsvd.report.errors import from_record, to_markdown, to_record
 from qsvd.report.readme import readme
+from qsvd.report.serving import joined_layers
 
-FORMAT = 1
 LIBRARIES = ("torch", "bitsandbytes", "transformers", "peft", "safetensors")
 TASKS = {  # PEFT's task_type; for classifiers none, since PEFT would look for a head among the factors
     "ForCausalLM": "CAUSAL_LM",
@@ -73,9 +76,10 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
     base = fingerprint(digests)
     records = [folder.weight_record(number) for number in range(len(run.plan.weights))]
     errors = [from_record(record) for record in records if record is not None]
-    if any(choice.rank for choice in run.resolved.choices.values()):
+    if run.header.rank > 0:
         _write_adapter(run, folder, base)
-    _write_config(run)
+    quantization = _quantization(run)
+    write_json(run.out / "config.json", run.checkpoint.config_json | {"quantization_config": quantization})
     _write_index(run)
     for source in run.checkpoint.other_files:
         with whole_file(run.out / source.name) as file:
@@ -84,34 +88,37 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
     write_text(run.out / "report.md", to_markdown(run.header, errors) if errors else _unmeasured(run))
     if run.table is not None:
         write_text(run.out / ALLOCATION, run.table)
-    write_text(run.out / "README.md", readme(run.header, str(run.out), run.plan.architecture))
+    modules = [spec.module for spec in run.plan.weights]
+    text = readme(run.header, str(run.out), run.plan.architecture, quantization, modules)
+    write_text(run.out / "README.md", text)
     write_json(run.out / MANIFEST, _manifest(run, digests, base))
     folder.close()
 
 
 def _write_adapter(run: QuantizeRun, folder: OutputFolder, base: str) -> None:
+    """Write the components next to the model: transformers then loads both, also after the folder was moved."""
     metadata = {"qsvd_base_fingerprint": base}
-    folder.write_adapter("adapter/adapter_model.safetensors", range(len(run.plan.weights)), metadata)
+    folder.write_adapter(ADAPTER_TENSORS, range(len(run.plan.weights)), metadata)
     task = next((task for ending, task in TASKS.items() if run.plan.architecture.endswith(ending)), None)
     ranks = {module: choice.rank for module, choice in run.resolved.choices.items() if choice.rank}
-    config = adapter_settings(ranks, (), task, str(run.out))
-    write_json(run.out / "adapter" / "adapter_config.json", config)
+    config = adapter_settings(ranks, (), task, base=None)
+    write_json(run.out / ADAPTER_CONFIG, config)
 
 
-def _write_config(run: QuantizeRun) -> None:
-    """Write config.json: that of the 16-bit model with the quantization added."""
-    dtype = run.compute_dtype
-    if run.resolved.is_plain:
-        nested = run.header.codec == "nf4+dq"
-        quantization = quantization_config(list(run.skipped), double_quant=nested, dtype=dtype)
-    else:
-        quantization = packed_config(run.resolved, dtype)
-    config = run.checkpoint.config_json | {"quantization_config": quantization}
-    write_json(run.out / "config.json", config)
+def _quantization(run: QuantizeRun) -> dict[str, Any]:
+    """Return the quantization_config of config.json."""
+    if not run.resolved.is_plain:
+        return packed_config(run.resolved, run.compute_dtype)
+    nested, skipped = run.header.codec == "nf4+dq", list(run.skipped)
+    whole, _ = joined_layers(skipped, [spec.module for spec in run.plan.weights])
+    return quantization_config(
+        [*skipped, *whole], double_quant=nested, dtype=run.compute_dtype, has_components=run.header.rank > 0
+    )
 
 
 def _write_index(run: QuantizeRun) -> None:
-    if len(run.shards) == 1:
+    """Write the index of the shards; next to an adapter one shard has one too, since vLLM reads all files otherwise."""
+    if len(run.shards) == 1 and run.header.rank == 0:
         return
     headers = {shard.file: read_header(run.out / shard.file) for shard in run.shards}
     weight_map = {name: file for file, header in headers.items() for name in header.tensors}
@@ -140,7 +147,7 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
     }
     checkpoint = run.checkpoint
     return {
-        "format": FORMAT,
+        "format": FORMATS[-1],
         "fingerprint": base,
         "source": {
             "model": checkpoint.name,

@@ -17,11 +17,10 @@ from qsvd.errors import BadInput, listing
 from qsvd.export.trained import ExportFolder, TrainedModel, check_dtype, disk_bytes, rounded, size_of, take_inventory
 from qsvd.files.adapter import FINGERPRINT
 from qsvd.files.atomic import write_json
-from qsvd.files.layout import ADAPTER_PREFIX, adapter_config
+from qsvd.files.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_TENSORS, adapter_config
 from qsvd.files.quantize_folder import PYTORCH
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, new_tensor, write_stream
 
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEADS = {  # task -> ends of the paths of the modules that PEFT expects whole in the file
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -29,14 +28,16 @@ HEADS = {  # task -> ends of the paths of the modules that PEFT expects whole in
 }
 
 
-def adapter_settings(ranks: Mapping[str, int], kept: Sequence[str], task: str | None, base: str) -> dict[str, Any]:
+def adapter_settings(
+    ranks: Mapping[str, int], kept: Sequence[str], task: str | None, base: str | None
+) -> dict[str, Any]:
     """Return the adapter_config.json; lora_alpha is the rank of each weight, so that every scale is 1.
 
     Args:
         ranks: Module path -> rank, from 1.
         kept: Module paths for modules_to_save.
         task: PEFT's task_type, or None.
-        base: Path or hub id of the model that the adapter is for.
+        base: Path or hub id of the model that the adapter is for; None if it is in the same folder.
     """
     rank = max(ranks.values())
     pattern = {f"^{re.escape(module)}": other for module, other in ranks.items() if other != rank}
@@ -71,8 +72,8 @@ def write_adapter_files(
     export: ExportFolder, new: Sequence[NewTensor], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
     """Write the two files of a PEFT folder, the config last: it marks a complete adapter."""
-    write_stream(export.folder / TENSORS, new, PYTORCH | dict(metadata))
-    write_json(export.folder / CONFIG, config)
+    write_stream(export.folder / ADAPTER_TENSORS, new, PYTORCH | dict(metadata))
+    write_json(export.folder / ADAPTER_CONFIG, config)
 
 
 def _module(name: str, heads: tuple[str, ...]) -> str:

@@ -22,6 +22,7 @@ from qsvd.numerics.nf4 import NormalFloat4, bitsandbytes
 from qsvd.numerics.normal_float import NormalFloat
 from qsvd.plan.allocation import Allocation
 
+ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 ADAPTER_PREFIX = "base_model.model."
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
 RESIDUAL_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)  # after the weight's name
@@ -131,7 +132,7 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def adapter_config(modules: list[str], rank: int, task: str | None, base: str) -> dict[str, Any]:
+def adapter_config(modules: list[str], rank: int, task: str | None, base: str | None) -> dict[str, Any]:
     """Return the adapter_config.json, made by PEFT, of a plain LoRA whose scale lora_alpha / r is 1.
 
     init_lora_weights is true, not "pissa": with "pissa" PEFT would decompose the residual again.
@@ -153,8 +154,14 @@ def adapter_config(modules: list[str], rank: int, task: str | None, base: str) -
     return config
 
 
-def quantization_config(left_linears: list[str], *, double_quant: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the quantization_config of config.json for NF4; it names every linear layer that is not quantized."""
+def quantization_config(
+    left_linears: list[str], *, double_quant: bool, dtype: torch.dtype, has_components: bool
+) -> dict[str, Any]:
+    """Return the quantization_config of config.json for NF4; it names every linear layer that is not quantized.
+
+    With components, bnb_4bit_quant_storage is "int8". transformers reads the packed bytes alike; vLLM and SGLang refuse
+    it, so that they do not serve the residual without its components.
+    """
     name = str(dtype).removeprefix("torch.")
     return {
         "quant_method": "bitsandbytes",
@@ -163,7 +170,7 @@ def quantization_config(left_linears: list[str], *, double_quant: bool, dtype: t
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": name,
-        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_storage": "int8" if has_components else "uint8",
         "llm_int8_skip_modules": left_linears,
     }
 

@@ -56,7 +56,6 @@ class OutputFolder(Workspace):
 
     def write_adapter(self, file: str, indices: Sequence[int], metadata: Mapping[str, str]) -> None:
         """Write the components of all weights to one file."""
-        (self.folder / file).parent.mkdir(exist_ok=True)
         parts = [part for index in indices for part in new_tensors(read_header(self._factors(index)).tensors)]
         write_stream(self.folder / file, parts, PYTORCH | dict(metadata))
 

@@ -13,6 +13,7 @@ from qsvd.errors import BadInput, listing
 from qsvd.files.atomic import read_object
 from qsvd.files.layout import (
     ADAPTER_PREFIX,
+    ADAPTER_TENSORS,
     PARTS,
     QUANT_STATE,
     RESIDUAL_PARTS,
@@ -27,6 +28,8 @@ from qsvd.numerics.codec import Codec, PackedBlocks
 from qsvd.numerics.names import codec_named
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import NormalFloat
+
+FORMATS = (1, 2)  # of qsvd.json; in format 1 the components are in adapter/
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ def open_split(folder: Path) -> SplitFolder:
     """
     check_quantized(folder)
     manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest["format"] not in FORMATS:
+        raise BadInput(
+            f"{folder / MANIFEST} has format {manifest['format']}; this version of qsvd reads 1 to {FORMATS[-1]}: "
+            "install a newer one"
+        )
     tensors: dict[str, TensorEntry] = {}
     shards = _shards(folder, manifest)
     absent = [file for file in shards if not (folder / file).is_file()]
@@ -120,8 +128,8 @@ def open_split(folder: Path) -> SplitFolder:
         )
     for file in shards:
         tensors |= read_header(folder / file).tensors
-    adapter = folder / "adapter" / "adapter_model.safetensors"
-    if adapter.is_file():
+    if any(weight["rank"] for weight in manifest["weights"].values()):
+        adapter = _components(folder)
         header = read_header(adapter)
         if header.metadata.get("qsvd_base_fingerprint") != manifest["fingerprint"]:
             raise BadInput(
@@ -130,6 +138,15 @@ def open_split(folder: Path) -> SplitFolder:
             )
         tensors |= header.tensors
     return SplitFolder(folder, manifest, tensors)
+
+
+def _components(folder: Path) -> Path:
+    """Return the file of the components, which format 1 has in adapter/."""
+    places = (folder / ADAPTER_TENSORS, folder / "adapter" / ADAPTER_TENSORS)
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise BadInput(f"{folder} lacks {ADAPTER_TENSORS}, the components of its weights; copy it again")
+    return found
 
 
 def _shards(folder: Path, manifest: dict[str, Any]) -> list[str]:

@@ -1,43 +1,50 @@
 """OUT/README.md: what the folder holds, and commands to load, train, merge and serve it, ready to copy."""
 
 import json
+from collections.abc import Mapping, Sequence
 from shlex import quote
+from typing import Any
 
+from qsvd.errors import listing
 from qsvd.report.header import ReportHeader
+from qsvd.report.serving import PLUGIN, four_bit_line, joined_layers
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+RESIDUAL = ', adapter_kwargs={"subfolder": "none"}'  # of from_pretrained: the model without the adapter next to it
 
 
-def readme(header: ReportHeader, folder: str, architecture: str) -> str:
+def readme(
+    header: ReportHeader, folder: str, architecture: str, quantization: Mapping[str, Any], modules: Sequence[str]
+) -> str:
     """Return the README of a quantized model.
 
     Args:
         folder: Path of the quantized model as the user wrote it; the commands name it.
         architecture: Class name in transformers.
+        quantization: The quantization_config of config.json.
+        modules: Paths of the quantized layers.
     """
     sections = [_opening(header), _code("Load", "python", _loading(header, folder, architecture))]
     if header.rank > 0:
-        lines = _loading(header, folder, architecture, adapter=", is_trainable=True")
+        lines = _loading(header, folder, architecture)
+        train = f"model = PeftModel.from_pretrained(model, {_literal(folder)}, is_trainable=True)"
         sections.append(
-            _code("Train", "python", [*lines, "model.print_trainable_parameters()"])
-            + "\n\nGive `model` to transformers' Trainer, or to another trainer that takes a PEFT model. Do not give\n"
-            "the trainer a `peft_config`: it would replace the stored components by new ones. Use a smaller learning\n"
-            "rate than for a LoRA that starts at zero."
+            _code("Train", "python", ["from peft import PeftModel", *lines, train])
+            + "\n\nThis trains the stored components; PEFT makes no second copy of them. Give `model` to one of TRL's\n"
+            "trainers, or to another trainer that takes a PEFT model. Do not give the trainer a `peft_config`: it replaces the\n"
+            "components by a new LoRA, and the outputs are wrong. Use a smaller learning rate than for a LoRA that\n"
+            "starts at zero."
         )
     merged = [
-        *_loading(header, folder, architecture, base=".dequantize()"),
-        *(["model = model.merge_and_unload()"] if header.rank > 0 else []),
+        *(["from peft import PeftModel"] if header.rank > 0 else []),
+        *_loading(header, folder, architecture, RESIDUAL if header.rank > 0 else ""),
+        "model = model.dequantize()",
+        *([f"model = PeftModel.from_pretrained(model, {_literal(folder)}).merge_and_unload()"] if header.rank else []),
         f"model.save_pretrained({_literal(folder + '-merged')}, save_original_format=False)",
     ]
     sections.append(_code("Merge into a 16-bit model", "python", merged))
     if architecture.endswith("ForCausalLM"):
-        sections.append(_serve(header, folder))
+        sections.append(_serve(header, folder, quantization, modules))
     return "\n\n".join(sections) + "\n"
-
-
-def vllm_rank(rank: int) -> int:
-    """Return the smallest --max-lora-rank of vLLM that a LoRA of this rank fits in."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
 
 
 def _opening(header: ReportHeader) -> str:
@@ -50,45 +57,50 @@ def _opening(header: ReportHeader) -> str:
         )
     else:
         parts = (
-            f"This folder holds the quantized residual Q of each layer as a transformers {kind}, and the\n"
-            "components B and A in 16 bits as a PEFT LoRA adapter in `adapter/` (W ≈ Q + B A). Always load both: the\n"
+            f"This folder holds the quantized residual Q of each layer as a transformers {kind}, and next to\n"
+            "it the components B and A in 16 bits as a PEFT LoRA adapter (W ≈ Q + B A). transformers loads both. The\n"
             "residual without the adapter gives wrong outputs, and the adapter works with no other model."
         )
     libraries = ("transformers", *(["peft"] if header.rank else []), "bitsandbytes" if is_plain else "qsvd")
     return (
         f"# {model}, quantized by qsvd\n\n{parts}\n\n{header.method}.\n{header.reach}.\n\n"
         "`report.md` lists the quantization error, `errors.jsonl` the error of every layer, `qsvd.json` the options.\n"
-        f"The commands below need {', '.join(libraries[:-1])} and {libraries[-1]}. Run them where this path is valid.\n"
+        f"The commands below need {', '.join(libraries[:-1])} and {libraries[-1]}. Edit the path if it moves.\n"
         "`qsvd train`, `qsvd eval` and `qsvd export` take this folder too."
     )
 
 
-def _loading(header: ReportHeader, folder: str, architecture: str, *, base: str = "", adapter: str = "") -> list[str]:
-    """Return lines that load the model; `base` is called on the residual, `adapter` is one more argument of PEFT's."""
-    path = _literal(folder)
+def _loading(header: ReportHeader, folder: str, architecture: str, more: str = "") -> list[str]:
+    """Return lines that load the model; `more` is a further argument of from_pretrained."""
     lines = [f"from transformers import {architecture}", ""]
-    if header.rank:
-        lines.insert(0, "from peft import PeftModel")
     if header.quantizer == "qsvd":
         lines += ["import qsvd  # registers the quantization method with transformers", ""]
-    lines.append(f"model = {architecture}.from_pretrained({path}){base}")
-    if header.rank:
-        lines.append(f'model = PeftModel.from_pretrained(model, {path}, subfolder="adapter"{adapter})')
-    return lines
+    return [*lines, f"model = {architecture}.from_pretrained({_literal(folder)}{more})"]
 
 
-def _serve(header: ReportHeader, folder: str) -> str:
+def _serve(header: ReportHeader, folder: str, quantization: Mapping[str, Any], modules: Sequence[str]) -> str:
     merged = quote(folder + "-merged")
-    convert = f"python convert_hf_to_gguf.py {merged} --outtype bf16  # llama.cpp, after merging"
+    after = [
+        f"vllm serve {merged}  # after merging; also on several GPUs",
+        f"python convert_hf_to_gguf.py {merged} --outtype bf16  # llama.cpp, after merging",
+    ]
     if header.quantizer == "qsvd":  # vLLM does not have the method
-        return _code("Serve", "sh", [f"vllm serve {merged}  # after merging", convert])
-    command = f"vllm serve {quote(folder)} --quantization bitsandbytes"
+        return _code("Serve", "sh", after)
+    _, parted = joined_layers(quantization["llm_int8_skip_modules"], modules)
+    if parted:
+        return (
+            f"{_code('Serve', 'sh', after)}\n\nServe the merged model: vLLM would quantize the 16-bit part of\n"
+            f"{listing(parted)} while it loads this folder."
+        )
     if header.rank == 0:
-        return _code("Serve", "sh", [command, convert])
-    rank, adapter = vllm_rank(header.rank), quote(folder + "/adapter")
-    command += f" --enable-lora --max-lora-rank {rank} --lora-modules principal={adapter}"
-    note = "In requests to vLLM, name the model `principal`. The base model is only the residual."
-    return f"{_code('Serve', 'sh', [command, convert])}\n\n{note}"
+        return _code("Serve", "sh", [PLUGIN, f"vllm serve {quote(folder)} --dtype bfloat16", *after])
+    name = header.model.rstrip("/").rsplit("/", 1)[-1]
+    command = four_bit_line(folder, name, folder, header.rank, quantization)
+    note = (
+        f"In requests to vLLM, name the model `{name}`. The model `residual-only` is the residual alone: its outputs\n"
+        "are wrong. Without `--hf-overrides` vLLM refuses the folder, because it would serve the residual alone."
+    )
+    return f"{_code('Serve', 'sh', [PLUGIN, command, *after])}\n\n{note}"
 
 
 def _literal(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 
+import bitsandbytes
 import numpy as np
 import torch
 import transformers
@@ -9,7 +10,7 @@ import transformers
 import qsvd
 from tests import reference
 from tests.checkpoints import write_checkpoint
-from tests.commands.folders import tensors_of
+from tests.commands.folders import components_of, tensors_of
 
 ROUNDINGS = 8  # two runs in one dtype round in another order; each is off the exact result by about the same
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -37,7 +38,7 @@ def plain_model(out):
     manifest = json.loads((out / "qsvd.json").read_text())
     kind = getattr(transformers, manifest["source"]["architecture"])
     model = kind.from_pretrained(out.parent / "source", dtype=torch.float64).eval()
-    stored, factors = tensors_of(out), tensors_of(out / "adapter")
+    stored, factors = tensors_of(out), components_of(out)
     for name, weight in manifest["weights"].items():
         dense = by_definition(name, weight["shape"], stored)
         if weight["rank"]:
@@ -55,6 +56,16 @@ def by_definition(name, shape, stored):
     scales = levels[codes] * absmax.repeat(state["nested_blocksize"])[: codes.size] + np.float32(state["nested_offset"])
     indices = reference.unpacked(stored[name].flatten().numpy(), shape[0] * shape[1])
     return torch.from_numpy(reference.nf4_decode(indices, scales, shape).astype(np.float32)).double()
+
+
+def in_float32(model):
+    """The same model in float32 arithmetic. bitsandbytes' layers alone are in train mode: in eval mode they repack."""
+    for parameter in model.eval().parameters():
+        parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.train().compute_dtype = module.weight.quant_state.dtype = torch.float32
+    return model
 
 
 def outputs(model, architecture="LlamaForCausalLM"):

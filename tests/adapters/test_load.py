@@ -4,8 +4,6 @@ import copy
 import json
 import shutil
 
-import bitsandbytes
-import peft
 import pytest
 import torch
 import transformers
@@ -13,7 +11,16 @@ import transformers
 import qsvd
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods import METHODS
-from tests.adapters.results import IDS, ROUNDINGS, distance, modules_of, outputs, plain_model, split_checkpoint
+from tests.adapters.results import (
+    IDS,
+    ROUNDINGS,
+    distance,
+    in_float32,
+    modules_of,
+    outputs,
+    plain_model,
+    split_checkpoint,
+)
 from tests.checkpoints import FAMILIES
 
 REFUSED = {"GPT2LMHeadModel", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "FalconForCausalLM"}
@@ -101,16 +108,8 @@ def test_the_generation_config_is_the_sources(out, tmp_path):
 
 @pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
 def test_the_logits_are_those_of_bitsandbytes_and_peft(out):
-    base = transformers.AutoModelForCausalLM.from_pretrained(out)
-    stock = peft.PeftModel.from_pretrained(base, out, subfolder="adapter")
-    for parameter in stock.parameters():  # from_pretrained's dtype misses some tensors of a 4-bit checkpoint
-        parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
-    stock.eval()
-    for module in stock.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-            module.train()  # in eval mode bitsandbytes repacks weights in place on some CPUs
-    assert_as_exact_as_float32(stock, plain_model(out))
+    stock = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert_as_exact_as_float32(in_float32(stock), plain_model(out))
     assert_as_exact_as_float32(qsvd.load(out), plain_model(out))
 
 

@@ -11,6 +11,8 @@ import safetensors.torch
 
 from tests.checkpoints import SHARED_MODELS
 
+ADAPTER = "adapter_model.safetensors"
+
 
 def files_of(folder):
     """Relative path -> bytes of every file below a folder."""
@@ -18,11 +20,16 @@ def files_of(folder):
 
 
 def tensors_of(folder):
-    """Name -> tensor of every safetensors file that lies in the folder itself."""
+    """Name -> tensor of every safetensors file that lies in the folder itself, but for an adapter's."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        tensors |= safetensors.torch.load_file(path)
+        tensors |= safetensors.torch.load_file(path) if path.name != ADAPTER else {}
     return tensors
+
+
+def components_of(folder):
+    """Name -> tensor of the components of a quantized model; none at rank 0."""
+    return safetensors.torch.load_file(folder / ADAPTER) if (folder / ADAPTER).is_file() else {}
 
 
 def shared_model(name):

@@ -70,12 +70,14 @@ def main(out, dense, auto):
     def distance(model):
         return (outputs(model) - exact).abs().max().item()
 
-    base = in_float32(auto.from_pretrained(out))
+    whole = in_float32(auto.from_pretrained(out))
+    base = in_float32(auto.from_pretrained(out, adapter_kwargs={"subfolder": "none"}))
     found = {
+        "whole": distance(whole),
         "dense_in_float32": distance(auto.from_pretrained(dense, dtype=torch.float32)),
         "num_linears": len(linears(base)),
         "base_alone": distance(base),
-        "split": distance(in_float32(peft.PeftModel.from_pretrained(base, out, subfolder="adapter"))),
+        "split": distance(in_float32(peft.PeftModel.from_pretrained(base, out))),
     }
     for title, model in readme_models(out):
         found[title] = distance(model)

@@ -15,7 +15,7 @@ from qsvd.training.settings import Settings
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 FIRST = {"quantize": ["M", "--out", "O"], "train": ["O", "D", "--out", "R"]}
 EVERYWHERE = {"--config", "--version", "--help"}
-VLLM = {"--quantization", "--max-lora-rank", "--lora-modules", "--enable-lora"}
+VLLM = {"--max-lora-rank", "--lora-modules", "--enable-lora", "--served-model-name", "--dtype", "--hf-overrides"}
 LLAMA_CPP = {"--kl-divergence", "--outtype"}
 SETTINGS = Settings(1e-4, "cosine", 0.03, 1, None, 8, 4, 1024, False, "adamw", 0, 1, False, False, False, 9, 2, 0, ())
 

@@ -18,7 +18,7 @@ from qsvd.files.source import open_checkpoint
 from qsvd.files.statistics import write_statistics
 from qsvd.prepare.quantize import prepare_quantize
 from tests.checkpoints import write_checkpoint
-from tests.commands.folders import files_of, tensors_of
+from tests.commands.folders import components_of, files_of, tensors_of
 from tests.mixed import modules_of, residual
 from tests.stops import StopAfter, Stopped
 
@@ -57,8 +57,7 @@ def stored(out):
     weights = json.loads((out / "qsvd.json").read_text())["weights"]
     modules = {weight["module"] for weight in weights.values()}
     held = sum(t.nbytes for name, t in tensors_of(out).items() if name.rpartition(".")[0] in modules)
-    adapter = out / "adapter"
-    held += sum(t.nbytes for t in tensors_of(adapter).values()) if adapter.is_dir() else 0
+    held += sum(t.nbytes for t in components_of(out).values())
     return held, sum(math.prod(weight["shape"]) for weight in weights.values())
 
 
@@ -118,7 +117,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_files(source, tmp_path, stage):
 
 def weighted_error(out, source, statistics):
     """By docs/format.md and LQ-LoRA's approximation of the Fisher information, float64."""
-    before, after, factors = tensors_of(source), tensors_of(out), tensors_of(out / "adapter")
+    before, after, factors = tensors_of(source), tensors_of(out), components_of(out)
     moments = {name: t.double().numpy() for name, t in tensors_of(statistics.parent).items() if "proj" in name}
     total = 0.0
     for name, weight in json.loads((out / "qsvd.json").read_text())["weights"].items():

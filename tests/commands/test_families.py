@@ -3,7 +3,6 @@
 import json
 
 import bitsandbytes
-import peft
 import pytest
 import torch
 import transformers
@@ -27,13 +26,13 @@ def test_a_family_loads_with_4_bits_where_it_was_split_and_its_adapter(tmp_path,
     assert not loaded["missing_keys"]
     assert not loaded["unexpected_keys"]
     assert not loaded["mismatched_keys"]
-    found = {path for path, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    linears = [path for path, module in model.named_modules() if type(module) is bitsandbytes.nn.Linear4bit]
+    found = {path.removesuffix(".base_layer") for path in linears}
     assert found == {weight["module"] for weight in weights.values()}
     stored = tensors_of(out)
     for name, weight in weights.items():
         assert torch.equal(model.get_submodule(weight["module"]).weight.data, stored[name])
-    model = peft.PeftModel.from_pretrained(model, out, subfolder="adapter")
     lora = {name.removesuffix(".lora_A.default.weight") for name, _ in model.named_parameters() if ".lora_A." in name}
-    assert lora == {f"base_model.model.{path}" for path in found}
+    assert lora == found
     up = torch.cat([p.flatten() for name, p in model.named_parameters() if ".lora_B." in name])
     assert (up != 0).all(), "loaded, not a LoRA's zero start"

@@ -23,9 +23,9 @@ from qsvd.numerics.names import codec_named
 from qsvd.prepare.quantize import prepare_quantize
 from qsvd.training.trainer import stored_components
 from tests.adapters import results
-from tests.adapters.results import IDS, ROUNDINGS, distance, outputs
+from tests.adapters.results import IDS, ROUNDINGS, distance, in_float32, outputs
 from tests.checkpoints import write_checkpoint
-from tests.commands.folders import files_of, tensors_of
+from tests.commands.folders import components_of, files_of, tensors_of
 from tests.mixed import CODECS, RANKS, mixed_base, modules_of, plain_model, residual, write_table
 from tests.runs import text_rows, write_rows
 from tests.stops import StopAfter, Stopped
@@ -64,7 +64,7 @@ def test_every_weight_has_the_codec_and_the_rank_of_its_line(out):
     assert {path: codec for codec, paths in config["codecs"].items() for path in paths} == {
         module: codec for module, (codec, _) in chosen.items()
     }
-    adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    adapter = json.loads((out / "adapter_config.json").read_text())
     assert set(adapter["target_modules"]) == {module for module, (_, rank) in chosen.items() if rank}
     assert adapter["r"] == adapter["lora_alpha"] == 4
     again = qsvd.Quantize(str(out.parent / "source"), out=out.parent / "x", allocation=out / "allocation.txt")
@@ -74,7 +74,7 @@ def test_every_weight_has_the_codec_and_the_rank_of_its_line(out):
 
 
 def test_the_files_hold_the_bytes_that_a_budget_counts(out):
-    stored, factors = tensors_of(out), tensors_of(out / "adapter")
+    stored, factors = tensors_of(out), components_of(out)
     for weight in weights_of(out).values():
         module = weight["module"]
         held = sum(t.nbytes for key, t in stored.items() if key.rpartition(".")[0] == module)
@@ -97,8 +97,7 @@ def test_outputs_are_those_of_the_dense_weights(out, plain, method):
 def test_transformers_and_peft_load_it_once_qsvd_is_imported(out, plain):
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert not any(isinstance(module, SplitLinear) for module in model.modules())
-    model = peft.PeftModel.from_pretrained(model, out, subfolder="adapter")
-    assert_as_exact_as_float32(model.float(), plain)
+    assert_as_exact_as_float32(in_float32(model), plain)
 
 
 @pytest.mark.parametrize("pages", ["host", "disk"])
@@ -137,6 +136,7 @@ def exported(source, form, folder, capsys):
     return capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # PEFT replaces the components
 def test_what_was_trained_is_exported(out, capsys, tmp_path):
     assert qsvd.load(out).split_record.method == "lora", "which trains beside weights that store nothing too"
     model = qsvd.load(out, options=qsvd.AdapterOptions("pissa"))
@@ -184,7 +184,7 @@ def test_a_table_of_bitsandbytes_own_codec_is_written_in_its_layout(tmp_path):
     options = {"iterations": 1, "allocation": tmp_path / "table.txt"}
     out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", **options))
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(model, out, subfolder="adapter").float().train()  # in eval it repacks
+    model = in_float32(model)
     plain = results.plain_model(out)
     exact = outputs(plain)
     assert distance(outputs(model), exact) <= ROUNDINGS * distance(outputs(plain.bfloat16()), exact)

@@ -19,7 +19,7 @@ def test_small_shards_have_an_index_that_names_every_tensor_once(tmp_path):
     write_checkpoint(source, vocab_size=1024)
     out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, shard_size="0.1MB"))
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    files = {path.name: safetensors.torch.load_file(path) for path in out.glob("*.safetensors")}
+    files = {path.name: safetensors.torch.load_file(path) for path in out.glob("model*.safetensors")}
     assert len(files) > 1
     assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
@@ -27,10 +27,24 @@ def test_small_shards_have_an_index_that_names_every_tensor_once(tmp_path):
     assert not (out / "model.safetensors").exists()
 
 
-def test_one_file_has_no_index(tmp_path):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_one_file_has_an_index_next_to_an_adapter_alone(tmp_path, rank):
+    """vLLM reads every safetensors file of a folder without an index, the adapter too."""
     write_checkpoint(tmp_path / "source")
-    out = qsvd.quantize(qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "out", rank=4))
-    assert not (out / "model.safetensors.index.json").exists()
+    out = qsvd.quantize(qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "out", rank=rank))
+    assert (out / "model.safetensors.index.json").exists() == (rank > 0)
+    storage = json.loads((out / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_storage"]
+    assert storage == ("int8" if rank else "uint8"), "vLLM accepts uint8 alone"
+
+
+def test_layers_that_vllm_joins_are_named_as_it_names_them(tmp_path):
+    write_checkpoint(tmp_path / "source")
+    options = qsvd.Quantize(
+        str(tmp_path / "source"), out=tmp_path / "out", rank=0, exclude=("*.1.self_attn.[qkv]_proj",)
+    )
+    config = json.loads((qsvd.quantize(options) / "config.json").read_text())
+    joined = [path for path in config["quantization_config"]["llm_int8_skip_modules"] if "qkv_proj" in path]
+    assert joined == ["model.layers.1.self_attn.qkv_proj"]
 
 
 def test_the_config_is_the_sources_with_the_quantization_added(tmp_path):
@@ -70,7 +84,7 @@ def test_the_fingerprint_ties_adapter_and_residual(tmp_path):
     source = tmp_path / "source"
     write_checkpoint(source)
     out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4))
-    with safetensors.safe_open(out / "adapter" / "adapter_model.safetensors", "pt") as file:
+    with safetensors.safe_open(out / "adapter_model.safetensors", "pt") as file:
         stated = file.metadata()["qsvd_base_fingerprint"]
     manifest = json.loads((out / "qsvd.json").read_text())
     assert manifest["fingerprint"] == stated
@@ -93,12 +107,11 @@ def test_the_manifest_digests_are_sha256_over_the_names_and_bytes_in_the_shard(t
 
 
 @pytest.mark.parametrize("written", ["out", "~/out", "with space/out"])
-def test_the_readme_and_the_adapter_name_the_folder_so_that_a_loader_finds_it(tmp_path, monkeypatch, written):
+def test_the_readme_names_the_folder_and_the_adapter_names_none_so_that_it_can_move(tmp_path, monkeypatch, written):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "source")
     out = qsvd.quantize(qsvd.Quantize("source", out=Path(written), rank=4))
     named = re.search(r'from_pretrained\("([^"]+)"\)', (out / "README.md").read_text())[1]
-    base = json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert (Path(named) / "qsvd.json").is_file()
-    assert (Path(base) / "qsvd.json").is_file()
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] is None

@@ -9,7 +9,8 @@ import torch
 
 import qsvd
 from qsvd.adapters.model import split_linears, trained
-from tests.export.cases import files_of, residual
+from tests.commands.folders import components_of
+from tests.export.cases import residual
 
 METHODS = {"pissa": {}, "lora": {"rank": 4, "alpha": 8.0}, "edora": {}}
 SCALE = 2.0  # alpha / rank of the LoRA
@@ -33,7 +34,7 @@ def write_run(base, folder, method="pissa", *, labels=(), seed=0):
 def factors_of(base) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
     """Stored B0 and A0, float64, by module path in the base."""
     manifest = json.loads((base / "qsvd.json").read_text())
-    stored = files_of(base / "adapter")
+    stored = components_of(base)
     keys = {weight["module"]: f"base_model.model.{weight['module']}.lora_" for weight in manifest["weights"].values()}
     return {m: tuple(stored[f"{key}{letter}.weight"].double().numpy() for letter in "BA") for m, key in keys.items()}
 

@@ -70,7 +70,7 @@ def test_plain_peft_on_the_original_differs_from_the_trained_model_by_what_the_s
 
 def factors_of(folder):
     """B0 and A0 of every weight as safetensors reads them."""
-    tensors = files_of(folder / "out" / "adapter")
+    tensors = safetensors.torch.load_file(folder / "out" / "adapter_model.safetensors")
     paths = {key.removeprefix("base_model.model.").rsplit(".", 2)[0] for key in tensors}
     return {f"{p}.weight": tuple(tensors[f"base_model.model.{p}.lora_{x}.weight"] for x in "BA") for p in paths}
 

@@ -194,7 +194,9 @@ def test_an_adapter_config_does_not_depend_on_the_order_of_modules():
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_transformers_reads_the_quantization_config_as_nf4(double_quant):
-    record = quantization_config(["lm_head", "x.gate"], double_quant=double_quant, dtype=torch.float16)
+    record = quantization_config(
+        ["lm_head", "x.gate"], double_quant=double_quant, dtype=torch.float16, has_components=False
+    )
     config = BitsAndBytesConfig.from_dict(json.loads(json.dumps(record)))
     assert (config.load_in_4bit, config.load_in_8bit, config.bnb_4bit_quant_type) == (True, False, "nf4")
     assert config.bnb_4bit_use_double_quant is double_quant

@@ -106,8 +106,8 @@ def test_an_adapter_joins_all_factors_under_the_fingerprint(tmp_path):
     for number in (0, 1):
         folder.save(number, residual(number), factors(number), RECORD)
     for _ in range(2):  # a resumed run writes it again
-        folder.write_adapter("adapter/adapter_model.safetensors", range(2), {"qsvd_base_fingerprint": "f00d"})
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
+        folder.write_adapter("adapter_model.safetensors", range(2), {"qsvd_base_fingerprint": "f00d"})
+    path = tmp_path / "adapter_model.safetensors"
     found = safetensors.torch.load_file(path)
     expected = factors(0) | factors(1)
     assert found.keys() == expected.keys()

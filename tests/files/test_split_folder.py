@@ -40,7 +40,7 @@ def test_residual_factors_and_dense_matrix_are_those_of_the_files(results):
     assert len(split.weights) == 14
     residual = decoded(results / "4")
     assert torch.equal(split.residual(NAME).decode(), residual)
-    adapter = safetensors.torch.load_file(results / "4" / "adapter" / "adapter_model.safetensors")
+    adapter = safetensors.torch.load_file(results / "4" / "adapter_model.safetensors")
     up, down = split.factors(NAME)
     assert torch.equal(up, adapter[f"{PREFIX}.lora_B.weight"])
     assert torch.equal(down, adapter[f"{PREFIX}.lora_A.weight"])
@@ -57,7 +57,7 @@ def test_rank_0_has_no_factors_and_its_dense_matrix_is_the_residual(results):
 
 def test_an_adapter_of_another_base_is_refused(results, tmp_path):
     out = shutil.copytree(results / "4", tmp_path / "out")
-    path = out / "adapter" / "adapter_model.safetensors"
+    path = out / "adapter_model.safetensors"
     adapter = safetensors.torch.load_file(path)
     safetensors.torch.save_file(adapter, path, metadata={"format": "pt", "qsvd_base_fingerprint": "0" * 64})
     with pytest.raises(ValueError, match=r"belongs to another quantized model than .*: its fingerprint differs"):

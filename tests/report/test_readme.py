@@ -1,6 +1,7 @@
 """OUT/README.md: commands that can be copied; that they work is test_loads_without_qsvd's claim."""
 
 import ast
+import json
 import re
 import shlex
 
@@ -8,12 +9,19 @@ import pytest
 import transformers
 
 from qsvd.records import Coverage
+from qsvd.report import readme as made
 from qsvd.report.header import ReportHeader
-from qsvd.report.readme import readme
 from tests.checkpoints import FAMILIES, tiny_config
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what `vllm serve --max-lora-rank` accepts
 REFUSED = {"GPT2LMHeadModel", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "FalconForCausalLM"}
+
+
+QUANTIZATION = {"quant_method": "bitsandbytes", "bnb_4bit_quant_storage": "int8", "llm_int8_skip_modules": ["lm_head"]}
+
+
+def readme(head, folder, architecture, left=("lm_head",), quantized=("model.layers.0.self_attn.q_proj",)):
+    return made.readme(head, folder, architecture, QUANTIZATION | {"llm_int8_skip_modules": [*left]}, quantized)
 
 
 def header(rank=16):
@@ -43,7 +51,6 @@ def test_a_causal_model_has_commands_to_load_train_merge_and_serve():
     for title in ("Load", "Train", "Merge"):
         lines = found[title][1]
         assert "LlamaForCausalLM.from_pretrained" in lines
-        assert "subfolder='adapter'" in ast.unparse(ast.parse(lines))
         assert "build/out" in strings(lines)
     assert "is_trainable=True" in found["Train"][1]
     assert "is_trainable" not in found["Load"][1]
@@ -100,10 +107,10 @@ def test_the_readme_loads_architectures_with_other_heads(architecture, config):
 @pytest.mark.parametrize("rank", [1, 2, 8, 9, 64, 65, 300, 512])
 def test_the_rank_given_to_vllm_is_the_least_that_it_takes(rank):
     serve = blocks(readme(header(rank), "out", "LlamaForCausalLM"))["Serve"][1]
-    words = shlex.split(serve.splitlines()[0])
+    words = shlex.split(serve.splitlines()[1])
     given = int(words[words.index("--max-lora-rank") + 1])
     assert given == min(allowed for allowed in VLLM_RANKS if allowed >= rank)
-    assert "principal=out/adapter" in words
+    assert json.loads(words[words.index("--lora-modules") + 1]) == {"name": "tiny-llama", "path": "out"}
 
 
 @pytest.mark.parametrize("folder", ["/data/my results/out", 'odd"name', "back\\slash", "it's"])
@@ -111,9 +118,9 @@ def test_a_folder_with_a_space_or_a_quote_is_still_one_path(folder):
     found = blocks(readme(header(), folder, "LlamaForCausalLM"))
     for title in ("Load", "Train", "Merge"):
         assert folder in strings(found[title][1])
-    words = shlex.split(found["Serve"][1], comments=True)
+    words = shlex.split(found["Serve"][1].partition("\n")[2], comments=True)
     assert words[2] == folder
-    assert f"principal={folder}/adapter" in words
+    assert json.loads(words[words.index("--lora-modules") + 1])["path"] == folder
     assert f"{folder}-merged" in words
 
 
@@ -123,3 +130,22 @@ def test_the_opening_names_the_model_the_method_and_the_coverage():
     assert "components of rank 16; svd first, up to 5 iterations, ending with svd" in text
     assert "14 layers quantized, 18,432 of 24,736 elements (74.51 %)" in text
     assert text.endswith("\n")
+
+
+def test_vllm_gets_the_storage_that_it_accepts_and_a_name_that_warns():
+    words = shlex.split(blocks(readme(header(), "out", "LlamaForCausalLM"))["Serve"][1].splitlines()[1])
+    served = json.loads(words[words.index("--hf-overrides") + 1])["quantization_config"]
+    assert served == QUANTIZATION | {"bnb_4bit_quant_storage": "uint8"}
+    assert words[words.index("--served-model-name") + 1] == "residual-only"
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_a_joined_layer_that_is_left_in_part_is_not_served_from_the_4_bit_model(rank):
+    """vLLM computes q, k and v as one layer, and so gate and up, and would quantize the part that is left."""
+    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+    parted = readme(header(rank), "out", "LlamaForCausalLM", (f"{mlp}gate_proj", "lm_head"), (f"{mlp}up_proj",))
+    assert "out-merged" in parted
+    assert "vllm serve out " not in parted
+    assert "the 16-bit part of\nmodel.layers.0.mlp.gate_up_proj" in parted
+    whole = tuple(f"{attention}{part}_proj" for part in "qkv")
+    assert "vllm serve out " in readme(header(rank), "out", "LlamaForCausalLM", whole, (f"{mlp}up_proj",))

@@ -8,7 +8,7 @@ import torch
 from qsvd.adapters.model import trained
 from qsvd.data.columns import UNTRAINED
 from tests.adapters.results import plain_model
-from tests.commands.folders import tensors_of
+from tests.commands.folders import components_of
 from tests.runs import RANK, sequences, settings, trainer
 
 LOSS_ROUNDOFF = 8 * 2.0**-24  # measured: one
@@ -53,7 +53,7 @@ def by_definition(base, rows):
         total = total - sum(chances[place, labels[place + 1]] for place in places)
         count += len(places)
     dense = [model.get_parameter(name) for name in weights]
-    gradients, factors = {}, tensors_of(base / "adapter")
+    gradients, factors = {}, components_of(base)
     for (name, weight), grad in zip(weights.items(), torch.autograd.grad(total / count, dense), strict=True):
         prefix = f"base_model.model.{weight['module']}.lora_"
         up, down = (factors[f"{prefix}{letter}.weight"].double() for letter in "BA")

@@ -1,0 +1,63 @@
+"""Commands that serve what qsvd writes with vLLM.
+
+From version 0.28 on vLLM reads bitsandbytes models with the package vllm-bnb-plugin. Read in vLLM 0.32.0 and plugin
+0.0.3; not run by the tests.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from shlex import quote
+from typing import Any
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # layers of vLLM
+PLUGIN = "pip install vllm-bnb-plugin  # vLLM reads bitsandbytes models with it, on one GPU"
+
+
+def vllm_rank(rank: int) -> int:
+    """Return the smallest --max-lora-rank of vLLM that a LoRA of this rank fits in."""
+    return next((allowed for allowed in RANKS if allowed >= rank), rank)
+
+
+def lora_flags(name: str, folder: str, rank: int) -> str:
+    """Return the flags that serve the LoRA in `folder` as the model `name`."""
+    module = json.dumps({"name": name, "path": folder}, ensure_ascii=False)
+    return f"--enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules {quote(module)}"
+
+
+def four_bit_line(base: str, name: str, folder: str, rank: int, quantization: Mapping[str, Any]) -> str:
+    """Return the command that serves the residual in `base` with the LoRA in `folder`.
+
+    `quantization` is the quantization_config of the base. The line replaces its bnb_4bit_quant_storage, which makes
+    vLLM refuse the residual alone (files/layout.py); requests must name the model `name`.
+    """
+    served = json.dumps({"quantization_config": {**quantization, "bnb_4bit_quant_storage": "uint8"}})
+    return (
+        f"vllm serve {quote(base)} --served-model-name residual-only --dtype bfloat16 "
+        f"{lora_flags(name, folder, rank)} --hf-overrides {quote(served)}"
+    )
+
+
+def joined_layers(left: Sequence[str], quantized: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the joined layers of vLLM that stay in 16 bits, and those of which a part is quantized and a part is not.
+
+    vLLM computes q, k and v as one layer, and gate and up as one. Its plugin compares the names of the joined layers
+    with llm_int8_skip_modules, and quantizes while loading what these names do not cover.
+
+    Args:
+        left: Paths of the linear layers that stay in 16 bits.
+        quantized: Paths of the others.
+    """
+    pattern = re.compile(rf"(.*\.)({'|'.join(part for parts in JOINED.values() for part in parts)})$")
+    joined_of = {part: joined for joined, parts in JOINED.items() for part in parts}
+
+    def joined(paths: Sequence[str]) -> dict[str, None]:
+        found = (pattern.match(path) for path in paths)
+        return dict.fromkeys(f"{match[1]}{joined_of[match[2]]}" for match in found if match)
+
+    in_16_bits, in_4_bits = joined(left), joined(quantized)
+    return (
+        [path for path in in_16_bits if path not in in_4_bits],
+        [path for path in in_16_bits if path in in_4_bits],
+    )
