@@ -40,6 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for an old name
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # the guide says that PEFT warns
 def test_the_commands_and_the_code_that_loads_their_result_run(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

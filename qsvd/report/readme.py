@@ -30,9 +30,9 @@ def readme(
         sections.append(
             _code("Train", "python", ["from peft import PeftModel", *lines, train])
             + "\n\nThis trains the stored components; PEFT makes no second copy of them. Give `model` to one of TRL's\n"
-            "trainers, or to another trainer that takes a PEFT model. Do not give the trainer a `peft_config`: it replaces the\n"
-            "components by a new LoRA, and the outputs are wrong. Use a smaller learning rate than for a LoRA that\n"
-            "starts at zero."
+            "trainers, or to another trainer that takes a PEFT model. Do not give the trainer a `peft_config`: it\n"
+            "replaces the components by a new LoRA, and the outputs are wrong. Use a smaller learning rate than for a\n"
+            "LoRA that starts at zero."
         )
     merged = [
         *(["from peft import PeftModel"] if header.rank > 0 else []),
