@@ -106,7 +106,9 @@ def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0, objective:
     weight_OI = weight_OI.float().contiguous()
     check_finite(weight_OI)
     fitter = _Fitter(recipe, PLAIN, torch.Generator(weight_OI.device).manual_seed(seed))
-    split = _best(_plain_iterates(weight_OI, fitter), fitter)
+    factors = fitter.fit(weight_OI) if recipe.order == "svd" else fitter.zeros(weight_OI)
+    passes = recipe.iterations if recipe.rank > 0 else 1  # without factors every pass gives the same
+    split = _best(_passes(weight_OI, fitter, factors, torch.empty_like(weight_OI), passes), fitter)
     if not objective.is_plain:
         fitter = replace(fitter, objective=objective.to(weight_OI.device))
         split = _best(_weighted_iterates(weight_OI, fitter, split), fitter)
@@ -131,14 +133,6 @@ class _Factors:
 
 
 _Iterate = tuple[PackedBlocks, _Factors, Tensor]  # Q, B and A, W - Q
-
-
-def _plain_iterates(weight_OI: Tensor, fitter: "_Fitter") -> Iterator[_Iterate]:
-    """Yield the iterates of the loop from W alone."""
-    recipe = fitter.recipe
-    factors = fitter.fit(weight_OI) if recipe.order == "svd" else fitter.zeros(weight_OI)
-    passes = recipe.iterations if recipe.rank > 0 else 1  # without factors every pass gives the same
-    yield from _passes(weight_OI, fitter, factors, torch.empty_like(weight_OI), passes)
 
 
 def _weighted_iterates(weight_OI: Tensor, fitter: "_Fitter", plain: Split) -> Iterator[_Iterate]:
@@ -219,32 +213,27 @@ class _Fitter:
         Args:
             start_KI: Rows of an earlier fit; from there one pass is enough. None starts from a random sketch.
         """
-        recipe = self.recipe
-        if recipe.rank == 0:
+        rank, dtype = self.recipe.rank, self.recipe.dtype
+        if rank == 0:
             return self.zeros(matrix_OI)
         scaled_OI = self.objective.scaled(matrix_OI)
-        if recipe.exact:
-            top = svd.exact_svd(scaled_OI, recipe.rank)
+        if self.recipe.exact:
+            top = svd.exact_svd(scaled_OI, rank)
         else:
             passes = FIRST_PASSES if start_KI is None else LATER_PASSES
-            top = svd.randomized_svd(scaled_OI, recipe.rank, passes=passes, generator=self.generator, start_KI=start_KI)
+            top = svd.randomized_svd(scaled_OI, rank, passes=passes, generator=self.generator, start_KI=start_KI)
         if self.objective.is_plain:
-            return _Factors(*top.factors(recipe.rank, recipe.dtype), top.right_KI)
-        return _Factors(*self._scaled_back(top), top.right_KI)
+            return _Factors(*top.factors(rank, dtype), top.right_KI)
+        # both halves get the same lengths: training starts from balanced factors (PiSSA, eq. 2-3), which do not depend
+        # on the unit of the weights
+        up_OR, down_RI = self.objective.unscaled(top.left_OK[:, :rank], top.right_KI[:rank])
+        up_R, down_R = (torch.linalg.vector_norm(one, dim=dim) for one, dim in ((up_OR, 0), (down_RI, 1)))
+        lengths_R = (top.values_K[:rank] * up_R * down_R).sqrt()  # of either half
+        up_OR, down_RI = up_OR * (lengths_R / up_R), down_RI * (lengths_R / down_R)[:, None]
+        return _Factors(up_OR.to(dtype), down_RI.to(dtype), top.right_KI)
 
     def subspace(self, down_RI: Tensor) -> Tensor:
         """Return rows [K, I] that span those of stored factors, scaled: a fit from there is at least as good."""
         scaled_RI = self.objective.scaled_columns(down_RI.float())
         shape, device = (svd.OVERSAMPLE, scaled_RI.shape[1]), scaled_RI.device
         return torch.cat((scaled_RI, torch.randn(shape, generator=self.generator, device=device)))
-
-    def _scaled_back(self, top: svd.TopSVD) -> tuple[Tensor, Tensor]:
-        """Return diag(rows)^-1 U and V^T diag(columns)^-1, with S divided so that both halves have the same lengths.
-
-        Training starts from balanced factors (PiSSA, eq. 2-3), which do not depend on the unit of the weights.
-        """
-        rank, dtype = self.recipe.rank, self.recipe.dtype
-        up_OR, down_RI = self.objective.unscaled(top.left_OK[:, :rank], top.right_KI[:rank])
-        up_R, down_R = (torch.linalg.vector_norm(one, dim=dim) for one, dim in ((up_OR, 0), (down_RI, 1)))
-        lengths_R = (top.values_K[:rank] * up_R * down_R).sqrt()  # of either half
-        return (up_OR * (lengths_R / up_R)).to(dtype), (down_RI * (lengths_R / down_R)[:, None]).to(dtype)

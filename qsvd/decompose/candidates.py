@@ -47,13 +47,11 @@ class CandidateErrors:
 
 @dataclass(frozen=True)
 class _Weight:
-    """What all candidates of W share; `target_OI` holds W - B A of one rank, and `work_OI` is overwritten."""
+    """What all candidates of W share; `work_OI` is overwritten."""
 
     weight_OI: Tensor
-    target_OI: Tensor
     work_OI: Tensor
     objective: Objective
-    top: svd.TopSVD | None
     dtype: torch.dtype
 
 
@@ -91,16 +89,21 @@ def measure_candidates(
     norm = norms.frobenius(scaled_OI) ** 2
     top, nuclear = _spectrum(scaled_OI, ranks[-1], generator)
     del scaled_OI
-    weight = _Weight(weight_OI, torch.empty_like(weight_OI), torch.empty_like(weight_OI), objective, top, dtype)
-    squares = tuple(_of_rank(weight, codecs, rank) for rank in ranks)
-    values = () if top is None else tuple(top.values_K[: ranks[-1]].tolist())
-    return CandidateErrors(tuple(ranks), squares, norm, values, nuclear)
+    weight = _Weight(weight_OI, torch.empty_like(weight_OI), objective, dtype)
+    target_OI = torch.empty_like(weight_OI)
+    squares = []
+    for rank in ranks:
+        up_OR, down_RI = _stored(weight, top.left_OK[:, :rank] * top.values_K[:rank], top.right_KI[:rank])
+        torch.addmm(weight_OI, up_OR, down_RI, alpha=-1, out=target_OI)
+        squares.append(tuple(_square_of(weight, codec, target_OI, top.right_KI[:rank].mT) for codec in codecs))
+    return CandidateErrors(tuple(ranks), tuple(squares), norm, tuple(top.values_K[: ranks[-1]].tolist()), nuclear)
 
 
-def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[svd.TopSVD | None, float]:
-    """Return the leading singular triples (None for rank 0) and the sum of all singular values."""
+def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[svd.TopSVD, float]:
+    """Return the leading singular triples and the sum of all singular values."""
     if rank == 0:
-        return None, norms.norms(scaled_OI, generator).nuclear
+        (rows, columns), new = scaled_OI.shape, scaled_OI.new_empty
+        return svd.TopSVD(new(rows, 0), new(0), new(0, columns)), norms.norms(scaled_OI, generator).nuclear
     if min(scaled_OI.shape) <= svd.SMALL:
         top = svd.exact_svd(scaled_OI, min(scaled_OI.shape))
         return top, float(top.values_K.double().sum())
@@ -108,38 +111,27 @@ def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple
     return top, norms.norms(scaled_OI, generator).nuclear
 
 
-def _of_rank(weight: _Weight, codecs: Sequence[Codec], rank: int) -> tuple[float, ...]:
-    """Return the squared error of every codec at one rank."""
-    if rank == 0:
-        return tuple(_quantized(weight, weight.weight_OI, codec) for codec in codecs)
-    assert weight.top is not None, "made for the highest rank"
-    left_OR = weight.top.left_OK[:, :rank] * weight.top.values_K[:rank]
-    up_OR, down_RI = _stored(weight, left_OR, weight.top.right_KI[:rank])
-    torch.addmm(weight.weight_OI, up_OR, down_RI, alpha=-1, out=weight.target_OI)
-    return tuple(_extrapolated(_after_passes(weight, codec, rank)) for codec in codecs)
+def _square_of(weight: _Weight, codec: Codec, target_OI: Tensor, basis_IR: Tensor) -> float:
+    """Return the expected squared error: each pass quantizes the target, and fits the factors to what is left.
 
-
-def _quantized(weight: _Weight, target_OI: Tensor, codec: Codec) -> float:
-    """Return the squared error of the codec on a target; `work_OI` is overwritten."""
-    codec.encode(target_OI).decode(out=weight.work_OI)
-    torch.sub(target_OI, weight.work_OI, out=weight.work_OI)
-    return _square(weight)
-
-
-def _after_passes(weight: _Weight, codec: Codec, rank: int) -> list[float]:
-    """Return the squared error after each pass: quantize the target, fit the factors to what the quantizer leaves."""
-    assert weight.top is not None, "made for the highest rank"
-    target_OI, basis_IR = weight.target_OI, weight.top.right_KI[:rank].mT
+    Args:
+        target_OI: W - B A.
+        basis_IR: The start of the first fit.
+    """
     squares = []
-    for number in range(1, PASSES + 1):
+    for _ in range(PASSES):
         codec.encode(target_OI).decode(out=weight.work_OI)
         torch.sub(weight.weight_OI, weight.work_OI, out=weight.work_OI)  # W - Q
+        if basis_IR.shape[1] == 0:
+            return _square(weight)
         up_OR, down_RI, basis_IR = _refitted(weight, basis_IR)
         weight.work_OI.addmm_(up_OR, down_RI, alpha=-1)
         squares.append(_square(weight))
-        if number < PASSES:
+        if len(squares) < PASSES:
             target_OI = torch.addmm(weight.weight_OI, up_OR, down_RI, alpha=-1, out=weight.work_OI)
-    return squares
+    *_, before, last = squares
+    # later passes gain in all about as much as the last one
+    return min(before, last) if last >= before else last * (last / before)
 
 
 def _refitted(weight: _Weight, basis_IR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,9 +161,3 @@ def _square(weight: _Weight) -> float:
     """Return the squared norm of `work_OI` by the objective, computed for a few rows at a time."""
     parts = (slice(start, start + ROWS) for start in range(0, weight.work_OI.shape[0], ROWS))
     return sum(norms.frobenius(weight.objective.of_rows(rows).scaled(weight.work_OI[rows])) ** 2 for rows in parts)
-
-
-def _extrapolated(squares: Sequence[float]) -> float:
-    """Return the expected squared error of the whole loop: later passes gain in all about as much as the last one."""
-    *_, before, last = squares
-    return min(before, last) if last >= before else last * (last / before)

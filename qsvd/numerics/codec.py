@@ -153,6 +153,7 @@ class Codec(ABC):
     block_size: int  # elements that share a scale
     bits: int = 4  # of a code
     scale_dtype: torch.dtype = torch.float32  # of scales that are not nested
+    nested: tuple[int, int] | None = None  # bits of a scale that is quantized again, and scales that share one absmax
 
     @classmethod
     def from_name(cls, name: str) -> "Codec | None":
@@ -172,17 +173,25 @@ class Codec(ABC):
             ValueError: matrix_OI has another dtype or number of dimensions, or holds a NaN or an infinity.
         """
 
-    @abstractmethod
     def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
         """Return the matrix [O, I] in a float dtype, rounded once from float32."""
+        out_OI = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
+        self.decode_into(packed, out_OI)
+        return out_OI
 
     @abstractmethod
     def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
         """Write the matrix into `out_OI`, contiguous, of any float dtype, rounded once from float32."""
 
-    @abstractmethod
     def parts(self, shape: tuple[int, int]) -> dict[str, int]:
         """Return the bytes of each tensor of an [O, I] packed matrix, by the names of PackedBlocks.tensors."""
+        num_blocks = math.ceil(math.prod(shape) / self.block_size)
+        codes = {"codes": packed_bytes(math.prod(shape), self.bits)}
+        if self.nested is None:
+            return codes | {"absmax": self.scale_dtype.itemsize * num_blocks}
+        bits, size = self.nested
+        nested = {"absmax_codes": packed_bytes(num_blocks, bits), "absmax": 4 * math.ceil(num_blocks / size)}
+        return codes | nested | {"offset": 4, "levels": 4 * 2**bits}
 
     def num_bytes(self, shape: tuple[int, int]) -> int:
         """Return the PackedBlocks.num_bytes of an [O, I] matrix."""

@@ -69,9 +69,8 @@ def nearest_codes(flat_N: Tensor, inverse_B: Tensor, bits: int, block_size: int)
 
 def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], kinds: dict[str, int]) -> None:
     if programs:
-        with torch.cuda.device_of(
-            arguments[0]
-        ):  # unlike torch's operations, kernels do not choose the device of their tensors
+        # unlike torch's operations, kernels do not choose the device of their tensors
+        with torch.cuda.device_of(arguments[0]):
             # torch rounds a product and then a sum; fused they would be rounded once
             kernel[(programs,)](*arguments, **kinds, enable_fp_fusion=False)
 

@@ -18,7 +18,6 @@ from qsvd.numerics import codebook
 from qsvd.numerics.codec import SMALLEST_SCALE, Codec, NestedScales, PackedBlocks, pack, plain_scales
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes
-NESTED_LEVELS = 256
 NESTED_BLOCK = 256
 RUN = 1 << 19  # elements encoded or decoded at a time: a few MB, which stay in the cache
 ZERO = 7  # the code of zero, which fills the last byte
@@ -54,6 +53,7 @@ class NormalFloat4(Codec):
         self.name = ("nf4" if block_size == 64 else f"nf4-{block_size}") + ("+dq" if double_quant else "")
         self.double_quant = double_quant
         self.block_size = block_size
+        self.nested = (8, NESTED_BLOCK) if double_quant else None
 
     @classmethod
     def from_name(cls, name: str) -> "NormalFloat4 | None":
@@ -75,9 +75,7 @@ class NormalFloat4(Codec):
 
     def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
         if packed.codes.is_cuda or prod(packed.shape) % self.block_size:
-            out_OI = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
-            self.decode_into(packed, out_OI)
-            return out_OI
+            return super().decode(packed, dtype)
         return _decode_blocks(packed.codes, plain_scales(packed.scales), self.block_size, dtype).view(packed.shape)
 
     def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
@@ -88,15 +86,6 @@ class NormalFloat4(Codec):
             bitsandbytes().dequantize_4bit(codes, absmax=scales_B, out=out_OI, **kind)
         else:
             _decode_on_cpu(packed.codes, scales_B, self.block_size, out_OI.view(-1))
-
-    def parts(self, shape: tuple[int, int]) -> dict[str, int]:
-        num_elements = prod(shape)
-        num_blocks = ceil(num_elements / self.block_size)
-        codes = {"codes": ceil(num_elements / 2)}
-        if not self.double_quant:
-            return codes | {"absmax": 4 * num_blocks}
-        nested = {"absmax_codes": num_blocks, "absmax": 4 * ceil(num_blocks / NESTED_BLOCK)}
-        return codes | nested | {"offset": 4, "levels": 4 * NESTED_LEVELS}
 
 
 def nest(scales_B: Tensor) -> NestedScales:

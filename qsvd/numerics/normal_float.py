@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
-from math import ceil, prod
+from math import ceil
 from types import ModuleType
 
 import torch
@@ -102,6 +102,7 @@ class NormalFloat(Codec):
         self.fit = fit
         self.block_size = block_size
         self.nesting = scales if isinstance(scales, Nesting) else None
+        self.nested = (scales.bits, scales.block_size) if isinstance(scales, Nesting) else None
         self.scale_dtype = torch.float32 if isinstance(scales, Nesting) else scales
         stored = next(name for name, dtype in SCALES.items() if dtype == self.scale_dtype)
         if isinstance(scales, Nesting):
@@ -129,14 +130,15 @@ class NormalFloat(Codec):
         largest_B = self._largest(flat_N)
         if not torch.isfinite(largest_B).all():
             raise ValueError(f"{self.name} cannot encode a matrix that holds a NaN or an infinity")
-        scales = self._stored(self._fitted(flat_N, largest_B) if self.fit else largest_B)
+        scales_B = largest_B
+        if self.fit:
+            scales_B = torch.empty_like(largest_B)
+            for run, blocks, _ in self._runs(flat_N):
+                largest = largest_B[blocks]
+                scales_B[blocks] = codebook.fitted(flat_N[run].float().view(len(largest), -1), largest, self.bits)
+        scales = self._stored(scales_B)
         codes = self._codes(flat_N, codec.plain_scales(scales).float())
         return PackedBlocks(codes, scales, (matrix_OI.shape[0], matrix_OI.shape[1]), self)
-
-    def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
-        out_OI = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
-        self.decode_into(packed, out_OI)
-        return out_OI
 
     def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
         if kernels := _kernels(out_OI):
@@ -147,15 +149,6 @@ class NormalFloat(Codec):
             out_BE = out_N[run].view(scales_B[blocks].numel(), -1)
             levels_N = codebook.look_up(packed.codes[part], self.bits, out_BE.numel())
             torch.mul(levels_N.view(out_BE.shape), scales_B[blocks, None], out=out_BE)
-
-    def parts(self, shape: tuple[int, int]) -> dict[str, int]:
-        num_blocks = ceil(prod(shape) / self.block_size)
-        codes = {"codes": packed_bytes(prod(shape), self.bits)}
-        if self.nesting is None:
-            return codes | {"absmax": self.scale_dtype.itemsize * num_blocks}
-        absmax_codes = packed_bytes(num_blocks, self.nesting.bits)
-        nested = {"absmax_codes": absmax_codes, "absmax": 4 * ceil(num_blocks / self.nesting.block_size)}
-        return codes | nested | {"offset": 4, "levels": 4 * 2**self.nesting.bits}
 
     def _runs(self, flat_N: Tensor) -> Iterator[tuple[slice, slice, slice]]:
         """Yield elements, their blocks and the bytes of their codes, in runs of whole blocks; a short block is last."""
@@ -177,14 +170,6 @@ class NormalFloat(Codec):
             largest = largest_B[blocks]
             torch.amax(flat_N[run].float().view(len(largest), -1).abs(), dim=1, out=largest)
         return largest_B
-
-    def _fitted(self, flat_N: Tensor, largest_B: Tensor) -> Tensor:
-        """Return fitted scales, float32 [B]."""
-        scales_B = torch.empty_like(largest_B)
-        for run, blocks, _ in self._runs(flat_N):
-            largest = largest_B[blocks]
-            scales_B[blocks] = codebook.fitted(flat_N[run].float().view(len(largest), -1), largest, self.bits)
-        return scales_B
 
     def _stored(self, scales_B: Tensor) -> Tensor | NestedScales:
         """Convert float32 scales to what is stored."""

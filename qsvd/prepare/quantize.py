@@ -288,7 +288,7 @@ def _compute_dtype(checkpoint: Checkpoint, weights: Sequence[WeightSpec]) -> tor
     elements: Counter[torch.dtype] = Counter()
     for spec in weights:
         elements[checkpoint.dtype_of(spec)] += math.prod(spec.shape)
-    return elements.most_common(1)[0][0]
+    return max(elements, key=lambda name: elements[name])
 
 
 def _skipped(plan: ModelPlan) -> tuple[str, ...]:
