@@ -50,8 +50,8 @@ class Call:
             (self.positional, dict(self.named)),
         )
         before = len(tree_leaves((positional, named)))
-        given = ((), {HIDDEN: hidden}) if self.is_named else ((hidden,), {})
-        returned = functional_call(block, dict(weights), (*given[0], *positional), {**given[1], **named})
+        arguments = (positional, {HIDDEN: hidden} | named) if self.is_named else ((hidden, *positional), named)
+        returned = functional_call(block, dict(weights), *arguments)
         if len(tree_leaves((positional, named))) != before:
             raise BadInput(f"{self.path} passes tensors other than the hidden states to later blocks, so {NOT_ALONE}")
         return returned

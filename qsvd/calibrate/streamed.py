@@ -6,7 +6,6 @@ read each time the block is needed, and freed with the dictionary that holds the
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,43 +19,26 @@ from qsvd.memory.items import block_of
 from qsvd.plan.weights import BUILD_ERRORS, ModelPlan
 
 
-@dataclass(frozen=True)
-class Compute:
-    """Device and dtype of the computation.
-
-    Args:
-        dtype: Dtype of weights and activations.
-        twice: Whether gradients are differentiated again, which fused attention does not support.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    twice: bool = False
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One text: the hidden states before the first block [1, T, D], and the call of each block."""
-
-    hidden: Tensor
-    calls: tuple[Call, ...]
-
-
 class StreamedModel:
     """A model whose blocks are read when they are needed.
 
     Args:
         checkpoint: A 16-bit model.
         plan: Its plan, with the names of the checkpoint; statistics are made of its weights.
+        dtype: Dtype of weights and activations.
+        twice: Whether gradients are differentiated again, which fused attention does not support.
 
     Raises:
         BadInput: a parameter of the model is not in the checkpoint, or it has no blocks.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: ModelPlan, compute: Compute):
-        self.checkpoint, self.plan, self.compute = checkpoint, plan, compute
-        self._model = _build(checkpoint, plan, compute)
+    def __init__(
+        self, checkpoint: Checkpoint, plan: ModelPlan, device: torch.device, dtype: torch.dtype, *, twice: bool
+    ):
+        self.checkpoint, self.plan, self.device, self.dtype = checkpoint, plan, device, dtype
+        self._model = _build(checkpoint, plan, device, twice=twice)
         self._empty = {path: self._model.get_submodule(path) for path in _block_paths(self._model, plan)}
+        self.num_blocks = len(self._empty)
         self._tapes: list[Tape] = []
         self._names = {path: [n for n in plan.shapes if n.startswith(f"{path}.")] for path in self._empty}
         _check_readable(self._model, plan)
@@ -65,11 +47,6 @@ class StreamedModel:
         for path, block in self._empty.items():
             self._model.set_submodule(path, StandIn(path, block, self._tapes))
         self._returns: int | None = None  # known after one block has been run
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        return len(self._empty)
 
     def wanted(self, path: str) -> tuple[str, ...]:
         """Return the weights of one block that need statistics, by their names inside the block."""
@@ -80,11 +57,14 @@ class StreamedModel:
         """Read all tensors of one block to the device; return them by their names inside the block."""
         return {name.removeprefix(f"{path}."): tensor for name, tensor in self._read(self._names[path]).items()}
 
-    def record(self, inputs: Mapping[str, Tensor]) -> Recorded:
-        """Run the model up to its last block, with stand-ins for the blocks, and return how each is called.
+    def record(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
+        """Run the model up to its last block, with stand-ins for the blocks.
 
         Args:
             inputs: Arguments of the model's forward, with a batch of one, on the device.
+
+        Returns:
+            The hidden states before the first block [1, T, D], in CPU memory, and the call of each block.
 
         Raises:
             BadInput: the model does not call every block once, each with the output of the one before.
@@ -100,7 +80,7 @@ class StreamedModel:
                 f"{self.plan.architecture} does not call {listing(never)} for a text; --exclude them, or give the part "
                 "of the model that reads texts"
             )
-        return Recorded(tape.hidden.cpu(), tuple(tape.calls))
+        return tape.hidden.cpu(), tape.calls
 
     def run_block(self, call: Call, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Return the hidden states after a block, differentiable in its weights and its input."""
@@ -154,17 +134,16 @@ class StreamedModel:
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Read tensors to the device, floating point ones in the compute dtype; tied names share one tensor."""
-        device, dtype = self.compute.device, self.compute.dtype
         read: dict[str, Tensor] = {}
         for name in names:
             spelled = _spelled(name, self.plan)
             if spelled is not None and spelled not in read:
                 tensor = self.checkpoint.read(spelled)
-                read[spelled] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                read[spelled] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
         return {name: read[spelled] for name in names if (spelled := _spelled(name, self.plan)) is not None}
 
 
-def _build(checkpoint: Checkpoint, plan: ModelPlan, compute: Compute) -> Any:
+def _build(checkpoint: Checkpoint, plan: ModelPlan, device: torch.device, *, twice: bool) -> Any:
     """Return the model with parameters on the meta device, and buffers as transformers makes them on the device."""
     import transformers
     from accelerate import init_empty_weights
@@ -175,13 +154,13 @@ def _build(checkpoint: Checkpoint, plan: ModelPlan, compute: Compute) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             model = getattr(transformers, plan.architecture)(config)
-        if compute.twice:
+        if twice:
             model.set_attn_implementation("eager")
     except BUILD_ERRORS as error:
         raise BadInput(f"transformers cannot build {plan.architecture}: {first_line(error)}") from error
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(compute.device)
+            module._buffers[name] = None if buffer is None else buffer.to(device)
     return model.requires_grad_(False).eval()
 
 

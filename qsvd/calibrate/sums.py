@@ -67,8 +67,9 @@ class Sums:
 def means(sums: Sums, weights: Sequence[WeightSpec], probes: int) -> Mapping[str, Tensor]:
     """Return the tensors of a statistics file, float32 in CPU memory.
 
-    The standard error of a trace treats all samples, of each probe and example, as independent. It includes the spread
-    between examples, so for the trace over these examples it is too large rather than too small.
+    The standard error of a trace treats all samples, of each probe and example, as independent; it is infinite for one
+    sample. It includes the spread between examples, so for the trace over these examples it is too large rather than
+    too small.
     """
     count = sums.num_examples
     found = {}
@@ -77,18 +78,12 @@ def means(sums: Sums, weights: Sequence[WeightSpec], probes: int) -> Mapping[str
             found[f"{spec.module}.{part}"] = (sums.values[f"{spec.module}.{part}"] / count).float().cpu()
         if probes:
             trace, squares = (float(sums.values[f"{spec.module}.{part}"]) for part in ("trace", "trace_squares"))
-            mean, error = _mean_and_error(trace, squares, count * probes)
+            samples = count * probes
+            mean = trace / samples
+            spread = max(squares - samples * mean**2, 0.0)
+            error = sqrt(spread / (samples - 1) / samples) if samples > 1 else float("inf")
             found[f"{spec.module}.trace"], found[f"{spec.module}.trace_error"] = torch.tensor([[mean], [error]])
     return found
-
-
-def _mean_and_error(total: float, squares: float, samples: int) -> tuple[float, float]:
-    """Return the mean of the samples and its standard error, which is infinite for one sample."""
-    mean = total / samples
-    if samples < 2:
-        return mean, float("inf")
-    variance = max(squares - samples * mean**2, 0.0) / (samples - 1)
-    return mean, sqrt(variance / samples)
 
 
 @dataclass(frozen=True)

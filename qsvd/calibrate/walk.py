@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qsvd.calibrate.streamed import Recorded, StreamedModel
+from qsvd.calibrate.stand_in import Call
+from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Example, Sums
 from qsvd.errors import BadInput, first_line
 
@@ -44,9 +45,9 @@ class _Track:
 
     number: int  # index of the example
     example: Example
-    recorded: Recorded
-    inputs: list[Tensor] = field(default_factory=list)  # of every block so far
-    tangents: list[list[Tensor]] = field(default_factory=list)
+    calls: Sequence[Call]
+    inputs: list[Tensor]  # of every block so far
+    tangents: list[list[Tensor]]
     gradient: Tensor | None = None  # of the loss, at the block that the backward pass has reached
     gradient_tangents: list[Tensor] = field(default_factory=list)
 
@@ -76,16 +77,12 @@ class _LoadedBlock:
 
     def run(self, track: _Track, hidden: Tensor, wanted: Mapping[str, Tensor]) -> Tensor:
         """Return the output of the block for one example, with `wanted` instead of its own weights."""
-        return self.model.run_block(track.recorded.calls[self.at], {**self.weights, **wanted}, hidden)
+        return self.model.run_block(track.calls[self.at], {**self.weights, **wanted}, hidden)
 
     def signs(self, track: _Track, probe: int) -> dict[str, Tensor]:
         """Return the signs of one probe of an example for the weights of this block."""
         number = track.number * self.probes.count + probe
         return {name: self.probes.signs(self.module(name), number, weight) for name, weight in self.wanted.items()}
-
-    def on_device(self, tensor: Tensor) -> Tensor:
-        """Return a tensor on the device of the block."""
-        return tensor.to(self.model.compute.device)
 
 
 def add_examples(
@@ -103,14 +100,11 @@ def add_examples(
     Raises:
         BadInput: the model cannot be run block by block.
     """
-    device = model.compute.device
-    tracks = [
-        _Track(first + number, example, model.record(example.inputs(device))) for number, example in enumerate(examples)
-    ]
-    for track in tracks:
-        track.inputs.append(track.recorded.hidden)
-        track.tangents.append([torch.zeros_like(track.recorded.hidden)] * probes.count)
-    order = [call.path for call in tracks[0].recorded.calls]
+    tracks = []
+    for number, example in enumerate(examples, start=first):
+        hidden, calls = model.record(example.inputs(model.device))
+        tracks.append(_Track(number, example, calls, [hidden], [[torch.zeros_like(hidden)] * probes.count]))
+    order = [call.path for call in tracks[0].calls]
     for at, path in enumerate(order):
         block = _LoadedBlock(model, path, at, model.read_block(path), probes)
         for track in tracks:
@@ -131,7 +125,7 @@ def _forward(block: _LoadedBlock, track: _Track) -> None:
     """Compute the input of the next block, with its tangents."""
     if not track.tangents[-1]:
         with torch.no_grad():
-            track.inputs.append(block.run(track, block.on_device(track.inputs[-1]), {}).cpu())
+            track.inputs.append(block.run(track, track.inputs[-1].to(block.model.device), {}).cpu())
         track.tangents.append([])
         return
     try:
@@ -153,14 +147,14 @@ def _with_tangents(block: _LoadedBlock, track: _Track) -> tuple[Tensor, list[Ten
     gradient gives the forward derivative, so the block needs no forward-mode differentiation.
     """
     wanted = block.leaves()
-    points = (block.on_device(track.inputs[-1]).detach().requires_grad_(), *wanted.values())
+    points = (track.inputs[-1].to(block.model.device).detach().requires_grad_(), *wanted.values())
     tangents = []
     with torch.enable_grad():
         output = block.run(track, points[0], wanted)
         above = torch.zeros_like(output, requires_grad=True)
         back = torch.autograd.grad(output, points, above, create_graph=True, allow_unused=True)
         for probe, tangent in enumerate(track.tangents[-1]):
-            changes = (block.on_device(tangent), *block.signs(track, probe).values())
+            changes = (tangent.to(block.model.device), *block.signs(track, probe).values())
             (moved,) = torch.autograd.grad(_along(back, changes), above, retain_graph=True)
             tangents.append(moved.cpu())
     return output.detach(), tangents
@@ -168,22 +162,21 @@ def _with_tangents(block: _LoadedBlock, track: _Track) -> tuple[Tensor, list[Ten
 
 def _loss(model: StreamedModel, track: _Track) -> float:
     """Return the loss; keep its gradient at the output of the last block, with the tangents of the gradient."""
-    device = model.compute.device
-    hidden = track.inputs.pop().to(device).requires_grad_()
+    hidden = track.inputs.pop().to(model.device).requires_grad_()
     tangents = track.tangents.pop()
-    logits, others = model.logits(track.example.inputs(device), hidden)
+    logits, others = model.logits(track.example.inputs(model.device), hidden)
     loss = track.example.loss(logits)
     if not torch.isfinite(loss):
         raise BadInput(
             f"the loss of an example is {float(loss.detach())}: the checkpoint holds NaN or infinity, or numbers "
-            f"overflow in {model.compute.dtype}; repair it, or give --dtype float32"
+            f"overflow in {model.dtype}; repair it, or give --dtype float32"
         )
     gradient, *strays = torch.autograd.grad(loss, (hidden, *others), create_graph=bool(tangents), allow_unused=True)
     if any(stray is not None for stray in strays):
         raise BadInput("the model's output uses outputs of other blocks than the last; it cannot be run block by block")
     track.gradient = gradient.detach().cpu()
     for tangent in tangents:
-        (moved,) = torch.autograd.grad(gradient, hidden, tangent.to(device), retain_graph=True)
+        (moved,) = torch.autograd.grad(gradient, hidden, tangent.to(model.device), retain_graph=True)
         track.gradient_tangents.append(moved.cpu())
     return float(loss.detach())
 
@@ -192,18 +185,18 @@ def _backward(block: _LoadedBlock, track: _Track, sums: Sums) -> None:
     """Compute the gradient at a block's input from that at its output, and add those of its weights to the sums."""
     assert track.gradient is not None, "_loss() was called before"
     wanted, tangents = block.leaves(), track.tangents.pop()
-    points = (block.on_device(track.inputs.pop()).requires_grad_(), *wanted.values())
+    points = (track.inputs.pop().to(block.model.device).requires_grad_(), *wanted.values())
     with torch.enable_grad():
         output = block.run(track, points[0], wanted)
-        above = block.on_device(track.gradient)
+        above = track.gradient.to(block.model.device)
         back = torch.autograd.grad(output, points, above, create_graph=bool(tangents), allow_unused=True)
         for name, gradient in zip(wanted, back[1:], strict=True):
             if gradient is not None:  # None for an expert that got no token
                 sums.add_gradient(block.module(name), gradient.detach())
         for probe, tangent in enumerate(tangents):
             signs = block.signs(track, probe)
-            moved = _dot(output, block.on_device(track.gradient_tangents[probe]))
-            moved = moved + _along(back, (block.on_device(tangent), *signs.values()))
+            moved = _dot(output, track.gradient_tangents[probe].to(block.model.device))
+            moved = moved + _along(back, (tangent.to(block.model.device), *signs.values()))
             second = torch.autograd.grad(moved, points, retain_graph=True, allow_unused=True)
             for name, part in zip(wanted, second[1:], strict=True):
                 if part is not None:

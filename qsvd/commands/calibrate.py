@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qsvd.calibrate.streamed import Compute, StreamedModel
+from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Sums, means
 from qsvd.calibrate.walk import Probes, add_examples
 from qsvd.commands.console import quiet, watched
@@ -74,7 +74,7 @@ def _measure(run: CalibrateRun, show: ShowProgress) -> None:
     sums = Sums.empty(run.plan.weights, run.device, has_traces=run.options.traces > 0)
     if kept is not None:
         sums = Sums({name: tensor.to(run.device) for name, tensor in kept.items()})
-    model = StreamedModel(run.checkpoint, run.plan, Compute(run.device, run.dtype, run.options.traces > 0))
+    model = StreamedModel(run.checkpoint, run.plan, run.device, run.dtype, twice=run.options.traces > 0)
     probes = Probes(run.options.traces, run.options.seed)
     first, total = sums.num_examples, len(run.examples)
     chunk = _chunk_size(run, model)

@@ -75,16 +75,6 @@ def open_adapter(folder: Path) -> AdapterFolder:
         raise BadInput(
             f"{folder} holds no trained adapter (no {ADAPTER_RECORD}); give the folder of a run of qsvd train"
         )
-    record = _read_record(path)
-    if not (folder / PARAMETERS).is_file():
-        raise BadInput(f"{folder} is incomplete: {PARAMETERS} is missing")
-    header = read_header(folder / PARAMETERS)
-    if header.metadata.get(FINGERPRINT) != record.fingerprint:
-        raise BadInput(f"{folder / PARAMETERS} belongs to another run than {ADAPTER_RECORD}: their fingerprints differ")
-    return AdapterFolder(folder, record, header.tensors)
-
-
-def _read_record(path: Path) -> AdapterRecord:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["format"] != FORMAT:  # checked first: another format may have other fields
@@ -94,7 +84,12 @@ def _read_record(path: Path) -> AdapterRecord:
         raise BadInput(f"{path} is damaged: {error}") from error
     if record.dtype not in ("float32", "bfloat16"):
         raise BadInput(f"{path} is damaged: dtype {record.dtype!r} is neither float32 nor bfloat16")
-    return record
+    if not (folder / PARAMETERS).is_file():
+        raise BadInput(f"{folder} is incomplete: {PARAMETERS} is missing")
+    header = read_header(folder / PARAMETERS)
+    if header.metadata.get(FINGERPRINT) != record.fingerprint:
+        raise BadInput(f"{folder / PARAMETERS} belongs to another run than {ADAPTER_RECORD}: their fingerprints differ")
+    return AdapterFolder(folder, record, header.tensors)
 
 
 def check_base(adapter: AdapterFolder, folder: Path, fingerprint: str) -> None:

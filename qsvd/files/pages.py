@@ -30,7 +30,8 @@ class PageReader:
         self._pages = pages
         files = {piece.file for page in pages for piece in page.values() if isinstance(piece, TensorEntry)}
         self._files = {file: os.open(file, os.O_RDONLY) for file in sorted(files)}
-        weakref.finalize(self, _close, tuple(self._files.values()))
+        for opened in self._files.values():
+            weakref.finalize(self, os.close, opened)
 
     def read_into(self, number: int, out: Tensor) -> None:
         """Read page `number` into `out`, uint8 in CPU memory and at least as long as the page.
@@ -57,11 +58,6 @@ class PageReader:
                 reason = f"was truncated during the run and ends inside {entry.name}; restore it"
                 raise OSError(errno.EIO, reason, str(entry.file))
             done += count
-
-
-def _close(files: Sequence[int]) -> None:
-    for file in files:
-        os.close(file)
 
 
 def free_host_memory() -> int:

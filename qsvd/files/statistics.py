@@ -31,7 +31,7 @@ from qsvd.plan.weights import WeightSpec
 
 FORMAT = "qsvd statistics 1"
 UNFINISHED_FORMAT = "qsvd unfinished statistics 1"
-ROWS, COLUMNS, TRACE, TRACE_ERROR = "rows", "columns", "trace", "trace_error"
+ROWS, COLUMNS, TRACE = "rows", "columns", "trace"
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,6 @@ class Statistics:
             raise BadInput(f"{self.path}: {module}: its trace is {trace}; run qsvd calibrate again")
         return trace
 
-    def trace_error(self, module: str) -> float:
-        """Return the standard error of `trace`; refuse what `trace` refuses."""
-        self.trace(module)
-        return float(self._read(module, TRACE_ERROR))
-
     def _read(self, module: str, part: str) -> Tensor:
         entry = self._entries.get(f"{module}.{part}")
         if entry is None:
@@ -103,7 +98,12 @@ def open_statistics(path: Path) -> Statistics:
     if header.metadata.get("format") != FORMAT:
         raise BadInput(f"{path} was not written by qsvd calibrate (format {header.metadata.get('format')!r})")
     modules = tuple(sorted(name.removesuffix(f".{ROWS}") for name in header.tensors if name.endswith(f".{ROWS}")))
-    _check_parts(path, header.tensors, modules)
+    wanted = [f"{module}.{part}" for module in modules for part in (ROWS, COLUMNS)]
+    entries = [header.tensors.get(name) for name in wanted]
+    pairs = zip(wanted, entries, strict=True)
+    wrong = [name for name, entry in pairs if entry is None or entry.dtype != "F32" or len(entry.shape) != 1]
+    if wrong or not modules:
+        raise BadInput(f"{path} is damaged: {listing(wrong) or 'it has no weights'}; run qsvd calibrate again")
     try:
         record, fingerprint = json.loads(header.metadata["record"]), header.metadata["fingerprint"]
     except (KeyError, ValueError) as error:
@@ -175,16 +175,6 @@ def open_unfinished(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor
     return {name: read_tensor(entry) for name, entry in header.tensors.items()}
 
 
-def _check_parts(path: Path, entries: Mapping[str, TensorEntry], modules: Sequence[str]) -> None:
-    """Refuse weights with a part that is missing or has another dtype or shape."""
-    wanted = [f"{module}.{part}" for module in modules for part in (ROWS, COLUMNS)]
-    wrong = [
-        name for name in wanted if name not in entries or entries[name].dtype != "F32" or len(entries[name].shape) != 1
-    ]
-    if wrong or not modules:
-        raise BadInput(f"{path} is damaged: {listing(wrong) or 'it has no weights'}; run qsvd calibrate again")
-
-
 class CostsFile:
     """FILE.costs.jsonl, the measured candidates of weights: a line with the identity of the run, then a line a weight.
 
@@ -193,6 +183,8 @@ class CostsFile:
     Args:
         path: Made if it does not exist, or left by a run with the same `identity`.
         identity: What the measurements depend on, JSON-able.
+
+    Every measured weight is in `measured`, by module.
 
     Raises:
         BadInput: the file holds something else (the sentence says what differs), is damaged, or another process writes
@@ -203,7 +195,7 @@ class CostsFile:
         self.path = path
         self._lock = lock(path.with_name(f"{path.name}.lock"), path)
         try:
-            self._measured = self._read(identity)
+            self.measured = self._read(identity)
         except BaseException:
             unlock(self._lock)
             raise
@@ -214,15 +206,10 @@ class CostsFile:
     def __exit__(self, *_: object) -> None:
         unlock(self._lock)
 
-    @property
-    def measured(self) -> Mapping[str, CandidateErrors]:
-        """Every measured weight, by module."""
-        return self._measured
-
     def keep(self, module: str, measured: CandidateErrors) -> None:
         """Append one weight."""
         self._append({"module": module} | asdict(measured))
-        self._measured[module] = measured
+        self.measured[module] = measured
 
     def _read(self, identity: Mapping[str, Any]) -> dict[str, CandidateErrors]:
         """Read what an earlier run measured, and cut off a line that a kill left incomplete."""
@@ -273,23 +260,14 @@ def _from_record(record: Mapping[str, Any]) -> CandidateErrors:
 def statistics_for(
     objective: str, file: Path | None, checkpoint: Checkpoint, weights: Sequence[WeightSpec]
 ) -> Statistics | None:
-    """Open the statistics that an objective needs; return None if it needs none.
+    """Open the statistics that an objective needs; return None if no file is given.
 
     Raises:
-        BadInput: they are not given, not needed, those of another model, or have no traces for the Hessian.
+        BadInput: they are those of another model, or have no traces for the Hessian.
     """
-    if objective in ("relative", "frobenius"):
-        if file is not None:
-            raise BadInput(
-                f"--statistics is for --objective fisher or hessian, and --objective is {objective}; change one of them"
-            )
-        return None
     if file is None:
-        raise BadInput(
-            f"--objective {objective} needs --statistics FILE, which qsvd calibrate writes; or omit --objective"
-        )
-    path = file.expanduser()
-    statistics = open_statistics(path)
+        return None
+    statistics = open_statistics(file.expanduser())
     modules = [spec.module for spec in weights]
     check_statistics(statistics, checkpoint.fingerprint, modules)
     wrong = []

@@ -114,9 +114,11 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
     choices: dict[str, Choice] = {}
     named: set[str] = set()
     wrong: list[str] = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    lines = [line.strip() for line in text.split("\n")]
+    remarks = tuple(line.removeprefix("#").strip() for line in lines if line.startswith("#") and line != TITLE)
+    for number, line in enumerate(lines, start=1):
         cells = line.split()
-        if not cells or cells[0].startswith("#") or tuple(cells[:3]) == COLUMNS[:3]:
+        if not cells or line.startswith("#") or tuple(cells[:3]) == COLUMNS[:3]:
             continue
         try:
             if cells[0] in named:
@@ -132,7 +134,7 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
         wrong = mixing_problems(choice.codec for choice in choices.values())
     if wrong:
         raise BadInput(f"{where} cannot be used: {listing(wrong, 3, separator='; ')}")
-    return Allocation({module: choices[module] for module in shapes}, remarks=_remarks(text))
+    return Allocation({module: choices[module] for module in shapes}, remarks=remarks)
 
 
 def _choice(cells: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Choice:
@@ -146,11 +148,6 @@ def _choice(cells: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Choi
     if not rank.isdecimal() or int(rank) > most:
         raise BadInput(f"rank {rank} is outside 0..{most}, the ranks of {module} {list(shapes[module])}")
     return Choice(codec_named(name), int(rank))
-
-
-def _remarks(text: str) -> tuple[str, ...]:
-    lines = (line.strip() for line in text.split("\n"))
-    return tuple(line.removeprefix("#").strip() for line in lines if line.startswith("#") and line != TITLE)
 
 
 def mixing_problems(codecs: Iterable[Codec]) -> list[str]:

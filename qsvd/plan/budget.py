@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from math import ceil, prod
 
 import torch
 
@@ -22,6 +21,9 @@ from qsvd.plan.weights import WeightSpec
 MOST_BITS = 16  # of the weights that are not quantized
 BITS = re.compile(r"(\d+(?:\.\d+)?)\s*bits?", re.IGNORECASE)
 UNIT = re.compile(r"[KMGT]I?B")
+SAMPLE = (256, 256)
+FACTOR_BYTES = 2  # of a stored number of the factors
+SECONDS = 5.0  # for the solver; more gains nothing among equal weights
 
 
 @dataclass(frozen=True)
@@ -51,39 +53,34 @@ class Budget:
             exact = Fraction(8 * num_bytes, self.num_elements)
         else:
             exact = Fraction(num_bytes, (UNITS | BINARY)[self.unit])
-        return f"{ceil(exact * 1000) / 1000:.3f}{self.unit.replace('I', 'i')}"
+        return f"{math.ceil(exact * 1000) / 1000:.3f}{self.unit.replace('I', 'i')}"
 
 
-def parse_budget(text: str, weights: Sequence[WeightSpec], flag: str = "--budget") -> Budget:
+def parse_budget(text: str, weights: Sequence[WeightSpec]) -> Budget:
     """Read the budget of these weights.
 
     Raises:
         BadInput: the text is neither bits nor bytes, or more than the weights take in 16 bits.
     """
-    num_elements = sum(prod(spec.shape) for spec in weights)
+    num_elements = sum(math.prod(spec.shape) for spec in weights)
     stripped = text.strip()
     found, unit = BITS.fullmatch(stripped), UNIT.search(stripped.upper())
     if found:
         num_bytes, name = int(Fraction(found[1]) * num_elements / 8), "bits"
     elif unit:
-        num_bytes, name = parse_size(stripped, flag), unit[0]
+        num_bytes, name = parse_size(stripped, "--budget"), unit[0]
     else:
         raise BadInput(
-            f"{flag} {text!r} is not a budget: give bits per number of the weights, such as 2.75bits, or bytes for all "
-            "weights in KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GB"
+            f"--budget {text!r} is not a budget: give bits per number of the weights, such as 2.75bits, or bytes for "
+            "all weights in KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GB"
         )
     budget = Budget(text, num_bytes, num_elements, name)
     if num_bytes > budget.most_bytes:
         raise BadInput(
-            f"{flag} {text} is above {MOST_BITS} bits a number ({budget.enough(budget.most_bytes)}), the size of "
+            f"--budget {text} is above {MOST_BITS} bits a number ({budget.enough(budget.most_bytes)}), the size of "
             "the weights before quantization; give a smaller budget"
         )
     return budget
-
-
-SAMPLE = (256, 256)
-FACTOR_BYTES = 2  # of a stored number of the factors
-SECONDS = 5.0  # for the solver; more gains nothing among equal weights
 
 
 def assumed(weights: Sequence[WeightSpec], budget: str, rank: int) -> Allocation:

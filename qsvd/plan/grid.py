@@ -83,7 +83,14 @@ def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Seq
             of every weight. The message lists all problems.
     """
     names = tuple(dict.fromkeys(codecs)) or CODECS
-    wrong = _wrong_codecs(names)
+    wrong = []
+    for name in names:
+        try:
+            codec_named(name)
+        except BadInput as error:
+            wrong.append(f"--codecs: {error}")
+    if not wrong:
+        wrong = [f"--codecs: {problem}" for problem in mixing_problems(map(codec_named, names))]
     limit = max(min(spec.shape) for spec in weights)
     outside = [str(one) for one in sorted({*ranks}) if not 0 <= one <= limit]
     if outside:
@@ -93,16 +100,6 @@ def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Seq
     if wrong:
         raise BadInput("; ".join(wrong))
     return Grid(names, tuple(sorted({*ranks})) or None, rank)
-
-
-def _wrong_codecs(names: Sequence[str]) -> list[str]:
-    wrong = []
-    for name in names:
-        try:
-            codec_named(name)
-        except BadInput as error:
-            wrong.append(f"--codecs: {error}")
-    return wrong or [f"--codecs: {problem}" for problem in mixing_problems(map(codec_named, names))]
 
 
 def counted_bytes(choice: Choice, shape: tuple[int, int], factor_bytes: int, count: CountedAs) -> int:
@@ -115,8 +112,6 @@ def counted_bytes(choice: Choice, shape: tuple[int, int], factor_bytes: int, cou
     """
     if count == "stored":
         return choice.num_bytes(shape, factor_bytes)
-    if choice.rank == 0:
-        return residual_bytes(choice.codec, shape)
     pair = [TensorShape((shape[0], choice.rank), TRAINED_DTYPE), TensorShape((choice.rank, shape[1]), TRAINED_DTYPE)]
     # the state of a second pair, because the first one also counts the tables that all pairs share
     one, two = (optimizer_bytes(OPTIMIZER, pair * pairs, on_gpu=True).device for pairs in (1, 2))

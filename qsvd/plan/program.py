@@ -19,6 +19,8 @@ ROUNDS = 8  # of tightening, each by twice the bytes above the budget
 ROUNDOFF = 1e-12  # a relative gap below it is 0
 STDOUT = 1  # the number of the process's stdout, whatever sys.stdout is
 
+_Program = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -44,16 +46,6 @@ class Solution:
     cost: float
     gap: float
     status: str
-
-
-@dataclass(frozen=True)
-class _Program:
-    """Candidates that can be part of a best answer, all weights in one row; bytes and costs are above the least."""
-
-    owners: np.ndarray  # int, number of the weight
-    numbers: np.ndarray  # int, number of the candidate among those of its weight
-    num_bytes: np.ndarray  # int, above the smallest of the weight
-    costs: np.ndarray  # float, above the least of the weight
 
 
 def least_bytes(weights: Sequence[Candidates]) -> int:
@@ -151,7 +143,12 @@ def _bends(one: Candidates, first: int, middle: int, last: int) -> bool:
 
 
 def _reduced(weights: Sequence[Candidates], known: Solution) -> _Program:
-    """Leave out candidates that another one beats, or that cost more alone than the known answer costs in all."""
+    """Leave out candidates that another one beats, or that cost more alone than the known answer costs in all.
+
+    Returns:
+        For each candidate that is left: the number of its weight, its number among those of the weight, its bytes above
+        the smallest of the weight, and its cost above the least.
+    """
     floors = [min(one.costs) for one in weights]
     spare = (known.cost - sum(floors)) * (1 + 1e-9)
     kept = [
@@ -163,7 +160,7 @@ def _reduced(weights: Sequence[Candidates], known: Solution) -> _Program:
     num_bytes = [weights[owner].num_bytes[number] - min(weights[owner].num_bytes) for owner, number in kept]
     costs = [weights[owner].costs[number] - floors[owner] for owner, number in kept]
     owners, numbers = np.array(kept, dtype=np.int64).T
-    return _Program(owners, numbers, np.array(num_bytes, dtype=np.int64), np.array(costs, dtype=np.float64))
+    return owners, numbers, np.array(num_bytes, dtype=np.int64), np.array(costs, dtype=np.float64)
 
 
 def _highs(
@@ -179,13 +176,14 @@ def _highs(
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    count, num_weights = len(program.owners), int(program.owners.max()) + 1
-    one_each = csr_array((np.ones(count), (program.owners, np.arange(count))), shape=(num_weights, count))
+    owners, numbers, num_bytes, costs = program
+    count, num_weights = len(owners), int(owners.max()) + 1
+    one_each = csr_array((np.ones(count), (owners, np.arange(count))), shape=(num_weights, count))
     scale = max(allowed, 1)
-    within = LinearConstraint(csr_array(program.num_bytes[None, :] / scale), -np.inf, allowed / scale)
+    within = LinearConstraint(csr_array(num_bytes[None, :] / scale), -np.inf, allowed / scale)
     with silent_stdout():
         found = milp(
-            program.costs / unit,
+            costs / unit,
             integrality=np.ones(count),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), within],
@@ -196,7 +194,7 @@ def _highs(
         return None, 0.0, status
     best = np.full(num_weights, -1, dtype=np.int64)
     for place in np.argsort(found.x, kind="stable"):  # the largest share of each weight comes last
-        best[program.owners[place]] = program.numbers[place]
+        best[owners[place]] = numbers[place]
     bound = found.mip_dual_bound
     return tuple(best.tolist()), 0.0 if bound is None else max(float(bound), 0.0) * unit, status
 

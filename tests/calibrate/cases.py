@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from qsvd.calibrate.streamed import Compute, StreamedModel
+from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Example, Sums, means
 from qsvd.calibrate.walk import Probes, add_examples
 from qsvd.files.check import check_complete
@@ -58,7 +58,7 @@ class Case:
 
     def streamed(self, dtype=torch.float32, *, twice=False):
         """The model that is read block by block."""
-        return StreamedModel(self.checkpoint, self.plan, Compute(CPU, dtype, twice))
+        return StreamedModel(self.checkpoint, self.plan, CPU, dtype, twice=twice)
 
 
 @cache

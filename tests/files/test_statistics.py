@@ -42,7 +42,6 @@ def test_what_was_written_comes_back(path):
     found = open_statistics(path)
     assert (found.fingerprint, found.modules, dict(found.record)) == (FINGERPRINT, (Q, DOWN), RECORD)
     assert [found.trace(module) for module in (Q, DOWN)] == [-1.5, -2.5]
-    assert found.trace_error(Q) == 0.25
     objective = found.objective(DOWN)  # moments 2, 3, 7 and 3, 5: F_ij ~ row_i column_j / 4
     assert objective.rows_O.square().tolist() == pytest.approx([2, 3, 7], rel=1e-6)
     assert objective.columns_I.square().tolist() == pytest.approx([3 / 4, 5 / 4], rel=1e-6)
@@ -69,8 +68,6 @@ def test_without_traces_the_fix_is_named(tmp_path):
         ValueError, match=r"^.*s.safetensors has no traces of the Hessian; run qsvd calibrate again with --traces 8$"
     ):
         found.trace(Q)
-    with pytest.raises(ValueError, match="has no traces of the Hessian"):
-        found.trace_error(Q)
 
 
 def test_statistics_of_another_model_are_refused(path):
