@@ -67,11 +67,6 @@ class TensorEntry(Entry):
     file: Path
     start: int  # offset of the first byte in the file
 
-    def matrix(self, index: int) -> "TensorEntry":
-        """Return the entry of one matrix of a 3-D stack."""
-        stacked = self.rows(index, index + 1)
-        return replace(stacked, shape=self.shape[1:])
-
     def rows(self, first: int, end: int) -> "TensorEntry":
         """Return the entry of the rows `first` to `end` - 1; they lie in one piece.
 

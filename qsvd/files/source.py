@@ -8,7 +8,7 @@ import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.atomic import read_object
 from qsvd.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
-from qsvd.paths import HUB_ID, check_checkpoint, checkpoint_folder
+from qsvd.paths import check_checkpoint, checkpoint_folder
 from qsvd.plan.weights import Source, WeightSpec
 
 if TYPE_CHECKING:
@@ -110,8 +110,6 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    if not HUB_ID.fullmatch(model):
-        raise BadInput(f"no folder {model!r} here, and a hub id looks like 'owner/name'")
     try:
         folder = snapshot_download(model, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
     except errors.GatedRepoError as error:
@@ -161,7 +159,8 @@ class Checkpoint:
             return _read_pickled(entry, part)
         assert isinstance(entry, TensorEntry), "a checkpoint of other entries has its own read_part"
         if part.index is not None:
-            entry = entry.matrix(part.index)
+            stacked = entry.rows(part.index, part.index + 1)
+            entry = replace(stacked, shape=entry.shape[1:])
         if part.rows is not None:
             entry = entry.rows(*part.rows)
         return read_tensor(entry)
@@ -248,27 +247,25 @@ def _read_files(folder: Path, files: Iterable[str]) -> tuple[dict[str, Entry], d
     seen: dict[str, bytes] = {}
     errors = []
     for file in files:
+        path = folder / file
         try:
-            found, seen[file] = _read_one(folder / file)
+            if path.suffix == ".bin":
+                found = _read_pickle_header(path)
+                described = json.dumps([(name, entry.dtype, entry.shape) for name, entry in found.items()]).encode()
+            else:
+                header = read_header(path)
+                found, described = header.tensors, header.raw
+            seen[file] = described + _sample(path)
         except ValueError as error:
             errors.append(str(error))
             continue
         twice = [name for name in found if name in tensors]
         if twice:
-            errors.append(f"{folder / file} repeats tensors of another shard: {listing(twice)}")
-        tensors |= found
+            errors.append(f"{path} repeats tensors of another shard: {listing(twice)}")
+        tensors.update(found)
     if errors:
         raise BadInput("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))
     return tensors, seen
-
-
-def _read_one(path: Path) -> tuple[dict[str, Entry], bytes]:
-    if path.suffix == ".bin":
-        pickled = _read_pickle_header(path)
-        described = [(name, entry.dtype, entry.shape) for name, entry in pickled.items()]
-        return dict(pickled), json.dumps(described).encode() + _sample(path)
-    header = read_header(path)
-    return dict(header.tensors), header.raw + _sample(path)
 
 
 def _sample(path: Path) -> bytes:
