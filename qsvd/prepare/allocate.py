@@ -81,10 +81,6 @@ def prepare_allocate(options: Allocate, checkpoint: Checkpoint | None = None) ->
 
     Args:
         checkpoint: An open one; None opens options.model.
-
-    Raises:
-        BadInput: an option, the 16-bit model or the statistics cannot be used.
-        DoesNotFit: the largest weight cannot be measured in the memory that is free.
     """
     check(options, is_open=checkpoint is not None)
     device = device_of(options.device)
@@ -156,14 +152,10 @@ def importances(run: AllocateRun) -> tuple[Mapping[str, float] | None, tuple[str
 
 
 def _check_replaceable(path: Path, fingerprint: str) -> None:
-    """Refuse to overwrite a file that somebody wrote or edited.
-
-    Raises:
-        BadInput: the path is something else than an unedited table of the same model.
-    """
+    """Refuse to overwrite a file that is not an unedited table of the same model."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace")
     if not text.startswith(TITLE):
         raise BadInput(f"--out {path} exists and is not a table of qsvd allocate; give another name")
     if not is_sealed(text):
@@ -195,9 +187,15 @@ def measure_and_solve(run: AllocateRun, show: ShowProgress) -> AllocationResult:
     measured = _measured(run, show)
     if run.options.objective == "relative":
         counts_with = over_norms(run.task.weights, measured)
-    result = solve(run.task, run.options.allocator, measured, counts_with)
-    allocation = replace(result.allocation, remarks=_remarks(run, result) + remarks)
-    return replace(result, allocation=allocation)
+    options = run.options
+    result = solve(run.task, options.allocator, measured, counts_with)
+    head = (
+        f"model: {options.model}",
+        f"source: {run.checkpoint.fingerprint}",
+        f"allocator: {options.allocator}, objective: {options.objective}",
+        *summary(run.task, result),
+    )
+    return replace(result, allocation=replace(result.allocation, remarks=head + remarks))
 
 
 def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors]:
@@ -205,32 +203,22 @@ def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors
     weights = run.task.weights
     run.costs.parent.mkdir(parents=True, exist_ok=True)
     with CostsFile(run.costs, run.identity) as kept:
-        done = [spec for spec in weights if _is_measured(run, spec, kept)]
-        pending = [spec for spec in weights if spec not in done]
-        before = len(done)
-        for spec, weight_OI in zip(pending, stream(run.checkpoint, pending), strict=True):
-            kept.keep(spec.module, _measure(run, spec, weight_OI, _ranks(run, spec, kept)))
-            done.append(spec)
-            elements, old, total = map(_elements, (done, done[:before], weights))
-            show(Progress(elements, elements - old, total, f"{len(done)}/{len(weights)} weights measured"))
+        pending = {spec: ranks for spec in weights if (ranks := _ranks(run, spec, kept.measured.get(spec.module)))}
+        total, left = (sum(math.prod(spec.shape) for spec in some) for some in (weights, pending))
+        new, arriving = 0, zip(pending, stream(run.checkpoint, list(pending)), strict=True)
+        for number, (spec, weight_OI) in enumerate(arriving, start=len(weights) - len(pending) + 1):
+            kept.keep(spec.module, _measure(run, spec, weight_OI, pending[spec]))
+            new += math.prod(spec.shape)
+            show(Progress(total - left + new, new, total, f"{number}/{len(weights)} weights measured"))
         return dict(kept.measured)
 
 
-def _is_measured(run: AllocateRun, spec: WeightSpec, kept: CostsFile) -> bool:
-    """Return whether the file has every rank that is asked for; a line with fewer ranks is replaced."""
-    found = kept.measured.get(spec.module)
-    return found is not None and tuple(found.ranks) == _ranks(run, spec, kept)
-
-
-def _ranks(run: AllocateRun, spec: WeightSpec, kept: CostsFile) -> tuple[int, ...]:
-    """Return the ranks to measure and those already measured, ascending from 0."""
-    found = kept.measured.get(spec.module)
+def _ranks(run: AllocateRun, spec: WeightSpec, found: CandidateErrors | None) -> tuple[int, ...]:
+    """Return the ranks that are asked for and those already measured, ascending from 0; none if all are measured."""
+    known = tuple(found.ranks) if found else ()
     asked = run.task.grid.measured(spec.shape, with_fixed=run.options.allocator == "bits")
-    return tuple(sorted({*asked, *(found.ranks if found else ())}))
-
-
-def _elements(weights: Sequence[WeightSpec]) -> int:
-    return sum(math.prod(spec.shape) for spec in weights)
+    ranks = tuple(sorted({*asked, *known}))
+    return () if ranks == known else ranks
 
 
 def _measure(run: AllocateRun, spec: WeightSpec, weight_OI: Tensor, ranks: Sequence[int]) -> CandidateErrors:
@@ -252,13 +240,3 @@ def _measure(run: AllocateRun, spec: WeightSpec, weight_OI: Tensor, ranks: Seque
         ) from error
     except ValueError as error:
         raise BadInput(f"{run.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
-
-
-def _remarks(run: AllocateRun, result: AllocationResult) -> tuple[str, ...]:
-    options = run.options
-    return (
-        f"model: {options.model}",
-        f"source: {run.checkpoint.fingerprint}",
-        f"allocator: {options.allocator}, objective: {options.objective}",
-        *summary(run.task, result),
-    )

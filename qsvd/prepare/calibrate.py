@@ -3,13 +3,14 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qsvd.calibrate.sums import Example
-from qsvd.data.columns import Examples, Tokenized, recognise
+from qsvd.data.columns import Examples, recognise
 from qsvd.data.read import read_rows
 from qsvd.data.tokens import tokenize
 from qsvd.errors import BadInput, listing
@@ -22,7 +23,7 @@ from qsvd.options import Calibrate
 from qsvd.plan.weights import ModelPlan, context_length, is_classifier
 from qsvd.prepare.check_options import check
 from qsvd.prepare.examples import MOST_LENGTH, mapping_of, open_tokenizer, stop_ids
-from qsvd.prepare.models import class_names, open_16_bit
+from qsvd.prepare.models import causal_classes, class_names, open_16_bit
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ class CalibrateRun:
     examples: tuple[Example, ...]
     device: torch.device
     dtype: torch.dtype
-    is_complete: bool  # by an earlier run
 
     @property
     def out(self) -> Path:
@@ -45,7 +45,21 @@ class CalibrateRun:
     @property
     def identity(self) -> dict[str, Any]:
         """What the bytes of the file depend on."""
-        return _identity(self.options, self.checkpoint, self.examples, self.device, self.dtype)
+        sequences = [[list(one.input_ids), one.target, one.segments] for one in self.examples]
+        return result_options(self.options) | {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "source_fingerprint": self.checkpoint.fingerprint,
+            "tokens_sha256": hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),
+        }
+
+    @cached_property
+    def is_complete(self) -> bool:
+        """Whether an earlier run wrote the file; a BadInput where it is another file."""
+        if not self.out.exists():
+            return False
+        check_same(self.out, open_statistics(self.out).record.get("run", {}), self.identity, "give --out another file")
+        return True
 
     @property
     def num_tokens(self) -> int:
@@ -54,19 +68,15 @@ class CalibrateRun:
 
 
 def prepare_calibrate(options: Calibrate) -> CalibrateRun:
-    """Open the 16-bit model and the data, tokenize, and refuse what cannot be calibrated.
-
-    Raises:
-        BadInput: an option, the model or the data cannot be used, or the file is from another run.
-    """
+    """Open the 16-bit model and the data, tokenize, and refuse what cannot be calibrated."""
     check(options)
     device = device_of(options.device)
     checkpoint, plan = open_16_bit(options.model, options.include, options.exclude)
     options = replace(options, max_length=_length(options, checkpoint))
     examples = _examples(options, checkpoint, plan)
-    dtype = dtype_of(options.dtype, device)
-    is_complete = _is_complete(options, _identity(options, checkpoint, examples, device, dtype))
-    return CalibrateRun(options, checkpoint, plan, examples, device, dtype, is_complete)
+    run = CalibrateRun(options, checkpoint, plan, examples, device, dtype_of(options.dtype, device))
+    _ = run.is_complete  # refuses the file of another run
+    return run
 
 
 def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
@@ -81,7 +91,14 @@ def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
 
 def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[Example, ...]:
     """Return as many examples as are asked for, in the order of the data."""
-    classifies = _learns_classes(plan, options.model)
+    assert checkpoint.folder is not None, "opened from files"
+    assert options.max_length is not None, "chosen by now"
+    classifies = is_classifier(plan.architecture)
+    if not classifies and plan.architecture not in causal_classes():
+        raise BadInput(
+            f"{options.model} is a {plan.architecture}, which has no loss on texts or labels; give a language model "
+            f"(...ForCausalLM) or a classifier (...ForSequenceClassification)"
+        )
     examples = recognise(read_rows(options.data, split=options.split), mapping_of(options.map))
     if classifies != (examples.kind == "labelled"):
         wanted = "labelled texts" if classifies else "texts, chats or completions"
@@ -89,8 +106,15 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
             f"{options.data} holds {examples.kind} examples, and {options.model} is a {plan.architecture}, which "
             f"learns from {wanted}"
         )
-    data = _tokenize(options, checkpoint, examples, classifies)
-    _check_vocabulary(data, checkpoint)
+    data = tokenize(
+        examples,
+        open_tokenizer(checkpoint.folder),
+        max_length=options.max_length,
+        loss_on=options.loss_on,
+        stop_ids=stop_ids(checkpoint.folder),
+        label_names=_labels(checkpoint, examples) if classifies else None,
+    )
+    _check_vocabulary(data.input_ids, checkpoint)
     there = len(data.input_ids)
     if there < options.examples:
         raise BadInput(
@@ -98,36 +122,10 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
             f"{options.examples}; give more data, or --examples {there}"
         )
     order = torch.randperm(there, generator=torch.Generator().manual_seed(options.seed))
-    types = data.token_types
+    types = data.token_types or [None] * there
     return tuple(
-        Example(data.input_ids[index], data.labels[index], None if types is None else types[index])
+        Example(data.input_ids[index], data.labels[index], types[index])
         for index in sorted(order[: options.examples].tolist())
-    )
-
-
-def _learns_classes(plan: ModelPlan, model: str) -> bool:
-    """Return whether the model is a classifier; a BadInput where it is not a language model either."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    learns_classes = is_classifier(plan.architecture)
-    if not learns_classes and plan.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise BadInput(
-            f"{model} is a {plan.architecture}, which has no loss on texts or labels; give a language model "
-            f"(...ForCausalLM) or a classifier (...ForSequenceClassification)"
-        )
-    return learns_classes
-
-
-def _tokenize(options: Calibrate, checkpoint: Checkpoint, examples: Examples, classifies: bool) -> Tokenized:
-    assert checkpoint.folder is not None, "opened from files"
-    assert options.max_length is not None, "chosen by now"
-    return tokenize(
-        examples,
-        open_tokenizer(checkpoint.folder),
-        max_length=options.max_length,
-        loss_on=options.loss_on,
-        stop_ids=stop_ids(checkpoint.folder),
-        label_names=_labels(checkpoint, examples) if classifies else None,
     )
 
 
@@ -139,37 +137,12 @@ def _labels(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:
     return names
 
 
-def _check_vocabulary(data: Tokenized, checkpoint: Checkpoint) -> None:
+def _check_vocabulary(sequences: list[list[int]], checkpoint: Checkpoint) -> None:
     """Refuse tokens outside the vocabulary of the model: on a GPU they would end the process."""
     size = checkpoint.config.get_text_config().vocab_size
-    outside = sorted({token for tokens in data.input_ids for token in tokens if not 0 <= token < size})
+    outside = sorted({token for tokens in sequences for token in tokens if not 0 <= token < size})
     if outside:
         raise BadInput(
             f"the tokenizer of {checkpoint.name} gives token {listing([str(token) for token in outside])}, outside "
             f"0..{size - 1}, the vocabulary of its model; put the model's own tokenizer into its folder"
         )
-
-
-def _is_complete(options: Calibrate, identity: dict[str, Any]) -> bool:
-    """Return whether the file exists from a run with the same identity; a BadInput where it is another file."""
-    out = options.out.expanduser()
-    if not out.exists():
-        return False
-    if out.is_dir():
-        raise BadInput(f"--out {out} is a folder; give a file, such as {out / 'statistics.safetensors'}")
-    check_same(out, open_statistics(out).record.get("run", {}), identity, "give --out another file")
-    return True
-
-
-def _identity(
-    options: Calibrate,
-    checkpoint: Checkpoint,
-    examples: tuple[Example, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    chosen = result_options(options)
-    sequences = [[list(one.input_ids), one.target, one.segments] for one in examples]
-    digest = hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
-    kind = {"dtype": str(dtype).removeprefix("torch."), "device": device.type}
-    return chosen | kind | {"source_fingerprint": checkpoint.fingerprint, "tokens_sha256": digest}

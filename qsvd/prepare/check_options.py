@@ -3,6 +3,7 @@ once, before it imports the command."""
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from qsvd.data.read import local_data
 from qsvd.errors import BadInput, parse_size
@@ -12,6 +13,7 @@ from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize
 from qsvd.paths import checkpoint_folder, local_path
 
 Options = Allocate | Calibrate | Demo | Eval | Export | Plan | Quantize | Report | Train
+Kind = Literal["16-bit", "split", "trained"]
 
 LEAST_SHARD = 10**5  # bytes of one output file
 TRACKERS = {  # name -> packages of which transformers needs one
@@ -132,6 +134,12 @@ def _check_models(options: Options, *, is_open: bool) -> None:
             pass
 
 
+def _check_config(name: str) -> None:
+    path = local_path(name)
+    if path is not None and path.is_dir() and not any((path / file).is_file() for file in (MANIFEST, "config.json")):
+        raise BadInput(f"no config.json in {path}; give a transformers model or a config.json")
+
+
 def _check_exported(run: Path) -> None:
     if not run.expanduser().exists():  # a Hub id would be downloaded, and then refused
         raise BadInput(f"no folder {run} here; give a run of qsvd train, or a quantized model")
@@ -139,25 +147,16 @@ def _check_exported(run: Path) -> None:
         raise BadInput(f"{run} is a 16-bit model; give a run of qsvd train, or a quantized model")
 
 
-def model_kind(name: str) -> str:
-    """Return what a name stands for: "16-bit" (a Hub id too), "split" (a quantized model) or "trained" (a run).
-
-    Raises:
-        BadInput: the name is none of these.
-    """
+def model_kind(name: str) -> Kind:
+    """Return what a name stands for, a Hub id for a 16-bit model; a BadInput where it is none of the three."""
     folder = local_path(name)
     if folder is None:
         return "16-bit"
-    for file, kind in {ADAPTER_RECORD: "trained", MANIFEST: "split", "config.json": "16-bit"}.items():
+    kinds: dict[str, Kind] = {ADAPTER_RECORD: "trained", MANIFEST: "split", "config.json": "16-bit"}
+    for file, kind in kinds.items():
         if (folder / file).is_file():
             return kind
     raise BadInput(f"{name} is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train")
-
-
-def _check_config(name: str) -> None:
-    path = local_path(name)
-    if path is not None and path.is_dir() and not any((path / file).is_file() for file in (MANIFEST, "config.json")):
-        raise BadInput(f"no config.json in {path}; give a transformers model or a config.json")
 
 
 def _check_output(options: Options) -> None:

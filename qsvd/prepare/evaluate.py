@@ -1,6 +1,6 @@
 """Options of `qsvd eval` to a checked run: the models, the examples, the task."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,15 +39,10 @@ class EvalRun:
 
 
 def prepare_eval(options: Eval) -> EvalRun:
-    """Open models and data, and refuse what cannot be measured, before a model is loaded.
-
-    Raises:
-        BadInput: an option, a model or the data cannot be used.
-    """
+    """Open models and data, and refuse what cannot be measured, before a model is loaded."""
     check(options)
     device = device_of(options.device)
-    rows = read_rows(options.data, split=options.split)
-    examples = recognise(rows, mapping_of(options.map))
+    examples = recognise(read_rows(options.data, split=options.split), mapping_of(options.map))
     task = _task(options, examples)
     is_one_text = examples.kind == "text" and not examples.places.unit
     if options.stride is not None and not is_one_text:
@@ -55,10 +50,8 @@ def prepare_eval(options: Eval) -> EvalRun:
     if options.reference is not None and examples.kind != "text":
         raise BadInput(f"--reference compares models on text; {options.data} holds {examples.kind} examples")
     if options.limit is not None:
-        count = min(options.limit, len(examples.rows))
-        examples = Examples(
-            examples.kind, examples.rows[:count], examples.places.take(list(range(count))), examples.literal
-        )
+        first = range(min(options.limit, len(examples.rows)))
+        examples = replace(examples, rows=examples.rows[: len(first)], places=examples.places.take(first))
     if task == "exact-match":
         _check_answers(examples)
     subjects = tuple(_subject(name, options, task) for name in options.models)

@@ -22,11 +22,7 @@ MOST_HELD_OUT = 256  # examples, where no validation data are given
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """Open the tokenizer of a model's folder and give it a padding token.
-
-    Raises:
-        BadInput: the folder has none.
-    """
+    """Open the tokenizer of a model's folder and give it a padding token; a BadInput where the folder has none."""
     from transformers import AutoTokenizer
 
     try:
@@ -65,11 +61,7 @@ def positions(split: SplitFolder) -> int:
 def training_examples(
     options: Train, tokenizer: Any, split: SplitFolder, max_length: int
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Return the tokenized examples that are trained and those that are held out.
-
-    Raises:
-        BadInput: the data cannot be used: the sentence says where and why.
-    """
+    """Return the tokenized examples that are trained and those that are held out."""
     train, valid = _rows(options)
     examples = recognise(train, mapping_of(options.map))
     _check_kind(options, examples)
@@ -89,12 +81,12 @@ def training_examples(
 
 def _rows(options: Train) -> tuple[Rows, Rows | None]:
     """Read the rows of the training data, and of the validation data if there are any."""
-    if options.valid is not None:
-        valid_split = "train" if Path(options.valid).expanduser().is_file() else "valid"
-        return read_rows(options.data, split=options.split), read_rows(options.valid, split=valid_split)
-    if options.split != "train":
-        return read_rows(options.data, split=options.split), None
-    return read_pair(options.data)
+    if options.valid is None and options.split == "train":
+        return read_pair(options.data)
+    train = read_rows(options.data, split=options.split)
+    if options.valid is None:
+        return train, None
+    return train, read_rows(options.valid, split="train" if Path(options.valid).expanduser().is_file() else "valid")
 
 
 def _check_kind(options: Train, examples: Examples) -> None:

@@ -33,24 +33,17 @@ def machine(device: torch.device, dtype: torch.dtype, *, gpu: str | None = None,
     """Return this machine with its free memory, or less if --gpu or --host say less; a BadInput for wrong sizes."""
     if gpu is not None and device.type != "cuda":
         raise BadInput(f"--gpu {gpu} needs a GPU, and the device is {device}")
-    free_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    most_gpu = _least(None if gpu is None else parse_size(gpu, "--gpu"), free_gpu)
-    left = None if host is None else max(parse_size(host, "--host") - taken_host_memory(), 0)
-    most_host = _least(left, free_host_memory())
+    most_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if gpu is not None and most_gpu is not None:
+        most_gpu = min(most_gpu, parse_size(gpu, "--gpu"))
+    most_host = free_host_memory()
+    if host is not None:
+        most_host = min(most_host, max(parse_size(host, "--host") - taken_host_memory(), 0))
     return Machine(device, dtype, Limits(most_gpu, most_host))
 
 
-def _least(*sizes: int | None) -> int | None:
-    return min((size for size in sizes if size is not None), default=None)
-
-
 def place_training(split: SplitFolder, record: AdapterRecord, training: Training, wish: Wish, here: Machine) -> Placed:
-    """Return which blocks stay on the device during training.
-
-    Raises:
-        DoesNotFit: the run does not fit; the sentence has the numbers, and what would fit.
-        BadInput: the planner cannot run such a model.
-    """
+    """Return which blocks stay on the device during training; a DoesNotFit has the numbers, and what would fit."""
     model = planned_base(split, record, here.dtype)
     found = place(model, training, here.limits, wish)
     if found.memory.fits:
@@ -61,20 +54,14 @@ def place_training(split: SplitFolder, record: AdapterRecord, training: Training
 
 
 def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, here: Machine) -> Placement:
-    """Return which blocks stay on the device while a model reads batches and returns the logits of every token.
-
-    Raises:
-        DoesNotFit, ValueError: as place_training.
-    """
+    """Return which blocks stay on the device while a model reads batches and returns the logits of every token."""
     model = planned_base(split, record, here.dtype)
     choices = 0 if record.labels else model.text_config.vocab_size
     logits = 2 * here.dtype.itemsize * batch.batch * batch.tokens * choices  # and a copy of them
     logits_item = on(here.device.type, "logits of every token", logits)
-    left = (
-        None if size is None else size - taken
-        for size, taken in ((here.limits.gpu, logits_item.gpu), (here.limits.host, logits_item.host))
-    )
-    found = place_serving(model, batch, Limits(*left), wish)
+    gpu, host = here.limits.gpu, here.limits.host
+    left = Limits(None if gpu is None else gpu - logits_item.gpu, None if host is None else host - logits_item.host)
+    found = place_serving(model, batch, left, wish)
     memory = replace(found.memory, items=(*found.memory.items, logits_item), limits=here.limits)
     if not memory.fits:
         raise DoesNotFit(f"{_lack(memory)}; give a smaller --batch-size or --window")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +18,10 @@ from qsvd.files.check import check_complete, check_not_quantized
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.source import Checkpoint, download, open_checkpoint
 from qsvd.files.split_folder import SplitFolder, open_split
-from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.paths import local_path
 from qsvd.plan.weights import ModelPlan, is_classifier, plan_model
+from qsvd.prepare.check_options import Kind, model_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,9 +44,6 @@ def open_16_bit(
     check_not_quantized(checkpoint.config, checkpoint.tensors)
     plan = plan_model(checkpoint.config, include=include, exclude=exclude)
     return checkpoint, check_complete(checkpoint, plan)
-
-
-Kind = Literal["16-bit", "split", "trained"]
 
 
 @dataclass(frozen=True)
@@ -75,22 +72,18 @@ def find_model(name: str, base: Path | None) -> NamedModel:
     Raises:
         BadInput: there is no such model, it is none of the three, or the quantized model of the run is another one.
     """
-    folder = local_path(name)
-    if folder is None:
-        return NamedModel(name, "16-bit", download(name))
-    if (folder / ADAPTER_RECORD).is_file():
-        adapter = open_adapter(folder)
-        home = base.expanduser() if base is not None else Path(adapter.record.base)
-        if not home.is_dir():
-            raise BadInput(f"{name} was trained on {home}, which does not exist; give --base with its new folder")
-        split = open_split(home)
-        check_base(adapter, home, split.fingerprint)
-        return NamedModel(name, "trained", home, _architecture(split), adapter.record.labels)
-    if (folder / MANIFEST).is_file():
+    kind, folder = model_kind(name), local_path(name)
+    if kind == "16-bit" or folder is None:
+        return NamedModel(name, "16-bit", folder or download(name))
+    if kind == "split":
         return NamedModel(name, "split", folder, _architecture(open_split(folder)))
-    if (folder / "config.json").is_file():
-        return NamedModel(name, "16-bit", folder)
-    raise BadInput(f"{name} is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train")
+    adapter = open_adapter(folder)
+    home = base.expanduser() if base is not None else Path(adapter.record.base)
+    if not home.is_dir():
+        raise BadInput(f"{name} was trained on {home}, which does not exist; give --base with its new folder")
+    split = open_split(home)
+    check_base(adapter, home, split.fingerprint)
+    return NamedModel(name, "trained", home, _architecture(split), adapter.record.labels)
 
 
 def _architecture(split: SplitFolder) -> str:
@@ -111,11 +104,12 @@ def check_kind(found: NamedModel, *, classifier: bool) -> None:
         )
     if not classifier and found.labels:
         raise BadInput(f"{found.name} is a classifier ({listing(found.labels)}), which needs labelled examples")
-    if not classifier and found.architecture not in _causal_classes():
+    if not classifier and found.architecture not in causal_classes():
         raise BadInput(f"{found.name} is a {found.architecture}, which does not predict tokens; give a language model")
 
 
-def _causal_classes() -> set[str]:
+def causal_classes() -> set[str]:
+    """Return the classes in transformers that predict tokens."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -132,13 +126,11 @@ def load_model(
     """Return the model in evaluation mode; `placement` is for quantized models and runs.
 
     Raises:
-        BadInput: it cannot be built, or is not a classifier or a language model where one is needed.
+        BadInput: it cannot be built, or is a 16-bit model that is not a classifier or a language model as needed.
     """
-    check_kind(found, classifier=classifier)
-    if found.kind == "trained":
-        return load(found.home, adapter=found.name, device=device, dtype=dtype, placement=placement)
-    if found.kind == "split":
-        return load(found.home, device=device, dtype=dtype, placement=placement)
+    if found.kind != "16-bit":
+        adapter = found.name if found.kind == "trained" else None
+        return load(found.home, adapter=adapter, device=device, dtype=dtype, placement=placement)
     import transformers
 
     auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
@@ -183,16 +175,17 @@ def open_trained(run: Path, base: Path | None) -> Opened:
     """Open a run with its quantized model, or a quantized model.
 
     Raises:
-        BadInput: the folder is neither, or the quantized model of the run is missing or another one.
+        BadInput: the quantized model of the run is missing or another one.
     """
-    if not run.expanduser().exists():  # a hub id would be downloaded, and then refused
-        raise BadInput(f"no folder {run} here; give a run of qsvd train, or a quantized model")
     found = find_model(str(run), base)
-    if found.kind == "16-bit":
-        raise BadInput(f"{run} is a 16-bit model; give a run of qsvd train, or a quantized model")
     split = open_split(found.home)
     if found.kind == "split":
-        return Opened(split, None, new_record(split, AdapterOptions()), TrainedModel(split, _stored(split)))
+
+        def stored(name: str) -> Trained:
+            up_OR, down_RI = read_components(split, name)
+            return Trained(up_OR.float(), down_RI.float())
+
+        return Opened(split, None, new_record(split, AdapterOptions()), TrainedModel(split, stored))
     adapter = open_adapter(run.expanduser())
     spelling = names_of(split, adapter.record).spelling
     modules = {name: path.removesuffix(".weight") for path, name in spelling.items()}
@@ -204,14 +197,6 @@ def open_trained(run: Path, base: Path | None) -> Opened:
 
     full = {name: read_tensor(adapter.tensors[name]) for name in adapter.record.full}
     return Opened(split, adapter, adapter.record, TrainedModel(split, weight, full, spelling))
-
-
-def _stored(split: SplitFolder) -> Any:
-    def weight(name: str) -> Trained:
-        up_OR, down_RI = read_components(split, name)
-        return Trained(up_OR.float(), down_RI.float())
-
-    return weight
 
 
 def class_names(config: "PreTrainedConfig", examples: Examples) -> tuple[str, ...]:

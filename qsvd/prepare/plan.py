@@ -79,11 +79,7 @@ class PlanJob:
 
 
 def prepare_plan(options: Plan) -> PlanJob:
-    """Read the config and refuse what cannot be planned.
-
-    Raises:
-        BadInput: an option cannot be used, or the model cannot be quantized.
-    """
+    """Read the config and refuse what cannot be planned."""
     check(options)
     limits = _limits(options)
     source = plan_source(options)
@@ -111,11 +107,7 @@ def prepare_plan(options: Plan) -> PlanJob:
 
 
 def plan_source(options: Plan) -> PlanSource:
-    """Read the config of a 16-bit model, or the record of a quantized one.
-
-    Raises:
-        BadInput: the model cannot be quantized, or the options do not go with it.
-    """
+    """Read the config of a 16-bit model, or the record of a quantized one."""
     adapter = AdapterOptions(None if options.method == "auto" else options.method, dtype=options.adapter_dtype)
     folder = Path(options.model).expanduser()
     if (folder / MANIFEST).is_file():

@@ -28,7 +28,7 @@ from qsvd.options import Quantize
 from qsvd.plan.allocation import Allocation, Choice, from_text, residual_bits, to_text, uniform
 from qsvd.plan.weights import ModelPlan, WeightSpec, coverage
 from qsvd.prepare.allocate import AllocateRun, allocate_run, check_measuring, is_sealed, measure_and_solve, sealed
-from qsvd.prepare.check_options import LEAST_SHARD, check
+from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import machine
 from qsvd.prepare.models import open_16_bit
 from qsvd.records import ShowProgress
@@ -45,7 +45,6 @@ class QuantizeRun:
 
     Args:
         statistics: The sensitivity file that the objective needs; None where it needs none.
-        compute_dtype: The dtype that a loader decodes to.
         shard_bytes: Most bytes of one output file.
         allocation: Codec and rank of every weight; None until `resolve_allocation` has spent the budget.
         table: The text of an allocation table; None where all weights get the same codec and rank.
@@ -56,7 +55,6 @@ class QuantizeRun:
     plan: ModelPlan
     statistics: Statistics | None
     device: torch.device
-    compute_dtype: torch.dtype
     shard_bytes: int
     allocation: Allocation | None
     table: str | None
@@ -76,6 +74,14 @@ class QuantizeRun:
     def dtype(self) -> torch.dtype:
         """The dtype of the stored components."""
         return getattr(torch, self.options.dtype)
+
+    @cached_property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that a loader decodes to: the one that most elements are stored in."""
+        elements = Counter[torch.dtype]()
+        for spec in self.plan.weights:
+            elements[self.checkpoint.dtype_of(spec)] += math.prod(spec.shape)
+        return elements.most_common(1)[0][0]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -105,8 +111,25 @@ class QuantizeRun:
 
     @cached_property
     def skipped(self) -> tuple[str, ...]:
-        """The modules that transformers must not make 4-bit, where bitsandbytes decodes."""
-        return _skipped(self.plan) if self.resolved.is_plain else ()
+        """The linear layers that transformers must not make 4-bit, where bitsandbytes decodes, and heads to be added.
+
+        Raises:
+            BadInput: transformers' matching would also skip a weight that is split, or convert one that is not.
+        """
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        if not self.resolved.is_plain:
+            return ()
+        split = [spec.module for spec in self.plan.weights]
+        heads = [head for head in HEADS if all(should_convert_module(path, [head]) for path in split)]
+        skipped = list(dict.fromkeys((*self.plan.left_linears, *heads)))
+        wrong = [path for path in split if not should_convert_module(path, skipped)]
+        if wrong:
+            raise BadInput(
+                f"transformers cannot tell {listing(wrong)} from the layers that stay in 16 bits, since it compares "
+                "the ends of names; exclude these too, or include the others"
+            )
+        return tuple(skipped)
 
     @property
     def header(self) -> ReportHeader:
@@ -149,23 +172,18 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
 
     Args:
         checkpoint: An open one; None opens options.model.
-
-    Raises:
-        BadInput: an option, or the 16-bit model, cannot be used.
     """
     check(options, is_open=checkpoint is not None)
     is_uniform = options.budget is None and options.allocation is None  # else some weights may have components
-    rank = options.rank if is_uniform else 1
-    _recipe(options, Choice(NormalFloat4(double_quant=options.double_quant), rank))  # refuses what cannot be looped
-    shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
+    choice = Choice(NormalFloat4(double_quant=options.double_quant), options.rank if is_uniform else 1)
+    _recipe(options, choice)  # refuses what cannot be looped
     device = device_of(options.device)
     checkpoint, plan = open_16_bit(options.model, options.include, options.exclude, checkpoint)
     allocation, table = None, None
     if options.allocation is not None:
         allocation, table = read_table(options.allocation, plan.weights)
-    elif options.budget is None:
+    elif is_uniform:
         _check_rank(options.rank, plan.weights)
-        choice = Choice(NormalFloat4(double_quant=options.double_quant), options.rank)
         allocation = uniform(plan.weights, choice)
     run = QuantizeRun(
         options=options,
@@ -173,8 +191,7 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
         plan=plan,
         statistics=statistics_for(options.objective, options.statistics, checkpoint, plan.weights),
         device=device,
-        compute_dtype=_compute_dtype(checkpoint, plan.weights),
-        shard_bytes=shard_bytes,
+        shard_bytes=parse_size(options.shard_size, "--shard-size"),
         allocation=allocation,
         table=table,
     )
@@ -211,11 +228,7 @@ def resolve_allocation(run: QuantizeRun, folder: OutputFolder, show: ShowProgres
 
 
 def check_resources(run: QuantizeRun) -> None:
-    """Refuse a run that does not fit into memory or on the disk. A complete quantized model needs nothing more.
-
-    Raises:
-        DoesNotFit: with the numbers.
-    """
+    """Refuse, by DoesNotFit, what exceeds memory or disk. A complete quantized model needs nothing more."""
     if (run.out / MANIFEST).is_file():
         return
     if run.allocation is not None:
@@ -271,41 +284,9 @@ def _check_rank(rank: int, weights: Sequence[WeightSpec]) -> None:
 
 
 def read_table(file: Path, weights: Sequence[WeightSpec]) -> tuple[Allocation, str]:
-    """Return the allocation of a table that `qsvd allocate` wrote or somebody edited, and its text.
-
-    Raises:
-        BadInput: the table cannot be read, or does not fit the weights.
-    """
+    """Return the allocation of a table and its text; a BadInput where it cannot be read or does not fit the weights."""
     try:
         text = file.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--allocation {file} cannot be read as a text file: {error}") from error
     return from_text(text, weights, f"--allocation {file}"), text
-
-
-def _compute_dtype(checkpoint: Checkpoint, weights: Sequence[WeightSpec]) -> torch.dtype:
-    """Return the dtype that most elements are stored in."""
-    elements: Counter[torch.dtype] = Counter()
-    for spec in weights:
-        elements[checkpoint.dtype_of(spec)] += math.prod(spec.shape)
-    return max(elements, key=lambda name: elements[name])
-
-
-def _skipped(plan: ModelPlan) -> tuple[str, ...]:
-    """Return the linear layers that stay in 16 bits, and heads that a user may add.
-
-    Raises:
-        BadInput: transformers' matching would also skip a weight that is split, or convert one that is not.
-    """
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    split = [spec.module for spec in plan.weights]
-    heads = [head for head in HEADS if all(should_convert_module(path, [head]) for path in split)]
-    skipped = list(dict.fromkeys((*plan.left_linears, *heads)))
-    wrong = [path for path in split if not should_convert_module(path, skipped)]
-    if wrong:
-        raise BadInput(
-            f"transformers cannot tell {listing(wrong)} from the layers that stay in 16 bits, since it compares the "
-            "ends of names; exclude these too, or include the others"
-        )
-    return tuple(skipped)

@@ -28,13 +28,6 @@ from qsvd.prepare.machine import machine, place_training, show_placement
 from qsvd.training.settings import Settings, default_optimizer
 
 
-def check_start_of(record: AdapterRecord, split: SplitFolder) -> None:
-    """Start the adapter of one small weight for each stored rank, to refuse options that the method cannot use."""
-    for rank in sorted({weight["rank"] for weight in split.weights.values()}):
-        sizes = {name: math.prod(weight["shape"]) for name, weight in split.weights.items() if weight["rank"] == rank}
-        start_adapter(split, record, min(sizes, key=lambda name: sizes[name]), torch.device("cpu"))
-
-
 @dataclass(frozen=True)
 class TrainRun:
     """A checked run of `qsvd train`."""
@@ -79,12 +72,7 @@ class TrainRun:
 
 
 def prepare_train(options: Train) -> TrainRun:
-    """Open the quantized model and the data, tokenize, and refuse what cannot be trained.
-
-    Raises:
-        BadInput: an option, the quantized model or the data cannot be used.
-        DoesNotFit: there is too little memory, wherever the weights are kept.
-    """
+    """Open the quantized model and the data, tokenize, and refuse what cannot be trained."""
     check(options)
     device = device_of(options.device)
     if options.activation_offload == "yes" and device.type == "cpu":
@@ -95,7 +83,9 @@ def prepare_train(options: Train) -> TrainRun:
     method = None if options.method == "auto" else options.method
     adapter_options = AdapterOptions(method, options.rank, options.alpha, options.adapter_dtype, options.seed)
     record = new_record(split, adapter_options)
-    check_start_of(record, split)
+    for rank in sorted(set(split.ranks.values())):  # refuse options that the method cannot use, by a small weight
+        sizes = {name: math.prod(weight["shape"]) for name, weight in split.weights.items() if weight["rank"] == rank}
+        start_adapter(split, record, min(sizes, key=lambda name: sizes[name]), torch.device("cpu"))
     tokenizer = open_tokenizer(split.folder)
     data, held_out = training_examples(options, tokenizer, split, max_length)
     if data.label_names:
