@@ -20,6 +20,7 @@ from qsvd.adapters.start import check_method, new_record, read_weight, start_fro
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.check import resolve
+from qsvd.files.layout import ADAPTER_TENSORS
 from qsvd.files.pages import keep_freed_memory
 from qsvd.files.safetensors import map_tensor, read_tensor
 from qsvd.files.split_folder import SplitFolder, open_split
@@ -88,6 +89,7 @@ class _Place:
     device: torch.device
     dtype: torch.dtype
     placement: Placement = EVERYTHING
+    is_trained: bool = False  # a stored adapter will be loaded
 
 
 def load(  # noqa: PLR0913  # each is a choice of its own
@@ -130,7 +132,8 @@ def load(  # noqa: PLR0913  # each is a choice of its own
     trained = open_adapter(Path(adapter).expanduser())
     check_base(trained, split.folder, split.fingerprint)
     check_method(trained.record.method)
-    return _load(_place(split, trained.record, device, dtype, placement), trained)
+    place = _place(split, trained.record, device, dtype, placement)
+    return _load(replace(place, is_trained=True), trained)
 
 
 def names_of(split: SplitFolder, record: AdapterRecord) -> ModelPlan:
@@ -189,8 +192,7 @@ def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     delattr(config, "quantization_config")
     config.dtype = place.dtype
-    # A trainer that loads a reference model by this name would get the residual alone; the name tells what to do.
-    config.name_or_path = f"qsvd.load({str(folder)!r}): give ref_model=model.reference()"
+    config.name_or_path = _name(place)
     architecture = _class(config, place)
     kind = type(architecture.__name__, (SplitModel, architecture), {"__module__": architecture.__module__})
     with init_empty_weights(include_buffers=False):
@@ -198,6 +200,22 @@ def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     if model.can_generate():
         model.generation_config = _generation_config(folder, config)
     return model.requires_grad_(False), resolve(_own_names(place.split), describe(model))
+
+
+def _name(place: _Place) -> str:
+    """Return the path by which trainers load the tokenizer and a reference model: the model before training.
+
+    from_pretrained does not load a run, nor the components of format 1. The name then says what to do.
+    """
+    folder = place.split.folder.resolve()
+    if place.is_trained:
+        return (
+            f"{folder} with a trained adapter. Give DPOTrainer ref_model=model.reference(). GRPOTrainer and "
+            "RLOOTrainer make the reference themselves: set beta=0, or open the run with PEFT"
+        )
+    if not (folder / ADAPTER_TENSORS).is_file() and any(place.split.ranks.values()):
+        return f"{folder} in the layout of qsvd 0.1.0: move both files of adapter/ up next to config.json"
+    return str(folder)
 
 
 def _class(config: "PreTrainedConfig", place: _Place) -> Any:

@@ -66,6 +66,13 @@ def _joined(outputs: list[Any], rows: int) -> Any:
 ADAPTER = ".adapter."  # between a module's path and the name of an adapter's parameter
 
 
+NO_PEFT = (
+    "a model from qsvd.load has an adapter already: leave out peft_config, and choose the method and rank with "
+    'qsvd.load(OUT, options=qsvd.AdapterOptions("lora", rank=16)); for PEFT\'s own layers open OUT with '
+    "AutoModelForCausalLM.from_pretrained"
+)
+
+
 class SplitModel:
     """Mixin before a transformers class: `class SplitLlama(SplitModel, LlamaForCausalLM)`."""
 
@@ -86,6 +93,21 @@ class SplitModel:
         transformers' other arguments concern files of whole models and are ignored.
         """
         write_adapter(Path(save_directory), self.split_record, trained(cast("PreTrainedModel", self)))
+
+    def is_custom_code(self) -> bool:
+        """Refuse PEFT's layers: of a loaded model, PEFT asks this (in transformers) before it adds layers.
+
+        transformers itself asks it while it makes the model.
+        """
+        if "split_record" in self.__dict__:
+            raise BadInput(NO_PEFT)
+        return False
+
+    def add_adapter(self, *_: object, **__: object) -> None:
+        """Refuse transformers' way to add PEFT's layers."""
+        raise BadInput(NO_PEFT)
+
+    load_adapter = add_adapter
 
     @property
     def transformers_class(self) -> Any:

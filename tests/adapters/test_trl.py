@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 import qsvd
 from qsvd.adapters.methods import METHODS
 from qsvd.adapters.model import trained
+from tests.adapters.results import in_float32
 from tests.runs import TEXTS, language_base
 
 pytestmark = [
@@ -18,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:.*gradient_checkpointing. is deprecated:FutureWarning"
     ),  # TRL asks for an old name
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
 ]
 
 STEPS = 10
@@ -104,10 +107,66 @@ def assert_comes_back(out, folder, model):
     assert all(torch.equal(p, again[name]) for name, p in trained(model).items())
 
 
-def test_dpo_without_a_reference_stops_and_says_what_to_give(out, tokenizer, tmp_path):
-    """TRL would look for one by the model's name, which is that of the residual."""
-    with pytest.raises(OSError, match=r"give ref_model=model\.reference\(\)"):
-        dpo(load(out), None, tokenizer, tmp_path)
+def plain(out):
+    """OUT in plain transformers and PEFT, its components trainable."""
+    return PeftModel.from_pretrained(in_float32(AutoModelForCausalLM.from_pretrained(out)), out, is_trainable=True)
+
+
+def policy_trainer(name, model, tokenizer, folder):
+    """DPO, GRPO or RLOO as the guide has them, without a reference model."""
+    if name == "dpo":
+        return dpo(model, None, tokenizer, folder)
+    make, settings = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[name]
+    sizes = {"num_generations": 2, "max_completion_length": 8, "beta": 0.1, "max_steps": 3, "save_strategy": "no"}
+    return make(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
+        args=settings(str(folder), **PLAIN, **sizes),
+        train_dataset=Dataset.from_list([{"prompt": text[:20]} for text in TEXTS[:4]]),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("opened", ["qsvd", "peft"])
+@pytest.mark.parametrize("name", ["dpo", "grpo", "rloo"])
+def test_trl_makes_the_reference_from_the_whole_model(out, tokenizer, tmp_path, name, opened):
+    """The reference is the quantized model before training; the residual alone has other logits by far."""
+    model = load(out) if opened == "qsvd" else plain(out)
+    ids = tokenizer("She said that", return_tensors="pt").input_ids
+    with torch.no_grad():
+        start = load(out)(input_ids=ids).logits  # not of `model`: bitsandbytes cannot train on a CPU after eval
+    trainer = policy_trainer(name, model, tokenizer, tmp_path)
+    trainer.train()
+    entries = trainer.state.log_history
+    assert any("kl" in entry or "rewards/margins" in entry for entry in entries)
+    if name == "dpo":
+        assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-2)
+    else:
+        assert abs(entries[0]["kl"]) < 1e-3 < abs(entries[2]["kl"])
+    with torch.no_grad():
+        if opened == "peft":
+            model.set_adapter("ref")
+        reference = (model if opened == "peft" else trainer.ref_model).eval()(input_ids=ids).logits
+    assert (reference - start).abs().max() < 0.02 * start.abs().max()  # bitsandbytes computes in bfloat16 on some CPUs
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo", "rloo"])
+def test_a_run_has_no_reference_that_trl_can_load(out, tokenizer, tmp_path, name):
+    load(out).save_pretrained(tmp_path / "run")
+    trained_model = qsvd.load(out, adapter=tmp_path / "run")
+    with pytest.raises(OSError, match=r"Give DPOTrainer ref_model=model\.reference\(\).*set beta=0, or open the run"):
+        policy_trainer(name, trained_model, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("target", [None, "all-linear", ["lm_head"]])
+def test_a_peft_config_is_refused_in_one_sentence(out, tokenizer, tmp_path, target):
+    settings = SFTConfig(str(tmp_path), max_steps=1, **PLAIN)
+    data = Dataset.from_list([{"text": text} for text in TEXTS[:8]])
+    model, peft_config = load(out), LoraConfig(target_modules=target)
+    with pytest.raises(ValueError, match=r"leave out peft_config, and choose the method and rank with qsvd\.load"):
+        SFTTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
+    with pytest.raises(ValueError, match="leave out peft_config"):
+        model.add_adapter(peft_config)
 
 
 @pytest.mark.parametrize("method", METHODS)
