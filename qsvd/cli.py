@@ -6,17 +6,15 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass, make_dataclass
 from dataclasses import field as new_field
 from importlib import import_module
 from inspect import getdoc
-from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import qsvd
-from qsvd.errors import BadInput, QsvdError
+from qsvd.arguments import checked, from_yaml, meant, take_config
+from qsvd.errors import QsvdError
 from qsvd.option_types import POSITIONAL, Group, Help, marks_of
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
 from qsvd.prepare.check_options import check
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; its exit code. Bad flags raise SystemExit(2), as argparse does."""
+    """Run one command; its exit code. An unknown command raises SystemExit(2), as argparse does."""
     if arguments == ["--version"]:
         print(f"qsvd {qsvd.__version__}")
         return 0
@@ -75,19 +73,22 @@ def run(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> Any:
-    """Return the options record of a command line. Help and wrong arguments raise SystemExit(0) and SystemExit(2).
+    """Return the options record of a command line. Help raises SystemExit(0), another command SystemExit(2).
 
     Raises:
-        BadInput: the file after --config cannot be used.
+        BadInput: an argument, or the file after --config, cannot be used; the sentence names every fault.
     """
-    arguments, config = _take_config(arguments)
+    arguments, config = take_config(arguments)
     command, *rest = arguments or [""]
     if command not in COMMANDS:
         _explain(command)
+    record = COMMANDS[command]
+    defaults = {} if config is None else from_yaml(record, config)
+    if not {"-h", "--help"} & {*rest}:
+        rest = checked(f"qsvd {command}", record, rest, defaults)
     import tyro
 
-    record = COMMANDS[command]
-    form = _form(record, {} if config is None else _from_yaml(record, config))
+    form = _form(record, defaults)
     found = tyro.cli(
         form,
         args=rest,
@@ -107,7 +108,7 @@ def _explain(command: str) -> NoReturn:
     if command in ("-h", "--help"):
         print(text)
         sys.exit(0)
-    wrong = f"qsvd: there is no command {command!r}; the commands are {', '.join(COMMANDS)}"
+    wrong = f"qsvd: there is no command {command!r}{meant(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}"
     print(wrong if command else text, file=sys.stderr)
     sys.exit(2)
 
@@ -134,78 +135,6 @@ def _form(record: type, defaults: Mapping[str, Any]) -> type:
         group = make_dataclass(f"Group{number}", options, namespace={"__doc__": ""})
         top.append((f"group{number}", Annotated[group, arg(name=title)], new_field(default_factory=group)))
     return make_dataclass(record.__name__, top)
-
-
-def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """The arguments without --config FILE, and the file."""
-    for number, argument in enumerate(arguments):
-        flag, joined, value = argument.partition("=")
-        if flag == "--config":
-            values = [value] if joined else arguments[number + 1 : number + 2]
-            if not any(values):
-                raise BadInput("--config needs a YAML file after it")
-            rest = number + (1 if joined else 2)
-            return arguments[:number] + arguments[rest:], Path(values[0]).expanduser()
-    return arguments, None
-
-
-def _from_yaml(record: type, file: Path) -> dict[str, Any]:
-    """Return the values of a YAML file by the names of a record's options."""
-    values = {str(name).replace("-", "_"): value for name, value in _yaml_mapping(file).items()}
-    types = get_type_hints(record)
-    wrong = [f"unknown option {name!r} (known: {', '.join(types)})" for name in values if name not in types]
-    checked = {}
-    for name in [name for name in types if name in values]:
-        try:
-            checked[name] = _as(types[name], values[name])
-        except TypeError as error:
-            wrong.append(f"{name} {error}")
-    if wrong:
-        raise BadInput(f"--config {file}: {'; '.join(wrong)}")
-    return checked
-
-
-def _yaml_mapping(file: Path) -> Mapping[Any, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInput(f"--config {file}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--config {file} cannot be read as a text file: {error}") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
-        raise BadInput(f"--config {file} must hold `name: value` lines")
-    return values
-
-
-def _as(kind: Any, value: Any) -> Any:
-    """A YAML value as an option's type; TypeError says what is allowed."""
-    if get_origin(kind) is UnionType:  # X | None
-        return None if value is None else _as(get_args(kind)[0], value)
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise TypeError(f"is {value!r}, not one of {', '.join(map(str, get_args(kind)))}")
-        return value
-    if get_origin(kind) is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_as(get_args(kind)[0], item) for item in items)
-    if kind is float:
-        return _as_float(value)
-    wanted = str if kind is Path else kind
-    if type(value) is not wanted:
-        raise TypeError(f"is {value!r}, not of type {wanted.__name__}")
-    return kind(value)
-
-
-def _as_float(value: Any) -> float:
-    """A number; YAML 1.1 takes 2 for an integer and 2e-5, without a dot, for a text."""
-    if type(value) in (int, float, str):
-        with suppress(ValueError):
-            return float(value)
-    raise TypeError(f"is {value!r}, not of type float")
 
 
 def _name_of(options: object) -> str:

@@ -57,26 +57,27 @@ def first_line(error: BaseException) -> str:
     return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
-# Sizes are written as people write them: 24GB is decimal, as on the label of a disk, 24GiB binary, as drivers count.
+# Sizes are written as people write them: 24GB, 24G and 24 are decimal, as on the label of a disk, 24GiB binary, as
+# drivers count.
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(text: str, flag: str, *, least: int = 1) -> int:
-    """Bytes of "24GB", "500 MB" or "1.5TiB".
+    """Bytes of "24GB", "24G", "24", "500 MB" or "1.5TiB"; a number alone is in GB.
 
     Args:
         flag: What the sentence of an error begins with, "--gpu".
         least: Bytes below which a size is refused.
 
     Raises:
-        BadInput: the text is not a number and a unit, or is below `least`.
+        BadInput: the text is not a number, or a number and a unit, or is below `least`.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", text.strip().upper())
-    size = int(float(found[1]) * (UNITS | BINARY)[found[2]]) if found else 0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    size = int(float(found[1]) * (UNITS | BINARY)[f"{found[2] or 'G'}B"]) if found else 0
     if not found or size < least:
         at_least = f" of at least {show_size(least)}" if least > 1 else ""
-        raise BadInput(f"{flag} {text!r} is not a size{at_least}: give a number and KB, MB, GB or TB, such as 24GB")
+        raise BadInput(f"{flag} {text!r} is not a size{at_least}: give a number of GB, or one and KB, MB, GB or TB")
     return size
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(qsvd.__file__).parent
 FLOORS = (  # bottom up; folders of one floor do not import from each other, except where a line says so
     {"errors"},
     {"option_types", "paths", "records"},
-    {"options"},
+    {"arguments", "options"},
     {"numerics"},
     {"decompose"},
     {"plan"},

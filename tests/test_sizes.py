@@ -15,15 +15,20 @@ from qsvd.errors import parse_size, show_size
         ("0.5GB", 5e8),
         ("24GiB", 24 * 2**30),
         ("24564 mib", 24564 * 2**20),
+        ("24", 24e9),
+        ("24G", 24e9),
+        ("24 g", 24e9),
+        ("1.5T", 1.5e12),
+        ("24Gi", 24 * 2**30),
     ],
 )
 def test_a_number_and_a_unit_are_decimal_bytes(text, size):
     assert parse_size(text, "--gpu") == size
 
 
-@pytest.mark.parametrize("text", ["24", "", "GB", "24Gi", "-1GB", "24 G", "1e3GB", "0GB"])
+@pytest.mark.parametrize("text", ["", "GB", "24i", "-1GB", "24 X", "1e3GB", "0GB", "24GBB", "24 B 1", "0"])
 def test_anything_else_is_refused(text):
-    with pytest.raises(ValueError, match=r"--gpu .* is not a size: give a number and KB, MB, GB or TB, such as 24GB"):
+    with pytest.raises(ValueError, match=r"--gpu .* is not a size: give a number of GB, or one and KB, MB, GB or TB"):
         parse_size(text, "--gpu")
 
 

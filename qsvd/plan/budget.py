@@ -20,7 +20,7 @@ from qsvd.plan.weights import WeightSpec
 
 MOST_BITS = 16  # of the weights that are not quantized
 BITS = re.compile(r"(\d+(?:\.\d+)?)\s*bits?", re.IGNORECASE)
-UNIT = re.compile(r"[KMGT]I?B")
+UNIT = re.compile(r"([KMGT]I?)B?$")
 SAMPLE = (256, 256)
 FACTOR_BYTES = 2  # of a stored number of the factors
 SECONDS = 5.0  # for the solver; more gains nothing among equal weights
@@ -68,7 +68,7 @@ def parse_budget(text: str, weights: Sequence[WeightSpec]) -> Budget:
     if found:
         num_bytes, name = int(Fraction(found[1]) * num_elements / 8), "bits"
     elif unit:
-        num_bytes, name = parse_size(stripped, "--budget"), unit[0]
+        num_bytes, name = parse_size(stripped, "--budget"), f"{unit[1]}B"
     else:
         raise BadInput(
             f"--budget {text!r} is not a budget: give bits per number of the weights, such as 2.75bits, or bytes for "

@@ -196,10 +196,10 @@ def test_nothing_left_to_split(refused, model):
     assert refused(model, "--exclude", "*").startswith("LlamaForCausalLM has no nn.Linear inside repeated blocks left")
 
 
-@pytest.mark.parametrize("size", ["5", "5PB", "", "GB", "-5GB", "99KB", "0.00001GB"])
+@pytest.mark.parametrize("size", ["5X", "5PB", "", "GB", "-5GB", "99KB", "0.00001GB"])
 def test_a_shard_size_that_is_none(refused, model, size):
     sentence = refused(model, f"--shard-size={size}")
-    refusal = "is not a size of at least 100 KB: give a number and KB, MB, GB or TB, such as 24GB"
+    refusal = "is not a size of at least 100 KB: give a number of GB, or one and KB, MB, GB or TB"
     assert sentence == f"--shard-size {size!r} {refusal}"
 
 

@@ -54,11 +54,8 @@ def test_version_is_the_one_of_the_project(capsys):
     assert capsys.readouterr().out == f"qsvd {qsvd.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    ["", "quantise m", "quantize", "quantize m", "quantize m --out o --rank many", "quantize m --out o --dtype int8"],
-)
-def test_wrong_arguments_end_with_2(arguments, capsys):
+@pytest.mark.parametrize("arguments", ["", "quantise m"])
+def test_another_command_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         run(arguments.split())
     assert ended.value.code == 2

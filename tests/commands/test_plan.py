@@ -158,7 +158,7 @@ def test_experts_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--gpu", "24"], "--gpu '24' is not a size: give a number and KB, MB, GB or TB, such as 24GB"),
+        (["--gpu", "24X"], "--gpu '24X' is not a size: give a number of GB, or one and KB, MB, GB or TB"),
         (["--host", "much"], "--host 'much' is not a size"),
         (["--tokens", "0"], "--tokens 0 is below 2"),
         (["--tokens", "-5", "--batch", "0"], "--tokens -5 is below 2; --batch 0 is below 1"),

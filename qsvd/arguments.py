@@ -1,0 +1,273 @@
+"""From what people type to what the options are called: other tools' names, near misses, and a file of options.
+
+tyro converts the values afterwards. The checks here say in one sentence what is wrong, before anything heavy is
+imported.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from qsvd.errors import BadInput
+from qsvd.option_types import POSITIONAL, Help, marks_of
+
+NAMES = {  # of PEFT, transformers, TRL and Unsloth -> ours; used where a command has the option
+    "lr": "learning-rate",
+    "r": "rank",
+    "lora-r": "rank",
+    "lora-rank": "rank",
+    "lora-alpha": "alpha",
+    "lora-dropout": "dropout",
+    "use-rslora": "rslora",
+    "num-train-epochs": "epochs",
+    "num-epochs": "epochs",
+    "max-steps": "steps",
+    "per-device-train-batch-size": "batch-size",
+    "per-device-eval-batch-size": "batch-size",
+    "gradient-accumulation-steps": "accumulate",
+    "max-seq-length": "max-length",
+    "max-seq-len": "max-length",
+    "lr-scheduler-type": "schedule",
+    "warmup-ratio": "warmup",
+    "optim": "optimizer",
+    "save-steps": "save-every",
+    "save-total-limit": "keep",
+    "eval-steps": "eval-every",
+    "output-dir": "out",
+    "output": "out",
+    "samples": "examples",
+    "num-samples": "examples",
+    "resume-from-checkpoint": "resume",
+    "max-tokens": "max-new-tokens",
+}
+SHORT = {"-o": "--out"}
+VALUES = {"method": {"qlora": "lora", "qpissa": "pissa"}}
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+@dataclass(frozen=True)
+class _Option:
+    name: str
+    kind: Any
+    help: Help
+    is_positional: bool
+    default: Any
+
+    @property
+    def typed(self) -> str:
+        """The name as it is typed, without the leading --."""
+        return self.name.replace("_", "-")
+
+    @property
+    def shown(self) -> str:
+        """The option with its value, as the help shows it."""
+        value = self.help.metavar or getattr(self.kind, "__name__", "VALUE").upper()
+        return value if self.is_positional else f"--{self.typed} {value}"
+
+
+def checked(command: str, record: type, arguments: Sequence[str], defaults: Mapping[str, Any]) -> list[str]:
+    """Return the arguments with our names, after a check of each.
+
+    Args:
+        command: For the sentence, "qsvd train".
+        defaults: Values from a file of options.
+
+    Raises:
+        BadInput: an option does not exist, lacks its value or has a wrong one, or is required and missing.
+    """
+    options = {option.typed: option for option in _options(record)}
+    given, result, wrong, extra = {*defaults}, list[str](), list[str](), list[str]()
+    for name, values in _grouped(arguments, options):
+        option = options.get(name, options.get(name.removeprefix("no-")))
+        if not name:
+            extra += values
+        elif option is None:
+            wrong.append(f"{command} has no option --{name}{meant(f'--{name}', [f'--{known}' for known in options])}")
+        else:
+            given.add(option.name)
+            words, faults = _checked_values(option, name, values)
+            result, wrong = result + words, wrong + faults
+    places = [option for option in options.values() if option.is_positional]
+    if len(extra) > len(places) and not any(get_origin(option.kind) is tuple for option in places):
+        takes = " ".join(option.shown for option in places) or "options only"
+        wrong.append(f"{command} takes {takes}, and {extra[len(places)]!r} is one argument too many")
+    given |= {option.name for option in places[: len(extra)]}
+    missing = [option for option in options.values() if option.default is MISSING and option.name not in given]
+    if missing and not wrong:
+        wrong.append(f"{command} needs {', '.join(_described(option) for option in missing)}")
+    if wrong:
+        raise BadInput(f"{'; '.join(wrong)}; see {command} --help")
+    return [*extra, *result]
+
+
+def _described(option: _Option) -> str:
+    """Return an option with the first sentence of its help."""
+    first = option.help.text.partition(". ")[0].rstrip(".")
+    return f"{option.shown} ({first[0].lower()}{first[1:]})"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return the nearest name in words, or nothing if none is near."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _options(record: type) -> Iterator[_Option]:
+    hints, marks = get_type_hints(record), marks_of(record)
+    for field in fields(record):
+        text = [mark for mark in marks[field.name] if isinstance(mark, Help)][-1]
+        yield _Option(field.name, hints[field.name], text, POSITIONAL in marks[field.name], field.default)
+
+
+def _canonical(name: str, known: Iterable[str]) -> str:
+    """Return our name of an option, if it is another tool's and the command has ours."""
+    names = {one.replace("_", "-") for one in known}
+    ours = "limit" if name == "samples" and "limit" in names else NAMES.get(name, name)
+    return ours if name not in names and ours in names else name
+
+
+def _grouped(arguments: Sequence[str], options: Mapping[str, _Option]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name of each option with its values, and each value without an option with an empty name."""
+    aliases = {alias[2:]: option.typed for option in options.values() for alias in option.help.aliases or ()}
+    rest = list(arguments)
+    while rest:
+        word = SHORT.get(rest[0], rest[0])
+        del rest[0]
+        if not word.startswith("--"):
+            yield "", [word]
+            continue
+        written, joined, value = word[2:].partition("=")
+        name = _canonical(written.replace("_", "-"), options)
+        name = aliases.get(name, name)
+        if name == "bf16" and "dtype" in options:
+            del rest[: bool(rest) and rest[0].lower() in YES]
+            name, joined, value = "dtype", "=", "bfloat16"
+        if joined:
+            yield name, [value]
+            continue
+        count = _count(options.get(name, options.get(name.removeprefix("no-"))), rest)
+        yield name, rest[:count]
+        del rest[:count]
+
+
+def _count(option: _Option | None, rest: Sequence[str]) -> int:
+    """Return how many of the next words are values of an option."""
+    free = next((number for number, word in enumerate(rest) if word.startswith("--") or word in SHORT), len(rest))
+    if option is not None and get_origin(option.kind) is tuple:
+        return free
+    if option is not None and option.kind is bool:
+        return int(free > 0 and rest[0].lower() in (*YES, *NO))
+    return min(free, 1)
+
+
+def _checked_values(option: _Option, name: str, values: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words for tyro, and what is wrong with them."""
+    if option.kind is bool:
+        is_off = (name != option.typed) != bool(values and values[0].lower() in NO)
+        return [f"--{'no-' if is_off else ''}{option.typed}"], []
+    if not values and get_origin(option.kind) is not tuple:
+        return [], [f"--{name} needs a value: {_described(option)}"]
+    values = [VALUES.get(option.name, {}).get(value, value) for value in values]
+    wrong = [f"--{name} {value!r} {fault}" for value in values if (fault := _fault(option.kind, value))]
+    return [f"--{name}", *values], wrong
+
+
+def _fault(kind: Any, text: str) -> str:
+    """Return what is wrong with the text of a value, or nothing."""
+    if get_origin(kind) in (Union, UnionType):
+        faults = [_fault(one, text) for one in get_args(kind) if one is not type(None)]
+        return "" if "" in faults else " and ".join(faults)
+    if get_origin(kind) is tuple:
+        return _fault(get_args(kind)[0], text)
+    if get_origin(kind) is Literal:
+        choices = [str(choice) for choice in get_args(kind)]
+        return "" if text in choices else f"is not one of {', '.join(choices)}{meant(text, choices)}"
+    if kind in (int, float):
+        with suppress(ValueError):
+            kind(text)
+            return ""
+        return "is not a whole number" if kind is int else "is not a number"
+    return ""
+
+
+def take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments without --config FILE, and the file."""
+    for number, argument in enumerate(arguments):
+        flag, joined, value = argument.partition("=")
+        if flag == "--config":
+            values = [value] if joined else arguments[number + 1 : number + 2]
+            if not any(values):
+                raise BadInput("--config needs a YAML file after it")
+            rest = number + (1 if joined else 2)
+            return arguments[:number] + arguments[rest:], Path(values[0]).expanduser()
+    return arguments, None
+
+
+def from_yaml(record: type, file: Path) -> dict[str, Any]:
+    """Return the values of a YAML file by the names of a record's options."""
+    types = get_type_hints(record)
+    values, wrong = dict[str, Any](), list[str]()
+    for written, value in _yaml_mapping(file).items():
+        name = _canonical(str(written).replace("_", "-"), types).replace("-", "_")
+        if name == "bf16" and value is True and "dtype" in types:
+            name, value = "dtype", "bfloat16"
+        if name not in types:
+            wrong.append(f"unknown option {name!r}{meant(name, types)} (known: {', '.join(types)})")
+        else:
+            values[name] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+    found = {}
+    for name in [name for name in types if name in values]:
+        try:
+            found[name] = _as(types[name], values[name])
+        except TypeError as error:
+            wrong.append(f"{name} {error}")
+    if wrong:
+        raise BadInput(f"--config {file}: {'; '.join(wrong)}")
+    return found
+
+
+def _yaml_mapping(file: Path) -> Mapping[Any, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"--config {file}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--config {file} cannot be read as a text file: {error}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise BadInput(f"--config {file} must hold `name: value` lines")
+    return values
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """A YAML value as an option's type; TypeError says what is allowed."""
+    if get_origin(kind) is UnionType:  # X | None
+        return None if value is None else _as(get_args(kind)[0], value)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise TypeError(f"is {value!r}, not one of {', '.join(map(str, get_args(kind)))}")
+        return value
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_as(get_args(kind)[0], item) for item in items)
+    if kind is float:
+        return _as_float(value)
+    wanted = str if kind is Path else kind
+    if type(value) is not wanted:
+        raise TypeError(f"is {value!r}, not of type {wanted.__name__}")
+    return kind(value)
+
+
+def _as_float(value: Any) -> float:
+    """A number; YAML 1.1 takes 2 for an integer and 2e-5, without a dot, for a text."""
+    if type(value) in (int, float, str):
+        with suppress(ValueError):
+            return float(value)
+    raise TypeError(f"is {value!r}, not of type float")
