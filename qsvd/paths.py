@@ -23,6 +23,20 @@ def local_path(name: str) -> Path | None:
     return None
 
 
+def hub_id(name: str, revision: str | None) -> str | None:
+    """Return the Hub id of a 16-bit model, or None if it is not known.
+
+    Args:
+        name: As it was given. A snapshot in the Hub's cache, .../models--owner--name/snapshots/COMMIT, names its id.
+        revision: The Hub's commit if the name is an id; None for a folder.
+    """
+    if revision is not None:
+        return name
+    *_, cached, snapshots, _ = ("", "", "", *Path(name).expanduser().absolute().parts)
+    parts = cached.split("--")
+    return "/".join(parts[1:]) if snapshots == "snapshots" and parts[0] == "models" and len(parts) in (2, 3) else None
+
+
 def checkpoint_folder(name: str) -> Path | None:
     """Return the local folder of a 16-bit model, or None if the name may be a Hub id.
 

@@ -15,8 +15,11 @@ from qsvd.adapters.model import moved_bytes, trained
 from qsvd.errors import DoesNotFit, show_size
 from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.files.atomic import whole_file, write_text
+from qsvd.files.layout import ADAPTER_CONFIG
+from qsvd.paths import hub_id
 from qsvd.prepare.train import TrainRun
 from qsvd.records import Progress, ShowProgress
+from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.training import RunSummary, loss_plot, run_readme
 from qsvd.training.guards import memory_advice
 from qsvd.training.run_folder import SUMMARY, RunFolder, checkpoints, step_of
@@ -148,8 +151,17 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     for kind in ("png", "svg"):
         with whole_file(run.out / f"loss.{kind}") as file:
             file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
-    write_text(run.out / "README.md", run_readme(summary, str(run.options.out)))
+    write_text(run.out / "README.md", _card(run, summary))
     folder.write(SUMMARY, asdict(summary))
+
+
+def _card(run: TrainRun, summary: RunSummary) -> str:
+    """Return RUN/README.md: a model card."""
+    split = run.split
+    name = hub_id(str(split.folder), None) or base_of(split.folder)
+    origin = origin_of(split.folder, name, split.manifest["source"]["architecture"])
+    library = "peft" if (run.out / ADAPTER_CONFIG).is_file() else "qsvd"
+    return card_header(origin, "adapter", library, [summary.method]) + run_readme(summary, str(run.options.out))
 
 
 @contextmanager

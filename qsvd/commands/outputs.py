@@ -13,6 +13,7 @@ from torch import Tensor
 
 import qsvd
 from qsvd.decompose.split import Split
+from qsvd.errors import listing
 from qsvd.export.peft import adapter_settings
 from qsvd.files.atomic import whole_file, write_json, write_text
 from qsvd.files.layout import (
@@ -30,10 +31,12 @@ from qsvd.files.safetensors import NewTensor, TensorEntry, read_header
 from qsvd.files.split_folder import FORMATS
 from qsvd.files.workspace import ERRORS, MANIFEST
 from qsvd.numerics.names import spelling
+from qsvd.paths import hub_id
 from qsvd.plan.weights import WeightSpec
 from qsvd.prepare.quantize import ALLOCATION, QuantizeRun
 from qsvd.records import WeightError
-from qsvd.report.errors import from_record, to_markdown, to_record
+from qsvd.report.card import card_header, origin_of
+from qsvd.report.errors import from_record, to_markdown, to_record, totals_table
 from qsvd.report.readme import readme
 from qsvd.report.serving import joined_layers
 
@@ -88,11 +91,19 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
     write_text(run.out / "report.md", to_markdown(run.header, errors) if errors else _unmeasured(run))
     if run.table is not None:
         write_text(run.out / ALLOCATION, run.table)
-    modules = [spec.module for spec in run.plan.weights]
-    text = readme(run.header, str(run.out), run.plan.architecture, quantization, modules)
-    write_text(run.out / "README.md", text)
+    write_text(run.out / "README.md", _card(run, quantization, errors))
     write_json(run.out / MANIFEST, _manifest(run, digests, base))
     folder.close()
+
+
+def _card(run: QuantizeRun, quantization: dict[str, Any], errors: list[WeightError]) -> str:
+    """Return OUT/README.md: a model card."""
+    source, architecture, is_plain = run.checkpoint, run.plan.architecture, run.resolved.is_plain
+    origin = origin_of(source.folder, hub_id(source.name, source.revision), architecture)
+    tags = ["quantization", *(["4-bit", "bitsandbytes"] if is_plain else ["mixed-precision"])]
+    modules, table = [spec.module for spec in run.plan.weights], totals_table(run.header, errors) if errors else ""
+    text = readme(run.header, str(run.out), architecture, quantization, modules, table)
+    return card_header(origin, "quantized", "transformers", tags) + text
 
 
 def _write_adapter(run: QuantizeRun, folder: OutputFolder, base: str) -> None:
@@ -113,6 +124,20 @@ def _quantization(run: QuantizeRun) -> dict[str, Any]:
     whole, _ = joined_layers(skipped, [spec.module for spec in run.plan.weights])
     return quantization_config(
         [*skipped, *whole], double_quant=nested, dtype=run.compute_dtype, has_components=run.header.rank > 0
+    )
+
+
+def parted_layers(run: QuantizeRun) -> str:
+    """Return a warning if vLLM will change a layer that stays in 16 bits; "" if it does not."""
+    if run.allocation is None or not run.resolved.is_plain or not run.plan.architecture.endswith("ForCausalLM"):
+        return ""
+    _, parted = joined_layers(run.skipped, [spec.module for spec in run.plan.weights])
+    if not parted:
+        return ""
+    return (
+        f"warning: --include or --exclude leaves a part of {listing(parted)} in 16 bits; vLLM computes the parts as one "
+        "layer and quantizes that part while it loads the model. Choose all parts or none (q, k and v; gate and up), or "
+        "serve the merged model"
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qsvd.commands.console import explained_disk_errors, watched
-from qsvd.commands.outputs import copied_tensor, error_change, show_plan, tensors_of, write_outputs
+from qsvd.commands.outputs import copied_tensor, error_change, parted_layers, show_plan, tensors_of, write_outputs
 from qsvd.commands.report import show_report
 from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.split import Split, measure
@@ -38,6 +38,8 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
         check_room(run.out, run.sizes.disk)
         show_plan(run)
         return
+    if warning := parted_layers(run):
+        print(warning, file=sys.stderr)
     kept = f"finished work is kept, the same command continues in {run.out}"
     with explained_disk_errors(run.out / UNFINISHED, kept), watched("weight", kept) as show:
         is_new = quantize_run(run, show)

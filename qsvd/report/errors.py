@@ -230,6 +230,11 @@ def to_markdown(header: ReportHeader, errors: Sequence[WeightError], worst_count
     return "\n\n".join(sections) + "\n"
 
 
+def totals_table(header: ReportHeader, errors: Sequence[WeightError]) -> str:
+    """Return the relative errors of every layer type and of the model as a Markdown table."""
+    return _markdown_table(header, ("type", "layers", "bits", *ERROR), totals(errors))
+
+
 def _markdown_table(header: ReportHeader, keys: Sequence[str], rows: Sequence[WeightError | Total]) -> str:
     """Return a Markdown table whose source is aligned too."""
     columns = []

@@ -12,8 +12,13 @@ from qsvd.report.serving import PLUGIN, four_bit_line, joined_layers
 RESIDUAL = ', adapter_kwargs={"subfolder": "none"}'  # of from_pretrained: the model without the adapter next to it
 
 
-def readme(
-    header: ReportHeader, folder: str, architecture: str, quantization: Mapping[str, Any], modules: Sequence[str]
+def readme(  # each is known at another place
+    header: ReportHeader,
+    folder: str,
+    architecture: str,
+    quantization: Mapping[str, Any],
+    modules: Sequence[str],
+    table: str = "",
 ) -> str:
     """Return the README of a quantized model.
 
@@ -22,8 +27,10 @@ def readme(
         architecture: Class name in transformers.
         quantization: The quantization_config of config.json.
         modules: Paths of the quantized layers.
+        table: The errors, in Markdown; empty if none were measured.
     """
-    sections = [_opening(header), _code("Load", "python", _loading(header, folder, architecture))]
+    opening = [_opening(header), *([f"## Quantization error\n\n{table}"] if table else [])]
+    sections = [*opening, _code("Load", "python", _loading(header, folder, architecture))]
     if header.rank > 0:
         lines = _loading(header, folder, architecture)
         train = f"model = PeftModel.from_pretrained(model, {_literal(folder)}, is_trainable=True)"
