@@ -135,9 +135,9 @@ def parted_layers(run: QuantizeRun) -> str:
     if not parted:
         return ""
     return (
-        f"warning: --include or --exclude leaves a part of {listing(parted)} in 16 bits; vLLM computes the parts as one "
-        "layer and quantizes that part while it loads the model. Choose all parts or none (q, k and v; gate and up), or "
-        "serve the merged model"
+        f"warning: --include or --exclude leaves a part of {listing(parted)} in 16 bits; vLLM computes the parts as "
+        "one layer and quantizes that part while it loads the model. Choose all parts or none (q, k and v; gate and "
+        "up), or serve the merged model"
     )
 
 
