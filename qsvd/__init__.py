@@ -4,6 +4,7 @@
     qsvd.quantize(qsvd.Quantize("path/or/hub-id", out=Path("OUT"), rank=64))  # a whole model, as the command does
     model = qsvd.load("OUT")                            # a transformers model with a new adapter, to train
     model = qsvd.load("OUT", adapter="RUN")             # with the adapter that `qsvd train` wrote
+    qsvd.generate("RUN", "Who are you?")                # the answer of a 16-bit model, a quantized model or a run
     qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat4(double_quant=True), rank=64))  # one matrix
     qsvd.split_weight(weight, qsvd.Recipe(qsvd.NormalFloat(bits=3, block_size=32), rank=16))  # in 2, 3, 4 or 8 bits
 
@@ -19,6 +20,7 @@ import qsvd.hf  # noqa: F401  # registers with transformers
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from qsvd.adapters.adapter import AdapterOptions as AdapterOptions
     from qsvd.adapters.load import load as load
+    from qsvd.commands.generate import generate as generate
     from qsvd.commands.quantize import quantize as quantize
     from qsvd.decompose.alternate import Recipe as Recipe
     from qsvd.decompose.alternate import split_weight as split_weight
@@ -36,6 +38,7 @@ _HOMES = {
     "load": "qsvd.adapters.load",
     "Placement": "qsvd.memory.items",
     "AdapterOptions": "qsvd.adapters.adapter",
+    "generate": "qsvd.commands.generate",
     "quantize": "qsvd.commands.quantize",
     "Quantize": "qsvd.options",
     "split_weight": "qsvd.decompose.alternate",

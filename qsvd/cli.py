@@ -15,8 +15,8 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 import qsvd
 from qsvd.arguments import checked, from_yaml, meant, take_config
 from qsvd.errors import QsvdError
-from qsvd.option_types import POSITIONAL, Group, Help, marks_of
-from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
+from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
+from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Generate, Plan, Quantize, Report, Train
 from qsvd.prepare.check_options import check
 
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": Calibrate,
     "quantize": Quantize,
     "train": Train,
+    "generate": Generate,
     "eval": Eval,
     "export": Export,
     "report": Report,
@@ -115,7 +116,7 @@ def _explain(command: str) -> NoReturn:
 
 def _form(record: type, defaults: Mapping[str, Any]) -> type:
     """Return a dataclass for tyro with the options of a record; its nested dataclasses are the groups of the help."""
-    from tyro.conf import Positional, arg
+    from tyro.conf import Positional, UseAppendAction, arg
 
     groups: dict[str, list[tuple[str, Any, Any]]] = {"": []}
     hints, marks, title = get_type_hints(record), marks_of(record), ""
@@ -128,7 +129,8 @@ def _form(record: type, defaults: Mapping[str, Any]) -> type:
         if default is None and metavar is None:
             metavar = get_args(kind)[0].__name__.upper()  # instead of {None}|INT
         shown = arg(help=help_.text, metavar=metavar, help_behavior_hint=hint, aliases=help_.aliases, prefix_name=False)
-        typed = Annotated[Positional[kind] if POSITIONAL in marks[option.name] else kind, shown]
+        typed = Positional[kind] if POSITIONAL in marks[option.name] else kind
+        typed = Annotated[UseAppendAction[kind] if APPEND in marks[option.name] else typed, shown]
         groups.setdefault(title, []).append((option.name, typed, new_field(default=default, kw_only=True)))
     top = groups.pop("")
     for number, (title, options) in enumerate(groups.items()):

@@ -6,6 +6,7 @@ An option is a field of a frozen dataclass, `name: Annotated[type, mark, ...] = 
     Group("memory")               starts a group of the help: it holds the options up to the next Group
     POSITIONAL                    the value is given without a flag
     at_least(1), SHARE, ...       the range of the number: `out_of_range` names every value outside
+    APPEND                        the flag may be given several times, with one value each
     SAME_RESULT                   the value does not affect the result: `result_options` leaves the option out
 """
 
@@ -41,6 +42,7 @@ class Mark:
 
 
 POSITIONAL = Mark("positional")
+APPEND = Mark("may be given several times")
 SAME_RESULT = Mark("does not affect the result")  # paths too: files are compared by what they hold
 
 
@@ -63,6 +65,7 @@ ABOVE_ZERO = Range(lambda value: 0 < value < math.inf, "is not a finite number a
 FROM_ZERO = Range(lambda value: 0 <= value < math.inf, "is not a finite number of at least 0")
 SECONDS = Range(lambda value: value > 0, "is not above 0")
 SHARE = Range(lambda value: 0 <= value < 1, "is not a number from 0 to below 1")
+TOP_P = Range(lambda value: 0 < value <= 1, "is not a number above 0 and at most 1")
 AUTO_OR_SHARE = Range(lambda value: value == "auto" or 0 <= value <= 1, "is neither auto nor a number from 0 to 1")
 DEVICE = Range(lambda value: re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", value), "is not one of auto, cpu, cuda, cuda:N")
 

@@ -1,4 +1,4 @@
-"""The options of the nine commands: each one's flag, default, help text, range and group, written once.
+"""The options of the ten commands: each one's flag, default, help text, range and group, written once.
 
 qsvd/option_types.py says what the marks mean. The first line of a docstring is shown by `qsvd --help`.
 """
@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 
 from qsvd.option_types import (
     ABOVE_ZERO,
+    APPEND,
     FROM_ZERO,
     POSITIONAL,
     SAME_RESULT,
     SECONDS,
     SEED,
     SHARE,
+    TOP_P,
     Accumulate,
     AdapterDtype,
     Allocation,
@@ -299,6 +301,35 @@ class Eval:
     resident: Resident = "auto"
     device: Device = "auto"
     json: Json = False
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate text with a 16-bit model, a quantized model or a run.
+
+    A prompt is a user's message where the tokenizer has a chat template, else the start of a text that the model
+    continues. Without --prompt and --chat it is read from stdin. Answers go to stdout, everything else to stderr.
+    """
+
+    model: Annotated[str, POSITIONAL, Help("A 16-bit model, a quantized model, a run, or a Hub id.", "MODEL")]
+    prompt: Annotated[tuple[str, ...], APPEND, Help("May be given several times. Default: stdin.", "TEXT")] = ()
+    chat: Annotated[bool, Help("Read one message a line and keep the history; an empty line or /exit ends.")] = False
+    system: Annotated[str | None, Help("System prompt, for a model with a chat template.", "TEXT")] = None
+    raw: Annotated[bool, Help("Give the prompt to the model as it is, without the chat template.")] = False
+
+    temperature: Annotated[
+        float | None, Group("sampling"), FROM_ZERO, Help("0: greedy. Default: generation_config.json, else greedy.")
+    ] = None
+    top_p: Annotated[float | None, TOP_P, Help("Nucleus sampling. Default: generation_config.json, else 1.")] = None
+    max_new_tokens: Annotated[
+        int | None, at_least(1), Help("Maximum answer length. Default: generation_config.json, else 512, if it fits.")
+    ] = None
+    seed: Annotated[Seed, SEED, Help("Random seed (sampling).")] = 0
+
+    base: Annotated[Base, Group("run")] = None
+    dtype: ComputeDtype = "auto"
+    resident: Resident = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

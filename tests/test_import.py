@@ -93,7 +93,7 @@ def test_the_command_line_says_what_it_is_without_torch_or_transformers(start, f
 def test_every_name_that_is_promised_is_there_and_no_other():
     assert set(qsvd.__all__) == {
         "AdapterOptions", "Nesting", "NormalFloat", "NormalFloat4", "Placement", "Quantize", "Recipe", "Split",
-        "load", "measure", "quantize", "split_weight",
+        "generate", "load", "measure", "quantize", "split_weight",
     }  # fmt: skip
     assert all(getattr(qsvd, name) is not None for name in qsvd.__all__)
     assert set(qsvd.__all__) <= set(dir(qsvd))

@@ -163,6 +163,21 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "device": "auto",
         "json": False,
     },
+    "generate": {
+        "model": REQUIRED,
+        "prompt": (),
+        "chat": False,
+        "system": None,
+        "raw": False,
+        "temperature": None,
+        "top_p": None,
+        "max_new_tokens": None,
+        "seed": 0,
+        "base": None,
+        "dtype": "auto",
+        "resident": "auto",
+        "device": "auto",
+    },
     "export": {
         "run": REQUIRED,
         "out": REQUIRED,
@@ -184,11 +199,12 @@ READERS = {
         "prepare/check_options",
         "prepare/quantize",
         "prepare/allocate",
-        "commands/outputs",
+        "prepare/outputs",
         "commands/quantize",
     ),
     "train": ("prepare/check_options", "prepare/train", "prepare/examples", "commands/journal", "commands/train"),
     "eval": ("prepare/check_options", "prepare/evaluate", "prepare/examples", "prepare/models", "commands/eval"),
+    "generate": ("prepare/check_options", "prepare/generate", "commands/generate"),
     "export": ("prepare/models", "commands/export"),
     "report": ("commands/report",),
     "demo": ("commands/demo",),
@@ -200,6 +216,7 @@ POSITIONAL = {
     "quantize": ("model",),
     "train": ("base", "data"),
     "eval": ("models",),
+    "generate": ("model",),
     "export": ("run",),
     "report": ("folder",),
     "demo": (),
@@ -302,9 +319,14 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("eval", "limit"): ([0], "is below 1"),
     ("eval", "batch_size"): ([0], "is below 1"),
     ("eval", "resident"): ([-1.0], "is neither auto nor a number from 0 to 1"),
+    ("generate", "temperature"): ([-0.1, math.inf, math.nan], "is not a finite number of at least 0"),
+    ("generate", "top_p"): ([0.0, 1.1, math.nan], "is not a number above 0 and at most 1"),
+    ("generate", "max_new_tokens"): ([0], "is below 1"),
+    ("generate", "seed"): ([-1, 2**32], "is outside 0..4294967295"),
+    ("generate", "resident"): ([1.5], "is neither auto nor a number from 0 to 1"),
     **{
         (command, "device"): (["", "gpu", "cpu:x", "cuda:", "meta"], "is not one of auto, cpu, cuda, cuda:N")
-        for command in ("allocate", "calibrate", "quantize", "train", "eval")
+        for command in ("allocate", "calibrate", "quantize", "train", "eval", "generate")
     },
     ("report", "worst"): ([-1], "is below 0"),
     ("demo", "epochs"): ([0.0, math.inf], "is not a finite number above 0"),
@@ -320,6 +342,8 @@ INSIDE = {  # the last values inside
     ("quantize", "rank"): [0],
     ("quantize", "device"): ["auto", "cpu", "cuda", "cuda:12"],
     ("eval", "window"): [2, None],
+    ("generate", "top_p"): [1e-9, 1.0, None],
+    ("generate", "temperature"): [0.0],
 }
 FLAGS = [(command, name) for command, flags in AGREED.items() for name in flags]
 

@@ -20,7 +20,6 @@ from random_weights import draw_codes, draw_factors, draw_gaussian, draw_scales,
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig
 
-from qsvd.commands.outputs import copied_tensor, write_outputs
 from qsvd.decompose.split import Split
 from qsvd.errors import first_line
 from qsvd.files.layout import adapter_tensors, digest, residual_tensors
@@ -30,6 +29,7 @@ from qsvd.files.source import Checkpoint, other_files
 from qsvd.numerics.codec import PackedBlocks
 from qsvd.options import Quantize
 from qsvd.plan.weights import Source, plan_model
+from qsvd.prepare.outputs import copied_tensor, write_outputs
 from qsvd.prepare.quantize import QuantizeRun, check_resources, prepare_quantize
 
 BLOCK = re.compile(r"(.*?\.\d+)\.")  # "model.layers.7" of a tensor's name

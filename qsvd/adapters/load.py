@@ -198,7 +198,7 @@ def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     with init_empty_weights(include_buffers=False):
         model = kind(config)
     if model.can_generate():
-        model.generation_config = _generation_config(folder, config)
+        model.generation_config = generation_config(folder, config)
     return model.requires_grad_(False), resolve(_own_names(place.split), describe(model))
 
 
@@ -226,7 +226,8 @@ def _class(config: "PreTrainedConfig", place: _Place) -> Any:
     return getattr(transformers, place.split.manifest["source"]["architecture"])
 
 
-def _generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
+def generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
+    """Return transformers' GenerationConfig of a model's folder: its generation_config.json, else from its config."""
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():

@@ -3,13 +3,10 @@
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qsvd.adapters.adapter import AdapterOptions
-from qsvd.adapters.start import new_record
 from qsvd.commands.console import quiet
 from qsvd.data.tokens import question_prompts, tokenize
 from qsvd.errors import BadInput
@@ -17,7 +14,6 @@ from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.evaluate.divergence import Divergence, divergence_of_documents, divergence_of_text
 from qsvd.evaluate.exact_match import exact_match
 from qsvd.evaluate.perplexity import perplexity_of_documents, perplexity_of_text
-from qsvd.files.adapter import open_adapter
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.items import EVERYTHING, Placement
@@ -27,7 +23,7 @@ from qsvd.plan.weights import context_length
 from qsvd.prepare.evaluate import EvalRun, Subject, prepare_eval
 from qsvd.prepare.examples import positions, stop_ids
 from qsvd.prepare.machine import machine, place_reading
-from qsvd.prepare.models import NamedModel, class_names, load_model
+from qsvd.prepare.models import NamedModel, class_names, load_model, record_of
 from qsvd.report.evaluation import ModelScores, evaluation_json, evaluation_table
 
 MOST_WINDOW = 2048  # tokens, unless more are asked for
@@ -169,12 +165,11 @@ def _load(subject: Subject, run: EvalRun) -> Any:
 
 def _placement(found: NamedModel, run: EvalRun) -> Placement:
     split = open_split(found.home)
-    record = new_record(split, AdapterOptions())
-    if found.kind == "trained":
-        record = open_adapter(Path(found.name).expanduser()).record
     tokens = min(run.options.window or MOST_WINDOW, positions(split))
     batch = Batch(tokens, run.options.batch_size, is_masked=True, checkpointing=True, device=run.device.type)
-    return place_reading(split, record, batch, Wish(run.options.resident), machine(run.device, run.dtype))
+    return place_reading(
+        split, record_of(found, split), batch, Wish(run.options.resident), machine(run.device, run.dtype)
+    )
 
 
 def _window(model: Any, subject: Subject, options: Eval) -> int:

@@ -2,13 +2,15 @@
 
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from qsvd.commands.console import explained_disk_errors, watched
-from qsvd.commands.outputs import copied_tensor, error_change, parted_layers, show_plan, tensors_of, write_outputs
 from qsvd.commands.report import show_report
 from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.split import Split, measure
@@ -16,9 +18,11 @@ from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.source import Checkpoint, stream
 from qsvd.files.workspace import UNFINISHED
+from qsvd.numerics.names import spelling
 from qsvd.options import Quantize
 from qsvd.plan.weights import WeightSpec
 from qsvd.prepare.machine import seed_of
+from qsvd.prepare.outputs import copied_tensor, error_change, parted_layers, tensors_of, write_outputs
 from qsvd.prepare.quantize import QuantizeRun, check_resources, check_room, prepare_quantize, resolve_allocation
 from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
 from qsvd.report.errors import from_record, to_record
@@ -119,3 +123,32 @@ def split_and_measure(run: QuantizeRun, spec: WeightSpec, weight_OI: Tensor) -> 
         ) from error
     except ValueError as error:
         raise BadInput(f"{run.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
+
+
+def show_plan(run: QuantizeRun) -> None:
+    """Print to stdout what a run would do."""
+    console = Console()
+    options = Table("option", "value", title="Options", title_justify="left")
+    for name, value in asdict(run.options).items():
+        options.add_row(f"--{name.replace('_', '-')}", str(value))
+    options.add_row("(device)", str(run.device))
+    weights = Table("weight", "role", "shape", "codec", "rank", title="Weights", title_justify="left")
+    for spec in run.plan.weights:
+        choice = run.resolved.choices[spec.module]
+        shape = f"{spec.shape[0]} x {spec.shape[1]}"
+        weights.add_row(spec.module, spec.role, shape, spelling(choice.codec), str(choice.rank))
+    sizes = Table("part", "MB", title="Sizes", title_justify="left")
+    for name, num_bytes in (
+        ("weights to quantize, in the 16-bit model", run.sizes.source),
+        ("residual", run.sizes.residual),
+        ("components", run.sizes.factors),
+        ("copied", run.sizes.copied),
+        ("maximum on disk during the run", run.sizes.disk),
+    ):
+        sizes.add_row(name, f"{num_bytes / 1e6:,.1f}")
+    console.print(options, weights, sizes)
+    console.print(f"Coverage: {run.header.reach}", soft_wrap=True, highlight=False)
+    for left in run.header.coverage.left:
+        console.print(f"Left: {left.pattern} ({left.size})", soft_wrap=True, highlight=False)
+    shards = ", ".join(shard.file for shard in run.shards[:3]) + (" ..." if len(run.shards) > 3 else "")
+    console.print(f"Files: {shards}", soft_wrap=True, highlight=False)

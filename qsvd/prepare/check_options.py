@@ -1,6 +1,7 @@
 """Checks of the options alone, and of the paths in them. They import no torch: the command line refuses a mistake at
 once, before it imports the command."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -9,10 +10,10 @@ from qsvd.data.read import local_data
 from qsvd.errors import BadInput, parse_size
 from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST, check_quantized
 from qsvd.option_types import out_of_range
-from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Plan, Quantize, Report, Train
+from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Generate, Plan, Quantize, Report, Train
 from qsvd.paths import checkpoint_folder, local_path
 
-Options = Allocate | Calibrate | Demo | Eval | Export | Plan | Quantize | Report | Train
+Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Plan | Quantize | Report | Train
 Kind = Literal["16-bit", "split", "trained"]
 
 LEAST_SHARD = 10**5  # bytes of one output file
@@ -67,6 +68,8 @@ def _conflicts(options: Options) -> list[str]:
         wrong += _conflicts_of_train(options)
     if isinstance(options, Eval):
         wrong += _conflicts_of_eval(options)
+    if isinstance(options, Generate):
+        wrong += _conflicts_of_generate(options)
     return wrong
 
 
@@ -114,6 +117,22 @@ def _conflicts_of_eval(options: Eval) -> list[str]:
     return wrong
 
 
+def _conflicts_of_generate(options: Generate) -> list[str]:
+    wrong = []
+    if options.chat and options.prompt:
+        wrong.append("--chat reads its messages from stdin: leave out --prompt")
+    if not options.chat and not options.prompt and sys.stdin.isatty():
+        wrong.append("there is no prompt: give --prompt TEXT, --chat, or a text on stdin")
+    if any(not prompt.strip() for prompt in options.prompt):
+        wrong.append("--prompt is empty")
+    for flag, is_given in {"--chat": options.chat, "--system": options.system is not None}.items():
+        if options.raw and is_given:
+            wrong.append(f"{flag} needs the chat template: leave out --raw")
+    if options.temperature == 0 and options.top_p is not None:
+        wrong.append(f"--top-p {options.top_p} needs sampling, and --temperature 0 is greedy: leave out one of them")
+    return wrong
+
+
 def _check_models(options: Options, *, is_open: bool) -> None:
     """Refuse models that are neither here nor on the Hub."""
     match options:
@@ -125,8 +144,9 @@ def _check_models(options: Options, *, is_open: bool) -> None:
             _check_config(options.model)
         case Train(base=folder) | Report(folder=folder):
             check_quantized(folder.expanduser())
-        case Eval():
-            for name in (*options.models, *filter(None, [options.reference])):
+        case Eval() | Generate():
+            named = (*options.models, options.reference) if isinstance(options, Eval) else (options.model,)
+            for name in filter(None, named):
                 model_kind(name)
         case Export():
             _check_exported(options.run)

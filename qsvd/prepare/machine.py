@@ -68,6 +68,14 @@ def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish:
     return found.placement
 
 
+def place_generating(split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, here: Machine) -> Placement:
+    """Return which blocks stay on the device while a model generates the last token of each sequence of a batch."""
+    found = place_serving(planned_base(split, record, here.dtype), batch, here.limits, wish)
+    if not found.memory.fits:
+        raise DoesNotFit(f"{_lack(found.memory)}; give a smaller --max-new-tokens or a shorter prompt")
+    return found.placement
+
+
 def show_placement(placement: Placement, split: SplitFolder) -> str:
     """Return in words which blocks stay on the device."""
     blocks = num_blocks(split)

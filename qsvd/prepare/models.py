@@ -90,6 +90,13 @@ def _architecture(split: SplitFolder) -> str:
     return split.manifest["source"]["architecture"]
 
 
+def record_of(found: NamedModel, split: SplitFolder) -> AdapterRecord:
+    """Return the adapter record of a run, or that of a new adapter on a quantized model."""
+    if found.kind == "trained":
+        return open_adapter(Path(found.name).expanduser()).record
+    return new_record(split, AdapterOptions())
+
+
 def check_kind(found: NamedModel, *, classifier: bool) -> None:
     """Refuse a model that is not a classifier, or not a language model, where one is needed.
 

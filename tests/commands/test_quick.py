@@ -69,6 +69,8 @@ def test_help_mistakes_and_the_report_import_nothing_heavy(out, tmp_path):
         (["train", base, "no.jsonl", "--out", "x"], 2, "no such file or folder: no.jsonl"),
         (["train", base, "data.jsonl", "--out", "x", "--gpu", "24"], 2, "--gpu '24'"),
         (["eval", "empty", "--data", "data.jsonl"], 2, "empty is not a 16-bit model"),
+        (["generate", "./nowhere", "--prompt", "x"], 2, "no folder './nowhere' here"),
+        (["generate", base, "--prompt", "x", "--max-new-tokens", "0"], 2, "--max-new-tokens 0 is below 1"),
         (["export", "nowhere", "--out", "x", "--to", "peft"], 2, "no folder nowhere here"),
         (["report", base], 0, "Quantization error of"),
         (["report", base, "--json"], 0, '"weights"'),

@@ -7,8 +7,6 @@ from importlib.metadata import version
 from math import sqrt
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import qsvd
@@ -188,32 +186,3 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
 
 
 # What `qsvd quantize --dry-run` prints: the resolved options, the weights and the expected sizes.
-
-
-def show_plan(run: QuantizeRun) -> None:
-    """Print to stdout what a run would do."""
-    console = Console()
-    options = Table("option", "value", title="Options", title_justify="left")
-    for name, value in asdict(run.options).items():
-        options.add_row(f"--{name.replace('_', '-')}", str(value))
-    options.add_row("(device)", str(run.device))
-    weights = Table("weight", "role", "shape", "codec", "rank", title="Weights", title_justify="left")
-    for spec in run.plan.weights:
-        choice = run.resolved.choices[spec.module]
-        shape = f"{spec.shape[0]} x {spec.shape[1]}"
-        weights.add_row(spec.module, spec.role, shape, spelling(choice.codec), str(choice.rank))
-    sizes = Table("part", "MB", title="Sizes", title_justify="left")
-    for name, num_bytes in (
-        ("weights to quantize, in the 16-bit model", run.sizes.source),
-        ("residual", run.sizes.residual),
-        ("components", run.sizes.factors),
-        ("copied", run.sizes.copied),
-        ("maximum on disk during the run", run.sizes.disk),
-    ):
-        sizes.add_row(name, f"{num_bytes / 1e6:,.1f}")
-    console.print(options, weights, sizes)
-    console.print(f"Coverage: {run.header.reach}", soft_wrap=True, highlight=False)
-    for left in run.header.coverage.left:
-        console.print(f"Left: {left.pattern} ({left.size})", soft_wrap=True, highlight=False)
-    shards = ", ".join(shard.file for shard in run.shards[:3]) + (" ..." if len(run.shards) > 3 else "")
-    console.print(f"Files: {shards}", soft_wrap=True, highlight=False)

@@ -1,0 +1,177 @@
+"""`qsvd generate`: answers of a 16-bit model, a quantized model or a run, printed token by token."""
+
+import copy
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TextStreamer
+
+from qsvd.commands.console import quiet
+from qsvd.errors import BadInput, Interrupted
+from qsvd.options import Generate
+from qsvd.prepare.generate import (
+    GenerateRun,
+    load_generating,
+    new_tokens,
+    prepare_generate,
+    prompt_tokens,
+    said,
+    started,
+)
+
+
+def main(options: Generate) -> None:
+    """Run `qsvd generate`: 1 read the prompts and check, 2 load the model, 3 answer, 4 print the speed.
+
+    Raises:
+        Interrupted: after Ctrl-C; what was generated until then is printed.
+    """
+    with quiet(reads_data=False):
+        run = prepare_generate(options, () if options.chat else options.prompt or (_stdin(),))  # 1
+        model = load_generating(run)  # 2
+        torch.manual_seed(options.seed)
+        streamer = TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        count, seconds = 0, 0.0
+        for tokens in _chat(run, model, streamer) if options.chat else _answers(run, model, streamer):  # 3
+            count, seconds = count + tokens[0], seconds + tokens[1]
+    if count > 1 or sys.stderr.isatty():
+        print(f"{count} tokens, {count / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)  # 4
+
+
+def generate(  # noqa: PLR0913  # the options of the command
+    model: str | Path,
+    prompt: str | Sequence[str],
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    base: str | Path | None = None,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    resident: Literal["auto"] | float = "auto",
+    device: str = "auto",
+) -> str | list[str]:
+    """Generate as `qsvd generate` does, silently; the model is loaded once for all prompts.
+
+    Args:
+        model: A 16-bit model, a quantized model, a run, or a Hub id.
+        prompt: A text or several; a user's message each where the tokenizer has a chat template, unless `raw`.
+        system: The system prompt; it needs a chat template.
+        raw: Whether to give the prompt to the model as it is.
+        temperature: 0 is greedy; None is what generation_config.json says, else greedy.
+        top_p: Above 0, at most 1.
+        max_new_tokens: Tokens of an answer; None is what generation_config.json says, else 512, if it fits.
+        base: The quantized model of a run, if it has moved.
+        resident: The fraction of blocks whose weights stay on the GPU.
+
+    Returns:
+        The answer to one text, or a list with the answer to each of several.
+
+    Raises:
+        BadInput: an option, the model or a prompt cannot be used.
+        DoesNotFit: there is too little memory.
+    """
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    if not prompts:
+        raise BadInput("there is no prompt: give at least one text")
+    options = Generate(
+        str(model),
+        prompts,
+        system=system,
+        raw=raw,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        base=None if base is None else Path(base),
+        dtype=dtype,
+        resident=resident,
+        device=device,
+    )
+    with quiet(reads_data=False):
+        run = prepare_generate(options, prompts)
+        loaded = load_generating(run)
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            answers = [_text(run, _answer(run, loaded, tokens, None)) for tokens in run.prompts]
+    return answers[0] if isinstance(prompt, str) else answers
+
+
+def _answers(run: GenerateRun, model: Any, streamer: TextStreamer) -> Iterator[tuple[int, float]]:
+    """Print the answer to every prompt; yield its tokens and seconds."""
+    for number, tokens in enumerate(run.prompts, start=1):
+        if len(run.prompts) > 1:
+            print(f"prompt {number} of {len(run.prompts)}", file=sys.stderr, flush=True)
+        begun = time.monotonic()
+        answer = _answer(run, model, tokens, streamer)
+        yield len(answer), time.monotonic() - begun
+
+
+def _chat(run: GenerateRun, model: Any, streamer: TextStreamer) -> Iterator[tuple[int, float]]:
+    """Print the answer to every message of the user, given all before it; yield its tokens and seconds."""
+    messages = started(run.options)
+    for line in _lines():
+        messages.append(said(line))
+        begun = time.monotonic()
+        answer = _answer(run, model, prompt_tokens(run, messages), streamer)
+        messages.append({"role": "assistant", "content": _text(run, answer)})
+        yield len(answer), time.monotonic() - begun
+
+
+def _answer(run: GenerateRun, model: Any, prompt: list[int], streamer: TextStreamer | None) -> list[int]:
+    """Return the token ids of the answer to a prompt, by transformers' generate."""
+    chosen = copy.deepcopy(run.sampling)
+    chosen.max_new_tokens = new_tokens(run, len(prompt))
+    prompt_NT = torch.tensor([prompt], device=run.device)
+    try:
+        output_NT = model.generate(
+            input_ids=prompt_NT,
+            attention_mask=torch.ones_like(prompt_NT),
+            generation_config=chosen,
+            streamer=streamer,
+        )
+    except KeyboardInterrupt as error:
+        if streamer is not None:
+            streamer.end()
+        raise Interrupted("interrupted") from error
+    return output_NT[0, len(prompt) :].tolist()
+
+
+def _text(run: GenerateRun, answer: list[int]) -> str:
+    return str(run.tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def _stdin() -> str:
+    """Return the text on stdin without its last line break."""
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"stdin is not a text in UTF-8: {error}") from error
+    if not text.strip():
+        raise BadInput("stdin is empty: give --prompt TEXT, --chat, or a text on stdin")
+    return text.removesuffix("\n")
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of the user until an empty one, /exit or the end of stdin."""
+    mark = ""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        import readline  # noqa: F401  # input() then edits lines
+
+        mark = "> "
+    while True:
+        try:
+            line = input(mark)
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise BadInput(f"stdin is not a text in UTF-8: {error}") from error
+        if line.strip() in ("", "/exit"):
+            return
+        yield line

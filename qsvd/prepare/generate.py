@@ -1,0 +1,193 @@
+"""Options of `qsvd generate` to a checked run: the model that was found, its prompts as tokens, how it samples."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qsvd.adapters.load import generation_config
+from qsvd.data import plain
+from qsvd.data.chat import ChatTemplate, Message, render
+from qsvd.errors import BadInput, listing
+from qsvd.files.atomic import read_object
+from qsvd.files.split_folder import open_split
+from qsvd.memory.block_bytes import Batch
+from qsvd.memory.device import device_of, dtype_of
+from qsvd.memory.items import EVERYTHING
+from qsvd.memory.placement import Wish
+from qsvd.options import Generate
+from qsvd.plan.weights import context_length
+from qsvd.prepare.check_options import check
+from qsvd.prepare.examples import open_tokenizer
+from qsvd.prepare.machine import machine, place_generating
+from qsvd.prepare.models import NamedModel, causal_classes, find_model, load_model, record_of
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+MOST_NEW_TOKENS = 512  # unless more are asked for
+CHAT_TOKENS = 2048  # of a conversation, for which memory is planned
+
+
+@dataclass(frozen=True)
+class GenerateRun:
+    """A checked run of `qsvd generate`.
+
+    Args:
+        template: None without a chat template, and with --raw.
+        sampling: All of transformers' options but the length.
+        context: The tokens that the model can read, prompt and answer together.
+        prompts: The token ids of each prompt; none for a chat.
+    """
+
+    options: Generate
+    found: NamedModel
+    tokenizer: Any
+    template: ChatTemplate | None
+    sampling: "GenerationConfig"
+    context: int
+    device: torch.device
+    dtype: torch.dtype
+    prompts: tuple[list[int], ...] = ()
+
+
+def prepare_generate(options: Generate, prompts: Sequence[str]) -> GenerateRun:
+    """Open the model without its weights, and refuse what it cannot generate from.
+
+    Args:
+        prompts: The texts; none for a chat.
+
+    Raises:
+        BadInput: an option or a prompt cannot be used, the model generates no text, or a prompt and its answer are
+            longer than its context.
+    """
+    check(options)
+    device = device_of(options.device)
+    found = find_model(options.model, options.base)
+    _check_generates(found)
+    tokenizer = open_tokenizer(found.home)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(found.home, local_files_only=True)
+    sampling = _sampling(options, generation_config(found.home, config), tokenizer)
+    run = GenerateRun(
+        options,
+        found,
+        tokenizer,
+        _template(options, tokenizer),
+        sampling,
+        context_length(config.get_text_config()),
+        device,
+        dtype_of(options.dtype, device),
+    )
+    tokens = tuple(prompt_tokens(run, [*started(options), said(prompt)]) for prompt in prompts)
+    for prompt in tokens or ([0],):
+        new_tokens(run, len(prompt))
+    return replace(run, prompts=tokens)
+
+
+def started(options: Generate) -> list[Message]:
+    """Return the messages before the first one of the user."""
+    return [] if options.system is None else [{"role": "system", "content": options.system}]
+
+
+def said(text: str) -> Message:
+    """Return a message of the user."""
+    return {"role": "user", "content": text}
+
+
+def prompt_tokens(run: GenerateRun, messages: list[Message]) -> list[int]:
+    """Return the token ids before an answer: of the conversation, or of its last text where there is no template.
+
+    Raises:
+        BadInput: there are none, or the template cannot render the conversation.
+    """
+    if run.template is None:
+        (tokens,) = plain.prompts([messages[-1]["content"]], run.tokenizer)
+    else:
+        (tokens,) = plain.encode([render(run.template, messages, begin=True)], run.tokenizer)
+    if not tokens:
+        raise BadInput("the prompt has no tokens: give a text")
+    return tokens
+
+
+def new_tokens(run: GenerateRun, length: int) -> int:
+    """Return the largest number of tokens of an answer to a prompt of this length.
+
+    Raises:
+        BadInput: prompt and answer are longer than what the model can read.
+    """
+    room, asked, name = run.context - length, run.options.max_new_tokens, run.found.name
+    if room < 1:
+        raise BadInput(f"the prompt has {length} tokens, and {name} reads {run.context} with the answer: shorten it")
+    if asked is not None and asked > room:
+        raise BadInput(
+            f"--max-new-tokens {asked} and a prompt of {length} tokens are more than the {run.context} that {name} "
+            f"reads: give at most {room}"
+        )
+    return asked or min(room, run.sampling.max_new_tokens or MOST_NEW_TOKENS)
+
+
+def load_generating(run: GenerateRun) -> Any:
+    """Load the model; as many blocks stay on the device as fit.
+
+    Raises:
+        BadInput: it cannot be loaded.
+        DoesNotFit: there is too little memory.
+    """
+    placement = EVERYTHING
+    if run.found.kind != "16-bit":
+        split = open_split(run.found.home)
+        lengths = [len(prompt) + new_tokens(run, len(prompt)) for prompt in run.prompts]
+        tokens = max(lengths, default=min(CHAT_TOKENS, run.context))
+        batch = Batch(tokens, 1, is_masked=True, checkpointing=True, device=run.device.type)
+        here = machine(run.device, run.dtype)
+        placement = place_generating(split, record_of(run.found, split), batch, Wish(run.options.resident), here)
+    return load_model(run.found, run.device, run.dtype, placement=placement)
+
+
+def _check_generates(found: NamedModel) -> None:
+    """Refuse classifiers and encoders."""
+    if found.labels:
+        raise BadInput(
+            f"{found.name} is a classifier ({listing(found.labels)}), which generates no text; give a language model"
+        )
+    names = [found.architecture] if found.architecture else read_object(found.home / "config.json").get("architectures")
+    if names and names[0] not in causal_classes():
+        raise BadInput(f"{found.name} is a {names[0]}, which generates no text; give a language model")
+
+
+def _template(options: Generate, tokenizer: Any) -> ChatTemplate | None:
+    if options.raw:
+        return None
+    if tokenizer.chat_template is not None:
+        template = tokenizer.get_chat_template()
+        return ChatTemplate(tokenizer, template, template)
+    flag = "--chat" if options.chat else "--system" if options.system is not None else None
+    if flag is not None:
+        raise BadInput(
+            f"{flag} needs a chat template, and the tokenizer of {options.model} has none: use a chat model, or put a "
+            "chat_template.jinja next to the tokenizer"
+        )
+    return None
+
+
+def _sampling(options: Generate, given: "GenerationConfig", tokenizer: Any) -> "GenerationConfig":
+    """Return the model's own generation config with the options in it; one sequence, so that it can be streamed."""
+    chosen = copy.deepcopy(given)
+    chosen.update(num_beams=1, num_return_sequences=1, return_dict_in_generate=False, max_length=None)
+    if options.temperature == 0:
+        chosen.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50)
+    elif options.temperature is not None or options.top_p is not None:
+        chosen.do_sample = True
+        chosen.temperature = given.temperature if options.temperature is None else options.temperature
+        chosen.top_p = given.top_p if options.top_p is None else options.top_p
+    own = given.eos_token_id
+    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ends = list(dict.fromkeys(token for token in known if token is not None))
+    chosen.eos_token_id = ends or None
+    if chosen.pad_token_id is None and ends:
+        chosen.pad_token_id = ends[0]
+    return chosen
