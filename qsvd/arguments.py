@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qsvd.errors import BadInput
-from qsvd.option_types import POSITIONAL, Help, marks_of
+from qsvd.option_types import APPEND, POSITIONAL, Help, marks_of
 
 NAMES = {  # of PEFT, transformers, TRL and Unsloth -> ours; used where a command has the option
     "lr": "learning-rate",
@@ -120,7 +120,8 @@ def _options(record: type) -> Iterator[_Option]:
     hints, marks = get_type_hints(record), marks_of(record)
     for field in fields(record):
         text = [mark for mark in marks[field.name] if isinstance(mark, Help)][-1]
-        yield _Option(field.name, hints[field.name], text, POSITIONAL in marks[field.name], field.default)
+        kind = get_args(hints[field.name])[0] if APPEND in marks[field.name] else hints[field.name]
+        yield _Option(field.name, kind, text, POSITIONAL in marks[field.name], field.default)
 
 
 def _canonical(name: str, known: Iterable[str]) -> str:
