@@ -23,6 +23,7 @@ NAMES = {  # of PEFT, transformers, TRL and Unsloth -> ours; used where a comman
     "lora-alpha": "alpha",
     "lora-dropout": "dropout",
     "use-rslora": "rslora",
+    "lora-target-modules": "target-modules",
     "num-train-epochs": "epochs",
     "num-epochs": "epochs",
     "max-steps": "steps",

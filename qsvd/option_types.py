@@ -8,6 +8,7 @@ An option is a field of a frozen dataclass, `name: Annotated[type, mark, ...] = 
     at_least(1), SHARE, ...       the range of the number: `out_of_range` names every value outside
     APPEND                        the flag may be given several times, with one value each
     SAME_RESULT                   the value does not affect the result: `result_options` leaves the option out
+    ADDED                         newer than version 0.1: left out at its default, so that older runs resume
 """
 
 import math
@@ -43,6 +44,7 @@ class Mark:
 
 POSITIONAL = Mark("positional")
 APPEND = Mark("may be given several times")
+ADDED = Mark("newer than version 0.1")
 SAME_RESULT = Mark("does not affect the result")  # paths too: files are compared by what they hold
 
 
@@ -77,9 +79,10 @@ def marks_of(record: type) -> dict[str, tuple[Any, ...]]:
 
 def result_options(options: object) -> dict[str, Any]:
     """Return the options that the stored result depends on, as values of JSON: a tuple becomes a list."""
-    marks = marks_of(type(options))
+    marks, defaults = marks_of(type(options)), vars(type(options))
     values = {name: getattr(options, name) for name in marks if SAME_RESULT not in marks[name]}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    kept = {name: value for name, value in values.items() if ADDED not in marks[name] or value != defaults[name]}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
 def out_of_range(options: object) -> list[str]:

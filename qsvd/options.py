@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from qsvd.option_types import (
     ABOVE_ZERO,
+    ADDED,
     APPEND,
     FROM_ZERO,
     POSITIONAL,
@@ -217,8 +218,17 @@ class Train:
         int | None, at_least(1), Help("LoRA rank. Default: 64 for lora; the stored rank for pissa and edora.")
     ] = None
     alpha: Annotated[
-        float | None, ABOVE_ZERO, Help("Scale is alpha / rank. Default: 16 for lora; the rank for edora.")
+        float | None,
+        ABOVE_ZERO,
+        Help("Scale is alpha / rank. Default: rank / 4 for lora (2 with --rslora); the rank for edora."),
     ] = None
+    rslora: Annotated[bool, ADDED, Help("lora: scale is alpha / sqrt(rank).")] = False
+    dropout: Annotated[float, ADDED, SHARE, Help("lora: dropout on the input of the adapter.")] = 0.0
+    target_modules: Annotated[
+        tuple[str, ...],
+        ADDED,
+        Help("Layers to train: names (q_proj v_proj), globs on paths, or all-linear. Default: all.", "NAME ..."),
+    ] = ()
 
     learning_rate: Annotated[
         float | None, Group("schedule"), ABOVE_ZERO, Help("Default: 2e-5 for pissa, 2e-4 for lora, 1e-3 for edora.")

@@ -5,6 +5,7 @@ Trained tensors are nn.Parameters. Frozen ones are buffers, which are read from 
 Shape suffixes: O = out features, I = in features, R = stored rank, K = rank of the adapter's factors.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,9 +46,14 @@ class AdapterOptions:
     Args:
         method: "pissa", "lora" or "edora"; None is pissa, or lora if a weight has no components.
         rank: Trained rank; None is the default of the method.
-        alpha: The trained product is multiplied by alpha / rank (LoRA, arXiv:2106.09685); None is the method's default.
+        alpha: The trained product is multiplied by alpha / rank (LoRA, arXiv:2106.09685). None is the alpha that gives
+            the method's default scale.
         dtype: Dtype of the trained parameters, "float32" or "bfloat16"; "auto" is float32 up to FEW parameters.
         seed: Seed of random initial values.
+        target_modules: The layers to train: names ("q_proj"), globs on paths, or "all-linear"; empty is all. The
+            components of the others are frozen.
+        dropout: Of the input of LoRA's trained factors, from 0 to below 1.
+        rslora: The scale is alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732).
     """
 
     method: str | None = None
@@ -55,6 +61,9 @@ class AdapterOptions:
     alpha: float | None = None
     dtype: str = "auto"
     seed: int = 0
+    target_modules: tuple[str, ...] = ()
+    dropout: float = 0.0
+    rslora: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -67,32 +76,50 @@ class Defaults:
 
     Args:
         rank: None is the stored rank.
-        alpha: None is the rank.
+        scale: Of the trained product: the same at every rank, and with rslora at the default rank.
         learning_rate: For AdamW.
     """
 
     rank: int | None
-    alpha: float | None
+    scale: float
     learning_rate: float
     reason: str
 
     def rank_and_scale(self, options: AdapterOptions, stored_rank: int) -> tuple[int, float]:
-        """Return the rank and the scale alpha / rank, as given or by default."""
-        rank = next(rank for rank in (options.rank, self.rank, stored_rank) if rank is not None)
-        alpha = next(alpha for alpha in (options.alpha, self.alpha, rank) if alpha is not None)
-        return rank, alpha / rank if rank else 0.0
+        """Return the rank and the scale, alpha / rank or alpha / sqrt(rank), as given or by default."""
+        rank = self.rank_of(options, stored_rank)
+        if not rank:
+            return rank, 0.0
+        return rank, self.alpha_of(options, rank) / (math.sqrt(rank) if options.rslora else rank)
+
+    def rank_of(self, options: AdapterOptions, stored_rank: int) -> int:
+        """Return the trained rank."""
+        return next(rank for rank in (options.rank, self.rank, stored_rank) if rank is not None)
+
+    def alpha_of(self, options: AdapterOptions, rank: int) -> float:
+        """Return alpha at this trained rank."""
+        if options.alpha is not None:
+            return options.alpha
+        return self.scale * (math.sqrt(self.rank or rank) if options.rslora else rank)
 
 
 class Adapter(nn.Module, ABC):
     """The trained part of one weight: W' = gain[:, None] * (Q + up @ down).
 
-    A subclass is a method. It brings its options (`defaults`, and what `start` refuses), its hooks in a training step,
-    and the forms of export that it does not have.
+    A subclass is a method. It brings its options (`defaults`, `own_options`, and what `start` refuses), its hooks in a
+    training step, and the forms of export that it does not have.
+
+    Attributes:
+        dropout: Of the input of the trained factors, while training. Above 0 it needs `divided`.
     """
+
+    dropout: float = 0.0
 
     defaults: ClassVar[Defaults]
     needs_components: ClassVar[bool] = False  # it trains the stored components: a weight of rank 0 stays frozen
     starts_from_residual: ClassVar[bool] = False  # `start` reads the values of Q
+    has_gain: ClassVar[bool] = False  # `gain` returns numbers
+    own_options: ClassVar[tuple[str, ...]] = ()  # of AdapterOptions, that other methods refuse
     export_refusals: ClassVar[Mapping[str, str]] = MappingProxyType({})  # form of export -> why it has none
 
     # Hooks: called once an optimizer step, counted from 1, when the gradients of all its batches are summed.
@@ -139,6 +166,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return up [O, K] and down [K, I], differentiable, with the scale folded in."""
+
+    def divided(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return the frozen and the trained part of the factors, each as `factors` does, for dropout."""
+        raise NotImplementedError(f"{type(self).__name__} has no dropout")
 
     def gain(self) -> Tensor | None:
         """Return a factor for each output, [O], or None if all are 1."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import dropout
 
 from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.page_cache import PagedResidual
@@ -76,13 +77,28 @@ class SplitLinear(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):  # it would round the adapter's own steps, such as edora's norms
-            up_OK, down_KI = self.adapter.factors()
-            gain_O = self.adapter.gain()
         inputs_TI = x.reshape(-1, self.in_features)
-        outputs_TO = _Product.apply(inputs_TI, up_OK, down_KI, gain_O, self.bias, self)
-        assert isinstance(outputs_TO, Tensor), "apply returns what forward does"
+        with torch.autocast(device, enabled=False):  # it would round the adapter's own steps, such as edora's norms
+            if self.training and self.adapter.dropout:
+                outputs_TO = self._with_dropout(inputs_TI)
+            else:
+                outputs_TO = self._product(inputs_TI, *self.adapter.factors(), self.adapter.gain())
         return outputs_TO.view(*x.shape[:-1], self.out_features)
+
+    def _with_dropout(self, x_TI: Tensor) -> Tensor:
+        """Return the output with dropout before the trained factors; Q and the frozen factors see all of x.
+
+        The mask is torch's, drawn from its global generator, so that a checkpointed block draws the same one again.
+        """
+        (frozen_up, frozen_down), (up_OK, down_KI) = self.adapter.divided()
+        y_TO = self._product(x_TI, frozen_up, frozen_down, None)
+        hidden_TK = dropout(x_TI, self.adapter.dropout) @ down_KI.to(x_TI.dtype).T
+        return torch.addmm(y_TO, hidden_TK, up_OK.to(x_TI.dtype).T)
+
+    def _product(self, x_TI: Tensor, up_OK: Tensor, down_KI: Tensor, gain_O: Tensor | None) -> Tensor:
+        y_TO = _Product.apply(x_TI, up_OK, down_KI, gain_O, self.bias, self)
+        assert isinstance(y_TO, Tensor), "apply returns what forward does"
+        return y_TO
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

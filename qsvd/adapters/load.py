@@ -271,7 +271,7 @@ def _split_linear(
     if not isinstance(model.get_submodule(path), nn.Linear):
         raise BadInput(f"{path} of {plan.architecture} is not an nn.Linear, but {place.split.folder} has it quantized")
     bias = plan.spelling.get(f"{path}.bias")
-    stored = read_weight(place.split, name, place.device, place.record.method, is_paged=paged is not None)
+    stored = read_weight(place.split, name, place.device, place.record, is_paged=paged is not None)
     adapter = start_from(stored, place.split, place.record, name)
     bias_O = None if bias is None else _dense(place, bias, place.dtype, place.device)
     return SplitLinear(paged or stored.residual, adapter, bias_O, name)

@@ -1,7 +1,7 @@
 """The methods of training, and their table METHODS. Shape suffixes as in adapter.py."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, StoredWeight, frozen_shapes
 from qsvd.errors import BadInput
+from qsvd.plan.targets import is_target
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 
@@ -27,7 +28,7 @@ class Pissa(Adapter):
 
     defaults = Defaults(
         rank=None,
-        alpha=None,
+        scale=1.0,
         learning_rate=2e-5,
         reason="the authors' rate; large singular values make the loss sharper than LoRA's, so it is smaller",
     )
@@ -71,19 +72,21 @@ class Lora(Adapter):
     """LoRA (arXiv:2106.09685, section 4.1): W' = Q + B0 A0 + (alpha / K) B A, with B and A trained from B = 0.
 
     Without components it is QLoRA (arXiv:2305.14314). Parameters: K (O + I). K is cut to the smaller side of the
-    weight; the scale is not changed.
+    weight; the scale is not changed. Dropout acts on the input of A, as in PEFT, and not on that of Q and A0.
     """
 
     defaults = Defaults(
         rank=64,
-        alpha=16,
+        scale=16 / 64,
         learning_rate=2e-4,
-        reason="QLoRA's rank, alpha and rate for 7B and 13B",
+        reason="QLoRA's rank, alpha / rank and rate for 7B and 13B",
     )
+    own_options = ("dropout", "rslora")
 
-    def __init__(self, stored: StoredWeight, up_OK: Tensor, down_KI: Tensor, scale: float):
+    def __init__(self, stored: StoredWeight, up_OK: Tensor, down_KI: Tensor, *, scale: float, dropout: float):
         super().__init__()
         self.scale = scale
+        self.dropout = dropout
         self.up = nn.Parameter(up_OK)
         self.down = nn.Parameter(down_KI)
         self.register_buffer("frozen_up", stored.up_OR, persistent=False)
@@ -100,7 +103,8 @@ class Lora(Adapter):
         down_KI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
         device = stored.up_OR.device
         up_OK = torch.zeros(out_features, rank, dtype=options.torch_dtype, device=device)
-        return cls(stored, up_OK, down_KI.to(device, options.torch_dtype), scale)
+        down_KI = down_KI.to(device, options.torch_dtype)
+        return cls(stored, up_OK, down_KI, scale=scale, dropout=options.dropout)
 
     @classmethod
     def tensors(
@@ -116,12 +120,15 @@ class Lora(Adapter):
         return AdapterTensors(parameters, frozen_shapes(shape, stored_rank, stored_dtype), made)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        up_OK = self.scale * self.up
-        frozen_up, frozen_down = self.get_buffer("frozen_up"), self.get_buffer("frozen_down")
+        (frozen_up, frozen_down), (up_OK, _) = self.divided()
         if not len(frozen_down):
             return up_OK, self.down
         down_KI = 1 * self.down  # else its gradient is a view that keeps the frozen part's alive
         return torch.cat((frozen_up.to(up_OK), up_OK), dim=1), torch.cat((frozen_down.to(self.down), down_KI))
+
+    def divided(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        frozen = self.get_buffer("frozen_up"), self.get_buffer("frozen_down")
+        return frozen, (self.scale * self.up, self.down)
 
 
 TINY = torch.finfo(torch.float32).tiny  # least square of a norm, so that a row of zeros keeps the gain 1
@@ -135,13 +142,14 @@ class EDora(Adapter):
 
     defaults = Defaults(
         rank=None,
-        alpha=None,
+        scale=1.0,
         learning_rate=1e-3,
         reason="the second largest of the authors' grid; few parameters are trained, so a higher rate works",
     )
 
     needs_components = True
     starts_from_residual = True
+    has_gain = True
     export_refusals = MappingProxyType(
         {
             "lora": "edora scales the rows of each weight, which a LoRA on the 16-bit model cannot do; "
@@ -239,9 +247,12 @@ def _norm_constants(stored: StoredWeight) -> dict[str, Tensor]:
 
 
 class Frozen(Adapter):
-    """W' = Q: for a weight without components, if the method needs them. Parameters: none."""
+    """W' = Q + B0 A0: for a layer that is not to be trained, or without components where the method needs them.
 
-    defaults = Defaults(rank=None, alpha=None, learning_rate=0.0, reason="nothing is trained")
+    Parameters: none.
+    """
+
+    defaults = Defaults(rank=None, scale=1.0, learning_rate=0.0, reason="nothing is trained")
 
     def __init__(self, up_OR: Tensor, down_RI: Tensor):
         super().__init__()
@@ -251,14 +262,14 @@ class Frozen(Adapter):
     @classmethod
     def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Frozen":
         del options, generator  # nothing is chosen or drawn
-        return cls(stored.up_OR.float(), stored.down_RI.float())
+        return cls(stored.up_OR, stored.down_RI)
 
     @classmethod
     def tensors(
         cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
     ) -> AdapterTensors:
-        del rank, dtype, stored_dtype
-        return AdapterTensors(parameters={}, buffers=frozen_shapes(shape, stored_rank, torch.float32), made={})
+        del rank, dtype
+        return AdapterTensors(parameters={}, buffers=frozen_shapes(shape, stored_rank, stored_dtype), made={})
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.get_buffer("frozen_up"), self.get_buffer("frozen_down")
@@ -276,11 +287,30 @@ def default_method(ranks: Iterable[int]) -> str:
     return "pissa" if all(ranks) else "lora"
 
 
-def kind_of(method: str, stored_rank: int, ranks: Iterable[int]) -> type[Adapter]:
-    """Return the adapter class of one weight: Frozen if the method needs components and this weight has none.
+def check_own_options(method: str, options: AdapterOptions) -> None:
+    """Raise BadInput if an option belongs to another method, or dropout is not a probability below 1."""
+    for owner, kind in METHODS.items():
+        for name in kind.own_options:
+            if getattr(options, name) and name not in METHODS[method].own_options:
+                raise BadInput(
+                    f"{name} is an option of the method {owner}, and the method is {method}: choose {owner}, or leave "
+                    f"{name} out"
+                )
+    if not 0 <= options.dropout < 1:
+        raise BadInput(f"dropout {options.dropout:g} is not a number from 0 to below 1")
+
+
+def kind_of(method: str, module: str, ranks: Mapping[str, int], targets: Sequence[str] = ()) -> type[Adapter]:
+    """Return the adapter class of one weight: Frozen if it is not to be trained, or lacks components that are needed.
 
     Args:
-        ranks: The stored ranks of all weights. If all are 0, the method itself refuses to start.
+        module: Path of its layer.
+        ranks: The stored ranks of all weights, by the paths of their layers. If those of all layers to train are 0,
+            the method itself refuses to start.
+        targets: Names of the layers to train; empty is all.
     """
+    if not is_target(module, targets):
+        return Frozen
     kind = METHODS[method]
-    return Frozen if kind.needs_components and stored_rank == 0 and any(ranks) else kind
+    lacks = kind.needs_components and ranks[module] == 0
+    return Frozen if lacks and any(rank and is_target(name, targets) for name, rank in ranks.items()) else kind

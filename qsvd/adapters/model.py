@@ -99,7 +99,7 @@ class SplitModel:
 
         transformers itself asks it while it makes the model.
         """
-        if "split_record" in self.__dict__:
+        if "split_record" in self.__dict__ and next(split_linears(cast("PreTrainedModel", self)), None):
             raise BadInput(NO_PEFT)
         return False
 

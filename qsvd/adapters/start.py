@@ -1,6 +1,7 @@
 """New adapters: their record, the adapter of each weight before its first step, and their shapes for the planner."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 
 from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, StoredWeight
-from qsvd.adapters.methods import METHODS, default_method, kind_of, no_components
+from qsvd.adapters.methods import METHODS, Frozen, check_own_options, default_method, kind_of, no_components
 from qsvd.errors import BadInput
 from qsvd.files.adapter import AdapterFolder, AdapterRecord
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.split_folder import SplitFolder
 from qsvd.memory.split_model import Skeleton, SplitModelPlan, skeleton
 from qsvd.plan.allocation import Allocation, Choice
+from qsvd.plan.targets import check_targets, is_target, target_names
 from qsvd.plan.tensors import AdapterTensors
 from qsvd.plan.weights import ModelPlan, WeightSpec, describe, role_of
 
@@ -24,10 +26,15 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
     """Return the record of a new adapter.
 
     Raises:
-        BadInput: the method or the dtype is unknown, or there is only one label.
+        BadInput: the method, a layer to train or the dtype is unknown, an option belongs to another method, or there is
+            only one label.
     """
-    method = default_method(split.ranks.values()) if options.method is None else options.method
+    options = replace(options, target_modules=target_names(options.target_modules))
+    check_targets(options.target_modules, split.module_ranks)
+    method = _method(split.module_ranks, options) if options.method is None else options.method
     check_method(method)
+    check_own_options(method, options)
+    defaults = METHODS[method].defaults
     if len(labels) == 1:
         raise BadInput(f"labels has the one class {labels[0]!r}; a classifier needs at least two")
     return AdapterRecord(
@@ -35,11 +42,27 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
         fingerprint=split.fingerprint,
         method=method,
         rank=options.rank,
-        alpha=options.alpha,
+        alpha=options.alpha if defaults.rank is None else defaults.alpha_of(options, defaults.rank_of(options, 0)),
         dtype=_dtype_name(split, method, options),
         seed=options.seed,
         labels=labels,
+        target_modules=options.target_modules,
+        dropout=options.dropout,
+        rslora=options.rslora,
     )
+
+
+def _method(ranks: Mapping[str, int], options: AdapterOptions) -> str:
+    """Return the default method for the layers to train, by the stored ranks of all layers."""
+    return default_method(rank for module, rank in ranks.items() if is_target(module, options.target_modules))
+
+
+def check_start(split: SplitFolder, record: AdapterRecord) -> None:
+    """Refuse options that the method cannot use: start the smallest trained weight of every stored rank."""
+    trained = {n: w for n, w in split.weights.items() if is_target(w["module"], record.target_modules)}
+    for rank in sorted({weight["rank"] for weight in trained.values()}):
+        sizes = {name: math.prod(weight["shape"]) for name, weight in trained.items() if weight["rank"] == rank}
+        start_adapter(split, record, min(sizes, key=lambda name: sizes[name]), torch.device("cpu"))
 
 
 def check_method(method: str) -> None:
@@ -52,8 +75,8 @@ def _dtype_name(split: SplitFolder, method: str, options: AdapterOptions) -> str
     if options.dtype not in ("auto", "float32", "bfloat16"):
         raise BadInput(f"adapter dtype {options.dtype!r} is not one of auto, float32, bfloat16")
     count = 0
-    for name, weight in split.weights.items():
-        kind = kind_of(method, split.ranks[name], split.ranks.values())
+    for weight in split.weights.values():
+        kind = kind_of(method, weight["module"], split.module_ranks, options.target_modules)
         rank, _ = kind.defaults.rank_and_scale(options, weight["rank"])
         count += kind.num_parameters(tuple(weight["shape"]), rank)
     return _resolved(options.dtype, count)
@@ -72,11 +95,15 @@ def start_adapter(split: SplitFolder, record: AdapterRecord, name: str, device: 
     Raises:
         BadInput: the method cannot start from the weight's components.
     """
-    return start_from(read_weight(split, name, device, record.method), split, record, name)
+    return start_from(read_weight(split, name, device, record), split, record, name)
+
+
+def _kind(split: SplitFolder, record: AdapterRecord, name: str) -> type[Adapter]:
+    return kind_of(record.method, split.weights[name]["module"], split.module_ranks, record.target_modules)
 
 
 def read_weight(
-    split: SplitFolder, name: str, device: torch.device, method: str, *, is_paged: bool = False
+    split: SplitFolder, name: str, device: torch.device, record: AdapterRecord, *, is_paged: bool = False
 ) -> StoredWeight:
     """Read one weight.
 
@@ -84,8 +111,7 @@ def read_weight(
         is_paged: Map the residual in its file and read it only if the method starts from its values.
     """
     up_OR, down_RI = read_components(split, name)
-    kind = kind_of(method, split.ranks[name], split.ranks.values())
-    if is_paged and not kind.starts_from_residual:
+    if is_paged and not _kind(split, record, name).starts_from_residual:
         residual = split.residual(name, mapped=True)
     else:
         residual = split.residual(name).to(device)
@@ -104,7 +130,7 @@ def start_from(stored: StoredWeight, split: SplitFolder, record: AdapterRecord, 
     digest = hashlib.sha256(f"{record.seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
     try:
-        return kind_of(record.method, stored.rank, split.ranks.values()).start(stored, _options_of(record), generator)
+        return _kind(split, record, name).start(stored, _options_of(record), generator)
     except ValueError as error:
         raise BadInput(f"{split.folder}: {name}: {error}") from error
 
@@ -129,7 +155,8 @@ def trained_adapter(split: SplitFolder, adapter: AdapterFolder, name: str, modul
 
 
 def _options_of(record: AdapterRecord) -> AdapterOptions:
-    return AdapterOptions(record.method, record.rank, record.alpha, record.dtype, record.seed)
+    names = AdapterOptions.__dataclass_fields__
+    return AdapterOptions(**{name: getattr(record, name) for name in names})
 
 
 # For the planner: a quantized model with adapters, from its folder or from a config alone.
@@ -179,17 +206,22 @@ def planned(
         BadInput: the method cannot start from these ranks.
     """
     ranks = {module: choice.rank for module, choice in allocation.choices.items()}
-    name = options.method or default_method(ranks.values())
-    if METHODS[name].needs_components and not any(ranks.values()):
+    targets = target_names(options.target_modules)
+    options = replace(options, target_modules=targets)
+    check_targets(targets, ranks)
+    name = options.method or _method(ranks, options)
+    check_own_options(name, options)
+    kinds = {module: kind_of(name, module, ranks, targets) for module in ranks}
+    if METHODS[name].needs_components and not any(ranks[m] for m, kind in kinds.items() if kind is not Frozen):
         raise no_components(name)
-    kinds = {module: kind_of(name, rank, ranks.values()) for module, rank in ranks.items()}
-    trained = {module: kind.defaults.rank_and_scale(options, ranks[module])[0] for module, kind in kinds.items()}
+    trained = {module: kind.defaults.rank_of(options, ranks[module]) for module, kind in kinds.items()}
     count = sum(kinds[spec.module].num_parameters(spec.shape, trained[spec.module]) for spec in names.weights)
     dtype = getattr(torch, _resolved(options.dtype, count))
 
     @cache  # one record for all weights that are alike
     def tensors(kind: type[Adapter], shape: tuple[int, int], stored_rank: int, rank: int) -> AdapterTensors:
-        return kind.tensors(shape, stored_rank, rank, dtype, stored_dtype)
+        made = kind.tensors(shape, stored_rank, rank, dtype, stored_dtype)
+        return replace(made, dropout=0.0 if kind is Frozen else options.dropout)
 
     adapters = {
         spec.name: tensors(kinds[spec.module], spec.shape, ranks[spec.module], trained[spec.module])

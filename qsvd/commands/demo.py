@@ -100,6 +100,7 @@ def _fine_tune(options: Demo) -> Table:
                 out=options.out.expanduser() / f"run-{way.method}",
                 method=way.method,
                 rank=way.rank,
+                alpha=way.rank,  # the learning rate was found with a scale of 1
                 learning_rate=way.learning_rate,
                 epochs=options.epochs,
                 batch_size=4,

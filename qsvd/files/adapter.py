@@ -6,8 +6,9 @@ in the quantized model with the fingerprint of the record; the adapter is refuse
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,9 @@ from qsvd.files.atomic import write_text
 from qsvd.files.safetensors import TensorEntry, new_tensors, read_header, write_stream
 from qsvd.files.workspace import ADAPTER_RECORD
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)  # of qsvd_adapter.json; format 1 has no target_modules, dropout and rslora
+FIRST_ALPHA = 16.0  # of lora in format 1, if it was not given
 PARAMETERS = "qsvd_adapter.safetensors"
 FINGERPRINT = "qsvd_base_fingerprint"
 
@@ -29,11 +32,14 @@ class AdapterRecord:
         base: Absolute path of the quantized model when the adapter was trained.
         fingerprint: SHA-256 of the residuals of the quantized model.
         method: Name of the method.
-        rank, alpha: As given to the method; None for its default.
+        rank: As given to the method; None for its default.
+        alpha: The same for pissa and edora; for lora it is never None.
         dtype: Dtype of the trained parameters, "float32" or "bfloat16".
         seed: Seed of the initial values.
         labels: Names of the classes of a sequence classifier; empty for a language model.
         full: Names of the parameters of the model that are trained themselves, such as a new head.
+        target_modules: Names or globs of the layers that are trained; empty is all.
+        dropout, rslora: Of lora.
     """
 
     base: str
@@ -45,6 +51,9 @@ class AdapterRecord:
     seed: int
     labels: tuple[str, ...] = ()
     full: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] = ()
+    dropout: float = 0.0
+    rslora: bool = False
     format: int = FORMAT
 
 
@@ -77,9 +86,12 @@ def open_adapter(folder: Path) -> AdapterFolder:
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["format"] != FORMAT:  # checked first: another format may have other fields
-            raise BadInput(f"{path} has format {fields['format']}; this version of qsvd reads format {FORMAT}")
-        record = AdapterRecord(**(fields | {name: tuple(fields[name]) for name in ("labels", "full")}))
+        if fields["format"] not in FORMATS:  # checked first: another format may have other fields
+            raise BadInput(
+                f"{path} has format {fields['format']}; this version of qsvd reads formats 1 to {FORMAT}: install a "
+                "newer one"
+            )
+        record = _record(fields)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged: {error}") from error
     if record.dtype not in ("float32", "bfloat16"):
@@ -90,6 +102,16 @@ def open_adapter(folder: Path) -> AdapterFolder:
     if header.metadata.get(FINGERPRINT) != record.fingerprint:
         raise BadInput(f"{folder / PARAMETERS} belongs to another run than {ADAPTER_RECORD}: their fingerprints differ")
     return AdapterFolder(folder, record, header.tensors)
+
+
+def _record(fields: Mapping[str, Any]) -> AdapterRecord:
+    """Return the record of these fields, in the newest format. KeyError and TypeError: they are not those of one."""
+    lists = {name: tuple(fields[name]) for name in ("labels", "full")}
+    lists["target_modules"] = tuple(fields.get("target_modules", ()))
+    record = AdapterRecord(**{**fields, **lists, "format": FORMAT})
+    if fields["format"] == 1 and record.method == "lora" and record.alpha is None:
+        return replace(record, alpha=FIRST_ALPHA)
+    return record
 
 
 def check_base(adapter: AdapterFolder, folder: Path, fingerprint: str) -> None:

@@ -50,6 +50,11 @@ class SplitFolder:
         """Return the rank of the components of every weight, by its tensor name."""
         return {name: weight["rank"] for name, weight in self.weights.items()}
 
+    @cached_property
+    def module_ranks(self) -> dict[str, int]:
+        """Return the same by the path of the weight's layer."""
+        return {weight["module"]: weight["rank"] for weight in self.weights.values()}
+
     @property
     def fingerprint(self) -> str:
         """Return the digest of all residuals."""

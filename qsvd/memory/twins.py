@@ -140,10 +140,24 @@ class LinearTwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
-        factors = self._factors()
-        outputs_TO = _Product.apply(x.reshape(-1, x.shape[-1]), *factors, self.bias, self.decoding)
-        assert isinstance(outputs_TO, Tensor), "apply returns what forward does"
+        x_TI = x.reshape(-1, x.shape[-1])
+        outputs_TO = self._with_dropout(x_TI) if self.adapter.dropout else self._product(x_TI, *self._factors())
         return outputs_TO.view(*x.shape[:-1], outputs_TO.shape[-1])
+
+    def _with_dropout(self, x_TI: Tensor) -> Tensor:
+        trained = dict(self.trained.items())
+        up_OK, down_KI = 1.0 * trained["up"], trained["down"]
+        y_TO = self._product(x_TI, self.frozen["up"], self.frozen["down"], None)
+        if self.decoding.device == "cuda":  # one kernel, which keeps a mask of bytes; a CPU keeps it in the dtype of x
+            dropped_TI, _ = torch.native_dropout(x_TI, self.adapter.dropout, True)
+        else:
+            dropped_TI = nn.functional.dropout(x_TI, self.adapter.dropout)
+        return torch.addmm(y_TO, dropped_TI @ down_KI.to(x_TI.dtype).T, up_OK.to(x_TI.dtype).T)
+
+    def _product(self, x_TI: Tensor, up_OK: Any, down_KI: Any, gain_O: Any) -> Tensor:
+        y_TO = _Product.apply(x_TI, up_OK, down_KI, gain_O, self.bias, self.decoding)
+        assert isinstance(y_TO, Tensor), "apply returns what forward does"
+        return y_TO
 
     def _factors(self) -> tuple[Any, Any, Any]:
         """Return up, down and gain, each made from parameters, trained or frozen."""

@@ -39,11 +39,13 @@ class AdapterTensors:
         buffers: Frozen, without the residual.
         made: What a forward pass computes from these and keeps for the backward pass. The layer multiplies with "up",
             "down" and "gain"; those that are not in `made` are parameters or buffers themselves.
+        dropout: Above 0, the frozen and the trained factors are multiplied apart, and nothing of `made` is made.
     """
 
     parameters: Mapping[str, TensorShape]
     buffers: Mapping[str, TensorShape]
     made: Mapping[str, TensorShape]
+    dropout: float = 0.0
 
 
 def total_bytes(tensors: Iterable[TensorShape]) -> int:

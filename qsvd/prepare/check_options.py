@@ -8,10 +8,12 @@ from typing import Literal
 
 from qsvd.data.read import local_data
 from qsvd.errors import BadInput, parse_size
+from qsvd.files.atomic import read_object
 from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST, check_quantized
 from qsvd.option_types import out_of_range
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Generate, Plan, Quantize, Report, Train
 from qsvd.paths import checkpoint_folder, local_path
+from qsvd.plan.targets import check_targets, target_names
 
 Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Plan | Quantize | Report | Train
 Kind = Literal["16-bit", "split", "trained"]
@@ -41,6 +43,7 @@ def check(options: Options, *, is_open: bool = False) -> None:
         if size is not None:
             parse_size(size, f"--{name.replace('_', '-')}", least=least)
     _check_models(options, is_open=is_open)
+    _check_targets(options)
     for source in (getattr(options, "data", None), getattr(options, "valid", None)):
         if source is not None:
             local_data(source)
@@ -98,6 +101,9 @@ def _conflicts_of_objective(options: Quantize | Allocate) -> list[str]:
 
 def _conflicts_of_train(options: Train) -> list[str]:
     wrong = []
+    for flag, is_given in {"--dropout": options.dropout > 0, "--rslora": options.rslora}.items():
+        if is_given and options.method not in ("auto", "lora"):
+            wrong.append(f"{flag} is for --method lora, and --method is {options.method}: change one of them")
     if options.layer_major and options.packing:
         wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")
     for name in options.report_to:
@@ -152,6 +158,15 @@ def _check_models(options: Options, *, is_open: bool) -> None:
             _check_exported(options.run)
         case _:
             pass
+
+
+def _check_targets(options: Options) -> None:
+    """Refuse names of layers to train that a quantized model does not have."""
+    if isinstance(options, Train) and options.target_modules:
+        manifest = options.base.expanduser() / MANIFEST
+        if manifest.is_file():
+            modules = [weight["module"] for weight in read_object(manifest)["weights"].values()]
+            check_targets(target_names(options.target_modules), modules)
 
 
 def _check_config(name: str) -> None:

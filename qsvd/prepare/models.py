@@ -9,6 +9,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.load import load, names_of
+from qsvd.adapters.methods import METHODS
 from qsvd.adapters.start import new_record, read_components, trained_adapter
 from qsvd.data.columns import Examples
 from qsvd.errors import BadInput, first_line, listing
@@ -200,7 +201,10 @@ def open_trained(run: Path, base: Path | None) -> Opened:
     def weight(name: str) -> Trained:
         made = trained_adapter(split, adapter, name, modules[name])
         up_OK, down_KI = made.factors()
-        return Trained(up_OK.float(), down_KI.float(), made.gain())
+        gain_O = made.gain()
+        if gain_O is None and METHODS[adapter.record.method].has_gain:  # a layer that was not trained
+            gain_O = torch.ones(len(up_OK))
+        return Trained(up_OK.float(), down_KI.float(), gain_O)
 
     full = {name: read_tensor(adapter.tensors[name]) for name in adapter.record.full}
     return Opened(split, adapter, adapter.record, TrainedModel(split, weight, full, spelling))

@@ -11,10 +11,10 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.methods import METHODS
-from qsvd.adapters.start import new_record, start_adapter
+from qsvd.adapters.start import check_start, new_record
 from qsvd.data.columns import Tokenized
 from qsvd.errors import BadInput
-from qsvd.files.adapter import AdapterRecord
+from qsvd.files.adapter import FIRST_ALPHA, AdapterRecord
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
@@ -68,6 +68,8 @@ class TrainRun:
         """What the bytes of the adapter depend on."""
         options = result_options(self.options) | {"max_length": self.settings.max_length}
         data = {"data": _digest(self.data), "held_out": self.held_out and _digest(self.held_out)}
+        if options["alpha"] is None and self.record.alpha != FIRST_ALPHA:  # else the same as in version 0.1
+            options["alpha"] = self.record.alpha
         return options | {"device": self.device.type, "base_fingerprint": self.split.fingerprint} | data
 
 
@@ -81,11 +83,18 @@ def prepare_train(options: Train) -> TrainRun:
     split = open_split(options.base.expanduser())
     max_length = options.max_length or min(MOST_LENGTH, positions(split))
     method = None if options.method == "auto" else options.method
-    adapter_options = AdapterOptions(method, options.rank, options.alpha, options.adapter_dtype, options.seed)
+    adapter_options = AdapterOptions(
+        method,
+        options.rank,
+        options.alpha,
+        options.adapter_dtype,
+        options.seed,
+        options.target_modules,
+        options.dropout,
+        options.rslora,
+    )
     record = new_record(split, adapter_options)
-    for rank in sorted(set(split.ranks.values())):  # refuse options that the method cannot use, by a small weight
-        sizes = {name: math.prod(weight["shape"]) for name, weight in split.weights.items() if weight["rank"] == rank}
-        start_adapter(split, record, min(sizes, key=lambda name: sizes[name]), torch.device("cpu"))
+    check_start(split, record)
     tokenizer = open_tokenizer(split.folder)
     data, held_out = training_examples(options, tokenizer, split, max_length)
     if data.label_names:

@@ -40,7 +40,7 @@ def principal_of(shape, rank, *, dtype=torch.float32, double_quant=False, seed=0
 class Given(Adapter):
     """Factors, and if wanted a gain, that are trained as they are."""
 
-    defaults = Defaults(rank=None, alpha=None, learning_rate=1e-3, reason="none is needed")
+    defaults = Defaults(rank=None, scale=1.0, learning_rate=1e-3, reason="none is needed")
 
     def __init__(self, shape, rank, *, has_gain, seed=1):
         super().__init__()

@@ -136,9 +136,17 @@ def test_loras_draw_repeats_with_its_generator_and_differs_with_another():
 
 
 @pytest.mark.parametrize(
-    ("options", "rank", "scale"), [({}, 64, 16 / 64), ({"rank": 8}, 8, 2), ({"rank": 4, "alpha": 1}, 4, 1 / 4)]
+    ("options", "rank", "scale"),
+    [
+        ({}, 64, 16 / 64),
+        ({"rank": 8}, 8, 16 / 64),
+        ({"rank": 4, "alpha": 1}, 4, 1 / 4),
+        ({"rslora": True}, 64, 16 / 64),
+        ({"rslora": True, "rank": 16}, 16, 2 / 4),
+        ({"rslora": True, "rank": 4, "alpha": 3}, 4, 3 / 2),
+    ],
 )
-def test_loras_product_is_scaled_by_alpha_over_rank(options, rank, scale):
+def test_loras_product_is_scaled_and_a_smaller_rank_keeps_the_default_scale(options, rank, scale):
     adapter = started("lora", principal_of((70, 172), 0), **options)
     assert adapter.down.shape[0] == rank
     with torch.no_grad():
@@ -183,5 +191,5 @@ def test_what_a_method_cannot_start_from_is_refused(method, rank, options, said)
 def test_each_default_names_its_reason_and_loras_are_qloras():
     for method in METHODS.values():
         assert len(method.defaults.reason) > 20
-    assert (Lora.defaults.rank, Lora.defaults.alpha, Lora.defaults.learning_rate) == (64, 16, 2e-4)  # QLoRA's scripts
+    assert (Lora.defaults.rank, Lora.defaults.scale, Lora.defaults.learning_rate) == (64, 16 / 64, 2e-4)  # QLoRA's
     assert (Pissa.defaults.rank, Pissa.defaults.learning_rate) == (None, 2e-5)  # PiSSA's scripts

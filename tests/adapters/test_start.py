@@ -38,6 +38,14 @@ def test_the_record_says_what_was_asked_for_and_of_which_base(results):
     assert (record.labels, record.full) == (("a", "b"), ())
 
 
+def test_the_record_of_lora_always_has_its_alpha(results):
+    """So that another default in a later version does not change what was trained."""
+    split = results[4]
+    assert new_record(split, AdapterOptions("lora", rank=8)).alpha == 8 / 4
+    assert new_record(split, AdapterOptions("lora", rank=8, rslora=True)).alpha == 2
+    assert new_record(split, AdapterOptions("pissa")).alpha is None
+
+
 def test_pissa_is_the_method_where_all_weights_have_components_and_lora_where_one_has_none(results):
     assert new_record(results[4], AdapterOptions()).method == "pissa"
     assert new_record(results[0], AdapterOptions()).method == "lora"
@@ -75,6 +83,15 @@ def test_that_number_takes_4_gigabytes():
     [
         (AdapterOptions("dora"), (), r"method 'dora' is not one of pissa, lora, edora$"),
         (AdapterOptions(dtype="float16"), (), r"adapter dtype 'float16' is not one of auto, float32, bfloat16$"),
+        (
+            AdapterOptions("pissa", dropout=0.1),
+            (),
+            r"dropout is an option of the method lora, and the method is pissa",
+        ),
+        (AdapterOptions("edora", rslora=True), (), r"rslora is an option of the method lora, and the method is edora"),
+        (AdapterOptions(dropout=0.1), (), r"the method is pissa: choose lora, or leave dropout out$"),
+        (AdapterOptions("lora", dropout=1.0), (), r"dropout 1 is not a number from 0 to below 1$"),
+        (AdapterOptions(target_modules=("q_prj",)), (), r"no quantized layer is called q_prj \(nearest: q_proj"),
         (AdapterOptions(), ("only",), r"labels has the one class 'only'; a classifier needs at least two$"),
     ],
 )

@@ -326,7 +326,7 @@ def test_at_most_256_examples_are_held_out_and_the_seed_draws_them(options, tmp_
 def test_a_classifier_learns_two_classes_and_counts_how_often_it_is_right(options, classifier, tmp_path, capsys):
     rows = [{"text": text, "label": label} for text, label in [("good good", "yes"), ("bad bad", "no")] * 8]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    learning = {"steps": 30, "learning_rate": 1e-2, "method": "lora", "rank": 4, "held_out": 0.0, "valid": data}
+    learning = {"steps": 30, "learning_rate": 1e-2, "method": "lora", "rank": 4, "alpha": 16.0, "valid": data}
     changed = replace(options, base=classifier, data=data, batch_size=4, accumulate=1, **learning)
     assert run(words(changed)) == 0
     summary = json.loads((changed.out / "summary.json").read_text())

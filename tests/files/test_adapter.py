@@ -50,7 +50,12 @@ def rewrite(folder, **changed):
 def test_safetensors_and_json_read_what_was_written(folder):
     assert {path.name for path in folder.iterdir()} == {"qsvd_adapter.json", "qsvd_adapter.safetensors"}
     fields = json.loads((folder / "qsvd_adapter.json").read_text(encoding="utf-8"))
-    assert fields == dataclasses.asdict(RECORD) | {"labels": ["no", "yes, dé"], "full": ["score.weight"], "format": 1}
+    assert fields == dataclasses.asdict(RECORD) | {
+        "labels": ["no", "yes, dé"],
+        "full": ["score.weight"],
+        "target_modules": [],
+        "format": 2,
+    }
     with safetensors.safe_open(folder / "qsvd_adapter.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "qsvd_base_fingerprint": RECORD.fingerprint}
     found = safetensors.torch.load_file(folder / "qsvd_adapter.safetensors")
@@ -137,9 +142,19 @@ def test_a_dtype_that_no_adapter_has_is_refused(folder, dtype):
 
 
 def test_another_format_is_named_whatever_else_it_has(folder):
-    rewrite(folder, format=2, colour="red", method=None)
-    with pytest.raises(ValueError, match=r"qsvd_adapter\.json has format 2; this version of qsvd reads format 1$"):
+    rewrite(folder, format=3, colour="red", method=None)
+    with pytest.raises(ValueError, match=r"json has format 3; this version of qsvd reads formats 1 to 2"):
         open_adapter(folder)
+
+
+def test_format_1_is_read_and_its_default_alpha_of_lora_was_16(folder):
+    """As version 0.1.0 wrote it: with a scale of 16 / rank, whatever the rank."""
+    new = dict.fromkeys(("target_modules", "dropout", "rslora"))
+    rewrite(folder, format=1, method="lora", alpha=None, **new)
+    path = folder / "qsvd_adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha": None}))
+    record = open_adapter(folder).record
+    assert (record.alpha, record.target_modules, record.dropout, record.rslora) == (16, (), 0, False)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt", "qsvd_base_fingerprint": "00"}])

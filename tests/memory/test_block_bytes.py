@@ -19,7 +19,12 @@ from tests.memory.tracker import Tracker
 
 NEAR = 0.02  # of the peak; measured: 0.002, and 0.016 where a bfloat16 model keeps everything
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8}
-TRAINED = {"pissa": ("pissa", None), "lora": ("lora", 16), "edora": ("edora", None)}
+TRAINED = {
+    "pissa": {},
+    "lora": {"rank": 16},
+    "edora": {},
+    "lora with dropout": {"rank": 16, "dropout": 0.1, "target_modules": ("q_proj", "v_proj", "down_proj")},
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +33,7 @@ def base(tmp_path_factory):
 
 
 def options_of(method):
-    name, rank = TRAINED[method]
-    return AdapterOptions(name, rank=rank, dtype="float32")
+    return AdapterOptions(method.partition(" ")[0], dtype="float32", **TRAINED[method])
 
 
 def planned_peak(base, method, dtype, batch, *, accumulate, has_loss):

@@ -54,6 +54,12 @@ CASES = {
     "odd sizes, lora, bfloat16 in 8 bits, half of six blocks wait in memory": Case(
         "odd", AdapterOptions("lora", rank=40, dtype="bfloat16"), "adamw_8bit", Placement(3, "host")
     ),
+    "odd sizes, lora with dropout on two kinds of layers": Case(
+        "odd", AdapterOptions("lora", rank=8, dropout=0.1, target_modules=("q_proj", "down_proj")), "adamw"
+    ),
+    "odd sizes, pissa on attention alone, three of six blocks stay": Case(
+        "odd", AdapterOptions("pissa", target_modules=("*.self_attn.*",)), "adamw", Placement(3, "host")
+    ),
     "mixed bits and ranks, pissa, two of six blocks stay": Case(
         "mixed", AdapterOptions("pissa"), "adamw", Placement(2, "host")
     ),

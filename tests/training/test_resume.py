@@ -69,7 +69,7 @@ def test_dropout_is_drawn_as_in_a_run_without_a_stop(classifier, tmp_path, monke
 @pytest.mark.parametrize(
     ("changes", "stops"),
     [
-        ({"method": "lora", "rank": 8}, (EPOCH,)),
+        ({"method": "lora", "rank": 8, "dropout": 0.2, "target_modules": ("q_proj", "down_proj")}, (EPOCH,)),
         ({"method": "pissa"}, (EPOCH - 1, EPOCH + 1)),
         ({"method": "edora", "rank": 8}, (1, 2)),
     ],
