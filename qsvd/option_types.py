@@ -149,4 +149,8 @@ ShardSize = Annotated[str, Help("Maximum size of one output file, e.g. 500MB or 
 Device = Annotated[str, DEVICE, Help("auto (a GPU if there is one), cpu, cuda or cuda:1.", "DEVICE")]
 Seed = Annotated[int, Help("Random seed.")]
 Base = Annotated[Path | None, Help("Quantized model of the run, if it has moved.", "OUT")]
+PushToHub = Annotated[
+    str | None, Help("Upload the finished folder to this Hub repository, private by default.", "NAME")
+]
+Public = Annotated[bool, Help("Make a new Hub repository public.")]
 Json = Annotated[bool, Help("Print JSON.")]

@@ -43,6 +43,8 @@ from qsvd.option_types import (
     Model,
     Objective,
     Optimizer,
+    Public,
+    PushToHub,
     Resident,
     Seed,
     ShardSize,
@@ -198,6 +200,8 @@ class Quantize:
     shard_size: Annotated[ShardSize, Group("run")] = "5GB"
     device: Device = "auto"
     seed: Annotated[Seed, Help("Random seed (SVD sketches).")] = 0
+    push_to_hub: Annotated[PushToHub, SAME_RESULT] = None
+    public: Annotated[Public, SAME_RESULT] = False
     dry_run: Annotated[bool, SAME_RESULT, Help("Print options, layers and sizes, and stop.")] = False
 
 
@@ -273,6 +277,8 @@ class Train:
     keep: Annotated[int, SAME_RESULT, at_least(1), Help("Number of checkpoints to keep.")] = 2
     resume: Annotated[bool, SAME_RESULT, Help("Continue from the last complete checkpoint in RUN.")] = False
     report_to: Annotated[tuple[str, ...], SAME_RESULT, Help("tensorboard, wandb, trackio.", "TRACKER ...")] = ()
+    push_to_hub: Annotated[PushToHub, SAME_RESULT] = None
+    public: Annotated[Public, SAME_RESULT] = False
 
     preview: Annotated[bool, SAME_RESULT, Group("run"), Help("Print the first example with its trained tokens.")] = (
         False
@@ -362,6 +368,8 @@ class Export:
     ] = "auto"
     shard_size: ShardSize = "5GB"
     check: Annotated[bool, Help("Load the output and compare its logits, if there is enough memory.")] = True
+    push_to_hub: PushToHub = None
+    public: Public = False
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,17 @@ from qsvd.adapters.methods import METHODS
 from qsvd.adapters.model import split_linears
 from qsvd.commands.console import quiet
 from qsvd.errors import BadInput, parse_size
+from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
 from qsvd.export.lora import LoraExport, Target, write_lora
 from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import write_peft
 from qsvd.files.atomic import read_object
 from qsvd.files.source import open_checkpoint
 from qsvd.options import Export
+from qsvd.paths import hub_id
 from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
+from qsvd.report.card import card_header, origin_of
 from qsvd.report.serving import PLUGIN, four_bit_line, lora_flags
 
 BATCH, LENGTH = 2, 32  # of the random tokens
@@ -138,11 +141,39 @@ def main(options: Export) -> None:
     opened = open_trained(options.run, options.base)
     if refusal := METHODS[opened.record.method].export_refusals.get(options.to):
         raise BadInput(refusal)
+    repository = open_repository(options)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name
         lines = _export(options, opened, dtype, shard_bytes)
     print("\n".join([*lines, f"\n{options.out}"]))
+    if repository is not None:
+        print(_push(options, opened, repository))
+
+
+def _push(options: Export, opened: Opened, name: str) -> str:
+    """Upload an export with a card. Return the address of the repository."""
+    split, out = opened.split, options.out.expanduser()
+    source = split.manifest["source"]
+    original, base = hub_id(source["model"], source["revision"]), uploaded_name(split.folder)
+    replaced = {}
+    if options.to == "peft":
+        replaced = named_base(out, base)
+        if base is None:
+            print(
+                f"adapter_config.json names the quantized model by its path, {split.folder}, because its name on the "
+                "Hub is not known: upload it with qsvd quantize --push-to-hub NAME, then run this command again",
+                file=sys.stderr,
+            )
+    origin = origin_of(split.folder, base or original if options.to == "peft" else original, source["architecture"])
+    relation, library = ("finetune", "transformers") if options.to == "merged" else ("adapter", "peft")
+    words = {
+        "peft": f"A PEFT adapter for the quantized model {base or split.folder.name}. It works with no other model.",
+        "lora": f"A LoRA for the 16-bit model {original or Path(source['model']).name}.",
+        "merged": "A 16-bit model: the quantized weights and the trained adapter, merged.",
+    }
+    text = f"# {name.rpartition('/')[2]}\n\n{words[options.to]} Written by `qsvd export --to {options.to}`.\n"
+    return upload(out, name, replaced | {"README.md": card_header(origin, relation, library, [options.to]) + text})
 
 
 def _export(options: Export, opened: Opened, dtype: torch.dtype | None, shard_bytes: int) -> list[str]:

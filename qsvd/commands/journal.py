@@ -1,9 +1,10 @@
 """What a training run shows and keeps: its plan, its steps, its summary, and a sentence where it fails."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,9 @@ from rich.table import Table
 from qsvd.adapters.model import moved_bytes, trained
 from qsvd.errors import DoesNotFit, show_size
 from qsvd.evaluate.accuracy import accuracy, mean_loss
+from qsvd.export.hub import named_base, upload, uploaded_name
 from qsvd.files.atomic import whole_file, write_text
 from qsvd.files.layout import ADAPTER_CONFIG
-from qsvd.paths import hub_id
 from qsvd.prepare.train import TrainRun
 from qsvd.records import Progress, ShowProgress
 from qsvd.report.card import base_of, card_header, origin_of
@@ -151,17 +152,33 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     for kind in ("png", "svg"):
         with whole_file(run.out / f"loss.{kind}") as file:
             file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
-    write_text(run.out / "README.md", _card(run, summary))
+    write_text(run.out / "README.md", _card(run, summary) + run_readme(summary, str(run.options.out)))
     folder.write(SUMMARY, asdict(summary))
 
 
 def _card(run: TrainRun, summary: RunSummary) -> str:
-    """Return RUN/README.md: a model card."""
+    """Return the header of RUN/README.md, which is a model card."""
     split = run.split
-    name = hub_id(str(split.folder), None) or base_of(split.folder)
+    name = uploaded_name(split.folder) or base_of(split.folder)
     origin = origin_of(split.folder, name, split.manifest["source"]["architecture"])
     library = "peft" if (run.out / ADAPTER_CONFIG).is_file() else "qsvd"
-    return card_header(origin, "adapter", library, [summary.method]) + run_readme(summary, str(run.options.out))
+    return card_header(origin, "adapter", library, [summary.method])
+
+
+def push_run(run: TrainRun, summary: RunSummary, name: str) -> str:
+    """Upload a complete run, with a card for the Hub. Return the address of the repository."""
+    base, short = uploaded_name(run.split.folder), name.rpartition("/")[2]
+    lines, there = [f"hf download {name} --local-dir {short}"], summary.base
+    if base is None:
+        note = f"Upload the quantized model too: `qsvd quantize ... --out {summary.base} --push-to-hub NAME`."
+        print(f"the quantized model of this run is not on the Hub as far as is known. {note}", file=sys.stderr)
+    else:
+        there = base.rpartition("/")[2]
+        lines.append(f"hf download {base} --local-dir {there}")
+    text = run_readme(replace(summary, base=there), short)
+    get = "\n".join(["## Download", "", "```sh", *lines, "```", ""])
+    replaced = {"README.md": f"{_card(run, summary)}{text}\n{get}"}
+    return upload(run.out, name, replaced | named_base(run.out, base))
 
 
 @contextmanager

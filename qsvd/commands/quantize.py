@@ -11,13 +11,15 @@ from rich.table import Table
 from torch import Tensor
 
 from qsvd.commands.console import explained_disk_errors, watched
-from qsvd.commands.report import show_report
+from qsvd.commands.report import load_report, show_report
 from qsvd.decompose.alternate import split_weight
 from qsvd.decompose.split import Split, measure
 from qsvd.errors import BadInput, DoesNotFit
+from qsvd.export.hub import named_base, open_repository, upload
+from qsvd.files.atomic import read_object
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.source import Checkpoint, stream
-from qsvd.files.workspace import UNFINISHED
+from qsvd.files.workspace import MANIFEST, UNFINISHED
 from qsvd.numerics.names import spelling
 from qsvd.options import Quantize
 from qsvd.plan.weights import WeightSpec
@@ -25,7 +27,9 @@ from qsvd.prepare.machine import seed_of
 from qsvd.prepare.outputs import copied_tensor, error_change, parted_layers, tensors_of, write_outputs
 from qsvd.prepare.quantize import QuantizeRun, check_resources, check_room, prepare_quantize, resolve_allocation
 from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
-from qsvd.report.errors import from_record, to_record
+from qsvd.report.card import header_of
+from qsvd.report.errors import from_record, to_record, totals_table
+from qsvd.report.readme import readme
 
 
 def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
@@ -44,6 +48,7 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
         return
     if warning := parted_layers(run):
         print(warning, file=sys.stderr)
+    repository = open_repository(options)
     kept = f"finished work is kept, the same command continues in {run.out}"
     with explained_disk_errors(run.out / UNFINISHED, kept), watched("weight", kept) as show:
         is_new = quantize_run(run, show)
@@ -51,6 +56,8 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
         print(f"{run.out} was complete already", file=sys.stderr)
     show_report(run.out, worst=5)
     print(f"\n{run.out}")
+    if repository is not None:
+        print(push_quantized(run.out, repository))
 
 
 def quantize(options: Quantize) -> Path:
@@ -61,9 +68,22 @@ def quantize(options: Quantize) -> Path:
         DoesNotFit: there is too little memory or disk space.
         OSError: the folder cannot be written. Finished weights are kept, and the same call continues there.
     """
-    run = prepare_quantize(options)
+    run, repository = prepare_quantize(options), open_repository(options)
     quantize_run(run, show_nothing)
+    if repository is not None:
+        push_quantized(run.out, repository)
     return run.out
+
+
+def push_quantized(folder: Path, name: str) -> str:
+    """Upload a complete quantized model: its card and its adapter name the repository. Return its address."""
+    header, errors = load_report(folder)
+    manifest, config = (read_object(folder / file) for file in (MANIFEST, "config.json"))
+    modules = [weight["module"] for weight in manifest["weights"].values()]
+    architecture, table = manifest["source"]["architecture"], totals_table(header, errors)
+    text = readme(header, name, architecture, config["quantization_config"], modules, table)
+    replaced = {"README.md": header_of((folder / "README.md").read_text(encoding="utf-8")) + text}
+    return upload(folder, name, replaced | named_base(folder, name))
 
 
 def quantize_run(run: QuantizeRun, show: ShowProgress) -> bool:

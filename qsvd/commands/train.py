@@ -12,9 +12,18 @@ from rich.console import Console
 
 from qsvd.adapters.load import load
 from qsvd.commands.console import StopRequest, display, quiet
-from qsvd.commands.journal import RunRecorder, explained_errors, finish_run, held_out_loss, show_plan, truncated
+from qsvd.commands.journal import (
+    RunRecorder,
+    explained_errors,
+    finish_run,
+    held_out_loss,
+    push_run,
+    show_plan,
+    truncated,
+)
 from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
+from qsvd.export.hub import open_repository
 from qsvd.options import Train
 from qsvd.prepare.train import TrainRun, prepare_train
 from qsvd.records import ShowProgress, show_nothing
@@ -39,6 +48,7 @@ def main(options: Train) -> None:
         return
     if run.data.truncated:
         print(truncated(run), file=sys.stderr)
+    repository = open_repository(options)
     with RunFolder(run.out, run.identity, resume=options.resume) as folder:
         if folder.summary is not None:
             print(f"{run.out} was complete already", file=sys.stderr)
@@ -50,6 +60,8 @@ def main(options: Train) -> None:
         raise Interrupted(f"interrupted; the last step is saved, the same command with --resume continues in {run.out}")
     Console().print(training_tables(RunSummary(**summary)))
     print(f"\n{run.out}")
+    if repository is not None:
+        print(push_run(run, RunSummary(**summary), repository))
 
 
 def train(options: Train) -> Path:
@@ -60,11 +72,14 @@ def train(options: Train) -> Path:
         TrainingStopped: the first loss is too high, or a loss is NaN.
         DoesNotFit: there is too little memory.
     """
-    run = prepare_train(options)
+    run, repository = prepare_train(options), open_repository(options)
     with RunFolder(run.out, run.identity, resume=options.resume) as folder:
         if folder.summary is None:
             with quiet():
                 train_run(run, folder, show_nothing, lambda: False)
+        summary = folder.summary
+    if repository is not None and summary is not None:
+        push_run(run, RunSummary(**summary), repository)
     return run.out
 
 

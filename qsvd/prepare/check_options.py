@@ -54,6 +54,28 @@ def check(options: Options, *, is_open: bool = False) -> None:
     if statistics is not None and not statistics.expanduser().is_file():
         raise BadInput(f"{statistics} does not exist; qsvd calibrate MODEL DATA --out {statistics} makes it")
     _check_output(options)
+    _check_hub(options)
+
+
+def _check_hub(options: Options) -> None:
+    """Refuse a name that the Hub does not allow, and an upload without a token."""
+    name: str | None = getattr(options, "push_to_hub", None)
+    if name is None:
+        if getattr(options, "public", False):
+            raise BadInput("--public is for --push-to-hub NAME: give both")
+        return
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise BadInput(
+            f"--push-to-hub {name!r} is not a name of the Hub, which looks like owner/name and has letters, digits and "
+            "- _ . only"
+        ) from error
+    if get_token() is None:
+        raise BadInput("--push-to-hub needs a token of the Hub: run `hf auth login`, or set HF_TOKEN")
 
 
 def _conflicts(options: Options) -> list[str]:

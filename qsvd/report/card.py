@@ -1,5 +1,6 @@
 """The YAML header of a model card, as the Hub reads it, and what the card of a 16-bit model hands on."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,12 @@ def origin_of(folder: Path | None, name: str | None, architecture: str) -> dict[
     if task is not None:
         found.setdefault("pipeline_tag", task)
     return found if name is None else {"base_model": name} | found
+
+
+def header_of(card: str) -> str:
+    """Return the YAML header of a card with the lines that mark it; "" if it has none."""
+    found = re.match(r"---\n.*?\n---\n+", card, re.DOTALL)
+    return found[0] if found else ""
 
 
 def base_of(folder: Path) -> str | None:
