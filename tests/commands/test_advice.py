@@ -17,6 +17,7 @@ FIRST = {"quantize": ["M", "--out", "O"], "train": ["O", "D", "--out", "R"]}
 EVERYWHERE = {"--config", "--version", "--help"}
 VLLM = {"--max-lora-rank", "--lora-modules", "--enable-lora", "--served-model-name", "--dtype", "--hf-overrides"}
 LLAMA_CPP = {"--kl-divergence", "--outtype"}
+HUB = {"--local-dir"}  # of hf download
 SETTINGS = Settings(1e-4, "cosine", 0.03, 1, None, 8, 4, 1024, False, "adamw", 0, 1, False, False, False, 9, 2, 0, ())
 
 
@@ -24,7 +25,7 @@ def known():
     """Every flag of every command."""
     names = {f.name for record in COMMANDS.values() for f in fields(record)}
     names |= {f"no_{name}" for name in names} | {"for"}
-    return {f"--{name.replace('_', '-')}" for name in names} | EVERYWHERE | VLLM | LLAMA_CPP
+    return {f"--{name.replace('_', '-')}" for name in names} | EVERYWHERE | VLLM | LLAMA_CPP | HUB
 
 
 def strings():
