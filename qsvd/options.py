@@ -244,7 +244,21 @@ class Train:
     batch_size: BatchSize = 4
     accumulate: Accumulate = 4
 
-    max_length: Annotated[MaxLength, Group("data")] = None
+    task: Annotated[
+        Literal["auto", "causal", "classification"],
+        SAME_RESULT,
+        Group("data"),
+        Help("causal: learn texts; classification: learn the column label. auto: by the columns and the model."),
+    ] = "auto"
+    chat_template: Annotated[
+        str | None,
+        SAME_RESULT,
+        Help(
+            "alpaca, chatml, gemma, llama3, mistral, vicuna, zephyr or a .jinja file. Default: the tokenizer's.",
+            "NAME|FILE",
+        ),
+    ] = None
+    max_length: MaxLength = None
     packing: Annotated[bool, Help("Put several short sequences in one row; they do not attend to each other.")] = False
     loss_on: LossOn = "answers"
     map: Map = ()

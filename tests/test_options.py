@@ -122,6 +122,8 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "steps": None,
         "batch_size": 4,
         "accumulate": 4,
+        "task": "auto",
+        "chat_template": None,
         "max_length": None,
         "packing": False,
         "loss_on": "answers",

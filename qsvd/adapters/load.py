@@ -169,6 +169,7 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
     model.split_record = replace(place.record, full=full)
     if adapter is not None:
         restore(model, adapter)
+        model.trained_template = adapter.chat_template
     return model.eval()
 
 

@@ -77,6 +77,7 @@ class SplitModel:
     """Mixin before a transformers class: `class SplitLlama(SplitModel, LlamaForCausalLM)`."""
 
     split_record: AdapterRecord
+    trained_template: str | None = None  # the chat template of the training data, if not the tokenizer's
     micro_batch: int | None = None  # rows that a block computes at a time in training; None is all
 
     def _set_gradient_checkpointing(
@@ -92,7 +93,8 @@ class SplitModel:
 
         transformers' other arguments concern files of whole models and are ignored.
         """
-        write_adapter(Path(save_directory), self.split_record, trained(cast("PreTrainedModel", self)))
+        parameters = trained(cast("PreTrainedModel", self))
+        write_adapter(Path(save_directory), self.split_record, parameters, self.trained_template)
 
     def is_custom_code(self) -> bool:
         """Refuse PEFT's layers: of a loaded model, PEFT asks this (in transformers) before it adds layers.

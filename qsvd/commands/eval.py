@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from qsvd.commands.console import quiet
+from qsvd.data.masks import ends_of_turn
 from qsvd.data.tokens import question_prompts, tokenize
 from qsvd.errors import BadInput
 from qsvd.evaluate.accuracy import accuracy, mean_loss
@@ -134,6 +135,10 @@ def _accuracy(subject: Subject, run: EvalRun) -> Values:
 def _exact_match(subject: Subject, run: EvalRun) -> Values:
     prompts = question_prompts([row["prompt"] for row in run.examples.rows], subject.tokenizer)
     model = _load(subject, run)
+    if subject.found.chat_template is not None:
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        model.generation_config.eos_token_id = [*ends, *ends_of_turn(subject.tokenizer)]
     left = context_length(model.config) - max(map(len, prompts))
     new_tokens = run.options.max_new_tokens or max(1, min(MOST_NEW_TOKENS, left))
     measured = exact_match(

@@ -26,8 +26,9 @@ from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
 from qsvd.export.lora import LoraExport, Target, write_lora
 from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import write_peft
-from qsvd.files.atomic import read_object
+from qsvd.files.atomic import read_object, write_text
 from qsvd.files.source import open_checkpoint
+from qsvd.files.workspace import CHAT_TEMPLATE
 from qsvd.options import Export
 from qsvd.paths import hub_id
 from qsvd.prepare.check_options import LEAST_SHARD
@@ -146,6 +147,8 @@ def main(options: Export) -> None:
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name
         lines = _export(options, opened, dtype, shard_bytes)
+    if opened.adapter is not None and opened.adapter.chat_template is not None:
+        write_text(options.out.expanduser() / CHAT_TEMPLATE, opened.adapter.chat_template)
     print("\n".join([*lines, f"\n{options.out}"]))
     if repository is not None:
         print(_push(options, opened, repository))

@@ -103,6 +103,8 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
             dtype=run.dtype,
             placement=run.placed.placement,
         )
+        if run.options.chat_template is not None:
+            model.trained_template = run.tokenizer.chat_template
         if folder.start is None or is_new:
             folder.write(START, held_out_loss(run, model, "before"))  # 2
         compared = None if run.options.any_start or not is_new else run.split

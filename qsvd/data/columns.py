@@ -53,7 +53,7 @@ class ColumnSet:
         return " + ".join([*self.required, *(f"[{name}]" for name in self.optional)])
 
 
-def recognise(rows: Rows, mapping: Mapping[str, str]) -> Examples:
+def recognise(rows: Rows, mapping: Mapping[str, str], *, labels: bool = True) -> Examples:
     """Return the rows as examples of one kind, each checked. Nothing is tokenized yet.
 
     A column is present if any row has a value in it that is not null.
@@ -61,6 +61,7 @@ def recognise(rows: Rows, mapping: Mapping[str, str]) -> Examples:
     Args:
         mapping: Column of the file -> our name for it. Only column sets with all these names are used, and a column of
             the file that already has such a name is ignored.
+        labels: False reads texts with labels as texts.
 
     Raises:
         BadInput: the mapping names a column that is missing, or a name that is not ours; no set fits; rows lack a
@@ -69,7 +70,8 @@ def recognise(rows: Rows, mapping: Mapping[str, str]) -> Examples:
     columns = list(dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None))
     _check_mapping(mapping, columns, rows.places.source)
     ours = {mapping.get(name, name) for name in columns}
-    candidates = [known for known in COLUMN_SETS if set(mapping.values()) <= {*known.required, *known.optional}]
+    kinds = [known for known in COLUMN_SETS if labels or known.kind != "labelled"]
+    candidates = [known for known in kinds if set(mapping.values()) <= {*known.required, *known.optional}]
     chosen = next((known for known in candidates if ours.issuperset(known.required)), None)
     if chosen is None:
         raise BadInput(_no_set_fits(rows.places.source, columns, mapping))

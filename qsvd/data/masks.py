@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from qsvd.data.chat import Chat
+from qsvd.data.chat import Chat, chat_template, render_marked
 from qsvd.data.columns import UNTRAINED, Marked, Tokenized
 from qsvd.data.plain import BATCH
 from qsvd.errors import BadInput
@@ -60,6 +60,19 @@ def stop_tokens_of(tokenizer: "PreTrainedTokenizerBase", more: Iterable[int] = (
     backend: Any = tokenizer  # its base class does not declare get_added_vocab
     end = [] if backend.eos_token_id is None else [backend.eos_token_id]
     return frozenset([*end, *backend.get_added_vocab().values(), *more])
+
+
+def ends_of_turn(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the token that ends the assistant's turn by the chat template; none if it cannot be told."""
+    template, stop_tokens = chat_template(tokenizer), stop_tokens_of(tokenizer)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if template is None:
+        return []
+    try:
+        (sequence,) = mark_chats([render_marked(template, messages, None, 0)], tokenizer, stop_tokens, ["a test"])
+    except BadInput:
+        return []
+    return [label for label in reversed(sequence.labels) if label in stop_tokens][:1]
 
 
 def says_nothing(sequence: Marked, tokenizer: "PreTrainedTokenizerBase", stop_tokens: frozenset[int]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from qsvd.errors import BadInput
 from qsvd.files.atomic import write_text
 from qsvd.files.safetensors import TensorEntry, new_tensors, read_header, write_stream
-from qsvd.files.workspace import ADAPTER_RECORD
+from qsvd.files.workspace import ADAPTER_RECORD, CHAT_TEMPLATE
 
 FORMAT = 2
 FORMATS = (1, 2)  # of qsvd_adapter.json; format 1 has no target_modules, dropout and rslora
@@ -59,16 +59,21 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter, open for reading."""
+    """An adapter, open for reading; chat_template is the one that it was trained with, if not the tokenizer's."""
 
     folder: Path
     record: AdapterRecord
     tensors: dict[str, TensorEntry]
+    chat_template: str | None = None
 
 
-def write_adapter(folder: Path, record: AdapterRecord, parameters: Mapping[str, Tensor]) -> None:
-    """Write both files, the record last: it marks a complete folder."""
+def write_adapter(
+    folder: Path, record: AdapterRecord, parameters: Mapping[str, Tensor], chat_template: str | None = None
+) -> None:
+    """Write all files, the record last: it marks a complete folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    if chat_template is not None:
+        write_text(folder / CHAT_TEMPLATE, chat_template)
     write_stream(folder / PARAMETERS, new_tensors(parameters), {"format": "pt", FINGERPRINT: record.fingerprint})
     write_text(folder / ADAPTER_RECORD, json.dumps(asdict(record), indent=2) + "\n")
 
@@ -101,7 +106,9 @@ def open_adapter(folder: Path) -> AdapterFolder:
     header = read_header(folder / PARAMETERS)
     if header.metadata.get(FINGERPRINT) != record.fingerprint:
         raise BadInput(f"{folder / PARAMETERS} belongs to another run than {ADAPTER_RECORD}: their fingerprints differ")
-    return AdapterFolder(folder, record, header.tensors)
+    template = folder / CHAT_TEMPLATE
+    own = template.read_text(encoding="utf-8") if template.is_file() else None
+    return AdapterFolder(folder, record, header.tensors, own)
 
 
 def _record(fields: Mapping[str, Any]) -> AdapterRecord:

@@ -24,6 +24,7 @@ from qsvd.files.atomic import read_object, write_json
 
 MANIFEST = "qsvd.json"  # of a quantized model: its record, written last
 ADAPTER_RECORD = "qsvd_adapter.json"  # of an adapter: how it was made, and on which quantized model
+CHAT_TEMPLATE = "chat_template.jinja"
 ERRORS = "errors.jsonl"  # of a quantized model: the error of every weight, a JSON object a line
 UNFINISHED = "unfinished"  # the folder of all that only a resumed run needs
 IDENTITY = "run.json"

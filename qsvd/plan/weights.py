@@ -138,6 +138,13 @@ def is_classifier(architecture: str) -> bool:
     return architecture.endswith("ForSequenceClassification")
 
 
+def causal_classes() -> set[str]:
+    """Return the classes in transformers that predict tokens."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
 def coverage(plan: ModelPlan) -> Coverage:
     """Count what the plan splits, and group what it leaves."""
     split = {f"{spec.module}.weight": math.prod(spec.shape) for spec in plan.weights}

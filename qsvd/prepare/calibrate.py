@@ -20,10 +20,10 @@ from qsvd.files.workspace import check_same
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.option_types import result_options
 from qsvd.options import Calibrate
-from qsvd.plan.weights import ModelPlan, context_length, is_classifier
+from qsvd.plan.weights import ModelPlan, causal_classes, context_length, is_classifier
 from qsvd.prepare.check_options import check
 from qsvd.prepare.examples import MOST_LENGTH, mapping_of, open_tokenizer, stop_ids
-from qsvd.prepare.models import causal_classes, class_names, open_16_bit
+from qsvd.prepare.models import class_names, open_16_bit
 
 
 @dataclass(frozen=True)

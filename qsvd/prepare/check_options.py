@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qsvd.data.read import local_data
+from qsvd.data.template_names import read_template
 from qsvd.errors import BadInput, parse_size
 from qsvd.files.atomic import read_object
 from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST, check_quantized
@@ -44,6 +45,13 @@ def check(options: Options, *, is_open: bool = False) -> None:
             parse_size(size, f"--{name.replace('_', '-')}", least=least)
     _check_models(options, is_open=is_open)
     _check_targets(options)
+    _check_files(options)
+    _check_output(options)
+    _check_hub(options)
+
+
+def _check_files(options: Options) -> None:
+    """Refuse files of options that cannot be read."""
     for source in (getattr(options, "data", None), getattr(options, "valid", None)):
         if source is not None:
             local_data(source)
@@ -53,8 +61,9 @@ def check(options: Options, *, is_open: bool = False) -> None:
     statistics: Path | None = getattr(options, "statistics", None)
     if statistics is not None and not statistics.expanduser().is_file():
         raise BadInput(f"{statistics} does not exist; qsvd calibrate MODEL DATA --out {statistics} makes it")
-    _check_output(options)
-    _check_hub(options)
+    template: str | None = getattr(options, "chat_template", None)
+    if template is not None:
+        read_template(template)
 
 
 def _check_hub(options: Options) -> None:

@@ -69,7 +69,7 @@ def _check_answers(examples: Examples) -> None:
 def _subject(name: str, options: Eval, task: str) -> Subject:
     found = find_model(name, options.base)
     check_kind(found, classifier=task == "accuracy")
-    return Subject(found, open_tokenizer(found.home))
+    return Subject(found, open_tokenizer(found.home, found.chat_template))
 
 
 def _task(options: Eval, examples: Examples) -> str:

@@ -15,14 +15,18 @@ from qsvd.data.tokens import tokenize
 from qsvd.errors import BadInput, listing
 from qsvd.files.split_folder import SplitFolder
 from qsvd.options import Train
-from qsvd.plan.weights import context_length
+from qsvd.plan.weights import causal_classes, context_length
 
 MOST_LENGTH = 1024  # tokens of a sequence, unless more are asked for
 MOST_HELD_OUT = 256  # examples, where no validation data are given
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """Open the tokenizer of a model's folder and give it a padding token; a BadInput where the folder has none."""
+def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
+    """Open the tokenizer of a model's folder and give it a padding token; a BadInput where the folder has none.
+
+    Args:
+        chat_template: Replaces that of the tokenizer.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -31,6 +35,8 @@ def open_tokenizer(folder: Path) -> Any:
         raise BadInput(
             f"{folder} has no tokenizer that transformers can open; copy the tokenizer files of the 16-bit model there"
         ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -63,9 +69,11 @@ def training_examples(
 ) -> tuple[Tokenized, Tokenized | None]:
     """Return the tokenized examples that are trained and those that are held out."""
     train, valid = _rows(options)
-    examples = recognise(train, mapping_of(options.map))
+    has_labels = options.task != "causal"
+    examples = recognise(train, mapping_of(options.map), labels=has_labels)
+    _check_task(options, examples, split.manifest["source"]["architecture"])
     _check_kind(options, examples)
-    others = None if valid is None else recognise(valid, mapping_of(options.map))
+    others = None if valid is None else recognise(valid, mapping_of(options.map), labels=has_labels)
     if others is not None and others.kind != examples.kind:
         raise BadInput(f"{others.places.source} holds {others.kind} examples, {examples.places.source} {examples.kind}")
     chosen = {"max_length": max_length, "loss_on": options.loss_on, "stop_ids": stop_ids(split.folder)}
@@ -87,6 +95,27 @@ def _rows(options: Train) -> tuple[Rows, Rows | None]:
     if options.valid is None:
         return train, None
     return train, read_rows(options.valid, split="train" if Path(options.valid).expanduser().is_file() else "valid")
+
+
+def _check_task(options: Train, examples: Examples, architecture: str) -> None:
+    """Refuse data that the task cannot use, and labelled texts for which the task is open."""
+    source, held = examples.places.source, f"{examples.kind} examples"
+    is_labelled, is_causal = examples.kind == "labelled", architecture in causal_classes()
+    if options.task == "classification" and not is_labelled:
+        raise BadInput(f"--task classification needs the columns text and label; {source} holds {held}")
+    if options.task == "auto" and is_labelled and is_causal:
+        raise BadInput(
+            f"{source} has the columns text and label, and {options.base} is a language model: give --task "
+            "classification to train a classifier of the labels, or --task causal to train on the texts alone"
+        )
+    if not is_labelled and not is_causal:
+        raise BadInput(
+            f"{options.base} is a {architecture}, which does not predict tokens: it can only be trained to classify, "
+            f"from the columns text and label, and {source} holds {held}"
+        )
+    is_chat = not examples.literal or examples.kind == "chat" or isinstance(examples.rows[0].get("prompt"), list)
+    if options.chat_template is not None and not is_chat:
+        raise BadInput(f"--chat-template is for conversations and instructions; {source} holds {held}")
 
 
 def _check_kind(options: Train, examples: Examples) -> None:

@@ -10,6 +10,7 @@ import torch
 from qsvd.adapters.load import generation_config
 from qsvd.data import plain
 from qsvd.data.chat import ChatTemplate, Message, render
+from qsvd.data.masks import ends_of_turn
 from qsvd.errors import BadInput, listing
 from qsvd.files.atomic import read_object
 from qsvd.files.split_folder import open_split
@@ -18,11 +19,11 @@ from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.items import EVERYTHING
 from qsvd.memory.placement import Wish
 from qsvd.options import Generate
-from qsvd.plan.weights import context_length
+from qsvd.plan.weights import causal_classes, context_length
 from qsvd.prepare.check_options import check
 from qsvd.prepare.examples import open_tokenizer
 from qsvd.prepare.machine import machine, place_generating
-from qsvd.prepare.models import NamedModel, causal_classes, find_model, load_model, record_of
+from qsvd.prepare.models import NamedModel, find_model, load_model, record_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -67,11 +68,12 @@ def prepare_generate(options: Generate, prompts: Sequence[str]) -> GenerateRun:
     device = device_of(options.device)
     found = find_model(options.model, options.base)
     _check_generates(found)
-    tokenizer = open_tokenizer(found.home)
+    tokenizer = open_tokenizer(found.home, found.chat_template)
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(found.home, local_files_only=True)
-    sampling = _sampling(options, generation_config(found.home, config), tokenizer)
+    ends = [] if found.chat_template is None else ends_of_turn(tokenizer)
+    sampling = _sampling(options, generation_config(found.home, config), [*ends, tokenizer.eos_token_id])
     run = GenerateRun(
         options,
         found,
@@ -174,7 +176,7 @@ def _template(options: Generate, tokenizer: Any) -> ChatTemplate | None:
     return None
 
 
-def _sampling(options: Generate, given: "GenerationConfig", tokenizer: Any) -> "GenerationConfig":
+def _sampling(options: Generate, given: "GenerationConfig", ends: list[int | None]) -> "GenerationConfig":
     """Return the model's own generation config with the options in it; one sequence, so that it can be streamed."""
     chosen = copy.deepcopy(given)
     chosen.update(num_beams=1, num_return_sequences=1, return_dict_in_generate=False, max_length=None)
@@ -185,9 +187,8 @@ def _sampling(options: Generate, given: "GenerationConfig", tokenizer: Any) -> "
         chosen.temperature = given.temperature if options.temperature is None else options.temperature
         chosen.top_p = given.top_p if options.top_p is None else options.top_p
     own = given.eos_token_id
-    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    ends = list(dict.fromkeys(token for token in known if token is not None))
-    chosen.eos_token_id = ends or None
-    if chosen.pad_token_id is None and ends:
-        chosen.pad_token_id = ends[0]
+    known = [*(own if isinstance(own, list) else [own]), *ends]
+    chosen.eos_token_id = list(dict.fromkeys(token for token in known if token is not None)) or None
+    if chosen.pad_token_id is None and chosen.eos_token_id:
+        chosen.pad_token_id = chosen.eos_token_id[0]
     return chosen

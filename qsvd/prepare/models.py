@@ -21,7 +21,7 @@ from qsvd.files.source import Checkpoint, download, open_checkpoint
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.paths import local_path
-from qsvd.plan.weights import ModelPlan, is_classifier, plan_model
+from qsvd.plan.weights import ModelPlan, causal_classes, is_classifier, plan_model
 from qsvd.prepare.check_options import Kind, model_kind
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class NamedModel:
         home: The folder with the tokenizer and config.json: the model, or the quantized model of a run.
         architecture: The class in transformers of a quantized model, or of the quantized model of a run.
         labels: The class names of a run.
+        chat_template: Of a run, if it was trained with another one than the tokenizer's.
     """
 
     name: str
@@ -62,6 +63,7 @@ class NamedModel:
     home: Path
     architecture: str = ""
     labels: tuple[str, ...] = ()
+    chat_template: str | None = None
 
 
 def find_model(name: str, base: Path | None) -> NamedModel:
@@ -84,7 +86,7 @@ def find_model(name: str, base: Path | None) -> NamedModel:
         raise BadInput(f"{name} was trained on {home}, which does not exist; give --base with its new folder")
     split = open_split(home)
     check_base(adapter, home, split.fingerprint)
-    return NamedModel(name, "trained", home, _architecture(split), adapter.record.labels)
+    return NamedModel(name, "trained", home, _architecture(split), adapter.record.labels, adapter.chat_template)
 
 
 def _architecture(split: SplitFolder) -> str:
@@ -114,13 +116,6 @@ def check_kind(found: NamedModel, *, classifier: bool) -> None:
         raise BadInput(f"{found.name} is a classifier ({listing(found.labels)}), which needs labelled examples")
     if not classifier and found.architecture not in causal_classes():
         raise BadInput(f"{found.name} is a {found.architecture}, which does not predict tokens; give a language model")
-
-
-def causal_classes() -> set[str]:
-    """Return the classes in transformers that predict tokens."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def load_model(

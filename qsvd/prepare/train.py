@@ -13,6 +13,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.methods import METHODS
 from qsvd.adapters.start import check_start, new_record
 from qsvd.data.columns import Tokenized
+from qsvd.data.template_names import check_tokens, read_template
 from qsvd.errors import BadInput
 from qsvd.files.adapter import FIRST_ALPHA, AdapterRecord
 from qsvd.files.split_folder import SplitFolder, open_split
@@ -95,7 +96,9 @@ def prepare_train(options: Train) -> TrainRun:
     )
     record = new_record(split, adapter_options)
     check_start(split, record)
-    tokenizer = open_tokenizer(split.folder)
+    template = None if options.chat_template is None else read_template(options.chat_template)
+    tokenizer = open_tokenizer(split.folder, template)
+    check_tokens(options.chat_template or "", tokenizer)
     data, held_out = training_examples(options, tokenizer, split, max_length)
     if data.label_names:
         record = new_record(split, adapter_options, data.label_names)

@@ -70,6 +70,7 @@ def test_help_mistakes_and_the_report_import_nothing_heavy(out, tmp_path):
         (["train", base, "data.jsonl", "--out", "x", "--gpu", "24X"], 2, "--gpu '24X'"),
         (["train", base, "data.jsonl", "--out", "x", "--target-modules", "k_prjo"], 2, "(nearest: k_proj"),
         (["train", base, "data.jsonl", "--out", "x", "--dropout", "0.1", "--method", "pissa"], 2, "--dropout is for"),
+        (["train", base, "data.jsonl", "--out", "x", "--chat-template", "chatlm"], 2, "(did you mean chatml?)"),
         (["train", base, "data.jsonl", "--out", "x", "--lora-dropout", "1"], 2, "--dropout 1.0 is not a number from 0"),
         (["eval", "empty", "--data", "data.jsonl"], 2, "empty is not a 16-bit model"),
         (["generate", "./nowhere", "--prompt", "x"], 2, "no folder './nowhere' here"),

@@ -185,6 +185,21 @@ def test_sequences_beyond_the_positions_of_the_model_are_refused(options, tmp_pa
     assert prepare_train(replace(options, data=long, max_length=512))
 
 
+def test_texts_with_labels_do_not_silently_make_a_classifier_of_a_language_model(options, classifier, labelled):
+    asked = r"labelled\.jsonl has the columns text and label, and .* is a language model: give --task classification to"
+    refused(replace(options, data=labelled), asked)
+    made = prepare_train(replace(options, data=labelled, task="classification"))
+    assert made.data.label_names == made.record.labels == ("a", "b")
+    alone = write_rows(options.out.parent / "alone.jsonl", [{"text": row["text"]} for row in labelled_rows()])
+    as_texts = prepare_train(replace(options, data=labelled, task="causal")).data
+    assert as_texts.input_ids == prepare_train(replace(options, data=alone)).data.input_ids
+    assert as_texts.label_names == ()
+    needs = r"--task classification needs the columns text and label; .*texts\.jsonl holds text examples$"
+    refused(replace(options, task="classification"), needs)
+    refused(replace(options, base=classifier), r"is a BertModel, which does not predict tokens: it can only be trained")
+    assert prepare_train(replace(options, base=classifier, data=labelled)).data.label_names == ("a", "b")
+
+
 def test_held_out_examples_of_another_kind_are_refused(options, labelled):
     refused(replace(options, valid=labelled), r"labelled\.jsonl holds labelled examples, .*texts\.jsonl text$")
 
