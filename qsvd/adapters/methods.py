@@ -293,8 +293,8 @@ def check_own_options(method: str, options: AdapterOptions) -> None:
         for name in kind.own_options:
             if getattr(options, name) and name not in METHODS[method].own_options:
                 raise BadInput(
-                    f"{name} is an option of the method {owner}, and the method is {method}: choose {owner}, or leave "
-                    f"{name} out"
+                    f"{name} is an option of the method {owner}, and the method is {method}: choose {owner} (--method "
+                    f"{owner}), or leave {name} out"
                 )
     if not 0 <= options.dropout < 1:
         raise BadInput(f"dropout {options.dropout:g} is not a number from 0 to below 1")

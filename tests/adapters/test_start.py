@@ -89,7 +89,7 @@ def test_that_number_takes_4_gigabytes():
             r"dropout is an option of the method lora, and the method is pissa",
         ),
         (AdapterOptions("edora", rslora=True), (), r"rslora is an option of the method lora, and the method is edora"),
-        (AdapterOptions(dropout=0.1), (), r"the method is pissa: choose lora, or leave dropout out$"),
+        (AdapterOptions(dropout=0.1), (), r"the method is pissa: choose lora \(--method lora\), or leave dropout out$"),
         (AdapterOptions("lora", dropout=1.0), (), r"dropout 1 is not a number from 0 to below 1$"),
         (AdapterOptions(target_modules=("q_prj",)), (), r"no quantized layer is called q_prj \(nearest: q_proj"),
         (AdapterOptions(), ("only",), r"labels has the one class 'only'; a classifier needs at least two$"),
