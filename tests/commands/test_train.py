@@ -200,6 +200,14 @@ def test_texts_with_labels_do_not_silently_make_a_classifier_of_a_language_model
     assert prepare_train(replace(options, base=classifier, data=labelled)).data.label_names == ("a", "b")
 
 
+@pytest.mark.parametrize(
+    ("changes", "alpha"), [({}, None), ({"rank": 8}, 2.0), ({"rank": 8, "alpha": 16.0}, 16.0), ({"rslora": True}, 2.0)]
+)
+def test_a_run_of_version_0_1_goes_on_only_if_lora_has_the_scale_that_it_had_there(options, changes, alpha):
+    """Its alpha was 16 at every rank and was written as null: now the same only at rank 64."""
+    assert prepare_train(replace(options, method="lora", **changes)).identity["alpha"] == alpha
+
+
 def test_held_out_examples_of_another_kind_are_refused(options, labelled):
     refused(replace(options, valid=labelled), r"labelled\.jsonl holds labelled examples, .*texts\.jsonl text$")
 
