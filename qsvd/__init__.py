@@ -1,7 +1,7 @@
 """qsvd: quantize 16-bit models and keep the largest singular components of each weight in 16 bits.
 
     import qsvd
-    qsvd.quantize(qsvd.Quantize("path/or/hub-id", out=Path("OUT"), rank=64))  # a whole model, as the command does
+    qsvd.quantize("path/or/hub-id", out="OUT", rank=64)  # as the command does; also plan, train, evaluate, ...
     model = qsvd.load("OUT")                            # a transformers model with a new adapter, to train
     model = qsvd.load("OUT", adapter="RUN")             # with the adapter that `qsvd train` wrote
     qsvd.generate("RUN", "Who are you?")                # the answer of a 16-bit model, a quantized model or a run
@@ -12,7 +12,9 @@ After `import qsvd`, transformers' from_pretrained also opens a quantized model 
 is imported when it is first used, so that `import qsvd` loads neither torch nor transformers.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import qsvd.hf  # noqa: F401  # registers with transformers
@@ -20,12 +22,20 @@ import qsvd.hf  # noqa: F401  # registers with transformers
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from qsvd.adapters.adapter import AdapterOptions as AdapterOptions
     from qsvd.adapters.load import load as load
+    from qsvd.api import allocate as allocate
+    from qsvd.api import calibrate as calibrate
+    from qsvd.api import evaluate as evaluate
+    from qsvd.api import export as export
+    from qsvd.api import plan as plan
+    from qsvd.api import quantize as quantize
+    from qsvd.api import train as train
     from qsvd.commands.generate import generate as generate
-    from qsvd.commands.quantize import quantize as quantize
     from qsvd.decompose.alternate import Recipe as Recipe
     from qsvd.decompose.alternate import split_weight as split_weight
     from qsvd.decompose.split import Split as Split
     from qsvd.decompose.split import measure as measure
+    from qsvd.errors import BadInput as BadInput
+    from qsvd.errors import DoesNotFit as DoesNotFit
     from qsvd.memory.items import Placement as Placement
     from qsvd.numerics.nf4 import NormalFloat4 as NormalFloat4
     from qsvd.numerics.normal_float import Nesting as Nesting
@@ -39,7 +49,15 @@ _HOMES = {
     "Placement": "qsvd.memory.items",
     "AdapterOptions": "qsvd.adapters.adapter",
     "generate": "qsvd.commands.generate",
-    "quantize": "qsvd.commands.quantize",
+    "plan": "qsvd.api",
+    "quantize": "qsvd.api",
+    "calibrate": "qsvd.api",
+    "allocate": "qsvd.api",
+    "train": "qsvd.api",
+    "evaluate": "qsvd.api",
+    "export": "qsvd.api",
+    "BadInput": "qsvd.errors",
+    "DoesNotFit": "qsvd.errors",
     "Quantize": "qsvd.options",
     "split_weight": "qsvd.decompose.alternate",
     "Recipe": "qsvd.decompose.alternate",
@@ -50,6 +68,17 @@ _HOMES = {
     "Nesting": "qsvd.numerics.normal_float",
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+class _Package(ModuleType):
+    """qsvd.plan, calibrate, evaluate and export are functions, and folders with their code; Python sets the folders."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -211,9 +211,22 @@ def take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 def from_yaml(record: type, file: Path) -> dict[str, Any]:
     """Return the values of a YAML file by the names of a record's options."""
+    return from_names(record, _yaml_mapping(file), f"--config {file}")
+
+
+def from_names(record: type, given: Mapping[Any, Any], source: str) -> dict[str, Any]:
+    """Return values by the names of a record's options, each of the type of its option.
+
+    Args:
+        given: Values by our names or other tools'; a path is a text, and several values are a list.
+        source: Where they are from, for the sentence.
+
+    Raises:
+        BadInput: a name is not an option, or a value is of another type.
+    """
     types = get_type_hints(record)
     values, wrong = dict[str, Any](), list[str]()
-    for written, value in _yaml_mapping(file).items():
+    for written, value in given.items():
         name = _canonical(str(written).replace("_", "-"), types).replace("-", "_")
         if name == "bf16" and value is True and "dtype" in types:
             name, value = "dtype", "bfloat16"
@@ -228,7 +241,7 @@ def from_yaml(record: type, file: Path) -> dict[str, Any]:
         except TypeError as error:
             wrong.append(f"{name} {error}")
     if wrong:
-        raise BadInput(f"--config {file}: {'; '.join(wrong)}")
+        raise BadInput(f"{source}: {'; '.join(wrong)}")
     return found
 
 
@@ -249,9 +262,10 @@ def _yaml_mapping(file: Path) -> Mapping[Any, Any]:
 
 
 def _as(kind: Any, value: Any) -> Any:
-    """A YAML value as an option's type; TypeError says what is allowed."""
-    if get_origin(kind) is UnionType:  # X | None
-        return None if value is None else _as(get_args(kind)[0], value)
+    """A value as an option's type; TypeError says what is allowed."""
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [one for one in get_args(kind) if one is not type(None)]
+        return None if value is None and len(kinds) < len(get_args(kind)) else _as_one_of(kinds, value)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise TypeError(f"is {value!r}, not one of {', '.join(map(str, get_args(kind)))}")
@@ -265,6 +279,16 @@ def _as(kind: Any, value: Any) -> Any:
     if type(value) is not wanted:
         raise TypeError(f"is {value!r}, not of type {wanted.__name__}")
     return kind(value)
+
+
+def _as_one_of(kinds: Sequence[Any], value: Any) -> Any:
+    faults = []
+    for kind in kinds:
+        try:
+            return _as(kind, value)
+        except TypeError as error:
+            faults.append(str(error))
+    raise TypeError(" and ".join(faults))
 
 
 def _as_float(value: Any) -> float:

@@ -9,6 +9,7 @@ An option is a field of a frozen dataclass, `name: Annotated[type, mark, ...] = 
     APPEND                        the flag may be given several times, with one value each
     SAME_RESULT                   the value does not affect the result: `result_options` leaves the option out
     ADDED                         newer than version 0.1: left out at its default, so that older runs resume
+    PRINTS                        the option says what is printed: functions in Python, which print nothing, refuse it
 """
 
 import math
@@ -45,6 +46,7 @@ class Mark:
 POSITIONAL = Mark("positional")
 APPEND = Mark("may be given several times")
 ADDED = Mark("newer than version 0.1")
+PRINTS = Mark("says what is printed")
 SAME_RESULT = Mark("does not affect the result")  # paths too: files are compared by what they hold
 
 
@@ -153,4 +155,4 @@ PushToHub = Annotated[
     str | None, Help("Upload the finished folder to this Hub repository, private by default.", "NAME")
 ]
 Public = Annotated[bool, Help("Make a new Hub repository public.")]
-Json = Annotated[bool, Help("Print JSON.")]
+Json = Annotated[bool, PRINTS, Help("Print JSON.")]

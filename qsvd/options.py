@@ -13,6 +13,7 @@ from qsvd.option_types import (
     APPEND,
     FROM_ZERO,
     POSITIONAL,
+    PRINTS,
     SAME_RESULT,
     SECONDS,
     SEED,
@@ -202,7 +203,7 @@ class Quantize:
     seed: Annotated[Seed, Help("Random seed (SVD sketches).")] = 0
     push_to_hub: Annotated[PushToHub, SAME_RESULT] = None
     public: Annotated[Public, SAME_RESULT] = False
-    dry_run: Annotated[bool, SAME_RESULT, Help("Print options, layers and sizes, and stop.")] = False
+    dry_run: Annotated[bool, SAME_RESULT, PRINTS, Help("Print options, layers and sizes, and stop.")] = False
 
 
 @dataclass(frozen=True)
@@ -294,10 +295,10 @@ class Train:
     push_to_hub: Annotated[PushToHub, SAME_RESULT] = None
     public: Annotated[Public, SAME_RESULT] = False
 
-    preview: Annotated[bool, SAME_RESULT, Group("run"), Help("Print the first example with its trained tokens.")] = (
-        False
-    )
-    dry_run: Annotated[bool, SAME_RESULT, Help("Check everything, print what would be done, and stop.")] = False
+    preview: Annotated[
+        bool, SAME_RESULT, PRINTS, Group("run"), Help("Print the first example with its trained tokens.")
+    ] = False
+    dry_run: Annotated[bool, SAME_RESULT, PRINTS, Help("Check everything, print what would be done, and stop.")] = False
     any_start: Annotated[bool, SAME_RESULT, Help("Do not stop if the first loss is unusually high.")] = False
     device: Device = "auto"
     seed: Annotated[Seed, SEED, Help("Random seed (data order, LoRA init, new classification head).")] = 0

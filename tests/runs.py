@@ -42,7 +42,7 @@ def language_base(folder, *, rank=RANK):
     tensors = safetensors.torch.load_file(MODEL / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if ".layers." not in name or ".layers.0." in name}
     safetensors.torch.save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
-    return qsvd.quantize(qsvd.Quantize(str(source), out=out, rank=rank, iterations=1, device="cpu"))
+    return qsvd.quantize(qsvd.Quantize(str(source), out=out, rank=rank, iterations=1, device="cpu")).path
 
 
 def classifier_base(folder, **changes):
@@ -53,7 +53,7 @@ def classifier_base(folder, **changes):
     write_checkpoint(source, "BertModel", **(BERT | changes))
     for path in MODEL.glob("tokenizer*.json"):
         shutil.copyfile(path, source / path.name)
-    return qsvd.quantize(qsvd.Quantize(str(source), out=out, rank=4, iterations=1, device="cpu"))
+    return qsvd.quantize(qsvd.Quantize(str(source), out=out, rank=4, iterations=1, device="cpu")).path
 
 
 def write_rows(path, rows):

@@ -92,13 +92,20 @@ def test_the_command_line_says_what_it_is_without_torch_or_transformers(start, f
 
 def test_every_name_that_is_promised_is_there_and_no_other():
     assert set(qsvd.__all__) == {
-        "AdapterOptions", "Nesting", "NormalFloat", "NormalFloat4", "Placement", "Quantize", "Recipe", "Split",
-        "generate", "load", "measure", "quantize", "split_weight",
+        "AdapterOptions", "BadInput", "DoesNotFit", "Nesting", "NormalFloat", "NormalFloat4", "Placement", "Quantize",
+        "Recipe", "Split", "allocate", "calibrate", "evaluate", "export", "generate", "load", "measure", "plan",
+        "quantize", "split_weight", "train",
     }  # fmt: skip
     assert all(getattr(qsvd, name) is not None for name in qsvd.__all__)
     assert set(qsvd.__all__) <= set(dir(qsvd))
     with pytest.raises(AttributeError, match="module 'qsvd' has no attribute 'nothing'"):
         qsvd.nothing  # noqa: B018  # asked for, to be refused
+
+
+def test_a_function_is_found_also_after_the_folder_of_its_name_was_imported():
+    code = "import qsvd, qsvd.plan.budget, qsvd.evaluate.batches, qsvd.calibrate.sums, qsvd.export.trained"
+    names = "plan", "evaluate", "calibrate", "export"
+    assert python(f"{code}; print({{getattr(qsvd, name).__module__ for name in {names}}})") == "{'qsvd.api'}\n"
 
 
 def test_type_checkers_see_every_name_at_the_place_that_it_comes_from():

@@ -21,6 +21,7 @@ FLOORS = (  # bottom up; folders of one floor do not import from each other, exc
     {"training", "evaluate", "calibrate"},
     {"prepare"},
     {"commands"},
+    {"api"},
     {"cli"},
 )
 ABOVE_ALL = {"__init__", "__main__"}

@@ -7,8 +7,11 @@ from qsvd.files.atomic import write_text
 from qsvd.files.source import Checkpoint
 from qsvd.options import Allocate
 from qsvd.plan.allocation import to_text
-from qsvd.prepare.allocate import measure_and_solve, prepare_allocate, sealed
+from qsvd.plan.solve import AllocationResult, relative
+from qsvd.prepare.allocate import AllocateRun, measure_and_solve, prepare_allocate, sealed
+from qsvd.records import ShowProgress, show_nothing
 from qsvd.report.allocation import allocation_tables
+from qsvd.report.results import AllocateResult
 
 
 def main(options: Allocate, checkpoint: Checkpoint | None = None) -> None:
@@ -22,7 +25,26 @@ def main(options: Allocate, checkpoint: Checkpoint | None = None) -> None:
     """
     run = prepare_allocate(options, checkpoint)
     with watched("weight", f"measured weights are kept in {run.costs}, the same command continues there") as show:
-        result = measure_and_solve(run, show)
-    write_text(run.out, sealed(to_text(result.allocation, run.task.weights, run.task.factor_bytes)))
+        result = write_allocation(run, show)
     Console().print(allocation_tables(run.task, result), highlight=False)
     print(f"\n{run.out}")
+
+
+def allocate(options: Allocate, show: ShowProgress = show_nothing) -> AllocateResult:
+    """Choose bits and ranks as `qsvd allocate` does, silently, and return the file and what is in it.
+
+    Raises:
+        BadInput: an option, or the 16-bit model, cannot be used, or the budget cannot be met.
+        DoesNotFit: a weight does not fit in memory.
+    """
+    run = prepare_allocate(options)
+    result = write_allocation(run, show)
+    expected = relative(result.squares, result.norms, [spec.module for spec in run.task.weights])
+    return AllocateResult(run.out, result.allocation, result.num_bytes, expected)
+
+
+def write_allocation(run: AllocateRun, show: ShowProgress) -> AllocationResult:
+    """Do the work of a checked run: measure, solve, write the table."""
+    result = measure_and_solve(run, show)
+    write_text(run.out, sealed(to_text(result.allocation, run.task.weights, run.task.factor_bytes)))
+    return result

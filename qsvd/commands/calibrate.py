@@ -1,7 +1,6 @@
 """`qsvd calibrate`: second moments of gradients, and traces of the Hessian, of a model that need not fit in memory."""
 
 import sys
-from pathlib import Path
 
 import torch
 
@@ -11,10 +10,11 @@ from qsvd.calibrate.walk import Probes, add_examples
 from qsvd.commands.console import quiet, watched
 from qsvd.errors import DoesNotFit
 from qsvd.files.pages import free_host_memory
-from qsvd.files.statistics import open_unfinished, save_unfinished, unfinished_path, write_statistics
+from qsvd.files.statistics import open_statistics, open_unfinished, save_unfinished, unfinished_path, write_statistics
 from qsvd.options import Calibrate
 from qsvd.prepare.calibrate import CalibrateRun, prepare_calibrate
 from qsvd.records import Progress, ShowProgress, show_nothing
+from qsvd.report.results import CalibrateResult
 
 HOST_SHARE = 0.5  # of the free CPU memory, for the hidden states of a chunk
 MOST_CHUNK = 16  # examples that a killed run may lose; for each chunk the weights are read twice
@@ -36,7 +36,7 @@ def main(options: Calibrate) -> None:
     print(run.out)
 
 
-def calibrate(options: Calibrate) -> Path:
+def calibrate(options: Calibrate, show: ShowProgress = show_nothing) -> CalibrateResult:
     """Measure sensitivity as `qsvd calibrate` does, silently, and return the file.
 
     Raises:
@@ -45,8 +45,9 @@ def calibrate(options: Calibrate) -> Path:
     """
     with quiet():
         run = prepare_calibrate(options)
-        measure(run, show_nothing)
-    return run.out
+        measure(run, show)
+    record = open_statistics(run.out).record
+    return CalibrateResult(run.out, record["examples"], record["tokens"], record["loss"])
 
 
 def measure(run: CalibrateRun, show: ShowProgress) -> None:

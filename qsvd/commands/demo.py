@@ -1,6 +1,5 @@
 """`qsvd demo`: quantize the embedded model at several ranks, report, compare perplexity, fine-tune in three ways."""
 
-import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,14 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from qsvd.commands.quantize import quantize
-from qsvd.commands.report import load_report, show_report
+from qsvd.commands.report import show_report
 from qsvd.commands.train import train
 from qsvd.errors import BadInput
 from qsvd.evaluate.perplexity import Perplexity, perplexity_of_text
 from qsvd.files.atomic import write_text
 from qsvd.files.split_folder import open_split
 from qsvd.options import Demo, Quantize, Train
-from qsvd.report.totals import relative, totals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,14 +63,13 @@ def main(options: Demo) -> None:
     table.add_row("16-bit", "16.00", "0", f"{base.perplexity:.3f}", "0 %")
     ranks = sorted(set(options.ranks))
     for rank in ranks:
-        folder = quantize(Quantize(str(MODEL), out=_folder(options, rank), rank=rank, device="cpu"))
-        _install(model, folder)
+        quantized = quantize(Quantize(str(MODEL), out=_folder(options, rank), rank=rank, device="cpu"))
+        _install(model, quantized.path)
         here = _perplexity(model, tokens)
-        whole = totals(load_report(folder)[1])[-1]
         name = f"NF4 + {rank} components" if rank else "NF4"
         lost = 100 * (here.perplexity / base.perplexity - 1)
         table.add_row(
-            name, f"{whole.bits:.2f}", f"{relative(whole)[1]:.4f}", f"{here.perplexity:.3f}", f"{lost:+.2f} %"
+            name, f"{quantized.bits:.2f}", f"{quantized.error:.4f}", f"{here.perplexity:.3f}", f"{lost:+.2f} %"
         )
     console = Console()
     show_report(_folder(options, ranks[-1]), worst=3)
@@ -95,7 +92,7 @@ def _fine_tune(options: Demo) -> Table:
         base = quantize(Quantize(str(MODEL), out=_folder(options, way.base_rank), rank=way.base_rank, device="cpu"))
         run = train(
             Train(
-                base=base,
+                base=base.path,
                 data=str(data),
                 out=options.out.expanduser() / f"run-{way.method}",
                 method=way.method,
@@ -111,10 +108,10 @@ def _fine_tune(options: Demo) -> Table:
                 device="cpu",
             )
         )
-        summary = json.loads((run / "summary.json").read_text())
-        numbers = (f"{summary[f'held_out_{when}']:.4f}" for when in ("before", "after"))
-        count = f"{summary['trained_parameters']:,}"
-        table.add_row(way.name, count, f"{way.learning_rate:g}", *numbers, f"{summary['seconds']:.0f}")
+        found = run.summary
+        numbers = (f"{loss:.4f}" for loss in (found.held_out_before, found.held_out_after))
+        count = f"{found.trained_parameters:,}"
+        table.add_row(way.name, count, f"{way.learning_rate:g}", *numbers, f"{found.seconds:.0f}")
     return table
 
 

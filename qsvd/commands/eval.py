@@ -7,14 +7,15 @@ from typing import Any
 
 from rich.console import Console
 
-from qsvd.commands.console import quiet
+from qsvd.commands.console import display, quiet
 from qsvd.data.masks import ends_of_turn
 from qsvd.data.tokens import question_prompts, tokenize
 from qsvd.errors import BadInput
 from qsvd.evaluate.accuracy import accuracy, mean_loss
+from qsvd.evaluate.batches import Tell
 from qsvd.evaluate.divergence import Divergence, divergence_of_documents, divergence_of_text
 from qsvd.evaluate.exact_match import exact_match
-from qsvd.evaluate.perplexity import perplexity_of_documents, perplexity_of_text
+from qsvd.evaluate.perplexity import perplexity_of_documents, perplexity_of_text, slide
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.items import EVERYTHING, Placement
@@ -25,7 +26,9 @@ from qsvd.prepare.evaluate import EvalRun, Subject, prepare_eval
 from qsvd.prepare.examples import positions, stop_ids
 from qsvd.prepare.machine import machine, place_reading
 from qsvd.prepare.models import NamedModel, class_names, load_model, record_of
+from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.evaluation import ModelScores, evaluation_json, evaluation_table
+from qsvd.report.results import EvalResult
 
 MOST_WINDOW = 2048  # tokens, unless more are asked for
 MOST_NEW_TOKENS = 512  # unless more are asked for
@@ -34,24 +37,64 @@ Values = dict[str, float]
 
 def main(options: Eval) -> None:
     """Run `qsvd eval`: 1 check, 2 measure every model, 3 print a table or JSON."""
+    with display() as show:
+        measured = evaluate(options, show)
+    if options.json:
+        print(json.dumps(evaluation_json(measured.rows, measured.how), indent=2))
+    else:
+        title = ", ".join(f"{name} {value}" for name, value in measured.how.items() if value is not None)
+        Console().print(evaluation_table(measured.rows, title))
+
+
+def evaluate(options: Eval, show: ShowProgress = show_nothing) -> EvalResult:
+    """Measure every model as `qsvd eval` does, silently, and return the columns of its table.
+
+    Raises:
+        BadInput: an option, a model or the data cannot be used.
+        DoesNotFit: there is too little memory.
+    """
     with quiet():
         run = prepare_eval(options)
-        measured = [ModelScores(one.found.name, one.found.kind, _measure(one, run)) for one in run.subjects]
-    if options.json:
-        print(json.dumps(evaluation_json(measured, _how(run)), indent=2))
-    else:
-        title = ", ".join(f"{name} {value}" for name, value in _how(run).items() if value is not None)
-        Console().print(evaluation_table(measured, title))
+        rows = []
+        for number, one in enumerate(run.subjects):
+            shown = Shown(show, number, len(run.subjects), one.found.name)
+            rows.append(ModelScores(one.found.name, one.found.kind, _measure(one, run, shown)))
+        return EvalResult(tuple(rows), _how(run))
 
 
-def _measure(subject: Subject, run: EvalRun) -> Values:
+class Shown:
+    """Shows how much of one model's measurement is done; every model counts the same.
+
+    Args:
+        show: Shows progress of the command.
+        number, models: Index of the model, and how many there are.
+        name: Of the model.
+    """
+
+    def __init__(self, show: ShowProgress, number: int, models: int, name: str):
+        self._show, self._number, self._models, self._name = show, number, models, name
+
+    def of(self, total: int, unit: str) -> Tell:
+        """Return the function that is called with the number of units that are new."""
+        done = 0
+
+        def tell(new: int) -> None:
+            nonlocal done
+            done += new
+            share = self._number + done / total
+            self._show(Progress(share, share, self._models, f"{self._name}: {done:,}/{total:,} {unit}"))
+
+        return tell
+
+
+def _measure(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     """Return all values of one model; its memory is free afterwards."""
     measures = {"accuracy": _accuracy, "exact-match": _exact_match}
     is_text = run.examples.kind == "text"
-    return measures.get(run.task, _perplexity if is_text else _answers)(subject, run)
+    return measures.get(run.task, _perplexity if is_text else _answers)(subject, run, shown)
 
 
-def _perplexity(subject: Subject, run: EvalRun) -> Values:
+def _perplexity(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     documents = _documents(subject, run)
     if run.reference is not None and _documents(run.reference, run) != documents:
         raise BadInput(
@@ -60,24 +103,23 @@ def _perplexity(subject: Subject, run: EvalRun) -> Values:
         )
     model = _load(subject, run)
     window = _window(model, subject, run.options)
+    stride = run.options.stride or max(1, window // 2) if run.is_one_text else window
     values: Values = {"window": window}
+    tell = shown.of(_predictions(documents, window, stride, run), "tokens")
+    how: dict[str, Any] = {"window": window, "batch": run.options.batch_size, "tell": tell}
     if run.is_one_text:
-        stride = run.options.stride or max(1, window // 2)
         values["stride"] = stride
-        of_text = partial(perplexity_of_text, tokens=documents[0], window=window, stride=stride)
-        compare: Callable[..., Divergence] = partial(
-            divergence_of_text, tokens=documents[0], window=window, stride=stride
-        )
-        measured = of_text(model, batch=run.options.batch_size)
+        compare: Callable[..., Divergence] = partial(divergence_of_text, tokens=documents[0], stride=stride, **how)
+        measured = perplexity_of_text(model, documents[0], stride=stride, **how)
     else:
-        compare = partial(divergence_of_documents, documents=documents, window=window)
-        measured = perplexity_of_documents(model, documents, window=window, batch=run.options.batch_size)
+        compare = partial(divergence_of_documents, documents=documents, **how)
+        measured = perplexity_of_documents(model, documents, **how)
         values["shortened"] = sum(len(document) > window for document in documents)
     values |= {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
     if run.reference is None:
         return values
     reference = _load(run.reference, run)
-    found = compare(model, reference, batch=run.options.batch_size)
+    found = compare(model, reference)
     return values | {
         "kl_mean": found.mean,
         "kl_mean_error": found.mean_error,
@@ -93,22 +135,37 @@ def _perplexity(subject: Subject, run: EvalRun) -> Values:
     }
 
 
+def _predictions(documents: list[list[int]], window: int, stride: int, run: EvalRun) -> int:
+    """Return the number of predictions of all measures."""
+    if run.is_one_text:
+        once = sum(len(tokens) - 1 - skip for tokens, skip in slide(documents[0], window, stride) if tokens)
+    else:
+        once = sum(max(0, min(len(document), window) - 1) for document in documents)
+    return once * (1 if run.reference is None else 2)
+
+
 def _documents(subject: Subject, run: EvalRun) -> list[list[int]]:
     return [subject.tokenizer(row["text"], verbose=False).input_ids for row in run.examples.rows]
 
 
-def _answers(subject: Subject, run: EvalRun) -> Values:
+def _answers(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     """Return the perplexity of the answers, given their prompts."""
     model = _load(subject, run)
     window = _window(model, subject, run.options)
     data = tokenize(run.examples, subject.tokenizer, max_length=window, stop_ids=stop_ids(subject.found.home))
     pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
-    measured = mean_loss(model, pairs, pad_token=subject.tokenizer.pad_token_id, batch=run.options.batch_size)
+    measured = mean_loss(
+        model,
+        pairs,
+        pad_token=subject.tokenizer.pad_token_id,
+        batch=run.options.batch_size,
+        tell=shown.of(len(pairs), "examples"),
+    )
     values: Values = {"window": window, "shortened": data.truncated}
     return values | {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
 
 
-def _accuracy(subject: Subject, run: EvalRun) -> Values:
+def _accuracy(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     model = _load(subject, run)
     window = _window(model, subject, run.options)
     names = subject.found.labels or class_names(model.config, run.examples)
@@ -118,7 +175,14 @@ def _accuracy(subject: Subject, run: EvalRun) -> Values:
     if config.pad_token_id is None:
         config.pad_token_id = subject.tokenizer.pad_token_id
     batch, segments = run.options.batch_size, data.token_types
-    measured = accuracy(model, pairs, pad_token=config.pad_token_id, batch=batch, segments=segments)
+    measured = accuracy(
+        model,
+        pairs,
+        pad_token=config.pad_token_id,
+        batch=batch,
+        segments=segments,
+        tell=shown.of(len(pairs), "examples"),
+    )
     low, high = measured.interval
     return {
         "window": window,
@@ -132,7 +196,7 @@ def _accuracy(subject: Subject, run: EvalRun) -> Values:
     }
 
 
-def _exact_match(subject: Subject, run: EvalRun) -> Values:
+def _exact_match(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     prompts = question_prompts([row["prompt"] for row in run.examples.rows], subject.tokenizer)
     model = _load(subject, run)
     if subject.found.chat_template is not None:
@@ -148,6 +212,7 @@ def _exact_match(subject: Subject, run: EvalRun) -> Values:
         subject.tokenizer,
         max_new_tokens=new_tokens,
         batch=run.options.batch_size,
+        tell=shown.of(len(prompts), "answers"),
     )
     low, high = measured.interval
     return {

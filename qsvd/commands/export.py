@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -20,12 +20,13 @@ from transformers import AutoConfig
 from qsvd.adapters.load import classifier
 from qsvd.adapters.methods import METHODS
 from qsvd.adapters.model import split_linears
-from qsvd.commands.console import quiet
+from qsvd.commands.console import display, quiet
 from qsvd.errors import BadInput, parse_size
 from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
 from qsvd.export.lora import LoraExport, Target, write_lora
 from qsvd.export.merged import MergedForm, write_merged
-from qsvd.export.peft import write_peft
+from qsvd.export.peft import PeftExport, write_peft
+from qsvd.export.trained import Trained
 from qsvd.files.atomic import read_object, write_text
 from qsvd.files.source import open_checkpoint
 from qsvd.files.workspace import CHAT_TEMPLATE
@@ -33,33 +34,17 @@ from qsvd.options import Export
 from qsvd.paths import hub_id
 from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
+from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.card import card_header, origin_of
+from qsvd.report.results import Checked, ExportResult
 from qsvd.report.serving import PLUGIN, four_bit_line, lora_flags
 
 BATCH, LENGTH = 2, 32  # of the random tokens
 COPIES = 4  # float32 models that are in memory at the same time, at most
 FLOOR = 1e-3  # of the spread: float32 sums in another order, in deep models
+PASSES = {"peft": 2, "lora": 2, "merged": 2}  # over all weights: checked, then written
+CHECKS = {"peft": 1, "lora": 2, "merged": 1}  # more passes, to compare logits
 ROUNDINGS = 8  # an export is rounded at other places than the model that measures the effect of rounding
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Difference between the logits of an export and the expected ones.
-
-    difference is the largest difference of a logit, spread the standard deviation of all logits, agreement the share
-    of positions with the same most probable token (or class) as the trained model has.
-    """
-
-    difference: float
-    spread: float
-    agreement: float
-
-    def line(self, expected: str) -> str:
-        """Return the difference in words."""
-        return (
-            f"checked: logits differ by at most {self.difference:.2g} from {expected} (their spread is "
-            f"{self.spread:.2g}); {self.agreement:.1%} of top tokens as trained"
-        )
 
 
 def fits(opened: Opened) -> bool:
@@ -138,20 +123,48 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
 
 def main(options: Export) -> None:
     """Run `qsvd export`: 1 write, 2 check by logits, 3 print how to use the export."""
+    with display() as show:
+        opened, done, repository = _export(options, show)
+    print("\n".join([*done.lines, f"\n{options.out}"]))
+    if repository is not None:
+        print(_push(options, opened, repository))
+
+
+def export(options: Export, show: ShowProgress = show_nothing) -> ExportResult:
+    """Write, check and upload an export as `qsvd export` does, silently.
+
+    Raises:
+        BadInput: an option or the run cannot be used, or the export does not compute what was trained.
+        DoesNotFit: the files do not fit on the disk.
+    """
+    opened, done, repository = _export(options, show)
+    return done if repository is None else replace(done, url=_push(options, opened, repository))
+
+
+def _export(options: Export, show: ShowProgress) -> tuple[Opened, ExportResult, str | None]:
+    """Write and check an export; return what was exported, the result, and the repository to upload to."""
     shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
     opened = open_trained(options.run, options.base)
     if refusal := METHODS[opened.record.method].export_refusals.get(options.to):
         raise BadInput(refusal)
     repository = open_repository(options)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    is_checked = options.check and fits(opened)
+    opened = counted(opened, PASSES[options.to] + (CHECKS[options.to] if is_checked else 0), show)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name
-        lines = _export(options, opened, dtype, shard_bytes)
+        if options.to == "peft":
+            done = _peft(options, opened, dtype or torch.float32, is_checked)
+        elif options.to == "lora":
+            done = _lora(options, opened, dtype or torch.float32, is_checked)
+        else:
+            done = _merged(options, opened, MergedForm(dtype, shard_bytes, _config_changes(opened)), is_checked)
     if opened.adapter is not None and opened.adapter.chat_template is not None:
         write_text(options.out.expanduser() / CHAT_TEMPLATE, opened.adapter.chat_template)
-    print("\n".join([*lines, f"\n{options.out}"]))
-    if repository is not None:
-        print(_push(options, opened, repository))
+    if options.check and not is_checked:
+        unchecked = "not checked by logits: the model does not fit in memory as float32"
+        done = replace(done, lines=(*done.lines, unchecked))
+    return opened, done, repository
 
 
 def _push(options: Export, opened: Opened, name: str) -> str:
@@ -179,76 +192,91 @@ def _push(options: Export, opened: Opened, name: str) -> str:
     return upload(out, name, replaced | {"README.md": card_header(origin, relation, library, [options.to]) + text})
 
 
-def _export(options: Export, opened: Opened, dtype: torch.dtype | None, shard_bytes: int) -> list[str]:
-    """Write and check an export; return the lines to print."""
-    if options.to == "peft":
-        return _peft(options, opened, dtype or torch.float32)
-    if options.to == "lora":
-        return _lora(options, opened, dtype or torch.float32)
-    return _merged(options, opened, MergedForm(dtype, shard_bytes, _config_changes(opened)))
+def counted(opened: Opened, passes: int, show: ShowProgress) -> Opened:
+    """Return the same model; it shows progress when a weight is read.
+
+    Args:
+        passes: How often all weights are read, one after the other.
+    """
+    each, read, last = len(opened.split.weights), 0, ""
+
+    def weight(name: str) -> Trained:
+        nonlocal read, last
+        found = opened.trained.weight(name)
+        if name != last and read < passes * each:  # a weight may be read twice in one pass
+            read, last = read + 1, name
+            what = f"pass {(read - 1) // each + 1} of {passes}, {(read - 1) % each + 1}/{each} weights"
+            show(Progress(read, read, passes * each, what))
+        return found
+
+    return replace(opened, trained=replace(opened.trained, weight=weight))
 
 
-def _peft(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:
-    out, base = options.out.expanduser(), str(opened.split.folder)
+def _peft(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool) -> ExportResult:
+    out, base, checked = options.out.expanduser(), str(opened.split.folder), None
     done = write_peft(opened.trained, out, base=base, task=opened.task, dtype=dtype)
     kind = "DoRA" if done.use_dora else "LoRA"
     lines = [f"{kind} of rank {done.rank} for {done.weights} weights, {done.num_bytes / 1e6:.1f} MB, for {base} only"]
-    if _is_checked(options, opened):
+    if is_checked:
         residual = plain(opened, lambda name: opened.split.residual(name).decode())
-        lines.append(check(opened, with_adapter(residual, out), opened.load(), dtype).line("the trained model"))
-    if done.use_dora and opened.task == "CAUSAL_LM":
-        return [*lines, "vLLM and llama.cpp do not load DoRA: use --to merged for them"]
+        checked = check(opened, with_adapter(residual, out), opened.load(), dtype)
+        lines.append(checked.line("the trained model"))
+    return ExportResult(out, done.num_bytes, checked, (*lines, *_peft_serving(options, opened, done)))
+
+
+def _peft_serving(options: Export, opened: Opened, done: PeftExport) -> list[str]:
+    """Return how other programs load the adapter."""
     if opened.task != "CAUSAL_LM":
-        return lines
+        return []
+    if done.use_dora:
+        return ["vLLM and llama.cpp do not load DoRA: use --to merged for them"]
     if opened.split.manifest["header"].get("quantizer", "bitsandbytes") == "qsvd":
-        return [*lines, "mixed bits: PEFT loads it after import qsvd; use --to merged for vLLM and llama.cpp"]
+        return ["mixed bits: PEFT loads it after import qsvd; use --to merged for vLLM and llama.cpp"]
     quantization = read_object(opened.split.folder / "config.json")["quantization_config"]
     return [
-        *lines,
         f"vLLM: {PLUGIN}",
-        four_bit_line(base, "trained", str(options.out), done.rank, quantization),
+        four_bit_line(str(opened.split.folder), "trained", str(options.out), done.rank, quantization),
         "in requests, name the model trained; the model residual-only gives wrong outputs",
         "llama.cpp does not read bitsandbytes models: use --to merged for it",
     ]
 
 
-def _lora(options: Export, opened: Opened, dtype: torch.dtype) -> list[str]:
-    name = options.original or opened.split.manifest["source"]["model"]
+def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool) -> ExportResult:
+    out, name, checked = options.out.expanduser(), options.original or opened.split.manifest["source"]["model"], None
     is_there = options.original is not None or Path(name).expanduser().is_dir()
     original = open_checkpoint(name) if is_there else None
-    target = Target(name, opened.task, original, dtype)
-    done = write_lora(opened.trained, options.out.expanduser(), target)
+    done = write_lora(opened.trained, out, Target(name, opened.task, original, dtype))
     lines = [
         f"LoRA of rank {done.rank} for {len(done.weights)} weights, {done.num_bytes / 1e6:.1f} MB, for {name}",
         _error(done),
     ]
     if original is None:
         lines.append(f"not checked by logits: {name} is not on this machine; give --original")
-    elif _is_checked(options, opened):
+    elif is_checked:
         expected = plain(opened, lambda weight: _on_original(opened, original, weight))
         exact = plain(opened, lambda weight: original.read(weight).float())
-        found = check(opened, with_adapter(exact, options.out.expanduser()), expected, dtype)
-        lines.append(found.line("the original with the trained change"))
-    if opened.task != "CAUSAL_LM":
-        return lines
-    return [
-        *lines,
-        f"vLLM: vllm serve {quote(name)} {lora_flags('trained', str(options.out), done.rank)}",
-        f"llama.cpp: python convert_lora_to_gguf.py --base {quote(name)} {quote(str(options.out))}",
-    ]
+        checked = check(opened, with_adapter(exact, out), expected, dtype)
+        lines.append(checked.line("the original with the trained change"))
+    if opened.task == "CAUSAL_LM":
+        lines += [
+            f"vLLM: vllm serve {quote(name)} {lora_flags('trained', str(options.out), done.rank)}",
+            f"llama.cpp: python convert_lora_to_gguf.py --base {quote(name)} {quote(str(options.out))}",
+        ]
+    return ExportResult(out, done.num_bytes, checked, tuple(lines))
 
 
-def _merged(options: Export, opened: Opened, form: MergedForm) -> list[str]:
-    out = options.out.expanduser()
+def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool) -> ExportResult:
+    out, checked = options.out.expanduser(), None
     done = write_merged(opened.trained, out, form)
     lines = [f"{done.weights} weights merged, {done.dtype}, {done.shards} files, {done.num_bytes / 1e6:.1f} MB"]
-    if _is_checked(options, opened):
+    if is_checked:
         model: Any = opened.load().transformers_class.from_pretrained(out, dtype=torch.float32)
-        lines.append(check(opened, model.eval(), opened.load(), getattr(torch, done.dtype)).line("the trained model"))
+        checked = check(opened, model.eval(), opened.load(), getattr(torch, done.dtype))
+        lines.append(checked.line("the trained model"))
     folder = quote(str(options.out))
     if opened.task == "CAUSAL_LM":
         lines += [f"vLLM: vllm serve {folder}", f"llama.cpp: python convert_hf_to_gguf.py {folder} --outtype bf16"]
-    return lines
+    return ExportResult(out, done.num_bytes, checked, tuple(lines))
 
 
 def _error(done: LoraExport) -> str:
@@ -275,10 +303,3 @@ def _config_changes(opened: Opened) -> dict[str, Any]:
         "problem_type": config.problem_type,
         "pad_token_id": config.pad_token_id,  # decoders find the end of a text by it
     }
-
-
-def _is_checked(options: Export, opened: Opened) -> bool:
-    if options.check and not fits(opened):
-        print("not checked by logits: the model does not fit in memory as float32", file=sys.stderr)
-        return False
-    return options.check

@@ -12,7 +12,8 @@ from qsvd.memory.placement import Cell, Reach, advice, explore, highest, longest
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.options import Plan, Quantize
 from qsvd.prepare.plan import PlanJob, prepare_plan
-from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, lack, plan_json, plan_tables
+from qsvd.records import ShowProgress, show_nothing
+from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, plan_json, plan_tables
 
 RANKS = (16, 32, 64, 128)
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -26,16 +27,20 @@ def main(options: Plan) -> None:
         BadInput: an option cannot be used, or the model cannot be planned.
         DoesNotFit: something does not fit; raised after the tables are printed.
     """
-    with quiet(reads_data=False):
-        job = prepare_plan(options)
-        found = answer(job)
+    found = plan(options)
     if options.json:
         print(json.dumps(plan_json(options.model, found), indent=2))
     else:
         Console().print(plan_tables(options.model, found))
-    lacking = [lack(plan) for plan in found.memory if not plan.fits]
-    if lacking:
-        raise DoesNotFit("; ".join(lacking))
+    if not found.fits:
+        raise DoesNotFit("; ".join(found.lacking))
+
+
+def plan(options: Plan, show: ShowProgress = show_nothing) -> Answer:
+    """Plan as `qsvd plan` does, silently. What does not fit is in the answer; only bad input is raised."""
+    del show
+    with quiet(reads_data=False):
+        return answer(prepare_plan(options))
 
 
 def answer(job: PlanJob) -> Answer:

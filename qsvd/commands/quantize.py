@@ -30,6 +30,8 @@ from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
 from qsvd.report.card import header_of
 from qsvd.report.errors import from_record, to_record, totals_table
 from qsvd.report.readme import readme
+from qsvd.report.results import QuantizeResult
+from qsvd.report.totals import totals
 
 
 def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
@@ -60,8 +62,8 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
         print(push_quantized(run.out, repository))
 
 
-def quantize(options: Quantize) -> Path:
-    """Quantize a 16-bit model as `qsvd quantize` does, silently, and return the folder of the quantized model.
+def quantize(options: Quantize, show: ShowProgress = show_nothing) -> QuantizeResult:
+    """Quantize a 16-bit model as `qsvd quantize` does, silently, and return the quantized model with its error.
 
     Raises:
         BadInput: an option, or the 16-bit model, cannot be used.
@@ -69,10 +71,10 @@ def quantize(options: Quantize) -> Path:
         OSError: the folder cannot be written. Finished weights are kept, and the same call continues there.
     """
     run, repository = prepare_quantize(options), open_repository(options)
-    quantize_run(run, show_nothing)
-    if repository is not None:
-        push_quantized(run.out, repository)
-    return run.out
+    quantize_run(run, show)
+    url = None if repository is None else push_quantized(run.out, repository)
+    _, errors = load_report(run.out)
+    return QuantizeResult(run.out, tuple(errors), tuple(totals(errors)), url=url)
 
 
 def push_quantized(folder: Path, name: str) -> str:

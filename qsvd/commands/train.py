@@ -5,7 +5,6 @@ examples/train_loop.py is the same in a plain PyTorch loop, without checkpoints 
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -27,6 +26,7 @@ from qsvd.export.hub import open_repository
 from qsvd.options import Train
 from qsvd.prepare.train import TrainRun, prepare_train
 from qsvd.records import ShowProgress, show_nothing
+from qsvd.report.results import TrainResult
 from qsvd.report.training import RunSummary, training_tables
 from qsvd.training.run_folder import START, RunFolder
 from qsvd.training.steps import TellSteps
@@ -64,8 +64,8 @@ def main(options: Train) -> None:
         print(push_run(run, RunSummary(**summary), repository))
 
 
-def train(options: Train) -> Path:
-    """Train as `qsvd train` does, silently, and return the folder of the run.
+def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
+    """Train as `qsvd train` does, silently, and return the run.
 
     Raises:
         BadInput: an option, the quantized model or the data cannot be used.
@@ -76,11 +76,11 @@ def train(options: Train) -> Path:
     with RunFolder(run.out, run.identity, resume=options.resume) as folder:
         if folder.summary is None:
             with quiet():
-                train_run(run, folder, show_nothing, lambda: False)
-        summary = folder.summary
-    if repository is not None and summary is not None:
-        push_run(run, RunSummary(**summary), repository)
-    return run.out
+                train_run(run, folder, show, lambda: False)
+        assert folder.summary is not None, "nothing asks it to stop"
+        summary, losses = RunSummary(**folder.summary), tuple(step.loss for step in folder.steps())
+    url = None if repository is None else push_run(run, summary, repository)
+    return TrainResult(run.out, losses, summary, url=url)
 
 
 def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_asked: Callable[[], bool]) -> None:

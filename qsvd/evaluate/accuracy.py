@@ -15,7 +15,7 @@ from torch.nn import functional
 from qsvd.data.columns import UNTRAINED
 from qsvd.errors import BadInput, listing
 from qsvd.evaluate import perplexity
-from qsvd.evaluate.batches import Model, by_length, check_ready, check_sequences, padded
+from qsvd.evaluate.batches import Model, Tell, by_length, check_ready, check_sequences, padded, tell_nobody
 from qsvd.evaluate.perplexity import Perplexity
 
 NORMAL_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution, for a two-sided 95 % interval
@@ -68,6 +68,7 @@ def accuracy(
     pad_token: int,
     batch: int = 32,
     segments: Sequence[list[int]] | None = None,
+    tell: Tell = tell_nobody,
 ) -> Accuracy:
     """Return accuracy and cross entropy of a sequence classifier; the batch size changes only the rounding.
 
@@ -78,6 +79,7 @@ def accuracy(
             decoders read the class at the last token that is not padding.
         batch: Sequences of one forward pass, of similar length.
         segments: token_type_ids of each example, one per token; None is the model's default.
+        tell: Is called after every batch with the number of its examples.
 
     Raises:
         BadInput: batch is below 1; the model is in training mode, has fewer than two classes or another pad token, or
@@ -101,6 +103,7 @@ def accuracy(
         labels_N = torch.tensor([examples[i][1] for i in indices])
         correct += int((logits_NC.argmax(-1) == labels_N).sum())
         nats += functional.cross_entropy(logits_NC, labels_N, reduction="none").double().sum().item()
+        tell(len(indices))
     return Accuracy(correct, len(examples), nats / len(examples))
 
 
@@ -135,7 +138,9 @@ def _check_classes(model: Model, labels: list[int]) -> None:
 Example: TypeAlias = tuple[list[int], list[int]]  # input ids, and labels that are input ids or UNTRAINED
 
 
-def mean_loss(model: Model, examples: Sequence[Example], *, pad_token: int, batch: int = 8) -> Perplexity:
+def mean_loss(
+    model: Model, examples: Sequence[Example], *, pad_token: int, batch: int = 8, tell: Tell = tell_nobody
+) -> Perplexity:
     """Return the mean negative log-likelihood of the labelled tokens, each predicted from the tokens before it.
 
     Every labelled token has the same weight. The first label is never predicted, as in transformers' loss.
@@ -146,6 +151,7 @@ def mean_loss(model: Model, examples: Sequence[Example], *, pad_token: int, batc
         pad_token: Token id that fills shorter sequences, masked from attention.
         batch: Sequences of one forward pass, of similar length. Their logits, batch x longest x vocabulary in the
             model's dtype, take most of the memory.
+        tell: Is called after every batch with the number of its examples.
 
     Raises:
         BadInput: batch is below 1; the model is in training mode; there is no example; an example is empty, too long,
@@ -159,7 +165,10 @@ def mean_loss(model: Model, examples: Sequence[Example], *, pad_token: int, batc
     tokens = sum(sum(row) for row in counted)
     if not tokens:
         raise BadInput(f"no label to predict: all labels after the first of each example are {UNTRAINED}")
-    nats = sum(_loss(model, [examples[i] for i in indices], pad_token) for indices in by_length(sequences, batch))
+    nats = 0.0
+    for indices in by_length(sequences, batch):
+        nats += _loss(model, [examples[i] for i in indices], pad_token)
+        tell(len(indices))
     return Perplexity(nats / tokens, tokens)
 
 

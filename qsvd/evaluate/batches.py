@@ -3,7 +3,7 @@
 Shape suffixes: N = sequences of one batch, T = tokens of the longest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Model: TypeAlias = "PreTrainedModel | PeftModel"
+Tell: TypeAlias = Callable[[int], None]  # is called after every batch with the number of its predictions or examples
+
+
+def tell_nobody(count: int) -> None:
+    """Tell no one how much is done."""
+    del count
 
 
 def check_ready(model: Model, batch: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput
-from qsvd.evaluate.batches import Model, check_ready, equal_lengths
+from qsvd.evaluate.batches import Model, Tell, check_ready, equal_lengths, tell_nobody
 from qsvd.evaluate.perplexity import Window, alike, check_window, last_predictions, slide
 
 CHUNK_ELEMENTS = 1 << 22  # logits in float64 at one time: five arrays of 32 MB
@@ -46,8 +46,15 @@ class Divergence:
         return self.nats_model - self.nats_reference
 
 
-def divergence_of_text(
-    model: Model, reference: Model, tokens: list[int], *, window: int, stride: int, batch: int = 8
+def divergence_of_text(  # noqa: PLR0913  # each is a choice of its own
+    model: Model,
+    reference: Model,
+    tokens: list[int],
+    *,
+    window: int,
+    stride: int,
+    batch: int = 8,
+    tell: Tell = tell_nobody,
 ) -> Divergence:
     """Return KL(reference || model) of every predicted token of a text, in windows as in perplexity_of_text.
 
@@ -62,24 +69,31 @@ def divergence_of_text(
         window: Tokens that a model reads at once.
         stride: Tokens from one window to the next, 1..window.
         batch: Windows of equal length of one forward pass. The logits of both models take most of the memory.
+        tell: Is called after every batch with the number of its predictions.
 
     Raises:
         BadInput: window is below 2, stride outside 1..window or batch below 1; a model is in training mode; the
             vocabularies differ in size; a token is outside them; fewer than two tokens are predicted.
     """
     check_window(window, stride)
-    return _measure(model, reference, slide(tokens, window, stride), batch)
+    return _measure(model, reference, slide(tokens, window, stride), batch, tell)
 
 
 def divergence_of_documents(
-    model: Model, reference: Model, documents: Iterable[list[int]], *, window: int, batch: int = 8
+    model: Model,
+    reference: Model,
+    documents: Iterable[list[int]],
+    *,
+    window: int,
+    batch: int = 8,
+    tell: Tell = tell_nobody,
 ) -> Divergence:
     """Return the divergence over documents, each separate and cut at the window, as in perplexity_of_documents."""
     check_window(window, stride=window)
-    return _measure(model, reference, ((document[:window], 0) for document in documents), batch)
+    return _measure(model, reference, ((document[:window], 0) for document in documents), batch, tell)
 
 
-def _measure(model: Model, reference: Model, windows: Iterable[Window], batch: int) -> Divergence:
+def _measure(model: Model, reference: Model, windows: Iterable[Window], batch: int, tell: Tell) -> Divergence:
     check_ready(model, batch)
     check_ready(reference, batch)
     sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
@@ -88,7 +102,10 @@ def _measure(model: Model, reference: Model, windows: Iterable[Window], batch: i
             f"the model predicts over {sizes[0]} tokens and the reference over {sizes[1]}: "
             "compare a model with the one it was made from"
         )
-    parts = [_compare(model, reference, group, skip) for group, skip in alike(windows, batch)]
+    parts = []
+    for group, skip in alike(windows, batch):
+        parts.append(_compare(model, reference, group, skip))
+        tell(parts[-1].shape[1])
     count = sum(part.shape[1] for part in parts)
     if count < 2:
         raise BadInput(f"predicted tokens: {count}, too few to compare two models: a standard error needs 2")

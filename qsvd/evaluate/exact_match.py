@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from qsvd.errors import BadInput, listing
 from qsvd.evaluate.accuracy import Counted
-from qsvd.evaluate.batches import Model, by_length, check_ready, check_sequences, padded
+from qsvd.evaluate.batches import Model, Tell, by_length, check_ready, check_sequences, padded, tell_nobody
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ def final_number(text: str) -> str | None:
     return f"-{value}" if negative and value != "0" else value
 
 
-def exact_match(
+def exact_match(  # noqa: PLR0913  # each is a choice of its own
     model: Model,
     questions: Sequence[list[int]],
     answers: Sequence[str],
@@ -63,6 +63,7 @@ def exact_match(
     *,
     max_new_tokens: int,
     batch: int = 8,
+    tell: Tell = tell_nobody,
 ) -> ExactMatch:
     """Generate an answer to each question, greedily, and compare its final number with that of the given answer.
 
@@ -74,6 +75,7 @@ def exact_match(
         tokenizer: Decodes the answers. Its end token and those of the model's generation config end an answer.
         max_new_tokens: An answer is cut after so many tokens, and scored as it is.
         batch: Questions of one forward pass, of similar length.
+        tell: Is called after every batch with the number of its questions.
 
     Raises:
         BadInput: batch or max_new_tokens is below 1; the model is in training mode or cannot generate; no end token is
@@ -93,6 +95,7 @@ def exact_match(
             length = next((place for place, token in enumerate(tokens) if token in ends), None)
             unfinished += length is None
             texts[index] = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+        tell(len(indices))
     correct = sum(final_number(text) == number for text, number in zip(texts, gold, strict=True))
     return ExactMatch(correct, len(gold), unfinished, tuple(texts))
 

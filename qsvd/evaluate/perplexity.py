@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qsvd.errors import BadInput
-from qsvd.evaluate.batches import Model, check_ready, equal_lengths
+from qsvd.evaluate.batches import Model, Tell, check_ready, equal_lengths, tell_nobody
 
 CHUNK_ELEMENTS = 1 << 24  # logits in float32 at one time: 64 MB
 Window: TypeAlias = tuple[list[int], int]  # tokens, and the number of first predictions that are not counted
@@ -75,7 +75,9 @@ class Perplexity:
             return math.inf
 
 
-def perplexity_of_documents(model: Model, documents: Iterable[list[int]], *, window: int, batch: int = 8) -> Perplexity:
+def perplexity_of_documents(
+    model: Model, documents: Iterable[list[int]], *, window: int, batch: int = 8, tell: Tell = tell_nobody
+) -> Perplexity:
     """Return the perplexity over documents, each separate: the first token is given, the others are predicted.
 
     Every predicted token has the same weight. A document of one token or none is skipped.
@@ -86,6 +88,7 @@ def perplexity_of_documents(model: Model, documents: Iterable[list[int]], *, win
         window: Tokens; longer documents are cut.
         batch: Sequences of equal length of one forward pass. Their logits, batch x window x vocabulary in the model's
             dtype, take most of the memory.
+        tell: Is called after every batch with the number of its predictions.
 
     Raises:
         BadInput: window is below 2 or batch below 1; the model is in training mode; a token is outside its vocabulary;
@@ -93,10 +96,12 @@ def perplexity_of_documents(model: Model, documents: Iterable[list[int]], *, win
     """
     check_window(window, stride=window)
     check_ready(model, batch)
-    return _measure(model, ((document[:window], 0) for document in documents), batch)
+    return _measure(model, ((document[:window], 0) for document in documents), batch, tell)
 
 
-def perplexity_of_text(model: Model, tokens: list[int], *, window: int, stride: int, batch: int = 8) -> Perplexity:
+def perplexity_of_text(
+    model: Model, tokens: list[int], *, window: int, stride: int, batch: int = 8, tell: Tell = tell_nobody
+) -> Perplexity:
     """Return the perplexity over one text longer than the model's context, in sliding windows.
 
     The first window predicts all its tokens except the first. Each later window ends `stride` tokens further, or at the
@@ -110,6 +115,7 @@ def perplexity_of_text(model: Model, tokens: list[int], *, window: int, stride: 
         window: Tokens that the model reads at once.
         stride: Tokens from one window to the next, 1..window. Smaller is slower, and closer to full context.
         batch: Windows of equal length of one forward pass; memory as in perplexity_of_documents.
+        tell: Is called after every batch with the number of its predictions.
 
     Raises:
         BadInput: window is below 2, stride outside 1..window or batch below 1; the model is in training mode; a token
@@ -117,15 +123,17 @@ def perplexity_of_text(model: Model, tokens: list[int], *, window: int, stride: 
     """
     check_window(window, stride)
     check_ready(model, batch)
-    return _measure(model, slide(tokens, window, stride), batch)
+    return _measure(model, slide(tokens, window, stride), batch, tell)
 
 
-def _measure(model: Model, windows: Iterable[Window], batch: int) -> Perplexity:
+def _measure(model: Model, windows: Iterable[Window], batch: int, tell: Tell) -> Perplexity:
     """Return the mean over all counted predictions."""
     nats, count = 0.0, 0
     for group, skip in alike(windows, batch):
         nats += _negative_log_likelihood(model, group, skip)
-        count += len(group) * (len(group[0]) - 1 - skip)
+        new = len(group) * (len(group[0]) - 1 - skip)
+        count += new
+        tell(new)
     if not count:
         raise BadInput("no token to predict: every sequence has fewer than two tokens")
     return Perplexity(nats / count, count)

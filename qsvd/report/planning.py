@@ -80,6 +80,16 @@ class Answer:
         )
         return tuple(plan for plan in plans if plan is not None)
 
+    @property
+    def fits(self) -> bool:
+        """Whether every task fits in the limits."""
+        return all(plan.fits for plan in self.memory)
+
+    @property
+    def lacking(self) -> tuple[str, ...]:
+        """A sentence for each task that does not fit."""
+        return tuple(lack(plan) for plan in self.memory if not plan.fits)
+
 
 def plan_tables(model: str, answer: Answer) -> Group:
     """Return a table and a few lines for each task, the table of GPUs, and the assumptions."""

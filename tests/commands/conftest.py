@@ -33,7 +33,7 @@ def bases(tmp_path_factory):
             out = tmp_path_factory.mktemp("base") / name
             made[name] = qsvd.quantize(
                 qsvd.Quantize(str(shared_model(name)), out=out, rank=8, iterations=1, device="cpu")
-            )
+            ).path
         return made[name]
 
     return base

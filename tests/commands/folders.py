@@ -61,6 +61,11 @@ def start(*arguments, cwd, stderr=subprocess.PIPE):
     )
 
 
+def without_progress(err):
+    """What was written to stderr, without the lines of progress."""
+    return "".join(line for line in err.splitlines(keepends=True) if not line.endswith(" s left\n"))
+
+
 def python_path():
     """Where the package under test lies, then what the environment names."""
     import qsvd

@@ -17,7 +17,7 @@ import qsvd
 from qsvd.cli import run as qsvd_command
 from qsvd.commands import eval as qsvd_eval
 from qsvd.memory.block_bytes import Batch
-from tests.commands.folders import shared_model
+from tests.commands.folders import shared_model, without_progress
 from tests.commands.trained_runs import LABELS, factors_of, trained_weights, write_run
 from tests.evaluate.tiny import shared, sliding_windows
 from tests.export.cases import ROUNDINGS, make_base, residual
@@ -82,7 +82,7 @@ def evaluate(capsys):
     def run(*words):
         code = qsvd_command(["eval", *map(str, words)])
         shown = capsys.readouterr()
-        return code, shown.out, shown.err
+        return code, shown.out, without_progress(shown.err)
 
     return run
 
@@ -296,7 +296,10 @@ def test_several_models_are_columns_of_one_table(made, evaluate, monkeypatch):
             "{base} --data {text} --limit 0 --batch-size 0 --max-new-tokens 0",
             "--max-new-tokens 0 is below 1; --limit 0 is below 1; --batch-size 0 is below 1",
         ),
-        ("--data {text}", "no model is given: name at least one folder"),
+        (
+            "--data {text}",
+            "qsvd eval needs MODEL ... (16-bit models, quantized models, runs, or Hub ids); see qsvd eval --help",
+        ),
         ("{base} --data {folder}/none.txt", "no such file or folder: {folder}/none.txt"),
         ("{folder}/none --data {text}", "no folder '{folder}/none' here, and a Hub id looks like 'owner/name'"),
         (
