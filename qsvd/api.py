@@ -110,6 +110,7 @@ def signature_of(record: type, work: Callable[..., Any]) -> Signature:
         default = Parameter.empty if field.default is MISSING else field.default
         parameters.append(Parameter(field.name, place, annotation=kind, default=default))
     parameters.append(Parameter("progress", Parameter.KEYWORD_ONLY, annotation=bool, default=False))
+    parameters.sort(key=lambda parameter: parameter.kind)
     return Signature(parameters, return_annotation=work.__annotations__["return"])
 
 

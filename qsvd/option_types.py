@@ -15,9 +15,12 @@ An option is a field of a frozen dataclass, `name: Annotated[type, mark, ...] = 
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,9 @@ def marks_of(record: type) -> dict[str, tuple[Any, ...]]:
     return {name: get_args(hint)[1:] for name, hint in get_type_hints(record, include_extras=True).items()}
 
 
-def result_options(options: object) -> dict[str, Any]:
+def result_options(options: "DataclassInstance") -> dict[str, Any]:
     """Return the options that the stored result depends on, as values of JSON: a tuple becomes a list."""
-    marks, defaults = marks_of(type(options)), vars(type(options))
+    marks, defaults = marks_of(type(options)), {field.name: field.default for field in fields(options)}
     values = {name: getattr(options, name) for name in marks if SAME_RESULT not in marks[name]}
     kept = {name: value for name, value in values.items() if ADDED not in marks[name] or value != defaults[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}

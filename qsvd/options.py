@@ -3,7 +3,7 @@
 qsvd/option_types.py says what the marks mean. The first line of a docstring is shown by `qsvd --help`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,49 +54,6 @@ from qsvd.option_types import (
     StoredDtype,
     at_least,
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Estimate GPU, CPU and disk memory from config.json (no download of weights).
-
-    The exit code is 3 if something does not fit.
-    """
-
-    model: Annotated[Model, Help("A 16-bit model, a quantized model, a config.json, or a Hub id.", "MODEL")]
-    task: Annotated[Literal["all", "quantize", "train", "serve"], Help("What to estimate.", aliases=("--for",))] = "all"
-
-    gpu: Annotated[str | None, Group("machine"), Help("GPU memory, e.g. 24GB. Default: of this machine.", "SIZE")] = (
-        None
-    )
-    host: Annotated[str | None, Help("CPU memory, e.g. 64GB. Default: what is free, given a GPU.", "SIZE")] = None
-    tflops: Annotated[
-        float | None, ABOVE_ZERO, Help("GPU speed, 16-bit TFLOP/s. Default: measured on this machine, else 100.")
-    ] = None
-    link: Annotated[float | None, ABOVE_ZERO, Help("CPU to GPU speed, GB/s. Default: measured here, else 25.")] = None
-    disk: Annotated[float | None, ABOVE_ZERO, Help("Read speed of the disk, GB/s. Default: 3.")] = None
-
-    rank: Annotated[
-        int | None, Group("model"), at_least(0), Help("Components per layer. Default: as stored, or 64.")
-    ] = None
-    double_quant: DoubleQuant = True
-    budget: Annotated[str | None, Help("Total size, e.g. 2.75bits or 20GB. Default: 4-bit NF4.", "SIZE")] = None
-    allocation: Allocation = None
-
-    method: Annotated[Method, Group("training"), Help("As in qsvd train; lora on a 16-bit MODEL is QLoRA.")] = "auto"
-    tokens: Annotated[
-        int | None, at_least(2), Help("Sequence length. Default: the model's context length, at most 2048.")
-    ] = None
-    batch: BatchSize = 1
-    accumulate: Accumulate = 4
-    optimizer: Annotated[Optimizer, Help("Optimizer. auto: paged_adamw_8bit.")] = "auto"
-    adapter_dtype: AdapterDtype = "auto"
-    gradient_checkpointing: Checkpointing = True
-    resident: Resident = "auto"
-    layer_major: LayerMajor = False
-
-    explore: Annotated[bool, Group("output"), Help("Print what fits: rank by sequence length by GPU memory.")] = False
-    json: Json = False
 
 
 @dataclass(frozen=True)
@@ -206,13 +163,9 @@ class Quantize:
     dry_run: Annotated[bool, SAME_RESULT, PRINTS, Help("Print options, layers and sizes, and stop.")] = False
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train an adapter or the components of a quantized model; the residual stays frozen."""
-
-    base: Annotated[Path, SAME_RESULT, POSITIONAL, Help("Folder of a quantized model.", "OUT")]
-    data: Annotated[Data, SAME_RESULT]
-    out: Annotated[Path, SAME_RESULT, Help("Folder for checkpoints, adapter and summary.", "RUN")]
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The options of a training run, with their defaults: `qsvd train` runs it, `qsvd plan` describes it."""
 
     method: Annotated[
         Method,
@@ -288,6 +241,18 @@ class Train:
     dtype: ComputeDtype = "auto"
     adapter_dtype: AdapterDtype = "auto"
 
+    device: Annotated[Device, Group("run")] = "auto"
+    seed: Annotated[Seed, SEED, Help("Random seed (data order, LoRA init, new classification head).")] = 0
+
+
+@dataclass(frozen=True)
+class Train(TrainingOptions):
+    """Train an adapter or the components of a quantized model; the residual stays frozen."""
+
+    base: Annotated[Path, SAME_RESULT, Group(""), POSITIONAL, Help("Folder of a quantized model.", "OUT")]
+    data: Annotated[Data, SAME_RESULT]
+    out: Annotated[Path, SAME_RESULT, Help("Folder for checkpoints, adapter and summary.", "RUN")]
+
     save_every: Annotated[int, SAME_RESULT, Group("output"), at_least(1), Help("Steps between checkpoints.")] = 100
     keep: Annotated[int, SAME_RESULT, at_least(1), Help("Number of checkpoints to keep.")] = 2
     resume: Annotated[bool, SAME_RESULT, Help("Continue from the last complete checkpoint in RUN.")] = False
@@ -300,8 +265,61 @@ class Train:
     ] = False
     dry_run: Annotated[bool, SAME_RESULT, PRINTS, Help("Check everything, print what would be done, and stop.")] = False
     any_start: Annotated[bool, SAME_RESULT, Help("Do not stop if the first loss is unusually high.")] = False
-    device: Device = "auto"
-    seed: Annotated[Seed, SEED, Help("Random seed (data order, LoRA init, new classification head).")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(TrainingOptions):
+    """Estimate GPU, CPU and disk memory from config.json (no download of weights).
+
+    With DATA it describes the run of qsvd train with the same options, as its --dry-run does: OUT, DATA and all options
+    of training mean the same in both. The exit code is 3 if something does not fit.
+    """
+
+    model: Annotated[
+        Model, Group(""), Help("A 16-bit model, a quantized model, a config.json, or a Hub id.", "MODEL")
+    ] = field(kw_only=False)
+    data: Annotated[
+        str | None, POSITIONAL, Help("Training data, as qsvd train takes: its steps and longest sequence.", "DATA")
+    ] = field(default=None, kw_only=False)
+    estimate: Annotated[
+        Literal["auto", "all", "quantize", "train", "serve"],
+        Help("What to estimate. auto: train, if there is DATA, else all.", aliases=("--for",)),
+    ] = "auto"
+
+    method: Annotated[Method, Group("adapter"), Help("As in qsvd train; lora on a 16-bit MODEL is QLoRA.")] = (
+        TrainingOptions.method
+    )
+    rank: Annotated[int | None, at_least(0), Help("Components per layer. Default: as stored, or 64.")] = (
+        TrainingOptions.rank
+    )
+    batch_size: Annotated[BatchSize, Help("Sequences per forward pass.", aliases=("--batch",))] = (
+        TrainingOptions.batch_size
+    )
+    max_length: Annotated[
+        MaxLength, Help("Maximum sequence length. Default: context, at most 1024.", aliases=("--tokens",))
+    ] = TrainingOptions.max_length
+    gpu: Annotated[str | None, Help("GPU memory, e.g. 24GB. Default: what is free on this machine.", "SIZE")] = (
+        TrainingOptions.gpu
+    )
+    host: Annotated[str | None, Help("CPU memory, e.g. 64GB. Default: what is free, given a GPU.", "SIZE")] = (
+        TrainingOptions.host
+    )
+
+    tflops: Annotated[
+        float | None,
+        Group("machine"),
+        ABOVE_ZERO,
+        Help("Speed, 16-bit TFLOP/s. Default: measured on a GPU of this machine, else assumed."),
+    ] = None
+    link: Annotated[float | None, ABOVE_ZERO, Help("CPU to GPU speed, GB/s. Default: measured here, else 25.")] = None
+    disk: Annotated[float | None, ABOVE_ZERO, Help("Read speed of the disk, GB/s. Default: 3.")] = None
+
+    double_quant: Annotated[DoubleQuant, Group("model")] = True
+    budget: Annotated[str | None, Help("Total size, e.g. 2.75bits or 20GB. Default: 4-bit NF4.", "SIZE")] = None
+    allocation: Allocation = None
+
+    explore: Annotated[bool, Group("output"), Help("Print what fits: rank by sequence length by GPU memory.")] = False
+    json: Json = False
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_a_file_of_options_may_have_other_tools_names(tmp_path):
         ),
         ("train O D --out R --resident most", "--resident 'most' is not one of auto and is not a number"),
         ("quantize M extra --out O", "qsvd quantize takes MODEL, and 'extra' is one argument too many"),
-        ("plan M --for trian", "is not one of all, quantize, train, serve (did you mean train?)"),
+        ("plan M --for trian", "is not one of auto, all, quantize, train, serve (did you mean train?)"),
         ("quantize M --out O --ranks 8", "qsvd quantize has no option --ranks (did you mean --rank?)"),
         ("export R --out O --to gguf", "--to 'gguf' is not one of peft, lora, merged"),
     ],

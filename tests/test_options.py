@@ -20,30 +20,6 @@ PACKAGE = Path(qsvd.__file__).parent
 REQUIRED = "required"
 
 AGREED = {  # a new flag edits this list, and with it the minds of those who agreed on it
-    "plan": {
-        "model": REQUIRED,
-        "task": "all",
-        "gpu": None,
-        "host": None,
-        "rank": None,
-        "method": "auto",
-        "tokens": None,
-        "batch": 1,
-        "accumulate": 4,
-        "optimizer": "auto",
-        "adapter_dtype": "auto",
-        "gradient_checkpointing": True,
-        "resident": "auto",
-        "layer_major": False,
-        "double_quant": True,
-        "budget": None,
-        "allocation": None,
-        "explore": False,
-        "tflops": None,
-        "link": None,
-        "disk": None,
-        "json": False,
-    },
     "allocate": {
         "model": REQUIRED,
         "budget": REQUIRED,
@@ -202,9 +178,26 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
     "report": {"folder": REQUIRED, "json": False, "worst": 10},
     "demo": {"out": Path("build/demo"), "ranks": (0, 16, 32, 64), "tokens": 20_000, "epochs": 2.0},
 }
+NOT_SHARED = (
+    *("base", "data", "out", "save_every", "keep", "resume", "report_to", "any_start", "preview", "dry_run"),
+    *("push_to_hub", "public"),
+)
+AGREED["plan"] = {
+    "model": REQUIRED,
+    "data": None,
+    "estimate": "auto",
+    "double_quant": True,
+    "budget": None,
+    "allocation": None,
+    "explore": False,
+    "tflops": None,
+    "link": None,
+    "disk": None,
+    "json": False,
+} | {name: default for name, default in AGREED["train"].items() if name not in NOT_SHARED}
 READERS = {
     "calibrate": ("prepare/calibrate", "commands/calibrate"),
-    "plan": ("prepare/check_options", "prepare/plan", "commands/plan"),
+    "plan": ("prepare/check_options", "prepare/plan", "prepare/train", "prepare/examples", "commands/plan"),
     "allocate": ("prepare/allocate", "commands/allocate"),
     "quantize": (
         "export/hub",
@@ -230,7 +223,7 @@ READERS = {
 }
 POSITIONAL = {
     "calibrate": ("model", "data"),
-    "plan": ("model",),
+    "plan": ("model", "data"),
     "allocate": ("model",),
     "quantize": ("model",),
     "train": ("base", "data"),
@@ -302,8 +295,8 @@ COMPARED = {  # what version 0.1 wrote in the identity of a run, before values t
 ADDED = {("train", name) for name in ("target_modules", "dropout", "rslora")}  # since: compared if they are given
 OUTSIDE = {  # option -> values outside its range, and the words for them
     ("plan", "rank"): ([-1], "is below 0"),
-    ("plan", "tokens"): ([1], "is below 2"),
-    ("plan", "batch"): ([0], "is below 1"),
+    ("plan", "max_length"): ([1], "is below 2"),
+    ("plan", "batch_size"): ([0], "is below 1"),
     ("plan", "accumulate"): ([0], "is below 1"),
     ("plan", "resident"): ([1.5, -0.1, math.nan], "is neither auto nor a number from 0 to 1"),
     ("plan", "tflops"): ([0.0, math.inf], "is not a finite number above 0"),
@@ -366,6 +359,11 @@ INSIDE = {  # the last values inside
     ("generate", "top_p"): [1e-9, 1.0, None],
     ("generate", "temperature"): [0.0],
 }
+OUTSIDE |= {  # what plan has of train
+    ("plan", name): wrong
+    for (command, name), wrong in OUTSIDE.items()
+    if command == "train" and name in AGREED["plan"] and ("plan", name) not in OUTSIDE
+}
 FLAGS = [(command, name) for command, flags in AGREED.items() for name in flags]
 
 
@@ -400,7 +398,7 @@ def copied_to_settings():
 def test_each_flag_is_read_by_its_command(command):
     """asdict only records a flag; something must act on it."""
     read = set().union(*(read_in(PACKAGE / f"{module}.py", ("options", "chosen")) for module in READERS[command]))
-    if command == "train":
+    if command in ("train", "plan"):
         read |= copied_to_settings()
     assert AGREED[command].keys() - read == set()
 
@@ -438,8 +436,8 @@ def test_the_help_has_a_box_for_each_group(capsys):
         parse(["train", "--help"])
     shown = capsys.readouterr().out
     titles = re.findall(r"(\w+) options", shown)
-    assert titles == ["adapter", "schedule", "data", "optimizer", "memory", "output", "run"]
-    assert shown.index("memory options") < shown.index("--layer-major") < shown.index("output options")
+    assert titles == ["adapter", "schedule", "data", "optimizer", "memory", "run", "output"]
+    assert shown.index("memory options") < shown.index("--layer-major") < shown.index("run options")
 
 
 def example(command):
@@ -470,7 +468,8 @@ def test_an_option_changes_what_is_compared_unless_its_mark_says_that_the_result
 
 def test_commands_without_an_identity_mark_nothing():
     rest = [record for command, record in COMMANDS.items() if command not in COMPARED]
-    assert not [name for record in rest for name, marks in marks_of(record).items() if SAME_RESULT in marks]
+    marked = {name for record in rest for name, marks in marks_of(record).items() if SAME_RESULT in marks}
+    assert marked <= AGREED["train"].keys(), "plan has options of train"
 
 
 def test_every_range_is_tested():

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from qsvd.adapters.model import moved_bytes, trained
-from qsvd.errors import DoesNotFit, show_size
+from qsvd.errors import DoesNotFit
 from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.export.hub import named_base, upload, uploaded_name
 from qsvd.files.atomic import whole_file, write_text
@@ -25,27 +23,6 @@ from qsvd.report.training import RunSummary, loss_plot, run_readme
 from qsvd.training.guards import memory_advice
 from qsvd.training.run_folder import SUMMARY, RunFolder, checkpoints, step_of
 from qsvd.training.steps import Step, memory_by_item, peak_bytes_of, planned_by_item
-
-
-def show_plan(run: TrainRun) -> None:
-    """Print what would be trained."""
-    place: Literal["gpu", "host"] = "gpu" if run.device.type == "cuda" else "host"
-    memory = f"{show_size(run.placed.memory.total(place))} of {show_size(getattr(run.placed.memory.limits, place))}"
-    rows = {name.replace("_", "-"): str(value) for name, value in asdict(run.settings).items()} | {
-        "method": run.record.method,
-        "adapter dtype": run.record.dtype,
-        "device": f"{run.device}, {run.dtype}",
-        "sequences": f"{len(run.data.input_ids):,} with {run.data.num_tokens:,} tokens",
-        "trained tokens": f"{run.data.num_trained:,}",
-        "held out": f"{len(run.held_out.input_ids) if run.held_out else 0:,} sequences",
-        "steps": f"{run.total_steps:,}" + (" at most" if run.settings.packing else ""),
-        "4-bit weights on the device": run.resident,
-        "memory, without the libraries'": memory,
-    }
-    table = Table("setting", "value", title="What would be trained", title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
 
 
 def truncated(run: TrainRun) -> str:

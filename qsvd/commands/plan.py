@@ -13,7 +13,7 @@ from qsvd.memory.split_model import SplitModelPlan
 from qsvd.options import Plan, Quantize
 from qsvd.prepare.plan import PlanJob, prepare_plan
 from qsvd.records import ShowProgress, show_nothing
-from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, plan_json, plan_tables
+from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, headline, plan_json, plan_tables
 
 RANKS = (16, 32, 64, 128)
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -31,6 +31,7 @@ def main(options: Plan) -> None:
     if options.json:
         print(json.dumps(plan_json(options.model, found), indent=2))
     else:
+        print(headline(found), flush=True)
         Console().print(plan_tables(options.model, found))
     if not found.fits:
         raise DoesNotFit("; ".join(found.lacking))
@@ -39,25 +40,27 @@ def main(options: Plan) -> None:
 def plan(options: Plan, show: ShowProgress = show_nothing) -> Answer:
     """Plan as `qsvd plan` does, silently. What does not fit is in the answer; only bad input is raised."""
     del show
-    with quiet(reads_data=False):
+    with quiet(reads_data=options.data is not None):
         return answer(prepare_plan(options))
 
 
 def answer(job: PlanJob) -> Answer:
     """Plan every task that is asked for."""
-    model, task = job.model, job.options.task
+    model = job.model
+    tasks = job.tasks
     batch, accumulate = job.training.batch, job.training.accumulate
     time = quantize_time(model, Quantize.iterations, job.speed)
     quantize = QuantizeAnswer(plan_quantizing(model, batch.device, job.limits), time)
     return Answer(
-        quantize=quantize if task == "quantize" or (task == "all" and not job.source.is_split) else None,
-        train=_training(job, model) if task in ("all", "train") else None,
-        serve=_serving(job, model) if task == "serve" or (task == "all" and model.generates) else None,
+        quantize=quantize if "quantize" in tasks else None,
+        train=_training(job, model) if "train" in tasks else None,
+        serve=_serving(job, model) if "serve" in tasks else None,
         cells=_explored(job) if job.options.explore else (),
         blocks=len(model.blocks),
         speed=job.speed,
         what=f"rank {job.source.rank}, {batch.tokens:,} tokens, {batch.batch} x {accumulate} sequences a step",
         notes=job.source.notes,
+        run=None if job.run is None else job.run.rows,
     )
 
 
@@ -79,7 +82,7 @@ def _training(job: PlanJob, model: SplitModelPlan) -> TrainAnswer:
         changes = advice(job.source.make, job.source.rank, job.training, limits, reach)
     elif step.transfer > step.compute and job.training.accumulate > 1 and not job.training.layer_major:
         changes = ("--layer-major copies the weights once per step, not once per batch",)
-    return TrainAnswer(placed, reach, changes, step)
+    return TrainAnswer(placed, reach, changes, step, job.training, job.steps)
 
 
 def _explored(job: PlanJob) -> tuple[Cell, ...]:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from qsvd.adapters.load import load
+from qsvd.commands import plan
 from qsvd.commands.console import StopRequest, display, quiet
 from qsvd.commands.journal import (
     RunRecorder,
@@ -17,13 +18,13 @@ from qsvd.commands.journal import (
     finish_run,
     held_out_loss,
     push_run,
-    show_plan,
     truncated,
 )
 from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
 from qsvd.export.hub import open_repository
 from qsvd.options import Train
+from qsvd.prepare.plan import plan_of
 from qsvd.prepare.train import TrainRun, prepare_train
 from qsvd.records import ShowProgress, show_nothing
 from qsvd.report.results import TrainResult
@@ -39,12 +40,12 @@ def main(options: Train) -> None:
     Raises:
         Interrupted: after Ctrl-C; a checkpoint was saved.
     """
+    if options.dry_run and not options.preview:
+        plan.main(plan_of(options))
+        return
     run = prepare_train(options)
     if options.preview:
         Console().print(preview(run.data, run.tokenizer), soft_wrap=True)
-        return
-    if options.dry_run:
-        show_plan(run)
         return
     if run.data.truncated:
         print(truncated(run), file=sys.stderr)

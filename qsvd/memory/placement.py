@@ -194,7 +194,7 @@ def advice(make: Make, rank: int, training: Training, limits: Limits, reach: Rea
         if changed != training and can_fit(make(rank), changed, limits)
     ]
     if reach.tokens:
-        found.append(f"--tokens {reach.tokens} fits")
+        found.append(f"--max-length {reach.tokens} fits")
     if reach.rank:
         found.append(f"--rank {reach.rank} fits")
     if found:
@@ -202,8 +202,8 @@ def advice(make: Make, rank: int, training: Training, limits: Limits, reach: Rea
     least = _least(training)
     if can_fit(make(rank), least, limits):
         return (
-            "all of these together fit: --gradient-checkpointing, --batch 1, --optimizer paged_adamw_8bit, and "
-            f"--tokens {least.batch.tokens}",
+            "all of these together fit: --gradient-checkpointing, --batch-size 1, --optimizer paged_adamw_8bit, and "
+            f"--max-length {least.batch.tokens}",
         )
     return ("no change of options is enough: take a larger GPU, more CPU memory, or a smaller model",)
 
@@ -212,7 +212,7 @@ def _changes(training: Training) -> tuple[tuple[str, Training], ...]:
     batch = training.batch
     return (
         ("--gradient-checkpointing fits", replace(training, batch=replace(batch, checkpointing=True))),
-        ("--batch 1 fits", replace(training, batch=replace(batch, batch=1, is_masked=False))),
+        ("--batch-size 1 fits", replace(training, batch=replace(batch, batch=1, is_masked=False))),
         ("--optimizer paged_adamw_8bit fits", replace(training, optimizer="paged_adamw_8bit")),
         ("--no-layer-major fits", replace(training, layer_major=False)),
     )

@@ -12,7 +12,19 @@ from qsvd.errors import BadInput, parse_size
 from qsvd.files.atomic import read_object
 from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST, check_quantized
 from qsvd.option_types import out_of_range
-from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Generate, Plan, Quantize, Report, Train
+from qsvd.options import (
+    Allocate,
+    Calibrate,
+    Demo,
+    Eval,
+    Export,
+    Generate,
+    Plan,
+    Quantize,
+    Report,
+    Train,
+    TrainingOptions,
+)
 from qsvd.paths import checkpoint_folder, local_path
 from qsvd.plan.targets import check_targets, target_names
 
@@ -90,7 +102,7 @@ def _check_hub(options: Options) -> None:
 def _conflicts(options: Options) -> list[str]:
     """Return a clause for every option that does not go with another one."""
     wrong = []
-    if isinstance(options, Plan | Train) and options.layer_major and not options.gradient_checkpointing:
+    if isinstance(options, TrainingOptions) and options.layer_major and not options.gradient_checkpointing:
         wrong.append("--layer-major needs gradient checkpointing: leave out --no-gradient-checkpointing")
     if isinstance(options, Plan | Quantize) and options.allocation is not None and options.budget is not None:
         wrong.append("--budget and --allocation both set the bits of each layer: give one of them")
@@ -98,8 +110,8 @@ def _conflicts(options: Options) -> list[str]:
         wrong += _conflicts_of_quantize(options)
     if isinstance(options, Quantize | Allocate):
         wrong += _conflicts_of_objective(options)
-    if isinstance(options, Train):
-        wrong += _conflicts_of_train(options)
+    if isinstance(options, TrainingOptions):
+        wrong += _conflicts_of_training(options)
     if isinstance(options, Eval):
         wrong += _conflicts_of_eval(options)
     if isinstance(options, Generate):
@@ -130,14 +142,14 @@ def _conflicts_of_objective(options: Quantize | Allocate) -> list[str]:
     return []
 
 
-def _conflicts_of_train(options: Train) -> list[str]:
+def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     wrong = []
     for flag, is_given in {"--dropout": options.dropout > 0, "--rslora": options.rslora}.items():
         if is_given and options.method not in ("auto", "lora"):
             wrong.append(f"{flag} is for --method lora, and --method is {options.method}: change one of them")
     if options.layer_major and options.packing:
         wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")
-    for name in options.report_to:
+    for name in options.report_to if isinstance(options, Train) else ():
         if name not in TRACKERS:
             wrong.append(f"--report-to {name} is none of {', '.join(TRACKERS)}")
         elif not any(find_spec(package) for package in TRACKERS[name]):
@@ -193,8 +205,8 @@ def _check_models(options: Options, *, is_open: bool) -> None:
 
 def _check_targets(options: Options) -> None:
     """Refuse names of layers to train that a quantized model does not have."""
-    if isinstance(options, Train) and options.target_modules:
-        manifest = options.base.expanduser() / MANIFEST
+    if isinstance(options, Train | Plan) and options.target_modules:
+        manifest = Path(options.model if isinstance(options, Plan) else options.base).expanduser() / MANIFEST
         if manifest.is_file():
             modules = [weight["module"] for weight in read_object(manifest)["weights"].values()]
             check_targets(target_names(options.target_modules), modules)

@@ -42,11 +42,17 @@ def machine(device: torch.device, dtype: torch.dtype, *, gpu: str | None = None,
     return Machine(device, dtype, Limits(most_gpu, most_host))
 
 
-def place_training(split: SplitFolder, record: AdapterRecord, training: Training, wish: Wish, here: Machine) -> Placed:
-    """Return which blocks stay on the device during training; a DoesNotFit has the numbers, and what would fit."""
+def place_training(
+    split: SplitFolder, record: AdapterRecord, training: Training, wish: Wish, here: Machine, *, must_fit: bool = True
+) -> Placed:
+    """Return which blocks stay on the device during training; a DoesNotFit has the numbers, and what would fit.
+
+    Args:
+        must_fit: False returns the nearest placement where none fits.
+    """
     model = planned_base(split, record, here.dtype)
     found = place(model, training, here.limits, wish)
-    if found.memory.fits:
+    if found.memory.fits or not must_fit:
         return found
     tokens = longest(model, training, here.limits, wish, training.batch.tokens)
     change = f"--max-length {tokens} would fit" if tokens else "no length would fit: use a smaller model or more memory"

@@ -1,7 +1,7 @@
 """Prepare `qsvd plan`: the model to plan, the limits to plan against, and what is refused before that."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,27 +16,29 @@ from qsvd.files.pages import free_host_memory
 from qsvd.files.source import download_config, read_config
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import MANIFEST
-from qsvd.memory.block_bytes import Batch
+from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.duration import Rate, Speed
 from qsvd.memory.items import Limits
 from qsvd.memory.placement import Wish
 from qsvd.memory.split_model import SplitModelPlan, skeleton
 from qsvd.memory.training import Training
 from qsvd.numerics.nf4 import NormalFloat4
-from qsvd.options import Plan, Quantize
+from qsvd.options import Plan, Quantize, Train, TrainingOptions
 from qsvd.plan.allocation import Allocation, Choice, uniform
 from qsvd.plan.budget import assumed, most_rank_within
 from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import measured_flops, measured_link
+from qsvd.prepare.examples import MOST_LENGTH
+from qsvd.prepare.machine import Machine, machine, measured_flops, measured_link
 from qsvd.prepare.quantize import read_table
+from qsvd.prepare.train import TrainRun, adapter_options_of, prepare_run, training_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-DTYPE = torch.bfloat16  # to compute in, on a GPU
-MOST_TOKENS = 2048  # of a sequence, unless --tokens asks for more
 FLOPS, LINK, DISK = 1e14, 25e9, 3e9  # assumed, per second: operations and bytes, of a PCIe 4 GPU and an NVMe disk
+CPU_FLOPS = 2e10  # assumed, of one core: products in float32
+NO_GPU = "There is no GPU here: one without a limit is assumed. Give --gpu and --host, or --device cpu."
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,12 @@ class PlanSource:
 
 @dataclass(frozen=True)
 class PlanJob:
-    """A checked run of `qsvd plan`; context is the number of tokens that the model can read."""
+    """A checked run of `qsvd plan`.
+
+    Args:
+        context: Number of tokens that the model can read.
+        run: The training run that DATA gives; None without DATA.
+    """
 
     options: Plan
     source: PlanSource
@@ -71,57 +78,102 @@ class PlanJob:
     limits: Limits
     wish: Wish
     speed: Speed
+    run: TrainRun | None
 
     @property
     def model(self) -> SplitModelPlan:
         """The planned model at the rank to plan."""
         return self.source.make(self.source.rank)
 
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps; None where only the data would say."""
+        return self.options.steps if self.run is None else self.run.total_steps
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What to plan; of a quantized model and DATA the training run alone, unless more is asked for."""
+        auto = "all" if self.run is None else "train"
+        asked = auto if self.options.estimate == "auto" else self.options.estimate
+        if asked != "all":
+            return (asked,)
+        quantize = () if self.source.is_split else ("quantize",)
+        return (*quantize, "train", *(("serve",) if self.model.generates else ()))
+
 
 def prepare_plan(options: Plan) -> PlanJob:
     """Read the config and refuse what cannot be planned."""
     check(options)
-    limits = _limits(options)
-    source = plan_source(options)
+    here, notes = planned_machine(options)
+    run = None if options.data is None else prepare_run(_train_of(options), here, must_fit=False)
+    source = plan_source(options, here.dtype)
     context = context_length(source.make(source.rank).text_config, unlimited=2**20)
-    tokens = min(MOST_TOKENS, context) if options.tokens is None else options.tokens
+    tokens = options.max_length or min(MOST_LENGTH, context)
     if tokens > context:
-        raise BadInput(f"--tokens {tokens} is above the context length of the model, {context}")
-    batch = Batch(
-        tokens=tokens,
-        batch=options.batch,
-        is_masked=options.batch > 1,
-        checkpointing=options.gradient_checkpointing,
-        device="cuda",
-    )
-    optimizer = "paged_adamw_8bit" if options.optimizer == "auto" else options.optimizer
+        raise BadInput(f"--max-length {tokens} is above the context length of the model, {context}")
+    is_labelled = run is not None and bool(run.data.label_names)
     return PlanJob(
         options=options,
-        source=source,
+        source=replace(source, notes=(*source.notes, *notes)),
         context=context,
-        training=Training(batch, options.accumulate, optimizer, options.layer_major),
-        limits=limits,
-        wish=Wish(options.resident),
-        speed=_speed(options),
+        training=training_of(options, tokens, here.device) if run is None else run.training,
+        limits=here.limits,
+        wish=Wish(options.resident, "no" if is_labelled else options.activation_offload),
+        speed=_speed(options, here.device),
+        run=run,
     )
 
 
-def plan_source(options: Plan) -> PlanSource:
-    """Read the config of a 16-bit model, or the record of a quantized one."""
-    adapter = AdapterOptions(None if options.method == "auto" else options.method, dtype=options.adapter_dtype)
+def _train_of(options: Plan) -> Train:
+    """Return the run of `qsvd train` that is planned."""
+    folder = Path(options.model).expanduser()
+    if not (folder / MANIFEST).is_file():
+        raise BadInput(f"{options.model} is not a quantized model, and DATA is planned with one; leave DATA out")
+    shared = {field.name: getattr(options, field.name) for field in fields(TrainingOptions)}
+    return Train(Path(options.model), str(options.data), Path("RUN"), **shared)
+
+
+def plan_of(options: Train) -> Plan:
+    """Return the plan of a run, which is what `qsvd train --dry-run` prints."""
+    shared = {field.name: getattr(options, field.name) for field in fields(TrainingOptions)}
+    return Plan(str(options.base), options.data, **shared)
+
+
+def planned_machine(options: Plan) -> tuple[Machine, tuple[str, ...]]:
+    """Return a GPU of the size --gpu, else this machine, and sentences on what is assumed.
+
+    Without DATA, a machine that has no GPU plans for one without a limit.
+    """
+    has_gpu, is_cpu = torch.cuda.is_available(), options.device.startswith("cpu")
+    if not is_cpu and (options.gpu is not None or (options.data is None and not has_gpu)):
+        device = torch.device("cuda")
+        free = free_host_memory() if has_gpu else None
+        limits = Limits(
+            gpu=None if options.gpu is None else parse_size(options.gpu, "--gpu"),
+            host=free if options.host is None else parse_size(options.host, "--host"),
+        )
+        return Machine(device, dtype_of(options.dtype, device), limits), () if options.gpu else (NO_GPU,)
+    device = device_of(options.device)
+    return machine(device, dtype_of(options.dtype, device), gpu=options.gpu, host=options.host), ()
+
+
+def plan_source(options: Plan, dtype: torch.dtype) -> PlanSource:
+    """Read the config of a 16-bit model, or the record of a quantized one, to compute in a dtype."""
+    adapter = adapter_options_of(options)
     folder = Path(options.model).expanduser()
     if (folder / MANIFEST).is_file():
-        return _of_quantized(options, open_split(folder), adapter)
-    return _of_config(options, read_config(folder if folder.exists() else download_config(options.model)), adapter)
+        return _of_quantized(options, open_split(folder), adapter, dtype)
+    config = read_config(folder if folder.exists() else download_config(options.model))
+    return _of_config(options, config, adapter, dtype)
 
 
-def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOptions) -> PlanSource:
+def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOptions, dtype: torch.dtype) -> PlanSource:
     """Return a 16-bit model as qsvd quantize would store it."""
     if getattr(config, "quantization_config", None) is not None:
         raise BadInput(f"{options.model} is quantized already; give the 16-bit model, or a model that qsvd quantized")
     stacks = unsplittable(config)
     names = plan_model(config, exclude=stacks)
-    empty = skeleton(config, DTYPE)
+    empty = skeleton(config, dtype)
     is_plain = adapter.method == "lora" and options.allocation is None
     allocation_of = _allocation_of(options, names.weights)
     if options.allocation is not None and adapter.method is None:
@@ -129,7 +181,7 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
         adapter = replace(adapter, method=method)
 
     def make(rank: int) -> SplitModelPlan:
-        trained = AdapterOptions("lora", rank or None, None, adapter.dtype) if adapter.method == "lora" else adapter
+        trained = replace(adapter, rank=(rank or None) if adapter.method == "lora" else None)
         return planned(empty, names, allocation_of(0 if is_plain else rank), options=trained)
 
     is_fixed = options.allocation is not None and adapter.method != "lora"
@@ -171,45 +223,38 @@ def _allocation_of(options: Plan, weights: Sequence[WeightSpec]) -> Callable[[in
     return lambda rank: uniform(weights, Choice(codec, rank))
 
 
-def _of_quantized(options: Plan, split: SplitFolder, adapter: AdapterOptions) -> PlanSource:
+def _of_quantized(options: Plan, split: SplitFolder, adapter: AdapterOptions, dtype: torch.dtype) -> PlanSource:
     """Return a quantized model with an adapter."""
     if options.budget is not None or options.allocation is not None:
         raise BadInput(f"{split.folder} is quantized already; --budget and --allocation are for 16-bit models")
     stored = max(split.ranks.values())
-    record, model_of = new_record(split, adapter), planner_of(split, DTYPE)
+    record, model_of = new_record(split, replace(adapter, rank=None)), planner_of(split, dtype)
     is_fixed = record.method == "pissa"
     if is_fixed and options.rank not in (None, stored):
         raise BadInput(f"--rank {options.rank} is not {stored}, the stored rank, which pissa trains; leave --rank out")
 
+    default = Quantize.rank if record.method == "lora" else stored
+
     def make(rank: int) -> SplitModelPlan:
-        trained = AdapterOptions(record.method, None if is_fixed else rank, None, adapter.dtype)
+        is_default = is_fixed or (options.rank is None and rank == default)
+        trained = replace(adapter, method=record.method, rank=None if is_default else rank)
         return model_of(new_record(split, trained))
 
-    rank = options.rank or (Quantize.rank if record.method == "lora" else stored)
+    rank = options.rank or default
     notes = (f"{split.folder} is quantized already: its stored ranks and formats are used.",)
     if record.method == "lora":
         stored = min(min(weight["shape"]) for weight in split.weights.values())
     return PlanSource(make, rank, stored, is_fixed, notes, is_split=True)
 
 
-def _speed(options: Plan) -> Speed:
+def _speed(options: Plan, device: torch.device) -> Speed:
     """Return the speeds that are given, else measured on the GPU of this machine, else assumed."""
-    has_gpu = torch.cuda.is_available()
-    flops = Rate(measured_flops(), "measured") if has_gpu and options.tflops is None else Rate(FLOPS)
-    link = Rate(measured_link(), "measured") if has_gpu and options.link is None else Rate(LINK)
+    is_measured = torch.cuda.is_available() and device.type == "cuda"
+    assumed_flops = FLOPS if device.type == "cuda" else CPU_FLOPS * torch.get_num_threads()
+    flops = Rate(measured_flops(), "measured") if is_measured and options.tflops is None else Rate(assumed_flops)
+    link = Rate(measured_link(), "measured") if is_measured and options.link is None else Rate(LINK)
     return Speed(
         flops if options.tflops is None else Rate(1e12 * options.tflops, "given"),
         link if options.link is None else Rate(1e9 * options.link, "given"),
         Rate(DISK) if options.disk is None else Rate(1e9 * options.disk, "given"),
-    )
-
-
-def _limits(options: Plan) -> Limits:
-    """Return the limits that are given, else those of this machine if it has a GPU."""
-    has_gpu = torch.cuda.is_available()
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if has_gpu else None
-    host = free_host_memory() if has_gpu else None
-    return Limits(
-        gpu=gpu if options.gpu is None else parse_size(options.gpu, "--gpu"),
-        host=host if options.host is None else parse_size(options.host, "--host"),
     )

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.placement import Placed, Wish
 from qsvd.memory.training import Training
 from qsvd.option_types import result_options
-from qsvd.options import Train
+from qsvd.options import Train, TrainingOptions
 from qsvd.prepare.check_options import check
 from qsvd.prepare.examples import MOST_LENGTH, open_tokenizer, positions, training_examples
-from qsvd.prepare.machine import machine, place_training, show_placement
+from qsvd.prepare.machine import Machine, machine, place_training, show_placement
 from qsvd.training.settings import Settings, default_optimizer
 
 
@@ -43,6 +43,7 @@ class TrainRun:
     settings: Settings
     device: torch.device
     dtype: torch.dtype
+    training: Training
     placed: Placed
 
     @property
@@ -65,6 +66,21 @@ class TrainRun:
         return math.ceil(math.ceil(batches / settings.accumulate) * settings.epochs)
 
     @property
+    def rows(self) -> dict[str, str]:
+        """The settings, the data and the number of steps, in words; options about files are left out."""
+        shared = {field.name for field in fields(TrainingOptions)}
+        settings = {name: value for name, value in asdict(self.settings).items() if name in shared}
+        return {name.replace("_", "-"): str(value) for name, value in settings.items()} | {
+            "method": self.record.method,
+            "adapter dtype": self.record.dtype,
+            "device": f"{self.device}, {self.dtype}",
+            "sequences": f"{len(self.data.input_ids):,} with {self.data.num_tokens:,} tokens",
+            "trained tokens": f"{self.data.num_trained:,}",
+            "held out": f"{len(self.held_out.input_ids) if self.held_out else 0:,} sequences",
+            "steps": f"{self.total_steps:,}" + (" at most" if self.settings.packing else ""),
+        }
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the bytes of the adapter depend on."""
         options = result_options(self.options) | {"max_length": self.settings.max_length}
@@ -78,22 +94,22 @@ def prepare_train(options: Train) -> TrainRun:
     """Open the quantized model and the data, tokenize, and refuse what cannot be trained."""
     check(options)
     device = device_of(options.device)
+    here = machine(device, dtype_of(options.dtype, device), gpu=options.gpu, host=options.host)
+    return prepare_run(options, here, must_fit=True)
+
+
+def prepare_run(options: Train, here: Machine, *, must_fit: bool) -> TrainRun:
+    """Return the run that a machine would do.
+
+    Args:
+        must_fit: Whether to raise a DoesNotFit if there is too little memory. `qsvd plan` shows such a run.
+    """
+    device = here.device
     if options.activation_offload == "yes" and device.type == "cpu":
         raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
-    here = machine(device, dtype_of(options.dtype, device), gpu=options.gpu, host=options.host)
     split = open_split(options.base.expanduser())
     max_length = options.max_length or min(MOST_LENGTH, positions(split))
-    method = None if options.method == "auto" else options.method
-    adapter_options = AdapterOptions(
-        method,
-        options.rank,
-        options.alpha,
-        options.adapter_dtype,
-        options.seed,
-        options.target_modules,
-        options.dropout,
-        options.rslora,
-    )
+    adapter_options = adapter_options_of(options)
     record = new_record(split, adapter_options)
     check_start(split, record)
     template = None if options.chat_template is None else read_template(options.chat_template)
@@ -102,10 +118,9 @@ def prepare_train(options: Train) -> TrainRun:
     data, held_out = training_examples(options, tokenizer, split, max_length)
     if data.label_names:
         record = new_record(split, adapter_options, data.label_names)
-    optimizer = default_optimizer(device) if options.optimizer == "auto" else options.optimizer
-    training = _training(options, optimizer, max_length, data, device)
+    training = _training(options, max_length, data, device)
     wish = Wish(options.resident, "no" if data.label_names else options.activation_offload)
-    placed = place_training(split, record, training, wish, here)
+    placed = place_training(split, record, training, wish, here, must_fit=must_fit)
     return TrainRun(
         options=options,
         split=split,
@@ -114,9 +129,10 @@ def prepare_train(options: Train) -> TrainRun:
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,
-        settings=_settings(options, record.method, optimizer, max_length, placed),
+        settings=_settings(options, record.method, training.optimizer, max_length, placed),
         device=device,
         dtype=here.dtype,
+        training=training,
         placed=placed,
     )
 
@@ -131,15 +147,35 @@ def _settings(options: Train, method: str, optimizer: str, max_length: int, plac
     return Settings(**chosen)
 
 
-def _training(options: Train, optimizer: str, max_length: int, data: Tokenized, device: torch.device) -> Training:
+def adapter_options_of(options: TrainingOptions) -> AdapterOptions:
+    """Return the method of an adapter and its options."""
+    return AdapterOptions(
+        None if options.method == "auto" else options.method,
+        options.rank,
+        options.alpha,
+        options.adapter_dtype,
+        options.seed,
+        options.target_modules,
+        options.dropout,
+        options.rslora,
+    )
+
+
+def _training(options: Train, max_length: int, data: Tokenized, device: torch.device) -> Training:
     """Return what the planner counts: a step with the longest sequences that there are."""
     lengths = {len(tokens) for tokens in data.input_ids}
-    rows = options.batch_size * (options.accumulate if options.layer_major else 1)  # padded to one length
-    is_masked = options.packing or (rows > 1 and len(lengths) > 1)
     tokens = max_length if options.packing else max(lengths)
+    training = training_of(options, tokens, device, is_even=len(lengths) == 1)
+    return replace(training, has_loss=not data.label_names)
+
+
+def training_of(options: TrainingOptions, tokens: int, device: torch.device, *, is_even: bool = False) -> Training:
+    """Return a run with sequences of a length; `is_even` if all have it, so that none is padded."""
+    rows = options.batch_size * (options.accumulate if options.layer_major else 1)  # padded to one length
+    is_masked = options.packing or (rows > 1 and not is_even)
     batch = Batch(tokens, options.batch_size, is_masked, options.gradient_checkpointing, device.type)
-    is_language = not data.label_names
-    return Training(batch, options.accumulate, optimizer, options.layer_major, has_loss=is_language)
+    optimizer = default_optimizer(device) if options.optimizer == "auto" else options.optimizer
+    return Training(batch, options.accumulate, optimizer, options.layer_major)
 
 
 def _digest(data: Tokenized) -> str:

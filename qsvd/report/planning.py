@@ -12,9 +12,12 @@ from qsvd.errors import show_size
 from qsvd.memory.duration import QuantizeTime, Rate, Speed, StepTime
 from qsvd.memory.items import PLACES, Limits, MemoryPlan, Placement
 from qsvd.memory.placement import Cell, Placed, Reach
+from qsvd.memory.training import Training
 
 OFFLOADED = "*"
 MEMORY = {"gpu": "GPU memory", "host": "CPU memory", "disk": "disk space"}
+PLACE = {"gpu": "on the GPU", "host": "of CPU memory", "disk": "of disk space"}
+CLOCK = (("days", 86_400), ("h", 3600), ("min", 60), ("s", 1))
 TITLES = {"quantize": "qsvd quantize", "train": "qsvd train", "serve": "generating text"}
 ROWS = {  # item of a plan -> its row in a table, where the words differ
     "page slots": "buffers for offloaded blocks",
@@ -35,12 +38,20 @@ class QuantizeAnswer:
 
 @dataclass(frozen=True)
 class TrainAnswer:
-    """A training run; advice lists changes that make it fit or run faster, step is an estimate."""
+    """A training run.
+
+    Args:
+        advice: Changes that make it fit or run faster.
+        step: An estimate.
+        steps: Their number, where it is known.
+    """
 
     placed: Placed
     reach: Reach
     advice: tuple[str, ...]
     step: StepTime
+    training: Training
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Answer:
         blocks: Number of blocks of the model.
         what: The assumptions of the plan, in words.
         notes: About the model.
+        run: Settings, data and steps of a run, where DATA is given.
     """
 
     quantize: QuantizeAnswer | None
@@ -69,6 +81,7 @@ class Answer:
     speed: Speed
     what: str
     notes: tuple[str, ...]
+    run: dict[str, str] | None = None
 
     @property
     def memory(self) -> tuple[MemoryPlan, ...]:
@@ -94,6 +107,8 @@ class Answer:
 def plan_tables(model: str, answer: Answer) -> Group:
     """Return a table and a few lines for each task, the table of GPUs, and the assumptions."""
     parts: list[RenderableType] = [Text(f"{model}: {answer.what}\n")]
+    if answer.run is not None:
+        parts += [run_table(answer.run), Text()]
     if answer.quantize is not None:
         parts += [memory_table(answer.quantize.memory), _lines([_quantize_line(answer.quantize.time, answer.speed)])]
     if answer.train is not None:
@@ -108,6 +123,55 @@ def plan_tables(model: str, answer: Answer) -> Group:
         parts += [explore_table(answer.cells, model), _lines(legend)]
     notes = dict.fromkeys((*answer.notes, *(note for plan in answer.memory for note in plan.notes)))
     return Group(*parts, *(Text(f"- {note}") for note in notes))
+
+
+def headline(answer: Answer) -> str:
+    """Return the first line: whether all fits, the memory and the time of the run, and what to change."""
+    plans = answer.memory
+    shown = answer.train.placed.memory if answer.train is not None else plans[0]
+    lacking = [plan for plan in plans if not plan.fits]
+    plan = shown if not lacking or shown in lacking else lacking[0]
+    where = plan.lacking[0] if plan.lacking else "gpu" if plan.total("gpu") else "host"
+    used, limit, place = plan.total(where), getattr(plan.limits, where), PLACE[where]
+    line = f"{'Does not fit' if lacking else 'Fits'}: {_of(used, limit)} {place}"
+    if limit is None:
+        line = f"Needs {show_size(used)} {place}"
+    if plan is not shown or answer.train is None:
+        line += f" for {TITLES[plan.task]}"
+    else:
+        line += _run_words(answer.train, answer.speed)
+    if limit is None:
+        given = "--gpu and --host" if where == "gpu" else "--host"
+        return f"{line}; no limit is known: give {given} to see whether it fits"
+    advised = answer.train.advice if lacking and answer.train is not None and plan is shown else ()
+    return f"{line}: try {' or '.join(word.removesuffix(' fits') for word in advised)}" if advised else line
+
+
+def _run_words(train: TrainAnswer, speed: Speed) -> str:
+    """Return the batch of a run, and its time if the number of steps is known."""
+    words = f", batch {train.training.batch.batch} x {train.training.batch.tokens}"
+    if train.steps is None:
+        return words
+    seconds = train.steps * train.step.seconds
+    unit, size = next((unit, size) for unit, size in CLOCK if seconds >= size or size == 1)
+    assumed = " at the assumed speed" if speed.flops.source == "assumed" else ""
+    time = f"about {seconds / size:.2g} {unit}" if seconds >= 1 else "under 1 s"
+    return f"{words}, {time}{assumed}"
+
+
+def _of(used: int, limit: int | None) -> str:
+    """Return 20.8 of 24.0 GB; small sizes in their own units."""
+    if limit is None or min(used, limit) < 10**8:
+        return f"{show_size(used)} of {show_size(limit or 0)}"
+    return f"{used / 1e9:.1f} of {limit / 1e9:.1f} GB"
+
+
+def run_table(rows: dict[str, str]) -> Table:
+    """Return a table of the settings and the data of a run."""
+    table = Table("setting", "value", title="What would be trained", title_justify="left", title_style="bold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
 
 
 def memory_table(plan: MemoryPlan) -> Table:
@@ -149,7 +213,7 @@ def _cell(cell: Cell) -> str:
 def plan_json(model: str, answer: Answer) -> dict[str, Any]:
     """Return bytes, limits, placements and estimates of all that was asked for."""
     found: dict[str, Any] = {"model": model, "what": answer.what, "blocks": answer.blocks, "notes": list(answer.notes)}
-    found |= {"speed": asdict(answer.speed)}
+    found |= {"first_line": headline(answer), "run": answer.run, "speed": asdict(answer.speed)}
     if answer.quantize is not None:
         found["quantize"] = _memory_json(answer.quantize.memory) | {"time": asdict(answer.quantize.time)}
     if answer.train is not None:

@@ -39,7 +39,7 @@ def planned(capsys, *words):
 
 
 def test_a_70b_fits_on_a_24_gb_card_with_pages_in_host_memory(capsys, large):
-    words = ("--gpu", "24GB", "--host", "64GB", "--tokens", 4096, "--adapter-dtype", "bfloat16", "--accumulate", 1)
+    words = ("--gpu", 24, "--host", 64, "--max-length", 4096, "--batch-size", 1, "--adapter-dtype", "bfloat16")
     code, found = planned(capsys, large, *words)
     train = found["train"]
     assert code == 0
@@ -68,7 +68,7 @@ def test_what_does_not_fit_ends_with_3_after_its_tables(capsys, large):
 
 
 def test_the_tables_say_what_everything_means(capsys, large):
-    assert run(["plan", str(large), "--gpu", "24GB", "--host", "64GB", "--tokens", "512"]) == 0
+    assert run(["plan", str(large), "--gpu", "24GB", "--host", "64GB", "--max-length", "512"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for words in (
         "qsvd quantize: fits",
@@ -88,7 +88,7 @@ def test_a_config_is_enough(capsys, tmp_path, large, name):
         write_checkpoint(tmp_path / "made")
     where = {"folder": large, "file": large / "config.json", "checkpoint": tmp_path / "made"}[name]
     rank = ("--rank", 8) if name == "checkpoint" else ()
-    tokens = ("--tokens", 64)
+    tokens = ("--max-length", 64)
     code, found = planned(capsys, where, "--for", "train", *rank, *tokens)
     assert code == 0
     assert found["train"]["limits"]["disk"] is None
@@ -117,7 +117,7 @@ def test_a_hub_model_without_a_config_is_refused(capsys, monkeypatch, tmp_path):
 
 
 def test_the_stored_ranks_of_a_result_count(capsys, split):
-    _, found = planned(capsys, split, "--for", "train", "--tokens", 32)
+    _, found = planned(capsys, split, "--for", "train", "--max-length", 32)
     sizes = {item["name"]: item["gpu"] for item in found["train"]["items"]}
     config = AutoConfig.from_pretrained(split)
     wide = config.hidden_size
@@ -125,7 +125,7 @@ def test_the_stored_ranks_of_a_result_count(capsys, split):
     assert sizes["trained parameters"] == 4 * 16 * sum(sum(shape) for shape in shapes)
     assert "is quantized already" in found["notes"][0]
     assert found["train"]["highest_rank"] == 16
-    _, found = planned(capsys, split, "--for", "train", "--tokens", 32, "--method", "lora", "--rank", 8)
+    _, found = planned(capsys, split, "--for", "train", "--max-length", 32, "--method", "lora", "--rank", 8)
     sizes = {item["name"]: item["gpu"] for item in found["train"]["items"]}
     assert sizes["trained parameters"] == 4 * 8 * sum(sum(shape) for shape in shapes)
     assert sizes["frozen components"] == 2 * 16 * sum(sum(shape) for shape in shapes)
@@ -150,7 +150,7 @@ def test_the_table_of_cards_has_a_share_or_no(capsys, large):
 
 def test_experts_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
     write_checkpoint(tmp_path / "made", "MixtralForCausalLM")
-    code, found = planned(capsys, tmp_path / "made", "--rank", 4, "--for", "train", "--tokens", 16)
+    code, found = planned(capsys, tmp_path / "made", "--rank", 4, "--for", "train", "--max-length", 16)
     assert code == 0
     assert "cannot be quantized and are counted in 16 bits" in found["notes"][0]
 
@@ -160,15 +160,15 @@ def test_experts_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
     [
         (["--gpu", "24X"], "--gpu '24X' is not a size: give a number of GB, or one and KB, MB, GB or TB"),
         (["--host", "much"], "--host 'much' is not a size"),
-        (["--tokens", "0"], "--tokens 0 is below 2"),
-        (["--tokens", "-5", "--batch", "0"], "--tokens -5 is below 2; --batch 0 is below 1"),
+        (["--max-length", "0"], "--max-length 0 is below 2"),
+        (["--max-length", "-5", "--batch-size", "0"], "--batch-size 0 is below 1; --max-length -5 is below 2"),
         (["--rank", "-1"], "--rank -1 is below 0"),
         (["--rank", "2000"], "--rank 2000 is above 1024, the shorter side of the smallest layer"),
         (["--accumulate", "0"], "--accumulate 0 is below 1"),
         (["--resident", "1.5"], "--resident 1.5 is neither auto nor a number from 0 to 1"),
         (["--tflops", "0"], "--tflops 0.0 is not a finite number above 0"),
         (["--link", "-3"], "--link -3.0 is not a finite number above 0"),
-        (["--tokens", "9000"], "--tokens 9000 is above the context length of the model, 8192"),
+        (["--max-length", "9000"], "--max-length 9000 is above the context length of the model, 8192"),
         (
             ["--method", "edora", "--rank", "0"],
             "edora trains stored components, and the quantized model has none (rank 0)",
@@ -222,8 +222,8 @@ def test_what_is_not_given_has_no_limit(large):
 
 
 def test_a_budget_is_planned_to_the_byte_that_it_allows(capsys, large):
-    words = ("--budget", "2.75bits", "--rank", 64, "--gpu", "24GB", "--host", "64GB", "--tokens", 4096)
-    _, found = planned(capsys, large, *words, "--adapter-dtype", "bfloat16")
+    words = ("--budget", "2.75bits", "--rank", 64, "--gpu", "24GB", "--host", "64GB", "--max-length", 4096)
+    _, found = planned(capsys, large, *words, "--batch-size", 1, "--adapter-dtype", "bfloat16")
     disk = {item["name"]: item["disk"] for item in found["quantize"]["items"]}
     elements = 80 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
     stored = disk["residual"] + disk["factors, there twice while they are collected"] / 2
@@ -239,7 +239,7 @@ def test_a_table_says_the_ranks(capsys, tmp_path):
         tmp_path / "model",
         "--allocation",
         tmp_path / "table.txt",
-        "--tokens",
+        "--max-length",
         16,
         "--for",
         "train",

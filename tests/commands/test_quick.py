@@ -64,7 +64,7 @@ def test_help_mistakes_and_the_report_import_nothing_heavy(out, tmp_path):
         (["calibrate", model, "./no.jsonl", "--out", "x"], 2, "no such file or folder: ./no.jsonl"),
         (["allocate", model, "--budget", "3bits", "--out", "empty"], 2, "--out empty is a folder"),
         (["plan", "./nowhere"], 2, "no folder './nowhere' here"),
-        (["plan", model, "--tokens", "0"], 2, "--tokens 0 is below 2"),
+        (["plan", model, "--max-length", "0"], 2, "--max-length 0 is below 2"),
         (["train", "empty", "data.jsonl", "--out", "x"], 2, "empty is not a quantized model"),
         (["train", base, "no.jsonl", "--out", "x"], 2, "no such file or folder: no.jsonl"),
         (["train", base, "data.jsonl", "--out", "x", "--gpu", "24X"], 2, "--gpu '24X'"),
@@ -89,7 +89,7 @@ def test_help_mistakes_and_the_report_import_nothing_heavy(out, tmp_path):
 
 def test_a_plan_imports_neither_bitsandbytes_nor_datasets(out):
     found = answers(
-        [["plan", str(out.parent / "source"), "--rank", "2", "--tokens", "16"]], out, ("bitsandbytes", "datasets")
+        [["plan", str(out.parent / "source"), "--rank", "2", "--max-length", "16"]], out, ("bitsandbytes", "datasets")
     )
     assert [(code, heavy) for code, _, heavy in found] == [(0, [])]
 

@@ -5,14 +5,17 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from qsvd.memory.block_bytes import Batch
 from qsvd.memory.duration import QuantizeTime, Rate, Speed, StepTime
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement
 from qsvd.memory.placement import Cell, Placed, Reach
+from qsvd.memory.training import Training
 from qsvd.report.planning import (
     Answer,
     QuantizeAnswer,
     ServeAnswer,
     TrainAnswer,
+    headline,
     lack,
     memory_table,
     plan_json,
@@ -27,6 +30,7 @@ ITEMS = (
 )
 FITS = MemoryPlan("train", ITEMS, Limits(8 * 10**9, 64 * 10**9), ("One note.",))
 LACKS = MemoryPlan("serve", ITEMS, Limits(6 * 10**9, 64 * 10**9), ("One note.", "Another."))
+RUN = Training(Batch(1024, 4, is_masked=True, checkpointing=True, device="cuda"), 1, "adamw")
 SPEED = Speed(Rate(1e14), Rate(25e9, "given"), Rate(3e9))
 
 
@@ -50,7 +54,7 @@ def answer_of(train, **changes):
 
 def train_of(memory, *, placement=Placement(20, "disk", embeddings_on_host=True), advice=()):  # noqa: B008  # frozen
     step = StepTime(compute=10.0, transfer=4.0, tokens=4096)
-    return TrainAnswer(Placed(placement, memory), Reach(8192, None), advice, step)
+    return TrainAnswer(Placed(placement, memory), Reach(8192, None), advice, step, RUN)
 
 
 def test_the_table_has_every_item_the_total_the_limit_and_what_is_left():
@@ -164,3 +168,25 @@ def test_without_limits_nothing_is_said_to_fit():
     text = " ".join(shown(plan_tables("m", answer_of(train_of(replace(FITS, limits=Limits()))))).split())
     assert "qsvd train: give --gpu and --host to see whether it fits" in text
     assert "that fits" not in text
+
+
+def test_the_first_line_says_what_fits_how_long_it_takes_and_what_to_change():
+    run = replace(train_of(FITS), steps=1260)
+    assert headline(answer_of(run)) == (
+        "Fits: 6.5 of 8.0 GB on the GPU, batch 4 x 1024, about 3.5 h at the assumed speed"
+    )
+    given = replace(SPEED, flops=Rate(1e14, "given"))
+    assert headline(answer_of(run, speed=given)).endswith(", about 3.5 h")
+    assert headline(answer_of(train_of(FITS))).endswith(", batch 4 x 1024"), "no time without a number of steps"
+    lacking = replace(FITS, limits=Limits(6 * 10**9, 64 * 10**9))
+    assert headline(answer_of(train_of(lacking, advice=("--rank 8 fits", "--batch-size 1 fits")))) == (
+        "Does not fit: 6.5 of 6.0 GB on the GPU, batch 4 x 1024: try --rank 8 or --batch-size 1"
+    )
+    serve = ServeAnswer(Placed(Placement(3), LACKS), 0.7)
+    assert headline(answer_of(train_of(FITS), serve=serve)) == (
+        "Does not fit: 6.5 of 6.0 GB on the GPU for generating text"
+    )
+    free = replace(FITS, limits=Limits())
+    assert headline(answer_of(train_of(free))).endswith(
+        "; no limit is known: give --gpu and --host to see whether it fits"
+    )

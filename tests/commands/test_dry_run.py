@@ -1,0 +1,56 @@
+"""`qsvd plan OUT DATA` and `qsvd train OUT DATA --dry-run` print the same bytes."""
+
+import pytest
+
+from qsvd.cli import run
+from tests.runs import language_base, text_rows, write_rows
+
+MACHINE = ["--gpu", "8GB", "--host", "16GB"]
+FLAGS = {
+    "defaults": [],
+    "lora": ["--method", "lora", "--rank", "8", "--dropout", "0.1"],
+    "edora": ["--method", "edora", "--lr", "1e-3"],
+    "batch": ["--batch-size", "2", "--accumulate", "3", "--max-length", "24"],
+    "packing": ["--packing", "--steps", "7"],
+    "optimizer": ["--optimizer", "adamw", "--adapter-dtype", "bfloat16"],
+    "resident": ["--resident", "0", "--epochs", "2.5"],
+    "layer-major": ["--layer-major", "--accumulate", "2"],
+    "no checkpointing": ["--no-gradient-checkpointing", "--held-out", "0"],
+    "target modules": ["--target-modules", "q_proj", "v_proj", "--loss-on", "all"],
+    "too large": ["--gpu", "500MB"],
+}
+ROWS = {  # what shows that the flags reached the plan
+    "lora": "│ method                 │ lora",
+    "batch": "│ max-length             │ 24",
+    "packing": "│ steps                  │ 7 at most",
+    "optimizer": "│ optimizer              │ adamw ",
+    "resident": "blocks that stay on the GPU: 0 of",
+    "too large": "Does not fit: ",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return language_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_plan_with_data_and_a_dry_run_print_the_same_bytes(base, tmp_path, capsysbinary, name):
+    data = write_rows(tmp_path / "data.jsonl", text_rows())
+    flags = [*MACHINE, *FLAGS[name]]
+    code = 3 if name == "too large" else 0
+    assert run(["plan", str(base), data, *flags]) == code
+    planned = capsysbinary.readouterr()
+    assert run(["train", str(base), data, "--out", str(tmp_path / "run"), *flags, "--dry-run"]) == code
+    assert capsysbinary.readouterr() == planned
+    assert planned.out.startswith((b"Fits: ", b"Does not fit: "))
+    assert ROWS.get(name, "").encode() in planned.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_on_a_cpu_has_the_memory_and_the_steps_of_the_run(base, tmp_path, capsys):
+    data = write_rows(tmp_path / "data.jsonl", text_rows())
+    assert run(["plan", str(base), data, "--device", "cpu", "--batch-size", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "of CPU memory, batch 2 x " in shown.splitlines()[0]
+    assert "cpu, torch.float32" in shown
