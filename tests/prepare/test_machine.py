@@ -70,7 +70,7 @@ def test_a_run_may_take_what_is_free_or_less_if_less_is_given(device, asked, gpu
     ("device", "asked", "sentence"),
     [
         (CPU, {"gpu": "24GB"}, "--gpu 24GB needs a GPU, and the device is cpu"),
-        (CUDA, {"gpu": "24"}, "--gpu '24' is not a size"),
+        (CUDA, {"gpu": "24X"}, "--gpu '24X' is not a size"),
         (CPU, {"host": "lots"}, "--host 'lots' is not a size"),
     ],
 )
