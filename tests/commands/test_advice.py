@@ -24,7 +24,7 @@ SETTINGS = Settings(1e-4, "cosine", 0.03, 1, None, 8, 4, 1024, False, "adamw", 0
 def known():
     """Every flag of every command."""
     names = {f.name for record in COMMANDS.values() for f in fields(record)}
-    names |= {f"no_{name}" for name in names} | {"for"}
+    names |= {f"no_{name}" for name in names} | {"for", "batch", "tokens"}  # and the other names of plan
     return {f"--{name.replace('_', '-')}" for name in names} | EVERYWHERE | VLLM | LLAMA_CPP | HUB
 
 
