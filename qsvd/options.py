@@ -187,13 +187,16 @@ class TrainingOptions:
         ADDED,
         Help("Layers to train: names (q_proj v_proj), globs on paths, or all-linear. Default: all.", "NAME ..."),
     ] = ()
+    init_from: Annotated[
+        Path | None, SAME_RESULT, Help("Start from the adapter of another run on the same quantized model.", "RUN")
+    ] = None
 
     learning_rate: Annotated[
         float | None, Group("schedule"), ABOVE_ZERO, Help("Default: 2e-5 for pissa, 2e-4 for lora, 1e-3 for edora.")
     ] = None
     schedule: Annotated[Literal["cosine", "linear", "constant"], Help("Learning rate after the warm-up.")] = "cosine"
     warmup: Annotated[float, SHARE, Help("Warm-up ratio: fraction of steps.")] = 0.03
-    epochs: Annotated[float, ABOVE_ZERO, Help("Passes over the data.")] = 1.0
+    epochs: Annotated[float, ABOVE_ZERO, Help("Passes over the data. More, with --resume, extend a run.")] = 1.0
     steps: Annotated[int | None, at_least(1), Help("Optimizer steps, instead of --epochs.")] = None
     batch_size: BatchSize = 4
     accumulate: Accumulate = 4
@@ -221,8 +224,16 @@ class TrainingOptions:
         str | None, SAME_RESULT, Help("Validation data. Default: the folder's, or --held-out.", "DATA")
     ] = None
     held_out: Annotated[
-        float, SHARE, Help("Fraction of the examples for validation if there is no other; at most 256.")
+        float, SHARE, Help("Fraction of the examples for validation if there is no other; 8 to 256 of them.")
     ] = 0.02
+
+    eval_every: Annotated[
+        int | None, Group("evaluation"), SAME_RESULT, at_least(1), Help("Steps between measurements of held-out loss.")
+    ] = None
+    keep_best: Annotated[bool, ADDED, Help("Take the adapter with the lowest held-out loss, not the last one.")] = False
+    early_stopping: Annotated[
+        int | None, ADDED, at_least(1), Help("Stop after so many measurements without a lower held-out loss.")
+    ] = None
 
     optimizer: Annotated[
         Optimizer, Group("optimizer"), Help("Optimizer. auto: paged_adamw_8bit on a GPU, adamw on a CPU.")

@@ -88,6 +88,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "method": "auto",
         "rank": None,
         "alpha": None,
+        "init_from": None,
         "rslora": False,
         "dropout": 0.0,
         "target_modules": (),
@@ -107,6 +108,9 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "split": "train",
         "valid": None,
         "held_out": 0.02,
+        "eval_every": None,
+        "keep_best": False,
+        "early_stopping": None,
         "optimizer": "auto",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
@@ -292,7 +296,9 @@ COMPARED = {  # what version 0.1 wrote in the identity of a run, before values t
     },
     "allocate": {"codecs": [], "ranks": [], "dtype": "bfloat16", "device": "auto", "seed": 0},
 }
-ADDED = {("train", name) for name in ("target_modules", "dropout", "rslora")}  # since: compared if they are given
+ADDED = {
+    ("train", name) for name in ("target_modules", "dropout", "rslora", "keep_best", "early_stopping")
+}  # since: compared if they are given
 OUTSIDE = {  # option -> values outside its range, and the words for them
     ("plan", "rank"): ([-1], "is below 0"),
     ("plan", "max_length"): ([1], "is below 2"),
@@ -311,6 +317,8 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("quantize", "rank"): ([-1], "is below 0"),
     ("quantize", "iterations"): ([0], "is below 1"),
     ("train", "rank"): ([0], "is below 1"),
+    ("train", "eval_every"): ([0], "is below 1"),
+    ("train", "early_stopping"): ([0], "is below 1"),
     ("train", "alpha"): ([0.0, math.inf, math.nan], "is not a finite number above 0"),
     ("train", "dropout"): ([1.0, -0.1, math.nan], "is not a number from 0 to below 1"),
     ("train", "learning_rate"): ([0.0, math.inf, math.nan], "is not a finite number above 0"),
@@ -436,7 +444,7 @@ def test_the_help_has_a_box_for_each_group(capsys):
         parse(["train", "--help"])
     shown = capsys.readouterr().out
     titles = re.findall(r"(\w+) options", shown)
-    assert titles == ["adapter", "schedule", "data", "optimizer", "memory", "run", "output"]
+    assert titles == ["adapter", "schedule", "data", "evaluation", "optimizer", "memory", "run", "output"]
     assert shown.index("memory options") < shown.index("--layer-major") < shown.index("run options")
 
 

@@ -24,6 +24,7 @@ from qsvd.files.layout import ADAPTER_TENSORS
 from qsvd.files.pages import keep_freed_memory
 from qsvd.files.safetensors import map_tensor, read_tensor
 from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.files.workspace import ADAPTER_RECORD
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.plan.weights import ModelPlan, describe
@@ -105,7 +106,7 @@ def load(  # noqa: PLR0913  # each is a choice of its own
     """Load a quantized model with an adapter, ready to generate or to train.
 
     Args:
-        folder: A quantized model, as `qsvd quantize` writes it.
+        folder: A quantized model, as `qsvd quantize` writes it, or a run of `qsvd train`, whose record names it.
         adapter: A run of `qsvd train` on this folder, or one of its checkpoints; None makes a new adapter.
         options: Options of a new adapter.
         labels: Names of the classes; the model is then a sequence classifier with a new head, trained in full.
@@ -123,7 +124,10 @@ def load(  # noqa: PLR0913  # each is a choice of its own
             unknown or cannot start from this model, transformers cannot build the model, or the placement is not
             possible.
     """
-    split = open_split(Path(folder).expanduser())
+    folder = Path(folder).expanduser()
+    if adapter is None and (folder / ADAPTER_RECORD).is_file():
+        folder, adapter = _base_of(folder), folder
+    split = open_split(folder)
     if adapter is None:
         record = new_record(split, options or AdapterOptions(), labels)
         return _load(_place(split, record, device, dtype, placement), None)
@@ -134,6 +138,17 @@ def load(  # noqa: PLR0913  # each is a choice of its own
     check_method(trained.record.method)
     place = _place(split, trained.record, device, dtype, placement)
     return _load(replace(place, is_trained=True), trained)
+
+
+def _base_of(run: Path) -> Path:
+    """Return the quantized model of a run."""
+    base = Path(open_adapter(run).record.base)
+    if not base.is_dir():
+        raise BadInput(
+            f"{run} was trained on {base}, which does not exist; give its new folder, "
+            f"qsvd.load(OUT, adapter={str(run)!r})"
+        )
+    return base
 
 
 def names_of(split: SplitFolder, record: AdapterRecord) -> ModelPlan:

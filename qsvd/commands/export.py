@@ -106,6 +106,7 @@ def plain(opened: Opened, dense: Callable[[str], Tensor]) -> Any:
         made.weight = nn.Parameter(dense(linear.name).float(), requires_grad=False)
         made.register_parameter("bias", linear.bias)
         model.set_submodule(path, made)
+    del model.split_record  # it has no SplitLinear now, and PEFT may add its layers
     return model
 
 

@@ -10,19 +10,23 @@ from typing import Any
 
 import torch
 
-from qsvd.adapters.model import moved_bytes, trained
-from qsvd.errors import DoesNotFit
+from qsvd.adapters.model import moved_bytes, restore, trained
+from qsvd.errors import BadInput, DoesNotFit
 from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.export.hub import named_base, upload, uploaded_name
+from qsvd.export.peft import peft_adapter, write_adapter_files
+from qsvd.export.trained import take_inventory
+from qsvd.files.adapter import FINGERPRINT, open_adapter
 from qsvd.files.atomic import whole_file, write_text
 from qsvd.files.layout import ADAPTER_CONFIG
+from qsvd.prepare.models import open_trained
 from qsvd.prepare.train import TrainRun
 from qsvd.records import Progress, ShowProgress
 from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.training import RunSummary, loss_plot, run_readme
 from qsvd.training.guards import memory_advice
 from qsvd.training.run_folder import SUMMARY, RunFolder, checkpoints, step_of
-from qsvd.training.steps import Step, memory_by_item, peak_bytes_of, planned_by_item
+from qsvd.training.steps import Step, best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 
 
 def truncated(run: TrainRun) -> str:
@@ -44,6 +48,7 @@ class RunRecorder:
         self.checkpoint, self._before = resume_point(run.out, folder)
         folder.keep_steps(self._before.number if self._before else 0)
         self._started = time.monotonic()
+        self._steps = folder.steps()
         self.peak_bytes = peak_bytes_of(run.device)
         self.library_bytes = 0 if run.device.type == "cuda" else self.peak_bytes()  # of a process without a model
         self.is_stopped = False
@@ -56,12 +61,26 @@ class RunRecorder:
         """Return the seconds of training, earlier parts of the run included."""
         return (self._before.seconds if self._before else 0.0) + time.monotonic() - self._started
 
-    def record(self, step: Step) -> bool:
-        """Write and show a step; return whether the run is to save a checkpoint and end."""
+    def record(self, step: Step) -> tuple[bool, bool]:
+        """Write and show a step; return whether the run is to save a checkpoint, and whether it is to end."""
         self._folder.add_step(step)
+        self._steps.append(step)
         self._show(progress_of(step, self._run.total_steps, self._before))
         self.is_stopped = self._is_stop_asked()
-        return self.is_stopped
+        ends = self.is_stopped or self.has_stalled
+        return ends or self.best == step.number, ends
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest held-out loss, whose checkpoint is kept; None without --keep-best."""
+        best = best_of(self._steps) if self._run.options.keep_best else None
+        return None if best is None else best.number
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether --early-stopping ends the run: its last measurements are not below the lowest one."""
+        patience = self._run.options.early_stopping
+        return patience is not None and has_stalled(self._steps, patience)
 
 
 def progress_of(step: Step, total: int, before: Step | None) -> Progress:
@@ -70,6 +89,8 @@ def progress_of(step: Step, total: int, before: Step | None) -> Progress:
     elapsed = max(step.seconds - seconds, 1e-9)
     speed = (step.tokens - tokens) / elapsed
     what = f"step {step.number}/{total}, loss {step.loss:.4f}, {speed:,.0f} tokens/s"
+    if step.held_out is not None:
+        what += f", held-out loss {step.held_out:.4f}"
     peak = f"peak {step.peak_bytes / 1e9:.2f} GB"
     return Progress(step.number, step.number - number, total, what, more=peak, seconds=elapsed)
 
@@ -104,7 +125,10 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     """Write the adapter, pictures, README and summary; the summary last, since it says that the run is complete."""
     model, steps, libraries = trainer.model, folder.steps(), recorder.library_bytes
     peak = recorder.peak_bytes()
+    if recorder.best is not None:
+        restore(model, open_adapter(run.out / f"checkpoint-{recorder.best}"))
     model.save_pretrained(run.out)
+    write_peft_files(run)
     summary = RunSummary(
         base=str(run.options.base),
         method=run.record.method,
@@ -121,11 +145,13 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         resident=run.resident,
         moved_bytes=moved_bytes(model),
         device=str(run.device),
+        best_step=recorder.best,
         **(folder.start or {}),
         **held_out_loss(run, model, "after"),
     )
-    before, after = summary.held_out_before, summary.held_out_after
-    held_out = None if before is None or after is None else (before, after)
+    measured = [(step.number, step.held_out) for step in steps if step.held_out is not None]
+    ends = [(1, summary.held_out_before), (recorder.best or len(steps), summary.held_out_after)]
+    held_out = sorted({place: loss for place, loss in [*measured, *ends] if loss is not None}.items())
     for kind in ("png", "svg"):
         with whole_file(run.out / f"loss.{kind}") as file:
             file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
@@ -156,6 +182,18 @@ def push_run(run: TrainRun, summary: RunSummary, name: str) -> str:
     get = "\n".join(["## Download", "", "```sh", *lines, "```", ""])
     replaced = {"README.md": f"{_card(run, summary)}{text}\n{get}"}
     return upload(run.out, name, replaced | named_base(run.out, base))
+
+
+def write_peft_files(run: TrainRun) -> None:
+    """Write the adapter as PEFT reads it over the quantized model, if PEFT has a form for it."""
+    opened = open_trained(run.out, run.split.folder)
+    model, base = opened.trained, str(run.split.folder.resolve())
+    try:
+        inventory = take_inventory(model)
+        new, config, _ = peft_adapter(model, inventory, base=base, task=opened.task, dtype=torch.float32)
+        write_adapter_files(run.out, new, config, {FINGERPRINT: run.split.fingerprint})
+    except BadInput as error:
+        print(f"{run.out} has no files for PEFT: {error}", file=sys.stderr)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from qsvd.adapters.load import load
+from qsvd.adapters.model import restore
 from qsvd.commands import plan
 from qsvd.commands.console import StopRequest, display, quiet
 from qsvd.commands.journal import (
@@ -23,6 +24,7 @@ from qsvd.commands.journal import (
 from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
 from qsvd.export.hub import open_repository
+from qsvd.files.adapter import open_adapter
 from qsvd.options import Train
 from qsvd.prepare.plan import plan_of
 from qsvd.prepare.train import TrainRun, prepare_train
@@ -50,7 +52,7 @@ def main(options: Train) -> None:
     if run.data.truncated:
         print(truncated(run), file=sys.stderr)
     repository = open_repository(options)
-    with RunFolder(run.out, run.identity, resume=options.resume) as folder:
+    with RunFolder(run.out, run.identity, resume=options.resume, total=run.total_steps) as folder:
         if folder.summary is not None:
             print(f"{run.out} was complete already", file=sys.stderr)
         else:
@@ -74,7 +76,7 @@ def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
         DoesNotFit: there is too little memory.
     """
     run, repository = prepare_train(options), open_repository(options)
-    with RunFolder(run.out, run.identity, resume=options.resume) as folder:
+    with RunFolder(run.out, run.identity, resume=options.resume, total=run.total_steps) as folder:
         if folder.summary is None:
             with quiet():
                 train_run(run, folder, show, lambda: False)
@@ -106,13 +108,20 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
         )
         if run.options.chat_template is not None:
             model.trained_template = run.tokenizer.chat_template
+        if run.init_from is not None:
+            restore(model, run.init_from)
         if folder.start is None or is_new:
             folder.write(START, held_out_loss(run, model, "before"))  # 2
         compared = None if run.options.any_start or not is_new else run.split
         trainer = make_trainer(model, run.tokenizer, run.data.as_dataset(), run.settings, run.out, compared)
         trainer.add_callback(TellSteps(recorder.record, recorder.seconds, recorder.peak_bytes))
+        trainer.best, trainer.eval_every = lambda: recorder.best, run.options.eval_every
+        trainer.held_out = lambda: held_out_loss(run, model, "after")["held_out_after"] or 0.0
         recorder.start_clock()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))  # 3
+        if checkpoint is not None and recorder.has_stalled:
+            restore(model, open_adapter(checkpoint))  # --early-stopping ended it before it was killed
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))  # 3
         if not recorder.is_stopped or trainer.state.global_step >= trainer.state.max_steps:
             finish_run(run, folder, trainer, recorder)  # 4
 

@@ -177,7 +177,7 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
             rank = max(1, *(weight.rank for weight in weights))
             new = [*_factors(model, paths, rank, target.dtype), *whole]
             config = adapter_settings(dict.fromkeys(model.modules().values(), rank), kept, target.task, target.base)
-            write_adapter_files(export, new, config, {SOURCE_FINGERPRINT: _source(model)["fingerprint"]})
+            write_adapter_files(export.folder, new, config, {SOURCE_FINGERPRINT: _source(model)["fingerprint"]})
             export.finish(asdict(LoraExport(weights, rank, target.original is not None, kept, size_of(new))))
         return _from_result(export.result())
 

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, listing
-from qsvd.export.trained import ExportFolder, TrainedModel, check_dtype, disk_bytes, rounded, size_of, take_inventory
+from qsvd.export.trained import (
+    ExportFolder,
+    Inventory,
+    TrainedModel,
+    check_dtype,
+    disk_bytes,
+    rounded,
+    size_of,
+    take_inventory,
+)
 from qsvd.files.adapter import FINGERPRINT
 from qsvd.files.atomic import write_json
 from qsvd.files.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_TENSORS, adapter_config
@@ -69,11 +78,11 @@ def kept_modules(model: TrainedModel, task: str | None) -> tuple[tuple[str, ...]
 
 
 def write_adapter_files(
-    export: ExportFolder, new: Sequence[NewTensor], config: Mapping[str, Any], metadata: Mapping[str, str]
+    folder: Path, new: Sequence[NewTensor], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
     """Write the two files of a PEFT folder, the config last: it marks a complete adapter."""
-    write_stream(export.folder / ADAPTER_TENSORS, new, PYTORCH | dict(metadata))
-    write_json(export.folder / ADAPTER_CONFIG, config)
+    write_stream(folder / ADAPTER_TENSORS, new, PYTORCH | dict(metadata))
+    write_json(folder / ADAPTER_CONFIG, config)
 
 
 def _module(name: str, heads: tuple[str, ...]) -> str:
@@ -126,20 +135,29 @@ def write_peft(
     """
     check_dtype(dtype)
     inventory = take_inventory(model)
+    new, config, result = peft_adapter(model, inventory, base=base, task=task, dtype=dtype)
+    identity = {"to": "peft", "base": model.split.fingerprint, "trained": inventory.digest, "dtype": str(dtype)}
+    with ExportFolder(folder, identity | {"config": config}, disk_bytes(new)) as export:
+        if not export.is_complete:
+            write_adapter_files(export.folder, new, config, {FINGERPRINT: model.split.fingerprint})
+            export.finish(asdict(result))
+    return result
+
+
+def peft_adapter(
+    model: TrainedModel, inventory: Inventory, *, base: str, task: str | None, dtype: torch.dtype
+) -> tuple[list[NewTensor], dict[str, Any], PeftExport]:
+    """Return the tensors, the adapter_config.json and the sizes of the adapter that `write_peft` writes."""
     kept, whole = kept_modules(model, task)
-    adapted = {name: rank for name, rank in inventory.ranks.items() if rank} or inventory.ranks
+    stored = model.split.ranks  # transformers puts the stored components on these weights, and PEFT must replace them
+    adapted = {name: rank for name, rank in inventory.ranks.items() if rank or stored[name]} or inventory.ranks
     magnitudes = _magnitudes(model, adapted) if inventory.has_gains else ()
     new = [*_factors(model, adapted, dtype), *whole, *magnitudes]
     modules = model.modules()
     ranks = {modules[name]: max(rank, 1) for name, rank in adapted.items()}
     config = adapter_settings(ranks, kept, task, base) | {"use_dora": inventory.has_gains}
     result = PeftExport(len(ranks), max(ranks.values()), min(ranks.values()), inventory.has_gains, kept, size_of(new))
-    identity = {"to": "peft", "base": model.split.fingerprint, "trained": inventory.digest, "dtype": str(dtype)}
-    with ExportFolder(folder, identity | {"config": config}, disk_bytes(new)) as export:
-        if not export.is_complete:
-            write_adapter_files(export, new, config, {FINGERPRINT: model.split.fingerprint})
-            export.finish(asdict(result))
-    return result
+    return new, config, result
 
 
 def _factors(model: TrainedModel, ranks: Mapping[str, int], dtype: torch.dtype) -> list[NewTensor]:

@@ -76,6 +76,9 @@ def _check_files(options: Options) -> None:
     template: str | None = getattr(options, "chat_template", None)
     if template is not None:
         read_template(template)
+    first: Path | None = getattr(options, "init_from", None)
+    if first is not None and not (first.expanduser() / ADAPTER_RECORD).is_file():
+        raise BadInput(f"--init-from {first} holds no trained adapter; give the folder of a run of qsvd train")
 
 
 def _check_hub(options: Options) -> None:
@@ -147,6 +150,10 @@ def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     for flag, is_given in {"--dropout": options.dropout > 0, "--rslora": options.rslora}.items():
         if is_given and options.method not in ("auto", "lora"):
             wrong.append(f"{flag} is for --method lora, and --method is {options.method}: change one of them")
+    needing = [flag for flag in ("keep_best", "early_stopping") if getattr(options, flag)]
+    if options.eval_every is None and needing:
+        flags = " and ".join(f"--{flag.replace('_', '-')}" for flag in needing)
+        wrong.append(f"{flags} compare held-out losses: give --eval-every N too")
     if options.layer_major and options.packing:
         wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")
     for name in options.report_to if isinstance(options, Train) else ():

@@ -18,7 +18,7 @@ from qsvd.options import Train
 from qsvd.plan.weights import causal_classes, context_length
 
 MOST_LENGTH = 1024  # tokens of a sequence, unless more are asked for
-MOST_HELD_OUT = 256  # examples, where no validation data are given
+LEAST_HELD_OUT, MOST_HELD_OUT = 8, 256  # examples, where no validation data are given
 
 
 def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
@@ -145,9 +145,14 @@ def _check_lengths(limit: int, tokenized: Sequence[Tokenized]) -> None:
 
 
 def _hold_out(data: Tokenized, options: Train) -> tuple[Tokenized, Tokenized | None]:
-    """Divide the sequences into those that are trained and a share, drawn by the seed, that is held out."""
+    """Divide the sequences into those that are trained and a share, drawn by the seed, that is held out.
+
+    Fewer than 8 are raised to 8, unless that is more than a tenth of all.
+    """
     total = len(data.input_ids)
     count = min(MOST_HELD_OUT, max(1, round(options.held_out * total)))
+    if count < LEAST_HELD_OUT <= total / 10:
+        count = LEAST_HELD_OUT
     if count >= total:
         return data, None
     order = torch.randperm(total, generator=torch.Generator().manual_seed(options.seed)).tolist()

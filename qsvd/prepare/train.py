@@ -14,8 +14,15 @@ from qsvd.adapters.methods import METHODS
 from qsvd.adapters.start import check_start, new_record
 from qsvd.data.columns import Tokenized
 from qsvd.data.template_names import check_tokens, read_template
-from qsvd.errors import BadInput
-from qsvd.files.adapter import FIRST_ALPHA, AdapterRecord
+from qsvd.errors import BadInput, listing
+from qsvd.files.adapter import (
+    FIRST_ALPHA,
+    PARAMETERS,
+    AdapterFolder,
+    AdapterRecord,
+    check_base,
+    open_adapter,
+)
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
@@ -45,6 +52,7 @@ class TrainRun:
     dtype: torch.dtype
     training: Training
     placed: Placed
+    init_from: AdapterFolder | None  # the adapter that this one starts as
 
     @property
     def out(self) -> Path:
@@ -84,6 +92,8 @@ class TrainRun:
     def identity(self) -> dict[str, Any]:
         """What the bytes of the adapter depend on."""
         options = result_options(self.options) | {"max_length": self.settings.max_length}
+        if self.init_from is not None:
+            options["init_from"] = hashlib.sha256((self.init_from.folder / PARAMETERS).read_bytes()).hexdigest()
         data = {"data": _digest(self.data), "held_out": self.held_out and _digest(self.held_out)}
         if options["alpha"] is None and self.record.alpha != FIRST_ALPHA:  # else the same as in version 0.1
             options["alpha"] = self.record.alpha
@@ -109,13 +119,19 @@ def prepare_run(options: Train, here: Machine, *, must_fit: bool) -> TrainRun:
         raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
     split = open_split(options.base.expanduser())
     max_length = options.max_length or min(MOST_LENGTH, positions(split))
-    adapter_options = adapter_options_of(options)
+    first = None if options.init_from is None else open_adapter(options.init_from.expanduser())
+    adapter_options = _adapter_options(options, first, split)
     record = new_record(split, adapter_options)
     check_start(split, record)
     template = None if options.chat_template is None else read_template(options.chat_template)
     tokenizer = open_tokenizer(split.folder, template)
     check_tokens(options.chat_template or "", tokenizer)
     data, held_out = training_examples(options, tokenizer, split, max_length)
+    if first is not None and first.record.labels != data.label_names:
+        there, here_too = (listing(names) or "none" for names in (first.record.labels, data.label_names))
+        raise BadInput(f"--init-from {options.init_from} has the classes {there}, and {options.data} has {here_too}")
+    if options.eval_every is not None and held_out is None:
+        raise BadInput("--eval-every needs held-out examples: give --valid DATA, or a larger --held-out")
     if data.label_names:
         record = new_record(split, adapter_options, data.label_names)
     training = _training(options, max_length, data, device)
@@ -134,7 +150,26 @@ def prepare_run(options: Train, here: Machine, *, must_fit: bool) -> TrainRun:
         dtype=here.dtype,
         training=training,
         placed=placed,
+        init_from=first,
     )
+
+
+def _adapter_options(options: Train, first: AdapterFolder | None, split: SplitFolder) -> AdapterOptions:
+    """Return the options of the new adapter; one that starts as another has its method, rank, scale and layers."""
+    given = adapter_options_of(options)
+    if first is None:
+        return given
+    check_base(first, split.folder, split.fingerprint)
+    names = ("method", "rank", "alpha", "target_modules", "rslora")
+    there = {name: getattr(first.record, name) for name in names}
+    wrong = [
+        f"--{name.replace('_', '-')} ({there[name] or 'the default'} there)"
+        for name in names
+        if (value := getattr(given, name)) and value != there[name]
+    ]
+    if wrong:
+        raise BadInput(f"--init-from {options.init_from} has another adapter: leave out {', '.join(wrong)}")
+    return replace(given, **there)
 
 
 def _settings(options: Train, method: str, optimizer: str, max_length: int, placed: Placed) -> Settings:

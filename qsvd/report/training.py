@@ -22,6 +22,7 @@ class RunSummary:
         accuracy_before, accuracy_after: Shares, 0..1; None if it is not a classifier.
         memory, planned: Bytes by item, measured and planned.
         resident: Which 4-bit weights stay on the device, in words.
+        best_step: The step with the lowest held-out loss, whose adapter the run holds; None without --keep-best.
         moved_bytes: Bytes of offloaded weights that were copied to the device since the run was last resumed.
     """
 
@@ -44,6 +45,7 @@ class RunSummary:
     resident: str
     moved_bytes: int
     device: str
+    best_step: int | None = None
 
 
 def training_tables(summary: RunSummary) -> Group:
@@ -80,6 +82,8 @@ def rows(summary: RunSummary) -> list[tuple[str, str]]:
         ),
         (f"4-bit weights on the {'CPU' if summary.device == 'cpu' else 'GPU'}", summary.resident),
     ]
+    if summary.best_step is not None:
+        found.append(("adapter", f"of step {summary.best_step:,}, which has the lowest held-out loss"))
     accuracy = _pair(summary.accuracy_before, summary.accuracy_after, ".2%")
     return [*found, ("held-out accuracy, before and after", accuracy)] if accuracy else found
 
@@ -97,9 +101,12 @@ def run_readme(summary: RunSummary, run: str) -> str:
     lines = "\n".join(f"| {name} | {value} |" for name, value in rows(summary))
     return (
         f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is the trained adapter. It works only with the\n"
-        f"quantized model in `{summary.base}`. `steps.jsonl` lists every step, `loss.png` and `loss.svg` plot\n"
-        f"the loss, and `summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
-        f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n"
+        f"quantized model in `{summary.base}`. `adapter_model.safetensors` and `adapter_config.json` are the\n"
+        f"same adapter for PEFT. `steps.jsonl` lists every step, `loss.png` and `loss.svg` plot the loss, and\n"
+        f"`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
+        f"```python\nimport qsvd\n\nmodel = qsvd.load({run!r})\n```\n\n"
+        f"```python\nfrom peft import AutoPeftModelForCausalLM  # without qsvd\n\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({run!r})\n```\n\n"
         f"```sh\nqsvd export {quote(run)} --to peft --out {quote(run + '-peft')}  # a PEFT adapter for the residual\n"
         f"qsvd export {quote(run)} --to merged --out {quote(run + '-merged')}  # a 16-bit model\n```\n"
     )
@@ -112,12 +119,12 @@ SMOOTH = 0.9  # weight of the past in the running mean
 FEW = 20  # steps below which there is no running mean
 
 
-def loss_plot(losses: Sequence[float], held_out: tuple[float, float] | None, title: str, kind: str) -> bytes:
+def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], title: str, kind: str) -> bytes:
     """Return a picture of the loss of every step, and of its running mean.
 
     Args:
         losses: Nats, from step 1.
-        held_out: Loss on held-out examples before the first and after the last step.
+        held_out: Steps after which the loss on held-out examples was measured, and this loss in nats.
         kind: "png" or "svg".
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -131,8 +138,8 @@ def loss_plot(losses: Sequence[float], held_out: tuple[float, float] | None, tit
     axes.plot(steps, losses, color="tab:blue", alpha=1 if few else 0.3, linewidth=1.5 if few else 0.8, label="batch")
     if not few:
         axes.plot(steps, _running_mean(losses), color="tab:blue", linewidth=1.8, label=f"running mean ({SMOOTH})")
-    if held_out is not None:
-        axes.plot([1, len(losses)], held_out, "o--", color="tab:orange", label="held out")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o--", color="tab:orange", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
     axes.legend()
     axes.grid(alpha=0.3)

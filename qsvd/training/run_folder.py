@@ -31,11 +31,12 @@ NAME = re.compile(r"checkpoint-(\d+)")
 START = "start.json"
 STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
+LENGTH = ("steps", "epochs", "early_stopping")  # of the identity: what may change when a run is resumed
 PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
-def finish(run: Path, step: int, *, keep: int) -> None:
-    """Sync RUN/unfinished/checkpoint-N to the disk, rename it, and remove all but the newest `keep`."""
+def finish(run: Path, step: int, *, keep: int, best: int | None) -> None:
+    """Sync RUN/unfinished/checkpoint-N to the disk, rename it, and remove all but the newest `keep` and step `best`."""
     written = run / UNFINISHED / f"checkpoint-{step}"
     for file in [path for path in written.rglob("*") if path.is_file()]:
         with file.open("rb+") as opened:
@@ -46,7 +47,8 @@ def finish(run: Path, step: int, *, keep: int) -> None:
     written.rename(place)
     shutil.rmtree(run / UNFINISHED)
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) != best:
+            shutil.rmtree(old)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -67,17 +69,21 @@ class RunFolder:
         folder: Made if it does not exist; else empty, or with `resume` a run with the same identity.
         identity: What the bytes of the adapter depend on.
         resume: Whether to continue the run in the folder.
+        total: Steps of the whole run. A resumed run may have another number than before, if it is not below the steps
+            that are done: it is extended, and its summary is removed.
 
     Raises:
         BadInput: the folder holds something else, a run that is not to be resumed, or a run with another identity (the
             sentence says what differs); or another process writes to it.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool):
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, total: int):
         self.folder = folder
-        self._check(identity, resume=resume)
+        is_extended = self._check(identity, resume=resume, total=total)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(folder / LOCK, folder)
+        if is_extended:
+            (folder / SUMMARY).unlink(missing_ok=True)  # first: with another identity it would say that all is done
         self.write(IDENTITY, identity)
 
     def __enter__(self) -> "RunFolder":
@@ -121,13 +127,21 @@ class RunFolder:
         path = self.folder / name
         return read_object(path, ANOTHER_FOLDER) if path.is_file() else None
 
-    def _check(self, identity: Mapping[str, Any], *, resume: bool) -> None:
+    def _check(self, identity: Mapping[str, Any], *, resume: bool, total: int) -> bool:
+        """Return whether the run is the one in the folder with another number of steps."""
         found = self._json(IDENTITY)
         if found is None:
             check_empty(self.folder, {LOCK}, "qsvd train")
-            return
+            return False
         if not (checkpoints(self.folder) or (self.folder / SUMMARY).is_file()):
-            return  # it saved nothing, so nothing is lost when another run starts here
+            return False  # it saved nothing, so nothing is lost when another run starts here
         if not resume:
             raise BadInput(f"{self.folder} holds a run already; give --resume to continue it, or --out another folder")
-        check_same(self.folder, found, identity, ANOTHER_FOLDER)
+        length = {name: identity.get(name) for name in LENGTH}
+        check_same(self.folder, {**found, **length}, identity, ANOTHER_FOLDER)
+        if json.loads(json.dumps(length)) == {name: found.get(name) for name in LENGTH}:
+            return False
+        done = max((step.number for step in self.steps()), default=0)
+        if total < done:
+            raise BadInput(f"{self.folder} has {done} steps already, more than {total}; give more --steps or --epochs")
+        return True

@@ -1,6 +1,6 @@
 """The optimizer steps of a run as they are logged, and its memory by item, measured and planned."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ class Step:
         loss: Nats per trained token, or per example for a classifier.
         tokens, seconds: From the start of the run, interrupted parts included.
         peak_bytes: Of the GPU; on a CPU, of the process.
+        held_out: Loss on the held-out examples after the step, in the same unit; None where it was not measured.
     """
 
     number: int
@@ -29,19 +30,21 @@ class Step:
     tokens: int
     seconds: float
     peak_bytes: int
+    held_out: float | None = None
 
 
 class TellSteps(TrainerCallback):
-    """Calls `tell` with each Step; if it returns True, the run saves a checkpoint and stops.
+    """Calls `tell` with each Step, which returns whether the run is to save a checkpoint, and whether it is to stop.
 
     Args:
         clock: Returns the seconds since the start of the run.
         peak_bytes: Returns the most memory so far.
     """
 
-    def __init__(self, tell: Callable[[Step], bool], clock: Callable[[], float], peak_bytes: Callable[[], int]):
+    def __init__(
+        self, tell: Callable[[Step], tuple[bool, bool]], clock: Callable[[], float], peak_bytes: Callable[[], int]
+    ):
         self._tell, self._clock, self._peak_bytes = tell, clock, peak_bytes
-        self._stop = False
 
     def on_log(
         self,
@@ -63,10 +66,25 @@ class TellSteps(TrainerCallback):
             tokens=int(state.num_input_tokens_seen),
             seconds=round(self._clock(), 3),
             peak_bytes=self._peak_bytes(),
+            held_out=logs.get("eval_loss"),
         )
-        if self._tell(step):
-            control.should_save = True
-            control.should_training_stop = True
+        saves, stops = self._tell(step)
+        control.should_save |= saves
+        control.should_training_stop |= stops
+
+
+def best_of(steps: Iterable[Step]) -> Step | None:
+    """Return the first step with the lowest held-out loss; None if none was measured."""
+    measured = [step for step in steps if step.held_out is not None]
+    return min(measured, key=lambda step: step.held_out or 0.0, default=None)
+
+
+def has_stalled(steps: Sequence[Step], patience: int) -> bool:
+    """Return whether the last `patience` measured losses are not below the lowest one before them."""
+    best = best_of(steps)
+    return (
+        best is not None and sum(step.held_out is not None and step.number > best.number for step in steps) >= patience
+    )
 
 
 def peak_bytes_of(device: torch.device) -> Callable[[], int]:

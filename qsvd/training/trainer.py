@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -51,6 +51,19 @@ class CallMethod(TrainerCallback):
         self.trainer.method.after_step(self.trainer.model, state.global_step + 1)
 
 
+class SetRate(TrainerCallback):
+    """Sets the learning rate of the first step: a checkpoint has that of the schedule before the run was extended."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        del args, state, control
+        schedule, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
+        for group, rate, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = rate * share(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in groups]  # what is logged
+
+
 class SplitTraining(Trainer):
     """The part that both trainers share.
 
@@ -59,6 +72,9 @@ class SplitTraining(Trainer):
         base: The quantized model, whose stored components give the loss that the first one is compared with; None
             leaves the comparison out.
         keep: How many checkpoints are kept.
+        best: Returns the step whose checkpoint is kept too, or None.
+        held_out: Returns the loss on the held-out examples; None measures none.
+        eval_every: Steps between two of these measurements.
     """
 
     model: Any
@@ -66,6 +82,9 @@ class SplitTraining(Trainer):
     base: SplitFolder | None
     keep: int
     is_classifier: bool
+    best: Callable[[], int | None]
+    held_out: Callable[[], float] | None = None
+    eval_every: int | None = None
 
     @property
     def run(self) -> Path:
@@ -90,6 +109,14 @@ class SplitTraining(Trainer):
             self.method.after_backward(self.model, self.state.global_step + 1)
         return loss
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the held-out loss to what is logged for a step, so that files and trackers get both."""
+        step, last = self.state.global_step, self.state.max_steps
+        if "grad_norm" in logs and self.held_out and self.eval_every and (step % self.eval_every == 0 or step == last):
+            logs["eval_loss"] = self.held_out()
+            self.model.train()
+        super().log(logs, *args, **kwargs)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Check the norm before the optimizer step, which would make every parameter NaN."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -104,7 +131,7 @@ class SplitTraining(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # into RUN/unfinished, see _get_output_dir
         # Renamed when it is complete, so that a run that is killed here resumes from the checkpoint before it.
-        finish(self.run, self.state.global_step, keep=self.keep)
+        finish(self.run, self.state.global_step, keep=self.keep, best=self.best())
 
     def _get_output_dir(self, trial: Any) -> str:
         del trial
@@ -183,8 +210,10 @@ def make_trainer(
         arguments = language_arguments(settings, run, model.device)
         trainer = LanguageTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
     trainer.method, trainer.base, trainer.keep = METHODS[model.split_record.method], base, settings.keep
+    trainer.best = lambda: None
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(CallMethod(trainer))
+    trainer.add_callback(SetRate())
     return trainer
 
 

@@ -20,6 +20,7 @@ from tests.export.cases import HALF_ULP, ROUNDINGS, base_in_float32, files_of, o
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # PEFT replaces the components
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT asks for an old name
 ]
 MODELS = {"stories260K": (), "minilm-l6": LABELS}

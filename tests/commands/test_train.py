@@ -35,6 +35,8 @@ from tests.runs import (
 
 FILES = {
     "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "checkpoint-4",
     "loss.png",
     "loss.svg",
@@ -285,7 +287,7 @@ def test_a_run_leaves_its_files_and_tells_its_numbers(complete, capsys):
 
 
 def test_the_code_of_the_readme_loads_the_run(complete):
-    (code,) = re.findall(r"```python\n(.*?)```", (complete.out / "README.md").read_text(), flags=re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", (complete.out / "README.md").read_text(), flags=re.S)
     names: dict = {}
     exec(code, names)
     assert (complete.out / TRAINED).is_file()
@@ -424,7 +426,7 @@ def test_a_second_interrupt_stops_at_once(options, monkeypatch, capsys):
 
 
 def test_two_processes_do_not_train_in_one_folder(options, capsys):
-    with RunFolder(options.out, prepare_train(options).identity, resume=False):
+    with RunFolder(options.out, prepare_train(options).identity, resume=False, total=9):
         assert run([*words(options), "--resume"]) == 2
     assert "another qsvd process is writing to" in capsys.readouterr().err
 

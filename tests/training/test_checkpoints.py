@@ -54,7 +54,7 @@ def test_finishing_moves_it_into_its_place_and_drops_the_oldest(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path / f"checkpoint-{step}")
     write(tmp_path / "unfinished" / "checkpoint-4")
-    finish(tmp_path, 4, keep=2)
+    finish(tmp_path, 4, keep=2, best=None)
     assert sorted(names(tmp_path.iterdir())) == ["checkpoint-3", "checkpoint-4"]
 
 
@@ -63,7 +63,7 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_is_in_its_place(tmp_pat
     write(written)
     files = {path.stat().st_ino for path in written.iterdir()}
     monkeypatch.setattr("os.fsync", lambda number: written.exists() and synced.add(os.fstat(number).st_ino))
-    finish(tmp_path, 4, keep=2)
+    finish(tmp_path, 4, keep=2, best=None)
     assert synced == files
     assert not written.exists()
 
@@ -71,7 +71,7 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_is_in_its_place(tmp_pat
 def test_finishing_replaces_one_of_the_same_step(tmp_path):
     write(tmp_path / "checkpoint-4", PARTS[:2])
     write(tmp_path / "unfinished" / "checkpoint-4")
-    finish(tmp_path, 4, keep=1)
+    finish(tmp_path, 4, keep=1, best=None)
     assert names(checkpoints(tmp_path)) == ["checkpoint-4"]
 
 

@@ -107,7 +107,7 @@ def test_a_shard_that_is_cut_off_during_a_run_ends_it_with_what_is_kept(base, da
     copied = shutil.copytree(base, tmp_path / "base")
     whole = outcome(train(options(base, data, tmp_path / "whole", steps=4)))
     cut = options(copied, data, tmp_path / "cut", steps=4, resident=0.0)
-    shard = next(copied.glob("*.safetensors"))
+    shard = next(copied.glob("model*.safetensors"))
     add_step = RunFolder.add_step
 
     def cutting(self, step):

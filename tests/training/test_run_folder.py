@@ -16,7 +16,7 @@ def step(number):
 
 def refused(folder, sentence, *, identity=ME, resume=False):
     with pytest.raises(ValueError, match=sentence):
-        RunFolder(folder, identity, resume=resume)
+        RunFolder(folder, identity, resume=resume, total=9)
 
 
 def names(folder):
@@ -26,7 +26,7 @@ def names(folder):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_new_folder_is_made_with_its_parents_and_its_identity(tmp_path, resume):
     folder = tmp_path / "some" / "run"
-    with RunFolder(folder, ME, resume=resume) as run:
+    with RunFolder(folder, ME, resume=resume, total=9) as run:
         assert names(folder) == [LOCK, IDENTITY]
         assert (run.summary, run.start, run.steps()) == (None, None, [])
     assert names(folder) == [IDENTITY]
@@ -35,7 +35,7 @@ def test_a_new_folder_is_made_with_its_parents_and_its_identity(tmp_path, resume
 
 def test_an_empty_folder_or_one_that_a_kill_left_locked_is_taken(tmp_path):
     (tmp_path / LOCK).touch()
-    with RunFolder(tmp_path, ME, resume=False):
+    with RunFolder(tmp_path, ME, resume=False, total=9):
         pass
     assert names(tmp_path) == [IDENTITY]
 
@@ -56,23 +56,23 @@ def save(folder, step):
 
 @pytest.mark.parametrize("left", [[], [START, STEPS], ["checkpoint-5"]])
 def test_a_run_that_saved_nothing_makes_way_for_another(tmp_path, left):
-    with RunFolder(tmp_path, ME, resume=False):
+    with RunFolder(tmp_path, ME, resume=False, total=9):
         pass
     for name in left:
         (tmp_path / name).mkdir() if name.startswith("checkpoint") else (tmp_path / name).write_text("{}")
-    with RunFolder(tmp_path, ME | {"rank": 8}, resume=False):
+    with RunFolder(tmp_path, ME | {"rank": 8}, resume=False, total=9):
         pass
     assert json.loads((tmp_path / IDENTITY).read_text())["rank"] == 8
 
 
 def test_a_complete_run_is_kept_even_without_checkpoints(tmp_path):
-    with RunFolder(tmp_path, ME, resume=False) as run:
+    with RunFolder(tmp_path, ME, resume=False, total=9) as run:
         run.write(SUMMARY, {})
     refused(tmp_path, "holds a run already")
 
 
 def test_a_run_is_resumed_only_when_asked_and_with_the_same_options(tmp_path):
-    with RunFolder(tmp_path, ME, resume=False):
+    with RunFolder(tmp_path, ME, resume=False, total=9):
         save(tmp_path, 5)
     refused(tmp_path, r"holds a run already; give --resume to continue it, or --out another folder$")
     other = {"rank": 8, "map": ["a=text"], "seed": 1}
@@ -81,33 +81,33 @@ def test_a_run_is_resumed_only_when_asked_and_with_the_same_options(tmp_path):
         r"continue, or give --out another folder$"
     )
     refused(tmp_path, sentence, identity=other, resume=True)
-    with RunFolder(tmp_path, ME | {"map": ("a=text",)}, resume=True):  # JSON has no tuples
+    with RunFolder(tmp_path, ME | {"map": ("a=text",)}, resume=True, total=9):  # JSON has no tuples
         pass
 
 
 def test_two_cannot_write_at_once(tmp_path):
-    with RunFolder(tmp_path, ME, resume=False):
+    with RunFolder(tmp_path, ME, resume=False, total=9):
         refused(tmp_path, r"^another qsvd process is writing to .*; wait for it, or stop it$", resume=True)
-    with RunFolder(tmp_path, ME, resume=True):
+    with RunFolder(tmp_path, ME, resume=True, total=9):
         pass
 
 
 def test_the_folder_is_let_go_after_an_error(tmp_path):
-    with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path, ME, resume=False):
+    with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path, ME, resume=False, total=9):
         raise KeyboardInterrupt
     assert names(tmp_path) == [IDENTITY]
 
 
 @pytest.mark.parametrize("name", [IDENTITY, SUMMARY])
 def test_a_damaged_file_is_named(tmp_path, name):
-    with RunFolder(tmp_path, ME, resume=False) as run:
+    with RunFolder(tmp_path, ME, resume=False, total=9) as run:
         (tmp_path / name).write_text("{")
         with pytest.raises(ValueError, match=rf"{name} is not valid JSON \(.*\); give --out another folder$"):
-            _ = run.summary if name == SUMMARY else RunFolder(tmp_path, ME, resume=True)
+            _ = run.summary if name == SUMMARY else RunFolder(tmp_path, ME, resume=True, total=9)
 
 
 def test_steps_are_read_back_and_a_torn_last_line_is_left_out(tmp_path):
-    with RunFolder(tmp_path, ME, resume=False) as run:
+    with RunFolder(tmp_path, ME, resume=False, total=9) as run:
         for number in (1, 2, 3):
             run.add_step(step(number))
         assert run.steps() == [step(1), step(2), step(3)]
@@ -118,7 +118,7 @@ def test_steps_are_read_back_and_a_torn_last_line_is_left_out(tmp_path):
 
 
 def test_steps_that_are_made_again_are_forgotten(tmp_path):
-    with RunFolder(tmp_path, ME, resume=False) as run:
+    with RunFolder(tmp_path, ME, resume=False, total=9) as run:
         for number in (1, 2, 3):
             run.add_step(step(number))
         assert run.keep_steps(2) == run.steps() == [step(1), step(2)]
@@ -128,7 +128,7 @@ def test_steps_that_are_made_again_are_forgotten(tmp_path):
 
 
 def test_what_is_written_is_read(tmp_path):
-    with RunFolder(tmp_path, ME, resume=False) as run:
+    with RunFolder(tmp_path, ME, resume=False, total=9) as run:
         run.write(SUMMARY, {"loss": 0.5})
         run.write("start.json", {"held_out_before": None})
         assert run.summary == {"loss": 0.5}

@@ -1,0 +1,248 @@
+"""More steps for a run, a run that starts from another one, held-out losses that choose the adapter, a run for PEFT."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+
+import qsvd
+from qsvd.adapters.methods import METHODS
+from qsvd.commands.train import train
+from qsvd.errors import BadInput, Interrupted
+from qsvd.training.run_folder import checkpoints
+from tests.adapters.results import in_float32
+from tests.runs import (
+    TEXTS,
+    TRAINED,
+    classifier_base,
+    interrupting,
+    labelled_rows,
+    language_base,
+    outcome,
+    steps_of,
+    text_rows,
+    training,
+    write_rows,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT, TRL: old name
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # the components, replaced
+]
+CONSTANT = {"schedule": "constant", "warmup": 0.0}
+WILD = {**CONSTANT, "learning_rate": 0.02, "eval_every": 1}  # the held-out loss falls, and rises again
+IDS = torch.arange(3, 67).reshape(2, 32)
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory):
+    return language_base(tmp_path_factory.getbasetemp() / "language")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Texts and others to validate on."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_rows(folder / "valid.jsonl", text_rows()[10:])
+    return write_rows(folder / "texts.jsonl", text_rows()[:10])
+
+
+@pytest.fixture
+def options(language, data, tmp_path):
+    return training(language, data, tmp_path / "run", valid=data.replace("texts.jsonl", "valid.jsonl"))
+
+
+def longer(options, steps, **changes):
+    return replace(options, steps=steps, resume=True, **changes)
+
+
+def summary(options):
+    return json.loads((options.out / "summary.json").read_text())
+
+
+def held_out(run):
+    return {step["number"]: step["held_out"] for step in steps_of(run) if step["held_out"] is not None}
+
+
+def test_more_steps_end_where_a_run_of_as_many_ends(options, tmp_path):
+    options = replace(options, **CONSTANT)
+    train(options)
+    train(longer(options, 7))
+    train(replace(options, steps=7, out=tmp_path / "straight"))
+    assert outcome(options.out) == outcome(tmp_path / "straight")
+    assert summary(options)["steps"] == 7
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_schedule_is_that_of_all_steps(options, tmp_path, schedule):
+    options = replace(options, schedule=schedule, learning_rate=1e-3)
+    train(options)
+    train(longer(options, 8))
+    train(replace(options, steps=8, out=tmp_path / "straight"))
+    rates = [[step["learning_rate"] for step in steps_of(run)] for run in (options.out, tmp_path / "straight")]
+    assert rates[0][4:] == rates[1][4:]
+    assert rates[0][:4] != rates[1][:4]
+    losses = [step["loss"] for step in steps_of(options.out)]
+    assert losses[5] != losses[4], "the rate of the last step was zero"
+
+
+def test_an_extension_that_was_stopped_continues_to_the_same_bytes(options, tmp_path, monkeypatch):
+    train(options)
+    shutil.copytree(options.out, tmp_path / "other")
+    more = longer(options, 9, save_every=2)
+    train(more)
+    with monkeypatch.context() as patch:
+        interrupting(patch, 7)
+        with pytest.raises(Interrupted):
+            qsvd.commands.train.main(replace(more, out=tmp_path / "other"))
+    assert not (tmp_path / "other" / "summary.json").exists(), "the shorter run's summary would say that all is done"
+    train(replace(more, out=tmp_path / "other"))
+    assert outcome(tmp_path / "other") == outcome(options.out)
+
+
+def test_fewer_steps_than_are_done_and_other_options_are_refused(options):
+    train(options)
+    with pytest.raises(BadInput, match=r"has 4 steps already, more than 3; give more --steps or --epochs"):
+        train(longer(options, 3))
+    with pytest.raises(BadInput, match=r"was written with other options: seed 0 there, 1 now"):
+        train(longer(options, 8, seed=1))
+    with pytest.raises(BadInput, match=r"holds a run already; give --resume"):
+        train(replace(options, steps=8))
+    assert summary(options)["steps"] == 4
+
+
+def test_measuring_on_the_way_changes_no_byte_of_the_training(options, tmp_path):
+    train(options)
+    measured = replace(options, out=tmp_path / "measured", eval_every=3)
+    train(measured)
+    assert (options.out / TRAINED).read_bytes() == (measured.out / TRAINED).read_bytes()
+    assert [step["loss"] for step in steps_of(options.out)] == [step["loss"] for step in steps_of(measured.out)]
+    assert held_out(measured.out).keys() == {3, 4}, "every third step, and the last"
+    assert held_out(measured.out)[4] == summary(options)["held_out_after"]
+    assert held_out(options.out) == {}
+
+
+def test_the_best_adapter_is_kept_and_is_that_of_a_run_that_ends_there(options, tmp_path):
+    options = replace(options, **WILD, steps=8, keep=1, keep_best=True)
+    train(options)
+    losses = held_out(options.out)
+    best = min(losses, key=losses.get)
+    assert 1 < best < 8, "the test needs a loss that falls and rises"
+    assert summary(options)["best_step"] == best
+    assert summary(options)["held_out_after"] == losses[best]
+    assert [path.name for path in checkpoints(options.out)] == [f"checkpoint-{best}", "checkpoint-8"]
+    train(replace(options, out=tmp_path / "short", steps=best))
+    assert (options.out / TRAINED).read_bytes() == (tmp_path / "short" / TRAINED).read_bytes()
+
+
+def test_early_stopping_ends_a_run_that_no_longer_gets_better(options, tmp_path, monkeypatch):
+    options = replace(options, **WILD, steps=30, early_stopping=2, keep_best=True)
+    train(options)
+    losses = list(held_out(options.out).values())
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 2 < 30
+    assert summary(options)["steps"] == len(losses)
+    killed = replace(options, out=tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr("qsvd.commands.train.finish_run", no_space)
+        with pytest.raises(OSError, match="no space"):
+            train(killed)
+    train(replace(killed, resume=True))
+    assert outcome(killed.out) == outcome(options.out)
+
+
+def no_space(*_):
+    raise OSError(28, "no space")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_starts_from_the_adapter_of_another(options, tmp_path, method):
+    first = replace(options, method=method, rank=None if method == "pissa" else 4)
+    train(first)
+    second = replace(options, out=tmp_path / "second", init_from=first.out)
+    train(second)
+    assert summary(second)["held_out_before"] == summary(first)["held_out_after"]
+    assert summary(second)["method"] == method
+    assert summary(second)["held_out_after"] != summary(first)["held_out_after"]
+
+
+def test_an_adapter_that_does_not_fit_is_refused(options, tmp_path):
+    train(options)
+    fresh = replace(options, out=tmp_path / "second", init_from=options.out)
+    with pytest.raises(BadInput, match=r"run has another adapter: leave out --method \(pissa there\)"):
+        train(replace(fresh, method="lora"))
+    with pytest.raises(BadInput, match=r"--init-from .*second holds no trained adapter"):
+        train(replace(fresh, init_from=tmp_path / "second"))
+    other = language_base(tmp_path / "other", rank=2)
+    with pytest.raises(BadInput, match=r"was trained on another quantized model than"):
+        train(replace(fresh, base=other))
+    labels = write_rows(tmp_path / "labels.jsonl", labelled_rows())
+    with pytest.raises(BadInput, match=r"--init-from .*run has the classes none, and .*labels.jsonl has a, b"):
+        train(replace(fresh, data=labels, valid=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"keep_best": True}, "--keep-best compare held-out losses: give --eval-every N too"),
+        ({"early_stopping": 2}, "--early-stopping compare held-out losses: give --eval-every N too"),
+        ({"eval_every": 2, "valid": None}, "--eval-every needs held-out examples: give --valid DATA"),
+        ({"eval_every": 0}, "--eval-every 0 is below 1"),
+    ],
+)
+def test_a_measurement_that_cannot_be_made_is_refused(options, changes, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        train(replace(options, **changes))
+    assert not options.out.exists()
+
+
+@pytest.mark.parametrize(("examples", "count"), [(14, 1), (79, 2), (80, 8)])
+def test_at_least_8_examples_are_held_out_where_that_is_a_tenth_or_less(language, tmp_path, examples, count):
+    rows = [{"text": f"{number} {TEXTS[number % 14][:40]}"} for number in range(examples)]
+    options = training(language, write_rows(tmp_path / "d.jsonl", rows), tmp_path / "run", held_out=0.02)
+    prepared = qsvd.commands.train.prepare_train(options)
+    assert len(prepared.held_out.input_ids) == count
+    assert len(prepared.data.input_ids) == examples - count
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [0, 16])
+def test_peft_opens_a_run_from_everywhere(tmp_path, data, monkeypatch, method, rank):
+    if rank == 0 and method != "lora":
+        pytest.skip("there are no components")
+    base = language_base(tmp_path / "base", rank=rank)
+    monkeypatch.chdir(tmp_path)
+    options = training(base.relative_to(tmp_path), data, tmp_path / "run", method=method, learning_rate=1e-2)
+    train(options)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    theirs = logits(in_float32(AutoPeftModelForCausalLM.from_pretrained("../run")))
+    ours = logits(qsvd.load("../run", device="cpu", dtype=torch.float32))
+    start = logits(qsvd.load(base, device="cpu", dtype=torch.float32))
+    assert (theirs - ours).abs().max() < 1e-3 * (ours - start).abs().max()
+
+
+def test_a_run_whose_model_has_moved_says_how_to_load_it(options, tmp_path):
+    base = language_base(tmp_path / "base")
+    train(replace(options, base=base))
+    base.rename(tmp_path / "moved")
+    with pytest.raises(BadInput, match=r"run was trained on .*base/out, which does not exist; give its new folder"):
+        qsvd.load(options.out)
+    assert torch.isfinite(logits(qsvd.load(tmp_path / "moved", adapter=options.out))).all()
+
+
+def test_a_trained_classifier_is_written_for_peft_if_peft_can_hold_its_head(tmp_path, capsys):
+    base = classifier_base(tmp_path / "bert")
+    options = training(base, write_rows(tmp_path / "l.jsonl", labelled_rows()), tmp_path / "run")
+    train(options)
+    written = (options.out / "adapter_config.json").is_file()
+    assert written or "has no files for PEFT: " in capsys.readouterr().err
