@@ -1,4 +1,4 @@
-"""What the options in qsvd/options.py are made of: marks, ranges, options of several commands, and who reads the marks.
+"""What the options in qsvd/options/ are made of: marks, ranges, options of several commands, and who reads the marks.
 
 An option is a field of a frozen dataclass, `name: Annotated[type, mark, ...] = default`. The marks:
 

@@ -1,0 +1,142 @@
+"""The options of the commands that make a quantized model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from qsvd.option_types import (
+    PRINTS,
+    SAME_RESULT,
+    SECONDS,
+    Allocation,
+    Allocator,
+    ComputeDtype,
+    Data,
+    DataSplit,
+    Device,
+    DoubleQuant,
+    Exclude,
+    Group,
+    Help,
+    Include,
+    LossOn,
+    Map,
+    MaxLength,
+    Model,
+    Objective,
+    Public,
+    PushToHub,
+    Seed,
+    ShardSize,
+    Statistics,
+    Step,
+    StoredDtype,
+    at_least,
+)
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Choose bits and rank of each layer: the least error within a budget.
+
+    The output is a text file for qsvd quantize --allocation; you can edit it. Measured errors are kept in
+    FILE.costs.jsonl: a stopped run continues from there, and another budget or allocator takes seconds.
+    """
+
+    model: Annotated[Model, SAME_RESULT]
+    budget: Annotated[str, SAME_RESULT, Help("Size of weights and components: 2.75bits per weight, or 20GB.", "SIZE")]
+    out: Annotated[Path, SAME_RESULT, Help("Output file. An edited file is never overwritten.", "FILE")]
+
+    allocator: Annotated[Allocator, SAME_RESULT, Group("method")] = "both"
+    objective: Annotated[Objective, SAME_RESULT] = "relative"
+    statistics: Annotated[Statistics, SAME_RESULT] = None
+    rank: Annotated[int, SAME_RESULT, Help("Rank of every layer, for --allocator bits.")] = 64
+    codecs: Annotated[
+        tuple[str, ...], Help("Formats to try, e.g. nf3-64-8x256. Default: seven of them.", "NAME ...")
+    ] = ()
+    ranks: Annotated[tuple[int, ...], Help("Ranks to try, e.g. 0 16 64. Default: 0 and powers of two.", "N ...")] = ()
+    count: Annotated[
+        Literal["stored", "training"], SAME_RESULT, Help("What the budget limits: file size, or memory in training.")
+    ] = "stored"
+    gap: Annotated[float, SAME_RESULT, at_least(0), Help("Relative optimality gap at which the solver stops.")] = 1e-4
+    time_limit: Annotated[float, SAME_RESULT, SECONDS, Help("Time limit of the solver in seconds.")] = 60.0
+
+    include: Annotated[Include, SAME_RESULT, Group("layer")] = ()
+    exclude: Annotated[Exclude, SAME_RESULT] = ()
+
+    dtype: Annotated[StoredDtype, Group("run")] = "bfloat16"
+    device: Device = "auto"
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Estimate how sensitive the loss is to each weight.
+
+    Measures Fisher information and, with --traces, Hessian traces. A language model takes texts, chats or completions,
+    a classifier takes labelled texts. One block is in memory at a time.
+    """
+
+    model: Annotated[Model, SAME_RESULT]
+    data: Annotated[Data, SAME_RESULT]
+    out: Annotated[Path, SAME_RESULT, Help("Output file. The same command continues a stopped run.", "FILE")]
+
+    examples: Annotated[int, Group("data"), at_least(1), Help("Number of examples, drawn by --seed.")] = 128
+    max_length: MaxLength = None
+    traces: Annotated[int, at_least(0), Help("Random probes per example for Hessian traces; 0: no traces.")] = 0
+    loss_on: LossOn = "answers"
+    map: Annotated[Map, SAME_RESULT] = ()
+    split: Annotated[DataSplit, SAME_RESULT] = "train"
+
+    include: Annotated[Include, Group("layer")] = ()
+    exclude: Annotated[Exclude, Help("Layers to leave out.", "GLOB ...")] = ()
+
+    dtype: Annotated[ComputeDtype, Group("run")] = "auto"
+    chunk: Annotated[
+        int | None,
+        SAME_RESULT,
+        at_least(1),
+        Help("Examples processed together. Affects memory only. Default: what fits."),
+    ] = None
+    device: Device = "auto"
+    seed: Annotated[Seed, Help("Random seed (choice of examples, probes).")] = 0
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Quantize a 16-bit model and keep the largest singular components in 16 bits.
+
+    Every layer gets 4 bits and --rank components; with --budget, each layer gets its own bits and rank.
+    """
+
+    model: Annotated[Model, SAME_RESULT]
+    out: Annotated[Path, SAME_RESULT, Help("Output folder. The same command continues a stopped run.", "OUT")]
+
+    rank: Annotated[int, Group("method"), at_least(0), Help("Components per layer; 0 is plain NF4 (QLoRA).")] = 64
+    iterations: Annotated[int, at_least(1), Help("Maximum iterations; the best one is kept.")] = 5
+    order: Annotated[Step, Help("First step: svd (QPiSSA, LQ-LoRA) or quantize (LoftQ).")] = "svd"
+    end: Annotated[Step, Help("Last step of each iteration; quantize is QPiSSA as published.")] = "svd"
+    stop: Annotated[Literal["rise", "never"], Help("rise: stop when the error rises; never: all iterations.")] = "rise"
+    svd: Annotated[Literal["randomized", "exact"], Help("exact is slow above a few thousand rows.")] = "randomized"
+    dtype: StoredDtype = "bfloat16"
+    double_quant: DoubleQuant = True
+
+    budget: Annotated[
+        str | None,
+        Group("mixed-precision"),
+        Help("Size of weights and components: 2.75bits per weight, or 20GB.", "SIZE"),
+    ] = None
+    allocator: Allocator = "both"
+    objective: Objective = "relative"
+    statistics: Annotated[Statistics, SAME_RESULT] = None
+    allocation: Annotated[Allocation, SAME_RESULT] = None
+
+    include: Annotated[Include, Group("layer")] = ()
+    exclude: Exclude = ()
+
+    shard_size: Annotated[ShardSize, Group("run")] = "5GB"
+    device: Device = "auto"
+    seed: Annotated[Seed, Help("Random seed (SVD sketches).")] = 0
+    push_to_hub: Annotated[PushToHub, SAME_RESULT] = None
+    public: Annotated[Public, SAME_RESULT] = False
+    dry_run: Annotated[bool, SAME_RESULT, PRINTS, Help("Print options, layers and sizes, and stop.")] = False

@@ -1,0 +1,211 @@
+"""The options of `qsvd train`, and of `qsvd plan`, which plans such a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from qsvd.option_types import (
+    ABOVE_ZERO,
+    ADDED,
+    FROM_ZERO,
+    POSITIONAL,
+    PRINTS,
+    SAME_RESULT,
+    SEED,
+    SHARE,
+    Accumulate,
+    AdapterDtype,
+    Allocation,
+    BatchSize,
+    Checkpointing,
+    ComputeDtype,
+    Data,
+    DataSplit,
+    Device,
+    DoubleQuant,
+    Group,
+    Help,
+    Json,
+    LayerMajor,
+    LossOn,
+    Map,
+    MaxLength,
+    Method,
+    Model,
+    Optimizer,
+    Public,
+    PushToHub,
+    Resident,
+    Seed,
+    at_least,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The options of a training run, with their defaults: `qsvd train` runs it, `qsvd plan` describes it."""
+
+    method: Annotated[
+        Method,
+        Group("adapter"),
+        Help("pissa: train the components; lora: new adapter; auto: pissa, or lora at rank 0."),
+    ] = "auto"
+    rank: Annotated[
+        int | None, at_least(1), Help("LoRA rank. Default: 64 for lora; the stored rank for pissa and edora.")
+    ] = None
+    alpha: Annotated[
+        float | None,
+        ABOVE_ZERO,
+        Help("Scale is alpha / rank. Default: rank / 4 for lora (2 with --rslora); the rank for edora."),
+    ] = None
+    rslora: Annotated[bool, ADDED, Help("lora: scale is alpha / sqrt(rank).")] = False
+    dropout: Annotated[float, ADDED, SHARE, Help("lora: dropout on the input of the adapter.")] = 0.0
+    target_modules: Annotated[
+        tuple[str, ...],
+        ADDED,
+        Help("Layers to train: names (q_proj v_proj), globs on paths, or all-linear. Default: all.", "NAME ..."),
+    ] = ()
+    init_from: Annotated[
+        Path | None, SAME_RESULT, Help("Start from the adapter of another run on the same quantized model.", "RUN")
+    ] = None
+
+    learning_rate: Annotated[
+        float | None, Group("schedule"), ABOVE_ZERO, Help("Default: 2e-5 for pissa, 2e-4 for lora, 1e-3 for edora.")
+    ] = None
+    schedule: Annotated[Literal["cosine", "linear", "constant"], Help("Learning rate after the warm-up.")] = "cosine"
+    warmup: Annotated[float, SHARE, Help("Warm-up ratio: fraction of steps.")] = 0.03
+    epochs: Annotated[float, ABOVE_ZERO, Help("Passes over the data. More, with --resume, extend a run.")] = 1.0
+    steps: Annotated[int | None, at_least(1), Help("Optimizer steps, instead of --epochs.")] = None
+    batch_size: BatchSize = 4
+    accumulate: Accumulate = 4
+
+    task: Annotated[
+        Literal["auto", "causal", "classification"],
+        SAME_RESULT,
+        Group("data"),
+        Help("causal: learn texts; classification: learn the column label. auto: by the columns and the model."),
+    ] = "auto"
+    chat_template: Annotated[
+        str | None,
+        SAME_RESULT,
+        Help(
+            "alpaca, chatml, gemma, llama3, mistral, vicuna, zephyr or a .jinja file. Default: the tokenizer's.",
+            "NAME|FILE",
+        ),
+    ] = None
+    max_length: MaxLength = None
+    packing: Annotated[bool, Help("Put several short sequences in one row; they do not attend to each other.")] = False
+    loss_on: LossOn = "answers"
+    map: Map = ()
+    split: DataSplit = "train"
+    valid: Annotated[
+        str | None, SAME_RESULT, Help("Validation data. Default: the folder's, or --held-out.", "DATA")
+    ] = None
+    held_out: Annotated[
+        float, SHARE, Help("Fraction of the examples for validation if there is no other; 8 to 256 of them.")
+    ] = 0.02
+
+    eval_every: Annotated[
+        int | None, Group("evaluation"), SAME_RESULT, at_least(1), Help("Steps between measurements of held-out loss.")
+    ] = None
+    keep_best: Annotated[bool, ADDED, Help("Take the adapter with the lowest held-out loss, not the last one.")] = False
+    early_stopping: Annotated[
+        int | None, ADDED, at_least(1), Help("Stop after so many measurements without a lower held-out loss.")
+    ] = None
+
+    optimizer: Annotated[
+        Optimizer, Group("optimizer"), Help("Optimizer. auto: paged_adamw_8bit on a GPU, adamw on a CPU.")
+    ] = "auto"
+    weight_decay: Annotated[float, FROM_ZERO, Help("Weight decay of AdamW.")] = 0.0
+    max_grad_norm: Annotated[float, FROM_ZERO, Help("Gradient clipping: maximum norm; 0: no clipping.")] = 1.0
+
+    gradient_checkpointing: Annotated[Checkpointing, Group("memory")] = True
+    activation_offload: Annotated[
+        Literal["auto", "yes", "no"], SAME_RESULT, Help("Keep activation checkpoints in CPU memory. auto: if it helps.")
+    ] = "auto"
+    resident: Annotated[Resident, SAME_RESULT] = "auto"
+    layer_major: LayerMajor = False
+    gpu: Annotated[str | None, SAME_RESULT, Help("Maximum GPU memory, 24GB. Default: what is free.", "SIZE")] = None
+    host: Annotated[str | None, SAME_RESULT, Help("Maximum CPU memory, 64GB. Default: what is free.", "SIZE")] = None
+    dtype: ComputeDtype = "auto"
+    adapter_dtype: AdapterDtype = "auto"
+
+    device: Annotated[Device, Group("run")] = "auto"
+    seed: Annotated[Seed, SEED, Help("Random seed (data order, LoRA init, new classification head).")] = 0
+
+
+@dataclass(frozen=True)
+class Train(TrainingOptions):
+    """Train an adapter or the components of a quantized model; the residual stays frozen."""
+
+    base: Annotated[Path, SAME_RESULT, Group(""), POSITIONAL, Help("Folder of a quantized model.", "OUT")]
+    data: Annotated[Data, SAME_RESULT]
+    out: Annotated[Path, SAME_RESULT, Help("Folder for checkpoints, adapter and summary.", "RUN")]
+
+    save_every: Annotated[int, SAME_RESULT, Group("output"), at_least(1), Help("Steps between checkpoints.")] = 100
+    keep: Annotated[int, SAME_RESULT, at_least(1), Help("Number of checkpoints to keep.")] = 2
+    resume: Annotated[bool, SAME_RESULT, Help("Continue from the last complete checkpoint in RUN.")] = False
+    report_to: Annotated[tuple[str, ...], SAME_RESULT, Help("tensorboard, wandb, trackio.", "TRACKER ...")] = ()
+    push_to_hub: Annotated[PushToHub, SAME_RESULT] = None
+    public: Annotated[Public, SAME_RESULT] = False
+
+    preview: Annotated[
+        bool, SAME_RESULT, PRINTS, Group("run"), Help("Print the first example with its trained tokens.")
+    ] = False
+    dry_run: Annotated[bool, SAME_RESULT, PRINTS, Help("Check everything, print what would be done, and stop.")] = False
+    any_start: Annotated[bool, SAME_RESULT, Help("Do not stop if the first loss is unusually high.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(TrainingOptions):
+    """Estimate GPU, CPU and disk memory from config.json (no download of weights).
+
+    With DATA it describes the run of qsvd train with the same options, as its --dry-run does: OUT, DATA and all options
+    of training mean the same in both. The exit code is 3 if something does not fit.
+    """
+
+    model: Annotated[
+        Model, Group(""), Help("A 16-bit model, a quantized model, a config.json, or a Hub id.", "MODEL")
+    ] = field(kw_only=False)
+    data: Annotated[
+        str | None, POSITIONAL, Help("Training data, as qsvd train takes: its steps and longest sequence.", "DATA")
+    ] = field(default=None, kw_only=False)
+    estimate: Annotated[
+        Literal["auto", "all", "quantize", "train", "serve"],
+        Help("What to estimate. auto: train, if there is DATA, else all.", aliases=("--for",)),
+    ] = "auto"
+
+    method: Annotated[Method, Group("adapter"), Help("As in qsvd train; lora on a 16-bit MODEL is QLoRA.")] = (
+        TrainingOptions.method
+    )
+    rank: Annotated[int | None, at_least(0), Help("Components per layer. Default: as stored, or 64.")] = (
+        TrainingOptions.rank
+    )
+    batch_size: Annotated[BatchSize, Help("Sequences per forward pass.", aliases=("--batch",))] = (
+        TrainingOptions.batch_size
+    )
+    max_length: Annotated[
+        MaxLength, Help("Maximum sequence length. Default: context, at most 1024.", aliases=("--tokens",))
+    ] = TrainingOptions.max_length
+    gpu: Annotated[str | None, Help("GPU memory, e.g. 24GB. Default: what is free on this machine.", "SIZE")] = (
+        TrainingOptions.gpu
+    )
+    host: Annotated[str | None, Help("CPU memory, e.g. 64GB. Default: what is free, given a GPU.", "SIZE")] = (
+        TrainingOptions.host
+    )
+
+    tflops: Annotated[
+        float | None,
+        Group("machine"),
+        ABOVE_ZERO,
+        Help("Speed, 16-bit TFLOP/s. Default: measured on a GPU of this machine, else assumed."),
+    ] = None
+    link: Annotated[float | None, ABOVE_ZERO, Help("CPU to GPU speed, GB/s. Default: measured here, else 25.")] = None
+    disk: Annotated[float | None, ABOVE_ZERO, Help("Read speed of the disk, GB/s. Default: 3.")] = None
+
+    double_quant: Annotated[DoubleQuant, Group("model")] = True
+    budget: Annotated[str | None, Help("Total size, e.g. 2.75bits or 20GB. Default: 4-bit NF4.", "SIZE")] = None
+    allocation: Allocation = None
+
+    explore: Annotated[bool, Group("output"), Help("Print what fits: rank by sequence length by GPU memory.")] = False
+    json: Json = False
