@@ -19,6 +19,7 @@ from qsvd.export.trained import take_inventory
 from qsvd.files.adapter import FINGERPRINT, open_adapter
 from qsvd.files.atomic import whole_file, write_text
 from qsvd.files.layout import ADAPTER_CONFIG
+from qsvd.prepare.examples import LEAST_HELD_OUT
 from qsvd.prepare.models import open_trained
 from qsvd.prepare.train import TrainRun
 from qsvd.records import Progress, ShowProgress
@@ -33,6 +34,19 @@ def truncated(run: TrainRun) -> str:
     """Return a sentence on examples that were cut."""
     dropped = f", {run.data.dropped} of them left out, since no trained token remained" if run.data.dropped else ""
     return f"{run.data.truncated} examples were cut at {run.settings.max_length} tokens{dropped}"
+
+
+def held_out_note(run: TrainRun) -> str:
+    """Return why fewer than 8 examples are held out, or nothing."""
+    count, total = len(run.held_out.input_ids) if run.held_out else 0, len(run.data.input_ids)
+    if count >= LEAST_HELD_OUT or (count == 0 and run.options.held_out == 0):
+        return ""
+    return (
+        f"{count} of {count + total} examples are held out, since {LEAST_HELD_OUT} are more than a tenth: the held-out "
+        "loss is a rough one; give --valid DATA or a larger --held-out"
+        if run.options.valid is None
+        else f"the validation data have {count} examples: with fewer than {LEAST_HELD_OUT} their loss is a rough one"
+    )
 
 
 class RunRecorder:

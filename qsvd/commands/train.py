@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 
-from qsvd.adapters.load import load
 from qsvd.adapters.model import restore
 from qsvd.commands import plan
 from qsvd.commands.console import StopRequest, display, quiet
@@ -18,6 +17,7 @@ from qsvd.commands.journal import (
     explained_errors,
     finish_run,
     held_out_loss,
+    held_out_note,
     push_run,
     truncated,
 )
@@ -25,9 +25,10 @@ from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
 from qsvd.export.hub import open_repository
 from qsvd.files.adapter import open_adapter
+from qsvd.memory.device import limit_gpu_memory
 from qsvd.options import Train
 from qsvd.prepare.plan import plan_of
-from qsvd.prepare.train import TrainRun, prepare_train
+from qsvd.prepare.train import TrainRun, load_start, prepare_train
 from qsvd.records import ShowProgress, show_nothing
 from qsvd.report.results import TrainResult
 from qsvd.report.training import RunSummary, training_tables
@@ -56,6 +57,8 @@ def main(options: Train) -> None:
         if folder.summary is not None:
             print(f"{run.out} was complete already", file=sys.stderr)
         else:
+            if note := held_out_note(run):
+                print(note, file=sys.stderr)
             with StopRequest("step") as stop, display() as show, quiet():
                 train_run(run, folder, show, lambda: stop.made)
         summary = folder.summary
@@ -96,20 +99,10 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
     recorder = RunRecorder(run, folder, show, is_stop_asked)
     checkpoint, is_new = recorder.checkpoint, recorder.checkpoint is None
     torch.manual_seed(run.options.seed)
-    limit_gpu_memory(run)
+    if run.options.gpu is not None:
+        limit_gpu_memory(run.device, run.placed.memory.limits.gpu)
     with explained_errors(run):
-        model = load(  # 1
-            run.split.folder,
-            options=run.adapter_options,
-            labels=run.data.label_names,
-            device=run.device,
-            dtype=run.dtype,
-            placement=run.placed.placement,
-        )
-        if run.options.chat_template is not None:
-            model.trained_template = run.tokenizer.chat_template
-        if run.init_from is not None:
-            restore(model, run.init_from)
+        model = load_start(run)  # 1
         if folder.start is None or is_new:
             folder.write(START, held_out_loss(run, model, "before"))  # 2
         compared = None if run.options.any_start or not is_new else run.split
@@ -124,11 +117,3 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))  # 3
         if not recorder.is_stopped or trainer.state.global_step >= trainer.state.max_steps:
             finish_run(run, folder, trainer, recorder)  # 4
-
-
-def limit_gpu_memory(run: TrainRun) -> None:
-    """Take no more of a GPU than --gpu says."""
-    limit = run.placed.memory.limits.gpu
-    if run.options.gpu is not None and limit is not None:
-        total = torch.cuda.get_device_properties(run.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), run.device)

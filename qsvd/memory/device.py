@@ -37,3 +37,10 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
+
+
+def limit_gpu_memory(device: torch.device, limit: int | None) -> None:
+    """Let this process take no more than `limit` bytes of a GPU."""
+    if limit is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)

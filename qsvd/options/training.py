@@ -1,6 +1,6 @@
 """The options of `qsvd train`, and of `qsvd plan`, which plans such a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.load import load
 from qsvd.adapters.methods import METHODS
+from qsvd.adapters.model import restore
 from qsvd.adapters.start import check_start, new_record
 from qsvd.data.columns import Tokenized
 from qsvd.data.template_names import check_tokens, read_template
@@ -152,6 +154,23 @@ def prepare_run(options: Train, here: Machine, *, must_fit: bool) -> TrainRun:
         placed=placed,
         init_from=first,
     )
+
+
+def load_start(run: TrainRun) -> Any:
+    """Load the model with the adapter that the training starts from."""
+    model = load(
+        run.split.folder,
+        options=run.adapter_options,
+        labels=run.data.label_names,
+        device=run.device,
+        dtype=run.dtype,
+        placement=run.placed.placement,
+    )
+    if run.options.chat_template is not None:
+        model.trained_template = run.tokenizer.chat_template
+    if run.init_from is not None:
+        restore(model, run.init_from)
+    return model
 
 
 def _adapter_options(options: Train, first: AdapterFolder | None, split: SplitFolder) -> AdapterOptions:

@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM
 
 import qsvd
 from qsvd.adapters.methods import METHODS
+from qsvd.commands.journal import held_out_note
 from qsvd.commands.train import train
 from qsvd.errors import BadInput, Interrupted
 from qsvd.training.run_folder import checkpoints
@@ -207,6 +208,7 @@ def test_at_least_8_examples_are_held_out_where_that_is_a_tenth_or_less(language
     prepared = qsvd.commands.train.prepare_train(options)
     assert len(prepared.held_out.input_ids) == count
     assert len(prepared.data.input_ids) == examples - count
+    assert (f"{count} of {examples} examples are held out" in held_out_note(prepared)) == (count < 8)
 
 
 def logits(model):

@@ -78,7 +78,7 @@ def test_auto_takes_less_on_the_device_where_there_is_less(base, data, tmp_path,
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(base, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("qsvd.commands.train.load", None)
+    monkeypatch.setattr("qsvd.commands.train.load_start", None)
     small = options(base, data, tmp_path / "run", host="1MB")
     with pytest.raises(DoesNotFit, match=r"the run needs [\d.]+ MB of CPU memory, where 0 bytes may be used; "):
         train(small)
