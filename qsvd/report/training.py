@@ -104,7 +104,7 @@ def run_readme(summary: RunSummary, run: str) -> str:
         f"quantized model in `{summary.base}`. `adapter_model.safetensors` and `adapter_config.json` are the\n"
         f"same adapter for PEFT. `steps.jsonl` lists every step, `loss.png` and `loss.svg` plot the loss, and\n"
         f"`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
-        f"```python\nimport qsvd\n\nmodel = qsvd.load({run!r})\n```\n\n"
+        f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n"
         f"```python\nfrom peft import AutoPeftModelForCausalLM  # without qsvd\n\n"
         f"model = AutoPeftModelForCausalLM.from_pretrained({run!r})\n```\n\n"
         f"```sh\nqsvd export {quote(run)} --to peft --out {quote(run + '-peft')}  # a PEFT adapter for the residual\n"

@@ -153,8 +153,8 @@ def test_each_module_knows_its_weights_name_in_the_files(out):
     assert names == set(json.loads((out / "qsvd.json").read_text())["weights"])
 
 
-def test_a_trainer_that_looks_for_a_reference_model_is_told_where_it_is(out):
-    assert qsvd.load(out).config.name_or_path == f"qsvd.load({str(out)!r}): give ref_model=model.reference()"
+def test_a_trainer_that_looks_for_a_reference_model_finds_the_whole_quantized_model(out):
+    assert qsvd.load(out).config.name_or_path == str(out.resolve())
 
 
 def test_a_training_step_moves_the_adapters_alone(out):

@@ -183,7 +183,7 @@ def test_an_adapter_that_does_not_fit_is_refused(options, tmp_path):
         train(replace(fresh, base=other))
     labels = write_rows(tmp_path / "labels.jsonl", labelled_rows())
     with pytest.raises(BadInput, match=r"--init-from .*run has the classes none, and .*labels.jsonl has a, b"):
-        train(replace(fresh, data=labels, valid=None))
+        train(replace(fresh, data=labels, valid=None, task="classification"))
 
 
 @pytest.mark.parametrize(

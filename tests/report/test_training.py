@@ -97,7 +97,8 @@ def test_the_readmes_code_loads_the_run_and_its_commands_export_it(run):
     codes = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     calls = [node for code in codes for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     assert [ast.unparse(call.func) for call in calls] == ["qsvd.load", "AutoPeftModelForCausalLM.from_pretrained"]
-    assert [[ast.literal_eval(argument) for argument in call.args] for call in calls] == [[run], [run]]
+    assert [[ast.literal_eval(argument) for argument in call.args] for call in calls] == [["a 'base'"], [run]]
+    assert ast.literal_eval(calls[0].keywords[0].value) == run
     (commands,) = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
     lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
     assert [line[0] for line in lines] == ["qsvd", "qsvd"]
