@@ -17,8 +17,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import qsvd.hf  # noqa: F401  # registers with transformers
-
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from qsvd.adapters.adapter import AdapterOptions as AdapterOptions
     from qsvd.adapters.load import load as load
@@ -79,6 +77,7 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+import_module("qsvd.hf")  # registers with transformers; if that is loaded, it imports qsvd.plan, so not before this
 
 
 def __getattr__(name: str) -> Any:

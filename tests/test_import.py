@@ -113,3 +113,8 @@ def test_type_checkers_see_every_name_at_the_place_that_it_comes_from():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.asname: line.module for line in block.body for alias in line.names if alias.name == alias.asname}
     assert seen == qsvd._HOMES
+
+
+@pytest.mark.parametrize("first", ["", "import transformers.quantizers.auto; "])
+def test_a_function_keeps_its_name_that_a_folder_has_too(first):
+    assert python(f"{first}import qsvd, qsvd.plan.solve; print(callable(qsvd.plan))") == "True\n"
