@@ -31,7 +31,7 @@ from qsvd.prepare.check_options import check
 from qsvd.prepare.examples import MOST_LENGTH
 from qsvd.prepare.machine import Machine, machine, measured_flops, measured_link
 from qsvd.prepare.quantize import read_table
-from qsvd.prepare.train import TrainRun, adapter_options_of, prepare_run, training_of
+from qsvd.prepare.train import TrainRun, adapter_options_of, prepare_run, starting_options, training_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -159,12 +159,13 @@ def planned_machine(options: Plan) -> tuple[Machine, tuple[str, ...]]:
 
 def plan_source(options: Plan, dtype: torch.dtype) -> PlanSource:
     """Read the config of a 16-bit model, or the record of a quantized one, to compute in a dtype."""
-    adapter = adapter_options_of(options)
     folder = Path(options.model).expanduser()
     if (folder / MANIFEST).is_file():
-        return _of_quantized(options, open_split(folder), adapter, dtype)
+        return _of_quantized(options, open_split(folder), dtype)
+    if options.init_from is not None:
+        raise BadInput(f"--init-from needs the quantized model of that run, and {options.model} is a 16-bit model")
     config = read_config(folder if folder.exists() else download_config(options.model))
-    return _of_config(options, config, adapter, dtype)
+    return _of_config(options, config, adapter_options_of(options), dtype)
 
 
 def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOptions, dtype: torch.dtype) -> PlanSource:
@@ -223,24 +224,25 @@ def _allocation_of(options: Plan, weights: Sequence[WeightSpec]) -> Callable[[in
     return lambda rank: uniform(weights, Choice(codec, rank))
 
 
-def _of_quantized(options: Plan, split: SplitFolder, adapter: AdapterOptions, dtype: torch.dtype) -> PlanSource:
+def _of_quantized(options: Plan, split: SplitFolder, dtype: torch.dtype) -> PlanSource:
     """Return a quantized model with an adapter."""
+    adapter, _ = starting_options(options, split)
     if options.budget is not None or options.allocation is not None:
         raise BadInput(f"{split.folder} is quantized already; --budget and --allocation are for 16-bit models")
     stored = max(split.ranks.values())
     record, model_of = new_record(split, replace(adapter, rank=None)), planner_of(split, dtype)
     is_fixed = record.method == "pissa"
-    if is_fixed and options.rank not in (None, stored):
-        raise BadInput(f"--rank {options.rank} is not {stored}, the stored rank, which pissa trains; leave --rank out")
+    if is_fixed and adapter.rank not in (None, stored):
+        raise BadInput(f"--rank {adapter.rank} is not {stored}, the stored rank, which pissa trains; leave --rank out")
 
     default = Quantize.rank if record.method == "lora" else stored
 
     def make(rank: int) -> SplitModelPlan:
-        is_default = is_fixed or (options.rank is None and rank == default)
+        is_default = is_fixed or (adapter.rank is None and rank == default)
         trained = replace(adapter, method=record.method, rank=None if is_default else rank)
         return model_of(new_record(split, trained))
 
-    rank = options.rank or default
+    rank = adapter.rank or default
     notes = (f"{split.folder} is quantized already: its stored ranks and formats are used.",)
     if record.method == "lora":
         stored = min(min(weight["shape"]) for weight in split.weights.values())

@@ -121,8 +121,7 @@ def prepare_run(options: Train, here: Machine, *, must_fit: bool) -> TrainRun:
         raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
     split = open_split(options.base.expanduser())
     max_length = options.max_length or min(MOST_LENGTH, positions(split))
-    first = None if options.init_from is None else open_adapter(options.init_from.expanduser())
-    adapter_options = _adapter_options(options, first, split)
+    adapter_options, first = starting_options(options, split)
     record = new_record(split, adapter_options)
     check_start(split, record)
     template = None if options.chat_template is None else read_template(options.chat_template)
@@ -173,11 +172,12 @@ def load_start(run: TrainRun) -> Any:
     return model
 
 
-def _adapter_options(options: Train, first: AdapterFolder | None, split: SplitFolder) -> AdapterOptions:
-    """Return the options of the new adapter; one that starts as another has its method, rank, scale and layers."""
+def starting_options(options: TrainingOptions, split: SplitFolder) -> tuple[AdapterOptions, AdapterFolder | None]:
+    """Return the options of a new adapter, and the one of --init-from, whose method, rank, scale and layers it has."""
     given = adapter_options_of(options)
-    if first is None:
-        return given
+    if options.init_from is None:
+        return given, None
+    first = open_adapter(options.init_from.expanduser())
     check_base(first, split.folder, split.fingerprint)
     names = ("method", "rank", "alpha", "target_modules", "rslora")
     there = {name: getattr(first.record, name) for name in names}
@@ -188,7 +188,7 @@ def _adapter_options(options: Train, first: AdapterFolder | None, split: SplitFo
     ]
     if wrong:
         raise BadInput(f"--init-from {options.init_from} has another adapter: leave out {', '.join(wrong)}")
-    return replace(given, **there)
+    return replace(given, **there), first
 
 
 def _settings(options: Train, method: str, optimizer: str, max_length: int, placed: Placed) -> Settings:

@@ -54,3 +54,18 @@ def test_a_plan_on_a_cpu_has_the_memory_and_the_steps_of_the_run(base, tmp_path,
     shown = capsys.readouterr().out
     assert "of CPU memory, batch 2 x " in shown.splitlines()[0]
     assert "cpu, torch.float32" in shown
+
+
+def test_a_run_that_starts_from_another_is_planned_with_the_adapter_of_that_one(base, tmp_path, capsys):
+    data = write_rows(tmp_path / "data.jsonl", text_rows())
+    own = ["--method", "lora", "--rank", "4"]
+    train = ["--out", str(tmp_path / "first"), "--steps", "1", "--max-length", "16", "--device", "cpu"]
+    assert run(["train", str(base), data, *train, *own]) == 0
+    capsys.readouterr()
+    for rows in ([data], []):
+        assert run(["plan", str(base), *rows, *MACHINE, *own]) == 0
+        expected = capsys.readouterr().out
+        assert run(["plan", str(base), *rows, *MACHINE, "--init-from", str(tmp_path / "first")]) == 0
+        assert capsys.readouterr().out == expected
+    assert run(["plan", str(base.parent / "source"), "--init-from", str(tmp_path / "first")]) == 2
+    assert "--init-from needs the quantized model of that run" in capsys.readouterr().err
