@@ -408,8 +408,7 @@ def test_each_flag_is_read_by_its_command(command):
     read = set().union(*(read_in(PACKAGE / f"{module}.py", ("options", "chosen")) for module in READERS[command]))
     if command in ("train", "plan"):
         read |= copied_to_settings()
-    only_trained = {"keep_best", "early_stopping"} if command == "plan" else set()  # they need no memory and no time
-    assert AGREED[command].keys() - read == only_trained
+    assert AGREED[command].keys() - read == set()
 
 
 def test_settings_are_options_and_a_trainer_uses_each():

@@ -60,9 +60,8 @@ class RunRecorder:
     def __init__(self, run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_asked: Callable[[], bool]):
         self._run, self._folder, self._show, self._is_stop_asked = run, folder, show, is_stop_asked
         self.checkpoint, self._before = resume_point(run.out, folder)
-        folder.keep_steps(self._before.number if self._before else 0)
+        self._steps = folder.keep_steps(self._before.number if self._before else 0)
         self._started = time.monotonic()
-        self._steps = folder.steps()
         self.peak_bytes = peak_bytes_of(run.device)
         self.library_bytes = 0 if run.device.type == "cuda" else self.peak_bytes()  # of a process without a model
         self.is_stopped = False
@@ -139,8 +138,9 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     """Write the adapter, pictures, README and summary; the summary last, since it says that the run is complete."""
     model, steps, libraries = trainer.model, folder.steps(), recorder.library_bytes
     peak = recorder.peak_bytes()
+    number = recorder.best or len(steps)
     if recorder.best is not None:
-        restore(model, open_adapter(run.out / f"checkpoint-{recorder.best}"))
+        restore(model, open_adapter(run.out / f"checkpoint-{number}"))
     model.save_pretrained(run.out)
     write_peft_files(run)
     summary = RunSummary(
@@ -161,16 +161,23 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         device=str(run.device),
         best_step=recorder.best,
         **(folder.start or {}),
-        **held_out_loss(run, model, "after"),
+        **_loss_after(run, model, steps[number - 1]),
     )
     measured = [(step.number, step.held_out) for step in steps if step.held_out is not None]
-    ends = [(1, summary.held_out_before), (recorder.best or len(steps), summary.held_out_after)]
+    ends = [(1, summary.held_out_before), (number, summary.held_out_after)]
     held_out = sorted({place: loss for place, loss in [*measured, *ends] if loss is not None}.items())
     for kind in ("png", "svg"):
         with whole_file(run.out / f"loss.{kind}") as file:
             file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
     write_text(run.out / "README.md", _card(run, summary) + run_readme(summary, str(run.options.out)))
     folder.write(SUMMARY, asdict(summary))
+
+
+def _loss_after(run: TrainRun, model: Any, step: Step) -> dict[str, float | None]:
+    """Return what `held_out_loss` measures after a step; --eval-every may have measured all of it already."""
+    if step.held_out is None or run.data.label_names:
+        return held_out_loss(run, model, "after")
+    return {"held_out_after": step.held_out, "accuracy_after": None}
 
 
 def _card(run: TrainRun, summary: RunSummary) -> str:

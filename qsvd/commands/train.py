@@ -109,7 +109,7 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
         trainer = make_trainer(model, run.tokenizer, run.data.as_dataset(), run.settings, run.out, compared)
         trainer.add_callback(TellSteps(recorder.record, recorder.seconds, recorder.peak_bytes))
         trainer.best, trainer.eval_every = lambda: recorder.best, run.options.eval_every
-        trainer.held_out = lambda: held_out_loss(run, model, "after")["held_out_after"] or 0.0
+        trainer.held_out = lambda: held_out_loss(run, model, "after")["held_out_after"]
         recorder.start_clock()
         if checkpoint is not None and recorder.has_stalled:
             restore(model, open_adapter(checkpoint))  # --early-stopping ended it before it was killed

@@ -3,11 +3,11 @@
 Each is the format that the model of its name was published with, and marks the assistant's text for training.
 """
 
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qsvd.arguments import meant
 from qsvd.errors import BadInput, listing
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def read_template(name: str) -> str:
         return (files("qsvd.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
     path = Path(name).expanduser()
     if not path.is_file():
-        near = get_close_matches(name, TOKENS, 1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise BadInput(f"--chat-template {name} is neither a file nor one of {', '.join(TOKENS)}{meant}")
+        raise BadInput(f"--chat-template {name} is neither a file nor one of {', '.join(TOKENS)}{meant(name, TOKENS)}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

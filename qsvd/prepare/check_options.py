@@ -150,9 +150,9 @@ def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     for flag, is_given in {"--dropout": options.dropout > 0, "--rslora": options.rslora}.items():
         if is_given and options.method not in ("auto", "lora"):
             wrong.append(f"{flag} is for --method lora, and --method is {options.method}: change one of them")
-    needing = [flag for flag in ("keep_best", "early_stopping") if getattr(options, flag)]
-    if options.eval_every is None and needing:
-        flags = " and ".join(f"--{flag.replace('_', '-')}" for flag in needing)
+    comparing = {"--keep-best": options.keep_best, "--early-stopping": options.early_stopping is not None}
+    if options.eval_every is None and any(comparing.values()):
+        flags = " and ".join(flag for flag, is_given in comparing.items() if is_given)
         wrong.append(f"{flags} compare held-out losses: give --eval-every N too")
     if options.layer_major and options.packing:
         wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")

@@ -73,8 +73,8 @@ class SplitTraining(Trainer):
             leaves the comparison out.
         keep: How many checkpoints are kept.
         best: Returns the step whose checkpoint is kept too, or None.
-        held_out: Returns the loss on the held-out examples; None measures none.
-        eval_every: Steps between two of these measurements.
+        held_out: Returns the loss on the held-out examples.
+        eval_every: Steps between two of these measurements; None measures none.
     """
 
     model: Any
@@ -83,7 +83,7 @@ class SplitTraining(Trainer):
     keep: int
     is_classifier: bool
     best: Callable[[], int | None]
-    held_out: Callable[[], float] | None = None
+    held_out: Callable[[], float | None]
     eval_every: int | None = None
 
     @property
@@ -112,9 +112,10 @@ class SplitTraining(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the held-out loss to what is logged for a step, so that files and trackers get both."""
         step, last = self.state.global_step, self.state.max_steps
-        if "grad_norm" in logs and self.held_out and self.eval_every and (step % self.eval_every == 0 or step == last):
-            logs["eval_loss"] = self.held_out()
-            self.model.train()
+        if "grad_norm" in logs and self.eval_every and (step % self.eval_every == 0 or step == last):
+            loss = self.held_out()
+            assert loss is not None, "prepare_train refuses --eval-every without held-out examples"
+            logs["eval_loss"] = loss
         super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
