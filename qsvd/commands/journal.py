@@ -25,12 +25,6 @@ from qsvd.training.run_folder import SUMMARY, RunFolder, checkpoints, step_of
 from qsvd.training.steps import Step, memory_by_item, peak_bytes_of, planned_by_item
 
 
-def truncated(run: TrainRun) -> str:
-    """Return a sentence on examples that were cut."""
-    dropped = f", {run.data.dropped} of them left out, since no trained token remained" if run.data.dropped else ""
-    return f"{run.data.truncated} examples were cut at {run.settings.max_length} tokens{dropped}"
-
-
 class RunRecorder:
     """Writes every step into the run's folder, shows it, and passes on the wish to stop.
 
