@@ -1,5 +1,7 @@
 """`qsvd allocate`: measure every weight with several codecs and ranks, solve for the best choices, write a table."""
 
+import sys
+
 from rich.console import Console
 
 from qsvd.commands.console import watched
@@ -11,6 +13,7 @@ from qsvd.plan.solve import AllocationResult, relative
 from qsvd.prepare.allocate import AllocateRun, measure_and_solve, prepare_allocate, sealed
 from qsvd.records import ShowProgress, show_nothing
 from qsvd.report.allocation import allocation_tables
+from qsvd.report.next_commands import after_allocate, last_lines
 from qsvd.report.results import AllocateResult
 
 
@@ -28,6 +31,7 @@ def main(options: Allocate, checkpoint: Checkpoint | None = None) -> None:
         result = write_allocation(run, show)
     Console().print(allocation_tables(run.task, result), highlight=False)
     print(f"\n{run.out}")
+    print(last_lines("an allocation", options.out, after_allocate(options)), file=sys.stderr)
 
 
 def allocate(options: Allocate, show: ShowProgress = show_nothing) -> AllocateResult:

@@ -14,6 +14,7 @@ from qsvd.files.statistics import open_statistics, open_unfinished, save_unfinis
 from qsvd.options import Calibrate
 from qsvd.prepare.calibrate import CalibrateRun, prepare_calibrate
 from qsvd.records import Progress, ShowProgress, show_nothing
+from qsvd.report.next_commands import after_calibrate, last_lines
 from qsvd.report.results import CalibrateResult
 
 HOST_SHARE = 0.5  # of the free CPU memory, for the hidden states of a chunk
@@ -28,12 +29,15 @@ def main(options: Calibrate) -> None:
     """
     with quiet():
         run = prepare_calibrate(options)
+        if run.cut:
+            print(run.cut, file=sys.stderr)
         if run.is_complete:
             print(f"{run.out} was complete already", file=sys.stderr)
         kept = f"finished examples are kept, the same command continues for {run.out}"
         with watched("chunk of examples", kept) as show:
             measure(run, show)
     print(run.out)
+    print(last_lines("statistics", options.out, after_calibrate(options)), file=sys.stderr)
 
 
 def calibrate(options: Calibrate, show: ShowProgress = show_nothing) -> CalibrateResult:

@@ -36,6 +36,7 @@ from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
 from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.card import card_header, origin_of
+from qsvd.report.next_commands import after_export, last_lines
 from qsvd.report.results import Checked, ExportResult
 from qsvd.report.serving import PLUGIN, four_bit_line, lora_flags
 
@@ -127,6 +128,16 @@ def main(options: Export) -> None:
     with display() as show:
         opened, done, repository = _export(options, show)
     print("\n".join([*done.lines, f"\n{options.out}"]))
+    original = options.original or opened.split.manifest["source"]["model"]
+    found = after_export(
+        options.to,
+        options.out,
+        original if options.to == "lora" else str(opened.split.folder),
+        generates=opened.task == "CAUSAL_LM",
+        has_components=any(opened.split.ranks.values()),
+    )
+    what = {"peft": "an adapter", "lora": "a LoRA", "merged": "a 16-bit model"}[options.to]
+    print(last_lines(what, options.out, found), file=sys.stderr)
     if repository is not None:
         print(_push(options, opened, repository))
 

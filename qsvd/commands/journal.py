@@ -30,12 +30,6 @@ from qsvd.training.run_folder import SUMMARY, RunFolder, checkpoints, step_of
 from qsvd.training.steps import Step, best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 
 
-def truncated(run: TrainRun) -> str:
-    """Return a sentence on examples that were cut."""
-    dropped = f", {run.data.dropped} of them left out, since no trained token remained" if run.data.dropped else ""
-    return f"{run.data.truncated} examples were cut at {run.settings.max_length} tokens{dropped}"
-
-
 def held_out_note(run: TrainRun) -> str:
     """Return why fewer than 8 examples are held out, or nothing."""
     count, total = len(run.held_out.input_ids) if run.held_out else 0, len(run.data.input_ids)

@@ -29,6 +29,7 @@ from qsvd.prepare.quantize import QuantizeRun, check_resources, check_room, prep
 from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
 from qsvd.report.card import header_of
 from qsvd.report.errors import from_record, to_record, totals_table
+from qsvd.report.next_commands import after_quantize, last_lines
 from qsvd.report.readme import readme
 from qsvd.report.results import QuantizeResult
 from qsvd.report.totals import totals
@@ -58,6 +59,7 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
         print(f"{run.out} was complete already", file=sys.stderr)
     show_report(run.out, worst=5)
     print(f"\n{run.out}")
+    print(last_lines("a quantized model", options.out, after_quantize(options.out)), file=sys.stderr)
     if repository is not None:
         print(push_quantized(run.out, repository))
 

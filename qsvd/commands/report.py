@@ -1,6 +1,7 @@
 """`qsvd report`: print the error report of a quantized model again, without torch."""
 
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from qsvd.options import Report
 from qsvd.records import Coverage, LeftTensors, WeightError
 from qsvd.report.errors import from_record, to_json, to_terminal
 from qsvd.report.header import ReportHeader
+from qsvd.report.next_commands import after_quantize, last_lines
 
 
 def main(options: Report) -> None:
@@ -20,6 +22,7 @@ def main(options: Report) -> None:
         print(json.dumps(to_json(*load_report(folder), worst_count=options.worst), indent=2))
     else:
         show_report(folder, worst=options.worst)
+        print(last_lines("a quantized model", options.folder, after_quantize(options.folder)), file=sys.stderr)
 
 
 def show_report(folder: Path, *, worst: int) -> None:

@@ -19,7 +19,6 @@ from qsvd.commands.journal import (
     held_out_loss,
     held_out_note,
     push_run,
-    truncated,
 )
 from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
@@ -27,9 +26,11 @@ from qsvd.export.hub import open_repository
 from qsvd.files.adapter import open_adapter
 from qsvd.memory.device import limit_gpu_memory
 from qsvd.options import Train
+from qsvd.prepare.examples import cut_in_words, in_words
 from qsvd.prepare.plan import plan_of
 from qsvd.prepare.train import TrainRun, load_start, prepare_train
 from qsvd.records import ShowProgress, show_nothing
+from qsvd.report.next_commands import after_train, last_lines
 from qsvd.report.results import TrainResult
 from qsvd.report.training import RunSummary, training_tables
 from qsvd.training.run_folder import START, RunFolder
@@ -50,8 +51,9 @@ def main(options: Train) -> None:
     if options.preview:
         Console().print(preview(run.data, run.tokenizer), soft_wrap=True)
         return
-    if run.data.truncated:
-        print(truncated(run), file=sys.stderr)
+    print(f"Training: {in_words(run.data, run.held_out, options.chat_template)}", file=sys.stderr)
+    for data in {one.places.source: one for one in (run.data, run.held_out) if one and one.truncated}.values():
+        print(cut_in_words(data, run.settings.max_length), file=sys.stderr)
     repository = open_repository(options)
     with RunFolder(run.out, run.identity, resume=options.resume, total=run.total_steps) as folder:
         if folder.summary is not None:
@@ -66,6 +68,8 @@ def main(options: Train) -> None:
         raise Interrupted(f"interrupted; the last step is saved, the same command with --resume continues in {run.out}")
     Console().print(training_tables(RunSummary(**summary)))
     print(f"\n{run.out}")
+    found = after_train(options.base, options.out, options.valid, generates=not run.data.label_names)
+    print(last_lines("a run", options.out, found), file=sys.stderr)
     if repository is not None:
         print(push_run(run, RunSummary(**summary), repository))
 

@@ -33,6 +33,7 @@ class Examples:
     rows: list[Row]
     places: Places
     literal: bool = True  # strings of a pair are used as they are; else a chat template may be applied to the prompt
+    columns: tuple[str, ...] = ()  # of the file, that were used
 
     def where(self, index: int) -> str:
         """Return the place of an example, "train.jsonl, line 3"."""
@@ -84,7 +85,9 @@ def recognise(rows: Rows, mapping: Mapping[str, str], *, labels: bool = True) ->
             problems.append((rows.places.short(index), str(error)))
     if problems:
         raise BadInput(refusal(f"{rows.places.source}, read as {chosen}", "broken example", problems))
-    return Examples(chosen.kind, converted, rows.places, chosen.literal)
+    used = [name for name in columns if mapping.get(name, name) in (*chosen.required, *chosen.optional)]
+    used = [name for name in used if name in mapping or name not in mapping.values()]
+    return Examples(chosen.kind, converted, rows.places, chosen.literal, tuple(used))
 
 
 def _convert(chosen: ColumnSet, row: Row, mapping: Mapping[str, str]) -> Row:
@@ -214,6 +217,9 @@ class Tokenized:
         truncated: Examples that were cut at max_length.
         dropped: Those of them that were left out, because no trained token was left.
         token_types: For pairs of texts only.
+        cut_tokens: Tokens after max_length, which are not used.
+        columns: Columns of the file that were used.
+        has_template: Whether the chat template was applied.
     """
 
     kind: Kind
@@ -224,6 +230,9 @@ class Tokenized:
     dropped: int = 0
     label_names: tuple[str, ...] = ()
     token_types: list[list[int]] | None = None
+    cut_tokens: int = 0
+    columns: tuple[str, ...] = ()
+    has_template: bool = False
 
     def where(self, index: int) -> str:
         """Return the place of a sequence, "train.jsonl, line 3"."""

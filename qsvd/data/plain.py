@@ -116,7 +116,7 @@ def tokenize_labelled(
         )
     names = find_labels(examples) if label_names is None else tuple(label_names)
     labels = _numbers(examples, names)
-    ids, types, truncated = [], [], 0
+    ids, types, truncated, cut_tokens = [], [], 0, 0
     for start in range(0, len(examples.rows), BATCH):
         batch = examples.rows[start : start + BATCH]
         first, second = [row["text"] for row in batch], [row["text_pair"] or "" for row in batch] if pairs else None
@@ -124,9 +124,12 @@ def tokenize_labelled(
         lengths = [len(tokens) for tokens in whole["input_ids"]]
         cut = tokenizer(first, second, truncation=True, max_length=max_length) if max(lengths) > max_length else whole
         truncated += sum(length > max_length for length in lengths)
+        cut_tokens += sum(max(0, length - max_length) for length in lengths)
         ids += cut["input_ids"]
         types += cut["token_type_ids"] if pairs and "token_type_ids" in cut else []
-    return Tokenized("labelled", ids, labels, examples.places, truncated, 0, names, types or None)
+    return Tokenized(
+        "labelled", ids, labels, examples.places, truncated, 0, names, types or None, cut_tokens, examples.columns
+    )
 
 
 def find_labels(examples: Examples) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Examples -> token ids, and for each token whether it is trained."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from qsvd.data import chat, plain
@@ -60,7 +61,8 @@ def tokenize(
     sequences = _mark_answers(examples, tokenizer, loss_on, stop_ids)
     if loss_on == "answers":
         _check_share(sequences, examples.places.source)
-    return _cut(examples, sequences, max_length)
+    is_literal = examples.literal or chat.chat_template(tokenizer) is None
+    return replace(_cut(examples, sequences, max_length), has_template=_has_messages(examples) or not is_literal)
 
 
 def question_prompts(questions: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -76,8 +78,7 @@ def _mark_answers(
     examples: Examples, tokenizer: "PreTrainedTokenizerBase", loss_on: str, stop_ids: Sequence[int]
 ) -> list[Marked]:
     template = chat.chat_template(tokenizer)
-    has_messages = examples.kind == "chat" or any(isinstance(row["prompt"], list) for row in examples.rows)
-    if not has_messages and (examples.literal or template is None):
+    if not _has_messages(examples) and (examples.literal or template is None):
         return _mark_pairs(examples, tokenizer, loss_on)
     if template is None:
         raise BadInput(
@@ -85,6 +86,10 @@ def _mark_answers(
             "put a chat_template.jinja next to the tokenizer, or give prompt and completion as text"
         )
     return _mark_chats(examples, template, loss_on, stop_tokens_of(tokenizer, stop_ids))
+
+
+def _has_messages(examples: Examples) -> bool:
+    return examples.kind == "chat" or any(isinstance(row["prompt"], list) for row in examples.rows)
 
 
 def _tokenize_text(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Tokenized:
@@ -95,7 +100,7 @@ def _tokenize_text(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max
     ]
     _refuse_untrained(examples.places, blank, "no text")
     kept = [(index, window) for index, of in enumerate(windows) for window in of]
-    return _collect(examples, kept, truncated=0, dropped=0)
+    return _collect(examples, kept)
 
 
 def _mark_pairs(examples: Examples, tokenizer: "PreTrainedTokenizerBase", loss_on: str) -> list[Marked]:
@@ -168,10 +173,11 @@ def _check_share(sequences: Sequence[Marked], source: str) -> None:
 
 
 def _cut(examples: Examples, sequences: Sequence[Marked], max_length: int) -> Tokenized:
-    kept, truncated, untrained = [], 0, []
+    kept, truncated, cut_tokens, untrained = [], 0, 0, []
     for index, sequence in enumerate(sequences):
         short = Marked(sequence.input_ids[:max_length], sequence.labels[:max_length])
         truncated += len(short.input_ids) < len(sequence.input_ids)
+        cut_tokens += len(sequence.input_ids) - len(short.input_ids)
         untrained.append(sequence.num_trained == 0)
         if short.num_trained:
             kept.append((index, short))
@@ -182,15 +188,15 @@ def _cut(examples: Examples, sequences: Sequence[Marked], max_length: int) -> To
             f"{examples.places.source}: no example has a trained token within max_length {max_length}; "
             f"the shortest has {shortest} tokens; raise --max-length"
         )
-    return _collect(examples, kept, truncated, dropped=len(sequences) - len(kept))
+    data = _collect(examples, kept)
+    return replace(data, truncated=truncated, dropped=len(sequences) - len(kept), cut_tokens=cut_tokens)
 
 
-def _collect(examples: Examples, kept: Sequence[tuple[int, Marked]], truncated: int, dropped: int) -> Tokenized:
+def _collect(examples: Examples, kept: Sequence[tuple[int, Marked]]) -> Tokenized:
     return Tokenized(
         examples.kind,
         [sequence.input_ids for _, sequence in kept],
         [sequence.labels for _, sequence in kept],
         examples.places.take([index for index, _ in kept]),
-        truncated,
-        dropped,
+        columns=examples.columns,
     )

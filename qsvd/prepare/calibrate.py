@@ -22,7 +22,7 @@ from qsvd.option_types import result_options
 from qsvd.options import Calibrate
 from qsvd.plan.weights import ModelPlan, causal_classes, context_length, is_classifier
 from qsvd.prepare.check_options import check
-from qsvd.prepare.examples import MOST_LENGTH, mapping_of, open_tokenizer, stop_ids
+from qsvd.prepare.examples import checked_length, cut_in_words, mapping_of, open_tokenizer, stop_ids
 from qsvd.prepare.models import class_names, open_16_bit
 
 
@@ -36,6 +36,7 @@ class CalibrateRun:
     examples: tuple[Example, ...]
     device: torch.device
     dtype: torch.dtype
+    cut: str  # a sentence on examples that were cut, or nothing
 
     @property
     def out(self) -> Path:
@@ -72,25 +73,16 @@ def prepare_calibrate(options: Calibrate) -> CalibrateRun:
     check(options)
     device = device_of(options.device)
     checkpoint, plan = open_16_bit(options.model, options.include, options.exclude)
-    options = replace(options, max_length=_length(options, checkpoint))
-    examples = _examples(options, checkpoint, plan)
-    run = CalibrateRun(options, checkpoint, plan, examples, device, dtype_of(options.dtype, device))
+    length = checked_length(options.max_length, context_length(checkpoint.config), options.model)
+    options = replace(options, max_length=length)
+    examples, cut = _examples(options, checkpoint, plan)
+    run = CalibrateRun(options, checkpoint, plan, examples, device, dtype_of(options.dtype, device), cut)
     _ = run.is_complete  # refuses the file of another run
     return run
 
 
-def _length(options: Calibrate, checkpoint: Checkpoint) -> int:
-    """Return --max-length, or the model's context, at most MOST_LENGTH."""
-    context = context_length(checkpoint.config)
-    if options.max_length is None:
-        return min(MOST_LENGTH, context)
-    if options.max_length > context:
-        raise BadInput(f"--max-length {options.max_length} is above {context}, the positions of {options.model}")
-    return options.max_length
-
-
-def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[Example, ...]:
-    """Return as many examples as are asked for, in the order of the data."""
+def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[tuple[Example, ...], str]:
+    """Return as many examples as are asked for, in the order of the data, and a sentence on those that were cut."""
     assert checkpoint.folder is not None, "opened from files"
     assert options.max_length is not None, "chosen by now"
     classifies = is_classifier(plan.architecture)
@@ -123,10 +115,9 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
         )
     order = torch.randperm(there, generator=torch.Generator().manual_seed(options.seed))
     types = data.token_types or [None] * there
-    return tuple(
-        Example(data.input_ids[index], data.labels[index], types[index])
-        for index in sorted(order[: options.examples].tolist())
-    )
+    chosen = sorted(order[: options.examples].tolist())
+    found = tuple(Example(data.input_ids[index], data.labels[index], types[index]) for index in chosen)
+    return found, cut_in_words(data, options.max_length) if data.truncated else ""
 
 
 def _labels(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """The data of a run: rows to tokens, and what is held out."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from qsvd.data.columns import Examples, Tokenized, recognise
 from qsvd.data.read import read_pair, read_rows
 from qsvd.data.row_files import Rows
 from qsvd.data.tokens import tokenize
-from qsvd.errors import BadInput, listing
+from qsvd.errors import BadInput
 from qsvd.files.split_folder import SplitFolder
 from qsvd.options import Train
 from qsvd.plan.weights import causal_classes, context_length
+from qsvd.report.errors import short_count
 
 MOST_LENGTH = 1024  # tokens of a sequence, unless more are asked for
 LEAST_HELD_OUT, MOST_HELD_OUT = 8, 256  # examples, where no validation data are given
@@ -83,7 +83,6 @@ def training_examples(
         held_out = tokenize(others, tokenizer, **chosen, label_names=data.label_names or None)
     elif options.held_out:
         data, held_out = _hold_out(data, options)
-    _check_lengths(positions(split), [data] if held_out is None else [data, held_out])
     return data, held_out
 
 
@@ -129,19 +128,50 @@ def _check_kind(options: Train, examples: Examples) -> None:
         )
 
 
-def _check_lengths(limit: int, tokenized: Sequence[Tokenized]) -> None:
-    """Refuse sequences that are longer than what the model can read."""
-    long = [
-        f"{one.where(index)} ({len(tokens)})"
-        for one in tokenized
-        for index, tokens in enumerate(one.input_ids)
-        if len(tokens) > limit
-    ]
-    if long:
-        raise BadInput(
-            f"{len(long)} sequences have more tokens than the {limit} positions of the model: {listing(long)}; "
-            f"give --max-length {limit}"
-        )
+NOUNS = {
+    "chat": "conversations",
+    "pair": "prompt/completion pairs",
+    "text": "texts",
+    "labelled": "labelled texts",
+}
+
+
+def in_words(data: Tokenized, held_out: Tokenized | None, template: str | None) -> str:
+    """Return what a run trains, for its first line.
+
+    Args:
+        template: The chat template that was asked for; None is that of the tokenizer.
+    """
+    task = f"classifier of {len(data.label_names)} classes" if data.label_names else "causal language model"
+    parts = []
+    if data.places.unit:  # not one text
+        parts.append(f"column{'s' if len(data.columns) > 1 else ''} {', '.join(data.columns)}")
+    if data.kind in ("chat", "pair"):
+        parts.append(f"chat template {template or 'of the model'}" if data.has_template else "no chat template")
+    how = f" ({'; '.join(parts)})" if parts else ""
+    unit = "sequences" if data.kind == "text" else "examples"
+    others = f" and {len(held_out.input_ids):,} held out" if held_out else ""
+    count = f"{len(data.input_ids):,} {unit}{others}"
+    if data.label_names:
+        return f"{task} on {NOUNS[data.kind]}{how}, {count}, {short_count(data.num_tokens)} tokens"
+    tokens = f"{short_count(data.num_trained)} of {short_count(data.num_tokens)} tokens trained"
+    return f"{task} on {NOUNS[data.kind]}{how}, {count}, {tokens}"
+
+
+def cut_in_words(data: Tokenized, max_length: int) -> str:
+    """Return a sentence on the examples that were cut."""
+    dropped = f", {data.dropped:,} of them left out, since no trained token remained" if data.dropped else ""
+    return (
+        f"{data.places.source}: {data.truncated:,} examples were cut at {max_length:,} tokens (--max-length){dropped}; "
+        f"{data.cut_tokens:,} tokens are not used"
+    )
+
+
+def checked_length(wanted: int | None, context: int, model: str) -> int:
+    """Return --max-length, or the model's context, at most MOST_LENGTH; a BadInput where it is above the context."""
+    if wanted is not None and wanted > context:
+        raise BadInput(f"--max-length {wanted} is above {context}, the positions of {model}")
+    return wanted or min(MOST_LENGTH, context)
 
 
 def _hold_out(data: Tokenized, options: Train) -> tuple[Tokenized, Tokenized | None]:

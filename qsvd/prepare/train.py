@@ -33,7 +33,7 @@ from qsvd.memory.training import Training
 from qsvd.option_types import result_options
 from qsvd.options import Train, TrainingOptions
 from qsvd.prepare.check_options import check
-from qsvd.prepare.examples import MOST_LENGTH, open_tokenizer, positions, training_examples
+from qsvd.prepare.examples import checked_length, open_tokenizer, positions, training_examples
 from qsvd.prepare.machine import Machine, machine, place_training, show_placement
 from qsvd.training.settings import Settings, default_optimizer
 
@@ -120,7 +120,7 @@ def prepare_run(options: Train, here: Machine, *, must_fit: bool) -> TrainRun:
     if options.activation_offload == "yes" and device.type == "cpu":
         raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
     split = open_split(options.base.expanduser())
-    max_length = options.max_length or min(MOST_LENGTH, positions(split))
+    max_length = checked_length(options.max_length, positions(split), str(options.base))
     adapter_options, first = starting_options(options, split)
     record = new_record(split, adapter_options)
     check_start(split, record)

@@ -61,9 +61,13 @@ def start(*arguments, cwd, stderr=subprocess.PIPE):
     )
 
 
+ALWAYS = ("Training: ", "Done: ", "Next: ")  # starts of lines on stderr
+
+
 def without_progress(err):
-    """What was written to stderr, without the lines of progress."""
-    return "".join(line for line in err.splitlines(keepends=True) if not line.endswith(" s left\n"))
+    """What was written to stderr, without progress, what is trained, and the last lines on the output."""
+    lines = err.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.endswith(" s left\n") and not line.startswith(ALWAYS))
 
 
 def python_path():

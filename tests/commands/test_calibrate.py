@@ -48,7 +48,7 @@ def test_a_language_model_on_texts_against_autograd(stories, texts, tmp_path, ca
     assert run(["calibrate", str(stories), str(texts), "--out", str(out), *flags]) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{out}\n"
-    assert shown.err.splitlines()[-1].startswith("100 %, 4/4 examples kept, 0 s left, loss ")
+    assert shown.err.splitlines()[-3].startswith("100 %, 4/4 examples kept, 0 s left, loss ")
     model = transformers.AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(stories)
     tokens = [torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]]) for text in TEXTS]

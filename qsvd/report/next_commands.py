@@ -1,0 +1,82 @@
+"""The last lines of a command: what was written, its size, and the commands that come next, to copy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import join, quote
+
+from qsvd.errors import show_size
+from qsvd.options import Allocate, Calibrate
+from qsvd.report.readme import RESIDUAL
+
+DATA = "DATA  # DATA: a file of examples, or a Hub id"
+
+
+def last_lines(what: str, path: Path, commands: Sequence[str] = ()) -> str:
+    """Return "Done: OUT, a quantized model, 531 MB in 12 files", and a line for each command.
+
+    Args:
+        what: "a quantized model".
+        path: A file or folder, as the user wrote it.
+    """
+    place = path.expanduser()
+    files = [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
+    size = show_size(sum(file.stat().st_size for file in files))
+    count = f" in {len(files):,} files" if place.is_dir() else ""
+    return "\n".join([f"Done: {path}, {what}, {size}{count}", *(f"Next: {command}" for command in commands)])
+
+
+def after_quantize(out: Path) -> list[str]:
+    """Return the command that trains a quantized model."""
+    return [f"qsvd train {quote(str(out))} --out {quote(f'{out}-run')} {DATA}"]
+
+
+def after_calibrate(options: Calibrate) -> list[str]:
+    """Return the command that quantizes with the statistics."""
+    name = f"{Path(options.model).name}-quantized"
+    words = ["qsvd", "quantize", options.model, "--out", name, "--budget", "2.75bits", "--objective", "fisher"]
+    return [join([*words, "--statistics", str(options.out), *_layers(options)])]
+
+
+def after_allocate(options: Allocate) -> list[str]:
+    """Return the command that quantizes by the table."""
+    name = f"{Path(options.model).name}-quantized"
+    words = ["qsvd", "quantize", options.model, "--out", name, "--allocation", str(options.out)]
+    if options.objective == "fisher":
+        words += ["--objective", "fisher", "--statistics", str(options.statistics)]
+    return [join([*words, *_layers(options)])]
+
+
+def _layers(options: Calibrate | Allocate) -> list[str]:
+    include = ["--include", *options.include] if options.include else []
+    return include + (["--exclude", *options.exclude] if options.exclude else [])
+
+
+def after_train(base: Path, run: Path, valid: str | None, *, generates: bool) -> list[str]:
+    """Return the commands that use a run.
+
+    Args:
+        valid: Validation data, if there are some besides the training data.
+        generates: Whether it is a language model.
+    """
+    commands = [join(["qsvd", "generate", str(run), "--prompt", "Hello"])] if generates else []
+    if valid is not None:
+        commands.append(join(["qsvd", "eval", str(base), str(run), "--data", valid]))
+    return [*commands, join(["qsvd", "export", str(run), "--to", "merged", "--out", f"{run}-merged"])]
+
+
+def after_export(form: str, out: Path, base: str, *, generates: bool, has_components: bool) -> list[str]:
+    """Return the line that loads or serves an export.
+
+    Args:
+        form: --to.
+        base: The model that an adapter is for.
+        generates: Whether it is a language model.
+        has_components: Whether the quantized model that a PEFT adapter is for has an adapter of its own.
+    """
+    if not generates:
+        return []
+    if form == "merged":
+        return [f"vllm serve {quote(str(out))}"]
+    more = RESIDUAL if form == "peft" and has_components else ""
+    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}{more}), {str(out)!r})"
+    return [f"(Python) from peft import PeftModel; from transformers import AutoModelForCausalLM; model = {load}"]
