@@ -72,7 +72,7 @@ def labelled_rows(count=14):
 def training(base, data, out, **changes):
     """A short run on a CPU."""
     chosen = {"steps": 4, "batch_size": 2, "accumulate": 2, "max_length": 32, "held_out": 0.0, "device": "cpu"}
-    return Train(base, data, out, **(chosen | changes))
+    return Train(str(base), data, out, **(chosen | changes))
 
 
 def words(options):

@@ -92,6 +92,10 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "rslora": False,
         "dropout": 0.0,
         "target_modules": (),
+        "budget": None,
+        "allocation": None,
+        "double_quant": True,
+        "quantized": None,
         "learning_rate": None,
         "schedule": "cosine",
         "warmup": 0.03,
@@ -183,16 +187,25 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
     "demo": {"out": Path("build/demo"), "ranks": (0, 16, 32, 64), "tokens": 20_000, "epochs": 2.0},
 }
 NOT_SHARED = (
-    *("base", "data", "out", "save_every", "keep", "resume", "report_to", "any_start", "preview", "dry_run"),
+    *(
+        "base",
+        "data",
+        "out",
+        "quantized",
+        "save_every",
+        "keep",
+        "resume",
+        "report_to",
+        "any_start",
+        "preview",
+        "dry_run",
+    ),
     *("push_to_hub", "public"),
 )
 AGREED["plan"] = {
     "model": REQUIRED,
     "data": None,
     "estimate": "auto",
-    "double_quant": True,
-    "budget": None,
-    "allocation": None,
     "explore": False,
     "tflops": None,
     "link": None,
@@ -201,7 +214,7 @@ AGREED["plan"] = {
 } | {name: default for name, default in AGREED["train"].items() if name not in NOT_SHARED}
 READERS = {
     "calibrate": ("prepare/calibrate", "commands/calibrate"),
-    "plan": ("prepare/check_options", "prepare/plan", "prepare/train", "prepare/examples", "commands/plan"),
+    "plan": ("prepare/check_options", "prepare/plan", "prepare/train", "data/examples", "commands/plan"),
     "allocate": ("prepare/allocate", "commands/allocate"),
     "quantize": (
         "export/hub",
@@ -215,11 +228,12 @@ READERS = {
         "export/hub",
         "prepare/check_options",
         "prepare/train",
-        "prepare/examples",
+        "prepare/quantize_first",
+        "data/examples",
         "commands/journal",
         "commands/train",
     ),
-    "eval": ("prepare/check_options", "prepare/evaluate", "prepare/examples", "prepare/models", "commands/eval"),
+    "eval": ("prepare/check_options", "prepare/evaluate", "data/examples", "prepare/models", "commands/eval"),
     "generate": ("prepare/check_options", "prepare/generate", "commands/generate"),
     "export": ("export/hub", "prepare/models", "commands/export"),
     "report": ("commands/report",),
@@ -444,7 +458,7 @@ def test_the_help_has_a_box_for_each_group(capsys):
         parse(["train", "--help"])
     shown = capsys.readouterr().out
     titles = re.findall(r"(\w+) options", shown)
-    assert titles == ["adapter", "schedule", "data", "evaluation", "optimizer", "memory", "run", "output"]
+    assert titles == ["adapter", "model", "schedule", "data", "evaluation", "optimizer", "memory", "run", "output"]
     assert shown.index("memory options") < shown.index("--layer-major") < shown.index("run options")
 
 

@@ -227,7 +227,7 @@ def planned(
         spec.name: tensors(kinds[spec.module], spec.shape, ranks[spec.module], trained[spec.module])
         for spec in names.weights
     }
-    return SplitModelPlan(empty, names, allocation, adapters)
+    return SplitModelPlan(empty, names, allocation, adapters, name)
 
 
 def _spec(name: str, weight: Mapping[str, object]) -> WeightSpec:

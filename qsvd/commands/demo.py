@@ -92,7 +92,7 @@ def _fine_tune(options: Demo) -> Table:
         base = quantize(Quantize(str(MODEL), out=_folder(options, way.base_rank), rank=way.base_rank, device="cpu"))
         run = train(
             Train(
-                base=base.path,
+                base=str(base),
                 data=str(data),
                 out=options.out.expanduser() / f"run-{way.method}",
                 method=way.method,

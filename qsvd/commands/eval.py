@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from qsvd.commands.console import display, quiet
+from qsvd.data.examples import positions, stop_ids
 from qsvd.data.masks import ends_of_turn
 from qsvd.data.tokens import question_prompts, tokenize
 from qsvd.errors import BadInput
@@ -23,7 +24,6 @@ from qsvd.memory.placement import Wish
 from qsvd.options import Eval
 from qsvd.plan.weights import context_length
 from qsvd.prepare.evaluate import EvalRun, Subject, prepare_eval
-from qsvd.prepare.examples import positions, stop_ids
 from qsvd.prepare.machine import machine, place_reading
 from qsvd.prepare.models import NamedModel, class_names, load_model, record_of
 from qsvd.records import Progress, ShowProgress, show_nothing
@@ -235,7 +235,7 @@ def _load(subject: Subject, run: EvalRun) -> Any:
 
 def _placement(found: NamedModel, run: EvalRun) -> Placement:
     split = open_split(found.home)
-    tokens = min(run.options.window or MOST_WINDOW, positions(split))
+    tokens = min(run.options.window or MOST_WINDOW, positions(split.folder))
     batch = Batch(tokens, run.options.batch_size, is_masked=True, checkpointing=True, device=run.device.type)
     return place_reading(
         split, record_of(found, split), batch, Wish(run.options.resident), machine(run.device, run.dtype)

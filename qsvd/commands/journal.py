@@ -19,7 +19,6 @@ from qsvd.export.trained import take_inventory
 from qsvd.files.adapter import FINGERPRINT, open_adapter
 from qsvd.files.atomic import whole_file, write_text
 from qsvd.files.layout import ADAPTER_CONFIG
-from qsvd.prepare.examples import LEAST_HELD_OUT
 from qsvd.prepare.models import open_trained
 from qsvd.prepare.train import TrainRun
 from qsvd.records import Progress, ShowProgress
@@ -28,19 +27,6 @@ from qsvd.report.training import RunSummary, loss_plot, run_readme
 from qsvd.training.guards import memory_advice
 from qsvd.training.run_folder import SUMMARY, RunFolder, checkpoints, step_of
 from qsvd.training.steps import Step, best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
-
-
-def held_out_note(run: TrainRun) -> str:
-    """Return why fewer than 8 examples are held out, or nothing."""
-    count, total = len(run.held_out.input_ids) if run.held_out else 0, len(run.data.input_ids)
-    if count >= LEAST_HELD_OUT or (count == 0 and run.options.held_out == 0):
-        return ""
-    return (
-        f"{count} of {count + total} examples are held out, since {LEAST_HELD_OUT} are more than a tenth: the held-out "
-        "loss is a rough one; give --valid DATA or a larger --held-out"
-        if run.options.valid is None
-        else f"the validation data have {count} examples: with fewer than {LEAST_HELD_OUT} their loss is a rough one"
-    )
 
 
 class RunRecorder:
@@ -116,12 +102,13 @@ def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | Non
         when: "before" or "after".
     """
     found: dict[str, float | None] = {f"held_out_{when}": None, f"accuracy_{when}": None}
-    if run.held_out is None:
+    data, held_out = run.data, run.data.held_out
+    if held_out is None:
         return found
     model.eval()
-    batch, pad, segments = run.settings.batch_size, run.tokenizer.pad_token_id, run.held_out.token_types
-    examples: list[Any] = list(zip(run.held_out.input_ids, run.held_out.labels, strict=True))
-    if run.data.label_names:
+    batch, pad, segments = run.settings.batch_size, data.tokenizer.pad_token_id, held_out.token_types
+    examples: list[Any] = list(zip(held_out.input_ids, held_out.labels, strict=True))
+    if data.train.label_names:
         model.config.pad_token_id = pad  # decoders find the end of a text by it
         measured = accuracy(model, examples, pad_token=pad, batch=batch, segments=segments)
         return {f"held_out_{when}": measured.nats, f"accuracy_{when}": measured.share}
@@ -169,7 +156,7 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
 
 def _loss_after(run: TrainRun, model: Any, step: Step) -> dict[str, float | None]:
     """Return what `held_out_loss` measures after a step; --eval-every may have measured all of it already."""
-    if step.held_out is None or run.data.label_names:
+    if step.held_out is None or run.data.train.label_names:
         return held_out_loss(run, model, "after")
     return {"held_out_after": step.held_out, "accuracy_after": None}
 
@@ -227,5 +214,5 @@ def explained_errors(run: TrainRun) -> Iterator[None]:
         saved = checkpoints(run.out)
         kept = "nothing was saved yet"
         if saved:
-            kept = f"{saved[-1].name} is kept, and the same command with --resume continues from it"
+            kept = f"{saved[-1].name} is kept, and the same command continues from it"
         raise OSError(error.errno, f"{error.strerror or error}; {kept}", error.filename) from error

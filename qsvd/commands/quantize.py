@@ -2,35 +2,21 @@
 
 import math
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
 from qsvd.commands.console import explained_disk_errors, watched
-from qsvd.commands.report import load_report, show_report
-from qsvd.decompose.alternate import split_weight
-from qsvd.decompose.split import Split, measure
-from qsvd.errors import BadInput, DoesNotFit
-from qsvd.export.hub import named_base, open_repository, upload
-from qsvd.files.atomic import read_object
+from qsvd.commands.report import load_report, push_quantized, show_report
+from qsvd.export.hub import open_repository
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.source import Checkpoint, stream
-from qsvd.files.workspace import MANIFEST, UNFINISHED
-from qsvd.numerics.names import spelling
+from qsvd.files.workspace import UNFINISHED
 from qsvd.options import Quantize
-from qsvd.plan.weights import WeightSpec
-from qsvd.prepare.machine import seed_of
-from qsvd.prepare.outputs import copied_tensor, error_change, parted_layers, tensors_of, write_outputs
+from qsvd.prepare.outputs import copied_tensor, error_change, parted_layers, planned_tables, tensors_of, write_outputs
 from qsvd.prepare.quantize import QuantizeRun, check_resources, check_room, prepare_quantize, resolve_allocation
 from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
-from qsvd.report.card import header_of
-from qsvd.report.errors import from_record, to_record, totals_table
+from qsvd.report.errors import from_record, to_record
 from qsvd.report.next_commands import after_quantize, last_lines
-from qsvd.report.readme import readme
 from qsvd.report.results import QuantizeResult
 from qsvd.report.totals import totals
 
@@ -47,16 +33,10 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
     run = prepare_quantize(options, checkpoint)
     if options.dry_run:
         check_room(run.out, run.sizes.disk)
-        show_plan(run)
+        Console().print(planned_tables(run), soft_wrap=True)
         return
-    if warning := parted_layers(run):
-        print(warning, file=sys.stderr)
     repository = open_repository(options)
-    kept = f"finished work is kept, the same command continues in {run.out}"
-    with explained_disk_errors(run.out / UNFINISHED, kept), watched("weight", kept) as show:
-        is_new = quantize_run(run, show)
-    if not is_new:
-        print(f"{run.out} was complete already", file=sys.stderr)
+    quantize_visibly(run)
     show_report(run.out, worst=5)
     print(f"\n{run.out}")
     print(last_lines("a quantized model", options.out, after_quantize(options.out)), file=sys.stderr)
@@ -79,15 +59,19 @@ def quantize(options: Quantize, show: ShowProgress = show_nothing) -> QuantizeRe
     return QuantizeResult(run.out, tuple(errors), tuple(totals(errors)), url=url)
 
 
-def push_quantized(folder: Path, name: str) -> str:
-    """Upload a complete quantized model: its card and its adapter name the repository. Return its address."""
-    header, errors = load_report(folder)
-    manifest, config = (read_object(folder / file) for file in (MANIFEST, "config.json"))
-    modules = [weight["module"] for weight in manifest["weights"].values()]
-    architecture, table = manifest["source"]["architecture"], totals_table(header, errors)
-    text = readme(header, name, architecture, config["quantization_config"], modules, table)
-    replaced = {"README.md": header_of((folder / "README.md").read_text(encoding="utf-8")) + text}
-    return upload(folder, name, replaced | named_base(folder, name))
+def quantize_visibly(run: QuantizeRun) -> None:
+    """Do the work of a checked run and show progress.
+
+    Raises:
+        Interrupted: after Ctrl-C; finished weights are kept.
+    """
+    if warning := parted_layers(run):
+        print(warning, file=sys.stderr)
+    kept = f"finished work is kept, the same command continues in {run.out}"
+    with explained_disk_errors(run.out / UNFINISHED, kept), watched("weight", kept) as show:
+        is_new = quantize_run(run, show)
+    if not is_new:
+        print(f"{run.out} was complete already", file=sys.stderr)
 
 
 def quantize_run(run: QuantizeRun, show: ShowProgress) -> bool:
@@ -122,7 +106,7 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) ->
         for number in shard.weights:
             num_bytes = math.prod(weights[number].shape) * run.checkpoint.dtype_of(weights[number]).itemsize
             if not folder.is_done(number):
-                split, error = split_and_measure(run, weights[number], next(tensors))
+                split, error = run.split(weights[number], next(tensors))
                 folder.save(number, *tensors_of(run, weights[number], split), to_record(error))
                 new += num_bytes
             done += num_bytes
@@ -131,48 +115,3 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) ->
             show(Progress(done, new, run.sizes.source, what, ("MB/s", 1e6), error_change(errors)))
         if not is_written:
             folder.write_shard(shard.file, shard.weights, [copied_tensor(run, name) for name in shard.copied])
-
-
-def split_and_measure(run: QuantizeRun, spec: WeightSpec, weight_OI: Tensor) -> tuple[Split, WeightError]:
-    """Split one weight and measure its error; a DoesNotFit or a BadInput says why a weight cannot be split."""
-    seed, objective = seed_of(run.options.seed, spec), run.objective(spec.module)
-    try:
-        weight_OI = weight_OI.to(run.device)
-        split = split_weight(weight_OI, run.recipe(spec.module), seed=seed, objective=objective)
-        return split, measure(weight_OI, split, name=spec.module, role=spec.role, seed=seed)
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFit(
-            f"{spec.name} {list(spec.shape)} needs about {16 * weight_OI.numel() / 1e9:.1f} GB on {run.device}; "
-            "close other programs that use it, or give --device cpu"
-        ) from error
-    except ValueError as error:
-        raise BadInput(f"{run.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
-
-
-def show_plan(run: QuantizeRun) -> None:
-    """Print to stdout what a run would do."""
-    console = Console()
-    options = Table("option", "value", title="Options", title_justify="left")
-    for name, value in asdict(run.options).items():
-        options.add_row(f"--{name.replace('_', '-')}", str(value))
-    options.add_row("(device)", str(run.device))
-    weights = Table("weight", "role", "shape", "codec", "rank", title="Weights", title_justify="left")
-    for spec in run.plan.weights:
-        choice = run.resolved.choices[spec.module]
-        shape = f"{spec.shape[0]} x {spec.shape[1]}"
-        weights.add_row(spec.module, spec.role, shape, spelling(choice.codec), str(choice.rank))
-    sizes = Table("part", "MB", title="Sizes", title_justify="left")
-    for name, num_bytes in (
-        ("weights to quantize, in the 16-bit model", run.sizes.source),
-        ("residual", run.sizes.residual),
-        ("components", run.sizes.factors),
-        ("copied", run.sizes.copied),
-        ("maximum on disk during the run", run.sizes.disk),
-    ):
-        sizes.add_row(name, f"{num_bytes / 1e6:,.1f}")
-    console.print(options, weights, sizes)
-    console.print(f"Coverage: {run.header.reach}", soft_wrap=True, highlight=False)
-    for left in run.header.coverage.left:
-        console.print(f"Left: {left.pattern} ({left.size})", soft_wrap=True, highlight=False)
-    shards = ", ".join(shard.file for shard in run.shards[:3]) + (" ..." if len(run.shards) > 3 else "")
-    console.print(f"Files: {shards}", soft_wrap=True, highlight=False)

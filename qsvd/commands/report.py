@@ -1,4 +1,4 @@
-"""`qsvd report`: print the error report of a quantized model again, without torch."""
+"""`qsvd report`: print the error report of a complete quantized model, without torch; its card on the Hub."""
 
 import json
 import sys
@@ -7,12 +7,15 @@ from pathlib import Path
 from rich.console import Console
 
 from qsvd.errors import BadInput
+from qsvd.files.atomic import read_object
 from qsvd.files.workspace import ERRORS, MANIFEST, check_quantized
 from qsvd.options import Report
 from qsvd.records import Coverage, LeftTensors, WeightError
-from qsvd.report.errors import from_record, to_json, to_terminal
+from qsvd.report.card import header_of
+from qsvd.report.errors import from_record, to_json, to_terminal, totals_table
 from qsvd.report.header import ReportHeader
 from qsvd.report.next_commands import after_quantize, last_lines
+from qsvd.report.readme import readme
 
 
 def main(options: Report) -> None:
@@ -53,3 +56,16 @@ def load_report(folder: Path) -> tuple[ReportHeader, list[WeightError]]:
         except ValueError as error:
             raise BadInput(f"{folder / ERRORS}, line {number}: {error}") from error
     return head, errors
+
+
+def push_quantized(folder: Path, name: str) -> str:
+    """Upload a complete quantized model: its card and its adapter name the repository. Return its address."""
+    from qsvd.export.hub import named_base, upload  # with torch
+
+    header, errors = load_report(folder)
+    manifest, config = (read_object(folder / file) for file in (MANIFEST, "config.json"))
+    modules = [weight["module"] for weight in manifest["weights"].values()]
+    architecture, table = manifest["source"]["architecture"], totals_table(header, errors)
+    text = readme(header, name, architecture, config["quantization_config"], modules, table)
+    replaced = {"README.md": header_of((folder / "README.md").read_text(encoding="utf-8")) + text}
+    return upload(folder, name, replaced | named_base(folder, name))

@@ -12,23 +12,17 @@ from rich.console import Console
 from qsvd.adapters.model import restore
 from qsvd.commands import plan
 from qsvd.commands.console import StopRequest, display, quiet
-from qsvd.commands.journal import (
-    RunRecorder,
-    explained_errors,
-    finish_run,
-    held_out_loss,
-    held_out_note,
-    push_run,
-)
+from qsvd.commands.journal import RunRecorder, explained_errors, finish_run, held_out_loss, push_run
+from qsvd.commands.quantize import quantize_run, quantize_visibly
 from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
 from qsvd.export.hub import open_repository
 from qsvd.files.adapter import open_adapter
 from qsvd.memory.device import limit_gpu_memory
 from qsvd.options import Train
-from qsvd.prepare.examples import cut_in_words, in_words
 from qsvd.prepare.plan import plan_of
-from qsvd.prepare.train import TrainRun, load_start, prepare_train
+from qsvd.prepare.quantize_first import on_quantized, prepare_training
+from qsvd.prepare.train import TrainRun, load_start
 from qsvd.records import ShowProgress, show_nothing
 from qsvd.report.next_commands import after_train, last_lines
 from qsvd.report.results import TrainResult
@@ -39,7 +33,7 @@ from qsvd.training.trainer import make_trainer
 
 
 def main(options: Train) -> None:
-    """Run `qsvd train`: 1 check, 2 train (see `train_run`) and show progress, 3 print the summary.
+    """Run `qsvd train`: 1 check, 2 quantize a 16-bit model, 3 train (see `train_run`), 4 print the summary.
 
     Raises:
         Interrupted: after Ctrl-C; a checkpoint was saved.
@@ -47,28 +41,25 @@ def main(options: Train) -> None:
     if options.dry_run and not options.preview:
         plan.main(plan_of(options))
         return
-    run = prepare_train(options)
+    checked = prepare_training(options)
     if options.preview:
-        Console().print(preview(run.data, run.tokenizer), soft_wrap=True)
+        Console().print(preview(checked.data.train, checked.data.tokenizer), soft_wrap=True)
         return
-    print(f"Training: {in_words(run.data, run.held_out, options.chat_template)}", file=sys.stderr)
-    for data in {one.places.source: one for one in (run.data, run.held_out) if one and one.truncated}.values():
-        print(cut_in_words(data, run.settings.max_length), file=sys.stderr)
+    print("\n".join(checked.first_lines), file=sys.stderr)
     repository = open_repository(options)
+    run = on_quantized(checked, quantize_visibly)
     with RunFolder(run.out, run.identity, resume=options.resume, total=run.total_steps) as folder:
         if folder.summary is not None:
             print(f"{run.out} was complete already", file=sys.stderr)
         else:
-            if note := held_out_note(run):
-                print(note, file=sys.stderr)
             with StopRequest("step") as stop, display() as show, quiet():
                 train_run(run, folder, show, lambda: stop.made)
         summary = folder.summary
     if summary is None:
-        raise Interrupted(f"interrupted; the last step is saved, the same command with --resume continues in {run.out}")
+        raise Interrupted(f"interrupted; the last step is saved, the same command continues in {run.out}")
     Console().print(training_tables(RunSummary(**summary)))
     print(f"\n{run.out}")
-    found = after_train(options.base, options.out, options.valid, generates=not run.data.label_names)
+    found = after_train(run.options.base, options.out, options.valid, generates=not run.data.train.label_names)
     print(last_lines("a run", options.out, found), file=sys.stderr)
     if repository is not None:
         print(push_run(run, RunSummary(**summary), repository))
@@ -78,11 +69,12 @@ def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
     """Train as `qsvd train` does, silently, and return the run.
 
     Raises:
-        BadInput: an option, the quantized model or the data cannot be used.
+        BadInput: an option, the model or the data cannot be used.
         TrainingStopped: the first loss is too high, or a loss is NaN.
         DoesNotFit: there is too little memory.
     """
-    run, repository = prepare_train(options), open_repository(options)
+    checked, repository = prepare_training(options), open_repository(options)
+    run = on_quantized(checked, lambda first: quantize_run(first, show))
     with RunFolder(run.out, run.identity, resume=options.resume, total=run.total_steps) as folder:
         if folder.summary is None:
             with quiet():
@@ -110,7 +102,7 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
         if folder.start is None or is_new:
             folder.write(START, held_out_loss(run, model, "before"))  # 2
         compared = None if run.options.any_start or not is_new else run.split
-        trainer = make_trainer(model, run.tokenizer, run.data.as_dataset(), run.settings, run.out, compared)
+        trainer = make_trainer(model, run.data.tokenizer, run.data.train.as_dataset(), run.settings, run.out, compared)
         trainer.add_callback(TellSteps(recorder.record, recorder.seconds, recorder.peak_bytes))
         trainer.best, trainer.eval_every = lambda: recorder.best, run.options.eval_every
         trainer.held_out = lambda: held_out_loss(run, model, "after")["held_out_after"]

@@ -60,7 +60,7 @@ def upload(folder: Path, name: str, replaced: Mapping[str, str]) -> str:
     except (OSError, RuntimeError, ValueError, errors.HTTPError) as error:
         raise UploadFailed(
             f"the upload to {name} failed: {first_line(error.__cause__ or error)}; {folder} is complete. "
-            "The same command tries again (qsvd train: with --resume)"
+            "The same command tries again"
         ) from error
     write_json(folder / HUB, {"name": name})
     return f"{HfApi().endpoint}/{name}"

@@ -87,6 +87,18 @@ def download(model: str) -> Path:
     return folder
 
 
+def small_files(model: str) -> Path:
+    """Return the folder with config.json and the tokenizer of a 16-bit model; of a Hub model no weight is downloaded.
+
+    Raises:
+        BadInput: there is no such model, or the hub cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        return _snapshot(model, SMALL_FILES, revision=None)
+    return path if path.is_dir() else path.parent
+
+
 def download_config(model: str) -> Path:
     """Download only the config.json of a hub model.
 

@@ -55,8 +55,7 @@ class Workspace:
         self.folder = folder
         self.unfinished = folder / UNFINISHED
         self.identity = json.loads(json.dumps(identity))
-        self.is_complete = (folder / self.record).is_file()
-        self._check()
+        self.is_complete = self.check(folder, self.identity)
         if self.is_complete:
             shutil.rmtree(self.unfinished, ignore_errors=True)  # a kill may have left a part of it
             self._lock = None
@@ -78,20 +77,27 @@ class Workspace:
         unlock(self._lock)
         shutil.rmtree(self.unfinished)
 
-    def _check(self) -> None:
-        """Refuse a folder that is neither empty nor of a run with this identity."""
-        path = self.folder / self.record if self.is_complete else self.unfinished / IDENTITY
+    @classmethod
+    def check(cls, folder: Path, identity: Mapping[str, Any], otherwise: str = ANOTHER_FOLDER) -> bool:
+        """Refuse a folder that is neither empty nor of a run with this identity; return whether it is complete.
+
+        Args:
+            otherwise: How to use another folder.
+        """
+        is_complete = (folder / cls.record).is_file()
+        path = folder / cls.record if is_complete else folder / UNFINISHED / IDENTITY
         if not path.is_file():
             # a run that was killed at once has left no more than these
-            check_empty(self.folder, {UNFINISHED}, self.command)
-            check_empty(self.unfinished, {LOCK, f"{IDENTITY}.partial"}, self.command)
-            return
-        found = read_object(path, ANOTHER_FOLDER)
-        if self.is_complete:
+            check_empty(folder, {UNFINISHED}, cls.command, otherwise)
+            check_empty(folder / UNFINISHED, {LOCK, f"{IDENTITY}.partial"}, cls.command, otherwise)
+            return False
+        found = read_object(path, otherwise)
+        if is_complete:
             found = found.get("run")
         if not isinstance(found, dict):
-            raise BadInput(f"{path} is damaged: it has no record of a run; {ANOTHER_FOLDER}")
-        check_same(self.folder, found, self.identity, ANOTHER_FOLDER)
+            raise BadInput(f"{path} is damaged: it has no record of a run; {otherwise}")
+        check_same(folder, found, identity, otherwise)
+        return is_complete
 
 
 def lock(file: Path, place: Path) -> FileLock:
@@ -139,16 +145,16 @@ def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], 
         )
 
 
-def check_empty(folder: Path, ignored: Iterable[str], command: str) -> None:
+def check_empty(folder: Path, ignored: Iterable[str], command: str, otherwise: str = ANOTHER_FOLDER) -> None:
     """Refuse a folder that has anything in it but the ignored names.
 
     Raises:
         BadInput: it has, or it is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; give --out another name")
+        raise BadInput(f"{folder} is not a folder; {otherwise}")
     if folder.is_dir() and {path.name for path in folder.iterdir()} - {*ignored}:
-        raise BadInput(f"{folder} is not empty and was not written by {command}; {ANOTHER_FOLDER}")
+        raise BadInput(f"{folder} is not empty and was not written by {command}; {otherwise}")
 
 
 def check_quantized(folder: Path) -> None:

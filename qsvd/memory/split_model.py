@@ -94,17 +94,24 @@ class SplitModelPlan:
         names: Its weights to quantize, and all shapes.
         allocation: Codec and stored rank of each weight.
         adapters: The tensors of each adapter, by the weight's tensor name.
+        method: Of the adapters.
     """
 
     skeleton: Skeleton
     names: ModelPlan
     allocation: Allocation
     adapters: Mapping[str, AdapterTensors]
+    method: str
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of everything but residuals and adapters, and of the computation."""
         return self.skeleton.dtype
+
+    @cached_property
+    def adapter_dtype(self) -> torch.dtype:
+        """Dtype of the trained parameters."""
+        return next(tensor.dtype for made in self.adapters.values() for tensor in made.parameters.values())
 
     @property
     def text_config(self) -> "PreTrainedConfig":

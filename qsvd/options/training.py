@@ -51,7 +51,9 @@ class TrainingOptions:
         Help("pissa: train the components; lora: new adapter; auto: pissa, or lora at rank 0."),
     ] = "auto"
     rank: Annotated[
-        int | None, at_least(1), Help("LoRA rank. Default: 64 for lora; the stored rank for pissa and edora.")
+        int | None,
+        at_least(1),
+        Help("LoRA rank, or components per layer. Default: 64 for lora or a 16-bit model, else as stored."),
     ] = None
     alpha: Annotated[
         float | None,
@@ -68,6 +70,15 @@ class TrainingOptions:
     init_from: Annotated[
         Path | None, SAME_RESULT, Help("Start from the adapter of another run on the same quantized model.", "RUN")
     ] = None
+
+    budget: Annotated[
+        str | None,
+        Group("16-bit-model"),
+        SAME_RESULT,
+        Help("Size of weights and components: 2.75bits per weight, or 20GB. Default: 4-bit NF4.", "SIZE"),
+    ] = None
+    allocation: Annotated[Allocation, SAME_RESULT] = None
+    double_quant: Annotated[DoubleQuant, SAME_RESULT] = True
 
     learning_rate: Annotated[
         float | None, Group("schedule"), ABOVE_ZERO, Help("Default: 2e-5 for pissa, 2e-4 for lora, 1e-3 for edora.")
@@ -136,15 +147,28 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class Train(TrainingOptions):
-    """Train an adapter or the components of a quantized model; the residual stays frozen."""
+    """Train an adapter or the components of a quantized model; the residual stays frozen.
 
-    base: Annotated[Path, SAME_RESULT, Group(""), POSITIONAL, Help("Folder of a quantized model.", "OUT")]
+    A 16-bit MODEL is quantized first, into a folder next to RUN, which other runs use too. The same command continues a
+    stopped run.
+    """
+
+    base: Annotated[
+        str, SAME_RESULT, Group(""), POSITIONAL, Help("A quantized model, a 16-bit model, or a Hub id.", "MODEL")
+    ]
     data: Annotated[Data, SAME_RESULT]
     out: Annotated[Path, SAME_RESULT, Help("Folder for checkpoints, adapter and summary.", "RUN")]
 
+    quantized: Annotated[
+        Path | None,
+        Group("16-bit-model"),
+        SAME_RESULT,
+        Help("Folder for the quantized model. Default: next to RUN, named by the model, its bits and its rank.", "OUT"),
+    ] = None
+
     save_every: Annotated[int, SAME_RESULT, Group("output"), at_least(1), Help("Steps between checkpoints.")] = 100
     keep: Annotated[int, SAME_RESULT, at_least(1), Help("Number of checkpoints to keep.")] = 2
-    resume: Annotated[bool, SAME_RESULT, Help("Continue from the last complete checkpoint in RUN.")] = False
+    resume: Annotated[bool, SAME_RESULT, Help("Continue a run with more --steps or --epochs.")] = False
     report_to: Annotated[tuple[str, ...], SAME_RESULT, Help("tensorboard, wandb, trackio.", "TRACKER ...")] = ()
     push_to_hub: Annotated[PushToHub, SAME_RESULT] = None
     public: Annotated[Public, SAME_RESULT] = False
@@ -202,10 +226,6 @@ class Plan(TrainingOptions):
     ] = None
     link: Annotated[float | None, ABOVE_ZERO, Help("CPU to GPU speed, GB/s. Default: measured here, else 25.")] = None
     disk: Annotated[float | None, ABOVE_ZERO, Help("Read speed of the disk, GB/s. Default: 3.")] = None
-
-    double_quant: Annotated[DoubleQuant, Group("model")] = True
-    budget: Annotated[str | None, Help("Total size, e.g. 2.75bits or 20GB. Default: 4-bit NF4.", "SIZE")] = None
-    allocation: Allocation = None
 
     explore: Annotated[bool, Group("output"), Help("Print what fits: rank by sequence length by GPU memory.")] = False
     json: Json = False

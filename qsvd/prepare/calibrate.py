@@ -11,6 +11,7 @@ import torch
 
 from qsvd.calibrate.sums import Example
 from qsvd.data.columns import Examples, recognise
+from qsvd.data.examples import checked_length, cut_in_words, mapping_of, open_tokenizer, stop_ids
 from qsvd.data.read import read_rows
 from qsvd.data.tokens import tokenize
 from qsvd.errors import BadInput, listing
@@ -22,7 +23,6 @@ from qsvd.option_types import result_options
 from qsvd.options import Calibrate
 from qsvd.plan.weights import ModelPlan, causal_classes, context_length, is_classifier
 from qsvd.prepare.check_options import check
-from qsvd.prepare.examples import checked_length, cut_in_words, mapping_of, open_tokenizer, stop_ids
 from qsvd.prepare.models import class_names, open_16_bit
 
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from qsvd.data.read import local_data
 from qsvd.data.template_names import read_template
-from qsvd.errors import BadInput, parse_size
+from qsvd.errors import BadInput, listing, parse_size
 from qsvd.files.atomic import read_object
-from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST, check_quantized
+from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST, UNFINISHED, check_quantized
 from qsvd.option_types import out_of_range
 from qsvd.options import (
     Allocate,
@@ -107,7 +107,11 @@ def _conflicts(options: Options) -> list[str]:
     wrong = []
     if isinstance(options, TrainingOptions) and options.layer_major and not options.gradient_checkpointing:
         wrong.append("--layer-major needs gradient checkpointing: leave out --no-gradient-checkpointing")
-    if isinstance(options, Plan | Quantize) and options.allocation is not None and options.budget is not None:
+    if (
+        isinstance(options, TrainingOptions | Quantize)
+        and options.allocation is not None
+        and options.budget is not None
+    ):
         wrong.append("--budget and --allocation both set the bits of each layer: give one of them")
     if isinstance(options, Quantize):
         wrong += _conflicts_of_quantize(options)
@@ -196,9 +200,9 @@ def _check_models(options: Options, *, is_open: bool) -> None:
             pass
         case Quantize() | Allocate() | Calibrate():
             checkpoint_folder(options.model)
-        case Plan():
-            _check_config(options.model)
-        case Train(base=folder) | Report(folder=folder):
+        case Plan(model=name) | Train(base=name):
+            _check_trained(options, name)
+        case Report(folder=folder):
             check_quantized(folder.expanduser())
         case Eval() | Generate():
             named = (*options.models, options.reference) if isinstance(options, Eval) else (options.model,)
@@ -208,6 +212,41 @@ def _check_models(options: Options, *, is_open: bool) -> None:
             _check_exported(options.run)
         case _:
             pass
+
+
+def _check_trained(options: Plan | Train, name: str) -> None:
+    """Refuse to plan or train what is neither a complete quantized model nor a 16-bit model."""
+    if isinstance(options, Plan):
+        _check_config(name)
+    else:
+        kind, folder = model_kind(name), local_path(name)
+        if kind == "trained":
+            raise BadInput(
+                f"{name} is a run of qsvd train: give its quantized model, and --init-from {name} to start from its "
+                "adapter"
+            )
+        if kind == "16-bit" and folder is not None:
+            if (folder / UNFINISHED).is_dir():
+                check_quantized(folder)
+            checkpoint_folder(name)
+    _check_quantizing(options, name)
+
+
+def _check_quantizing(options: TrainingOptions, name: str) -> None:
+    """Refuse options for a 16-bit model where the model is quantized already, and the reverse."""
+    folder = local_path(name)
+    if folder is None or not (folder / MANIFEST).is_file():
+        if options.init_from is not None:
+            raise BadInput(f"--init-from needs the quantized model of that run, and {name} is a 16-bit model")
+        return
+    chosen = {
+        "--budget": options.budget is not None,
+        "--allocation": options.allocation is not None,
+        "--no-double-quant": not options.double_quant,
+        "--quantized": isinstance(options, Train) and options.quantized is not None,
+    }
+    if given := [flag for flag, is_given in chosen.items() if is_given]:
+        raise BadInput(f"{name} is quantized already, and {listing(given)} can be used for 16-bit models only")
 
 
 def _check_targets(options: Options) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from qsvd.data.columns import Examples, recognise
+from qsvd.data.examples import mapping_of, open_tokenizer
 from qsvd.data.read import read_rows
 from qsvd.errors import BadInput
 from qsvd.evaluate.exact_match import MARKER, final_number
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.options import Eval
 from qsvd.prepare.check_options import check
-from qsvd.prepare.examples import mapping_of, open_tokenizer
 from qsvd.prepare.models import NamedModel, check_kind, find_model
 
 

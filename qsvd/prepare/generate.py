@@ -10,6 +10,7 @@ import torch
 from qsvd.adapters.load import generation_config
 from qsvd.data import plain
 from qsvd.data.chat import ChatTemplate, Message, render
+from qsvd.data.examples import open_tokenizer
 from qsvd.data.masks import ends_of_turn
 from qsvd.errors import BadInput, listing
 from qsvd.files.atomic import read_object
@@ -21,7 +22,6 @@ from qsvd.memory.placement import Wish
 from qsvd.options import Generate
 from qsvd.plan.weights import causal_classes, context_length
 from qsvd.prepare.check_options import check
-from qsvd.prepare.examples import open_tokenizer
 from qsvd.prepare.machine import machine, place_generating
 from qsvd.prepare.models import NamedModel, find_model, load_model, record_of
 

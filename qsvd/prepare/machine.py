@@ -16,6 +16,7 @@ from qsvd.files.split_folder import SplitFolder
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.items import Limits, MemoryPlan, Placement, block_of, on
 from qsvd.memory.placement import Placed, Wish, longest, place, place_serving
+from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
 from qsvd.plan.weights import WeightSpec
 
@@ -43,14 +44,13 @@ def machine(device: torch.device, dtype: torch.dtype, *, gpu: str | None = None,
 
 
 def place_training(
-    split: SplitFolder, record: AdapterRecord, training: Training, wish: Wish, here: Machine, *, must_fit: bool = True
+    model: SplitModelPlan, training: Training, wish: Wish, here: Machine, *, must_fit: bool = True
 ) -> Placed:
     """Return which blocks stay on the device during training; a DoesNotFit has the numbers, and what would fit.
 
     Args:
         must_fit: False returns the nearest placement where none fits.
     """
-    model = planned_base(split, record, here.dtype)
     found = place(model, training, here.limits, wish)
     if found.memory.fits or not must_fit:
         return found

@@ -1,12 +1,18 @@
 """What `qsvd quantize` writes: the tensors of one weight, and the files around the shards, the manifest last."""
 
 import json
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from itertools import groupby
 from math import sqrt
 from typing import Any
 
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import qsvd
@@ -185,4 +191,49 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
     }
 
 
-# What `qsvd quantize --dry-run` prints: the resolved options, the weights and the expected sizes.
+# What `qsvd quantize --dry-run` prints.
+
+
+def planned_tables(run: QuantizeRun) -> RenderableType:
+    """Return tables of the options, the layers and the sizes of a run."""
+    options = Table("option", "value", title="Options", title_justify="left")
+    for name, value in asdict(run.options).items():
+        options.add_row(f"--{name.replace('_', '-')}", str(value))
+    options.add_row("(device)", str(run.device))
+    weights = Table("layers", "count", "role", "shape", "codec", "rank", title="Layers", title_justify="left")
+    for name, count, *others in _alike(run):
+        weights.add_row(name, str(count), *others)
+    sizes = Table("part", "MB", title="Sizes", title_justify="left")
+    for name, num_bytes in (
+        ("weights to quantize, in the 16-bit model", run.sizes.source),
+        ("residual", run.sizes.residual),
+        ("components", run.sizes.factors),
+        ("copied", run.sizes.copied),
+        ("maximum on disk during the run", run.sizes.disk),
+    ):
+        sizes.add_row(name, f"{num_bytes / 1e6:,.1f}")
+    lines = [f"Coverage: {run.header.reach}"]
+    lines += [f"Left: {left.pattern} ({left.size})" for left in run.header.coverage.left]
+    lines.append(
+        "Files: " + ", ".join(shard.file for shard in run.shards[:3]) + (" ..." if len(run.shards) > 3 else "")
+    )
+    return Group(options, weights, sizes, *map(Text, lines))
+
+
+def _alike(run: QuantizeRun) -> Iterator[tuple[str, int, str, str, str, str]]:
+    """Yield layers that differ in their number only, "model.layers.0-31.mlp.up_proj": how many, what each becomes."""
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for spec in run.plan.weights:
+        choice = run.resolved.choices[spec.module]
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", spec.module)
+        shape = f"{spec.shape[0]} x {spec.shape[1]}"
+        numbers.setdefault((pattern, spec.role, shape, spelling(choice.codec), str(choice.rank)), []).append(spec.layer)
+    for (pattern, role, shape, codec, rank), layers in numbers.items():
+        yield pattern.replace("*", _ranges(layers), 1), len(layers), role, shape, codec, rank
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return "0-2,5" for 0, 1, 2 and 5."""
+    runs = groupby(enumerate(sorted({*numbers})), key=lambda placed: placed[1] - placed[0])
+    parts = [[number for _, number in run] for _, run in runs]
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

@@ -11,9 +11,10 @@ import torch
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.methods import default_method
 from qsvd.adapters.start import new_record, planned, planner_of
+from qsvd.data.examples import MOST_LENGTH, Home, read_run_data
 from qsvd.errors import BadInput, parse_size
 from qsvd.files.pages import free_host_memory
-from qsvd.files.source import download_config, read_config
+from qsvd.files.source import download_config, read_config, small_files
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import MANIFEST
 from qsvd.memory.device import device_of, dtype_of
@@ -28,10 +29,17 @@ from qsvd.plan.allocation import Allocation, Choice, uniform
 from qsvd.plan.budget import assumed, most_rank_within
 from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
 from qsvd.prepare.check_options import check
-from qsvd.prepare.examples import MOST_LENGTH
 from qsvd.prepare.machine import Machine, machine, measured_flops, measured_link
 from qsvd.prepare.quantize import read_table
-from qsvd.prepare.train import TrainRun, adapter_options_of, prepare_run, starting_options, training_of
+from qsvd.prepare.train import (
+    PlannedRun,
+    adapter_options_of,
+    check_offload,
+    plan_run,
+    prepare_run,
+    starting_options,
+    training_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,6 +59,7 @@ class PlanSource:
         most_rank: The highest rank possible.
         is_fixed: Whether no rank but the highest stored one can be trained.
         notes: Sentences about what is assumed.
+        architecture: Its class in transformers.
         is_split: Whether the model is quantized already.
     """
 
@@ -59,6 +68,7 @@ class PlanSource:
     most_rank: int
     is_fixed: bool
     notes: tuple[str, ...]
+    architecture: str
     is_split: bool = False
 
 
@@ -78,7 +88,7 @@ class PlanJob:
     limits: Limits
     wish: Wish
     speed: Speed
-    run: TrainRun | None
+    run: PlannedRun | None
 
     @property
     def model(self) -> SplitModelPlan:
@@ -92,26 +102,26 @@ class PlanJob:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What to plan; of a quantized model and DATA the training run alone, unless more is asked for."""
-        auto = "all" if self.run is None else "train"
-        asked = auto if self.options.estimate == "auto" else self.options.estimate
-        if asked != "all":
+        """What to plan; with DATA what `qsvd train` does, unless more is asked for."""
+        asked = self.options.estimate
+        if asked not in ("auto", "all"):
             return (asked,)
         quantize = () if self.source.is_split else ("quantize",)
-        return (*quantize, "train", *(("serve",) if self.model.generates else ()))
+        serve = ("serve",) if self.model.generates and (asked == "all" or self.run is None) else ()
+        return (*quantize, "train", *serve)
 
 
 def prepare_plan(options: Plan) -> PlanJob:
     """Read the config and refuse what cannot be planned."""
     check(options)
     here, notes = planned_machine(options)
-    run = None if options.data is None else prepare_run(_train_of(options), here, must_fit=False)
     source = plan_source(options, here.dtype)
+    run = None if options.data is None else _planned_run(_train_of(options), source, here)
     context = context_length(source.make(source.rank).text_config, unlimited=2**20)
     tokens = options.max_length or min(MOST_LENGTH, context)
     if tokens > context:
         raise BadInput(f"--max-length {tokens} is above the context length of the model, {context}")
-    is_labelled = run is not None and bool(run.data.label_names)
+    is_labelled = run is not None and bool(run.data.train.label_names)
     return PlanJob(
         options=options,
         source=replace(source, notes=(*source.notes, *notes)),
@@ -126,11 +136,27 @@ def prepare_plan(options: Plan) -> PlanJob:
 
 def _train_of(options: Plan) -> Train:
     """Return the run of `qsvd train` that is planned."""
-    folder = Path(options.model).expanduser()
-    if not (folder / MANIFEST).is_file():
-        raise BadInput(f"{options.model} is not a quantized model, and DATA is planned with one; leave DATA out")
     shared = {field.name: getattr(options, field.name) for field in fields(TrainingOptions)}
-    return Train(Path(options.model), str(options.data), Path("RUN"), **shared)
+    return Train(options.model, str(options.data), Path("RUN"), **shared)
+
+
+def _planned_run(options: Train, source: PlanSource, here: Machine) -> PlannedRun:
+    """Return a run on a quantized model, or on a 16-bit model that is quantized first."""
+    if source.is_split:
+        return prepare_run(options, here, must_fit=False)
+    return run_of_16_bit(options, source, here, must_fit=False)
+
+
+def run_of_16_bit(options: Train, source: PlanSource, here: Machine, *, must_fit: bool) -> PlannedRun:
+    """Return a run on a 16-bit model that is quantized first; only its small files are read.
+
+    Args:
+        must_fit: Whether to raise a DoesNotFit if there is too little memory.
+    """
+    check_offload(options, here.device)
+    data = read_run_data(options, Home(str(options.base), small_files(options.base), source.architecture))
+    model = source.make(source.rank)
+    return plan_run(options, model, data, here, must_fit=must_fit)
 
 
 def plan_of(options: Train) -> Plan:
@@ -162,8 +188,6 @@ def plan_source(options: Plan, dtype: torch.dtype) -> PlanSource:
     folder = Path(options.model).expanduser()
     if (folder / MANIFEST).is_file():
         return _of_quantized(options, open_split(folder), dtype)
-    if options.init_from is not None:
-        raise BadInput(f"--init-from needs the quantized model of that run, and {options.model} is a 16-bit model")
     config = read_config(folder if folder.exists() else download_config(options.model))
     return _of_config(options, config, adapter_options_of(options), dtype)
 
@@ -198,7 +222,8 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
             why = "the rank in --allocation" if is_fixed else f"the highest rank in --budget {options.budget}"
         raise BadInput(f"--rank {rank} is {'not' if is_fixed else 'above'} {most_rank}, {why}")
     notes = _notes(options, stacks, is_plain=is_plain)
-    return PlanSource(make, most_rank if is_fixed else rank, most_rank, is_fixed, notes)
+    chosen = most_rank if is_fixed else rank
+    return PlanSource(make, chosen, most_rank, is_fixed, notes, names.architecture)
 
 
 def _notes(options: Plan, stacks: Sequence[str], *, is_plain: bool) -> tuple[str, ...]:
@@ -227,8 +252,6 @@ def _allocation_of(options: Plan, weights: Sequence[WeightSpec]) -> Callable[[in
 def _of_quantized(options: Plan, split: SplitFolder, dtype: torch.dtype) -> PlanSource:
     """Return a quantized model with an adapter."""
     adapter, _ = starting_options(options, split)
-    if options.budget is not None or options.allocation is not None:
-        raise BadInput(f"{split.folder} is quantized already; --budget and --allocation are for 16-bit models")
     stored = max(split.ranks.values())
     record, model_of = new_record(split, replace(adapter, rank=None)), planner_of(split, dtype)
     is_fixed = record.method == "pissa"
@@ -246,7 +269,8 @@ def _of_quantized(options: Plan, split: SplitFolder, dtype: torch.dtype) -> Plan
     notes = (f"{split.folder} is quantized already: its stored ranks and formats are used.",)
     if record.method == "lora":
         stored = min(min(weight["shape"]) for weight in split.weights.values())
-    return PlanSource(make, rank, stored, is_fixed, notes, is_split=True)
+    architecture = split.manifest["source"]["architecture"]
+    return PlanSource(make, rank, stored, is_fixed, notes, architecture, is_split=True)
 
 
 def _speed(options: Plan, device: torch.device) -> Speed:

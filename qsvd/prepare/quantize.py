@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qsvd.decompose.alternate import Recipe
+from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.objective import PLAIN, Objective
+from qsvd.decompose.split import Split, measure
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.quantize_folder import OutputFolder
@@ -29,9 +31,9 @@ from qsvd.plan.allocation import Allocation, Choice, from_text, residual_bits, t
 from qsvd.plan.weights import ModelPlan, WeightSpec, coverage
 from qsvd.prepare.allocate import AllocateRun, allocate_run, check_measuring, is_sealed, measure_and_solve, sealed
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import machine
+from qsvd.prepare.machine import machine, seed_of
 from qsvd.prepare.models import open_16_bit
-from qsvd.records import ShowProgress
+from qsvd.records import ShowProgress, WeightError
 from qsvd.report.header import ReportHeader, codec_words
 from qsvd.report.planning import lack
 
@@ -159,6 +161,21 @@ class QuantizeRun:
         if self.statistics is None or self.options.objective != "fisher":
             return PLAIN
         return self.statistics.objective(module)
+
+    def split(self, spec: WeightSpec, weight_OI: Tensor) -> tuple[Split, WeightError]:
+        """Split one weight and measure its error; a DoesNotFit or a BadInput says why a weight cannot be split."""
+        seed, objective = seed_of(self.options.seed, spec), self.objective(spec.module)
+        try:
+            weight_OI = weight_OI.to(self.device)
+            split = split_weight(weight_OI, self.recipe(spec.module), seed=seed, objective=objective)
+            return split, measure(weight_OI, split, name=spec.module, role=spec.role, seed=seed)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"{spec.name} {list(spec.shape)} needs about {16 * weight_OI.numel() / 1e9:.1f} GB on {self.device}; "
+                "close other programs that use it, or give --device cpu"
+            ) from error
+        except ValueError as error:
+            raise BadInput(f"{self.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
 
     @cached_property
     def measuring(self) -> AllocateRun:

@@ -13,9 +13,9 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.load import load
 from qsvd.adapters.methods import METHODS
 from qsvd.adapters.model import restore
-from qsvd.adapters.start import check_start, new_record
+from qsvd.adapters.start import check_start, new_record, planned_base
 from qsvd.data.columns import Tokenized
-from qsvd.data.template_names import check_tokens, read_template
+from qsvd.data.examples import Home, RunData, first_lines, read_run_data
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import (
     FIRST_ALPHA,
@@ -29,32 +29,28 @@ from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.placement import Placed, Wish
+from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
 from qsvd.option_types import result_options
 from qsvd.options import Train, TrainingOptions
 from qsvd.prepare.check_options import check
-from qsvd.prepare.examples import checked_length, open_tokenizer, positions, training_examples
 from qsvd.prepare.machine import Machine, machine, place_training, show_placement
 from qsvd.training.settings import Settings, default_optimizer
 
 
 @dataclass(frozen=True)
-class TrainRun:
-    """A checked run of `qsvd train`."""
+class PlannedRun:
+    """A run of `qsvd train` as far as it is known before the quantized model is opened, which may not exist yet."""
 
     options: Train
-    split: SplitFolder
-    record: AdapterRecord
-    adapter_options: AdapterOptions
-    tokenizer: Any
-    data: Tokenized
-    held_out: Tokenized | None
+    data: RunData
+    method: str
+    adapter_dtype: str
     settings: Settings
     device: torch.device
     dtype: torch.dtype
     training: Training
     placed: Placed
-    init_from: AdapterFolder | None  # the adapter that this one starts as
 
     @property
     def out(self) -> Path:
@@ -62,17 +58,12 @@ class TrainRun:
         return self.options.out.expanduser()
 
     @property
-    def resident(self) -> str:
-        """Which quantized weights stay on the device, in words."""
-        return show_placement(self.placed.placement, self.split)
-
-    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; with packing an upper bound, since only the trainer packs."""
         settings = self.settings
         if settings.steps:
             return settings.steps
-        batches = math.ceil(len(self.data.input_ids) / settings.batch_size)
+        batches = math.ceil(len(self.data.train.input_ids) / settings.batch_size)
         return math.ceil(math.ceil(batches / settings.accumulate) * settings.epochs)
 
     @property
@@ -80,78 +71,122 @@ class TrainRun:
         """The settings, the data and the number of steps, in words; options about files are left out."""
         shared = {field.name for field in fields(TrainingOptions)}
         settings = {name: value for name, value in asdict(self.settings).items() if name in shared}
+        data, held_out = self.data.train, self.data.held_out
         return {name.replace("_", "-"): str(value) for name, value in settings.items()} | {
-            "method": self.record.method,
-            "adapter dtype": self.record.dtype,
+            "method": self.method,
+            "adapter dtype": self.adapter_dtype,
             "device": f"{self.device}, {self.dtype}",
-            "sequences": f"{len(self.data.input_ids):,} with {self.data.num_tokens:,} tokens",
-            "trained tokens": f"{self.data.num_trained:,}",
-            "held out": f"{len(self.held_out.input_ids) if self.held_out else 0:,} sequences",
+            "sequences": f"{len(data.input_ids):,} with {data.num_tokens:,} tokens",
+            "trained tokens": f"{data.num_trained:,}",
+            "held out": f"{len(held_out.input_ids) if held_out else 0:,} sequences",
             "steps": f"{self.total_steps:,}" + (" at most" if self.settings.packing else ""),
         }
 
     @property
+    def first_lines(self) -> list[str]:
+        """What is said before the work."""
+        return first_lines(self.options, self.data)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the bytes of the adapter depend on, as far as it is known."""
+        held_out = self.data.held_out
+        data = {"data": _digest(self.data.train), "held_out": held_out and _digest(held_out)}
+        known = {"max_length": self.settings.max_length, "device": self.device.type, "base_fingerprint": None}
+        return result_options(self.options) | known | data
+
+
+@dataclass(frozen=True)
+class TrainRun(PlannedRun):
+    """A checked run of `qsvd train`.
+
+    Args:
+        init_from: The adapter that this one starts as.
+    """
+
+    split: SplitFolder
+    record: AdapterRecord
+    adapter_options: AdapterOptions
+    init_from: AdapterFolder | None
+
+    @property
+    def resident(self) -> str:
+        """Which quantized weights stay on the device, in words."""
+        return show_placement(self.placed.placement, self.split)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the bytes of the adapter depend on."""
-        options = result_options(self.options) | {"max_length": self.settings.max_length}
+        found = super().identity | {"base_fingerprint": self.split.fingerprint}
         if self.init_from is not None:
-            options["init_from"] = hashlib.sha256((self.init_from.folder / PARAMETERS).read_bytes()).hexdigest()
-        data = {"data": _digest(self.data), "held_out": self.held_out and _digest(self.held_out)}
-        if options["alpha"] is None and self.record.alpha != FIRST_ALPHA:  # else the same as in version 0.1
-            options["alpha"] = self.record.alpha
-        return options | {"device": self.device.type, "base_fingerprint": self.split.fingerprint} | data
+            found["init_from"] = hashlib.sha256((self.init_from.folder / PARAMETERS).read_bytes()).hexdigest()
+        if found["alpha"] is None and self.record.alpha != FIRST_ALPHA:  # else the same as in version 0.1
+            found["alpha"] = self.record.alpha
+        return found
 
 
-def prepare_train(options: Train) -> TrainRun:
-    """Open the quantized model and the data, tokenize, and refuse what cannot be trained."""
+def prepare_train(options: Train, data: RunData | None = None) -> TrainRun:
+    """Open the quantized model and the data, tokenize, and refuse what cannot be trained.
+
+    Args:
+        data: Read already, from the 16-bit model of this quantized one.
+    """
     check(options)
+    return prepare_run(options, train_machine(options), data, must_fit=True)
+
+
+def train_machine(options: Train) -> Machine:
+    """Return this machine, as far as the options let a run use it."""
     device = device_of(options.device)
-    here = machine(device, dtype_of(options.dtype, device), gpu=options.gpu, host=options.host)
-    return prepare_run(options, here, must_fit=True)
+    return machine(device, dtype_of(options.dtype, device), gpu=options.gpu, host=options.host)
 
 
-def prepare_run(options: Train, here: Machine, *, must_fit: bool) -> TrainRun:
-    """Return the run that a machine would do.
+def prepare_run(options: Train, here: Machine, data: RunData | None = None, *, must_fit: bool) -> TrainRun:
+    """Return the run that a machine would do on a quantized model.
 
     Args:
         must_fit: Whether to raise a DoesNotFit if there is too little memory. `qsvd plan` shows such a run.
     """
-    device = here.device
-    if options.activation_offload == "yes" and device.type == "cpu":
-        raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
-    split = open_split(options.base.expanduser())
-    max_length = checked_length(options.max_length, positions(split), str(options.base))
+    check_offload(options, here.device)
+    split = open_split(Path(options.base).expanduser())
     adapter_options, first = starting_options(options, split)
     record = new_record(split, adapter_options)
     check_start(split, record)
-    template = None if options.chat_template is None else read_template(options.chat_template)
-    tokenizer = open_tokenizer(split.folder, template)
-    check_tokens(options.chat_template or "", tokenizer)
-    data, held_out = training_examples(options, tokenizer, split, max_length)
-    if first is not None and first.record.labels != data.label_names:
-        there, here_too = (listing(names) or "none" for names in (first.record.labels, data.label_names))
+    if data is None:
+        data = read_run_data(options, Home(str(options.base), split.folder, split.manifest["source"]["architecture"]))
+    labels = data.train.label_names
+    if first is not None and first.record.labels != labels:
+        there, here_too = (listing(names) or "none" for names in (first.record.labels, labels))
         raise BadInput(f"--init-from {options.init_from} has the classes {there}, and {options.data} has {here_too}")
-    if options.eval_every is not None and held_out is None:
-        raise BadInput("--eval-every needs held-out examples: give --valid DATA, or a larger --held-out")
-    if data.label_names:
-        record = new_record(split, adapter_options, data.label_names)
-    training = _training(options, max_length, data, device)
-    wish = Wish(options.resident, "no" if data.label_names else options.activation_offload)
-    placed = place_training(split, record, training, wish, here, must_fit=must_fit)
-    return TrainRun(
+    if labels:
+        record = new_record(split, adapter_options, labels)
+    run = plan_run(options, planned_base(split, record, here.dtype), data, here, must_fit=must_fit)
+    known = {field.name: getattr(run, field.name) for field in fields(run)}
+    return TrainRun(**known, split=split, record=record, adapter_options=adapter_options, init_from=first)
+
+
+def check_offload(options: Train, device: torch.device) -> None:
+    """Refuse to offload activations where there is no GPU."""
+    if options.activation_offload == "yes" and device.type == "cpu":
+        raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
+
+
+def plan_run(options: Train, model: SplitModelPlan, data: RunData, here: Machine, *, must_fit: bool) -> PlannedRun:
+    """Return the run on a model that is known by its shapes; see `prepare_run`."""
+    device = here.device
+    training = _training(options, data, device)
+    wish = Wish(options.resident, "no" if data.train.label_names else options.activation_offload)
+    placed = place_training(model, training, wish, here, must_fit=must_fit)
+    return PlannedRun(
         options=options,
-        split=split,
-        record=record,
-        adapter_options=adapter_options,
-        tokenizer=tokenizer,
         data=data,
-        held_out=held_out,
-        settings=_settings(options, record.method, training.optimizer, max_length, placed),
+        method=model.method,
+        adapter_dtype=str(model.adapter_dtype).removeprefix("torch."),
+        settings=_settings(options, model.method, training.optimizer, data.max_length, placed),
         device=device,
         dtype=here.dtype,
         training=training,
         placed=placed,
-        init_from=first,
     )
 
 
@@ -160,13 +195,13 @@ def load_start(run: TrainRun) -> Any:
     model = load(
         run.split.folder,
         options=run.adapter_options,
-        labels=run.data.label_names,
+        labels=run.data.train.label_names,
         device=run.device,
         dtype=run.dtype,
         placement=run.placed.placement,
     )
     if run.options.chat_template is not None:
-        model.trained_template = run.tokenizer.chat_template
+        model.trained_template = run.data.tokenizer.chat_template
     if run.init_from is not None:
         restore(model, run.init_from)
     return model
@@ -215,12 +250,12 @@ def adapter_options_of(options: TrainingOptions) -> AdapterOptions:
     )
 
 
-def _training(options: Train, max_length: int, data: Tokenized, device: torch.device) -> Training:
+def _training(options: Train, data: RunData, device: torch.device) -> Training:
     """Return what the planner counts: a step with the longest sequences that there are."""
-    lengths = {len(tokens) for tokens in data.input_ids}
-    tokens = max_length if options.packing else max(lengths)
+    lengths = {len(tokens) for tokens in data.train.input_ids}
+    tokens = data.max_length if options.packing else max(lengths)
     training = training_of(options, tokens, device, is_even=len(lengths) == 1)
-    return replace(training, has_loss=not data.label_names)
+    return replace(training, has_loss=not data.train.label_names)
 
 
 def training_of(options: TrainingOptions, tokens: int, device: torch.device, *, is_even: bool = False) -> Training:

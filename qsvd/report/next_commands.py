@@ -51,7 +51,7 @@ def _layers(options: Calibrate | Allocate) -> list[str]:
     return include + (["--exclude", *options.exclude] if options.exclude else [])
 
 
-def after_train(base: Path, run: Path, valid: str | None, *, generates: bool) -> list[str]:
+def after_train(base: str, run: Path, valid: str | None, *, generates: bool) -> list[str]:
     """Return the commands that use a run.
 
     Args:
@@ -60,7 +60,7 @@ def after_train(base: Path, run: Path, valid: str | None, *, generates: bool) ->
     """
     commands = [join(["qsvd", "generate", str(run), "--prompt", "Hello"])] if generates else []
     if valid is not None:
-        commands.append(join(["qsvd", "eval", str(base), str(run), "--data", valid]))
+        commands.append(join(["qsvd", "eval", base, str(run), "--data", valid]))
     return [*commands, join(["qsvd", "export", str(run), "--to", "merged", "--out", f"{run}-merged"])]
 
 

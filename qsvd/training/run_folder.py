@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,20 +66,20 @@ class RunFolder:
     """RUN, opened for one run of `qsvd train`. A `with` block releases the lock at its end.
 
     Args:
-        folder: Made if it does not exist; else empty, or with `resume` a run with the same identity.
+        folder: Made if it does not exist; else empty, or a run with the same identity, which is continued.
         identity: What the bytes of the adapter depend on.
-        resume: Whether to continue the run in the folder.
-        total: Steps of the whole run. A resumed run may have another number than before, if it is not below the steps
-            that are done: it is extended, and its summary is removed.
+        resume: Whether a run may have another number of steps than before, if it is not below the steps that are done:
+            it is extended, and its summary is removed.
+        total: Steps of the whole run.
 
     Raises:
-        BadInput: the folder holds something else, a run that is not to be resumed, or a run with another identity (the
-            sentence says what differs); or another process writes to it.
+        BadInput: the folder holds something else or a run with another identity (the sentence says what differs), or
+            another process writes to it.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, total: int):
         self.folder = folder
-        is_extended = self._check(identity, resume=resume, total=total)
+        is_extended = check_run_folder(folder, identity, resume=resume, total=total)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(folder / LOCK, folder)
         if is_extended:
@@ -107,10 +107,8 @@ class RunFolder:
         write_text(self.folder / name, json.dumps(value, indent=2) + "\n")
 
     def steps(self) -> list[Step]:
-        """Return all steps so far, without a last line that a kill left incomplete."""
-        path = self.folder / STEPS
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [Step(**json.loads(line)) for line in lines]
+        """Return all steps so far; see `read_steps`."""
+        return read_steps(self.folder)
 
     def keep_steps(self, last: int) -> list[Step]:
         """Remove the steps after `last`, which a resumed run repeats; return the others."""
@@ -127,21 +125,37 @@ class RunFolder:
         path = self.folder / name
         return read_object(path, ANOTHER_FOLDER) if path.is_file() else None
 
-    def _check(self, identity: Mapping[str, Any], *, resume: bool, total: int) -> bool:
-        """Return whether the run is the one in the folder with another number of steps."""
-        found = self._json(IDENTITY)
-        if found is None:
-            check_empty(self.folder, {LOCK}, "qsvd train")
-            return False
-        if not (checkpoints(self.folder) or (self.folder / SUMMARY).is_file()):
-            return False  # it saved nothing, so nothing is lost when another run starts here
-        if not resume:
-            raise BadInput(f"{self.folder} holds a run already; give --resume to continue it, or --out another folder")
-        length = {name: identity.get(name) for name in LENGTH}
-        check_same(self.folder, {**found, **length}, identity, ANOTHER_FOLDER)
-        if json.loads(json.dumps(length)) == {name: found.get(name) for name in LENGTH}:
-            return False
-        done = max((step.number for step in self.steps()), default=0)
-        if total < done:
-            raise BadInput(f"{self.folder} has {done} steps already, more than {total}; give more --steps or --epochs")
-        return True
+
+def check_run_folder(
+    folder: Path, identity: Mapping[str, Any], *, resume: bool, total: int, unknown: Sequence[str] = ()
+) -> bool:
+    """Refuse a folder as RunFolder does; return whether the run in it is this one with another number of steps.
+
+    Args:
+        unknown: Names in the identity whose values are not known yet.
+    """
+    path = folder / IDENTITY
+    if not path.is_file():
+        check_empty(folder, {LOCK}, "qsvd train")
+        return False
+    found = read_object(path, ANOTHER_FOLDER)
+    if not (checkpoints(folder) or (folder / SUMMARY).is_file()):
+        return False  # it saved nothing, so nothing is lost when another run starts here
+    identity = {**identity, **{name: found.get(name) for name in unknown}}
+    length = {name: identity.get(name) for name in LENGTH}
+    check_same(folder, {**found, **length}, identity, ANOTHER_FOLDER)
+    if json.loads(json.dumps(length)) == {name: found.get(name) for name in LENGTH}:
+        return False
+    if not resume:
+        check_same(folder, found, identity, f"--resume for more steps, or {ANOTHER_FOLDER}")
+    done = max((step.number for step in read_steps(folder)), default=0)
+    if total < done:
+        raise BadInput(f"{folder} has {done} steps already, more than {total}; give more --steps or --epochs")
+    return True
+
+
+def read_steps(folder: Path) -> list[Step]:
+    """Return all steps so far, without a last line that a kill left incomplete."""
+    path = folder / STEPS
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return [Step(**json.loads(line)) for line in lines]

@@ -10,9 +10,10 @@ from peft import AutoPeftModelForCausalLM
 
 import qsvd
 from qsvd.adapters.methods import METHODS
-from qsvd.commands.journal import held_out_note
 from qsvd.commands.train import train
+from qsvd.data.examples import first_lines
 from qsvd.errors import BadInput, Interrupted
+from qsvd.prepare.quantize_first import prepare_training
 from qsvd.training.run_folder import checkpoints
 from tests.adapters.results import in_float32
 from tests.runs import (
@@ -111,7 +112,9 @@ def test_fewer_steps_than_are_done_and_other_options_are_refused(options):
         train(longer(options, 3))
     with pytest.raises(BadInput, match=r"was written with other options: seed 0 there, 1 now"):
         train(longer(options, 8, seed=1))
-    with pytest.raises(BadInput, match=r"holds a run already; give --resume"):
+    with pytest.raises(
+        BadInput, match=r"steps 4 there, 8 now; give the same options to continue, or --resume for more steps"
+    ):
         train(replace(options, steps=8))
     assert summary(options)["steps"] == 4
 
@@ -205,10 +208,11 @@ def test_a_measurement_that_cannot_be_made_is_refused(options, changes, sentence
 def test_at_least_8_examples_are_held_out_where_that_is_a_tenth_or_less(language, tmp_path, examples, count):
     rows = [{"text": f"{number} {TEXTS[number % 14][:40]}"} for number in range(examples)]
     options = training(language, write_rows(tmp_path / "d.jsonl", rows), tmp_path / "run", held_out=0.02)
-    prepared = qsvd.commands.train.prepare_train(options)
+    prepared = prepare_training(options).data
     assert len(prepared.held_out.input_ids) == count
-    assert len(prepared.data.input_ids) == examples - count
-    assert (f"{count} of {examples} examples are held out" in held_out_note(prepared)) == (count < 8)
+    assert len(prepared.train.input_ids) == examples - count
+    said = first_lines(options, prepared)[-1]
+    assert (f"{count} of {examples} examples are held out" in said) == (count < 8)
 
 
 def logits(model):

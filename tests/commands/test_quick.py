@@ -65,7 +65,7 @@ def test_help_mistakes_and_the_report_import_nothing_heavy(out, tmp_path):
         (["allocate", model, "--budget", "3bits", "--out", "empty"], 2, "--out empty is a folder"),
         (["plan", "./nowhere"], 2, "no folder './nowhere' here"),
         (["plan", model, "--max-length", "0"], 2, "--max-length 0 is below 2"),
-        (["train", "empty", "data.jsonl", "--out", "x"], 2, "empty is not a quantized model"),
+        (["train", "empty", "data.jsonl", "--out", "x"], 2, "empty is not a 16-bit model (config.json), a quantized"),
         (["train", base, "no.jsonl", "--out", "x"], 2, "no such file or folder: no.jsonl"),
         (["train", base, "data.jsonl", "--out", "x", "--gpu", "24X"], 2, "--gpu '24X'"),
         (["train", base, "data.jsonl", "--out", "x", "--target-modules", "k_prjo"], 2, "(nearest: k_proj"),

@@ -19,7 +19,7 @@ from qsvd.commands.train import train
 from qsvd.errors import BadInput
 from qsvd.prepare.train import prepare_train
 from qsvd.training.run_folder import RunFolder
-from tests.commands.folders import without_progress
+from tests.commands.folders import files_of, without_progress
 from tests.runs import (
     TEXTS,
     TRAINED,
@@ -150,7 +150,7 @@ def test_everything_that_is_out_of_range_is_named_at_once(options, monkeypatch, 
         ({"split": "valid"}, r"texts\.jsonl is one file and has no split 'valid'"),
         ({"valid": "no/such/file.jsonl"}, r"^no such file or folder: no/such/file\.jsonl$"),
         ({"data": "no/such/file.jsonl"}, r"^no such file or folder: no/such/file\.jsonl$"),
-        ({"base": Path("nowhere")}, r"^nowhere is not a quantized model: it has no qsvd\.json$"),
+        ({"base": "./nowhere"}, r"^no folder '\./nowhere' here, and a Hub id looks like 'owner/name'$"),
     ],
     ids=str,
 )
@@ -190,15 +190,15 @@ def test_texts_with_labels_do_not_silently_make_a_classifier_of_a_language_model
     asked = r"labelled\.jsonl has the columns text and label, and .* is a language model: give --task classification to"
     refused(replace(options, data=labelled), asked)
     made = prepare_train(replace(options, data=labelled, task="classification"))
-    assert made.data.label_names == made.record.labels == ("a", "b")
+    assert made.data.train.label_names == made.record.labels == ("a", "b")
     alone = write_rows(options.out.parent / "alone.jsonl", [{"text": row["text"]} for row in labelled_rows()])
-    as_texts = prepare_train(replace(options, data=labelled, task="causal")).data
-    assert as_texts.input_ids == prepare_train(replace(options, data=alone)).data.input_ids
+    as_texts = prepare_train(replace(options, data=labelled, task="causal")).data.train
+    assert as_texts.input_ids == prepare_train(replace(options, data=alone)).data.train.input_ids
     assert as_texts.label_names == ()
     needs = r"--task classification needs the columns text and label; .*texts\.jsonl holds text examples$"
     refused(replace(options, task="classification"), needs)
     refused(replace(options, base=classifier), r"is a BertModel, which does not predict tokens: it can only be trained")
-    assert prepare_train(replace(options, base=classifier, data=labelled)).data.label_names == ("a", "b")
+    assert prepare_train(replace(options, base=classifier, data=labelled)).data.train.label_names == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_dry_run_prints_every_setting_and_writes_nothing(options, capsys):
     assert found["learning-rate"] == "2e-05"
     assert found["optimizer"] == "adamw"
     assert (found["method"], found["adapter dtype"], found["device"]) == ("pissa", "float32", "cpu, torch.float32")
-    total = len(prepare_train(replace(options, held_out=0.0)).data.input_ids)
+    total = len(prepare_train(replace(options, held_out=0.0)).data.train.input_ids)
     held_out = round(0.2 * total)
     assert found["held out"] == f"{held_out} sequences"
     assert found["sequences"].startswith(f"{total - held_out} with ")
@@ -286,7 +286,7 @@ def test_a_run_leaves_its_files_and_tells_its_numbers(complete, capsys):
     assert (summary["method"], summary["optimizer"], summary["device"]) == ("pissa", "adamw", "cpu")
     assert run([*words(complete), "--resume"]) == 0
     shown = capsys.readouterr()
-    assert without_progress(shown.err) == f"{folder} was complete already\n"
+    assert without_progress(shown.err).endswith(f"\n{folder} was complete already\n")
     assert shown.out.endswith(f"\n{folder}\n")
     assert f"{summary['held_out_before']:.4f}, {summary['held_out_after']:.4f}" in shown.out
 
@@ -310,10 +310,10 @@ def nats(model, sequences):
 
 
 def test_the_held_out_loss_is_that_of_the_model_before_and_after(complete):
-    job = prepare_train(complete)
+    data = prepare_train(complete).data
     summary = json.loads((complete.out / "summary.json").read_text())
-    held_out = job.held_out.input_ids
-    assert not [ids for ids in held_out if ids in job.data.input_ids]
+    held_out = data.held_out.input_ids
+    assert not [ids for ids in held_out if ids in data.train.input_ids]
     before = nats(qsvd.load(complete.base, device="cpu"), held_out)
     after = nats(qsvd.load(complete.base, adapter=complete.out, device="cpu"), held_out)
     assert summary["held_out_before"] == pytest.approx(before, rel=1e-6)
@@ -330,8 +330,8 @@ def test_what_is_held_out_is_a_share_a_folders_file_a_file_or_nothing(options, t
     other = write_rows(tmp_path / "other.jsonl", text_rows()[:2])
 
     def counts(**changes):
-        job = prepare_train(replace(options, max_length=128, **changes))
-        return len(job.data.input_ids), len(job.held_out.input_ids) if job.held_out else 0
+        data = prepare_train(replace(options, max_length=128, **changes)).data
+        return len(data.train.input_ids), len(data.held_out.input_ids) if data.held_out else 0
 
     assert counts() == (total, 0)
     assert counts(held_out=0.5) == (total / 2, total / 2)
@@ -347,10 +347,10 @@ def test_what_is_held_out_is_a_share_a_folders_file_a_file_or_nothing(options, t
 def test_at_most_256_examples_are_held_out_and_the_seed_draws_them(options, tmp_path):
     data = write_rows(tmp_path / "many.jsonl", [{"text": f"number {number}"} for number in range(1000)])
     jobs = [prepare_train(replace(options, data=data, held_out=0.9, seed=seed)) for seed in (0, 0, 1)]
-    drawn = [job.held_out.input_ids for job in jobs]
+    drawn = [job.data.held_out.input_ids for job in jobs]
     assert [len(ids) for ids in drawn] == [256, 256, 256]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len(jobs[0].data.input_ids) == 744
+    assert len(jobs[0].data.train.input_ids) == 744
 
 
 def test_a_classifier_learns_two_classes_and_counts_how_often_it_is_right(options, classifier, tmp_path, capsys):
@@ -377,8 +377,10 @@ def test_a_result_of_rank_0_is_trained_as_qlora(options, plain):
 
 
 def test_a_folder_is_not_trained_in_twice_by_mistake(complete, options, tmp_path, capsys):
-    assert run(words(complete)) == 2
-    assert "holds a run already; give --resume to continue it" in capsys.readouterr().err
+    before = files_of(complete.out)
+    assert run(words(complete)) == 0
+    assert "was complete already" in capsys.readouterr().err
+    assert files_of(complete.out) == before
     assert run([*words(replace(complete, learning_rate=1e-3, warmup=0.5)), "--resume"]) == 2
     told = capsys.readouterr().err
     assert "was written with other options: learning_rate null there, 0.001 now; warmup 0.03 there, 0.5 now;" in told

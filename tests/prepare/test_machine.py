@@ -83,16 +83,16 @@ def test_a_run_that_does_not_fit_is_told_the_longest_that_would(split, record):
     model = planned_base(split, record, torch.float32)
     run = Training(Batch(64, 2, False, True, "cpu"), 2, "adamw")
     most = plan_training(model, run, Placement(0, "disk"), Limits()).total("host")
-    assert place_training(split, record, run, Wish(0.0), there(host=most)).placement == Placement(0, "disk")
+    assert place_training(model, run, Wish(0.0), there(host=most)).placement == Placement(0, "disk")
     with pytest.raises(DoesNotFit, match=r"needs [\d.]+ MB of CPU memory, where [\d.]+ MB may be used; ") as raised:
-        place_training(split, record, run, Wish(0.0), there(host=most - 1))
+        place_training(model, run, Wish(0.0), there(host=most - 1))
     tokens = int(re.fullmatch(r".*; --max-length (\d+) would fit", str(raised.value))[1])
     assert 0 < tokens < 64
-    place_training(split, record, shortened(run, tokens), Wish(0.0), there(host=most - 1))
+    place_training(model, shortened(run, tokens), Wish(0.0), there(host=most - 1))
     with pytest.raises(DoesNotFit):
-        place_training(split, record, shortened(run, tokens + 1), Wish(0.0), there(host=most - 1))
+        place_training(model, shortened(run, tokens + 1), Wish(0.0), there(host=most - 1))
     with pytest.raises(DoesNotFit, match="where 1 MB may be used; no length would fit: "):
-        place_training(split, record, run, Wish(), there(host=10**6))
+        place_training(model, run, Wish(), there(host=10**6))
 
 
 def shortened(run, tokens):
@@ -100,10 +100,11 @@ def shortened(run, tokens):
 
 
 def test_all_that_lacks_is_said_at_once(split, record):
+    model = planned_base(split, record, torch.float32)
     run = Training(replace(BATCH, device="cuda"), 2, "adamw")
     each = r"[\d.]+ MB of GPU memory, where 1 MB may be used, and [\d.]+ KB of CPU memory, where 1 KB may be used;"
     with pytest.raises(DoesNotFit, match=f"needs {each}"):
-        place_training(split, record, run, Wish(0.0), there(10**6, 10**3, CUDA))
+        place_training(model, run, Wish(0.0), there(10**6, 10**3, CUDA))
 
 
 def logits(batch):
@@ -208,5 +209,5 @@ def asked(monkeypatch, base, data, folder, **changes):
     job = prepare_train(training(base, data, folder / "run", **changes))
     monkeypatch.setattr(place_run, "place", real)
     ((found, wish),) = seen
-    assert wish == Wish("auto", "no" if job.data.label_names else "auto")
+    assert wish == Wish("auto", "no" if job.data.train.label_names else "auto")
     return found

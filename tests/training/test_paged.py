@@ -119,7 +119,7 @@ def test_a_shard_that_is_cut_off_during_a_run_ends_it_with_what_is_kept(base, da
     assert run(words(cut)) == 1
     said = capsys.readouterr().err
     assert f"{shard}: was truncated during the run and ends inside model.layers." in said
-    assert "; restore it; checkpoint-2 is kept, and the same command with --resume continues from it" in said
+    assert "; restore it; checkpoint-2 is kept, and the same command continues from it" in said
     monkeypatch.undo()
     shutil.copyfile(base / shard.name, shard)
     assert run([*words(cut), "--resume"]) == 0

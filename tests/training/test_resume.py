@@ -24,10 +24,10 @@ def stopped_and_resumed(options, monkeypatch, *stops):
     line = words(options)
     for number, stop in enumerate(stops):
         interrupting(monkeypatch, stop)
-        assert run(line + (["--resume"] if number else [])) == 130
+        assert run(line + (["--resume"] if number else [])) == 130  # with and without
         monkeypatch.undo()
         assert len(steps_of(options.out)) == stop
-    assert run([*line, "--resume"]) == 0
+    assert run(line) == 0
     return outcome(options.out)
 
 
@@ -168,7 +168,7 @@ def test_an_interrupted_process_saves_its_step_ends_with_130_and_goes_on(languag
     assert code == 130
     assert out == ""
     assert "stopping after this step; press Ctrl-C again to stop at once" in err
-    assert err.endswith(f"the same command with --resume continues in {options.out}\n")
+    assert err.endswith(f"the same command continues in {options.out}\n")
     assert [path.name for path in checkpoints(options.out)] == [f"checkpoint-{done}"]
     assert 1 < done < 20
     assert run([*line, "--resume"]) == 0

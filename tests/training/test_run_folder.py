@@ -42,7 +42,7 @@ def test_an_empty_folder_or_one_that_a_kill_left_locked_is_taken(tmp_path):
 
 def test_a_file_or_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    refused(tmp_path / "file", r"file is not a folder; give --out another name$")
+    refused(tmp_path / "file", r"file is not a folder; give --out another folder$")
     refused(tmp_path, r"is not empty and was not written by qsvd train; give --out another folder$", resume=True)
     assert names(tmp_path) == ["file"]
 
@@ -68,21 +68,26 @@ def test_a_run_that_saved_nothing_makes_way_for_another(tmp_path, left):
 def test_a_complete_run_is_kept_even_without_checkpoints(tmp_path):
     with RunFolder(tmp_path, ME, resume=False, total=9) as run:
         run.write(SUMMARY, {})
-    refused(tmp_path, "holds a run already")
+    refused(tmp_path, "was written with other options: rank 4 there, 8 now", identity=ME | {"rank": 8})
 
 
-def test_a_run_is_resumed_only_when_asked_and_with_the_same_options(tmp_path):
+def test_a_run_is_continued_with_the_same_options_and_extended_only_when_asked(tmp_path):
     with RunFolder(tmp_path, ME, resume=False, total=9):
         save(tmp_path, 5)
-    refused(tmp_path, r"holds a run already; give --resume to continue it, or --out another folder$")
+    longer = (
+        r"was written with other options: steps null there, 9 now; give the same options to continue, or --resume for "
+        r"more steps, or give --out another folder$"
+    )
+    refused(tmp_path, longer, identity=ME | {"steps": 9})
     other = {"rank": 8, "map": ["a=text"], "seed": 1}
     sentence = (
         r"was written with other options: rank 4 there, 8 now; seed null there, 1 now; give the same options to "
         r"continue, or give --out another folder$"
     )
     refused(tmp_path, sentence, identity=other, resume=True)
-    with RunFolder(tmp_path, ME | {"map": ("a=text",)}, resume=True, total=9):  # JSON has no tuples
-        pass
+    for resume in (False, True):
+        with RunFolder(tmp_path, ME | {"map": ("a=text",)}, resume=resume, total=9):  # JSON has no tuples
+            pass
 
 
 def test_two_cannot_write_at_once(tmp_path):

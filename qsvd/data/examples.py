@@ -1,7 +1,7 @@
 """The data of a run: rows to tokens, and what is held out."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,39 @@ import torch
 from qsvd.data.columns import Examples, Tokenized, recognise
 from qsvd.data.read import read_pair, read_rows
 from qsvd.data.row_files import Rows
+from qsvd.data.template_names import check_tokens, read_template
 from qsvd.data.tokens import tokenize
 from qsvd.errors import BadInput
-from qsvd.files.split_folder import SplitFolder
 from qsvd.options import Train
 from qsvd.plan.weights import causal_classes, context_length
 from qsvd.report.errors import short_count
 
 MOST_LENGTH = 1024  # tokens of a sequence, unless more are asked for
 LEAST_HELD_OUT, MOST_HELD_OUT = 8, 256  # examples, where no validation data are given
+
+
+@dataclass(frozen=True)
+class Home:
+    """A 16-bit or quantized model: its name as it was given, its folder with tokenizer and config.json, its class."""
+
+    name: str
+    folder: Path
+    architecture: str
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run as tokens.
+
+    Args:
+        held_out: None if nothing is held out.
+        max_length: The longest sequence that is allowed, in tokens.
+    """
+
+    tokenizer: Any
+    train: Tokenized
+    held_out: Tokenized | None
+    max_length: int
 
 
 def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
@@ -57,26 +81,36 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
     return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
-def positions(split: SplitFolder) -> int:
-    """Return the tokens that a quantized model can read; a recurrent one has no limit."""
+def positions(folder: Path) -> int:
+    """Return the tokens that a model can read; a recurrent one has no limit."""
     from transformers import AutoConfig
 
-    return context_length(AutoConfig.from_pretrained(split.folder, local_files_only=True))
+    return context_length(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
-def training_examples(
-    options: Train, tokenizer: Any, split: SplitFolder, max_length: int
-) -> tuple[Tokenized, Tokenized | None]:
+def read_run_data(options: Train, home: Home) -> RunData:
+    """Read the data of a run, tokenize them, and hold some out; a BadInput says what cannot be used."""
+    max_length = checked_length(options.max_length, positions(home.folder), home.name)
+    template = None if options.chat_template is None else read_template(options.chat_template)
+    tokenizer = open_tokenizer(home.folder, template)
+    check_tokens(options.chat_template or "", tokenizer)
+    train, held_out = _tokenized(options, tokenizer, home, max_length)
+    if options.eval_every is not None and held_out is None:
+        raise BadInput("--eval-every needs held-out examples: give --valid DATA, or a larger --held-out")
+    return RunData(tokenizer, train, held_out, max_length)
+
+
+def _tokenized(options: Train, tokenizer: Any, home: Home, max_length: int) -> tuple[Tokenized, Tokenized | None]:
     """Return the tokenized examples that are trained and those that are held out."""
     train, valid = _rows(options)
     has_labels = options.task != "causal"
     examples = recognise(train, mapping_of(options.map), labels=has_labels)
-    _check_task(options, examples, split.manifest["source"]["architecture"])
+    _check_task(options, examples, home)
     _check_kind(options, examples)
     others = None if valid is None else recognise(valid, mapping_of(options.map), labels=has_labels)
     if others is not None and others.kind != examples.kind:
         raise BadInput(f"{others.places.source} holds {others.kind} examples, {examples.places.source} {examples.kind}")
-    chosen = {"max_length": max_length, "loss_on": options.loss_on, "stop_ids": stop_ids(split.folder)}
+    chosen = {"max_length": max_length, "loss_on": options.loss_on, "stop_ids": stop_ids(home.folder)}
     data: Tokenized = tokenize(examples, tokenizer, **chosen, label_names=None)
     held_out = None
     if others is not None:
@@ -96,20 +130,20 @@ def _rows(options: Train) -> tuple[Rows, Rows | None]:
     return train, read_rows(options.valid, split="train" if Path(options.valid).expanduser().is_file() else "valid")
 
 
-def _check_task(options: Train, examples: Examples, architecture: str) -> None:
+def _check_task(options: Train, examples: Examples, home: Home) -> None:
     """Refuse data that the task cannot use, and labelled texts for which the task is open."""
     source, held = examples.places.source, f"{examples.kind} examples"
-    is_labelled, is_causal = examples.kind == "labelled", architecture in causal_classes()
+    is_labelled, is_causal = examples.kind == "labelled", home.architecture in causal_classes()
     if options.task == "classification" and not is_labelled:
         raise BadInput(f"--task classification needs the columns text and label; {source} holds {held}")
     if options.task == "auto" and is_labelled and is_causal:
         raise BadInput(
-            f"{source} has the columns text and label, and {options.base} is a language model: give --task "
+            f"{source} has the columns text and label, and {home.name} is a language model: give --task "
             "classification to train a classifier of the labels, or --task causal to train on the texts alone"
         )
     if not is_labelled and not is_causal:
         raise BadInput(
-            f"{options.base} is a {architecture}, which does not predict tokens: it can only be trained to classify, "
+            f"{home.name} is a {home.architecture}, which does not predict tokens: it can only be trained to classify, "
             f"from the columns text and label, and {source} holds {held}"
         )
     is_chat = not examples.literal or examples.kind == "chat" or isinstance(examples.rows[0].get("prompt"), list)
@@ -134,6 +168,24 @@ NOUNS = {
     "text": "texts",
     "labelled": "labelled texts",
 }
+
+
+def first_lines(options: Train, data: RunData) -> list[str]:
+    """Return what a run trains, which examples were cut, and whether few are held out."""
+    lines = [f"Training: {in_words(data.train, data.held_out, options.chat_template)}"]
+    cut = {one.places.source: one for one in (data.train, data.held_out) if one and one.truncated}
+    lines += [cut_in_words(one, data.max_length) for one in cut.values()]
+    count = len(data.held_out.input_ids) if data.held_out else 0
+    if count >= LEAST_HELD_OUT or (count == 0 and options.held_out == 0):
+        return lines
+    total = count + len(data.train.input_ids)
+    return [
+        *lines,
+        f"{count} of {total} examples are held out, since {LEAST_HELD_OUT} are more than a tenth: the held-out loss is "
+        "a rough one; give --valid DATA or a larger --held-out"
+        if options.valid is None
+        else f"the validation data have {count} examples: with fewer than {LEAST_HELD_OUT} their loss is a rough one",
+    ]
 
 
 def in_words(data: Tokenized, held_out: Tokenized | None, template: str | None) -> str:

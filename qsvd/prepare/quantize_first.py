@@ -1,0 +1,110 @@
+"""`qsvd train` on a 16-bit model: the quantized model that is made first, where it is kept, and the run on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsvd.errors import BadInput
+from qsvd.files.adapter import open_adapter
+from qsvd.files.quantize_folder import OutputFolder
+from qsvd.files.workspace import ADAPTER_RECORD, ANOTHER_FOLDER
+from qsvd.options import Quantize, Train
+from qsvd.prepare.check_options import check, model_kind
+from qsvd.prepare.plan import plan_of, plan_source, run_of_16_bit
+from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
+from qsvd.prepare.train import PlannedRun, TrainRun, prepare_train, train_machine
+from qsvd.training.run_folder import check_run_folder, checkpoints
+
+UNKNOWN = ("alpha", "base_fingerprint")  # of the identity of a run, before its quantized model is complete
+
+
+@dataclass(frozen=True)
+class FirstRun(PlannedRun):
+    """A checked run of `qsvd train` on a 16-bit model.
+
+    Its options are those of the run on the quantized model, which `quantizing` makes.
+    """
+
+    quantizing: QuantizeRun
+
+    @property
+    def first_lines(self) -> list[str]:
+        """What is said before the work."""
+        options = self.quantizing.options
+        return [*super().first_lines, f"First: {options.model} is quantized into {options.out}"]
+
+
+def prepare_training(options: Train) -> TrainRun | FirstRun:
+    """Check a run on a quantized model; or one on a 16-bit model, before the hours of quantizing it."""
+    check(options)
+    if model_kind(options.base) != "16-bit":
+        return prepare_train(options)
+    here = train_machine(options)
+    source = plan_source(plan_of(options), here.dtype)
+    run = run_of_16_bit(options, source, here, must_fit=True)
+    is_lora = run.method == "lora"
+    quantizing = prepare_quantize(_quantize_options(options, 0 if is_lora else source.rank))
+    OutputFolder.check(quantizing.out, quantizing.identity, "give --quantized another folder")
+    then = replace(
+        options,
+        base=str(quantizing.options.out),
+        rank=options.rank if is_lora else None,  # else it is the stored rank
+        budget=None,
+        allocation=None,
+        double_quant=True,
+        quantized=None,
+    )
+    known: dict[str, Any] = {field.name: getattr(run, field.name) for field in fields(run)} | {"options": then}
+    found = FirstRun(**known, quantizing=quantizing)
+    _check_base(found)
+    check_run_folder(found.out, found.identity, resume=options.resume, total=found.total_steps, unknown=UNKNOWN)
+    return found
+
+
+def _check_base(run: FirstRun) -> None:
+    """Refuse a folder with a run on another quantized model, which is still there."""
+    for folder in (run.out, *checkpoints(run.out)):
+        if (folder / ADAPTER_RECORD).is_file():
+            base = open_adapter(folder).record.base
+            if Path(base).exists() and Path(base) != run.quantizing.out.resolve():
+                raise BadInput(
+                    f"{run.out} holds a run on {base}; give the same options to continue, or {ANOTHER_FOLDER}"
+                )
+
+
+def on_quantized(run: TrainRun | FirstRun, work: Callable[[QuantizeRun], object]) -> TrainRun:
+    """Return the run on its quantized model; a 16-bit model is quantized first, by `work`."""
+    if isinstance(run, TrainRun):
+        return run
+    work(run.quantizing)
+    torch.cuda.empty_cache()  # what quantizing leaves would count as taken
+    return prepare_train(run.options, run.data)
+
+
+def _quantize_options(options: Train, rank: int) -> Quantize:
+    """Return the options of `qsvd quantize` for the run, which are those that `qsvd plan` counts with."""
+    made = Quantize(
+        model=options.base,
+        out=_folder(options, rank) if options.quantized is None else options.quantized,
+        rank=rank,
+        double_quant=options.double_quant,
+        device=options.device,
+    )
+    if options.allocation is not None:
+        return replace(made, rank=Quantize.rank, allocation=options.allocation)
+    if options.budget is not None:
+        return replace(made, budget=options.budget, allocator="bits")
+    return made
+
+
+def _folder(options: Train, rank: int) -> Path:
+    """Return OUT next to RUN, such as Qwen3-0.6B-nf4-r64."""
+    model, bits = Path(options.base).expanduser().resolve().name, "nf4" if options.double_quant else "nf4-plain"
+    if options.allocation is not None:
+        return options.out.parent / f"{model}-{options.allocation.stem}"
+    if options.budget is not None:
+        bits = "".join(options.budget.split())
+    return options.out.parent / f"{model}-{bits}-r{rank}"

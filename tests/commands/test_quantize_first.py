@@ -1,0 +1,168 @@
+"""`qsvd train` on a 16-bit model: one command for qsvd quantize and qsvd train, which goes on after a kill."""
+
+import json
+import re
+import signal
+from dataclasses import replace
+
+import pytest
+
+import qsvd
+import qsvd.prepare.quantize
+from qsvd.cli import run
+from qsvd.decompose.alternate import split_weight
+from tests.commands.folders import files_of
+from tests.commands.test_resume import finished, start, wait_for
+from tests.runs import interrupting, labelled_rows, language_base, outcome, text_rows, training, words, write_rows
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return language_base(tmp_path_factory.mktemp("model")).parent / "source"
+
+
+@pytest.fixture
+def options(source, tmp_path):
+    return training(source, write_rows(tmp_path / "texts.jsonl", text_rows()), tmp_path / "RUN", save_every=2)
+
+
+WAYS = {  # options of train -> of quantize, of train on its output, the folder
+    "default": ({}, ["--rank", "64"], [], "source-nf4-r64"),
+    "rank": ({"rank": 5, "double_quant": False}, ["--rank", "5", "--no-double-quant"], [], "source-nf4-plain-r5"),
+    "lora": ({"method": "lora", "rank": 6}, ["--rank", "0"], ["--method", "lora", "--rank", "6"], "source-nf4-r0"),
+    "edora": ({"method": "edora", "rank": 4}, ["--rank", "4"], ["--method", "edora"], "source-nf4-r4"),
+    "budget": (
+        {"budget": "5bits", "rank": 4},
+        ["--rank", "4", "--budget", "5bits", "--allocator", "bits"],
+        [],
+        "source-5bits-r4",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_command_writes_the_bytes_of_two(options, tmp_path, way):
+    chosen, quantize, train, name = WAYS[way]
+    assert run(words(replace(options, **chosen))) == 0
+    two = tmp_path / "two" / name
+    assert run(["quantize", options.base, "--out", str(two), "--device", "cpu", *quantize]) == 0
+    again = replace(options, base=str(two), out=tmp_path / "two" / "RUN")
+    assert run([*words(again), *train]) == 0
+    assert outcome(options.out) == outcome(again.out)
+    identities = [json.loads((folder / "run.json").read_text()) for folder in (options.out, again.out)]
+    assert identities[0] == identities[1]
+    shown = {"README.md", "qsvd.json"}  # they name the folder
+    found, expected = (
+        {file: text for file, text in files_of(folder).items() if file not in shown}
+        for folder in (tmp_path / name, two)
+    )
+    assert found == expected
+
+
+def test_another_run_uses_the_quantized_model_again_and_the_same_command_changes_nothing(options, tmp_path, capsys):
+    assert run(words(options)) == 0
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[0].startswith("Training: causal language model on texts")
+    assert f"First: {options.base} is quantized into {tmp_path / 'source-nf4-r64'}\n" in shown
+    before = {folder: files_of(tmp_path / folder) for folder in ("RUN", "source-nf4-r64")}
+    assert run(words(options)) == 0
+    assert run(words(replace(options, out=tmp_path / "RUN2", seed=1))) == 0
+    assert {folder: files_of(tmp_path / folder) for folder in before} == before
+    made = qsvd.train(options.base, options.data, out=tmp_path / "py" / "RUN", steps=1, max_length=32, device="cpu")
+    assert made.summary.base == str(tmp_path / "py" / "source-nf4-r64")
+
+
+def test_an_interrupt_in_each_part_is_continued_by_the_same_command(options, tmp_path, monkeypatch, capsys):
+    alone = replace(options, out=tmp_path / "alone" / "RUN")
+    assert run(words(alone)) == 0
+    begun = []
+
+    def interrupted_split(*arguments, **given):
+        begun.append(arguments)
+        if len(begun) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return split_weight(*arguments, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qsvd.prepare.quantize, "split_weight", interrupted_split)
+        assert run(words(options)) == 130
+    assert f"the same command continues in {tmp_path / 'source-nf4-r64'}" in capsys.readouterr().err
+    assert not options.out.exists()
+    with monkeypatch.context() as patch:
+        interrupting(patch, 3)
+        assert run(words(options)) == 130
+    assert f"the same command continues in {options.out}" in capsys.readouterr().err
+    assert run(words(options)) == 0
+    assert outcome(options.out) == outcome(alone.out)
+
+
+def test_a_command_that_is_killed_in_each_part_goes_on(options, tmp_path):
+    long = replace(options, save_every=1, steps=8)
+    for file in ("source-nf4-r64/unfinished/00002.factors", "RUN/checkpoint-2"):
+        process = start(*words(long), cwd=tmp_path)
+        wait_for((tmp_path / file).exists, process)
+        process.kill()
+        assert finished(process)[0] == -signal.SIGKILL
+    assert run(words(long)) == 0
+    alone = replace(long, out=tmp_path / "alone" / "RUN")
+    assert run(words(alone)) == 0
+    assert outcome(options.out) == outcome(alone.out)
+
+
+def refused(options, capsys, code=2):
+    capsys.readouterr()
+    assert run(words(options)) == code
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_quantized(options, tmp_path, capsys):
+    labelled = write_rows(tmp_path / "labelled.jsonl", labelled_rows())
+    rows = write_rows(tmp_path / "rows.jsonl", [{"what": "x"}])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    table = tmp_path / "table.txt"
+    table.write_text("nothing\n")
+    for changes, sentence in {
+        "data": ({"data": rows}, "rows.jsonl"),
+        "task": ({"data": labelled}, "give --task classification"),
+        "length": ({"max_length": 513}, "--max-length 513 is above 512"),
+        "rank": ({"rank": 999}, "--rank 999 is above 128, the shorter side of the smallest layer"),
+        "lora only": ({"rslora": True}, "rslora is an option of the method lora, and the method is pissa"),
+        "start": ({"init_from": tmp_path}, "--init-from"),
+        "memory": ({"host": "1MB"}, "needs"),
+        "budget": ({"budget": "1bits"}, "--budget 1bits"),
+        "both": ({"budget": "4bits", "allocation": table}, "--budget and --allocation both set"),
+        "table": ({"allocation": table}, "table.txt"),
+        "quantized": ({"quantized": tmp_path / "other"}, "give --quantized another folder"),
+        "run": ({"out": tmp_path / "other"}, "is not empty and was not written by qsvd train"),
+        "layers": ({"target_modules": ("no_such_proj",)}, "no_such_proj"),
+        "eval": ({"eval_every": 2}, "--eval-every needs held-out examples"),
+    }.values():
+        assert sentence in refused(replace(options, **changes), capsys, 3 if "host" in changes else 2)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "texts.jsonl",
+        "labelled.jsonl",
+        "rows.jsonl",
+        "other",
+        "table.txt",
+    }
+
+
+def test_a_folder_that_holds_something_else_is_named_with_its_option(options, tmp_path, capsys):
+    assert run(words(options)) == 0
+    other = refused(replace(options, rank=4, quantized=tmp_path / "source-nf4-r64"), capsys)
+    assert re.search(
+        r"source-nf4-r64 was written with other options: rank 64 there, 4 now; .* give --quantized ", other
+    )
+    assert "holds a run on" in refused(replace(options, rank=4), capsys)
+    assert not (tmp_path / "source-nf4-r4").exists()
+    out = str(tmp_path / "source-nf4-r64")
+    for changes in ({"budget": "4bits"}, {"double_quant": False}, {"quantized": tmp_path / "x"}):
+        flag = re.escape(next(iter(changes)).replace("_", "-"))
+        said = refused(replace(options, base=out, **changes), capsys)
+        assert re.search(rf"is quantized already, and --(no-)?{flag} can be used for 16-bit models only", said)
+    assert "is a run of qsvd train: give its quantized model" in refused(
+        replace(options, base=str(options.out)), capsys
+    )
