@@ -15,7 +15,7 @@ from qsvd.commands.demo import HELD_OUT, MODEL
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-COMMANDS = ["plan", "quantize", "report", "train", "train", "generate", "eval", "export", "calibrate", "quantize"]
+COMMANDS = ["plan", "train", "train", "generate", "report", "eval", "export", "quantize", "calibrate", "quantize"]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/results/*.md")]
 
 

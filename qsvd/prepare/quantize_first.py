@@ -1,5 +1,6 @@
 """`qsvd train` on a 16-bit model: the quantized model that is made first, where it is kept, and the run on it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from qsvd.files.adapter import open_adapter
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.workspace import ADAPTER_RECORD, ANOTHER_FOLDER
 from qsvd.options import Quantize, Train
+from qsvd.paths import hub_id
 from qsvd.prepare.check_options import check, model_kind
 from qsvd.prepare.plan import plan_of, plan_source, run_of_16_bit
 from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
@@ -102,7 +104,8 @@ def _quantize_options(options: Train, rank: int) -> Quantize:
 
 def _folder(options: Train, rank: int) -> Path:
     """Return OUT next to RUN, such as Qwen3-0.6B-nf4-r64."""
-    model, bits = Path(options.base).expanduser().resolve().name, "nf4" if options.double_quant else "nf4-plain"
+    name = hub_id(options.base, None) or os.path.abspath(Path(options.base).expanduser())
+    model, bits = Path(name).name, "nf4" if options.double_quant else "nf4-plain"
     if options.allocation is not None:
         return options.out.parent / f"{model}-{options.allocation.stem}"
     if options.budget is not None:

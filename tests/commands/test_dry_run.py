@@ -18,6 +18,9 @@ FLAGS = {
     "no checkpointing": ["--no-gradient-checkpointing", "--held-out", "0"],
     "target modules": ["--target-modules", "q_proj", "v_proj", "--loss-on", "all"],
     "too large": ["--gpu", "500MB"],
+    "16-bit": ["--rank", "5"],
+    "16-bit lora": ["--method", "lora", "--no-double-quant"],
+    "16-bit budget": ["--budget", "4bits"],
 }
 ROWS = {  # what shows that the flags reached the plan
     "lora": "│ method                 │ lora",
@@ -26,6 +29,9 @@ ROWS = {  # what shows that the flags reached the plan
     "optimizer": "│ optimizer              │ adamw ",
     "resident": "blocks that stay on the GPU: 0 of",
     "too large": "Does not fit: ",
+    "16-bit": "rank 5, ",
+    "16-bit lora": "│ method                 │ lora",
+    "16-bit budget": "Only the total size of a budget is used",
 }
 
 
@@ -39,12 +45,14 @@ def test_a_plan_with_data_and_a_dry_run_print_the_same_bytes(base, tmp_path, cap
     data = write_rows(tmp_path / "data.jsonl", text_rows())
     flags = [*MACHINE, *FLAGS[name]]
     code = 3 if name == "too large" else 0
-    assert run(["plan", str(base), data, *flags]) == code
+    model = str(base.parent / "source" if name.startswith("16-bit") else base)
+    assert run(["plan", model, data, *flags]) == code
     planned = capsysbinary.readouterr()
-    assert run(["train", str(base), data, "--out", str(tmp_path / "run"), *flags, "--dry-run"]) == code
+    assert run(["train", model, data, "--out", str(tmp_path / "run"), *flags, "--dry-run"]) == code
     assert capsysbinary.readouterr() == planned
     assert planned.out.startswith((b"Fits: ", b"Does not fit: "))
     assert ROWS.get(name, "").encode() in planned.out
+    assert (b"qsvd quantize: " in planned.out) == name.startswith("16-bit")
     assert not (tmp_path / "run").exists()
 
 
