@@ -1,10 +1,11 @@
 """`qsvd plan`: estimate GPU, CPU and disk memory before any work."""
 
 import json
+from contextlib import nullcontext
 
 from rich.console import Console
 
-from qsvd.commands.console import quiet
+from qsvd.commands.console import display, quiet
 from qsvd.errors import DoesNotFit
 from qsvd.memory.duration import page_seconds, quantize_time, step_time
 from qsvd.memory.other_tasks import plan_quantizing
@@ -12,7 +13,7 @@ from qsvd.memory.placement import Cell, Reach, advice, explore, highest, longest
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.options import Plan, Quantize
 from qsvd.prepare.plan import PlanJob, prepare_plan
-from qsvd.records import ShowProgress, show_nothing
+from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, headline, plan_json, plan_tables
 
 RANKS = (16, 32, 64, 128)
@@ -27,7 +28,8 @@ def main(options: Plan) -> None:
         BadInput: an option cannot be used, or the model cannot be planned.
         DoesNotFit: something does not fit; raised after the tables are printed.
     """
-    found = plan(options)
+    with display() if options.explore else nullcontext(show_nothing) as show:  # all else takes seconds
+        found = plan(options, show)
     if options.json:
         print(json.dumps(plan_json(options.model, found), indent=2))
     else:
@@ -39,13 +41,12 @@ def main(options: Plan) -> None:
 
 def plan(options: Plan, show: ShowProgress = show_nothing) -> Answer:
     """Plan as `qsvd plan` does, silently. What does not fit is in the answer; only bad input is raised."""
-    del show
     with quiet(reads_data=options.data is not None):
-        return answer(prepare_plan(options))
+        return answer(prepare_plan(options), show)
 
 
-def answer(job: PlanJob) -> Answer:
-    """Plan every task that is asked for."""
+def answer(job: PlanJob, show: ShowProgress = show_nothing) -> Answer:
+    """Plan every task that is asked for; `show` is called where that takes long."""
     model = job.model
     tasks = job.tasks
     batch, accumulate = job.training.batch, job.training.accumulate
@@ -55,7 +56,7 @@ def answer(job: PlanJob) -> Answer:
         quantize=quantize if "quantize" in tasks else None,
         train=_training(job, model) if "train" in tasks else None,
         serve=_serving(job, model) if "serve" in tasks else None,
-        cells=_explored(job) if job.options.explore else (),
+        cells=_explored(job, show) if job.options.explore else (),
         blocks=len(model.blocks),
         speed=job.speed,
         what=f"rank {job.source.rank}, {batch.tokens:,} tokens, {batch.batch} x {accumulate} sequences a step",
@@ -85,9 +86,13 @@ def _training(job: PlanJob, model: SplitModelPlan) -> TrainAnswer:
     return TrainAnswer(placed, reach, changes, step, job.training, job.steps)
 
 
-def _explored(job: PlanJob) -> tuple[Cell, ...]:
+def _explored(job: PlanJob, show: ShowProgress) -> tuple[Cell, ...]:
     ranks = [rank for rank in RANKS if rank <= job.source.most_rank] or [job.source.most_rank]
     if job.source.is_fixed:
         ranks = [job.source.rank]
     lengths = [length for length in LENGTHS if length <= job.context] or [job.context]
-    return explore(job.source.make, job.training, job.limits.host, ranks, lengths, GPUS)
+    cells = list[Cell]()
+    for done, rank in enumerate(ranks, start=1):
+        cells += explore(job.source.make, job.training, job.limits.host, [rank], lengths, GPUS)
+        show(Progress(done, done, len(ranks), f"{done}/{len(ranks)} ranks"))
+    return tuple(cells)

@@ -139,8 +139,11 @@ def test_lora_on_a_16_bit_model_is_qlora(capsys, large):
 
 
 def test_the_table_of_cards_has_a_share_or_no(capsys, large):
-    code, found = planned(capsys, large, "--explore", "--for", "train", "--gpu", "80GB", "--host", "64GB")
-    assert code == 0
+    words = ["plan", str(large), "--explore", "--for", "train", "--gpu", "80GB", "--host", "64GB", "--json"]
+    assert run(words) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert [line.partition(",")[0] for line in shown.err.splitlines()] == [f"{done}/4 ranks" for done in (1, 2, 3, 4)]
     cells = {(cell["rank"], cell["tokens"], cell["gpu"]): cell["share"] for cell in found["explore"]}
     assert len(cells) == 4 * 4 * 6
     assert cells[16, 1024, 80 * 10**9] == 1.0
