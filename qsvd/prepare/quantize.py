@@ -16,8 +16,7 @@ from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split, measure
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
-from qsvd.files.quantize_folder import OutputFolder
-from qsvd.files.shards import Shard, Sizes, plan_shards, sizes_of
+from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, plan_shards, sizes_of
 from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import Statistics, statistics_for
 from qsvd.files.workspace import MANIFEST, UNFINISHED, check_space

@@ -8,7 +8,7 @@ import torch
 
 import qsvd
 from qsvd.files.check import check_complete
-from qsvd.files.shards import plan_shards, sizes_of
+from qsvd.files.quantize_folder import plan_shards, sizes_of
 from qsvd.files.source import open_checkpoint
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.plan.allocation import Choice, uniform
