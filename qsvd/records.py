@@ -64,6 +64,7 @@ class Coverage:
     elements_split: int
     elements: int
     left: tuple[LeftTensors, ...]  # largest first
+    unknown: tuple[LeftTensors, ...] = ()  # of the checkpoint, not of the model: copied, and not in `elements`
 
     @property
     def share(self) -> float:

@@ -43,8 +43,8 @@ def load_report(folder: Path) -> tuple[ReportHeader, list[WeightError]]:
     try:
         header = json.loads((folder / MANIFEST).read_text())["header"]
         covered = header["coverage"]
-        left = tuple(LeftTensors(**tensors) for tensors in covered["left"])
-        head = ReportHeader(**(header | {"coverage": Coverage(**(covered | {"left": left}))}))
+        groups = {key: tuple(LeftTensors(**tensors) for tensors in covered.get(key, ())) for key in ("left", "unknown")}
+        head = ReportHeader(**(header | {"coverage": Coverage(**(covered | groups))}))
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder / MANIFEST} is damaged: {error}") from error
     if head.iterations == 0:

@@ -60,7 +60,7 @@ def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
     release (LayerNorm.gamma). transformers renames tensors when it loads them; the same renamings are applied here.
 
     Args:
-        names: Tensor names of the checkpoint. Names that the model does not have are ignored.
+        names: Tensor names of the checkpoint. Names that the model does not have become `unknown`.
         plan: From `plan_model`.
 
     Raises:
@@ -69,9 +69,11 @@ def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
     """
     transforms = [copy.copy(transform) for transform in plan.transforms]  # some have state
     spelling: dict[str, str] = {}
-    clashes, computed = [], set()
+    clashes, computed, unknown = [], set(), []
     for name in sorted(names):
         model_name, is_computed = _model_name(name, plan, transforms)
+        if model_name not in plan.shapes:
+            unknown.append(name)
         if is_computed:
             computed.add(model_name)
         elif spelling.setdefault(model_name, name) != name and model_name in plan.shapes:
@@ -89,7 +91,8 @@ def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
         sources = tuple(replace(source, tensor=spelling.get(source.tensor, source.tensor)) for source in spec.sources)
         weights.append(replace(spec, name=spelling.get(f"{spec.module}.weight", spec.name), sources=sources))
     known = {model_name: name for model_name, name in spelling.items() if model_name in plan.shapes}
-    return replace(plan, weights=tuple(weights), spelling=known, optional=plan.optional | computed)
+    optional = plan.optional | computed
+    return replace(plan, weights=tuple(weights), spelling=known, optional=optional, unknown=tuple(unknown))
 
 
 def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:

@@ -9,7 +9,7 @@ import copy
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -73,6 +73,7 @@ class ModelPlan:
     optional: frozenset[str]  # untied names that transformers does without
     base_prefix: str  # "model": the prefix that a checkpoint of the bare model lacks
     spelling: dict[str, str] = field(default_factory=dict)  # model name -> name in the checkpoint; filled by `resolve`
+    unknown: tuple[str, ...] = ()  # tensors of the checkpoint that the class does not have; filled by `resolve`
     transforms: tuple["WeightTransform", ...] = field(default=(), repr=False, compare=False)  # transformers' renamings
 
 
@@ -145,17 +146,31 @@ def causal_classes() -> set[str]:
     return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
-def coverage(plan: ModelPlan) -> Coverage:
-    """Count what the plan splits, and group what it leaves."""
+def coverage(plan: ModelPlan, unknown: Mapping[str, Sequence[int]] | None = None) -> Coverage:
+    """Count what the plan splits, and group what it leaves.
+
+    Args:
+        unknown: Shapes of the tensors of the checkpoint that the class does not have.
+    """
     split = {f"{spec.module}.weight": math.prod(spec.shape) for spec in plan.weights}
-    groups: dict[str, list[int]] = {}
-    for name, shape in plan.shapes.items():
-        if name not in split and name not in plan.tied:
-            groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(math.prod(shape))
-    left = [LeftTensors(pattern, len(sizes), sum(sizes)) for pattern, sizes in groups.items()]
-    left.sort(key=lambda tensors: -tensors.elements)
+    left = _grouped((name, shape) for name, shape in plan.shapes.items() if name not in split and name not in plan.tied)
     elements_split = sum(split.values())
-    return Coverage(len(split), elements_split, elements_split + sum(tensors.elements for tensors in left), tuple(left))
+    elements = elements_split + sum(tensors.elements for tensors in left)
+    return Coverage(len(split), elements_split, elements, left, _grouped((unknown or {}).items()))
+
+
+def _grouped(tensors: Iterable[tuple[str, Sequence[int]]]) -> tuple[LeftTensors, ...]:
+    """Count tensors whose names differ in their numbers only, largest first; a number that all share stays."""
+    groups: dict[str, list[tuple[list[str], int]]] = {}
+    for name, shape in tensors:
+        members = groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), [])
+        members.append((name.split("."), math.prod(shape)))
+    counted = []
+    for members in groups.values():
+        parts = zip(*(path for path, _ in members), strict=True)
+        pattern = ".".join(part[0] if len({*part}) == 1 else "*" for part in parts)
+        counted.append(LeftTensors(pattern, len(members), sum(size for _, size in members)))
+    return tuple(sorted(counted, key=lambda group: -group.elements))
 
 
 def build(config: "PreTrainedConfig") -> "PreTrainedModel":

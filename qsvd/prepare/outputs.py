@@ -214,6 +214,8 @@ def planned_tables(run: QuantizeRun) -> RenderableType:
         sizes.add_row(name, f"{num_bytes / 1e6:,.1f}")
     lines = [f"Coverage: {run.header.reach}"]
     lines += [f"Left: {left.pattern} ({left.size})" for left in run.header.coverage.left]
+    if run.header.remainder:
+        lines.append(f"Copied, since the model has no such tensors: {run.header.remainder}")
     lines.append(
         "Files: " + ", ".join(shard.file for shard in run.shards[:3]) + (" ..." if len(run.shards) > 3 else "")
     )

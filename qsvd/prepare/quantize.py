@@ -144,7 +144,7 @@ class QuantizeRun:
             order=options.order,
             iterations=options.iterations,
             end=options.end,
-            coverage=coverage(self.plan),
+            coverage=coverage(self.plan, {name: self.checkpoint.tensors[name].shape for name in self.plan.unknown}),
             least_rank=min(ranks),
             residual_bits=None if is_plain else residual_bits(self.resolved, self.plan.weights),
             quantizer="bitsandbytes" if is_plain else "qsvd",

@@ -122,7 +122,7 @@ def to_json(header: ReportHeader, errors: Sequence[WeightError], worst_count: in
     """
     coverage = header.coverage
     return asdict(header) | {
-        "coverage": asdict(coverage) | {"share": coverage.share, "left": [asdict(left) for left in coverage.left]},
+        "coverage": asdict(coverage) | {"share": coverage.share},
         "totals": [asdict(total) | _derived(total) for total in totals(errors)],
         "worst": [to_record(error) | _derived(error) for error in worst(errors, worst_count)],
         "weights": [to_record(error) | _derived(error) for error in errors],
@@ -212,12 +212,16 @@ def to_markdown(header: ReportHeader, errors: Sequence[WeightError], worst_count
         BadInput: as `totals` and `worst`.
     """
     each = ("layer", "type", "shape", "rank", "iteration", *NORMS)
-    left = "\n".join(f"- `{left.pattern}`: {left.size}" for left in header.coverage.left)
+    left, unknown = (
+        "\n".join(f"- `{group.pattern}`: {group.size}" for group in groups)
+        for groups in (header.coverage.left, header.coverage.unknown)
+    )
     sections = [
         f"# Quantization error of {_text(header.model)}",
         f"Method: {_text(header.method)}.",
         f"Coverage: {header.reach}.",
         *(["Not quantized:", left] if left else []),
+        *(["Copied, since the model has no such tensors:", unknown] if unknown else []),
         "## By layer type",
         _markdown_table(header, ("type", "layers", "elements", *NORMS), totals(errors)),
         f"## Layers with the largest relative error ({min(worst_count, len(errors))} of {len(errors):,})",
@@ -269,6 +273,7 @@ def to_terminal(header: ReportHeader, errors: Sequence[WeightError], worst_count
         Text(f"Method: {header.method}"),
         Text(f"Coverage: {header.reach}"),
         *(Text(f"Not quantized: {left.pattern} ({left.size})") for left in header.coverage.left),
+        *([Text(f"Copied, since the model has no such tensors: {header.remainder}")] if header.remainder else []),
         *(Text(""), _rich_table("Error by layer type", header, types, by_type)),
         *(Text(""), _whole_model(header, by_type[-1])),
     ]

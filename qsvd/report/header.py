@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qsvd.records import Coverage
+from qsvd.errors import listing
+from qsvd.records import Coverage, LeftTensors
 
 if TYPE_CHECKING:
     from qsvd.numerics.codec import Codec
@@ -72,6 +73,15 @@ class ReportHeader:
             f"{covered.weights:,} {'layer' if covered.weights == 1 else 'layers'} quantized, "
             f"{covered.elements_split:,} of {covered.elements:,} elements ({100 * covered.share:.2f} %)"
         )
+
+    @property
+    def remainder(self) -> str:
+        """What the checkpoint has and the model does not, in one line; "" if there is nothing."""
+        unknown = self.coverage.unknown
+        if not unknown:
+            return ""
+        sizes = LeftTensors("", sum(group.count for group in unknown), sum(group.elements for group in unknown))
+        return f"{sizes.size}: {listing([group.pattern for group in unknown], 3)}"
 
 
 def codec_words(codecs: Sequence["Codec"]) -> str:

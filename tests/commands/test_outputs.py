@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 import qsvd
+from qsvd.cli import run as qsvd_command
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import tensors_of
 
@@ -115,3 +117,28 @@ def test_the_readme_names_the_folder_and_the_adapter_names_none_so_that_it_can_m
     named = re.search(r'from_pretrained\("([^"]+)"\)', (out / "README.md").read_text())[1]
     assert (Path(named) / "qsvd.json").is_file()
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+
+
+def test_tensors_that_the_class_does_not_have_are_copied_named_and_exported(tmp_path, capsys):
+    """An extra prediction layer, as DeepSeek-V3 and GLM-4.5 publish one."""
+    source, out, merged = (tmp_path / name for name in ("source", "out", "merged"))
+    write_checkpoint(source)
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    names = ["eh_proj", "mlp.up_proj", *(f"mlp.experts.{number}.gate_proj" for number in range(3))]
+    extra = {f"model.layers.2.{name}.weight": torch.randn(64, 32).bfloat16() for name in names}
+    safetensors.torch.save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    qsvd.quantize(qsvd.Quantize(str(source), out=out, rank=4, iterations=1))
+    assert qsvd_command(["report", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Copied, since the model has no such tensors: 5 tensors, 10,240 elements: model.layers.2.mlp.exp" in shown
+    page = (out / "report.md").read_text()
+    assert "\n- `model.layers.2.mlp.experts.*.gate_proj.weight`: 3 tensors, 6,144 elements\n" in page
+    assert qsvd_command(["export", str(out), "--to", "merged", "--out", str(merged)]) == 0
+    for folder in (out, merged):
+        written = tensors_of(folder)
+        assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())
+    dense = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        ours, plain = (model(tokens).logits for model in (qsvd.load(out), dense))
+    assert (ours - plain).abs().max() < 0.02 * plain.abs().max()

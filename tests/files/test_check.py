@@ -119,6 +119,7 @@ def test_excluded_experts_may_be_stored_one_by_one(tmp_path):
     write_checkpoint(tmp_path, "MixtralForCausalLM")
     checkpoint, plan = checked(tmp_path, exclude=["*.experts.*"])
     assert any(".experts.3.w1.weight" in name for name in checkpoint.tensors)
+    assert plan.unknown == ()
     assert_loaded_alike(tmp_path, checkpoint, plan)
 
 
@@ -127,6 +128,7 @@ def test_extra_tensors_do_not_matter(tmp_path):
     edit(tmp_path, lambda tensors: tensors | {"embeddings.position_ids": torch.arange(512)[None]})
     _, plan = checked(tmp_path)
     assert "embeddings.position_ids" not in plan.spelling
+    assert plan.unknown == ("embeddings.position_ids",)
 
 
 def test_all_kinds_of_trouble_are_told_at_once(tmp_path):

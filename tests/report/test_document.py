@@ -19,6 +19,7 @@ def test_json_has_stable_keys_and_numbers_in_full(samples, header):
             {"pattern": "embed_tokens.weight", "count": 1, "elements": 1200},
             {"pattern": "layers.*.norm.weight", "count": 4, "elements": 64},
         ],
+        "unknown": [],
         "share": 231 / 1495,
     }
     derived = {"relative_before", "relative_after", "reduction_percent"}

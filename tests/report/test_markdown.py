@@ -75,6 +75,7 @@ def test_plain_quantization_and_whole_coverage_read_well(samples, header):
     assert "\nMethod: NF4 without components (rank 0).\n" in markdown
     assert "\nCoverage: 1 layer quantized, 50 of 50 elements (100.00 %).\n" in markdown
     assert "Not quantized" not in markdown
+    assert "no such tensors" not in markdown
     assert "; svd first, 1 iteration, ending" in to_markdown(replace(header, iterations=1), samples.errors)
 
 
