@@ -49,7 +49,8 @@ def check_not_quantized(config: "PreTrainedConfig", tensors: Mapping[str, Entry]
     if evidence:
         raise BadInput(
             f"this checkpoint is already quantized: {'; '.join(evidence)}. "
-            "qsvd quantizes 16-bit models; give the model that this one was made from"
+            "qsvd quantizes models in 16 bits, in FP8 with block scales (quant_method fp8, weight_block_size) and in "
+            "MXFP4 (gpt-oss); give the model that this one was made from"
         )
 
 

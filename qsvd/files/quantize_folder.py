@@ -99,12 +99,17 @@ def sizes_of(
     copied = sum(checkpoint.tensors[name].num_bytes for shard in shards for name in shard.copied)
     numbers = sum(allocation.choices[spec.module].rank * sum(spec.shape) for spec in weights)
     return Sizes(
-        source=sum(math.prod(spec.shape) * checkpoint.dtype_of(spec).itemsize for spec in weights),
+        source=sum(_stored_bytes(checkpoint, spec) for spec in weights),
         residual=sum(shard.num_bytes for shard in shards) - copied,
         copied=copied,
         factors=numbers * dtype.itemsize + 4 * HEADER_BYTES * len(weights),
         largest_shard=max(shard.num_bytes for shard in shards),
     )
+
+
+def _stored_bytes(checkpoint: Checkpoint, spec: WeightSpec) -> int:
+    entry = checkpoint.tensors[spec.read_from[0].tensor]
+    return math.prod(spec.shape) * entry.stored_bytes // math.prod(entry.shape)
 
 
 class OutputFolder(Workspace):

@@ -59,6 +59,11 @@ class Entry:
     shape: tuple[int, ...]
     num_bytes: int
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file; fewer than `num_bytes` if the tensor is decoded while it is read."""
+        return self.num_bytes
+
 
 @dataclass(frozen=True)
 class TensorEntry(Entry):
@@ -78,6 +83,13 @@ class TensorEntry(Entry):
         size = self.num_bytes // self.shape[0]
         shape = (end - first, *self.shape[1:])
         return replace(self, shape=shape, start=self.start + first * size, num_bytes=(end - first) * size)
+
+    def part(self, index: int | None = None, rows: tuple[int, int] | None = None) -> "TensorEntry":
+        """Return the entry of one matrix of a stack, and of rows of it."""
+        entry = self
+        if index is not None:
+            entry = replace(self.rows(index, index + 1), shape=self.shape[1:])
+        return entry if rows is None else entry.rows(*rows)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A 16-bit model as transformers stores it: a folder or a hub id -> its config, and its tensors one at a time.
 
-Opening reads headers only. `check` compares them with the config and refuses quantized models.
+Opening reads headers only. `check` compares them with the config and refuses quantized models. Models that are
+published in FP8 or MXFP4 are 16-bit models from here on: `published` decodes them.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.atomic import read_object
+from qsvd.files.published import CodedEntry, decoded, is_published
 from qsvd.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
 from qsvd.paths import check_checkpoint, checkpoint_folder
 from qsvd.plan.weights import Source, WeightSpec
@@ -144,7 +146,7 @@ class Checkpoint:
     folder: Path | None  # None if the tensors are in no files
     revision: str | None  # the hub's commit; None for a folder
     config: "PreTrainedConfig" = field(repr=False)
-    config_json: dict[str, Any] = field(repr=False)  # config.json as it is in the file
+    config_json: dict[str, Any] = field(repr=False)  # config.json as it is in the file, but for what is decoded
     tensors: Mapping[str, Entry] = field(repr=False)
     other_files: tuple[Path, ...]  # tokenizer, generation and chat template files, to copy to the output
     fingerprint: str  # SHA-256 of config.json and of every weight file's header, size and a sample of its bytes
@@ -169,13 +171,10 @@ class Checkpoint:
         entry = self.tensors[part.tensor]
         if isinstance(entry, PickleEntry):
             return _read_pickled(entry, part)
+        if isinstance(entry, CodedEntry):
+            return entry.read(part.index, part.rows)
         assert isinstance(entry, TensorEntry), "a checkpoint of other entries has its own read_part"
-        if part.index is not None:
-            stacked = entry.rows(part.index, part.index + 1)
-            entry = replace(stacked, shape=entry.shape[1:])
-        if part.rows is not None:
-            entry = entry.rows(*part.rows)
-        return read_tensor(entry)
+        return read_tensor(entry.part(part.index, part.rows))
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -194,6 +193,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     check_checkpoint(folder)
     config_json, config = read_object(folder / "config.json"), read_config(folder)
     tensors, seen = _read_tensors(folder)
+    if is_published(quantization := config_json.get("quantization_config")):
+        tensors = decoded(tensors, quantization)
+        del config_json["quantization_config"]
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(seen):
         digest.update(f"\n{file} {(folder / file).stat().st_size}\n".encode() + seen[file])
@@ -212,6 +214,8 @@ def open_checkpoint(model: str) -> Checkpoint:
 def read_config(path: Path) -> "PreTrainedConfig":
     """Let transformers read a config.json, given as the file itself or as its folder.
 
+    It has no quantization_config if the model is one that is decoded while it is read.
+
     Raises:
         BadInput: transformers refuses it; the sentence says why.
     """
@@ -220,9 +224,12 @@ def read_config(path: Path) -> "PreTrainedConfig":
 
     file = path / "config.json" if path.is_dir() else path
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError, StrictDataclassError) as error:
         raise BadInput(f"transformers cannot read {file}: {first_line(error)}") from error
+    if is_published(getattr(config, "quantization_config", None)):
+        delattr(config, "quantization_config")
+    return config
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Entry], dict[str, bytes]]:

@@ -16,6 +16,7 @@ from qsvd.errors import BadInput, first_line, listing
 from qsvd.export.trained import Trained, TrainedModel
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.check import check_complete, check_not_quantized
+from qsvd.files.published import is_published
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.source import Checkpoint, download, open_checkpoint
 from qsvd.files.split_folder import SplitFolder, open_split
@@ -138,13 +139,27 @@ def load_model(
 
     auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
     try:
-        loaded: Any = auto.from_pretrained(found.home, dtype=dtype, local_files_only=True, output_loading_info=True)
+        loaded: Any = auto.from_pretrained(
+            found.home, dtype=dtype, local_files_only=True, output_loading_info=True, **_decoding(found.home)
+        )
     except (OSError, ValueError) as error:
         raise BadInput(f"transformers cannot open {found.name}: {first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise BadInput(f"{found.name} lacks {len(missing)} weights of a {type(model).__name__}: {listing(missing)}")
     return model.to(device).eval()
+
+
+def _decoding(home: Path) -> dict[str, Any]:
+    """Return what makes transformers decode a model that is published in FP8 or MXFP4, as qsvd does."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(home, local_files_only=True)
+    quantization = getattr(config, "quantization_config", None)
+    if not is_published(quantization):
+        return {}
+    config.quantization_config = {**quantization, "dequantize": True}
+    return {"config": config}
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,10 @@ def plan_source(options: Plan, dtype: torch.dtype) -> PlanSource:
 def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOptions, dtype: torch.dtype) -> PlanSource:
     """Return a 16-bit model as qsvd quantize would store it."""
     if getattr(config, "quantization_config", None) is not None:
-        raise BadInput(f"{options.model} is quantized already; give the 16-bit model, or a model that qsvd quantized")
+        raise BadInput(
+            f"{options.model} is quantized already; give the 16-bit model, one in FP8 with block scales or MXFP4, or "
+            "one that qsvd quantized"
+        )
     stacks = unsplittable(config)
     names = plan_model(config, exclude=stacks)
     empty = skeleton(config, dtype)
