@@ -64,8 +64,8 @@ def push_quantized(folder: Path, name: str) -> str:
 
     header, errors = load_report(folder)
     manifest, config = (read_object(folder / file) for file in (MANIFEST, "config.json"))
-    modules = [weight["module"] for weight in manifest["weights"].values()]
+    widths = {weight["module"]: weight["shape"][1] for weight in manifest["weights"].values()}
     architecture, table = manifest["source"]["architecture"], totals_table(header, errors)
-    text = readme(header, name, architecture, config["quantization_config"], modules, table)
+    text = readme(header, name, architecture, config["quantization_config"], widths, table)
     replaced = {"README.md": header_of((folder / "README.md").read_text(encoding="utf-8")) + text}
     return upload(folder, name, replaced | named_base(folder, name))

@@ -105,8 +105,10 @@ def _card(run: QuantizeRun, quantization: dict[str, Any], errors: list[WeightErr
     source, architecture, is_plain = run.checkpoint, run.plan.architecture, run.resolved.is_plain
     origin = origin_of(source.folder, hub_id(source.name, source.revision), architecture)
     tags = ["quantization", *(["4-bit", "bitsandbytes"] if is_plain else ["mixed-precision"])]
-    modules, table = [spec.module for spec in run.plan.weights], totals_table(run.header, errors) if errors else ""
-    text = readme(run.header, str(run.out), architecture, quantization, modules, table)
+    widths, table = {spec.module: spec.shape[1] for spec in run.plan.weights}, ""
+    if errors:
+        table = totals_table(run.header, errors)
+    text = readme(run.header, str(run.out), architecture, quantization, widths, table)
     return card_header(origin, "quantized", "transformers", tags) + text
 
 

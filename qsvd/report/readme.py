@@ -9,6 +9,7 @@ from qsvd.errors import listing
 from qsvd.report.header import ReportHeader
 from qsvd.report.serving import PLUGIN, four_bit_line, joined_layers
 
+BLOCK = 64  # bitsandbytes 0.50.2 on AVX-512 CPUs takes every row for whole blocks of this size
 RESIDUAL = ', adapter_kwargs={"subfolder": "none"}'  # of from_pretrained: the model without the adapter next to it
 
 
@@ -17,7 +18,7 @@ def readme(  # each is known at another place
     folder: str,
     architecture: str,
     quantization: Mapping[str, Any],
-    modules: Sequence[str],
+    widths: Mapping[str, int],
     table: str = "",
 ) -> str:
     """Return the README of a quantized model.
@@ -26,11 +27,18 @@ def readme(  # each is known at another place
         folder: Path of the quantized model as the user wrote it; the commands name it.
         architecture: Class name in transformers.
         quantization: The quantization_config of config.json.
-        modules: Paths of the quantized layers.
+        widths: In features of the quantized layers, by path.
         table: The errors, in Markdown; empty if none were measured.
     """
     opening = [_opening(header), *([f"## Quantization error\n\n{table}"] if table else [])]
+    odd = [path for path, width in widths.items() if width % BLOCK] if header.quantizer == "bitsandbytes" else []
     sections = [*opening, _code("Load", "python", _loading(header, folder, architecture))]
+    if odd:
+        sections.append(
+            "On a CPU with AVX-512, bitsandbytes 0.50 decodes a weight wrongly if its input features do not divide by\n"
+            f"{BLOCK}, and the outputs are wrong. Such layers here: {listing(odd, 2)}.\n"
+            "Use `qsvd generate`, `qsvd.load` or the merged model there."
+        )
     if header.rank > 0:
         lines = _loading(header, folder, architecture)
         train = f"model = PeftModel.from_pretrained(model, {_literal(folder)}, is_trainable=True)"
@@ -41,17 +49,25 @@ def readme(  # each is known at another place
             "replaces the components by a new LoRA, and the outputs are wrong. Use a smaller learning rate than for a\n"
             "LoRA that starts at zero."
         )
-    merged = [
+    sections.append(_merge(header, folder, architecture, is_odd=bool(odd)))
+    if architecture.endswith("ForCausalLM"):
+        sections.append(_serve(header, folder, quantization, [*widths]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _merge(header: ReportHeader, folder: str, architecture: str, *, is_odd: bool) -> str:
+    """Return how to merge; by qsvd where bitsandbytes may decode wrongly (see BLOCK)."""
+    title = "Merge into a 16-bit model"
+    if is_odd:
+        return _code(title, "sh", [f"qsvd export {quote(folder)} --to merged --out {quote(folder + '-merged')}"])
+    lines = [
         *(["from peft import PeftModel"] if header.rank > 0 else []),
         *_loading(header, folder, architecture, RESIDUAL if header.rank > 0 else ""),
         "model = model.dequantize()",
         *([f"model = PeftModel.from_pretrained(model, {_literal(folder)}).merge_and_unload()"] if header.rank else []),
         f"model.save_pretrained({_literal(folder + '-merged')}, save_original_format=False)",
     ]
-    sections.append(_code("Merge into a 16-bit model", "python", merged))
-    if architecture.endswith("ForCausalLM"):
-        sections.append(_serve(header, folder, quantization, modules))
-    return "\n\n".join(sections) + "\n"
+    return _code(title, "python", lines)
 
 
 def _opening(header: ReportHeader) -> str:

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import qsvd
+from qsvd.cli import run as qsvd_command
 from qsvd.files.split_folder import open_split
 from tests.checkpoints import SHARED_MODELS, write_checkpoint
 from tests.commands.folders import write_dense
@@ -41,6 +42,8 @@ def found(tmp_path_factory):
     for name, source, auto, options in sources(folder):
         out = folder / name / "out"
         splits[name] = open_split(qsvd.quantize(qsvd.Quantize(str(source), out=out, **options)))
+        if name == "float32":  # whose down_proj has 172 in features: its README merges with qsvd
+            assert qsvd_command(["export", str(out), "--to", "merged", "--out", f"{out}-merged"]) == 0
         dense = {weight: splits[name].dense(weight) for weight in splits[name].weights}
         write_dense(source, out.with_name("dense"), dense)
         arguments += [out, out.with_name("dense"), auto]
@@ -60,7 +63,8 @@ def assert_equal_to_dense(found, split):
     assert found["split"] <= rounding
     assert found["Load"] <= stored_rounding
     assert found["Train"] <= stored_rounding
-    assert found["Merge"] <= stored_rounding
+    assert found.get("Merge", 0) <= stored_rounding
+    assert ("Merge" in found) == all(weight["shape"][1] % 64 == 0 for weight in split.weights.values())
     assert found["merged"] <= stored_rounding
     assert found["num_merged_linears"] == 0
     assert found["base_alone"] > 10 * stored_rounding, "the adapter would not be missed"

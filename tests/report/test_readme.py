@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import transformers
@@ -20,8 +21,9 @@ REFUSED = {"GPT2LMHeadModel", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Falc
 QUANTIZATION = {"quant_method": "bitsandbytes", "bnb_4bit_quant_storage": "int8", "llm_int8_skip_modules": ["lm_head"]}
 
 
-def readme(head, folder, architecture, left=("lm_head",), quantized=("model.layers.0.self_attn.q_proj",)):
-    return made.readme(head, folder, architecture, QUANTIZATION | {"llm_int8_skip_modules": [*left]}, quantized)
+def readme(head, folder, architecture, left=("lm_head",), quantized=("model.layers.0.self_attn.q_proj",), width=64):
+    widths = dict.fromkeys(quantized, width)
+    return made.readme(head, folder, architecture, QUANTIZATION | {"llm_int8_skip_modules": [*left]}, widths)
 
 
 def header(rank=16):
@@ -63,6 +65,19 @@ def test_rank_0_has_no_adapter_to_load_train_or_serve():
     assert set(found) == {"Load", "Merge", "Serve"}
     assert not any(word in lines for _, lines in found.values() for word in ("peft", "adapter", "lora"))
     assert "It has no adapter, because the rank is 0" in text
+
+
+@pytest.mark.parametrize("width", [48, 172, 4304])
+@pytest.mark.parametrize("rank", [0, 16])
+def test_bitsandbytes_does_not_decode_widths_that_it_may_decode_wrongly(rank, width):
+    text = readme(header(rank), "a folder", "LlamaForCausalLM", width=width)
+    assert "dequantize" not in text
+    assert "merge_and_unload" not in text
+    assert blocks(text)["Merge"] == ("sh", "qsvd export 'a folder' --to merged --out 'a folder-merged'\n")
+    assert "Such layers here: model.layers.0.self_attn.q_proj.\nUse `qsvd generate`" in text
+    ours = replace(header(rank), quantizer="qsvd")
+    assert "dequantize()" in readme(ours, "out", "LlamaForCausalLM", width=width), "our decode is right"
+    assert "AVX-512" not in readme(header(rank), "out", "LlamaForCausalLM", width=192)
 
 
 def test_an_encoder_is_not_served():
