@@ -170,11 +170,13 @@ class Checkpoint:
         """Read a part of a tensor; nothing else of the tensor comes into memory."""
         entry = self.tensors[part.tensor]
         if isinstance(entry, PickleEntry):
-            return _read_pickled(entry, part)
-        if isinstance(entry, CodedEntry):
-            return entry.read(part.index, part.rows)
-        assert isinstance(entry, TensorEntry), "a checkpoint of other entries has its own read_part"
-        return read_tensor(entry.part(part.index, part.rows))
+            tensor = _read_pickled(entry, part)
+        elif isinstance(entry, CodedEntry):
+            tensor = entry.read(part.index, part.rows)
+        else:
+            assert isinstance(entry, TensorEntry), "a checkpoint of other entries has its own read_part"
+            tensor = read_tensor(entry.part(part.index, part.rows))
+        return tensor
 
 
 def open_checkpoint(model: str) -> Checkpoint:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qsvd.adapters.adapter import AdapterOptions
-from qsvd.adapters.load import load, names_of
+from qsvd.adapters.load import generation_config, load, names_of
 from qsvd.adapters.methods import METHODS
 from qsvd.adapters.start import new_record, read_components, trained_adapter
 from qsvd.data.columns import Examples
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.export.trained import Trained, TrainedModel
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
+from qsvd.files.atomic import read_object
 from qsvd.files.check import check_complete, check_not_quantized
 from qsvd.files.published import is_published
 from qsvd.files.safetensors import read_tensor
@@ -135,31 +136,48 @@ def load_model(
     if found.kind != "16-bit":
         adapter = found.name if found.kind == "trained" else None
         return load(found.home, adapter=adapter, device=device, dtype=dtype, placement=placement)
-    import transformers
-
-    auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
     try:
-        loaded: Any = auto.from_pretrained(
-            found.home, dtype=dtype, local_files_only=True, output_loading_info=True, **_decoding(found.home)
-        )
-    except (OSError, ValueError) as error:
+        model, info = _decoded(found, dtype, classifier=classifier) or _dense(found, dtype, classifier=classifier)
+    except (OSError, ValueError, ImportError) as error:  # the last: a library for another form of quantization
         raise BadInput(f"transformers cannot open {found.name}: {first_line(error)}") from error
-    model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise BadInput(f"{found.name} lacks {len(missing)} weights of a {type(model).__name__}: {listing(missing)}")
     return model.to(device).eval()
 
 
-def _decoding(home: Path) -> dict[str, Any]:
-    """Return what makes transformers decode a model that is published in FP8 or MXFP4, as qsvd does."""
-    from transformers import AutoConfig
+def _dense(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tuple[Any, dict[str, Any]]:
+    """Return a 16-bit model, and what transformers says about its loading."""
+    import transformers
 
-    config = AutoConfig.from_pretrained(home, local_files_only=True)
-    quantization = getattr(config, "quantization_config", None)
-    if not is_published(quantization):
-        return {}
-    config.quantization_config = {**quantization, "dequantize": True}
-    return {"config": config}
+    auto: Any = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
+    return auto.from_pretrained(found.home, dtype=dtype, local_files_only=True, output_loading_info=True)
+
+
+def _decoded(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tuple[Any, dict[str, Any]] | None:
+    """Return a model that is published in FP8 or MXFP4 as `_dense` does; None if it is not.
+
+    transformers would compute it with kernels for FP8 on a GPU, and refuses cut blocks. Its class gets our tensors.
+    """
+    import transformers
+
+    if not is_published(read_object(found.home / "config.json").get("quantization_config")):
+        return None
+    checkpoint = open_checkpoint(str(found.home))
+    check_not_quantized(checkpoint.config, checkpoint.tensors)
+    config = checkpoint.config
+    classes: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if classifier:
+        classes = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in classes:
+        raise BadInput(f"{found.name} is not a {'classifier' if classifier else 'language model'} of transformers")
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    model, info = classes[type(config)].from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    model.name_or_path = str(found.home)
+    if model.can_generate():
+        model.generation_config = generation_config(found.home, config)
+    return model, info
 
 
 @dataclass(frozen=True)

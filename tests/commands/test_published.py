@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import safetensors.torch
 import torch
 import transformers
@@ -48,12 +49,32 @@ def test_a_model_in_fp8_becomes_what_its_16_bit_model_becomes(tmp_path, capsys):
     assert "fits" in capsys.readouterr().out
 
 
-def test_transformers_decodes_it_for_eval_and_generate(tmp_path):
-    write_checkpoint(tmp_path, "Qwen3ForCausalLM", **SIZES)
+@pytest.mark.parametrize("name", ["DeepseekV3", "GptOss"])
+def test_eval_and_generate_load_what_transformers_decodes(tmp_path, name):
+    write_published(tmp_path, name)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    ours = load_model(find_model(str(tmp_path), None), torch.device("cpu"), torch.bfloat16)
+    theirs = dequantized(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.generation_config.eos_token_id == 7
+    state, wanted = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in state.items())
+    with torch.no_grad():
+        logits = [model.eval()(torch.arange(9)[None]).logits for model in (ours, theirs)]
+    assert torch.equal(*logits)
+
+
+def test_a_model_with_cut_blocks_generates(tmp_path):
+    """transformers refuses it: 271 rows are 2.1 blocks of 128."""
+    write_checkpoint(tmp_path, "Qwen3ForCausalLM", **SIZES | {"intermediate_size": 271})
     publish(tmp_path, "fp8")
-    ours = load_model(find_model(str(tmp_path), None), torch.device("cpu"), torch.bfloat16).state_dict()
-    theirs = dequantized(tmp_path).state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+        dequantized(tmp_path)
+    model = load_model(find_model(str(tmp_path), None), torch.device("cpu"), torch.float32)
+    checkpoint = open_checkpoint(str(tmp_path))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(model.get_parameter(name), checkpoint.read(name).float())
 
 
 def test_copied_tensors_are_written_decoded(tmp_path):
