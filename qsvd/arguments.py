@@ -4,49 +4,19 @@ tyro converts the values afterwards. The checks here say in one sentence what is
 imported.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import join
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from qsvd.errors import BadInput
+from qsvd.errors import BINARY, UNITS, BadInput
 from qsvd.option_types import APPEND, POSITIONAL, Help, marks_of
+from qsvd.other_names import NAMES, PLACES, REMEDIES, SHORT, VALUES, WRONG_VALUES
 
-NAMES = {  # of PEFT, transformers, TRL and Unsloth -> ours; used where a command has the option
-    "lr": "learning-rate",
-    "r": "rank",
-    "lora-r": "rank",
-    "lora-rank": "rank",
-    "lora-alpha": "alpha",
-    "lora-dropout": "dropout",
-    "use-rslora": "rslora",
-    "lora-target-modules": "target-modules",
-    "num-train-epochs": "epochs",
-    "num-epochs": "epochs",
-    "max-steps": "steps",
-    "per-device-train-batch-size": "batch-size",
-    "per-device-eval-batch-size": "batch-size",
-    "gradient-accumulation-steps": "accumulate",
-    "max-seq-length": "max-length",
-    "max-seq-len": "max-length",
-    "lr-scheduler-type": "schedule",
-    "warmup-ratio": "warmup",
-    "optim": "optimizer",
-    "save-steps": "save-every",
-    "save-total-limit": "keep",
-    "eval-steps": "eval-every",
-    "output-dir": "out",
-    "output": "out",
-    "samples": "examples",
-    "num-samples": "examples",
-    "resume-from-checkpoint": "resume",
-    "max-tokens": "max-new-tokens",
-}
-SHORT = {"-o": "--out"}
-VALUES = {"method": {"qlora": "lora", "qpissa": "pissa"}}
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -66,7 +36,8 @@ class _Option:
     @property
     def shown(self) -> str:
         """The option with its value, as the help shows it."""
-        value = self.help.metavar or getattr(self.kind, "__name__", "VALUE").upper()
+        choices = "|".join(map(str, get_args(self.kind))) if get_origin(self.kind) is Literal else ""
+        value = self.help.metavar or choices or getattr(self.kind, "__name__", "VALUE").upper()
         return value if self.is_positional else f"--{self.typed} {value}"
 
 
@@ -82,20 +53,24 @@ def checked(command: str, record: type, arguments: Sequence[str], defaults: Mapp
     """
     options = {option.typed: option for option in _options(record)}
     given, result, wrong, extra = {*defaults}, list[str](), list[str](), list[str]()
+    placed: dict[str, _Option] = {}
     for name, values in _grouped(arguments, options):
         option = options.get(name, options.get(name.removeprefix("no-")))
         if not name:
             extra += values
+        elif place := _place(name, options):
+            placed[f"{'-' if len(name) == 1 else '--'}{name}"] = place
         elif option is None:
-            wrong.append(f"{command} has no option --{name}{meant(f'--{name}', [f'--{known}' for known in options])}")
+            wrong.append(_no_option(command, name, options))
         else:
             given.add(option.name)
             words, faults = _checked_values(option, name, values)
             result, wrong = result + words, wrong + faults
+    if placed:
+        takes = " and ".join(place.shown for place in placed.values())
+        wrong.append(f"{command} takes {takes} without {' and '.join(placed)}: {_usage(command, options)}")
     places = [option for option in options.values() if option.is_positional]
-    if len(extra) > len(places) and not any(get_origin(option.kind) is tuple for option in places):
-        takes = " ".join(option.shown for option in places) or "options only"
-        wrong.append(f"{command} takes {takes}, and {extra[len(places)]!r} is one argument too many")
+    wrong += _without_a_place(command, extra, options, given)
     given |= {option.name for option in places[: len(extra)]}
     missing = [option for option in options.values() if option.default is MISSING and option.name not in given]
     if missing and not wrong:
@@ -108,7 +83,47 @@ def checked(command: str, record: type, arguments: Sequence[str], defaults: Mapp
 def _described(option: _Option) -> str:
     """Return an option with the first sentence of its help."""
     first = option.help.text.partition(". ")[0].rstrip(".")
-    return f"{option.shown} ({first[0].lower()}{first[1:]})"
+    is_word = first[1:2].islower() or first[1:2] == " "  # not JSON
+    return f"{option.shown} ({first[0].lower() if is_word else first[0]}{first[1:]})"
+
+
+def _place(name: str, options: Mapping[str, _Option]) -> _Option | None:
+    """Return the option without a flag that another tool has with this one."""
+    ours = PLACES.get(name, (name.replace("-", "_"),))
+    return next((option for option in options.values() if option.is_positional and option.name in ours), None)
+
+
+def _no_option(command: str, name: str, options: Mapping[str, _Option]) -> str:
+    """Return that there is no such option, and what to do instead."""
+    flag = f"-{name}" if len(name) == 1 else f"--{name}"
+    if name in REMEDIES:
+        return f"{command} has no option {flag} ({REMEDIES[name]})"
+    if "data" in options and "data" in PLACES.get(name, ()):
+        return f"{command} has no option {flag} (did you mean --data?)"
+    known = ["--help", "--config", *(f"--{one}" for one, option in options.items() if not option.is_positional)]
+    return f"{command} has no option {flag}{meant(flag, known)}"
+
+
+def _without_a_place(
+    command: str, extra: Sequence[str], options: Mapping[str, _Option], given: Collection[str]
+) -> list[str]:
+    """Return what is wrong with the words that belong to no option, and what each may belong to."""
+    units = [word.upper() for word in extra if word.upper() in (*UNITS, *BINARY)]
+    if units:
+        return [f"write a size as one word, such as 24{unit}" for unit in units]
+    places = [option for option in options.values() if option.is_positional]
+    if len(extra) <= len(places) or any(get_origin(option.kind) is tuple for option in places):
+        return []
+    word, takes = extra[len(places)], " ".join(option.shown for option in places) or "options only"
+    free = next((name for name in ("out", "prompt") if name in options and name not in given), None)
+    asked = f" (did you mean {join([f'--{free}', word])}?)" if free else ""
+    return [f"{command} takes {takes}, and {word!r} is one argument too many{asked}"]
+
+
+def _usage(command: str, options: Mapping[str, _Option]) -> str:
+    """Return a command line with all that is required, "qsvd train MODEL DATA --out RUN"."""
+    required = [option for option in options.values() if option.default is MISSING or option.is_positional]
+    return " ".join([command, *(option.shown for option in sorted(required, key=lambda one: not one.is_positional))])
 
 
 def meant(name: str, known: Iterable[str]) -> str:
@@ -139,6 +154,10 @@ def _grouped(arguments: Sequence[str], options: Mapping[str, _Option]) -> Iterat
     while rest:
         word = SHORT.get(rest[0], rest[0])
         del rest[0]
+        if _is_short(word):
+            yield word[1:], rest[: _count(None, rest)]
+            del rest[: _count(None, rest)]
+            continue
         if not word.startswith("--"):
             yield "", [word]
             continue
@@ -154,6 +173,11 @@ def _grouped(arguments: Sequence[str], options: Mapping[str, _Option]) -> Iterat
         count = _count(options.get(name, options.get(name.removeprefix("no-"))), rest)
         yield name, rest[:count]
         del rest[:count]
+
+
+def _is_short(word: str) -> bool:
+    """Return whether a word is an option of one letter, which another tool may have."""
+    return len(word) == 2 and word[0] == "-" and word[1].isalpha()
 
 
 def _count(option: _Option | None, rest: Sequence[str]) -> int:
@@ -174,12 +198,21 @@ def _checked_values(option: _Option, name: str, values: list[str]) -> tuple[list
     if not values and get_origin(option.kind) is not tuple:
         return [], [f"--{name} needs a value: {_described(option)}"]
     values = [VALUES.get(option.name, {}).get(value, value) for value in values]
-    wrong = [f"--{name} {value!r} {fault}" for value in values if (fault := _fault(option.kind, value))]
+    hints = WRONG_VALUES.get(option.name, {})
+    wrong = [
+        f"--{name} {value!r} {_fault(option.kind, value, hints.get(value))}"
+        for value in values
+        if _fault(option.kind, value)
+    ]
     return [f"--{name}", *values], wrong
 
 
-def _fault(kind: Any, text: str) -> str:
-    """Return what is wrong with the text of a value, or nothing."""
+def _fault(kind: Any, text: str, hint: str | None = None) -> str:
+    """Return what is wrong with the text of a value, or nothing.
+
+    Args:
+        hint: What to do about this value; None names the nearest choice.
+    """
     if get_origin(kind) in (Union, UnionType):
         faults = [_fault(one, text) for one in get_args(kind) if one is not type(None)]
         return "" if "" in faults else " and ".join(faults)
@@ -187,7 +220,8 @@ def _fault(kind: Any, text: str) -> str:
         return _fault(get_args(kind)[0], text)
     if get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
-        return "" if text in choices else f"is not one of {', '.join(choices)}{meant(text, choices)}"
+        nearest = meant(text, choices) if hint is None else f": {hint}"
+        return "" if text in choices else f"is not one of {', '.join(choices)}{nearest}"
     if kind in (int, float):
         with suppress(ValueError):
             kind(text)
@@ -231,7 +265,7 @@ def from_names(record: type, given: Mapping[Any, Any], source: str) -> dict[str,
         if name == "bf16" and value is True and "dtype" in types:
             name, value = "dtype", "bfloat16"
         if name not in types:
-            wrong.append(f"unknown option {name!r}{meant(name, types)} (known: {', '.join(types)})")
+            wrong.append(_unknown_name(name, types))
         else:
             values[name] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
     found = {}
@@ -243,6 +277,16 @@ def from_names(record: type, given: Mapping[Any, Any], source: str) -> dict[str,
     if wrong:
         raise BadInput(f"{source}: {'; '.join(wrong)}")
     return found
+
+
+def _unknown_name(name: str, types: Collection[str]) -> str:
+    """Return that a name is not an option, with the nearest one or else all."""
+    typed = name.replace("_", "-")
+    near = next((f" (did you mean {ours}?)" for ours in PLACES.get(typed, ()) if ours in types), meant(name, types))
+    if typed in REMEDIES:
+        near = f": {REMEDIES[typed]}"
+    everything = f" (known: {', '.join(types)})"
+    return f"unknown option {name!r}{near or everything}"
 
 
 def _yaml_mapping(file: Path) -> Mapping[Any, Any]:

@@ -17,6 +17,7 @@ from qsvd.arguments import checked, from_yaml, meant, take_config
 from qsvd.errors import QsvdError
 from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Generate, Plan, Quantize, Report, Train
+from qsvd.other_names import COMMANDS as OTHER_COMMANDS
 from qsvd.prepare.check_options import check
 
 COMMANDS = {
@@ -109,8 +110,9 @@ def _explain(command: str) -> NoReturn:
     if command in ("-h", "--help"):
         print(text)
         sys.exit(0)
-    wrong = f"qsvd: there is no command {command!r}{meant(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}"
-    print(wrong if command else text, file=sys.stderr)
+    ours = OTHER_COMMANDS.get(command.replace("_", "-").lower())
+    instead = f": use {ours}" if ours else f"{meant(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}"
+    print(f"qsvd: there is no command {command!r}{instead}" if command else text, file=sys.stderr)
     sys.exit(2)
 
 

@@ -58,13 +58,27 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         BadInput: it has no config.json, or holds GGUF files only.
     """
-    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    check_not_gguf(folder)
+    if not (folder / "config.json").is_file():
+        hint = adapter_hint(folder) or "give the folder of a transformers model"
+        raise BadInput(f"no config.json in {folder}; {hint}")
+
+
+def check_not_gguf(folder: Path) -> None:
+    """Refuse a folder, or a file, of a GGUF model."""
+    files = [folder] if folder.suffix == ".gguf" else folder.glob("*.gguf")
+    gguf = sorted(path.name for path in files)
     if gguf and not any(folder.glob("*.safetensors")):
         raise BadInput(
             f"{folder} holds GGUF files ({listing(gguf)}), which are quantized or for llama.cpp only; "
             "give the 16-bit safetensors model that they were made from"
         )
-    if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        hint = "this is an adapter: give its base model" if adapter else "give the folder of a transformers model"
-        raise BadInput(f"no config.json in {folder}; {hint}")
+
+
+def adapter_hint(folder: Path) -> str:
+    """Return what to do with the folder of a PEFT adapter; "" if it is not one."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return ""
+    base = re.search(r'"base_model_name_or_path"\s*:\s*"([^"]+)"', file.read_text(encoding="utf-8", errors="replace"))
+    return f"this is an adapter of PEFT: give its base model{f', {base[1]}' if base else ''}"

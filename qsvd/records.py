@@ -72,6 +72,9 @@ class Coverage:
         return self.elements_split / self.elements
 
 
+FAST = 10  # units a second, from which a speed is shown as a whole number
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run is.
@@ -84,7 +87,7 @@ class Progress:
         rate: Unit of the speed that is shown and its size in units of work, ("MB/s", 1e6); None shows no speed.
         more: What is shown after the time left.
         may_stop: Whether a stop at this point loses nothing.
-        seconds: Time of the new work; None is the time since the display began.
+        seconds: Time of the new work; None is that since the first progress that was shown.
     """
 
     done: float
@@ -101,13 +104,20 @@ class Progress:
         """Return the finished share of the work, 0 to 1."""
         return self.done / self.total
 
-    def line(self, seconds: float) -> str:
-        """Return the progress as one line, given the seconds since the display began."""
-        speed = self.new / max(seconds if self.seconds is None else self.seconds, 1e-9)
+    def line(self, seconds: float | None) -> str:
+        """Return the progress as one line.
+
+        Args:
+            seconds: Time of the new work; None if it cannot tell the speed yet.
+        """
+        seconds = seconds if self.seconds is None else self.seconds
+        if seconds is None:
+            return ", ".join(filter(None, [self.what, self.more]))
+        speed = self.new / max(seconds, 1e-9)
         parts = [self.what]
         if self.rate is not None:
             unit, size = self.rate
-            parts.append(f"{speed / size:,.0f} {unit}")
+            parts.append(f"{speed / size:,.{int(0 < speed / size < FAST)}f} {unit}")
         parts.append(f"{(self.total - self.done) / speed:.0f} s left" if speed else "resumed")
         return ", ".join([*parts, *filter(None, [self.more])])
 

@@ -1,8 +1,8 @@
-"""Other tools' names, near misses and wrong values on a command line; each gets one sentence and exit code 2."""
+"""Other tools' names of options on a command line and in a file; tests/test_mistakes.py has what cannot be used."""
 
 import pytest
 
-from qsvd.cli import COMMANDS, parse, run
+from qsvd.cli import COMMANDS, parse
 from qsvd.option_types import marks_of
 
 TRAIN = ["train", "OUT", "data.jsonl", "--out", "RUN"]
@@ -57,54 +57,8 @@ def test_a_file_of_options_may_have_other_tools_names(tmp_path):
     assert parse([*TRAIN, "--config", str(tmp_path / "run.yaml")]) == expected
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (
-            "train O D --out R --lerning-rate 1",
-            "has no option --lerning-rate (did you mean --learning-rate?)",
-        ),
-        ("train O D --out R --lerning-rate 1 --stesp 2", "--stesp (did you mean --steps?)"),
-        ("eval M --data D --limt 3", "qsvd eval has no option --limt (did you mean --limit?)"),
-        ("eval M --data D --epochs 3", "qsvd eval has no option --epochs"),
-        ("train O D", "qsvd train needs --out RUN (folder for checkpoints, adapter and summary)"),
-        ("quantize", "qsvd quantize needs MODEL (folder of a 16-bit model, or a Hub id), --out OUT (output folder)"),
-        ("train O D --out", "--out needs a value: --out RUN"),
-        ("train O D --out R --steps --rank 3", "--steps needs a value"),
-        (
-            "train O D --out R --steps many --rank 2.5",
-            "--steps 'many' is not a whole number; --rank '2.5' is not a whole",
-        ),
-        ("train O D --out R --lr high", "--learning-rate 'high' is not a number"),
-        (
-            "train O D --out R --method pisa",
-            "'pisa' is not one of auto, pissa, lora, edora (did you mean pissa?)",
-        ),
-        ("train O D --out R --resident most", "--resident 'most' is not one of auto and is not a number"),
-        ("quantize M extra --out O", "qsvd quantize takes MODEL, and 'extra' is one argument too many"),
-        ("plan M --for trian", "is not one of auto, all, quantize, train, serve (did you mean train?)"),
-        ("quantize M --out O --ranks 8", "qsvd quantize has no option --ranks (did you mean --rank?)"),
-        ("export R --out O --to gguf", "--to 'gguf' is not one of peft, lora, merged"),
-    ],
-)
-def test_a_mistake_gets_one_sentence_that_names_the_remedy(capsys, arguments, sentence):
-    words = arguments.split()
-    assert run(words) == 2
-    shown = capsys.readouterr()
-    assert sentence in shown.err
-    assert shown.err.endswith(f"; see qsvd {words[0]} --help\n")
-    assert shown.err.count("\n") == 1
-    assert shown.out == ""
-
-
-def test_a_misspelt_command_gets_the_nearest_one(capsys):
-    with pytest.raises(SystemExit):
-        run(["trian", "O"])
-    assert "there is no command 'trian' (did you mean train?)" in capsys.readouterr().err
-
-
 def test_no_other_tools_name_hides_an_option_of_ours():
-    from qsvd.arguments import NAMES
+    from qsvd.other_names import NAMES
 
     ours = {name.replace("_", "-") for record in COMMANDS.values() for name in marks_of(record)}
     assert not ours & (NAMES.keys() - {"samples"})

@@ -8,7 +8,7 @@ import qsvd
 PACKAGE = Path(qsvd.__file__).parent
 FLOORS = (  # bottom up; folders of one floor do not import from each other, except where a line says so
     {"errors"},
-    {"option_types", "paths", "records"},
+    {"option_types", "other_names", "paths", "records"},
     {"arguments", "options"},
     {"numerics"},
     {"decompose"},

@@ -47,7 +47,7 @@ class Pissa(Adapter):
         if options.rank not in (None, stored.rank):
             raise BadInput(
                 f"rank {options.rank} is not the stored rank {stored.rank}, the only one that pissa can train; "
-                "leave the rank out, or quantize with another one"
+                "leave out --rank, quantize with another --rank, or give --method lora"
             )
         if options.alpha not in (None, stored.rank):
             raise BadInput(

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -23,26 +24,45 @@ LINE_EVERY = 0.05  # of the work
 @contextmanager
 def display() -> Iterator[ShowProgress]:
     """Show progress in the form that suits stderr."""
-    started = time.monotonic()
+    pace = _Pace()
     if not sys.stderr.isatty():
-        yield _Lines(started).show
+        yield _Lines(pace).show
         return
     with Bar(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=1.0)
-        yield lambda now: bar.update(task, completed=now.share, description=now.line(time.monotonic() - started))
+        yield lambda now: bar.update(task, completed=now.share, description=pace.line(now))
+
+
+class _Pace:
+    """The speed from the first progress on: the time before it, in which a model is loaded, says nothing about it."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._first: Progress | None = None
+
+    def line(self, now: Progress) -> str:
+        """Return the progress as one line; the first one tells no speed, unless it is the last one too."""
+        seconds = time.monotonic() - self._begun
+        if self._first is None:
+            self._first = now
+            self._begun += 0 if now.done == now.total else seconds
+            return now.line(seconds if now.new == 0 or now.done == now.total else None)
+        return replace(now, new=now.new - self._first.new).line(seconds)
 
 
 class _Lines:
-    """A line at the first progress, at every LINE_EVERY of the work after it, and at the end."""
+    """A line at the first progress, at the second, at every LINE_EVERY of the work after it, and at the end."""
 
-    def __init__(self, started: float):
-        self._started = started
+    def __init__(self, pace: _Pace) -> None:
+        self._pace = pace
         self._next = 0.0  # share at which the next line is due
+        self._shown = 0
 
     def show(self, now: Progress) -> None:
         if now.share >= self._next or now.done == now.total:
-            self._next = now.share + LINE_EVERY
-            print(now.line(time.monotonic() - self._started), file=sys.stderr, flush=True)
+            self._shown += 1
+            self._next = now.share + LINE_EVERY if self._shown > 1 else 0.0
+            print(self._pace.line(now), file=sys.stderr, flush=True)
 
 
 class StopRequest:

@@ -248,7 +248,7 @@ def _window(model: Any, subject: Subject, options: Eval) -> int:
     if options.window is None:
         return min(MOST_WINDOW, context)
     if options.window > context:
-        raise BadInput(f"--window {options.window} is above {context}, the positions of {subject.found.name}")
+        raise BadInput(f"--window {options.window} is above {context}, the context length of {subject.found.name}")
     return options.window
 
 

@@ -133,7 +133,7 @@ def main(options: Export) -> None:
         options.to,
         options.out,
         original if options.to == "lora" else str(opened.split.folder),
-        generates=opened.task == "CAUSAL_LM",
+        task=opened.task,
         has_components=any(opened.split.ranks.values()),
     )
     what = {"peft": "an adapter", "lora": "a LoRA", "merged": "a 16-bit model"}[options.to]
@@ -280,7 +280,7 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
 def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool) -> ExportResult:
     out, checked = options.out.expanduser(), None
     done = write_merged(opened.trained, out, form)
-    lines = [f"{done.weights} weights merged, {done.dtype}, {done.shards} files, {done.num_bytes / 1e6:.1f} MB"]
+    lines = [f"{done.weights} weights merged, {done.dtype}, {done.num_bytes / 1e6:.1f} MB of weights"]
     if is_checked:
         model: Any = opened.load().transformers_class.from_pretrained(out, dtype=torch.float32)
         checked = check(opened, model.eval(), opened.load(), getattr(torch, done.dtype))

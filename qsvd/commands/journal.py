@@ -141,6 +141,8 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         moved_bytes=moved_bytes(model),
         device=str(run.device),
         best_step=recorder.best,
+        held_out_examples=len(run.data.held_out.input_ids) if run.data.held_out else None,
+        classes=len(run.data.train.label_names),
         **(folder.start or {}),
         **_loss_after(run, model, steps[number - 1]),
     )
@@ -166,6 +168,8 @@ def _card(run: TrainRun, summary: RunSummary) -> str:
     split = run.split
     name = uploaded_name(split.folder) or base_of(split.folder)
     origin = origin_of(split.folder, name, split.manifest["source"]["architecture"])
+    if run.data.train.label_names:
+        origin["pipeline_tag"] = "text-classification"
     library = "peft" if (run.out / ADAPTER_CONFIG).is_file() else "qsvd"
     return card_header(origin, "adapter", library, [summary.method])
 

@@ -1,6 +1,7 @@
 """`qsvd plan`: estimate GPU, CPU and disk memory before any work."""
 
 import json
+import sys
 from contextlib import nullcontext
 
 from rich.console import Console
@@ -11,9 +12,10 @@ from qsvd.memory.duration import page_seconds, quantize_time, step_time
 from qsvd.memory.other_tasks import plan_quantizing
 from qsvd.memory.placement import Cell, Reach, advice, explore, highest, longest, place, place_serving
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.options import Plan, Quantize
-from qsvd.prepare.plan import PlanJob, prepare_plan
+from qsvd.options import Plan, Quantize, Train
+from qsvd.prepare.plan import PlanJob, prepare_plan, train_of
 from qsvd.records import Progress, ShowProgress, show_nothing
+from qsvd.report.next_commands import train_command
 from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, headline, plan_json, plan_tables
 
 RANKS = (16, 32, 64, 128)
@@ -21,8 +23,11 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 GPUS = tuple(size * 10**9 for size in (8, 12, 16, 24, 48, 80))
 
 
-def main(options: Plan) -> None:
-    """Print the plan to stdout, as tables or as JSON.
+def main(options: Plan, run: Train | None = None) -> None:
+    """Print the plan to stdout, as tables or as JSON, and the command that trains.
+
+    Args:
+        run: That command; None makes it of the plan.
 
     Raises:
         BadInput: an option cannot be used, or the model cannot be planned.
@@ -37,6 +42,8 @@ def main(options: Plan) -> None:
         Console().print(plan_tables(options.model, found))
     if not found.fits:
         raise DoesNotFit("; ".join(found.lacking))
+    if found.train is not None and options.rank != 0 and not options.json:
+        print(f"Next: {train_command(run or train_of(options))}", file=sys.stderr)
 
 
 def plan(options: Plan, show: ShowProgress = show_nothing) -> Answer:

@@ -24,7 +24,7 @@ from qsvd.prepare.plan import plan_of
 from qsvd.prepare.quantize_first import on_quantized, prepare_training
 from qsvd.prepare.train import TrainRun, load_start
 from qsvd.records import ShowProgress, show_nothing
-from qsvd.report.next_commands import after_train, last_lines
+from qsvd.report.next_commands import after_train, last_lines, train_command
 from qsvd.report.results import TrainResult
 from qsvd.report.training import RunSummary, training_tables
 from qsvd.training.run_folder import START, RunFolder
@@ -39,11 +39,12 @@ def main(options: Train) -> None:
         Interrupted: after Ctrl-C; a checkpoint was saved.
     """
     if options.dry_run and not options.preview:
-        plan.main(plan_of(options))
+        plan.main(plan_of(options), options)
         return
     checked = prepare_training(options)
     if options.preview:
         Console().print(preview(checked.data.train, checked.data.tokenizer), soft_wrap=True)
+        print(f"Next: {train_command(options)}", file=sys.stderr)
         return
     print("\n".join(checked.first_lines), file=sys.stderr)
     repository = open_repository(options)

@@ -34,6 +34,7 @@ SPEAKERS = {  # "from" of a turn -> role of a message
     "function": "tool",
     "observation": "tool",
 }
+ROLES = {name: SPEAKERS[name] for name in ("human", "gpt")}  # which no chat template knows
 
 
 def check_messages(messages: object, column: str) -> list[Message]:
@@ -90,6 +91,7 @@ def _check_message(message: object, place: str) -> Message:
     kept = {name: value for name, value in message.items() if value is not None}
     if not isinstance(kept.get("role"), str) or not kept["role"]:
         raise BadInput(f"{place} has no role")
+    kept["role"] = ROLES.get(kept["role"], kept["role"])
     if not isinstance(kept.get("content"), str | list) and not kept.get("tool_calls"):
         raise BadInput(f"{place} has no content")
     return kept

@@ -123,12 +123,19 @@ def _check_mapping(mapping: Mapping[str, str], columns: Sequence[str], source: s
 
 
 def _no_set_fits(source: str, columns: Sequence[str], mapping: Mapping[str, str]) -> str:
+    if {"chosen", "rejected"} <= {*columns}:
+        return (
+            f"{source} has pairs of answers (chosen, rejected), which qsvd train does not learn from: use TRL's "
+            "DPOTrainer on qsvd.load(OUT), as docs/guide.md shows"
+        )
+    names = ("prompt", "completion") if len(columns) > 1 else ("text",)
+    example = " ".join(f"{column}={name}" for column, name in zip(columns, names, strict=False)) or "response=output"
     mapped = f" (with --map {' '.join(f'{column}={name}' for column, name in mapping.items())})" if mapping else ""
     found = listing(columns, limit=20) if columns else "(none)"
     return (
         f"{source} has the columns {found}{mapped}, which do not make an example. "
         f"Accepted columns, [] being optional: {'; '.join(map(str, COLUMN_SETS))}. "
-        "Rename columns with --map COLUMN=NAME, for example --map response=output"
+        f"Rename columns with --map COLUMN=NAME, for example --map {example}"
     )
 
 

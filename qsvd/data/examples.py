@@ -181,8 +181,8 @@ def first_lines(options: Train, data: RunData) -> list[str]:
     total = count + len(data.train.input_ids)
     return [
         *lines,
-        f"{count} of {total} examples are held out, since {LEAST_HELD_OUT} are more than a tenth: the held-out loss is "
-        "a rough one; give --valid DATA or a larger --held-out"
+        f"Held out: {count} of {total} examples, since {LEAST_HELD_OUT} are more than a tenth: too few for an exact "
+        "held-out loss; give --valid DATA or a larger --held-out"
         if options.valid is None
         else f"the validation data have {count} examples: with fewer than {LEAST_HELD_OUT} their loss is a rough one",
     ]
@@ -222,7 +222,7 @@ def cut_in_words(data: Tokenized, max_length: int) -> str:
 def checked_length(wanted: int | None, context: int, model: str) -> int:
     """Return --max-length, or the model's context, at most MOST_LENGTH; a BadInput where it is above the context."""
     if wanted is not None and wanted > context:
-        raise BadInput(f"--max-length {wanted} is above {context}, the positions of {model}")
+        raise BadInput(f"--max-length {wanted} is above {context}, the context length of {model}")
     return wanted or min(MOST_LENGTH, context)
 
 

@@ -75,7 +75,7 @@ def local_data(source: str | Path) -> Path | None:
         or text.startswith((".", "~", os.sep))
         or text.count("/") > 1
         or "\\" in text
-        or path.suffix.lower() in SUFFIXES
+        or (path.suffix and ("/" not in text or path.suffix.lower() in SUFFIXES))
     )
     if looks_like_path:
         raise BadInput(f"no such file or folder: {text}")
@@ -102,6 +102,8 @@ def _no_split(source: str, local: Path | None, names: Sequence[str]) -> str:
         there = sorted(map(str, _hub_splits(source)))
         return f"{source!r} on the hub has no split {' or '.join(names)}; it has {listing(there)}"
     files = sorted(path.name for path in local.iterdir())
+    if "config.json" in files:
+        return f"{source} is a model, and DATA is a file, a folder or a data set of the Hub with examples to train on"
     return (
         f"{source} has no file {' or '.join(names)} with a suffix of {', '.join(SUFFIXES)}; "
         f"in it: {listing(files) if files else 'nothing'}"

@@ -82,8 +82,8 @@ def _mark_answers(
         return _mark_pairs(examples, tokenizer, loss_on)
     if template is None:
         raise BadInput(
-            f"{examples.places.source} holds messages, but the tokenizer has no chat template; use a chat model, "
-            "put a chat_template.jinja next to the tokenizer, or give prompt and completion as text"
+            f"{examples.places.source} holds messages, but the tokenizer has no chat template: give qsvd train "
+            "--chat-template NAME (zephyr goes with any tokenizer), or use a chat model"
         )
     return _mark_chats(examples, template, loss_on, stop_tokens_of(tokenizer, stop_ids))
 

@@ -12,15 +12,19 @@ identity began; the identity is a JSON object of all options and inputs that the
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from filelock import FileLock, Timeout
 
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import read_object, write_json
+from qsvd.paths import adapter_hint, check_not_gguf, local_path
+
+Kind = Literal["16-bit", "split", "trained"]
 
 MANIFEST = "qsvd.json"  # of a quantized model: its record, written last
 ADAPTER_RECORD = "qsvd_adapter.json"  # of an adapter: how it was made, and on which quantized model
@@ -30,6 +34,14 @@ UNFINISHED = "unfinished"  # the folder of all that only a resumed run needs
 IDENTITY = "run.json"
 LOCK = "lock"
 ANOTHER_FOLDER = "give --out another folder"
+DIGEST = re.compile(r"[0-9a-f]{64}")  # SHA-256
+CONTENTS = {  # digests in an identity -> of what
+    "data": "the training data as tokens",
+    "held_out": "the held-out data",
+    "base_fingerprint": "the quantized model",
+    "source_fingerprint": "the 16-bit model",
+    "init_from": "the run of --init-from",
+}
 
 
 class Workspace:
@@ -135,14 +147,25 @@ def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], 
     """
     wanted = json.loads(json.dumps(wanted))  # JSON has no tuples
     different = "; ".join(
-        f"{name} {json.dumps(found.get(name))} there, {json.dumps(wanted.get(name))} now"
-        for name in sorted({*found, *wanted})
+        _difference(name, found.get(name), wanted.get(name))
+        for name in sorted({*found, *wanted}, key=lambda name: (_is_digest(found.get(name), wanted.get(name)), name))
         if found.get(name) != wanted.get(name)
     )
     if different:
         raise BadInput(
             f"{path} was written with other options: {different}; give the same options to continue, or {otherwise}"
         )
+
+
+def _difference(name: str, found: object, wanted: object) -> str:
+    """Return in words how two values differ; digests tell a reader nothing, so they are not shown."""
+    if _is_digest(found, wanted):
+        return f"{CONTENTS.get(name, name)} changed"
+    return f"{name} {json.dumps(found)} there, {json.dumps(wanted)} now"
+
+
+def _is_digest(*values: object) -> bool:
+    return any(isinstance(value, str) and DIGEST.fullmatch(value) for value in values)
 
 
 def check_empty(folder: Path, ignored: Iterable[str], command: str, otherwise: str = ANOTHER_FOLDER) -> None:
@@ -157,6 +180,25 @@ def check_empty(folder: Path, ignored: Iterable[str], command: str, otherwise: s
         raise BadInput(f"{folder} is not empty and was not written by {command}; {otherwise}")
 
 
+def model_kind(name: str) -> Kind:
+    """Return what a name stands for, a Hub id for a 16-bit model; a BadInput where it is none of the three."""
+    folder = local_path(name)
+    if folder is None:
+        return "16-bit"
+    kinds: dict[str, Kind] = {ADAPTER_RECORD: "trained", MANIFEST: "split", "config.json": "16-bit"}
+    for file, kind in kinds.items():
+        if (folder / file).is_file():
+            return kind
+    check_not_gguf(folder)
+    if folder.is_file():
+        raise BadInput(f"{name} is a file, and a model is a folder with config.json: give MODEL first, then DATA")
+    if (folder / UNFINISHED).is_dir():
+        raise BadInput(f"{name} is not finished; run the command that writes it again, and it continues")
+    hint = adapter_hint(folder) or "give the folder of a model, or a Hub id"
+    known = "a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train"
+    raise BadInput(f"{name} is not {known}; {hint}")
+
+
 def check_quantized(folder: Path) -> None:
     """Check that a folder is a complete quantized model.
 
@@ -167,7 +209,7 @@ def check_quantized(folder: Path) -> None:
         return
     if (folder / UNFINISHED).is_dir():
         raise BadInput(f"{folder} is not finished; run the same qsvd quantize command again to complete it")
-    raise BadInput(f"{folder} is not a quantized model: it has no {MANIFEST}")
+    raise BadInput(f"{folder} is not a quantized model: it has no {MANIFEST}; qsvd quantize MODEL --out OUT makes one")
 
 
 def check_space(folder: Path, num_bytes: int, otherwise: str) -> None:

@@ -2,15 +2,25 @@
 once, before it imports the command."""
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from qsvd.data.read import local_data
 from qsvd.data.template_names import read_template
 from qsvd.errors import BadInput, listing, parse_size
 from qsvd.files.atomic import read_object
-from qsvd.files.workspace import ADAPTER_RECORD, MANIFEST, UNFINISHED, check_quantized
+from qsvd.files.workspace import (
+    ADAPTER_RECORD,
+    ANOTHER_FOLDER,
+    IDENTITY,
+    LOCK,
+    MANIFEST,
+    UNFINISHED,
+    check_empty,
+    check_quantized,
+    model_kind,
+)
 from qsvd.option_types import out_of_range
 from qsvd.options import (
     Allocate,
@@ -29,7 +39,6 @@ from qsvd.paths import checkpoint_folder, local_path
 from qsvd.plan.targets import check_targets, target_names
 
 Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Plan | Quantize | Report | Train
-Kind = Literal["16-bit", "split", "trained"]
 
 LEAST_SHARD = 10**5  # bytes of one output file
 TRACKERS = {  # name -> packages of which transformers needs one
@@ -49,6 +58,8 @@ def check(options: Options, *, is_open: bool = False) -> None:
         BadInput: the options cannot be used (the sentence names every fault), or a path cannot.
     """
     wrong = out_of_range(options) + _conflicts(options)
+    if isinstance(options, TrainingOptions) and options.rank == 0 and wrong:
+        wrong.append("a rank of 0 trains nothing: for QLoRA give --method lora, whose quantized model has rank 0")
     if wrong:
         raise BadInput("; ".join(wrong))
     for name, least in {"gpu": 1, "host": 1, "shard_size": LEAST_SHARD}.items():
@@ -157,11 +168,18 @@ def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     comparing = {"--keep-best": options.keep_best, "--early-stopping": options.early_stopping is not None}
     if options.eval_every is None and any(comparing.values()):
         flags = " and ".join(flag for flag, is_given in comparing.items() if is_given)
-        wrong.append(f"{flags} compare held-out losses: give --eval-every N too")
+        wrong.append(f"{flags} cannot be used without held-out losses to compare: give --eval-every N too")
     if options.layer_major and options.packing:
         wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")
-    for name in options.report_to if isinstance(options, Train) else ():
-        if name not in TRACKERS:
+    return wrong + (_wrong_trackers(options.report_to) if isinstance(options, Train) else [])
+
+
+def _wrong_trackers(names: Sequence[str]) -> list[str]:
+    wrong = []
+    for name in names:
+        if name == "none":
+            wrong.append("--report-to none is the default: leave it out")
+        elif name not in TRACKERS:
             wrong.append(f"--report-to {name} is none of {', '.join(TRACKERS)}")
         elif not any(find_spec(package) for package in TRACKERS[name]):
             wrong.append(f"--report-to {name} needs the package {name}, which is not installed (pip install {name})")
@@ -203,7 +221,7 @@ def _check_models(options: Options, *, is_open: bool) -> None:
         case Plan(model=name) | Train(base=name):
             _check_trained(options, name)
         case Report(folder=folder):
-            check_quantized(folder.expanduser())
+            _check_reported(folder)
         case Eval() | Generate():
             named = (*options.models, options.reference) if isinstance(options, Eval) else (options.model,)
             for name in filter(None, named):
@@ -212,6 +230,19 @@ def _check_models(options: Options, *, is_open: bool) -> None:
             _check_exported(options.run)
         case _:
             pass
+
+
+def _check_reported(folder: Path) -> None:
+    """Refuse to report what is not a complete quantized model."""
+    if not folder.expanduser().exists():
+        raise BadInput(f"no folder {folder} here; give a quantized model, which qsvd quantize or qsvd train wrote")
+    if (folder.expanduser() / ADAPTER_RECORD).is_file():
+        base = read_object(folder.expanduser() / ADAPTER_RECORD).get("base", "OUT")
+        raise BadInput(
+            f"{folder} is a run of qsvd train, described in {folder / 'README.md'}; for the quantization error give "
+            f"its quantized model: qsvd report {base}"
+        )
+    check_quantized(folder.expanduser())
 
 
 def _check_trained(options: Plan | Train, name: str) -> None:
@@ -260,32 +291,24 @@ def _check_targets(options: Options) -> None:
 
 def _check_config(name: str) -> None:
     path = local_path(name)
-    if path is not None and path.is_dir() and not any((path / file).is_file() for file in (MANIFEST, "config.json")):
-        raise BadInput(f"no config.json in {path}; give a transformers model or a config.json")
+    if path is None or (path.is_file() and path.suffix == ".json"):
+        return
+    if model_kind(name) == "trained":
+        raise BadInput(f"{name} is a run of qsvd train: give its quantized model, or its 16-bit model")
 
 
 def _check_exported(run: Path) -> None:
     if not run.expanduser().exists():  # a Hub id would be downloaded, and then refused
         raise BadInput(f"no folder {run} here; give a run of qsvd train, or a quantized model")
     if model_kind(str(run)) == "16-bit":
-        raise BadInput(f"{run} is a 16-bit model; give a run of qsvd train, or a quantized model")
-
-
-def model_kind(name: str) -> Kind:
-    """Return what a name stands for, a Hub id for a 16-bit model; a BadInput where it is none of the three."""
-    folder = local_path(name)
-    if folder is None:
-        return "16-bit"
-    kinds: dict[str, Kind] = {ADAPTER_RECORD: "trained", MANIFEST: "split", "config.json": "16-bit"}
-    for file, kind in kinds.items():
-        if (folder / file).is_file():
-            return kind
-    raise BadInput(f"{name} is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train")
+        raise BadInput(f"{run} is a 16-bit model, and needs no export; give a run of qsvd train, or a quantized model")
 
 
 def _check_output(options: Options) -> None:
     """Refuse an output folder that is a file, and an output file that is a folder."""
     out: Path | None = getattr(options, "out", None)
+    if isinstance(options, Train):
+        _check_run(options)
     if out is None or not out.expanduser().exists():
         return
     file = {Allocate: "allocation.txt", Calibrate: "statistics.safetensors"}.get(type(options))
@@ -294,3 +317,15 @@ def _check_output(options: Options) -> None:
         raise BadInput(f"--out {out} is a folder; give a file, such as {out / file}")
     if file is None and not is_folder:
         raise BadInput(f"--out {out} is not a folder; give another name")
+
+
+def _check_run(options: Train) -> None:
+    """Refuse a folder for the run that holds something else, and --resume where there is nothing to continue."""
+    out = options.out.expanduser()
+    is_run = (out / IDENTITY).is_file()
+    if (out / MANIFEST).is_file():
+        raise BadInput(f"--out {options.out} is a quantized model, and a run needs its own folder; {ANOTHER_FOLDER}")
+    if options.resume and not is_run:
+        raise BadInput(f"--resume: there is no run in {options.out} to continue; leave out --resume to start one")
+    if out.is_dir() and not is_run:
+        check_empty(out, {LOCK}, "qsvd train")

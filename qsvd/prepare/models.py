@@ -21,10 +21,10 @@ from qsvd.files.published import is_published
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.source import Checkpoint, download, open_checkpoint
 from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.files.workspace import Kind, model_kind
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.paths import local_path
 from qsvd.plan.weights import ModelPlan, causal_classes, is_classifier, plan_model
-from qsvd.prepare.check_options import Kind, model_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

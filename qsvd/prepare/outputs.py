@@ -71,7 +71,7 @@ def error_change(errors: list[WeightError]) -> str:
     """Return in words how much components changed the Frobenius error of the weights so far."""
     before, after = (sum(getattr(error, state).frobenius ** 2 for error in errors) for state in ("before", "after"))
     percent = 100 * (sqrt(after / before) - 1) if before else 0.0
-    return f"error {percent:+.1f} %"
+    return f"error {percent:+.1f} % by components"
 
 
 def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:

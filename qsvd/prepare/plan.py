@@ -116,7 +116,7 @@ def prepare_plan(options: Plan) -> PlanJob:
     check(options)
     here, notes = planned_machine(options)
     source = plan_source(options, here.dtype)
-    run = None if options.data is None else _planned_run(_train_of(options), source, here)
+    run = None if options.data is None else _planned_run(train_of(options), source, here)
     context = context_length(source.make(source.rank).text_config, unlimited=2**20)
     tokens = options.max_length or min(MOST_LENGTH, context)
     if tokens > context:
@@ -134,10 +134,10 @@ def prepare_plan(options: Plan) -> PlanJob:
     )
 
 
-def _train_of(options: Plan) -> Train:
+def train_of(options: Plan) -> Train:
     """Return the run of `qsvd train` that is planned."""
     shared = {field.name: getattr(options, field.name) for field in fields(TrainingOptions)}
-    return Train(options.model, str(options.data), Path("RUN"), **shared)
+    return Train(options.model, options.data or "DATA", Path("RUN"), **shared)
 
 
 def _planned_run(options: Train, source: PlanSource, here: Machine) -> PlannedRun:

@@ -11,10 +11,10 @@ import torch
 from qsvd.errors import BadInput
 from qsvd.files.adapter import open_adapter
 from qsvd.files.quantize_folder import OutputFolder
-from qsvd.files.workspace import ADAPTER_RECORD, ANOTHER_FOLDER
+from qsvd.files.workspace import ADAPTER_RECORD, ANOTHER_FOLDER, model_kind
 from qsvd.options import Quantize, Train
 from qsvd.paths import hub_id
-from qsvd.prepare.check_options import check, model_kind
+from qsvd.prepare.check_options import check
 from qsvd.prepare.plan import plan_of, plan_source, run_of_16_bit
 from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
 from qsvd.prepare.train import PlannedRun, TrainRun, prepare_train, train_machine
@@ -43,7 +43,9 @@ def prepare_training(options: Train) -> TrainRun | FirstRun:
     """Check a run on a quantized model; or one on a 16-bit model, before the hours of quantizing it."""
     check(options)
     if model_kind(options.base) != "16-bit":
-        return prepare_train(options)
+        ready = prepare_train(options)
+        check_run_folder(ready.out, ready.identity, resume=options.resume, total=ready.total_steps)
+        return ready
     here = train_machine(options)
     source = plan_source(plan_of(options), here.dtype)
     run = run_of_16_bit(options, source, here, must_fit=True)

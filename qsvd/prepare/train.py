@@ -35,7 +35,10 @@ from qsvd.option_types import result_options
 from qsvd.options import Train, TrainingOptions
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import Machine, machine, place_training, show_placement
+from qsvd.report.errors import short_count
 from qsvd.training.settings import Settings, default_optimizer
+
+SMALL, SMALL_RATE = 10**9, 1e-3  # weights of a small model, and the lowest of the best rates measured for such models
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class PlannedRun:
     dtype: torch.dtype
     training: Training
     placed: Placed
+    elements: int  # of the quantized weights
 
     @property
     def out(self) -> Path:
@@ -85,7 +89,13 @@ class PlannedRun:
     @property
     def first_lines(self) -> list[str]:
         """What is said before the work."""
-        return first_lines(self.options, self.data)
+        lines = first_lines(self.options, self.data)
+        if self.options.learning_rate is None and self.elements < SMALL:
+            lines.append(
+                f"Learning rate: {self.settings.learning_rate:g}, the default, suits models of 7B and more; for this "
+                f"one ({short_count(self.elements)} weights) try --learning-rate {SMALL_RATE:g}"
+            )
+        return lines
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -187,6 +197,7 @@ def plan_run(options: Train, model: SplitModelPlan, data: RunData, here: Machine
         dtype=here.dtype,
         training=training,
         placed=placed,
+        elements=model.elements,
     )
 
 

@@ -1,11 +1,12 @@
 """The last lines of a command: what was written, its size, and the commands that come next, to copy."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from shlex import join, quote
 
 from qsvd.errors import show_size
-from qsvd.options import Allocate, Calibrate
+from qsvd.options import Allocate, Calibrate, Train
 from qsvd.report.readme import RESIDUAL
 
 DATA = "DATA  # DATA: a file of examples, or a Hub id"
@@ -51,6 +52,20 @@ def _layers(options: Calibrate | Allocate) -> list[str]:
     return include + (["--exclude", *options.exclude] if options.exclude else [])
 
 
+def train_command(options: Train) -> str:
+    """Return the command line of a run, with the options that are not at their defaults; "DATA" stands for no data."""
+    words = ["qsvd", "train", options.base, options.data, "--out", str(options.out)]
+    for field in fields(options):
+        value, flag = getattr(options, field.name), field.name.replace("_", "-")
+        if field.name in ("base", "data", "out", "preview", "dry_run") or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return join(words) + (f"  {DATA.partition('  ')[2]}" if options.data == "DATA" else "")
+
+
 def after_train(base: str, run: Path, valid: str | None, *, generates: bool) -> list[str]:
     """Return the commands that use a run.
 
@@ -60,23 +75,36 @@ def after_train(base: str, run: Path, valid: str | None, *, generates: bool) -> 
     """
     commands = [join(["qsvd", "generate", str(run), "--prompt", "Hello"])] if generates else []
     if valid is not None:
-        commands.append(join(["qsvd", "eval", base, str(run), "--data", valid]))
+        models = [base, str(run)] if generates else [str(run)]
+        commands.append(join(["qsvd", "eval", *models, "--data", valid]))
+    elif not generates:
+        commands.append(f"{join(['qsvd', 'eval', str(run), '--data'])} {DATA}")
     return [*commands, join(["qsvd", "export", str(run), "--to", "merged", "--out", f"{run}-merged"])]
 
 
-def after_export(form: str, out: Path, base: str, *, generates: bool, has_components: bool) -> list[str]:
+def after_export(form: str, out: Path, base: str, *, task: str | None, has_components: bool) -> list[str]:
     """Return the line that loads or serves an export.
 
     Args:
         form: --to.
         base: The model that an adapter is for.
-        generates: Whether it is a language model.
+        task: PEFT's name of it, "CAUSAL_LM"; None where a model only encodes.
         has_components: Whether the quantized model that a PEFT adapter is for has an adapter of its own.
     """
-    if not generates:
-        return []
     if form == "merged":
-        return [f"vllm serve {quote(str(out))}"]
+        return [_uses_merged(out, task)]
+    if task != "CAUSAL_LM":
+        return []
     more = RESIDUAL if form == "peft" and has_components else ""
     load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}{more}), {str(out)!r})"
     return [f"(Python) from peft import PeftModel; from transformers import AutoModelForCausalLM; model = {load}"]
+
+
+def _uses_merged(out: Path, task: str | None) -> str:
+    """Return the line that uses a 16-bit model."""
+    if task == "CAUSAL_LM":
+        return join(["qsvd", "generate", str(out), "--prompt", "Hello"])
+    if task == "SEQ_CLS":
+        use = f"pipeline('text-classification', {str(out)!r})('Hello')"
+        return f"(Python) from transformers import pipeline; print({use})"
+    return f"(Python) from transformers import AutoModel; model = AutoModel.from_pretrained({str(out)!r})"

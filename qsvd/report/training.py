@@ -23,6 +23,8 @@ class RunSummary:
         memory, planned: Bytes by item, measured and planned.
         resident: Which 4-bit weights stay on the device, in words.
         best_step: The step with the lowest held-out loss, whose adapter the run holds; None without --keep-best.
+        held_out_examples: None where there are none, or where an older version wrote the run.
+        classes: Of a classifier; 0 for a language model.
         moved_bytes: Bytes of offloaded weights that were copied to the device since the run was last resumed.
     """
 
@@ -46,6 +48,8 @@ class RunSummary:
     moved_bytes: int
     device: str
     best_step: int | None = None
+    held_out_examples: int | None = None
+    classes: int = 0
 
 
 def training_tables(summary: RunSummary) -> Group:
@@ -66,6 +70,7 @@ def training_tables(summary: RunSummary) -> Group:
 
 def rows(summary: RunSummary) -> list[tuple[str, str]]:
     """Return the rows of the first table, names and values."""
+    held_out = "held-out" if summary.held_out_examples is None else f"held-out ({summary.held_out_examples:,} examples)"
     found = [
         ("quantized model", summary.base),
         ("method", f"{summary.method}, {summary.optimizer}, learning rate {summary.learning_rate:g}"),
@@ -77,7 +82,7 @@ def rows(summary: RunSummary) -> list[tuple[str, str]]:
         ),
         ("training loss, first and last step (nats)", f"{summary.first_loss:.4f}, {summary.last_loss:.4f}"),
         (
-            "held-out loss, before and after (nats)",
+            f"{held_out} loss, before and after (nats)",
             _pair(summary.held_out_before, summary.held_out_after, ".4f") or "no held-out examples",
         ),
         (f"4-bit weights on the {'CPU' if summary.device == 'cpu' else 'GPU'}", summary.resident),
@@ -85,7 +90,7 @@ def rows(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.best_step is not None:
         found.append(("adapter", f"of step {summary.best_step:,}, which has the lowest held-out loss"))
     accuracy = _pair(summary.accuracy_before, summary.accuracy_after, ".2%")
-    return [*found, ("held-out accuracy, before and after", accuracy)] if accuracy else found
+    return [*found, (f"{held_out} accuracy, before and after", accuracy)] if accuracy else found
 
 
 def _pair(before: float | None, after: float | None, form: str) -> str:
@@ -99,14 +104,16 @@ def run_readme(summary: RunSummary, run: str) -> str:
         run: The folder, as the user wrote it.
     """
     lines = "\n".join(f"| {name} | {value} |" for name, value in rows(summary))
+    peft = "AutoPeftModelForSequenceClassification" if summary.classes else "AutoPeftModelForCausalLM"
+    labels = f", num_labels={summary.classes}" if summary.classes else ""
     return (
         f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is the trained adapter. It works only with the\n"
         f"quantized model in `{summary.base}`. `adapter_model.safetensors` and `adapter_config.json` are the\n"
         f"same adapter for PEFT. `steps.jsonl` lists every step, `loss.png` and `loss.svg` plot the loss, and\n"
         f"`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
         f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n"
-        f"```python\nfrom peft import AutoPeftModelForCausalLM  # without qsvd\n\n"
-        f"model = AutoPeftModelForCausalLM.from_pretrained({run!r})\n```\n\n"
+        f"```python\nfrom peft import {peft}  # without qsvd\n\n"
+        f"model = {peft}.from_pretrained({run!r}{labels})\n```\n\n"
         f"```sh\nqsvd export {quote(run)} --to peft --out {quote(run + '-peft')}  # a PEFT adapter for the residual\n"
         f"qsvd export {quote(run)} --to merged --out {quote(run + '-merged')}  # a 16-bit model\n```\n"
     )

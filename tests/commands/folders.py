@@ -1,6 +1,7 @@
 """Folders before and after `qsvd quantize`: their bytes, their dense equivalent, and the command in its own process."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,13 +62,14 @@ def start(*arguments, cwd, stderr=subprocess.PIPE):
     )
 
 
-ALWAYS = ("Training: ", "Done: ", "Next: ")  # starts of lines on stderr
+PROGRESS = re.compile(r" s left\n|\d+/[\d,]+ (weights|examples|answers|tokens)")
+ALWAYS = ("Training: ", "Learning rate: ", "Done: ", "Next: ")  # starts of lines on stderr
 
 
 def without_progress(err):
     """What was written to stderr, without progress, what is trained, and the last lines on the output."""
     lines = err.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.endswith(" s left\n") and not line.startswith(ALWAYS))
+    return "".join(line for line in lines if not PROGRESS.search(line) and not line.startswith(ALWAYS))
 
 
 def python_path():

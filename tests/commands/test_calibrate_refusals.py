@@ -36,7 +36,7 @@ def test_numbers_out_of_range_are_refused_all_at_once(stories, texts, refused):
         "--examples 0 is below 1; --max-length 1 is below 2; --traces -1 is below 0; --chunk 0 is below 1"
     )
     assert refused(stories, texts, "--max-length", 10**6) == (
-        f"--max-length 1000000 is above 512, the positions of {stories}"
+        f"--max-length 1000000 is above 512, the context length of {stories}"
     )
 
 

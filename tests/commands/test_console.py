@@ -58,10 +58,10 @@ def lines_of_a_run(capsys, total, first=1):
 
 
 @pytest.mark.parametrize("first", [1, 903])
-def test_without_a_terminal_there_is_a_first_line_one_every_five_percent_and_a_last_one(capsys, first):
+def test_without_a_terminal_there_are_two_first_lines_one_every_five_percent_and_a_last_one(capsys, first):
     numbers = lines_of_a_run(capsys, 1000, first)
-    assert (numbers[0], numbers[-1]) == (first, 1000)
-    gaps = [later - earlier for earlier, later in pairwise(numbers)]
+    assert (numbers[:2], numbers[-1]) == ([first, first + 1], 1000)
+    gaps = [later - earlier for earlier, later in pairwise(numbers[1:])]
     assert all(50 <= gap <= 51 for gap in gaps[:-1])  # of 1000 weights; 51 where 0.05 is not met to the last bit
     assert 0 < gaps[-1] <= 51
 
@@ -69,6 +69,19 @@ def test_without_a_terminal_there_is_a_first_line_one_every_five_percent_and_a_l
 @pytest.mark.parametrize("total", [1, 7])
 def test_few_large_weights_have_a_line_each(capsys, total):
     assert lines_of_a_run(capsys, total) == list(range(1, total + 1))
+
+
+def test_the_first_line_tells_no_time_since_what_came_before_it_says_nothing_of_the_speed(capsys, monkeypatch):
+    clock = iter([0.0, 100.0, 102.0, 104.0])
+    monkeypatch.setattr("qsvd.commands.console.time.monotonic", lambda: next(clock))
+    with display() as show:
+        for number in (1, 2, 3):
+            show(Progress(number, number, 5, f"{number}/5 weights", ("weights/s", 1)))
+    assert capsys.readouterr().err.splitlines() == [
+        "1/5 weights",
+        "2/5 weights, 0.5 weights/s, 6 s left",
+        "3/5 weights, 0.5 weights/s, 4 s left",
+    ]
 
 
 def test_a_terminal_gets_a_bar(capsys, monkeypatch):

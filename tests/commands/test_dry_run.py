@@ -1,8 +1,10 @@
 """`qsvd plan OUT DATA` and `qsvd train OUT DATA --dry-run` print the same bytes."""
 
+import shlex
+
 import pytest
 
-from qsvd.cli import run
+from qsvd.cli import parse, run
 from tests.runs import language_base, text_rows, write_rows
 
 MACHINE = ["--gpu", "8GB", "--host", "16GB"]
@@ -41,19 +43,23 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_plan_with_data_and_a_dry_run_print_the_same_bytes(base, tmp_path, capsysbinary, name):
+def test_a_plan_with_data_and_a_dry_run_print_the_same_bytes(base, tmp_path, monkeypatch, capsysbinary, name):
+    monkeypatch.chdir(tmp_path)
     data = write_rows(tmp_path / "data.jsonl", text_rows())
     flags = [*MACHINE, *FLAGS[name]]
     code = 3 if name == "too large" else 0
     model = str(base.parent / "source" if name.startswith("16-bit") else base)
     assert run(["plan", model, data, *flags]) == code
     planned = capsysbinary.readouterr()
-    assert run(["train", model, data, "--out", str(tmp_path / "run"), *flags, "--dry-run"]) == code
+    assert run(["train", model, data, "--out", "RUN", *flags, "--dry-run"]) == code
     assert capsysbinary.readouterr() == planned
     assert planned.out.startswith((b"Fits: ", b"Does not fit: "))
     assert ROWS.get(name, "").encode() in planned.out
     assert (b"qsvd quantize: " in planned.out) == name.startswith("16-bit")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "RUN").exists()
+    if code == 0:
+        command = shlex.split(planned.err.decode().removeprefix("Next: "))
+        assert parse(command[1:]) == parse(["train", model, data, "--out", "RUN", *flags])
 
 
 def test_a_plan_on_a_cpu_has_the_memory_and_the_steps_of_the_run(base, tmp_path, capsys):

@@ -290,22 +290,14 @@ def test_several_models_are_columns_of_one_table(made, evaluate, monkeypatch):
     [
         ("{base} --data {text} --window 1", "--window 1 is below 2"),
         ("{base} --data {text} --window 64 --stride 100", "--stride 100 is above --window 64"),
-        ("{base} --data {text} --window 513", "--window 513 is above 512, the positions of {base}"),
+        ("{base} --data {text} --window 513", "--window 513 is above 512, the context length of {base}"),
         ("{base} --data {jsonl} --stride 4", "--stride 4 is for one text, such as a .txt file; {jsonl} holds several"),
         (
             "{base} --data {text} --limit 0 --batch-size 0 --max-new-tokens 0",
             "--max-new-tokens 0 is below 1; --limit 0 is below 1; --batch-size 0 is below 1",
         ),
-        (
-            "--data {text}",
-            "qsvd eval needs MODEL ... (16-bit models, quantized models, runs, or Hub ids); see qsvd eval --help",
-        ),
         ("{base} --data {folder}/none.txt", "no such file or folder: {folder}/none.txt"),
         ("{folder}/none --data {text}", "no folder '{folder}/none' here, and a Hub id looks like 'owner/name'"),
-        (
-            "{folder} --data {text}",
-            "{folder} is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train",
-        ),
         ("{base} --data {text} --task accuracy", "--task accuracy does not go with text examples, as {text} has"),
         ("{base} --data {text} --task exact-match", "--task exact-match does not go with text examples, as {text} has"),
         ("{base} --data {text} --device tpu", "--device 'tpu' is not one of auto, cpu, cuda, cuda:N"),

@@ -276,9 +276,9 @@ def test_without_the_original_the_recorded_error_is_stated_and_nothing_checked(t
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("source", "is a 16-bit model; give a run of qsvd train, or a quantized model"),
+        ("source", "is a 16-bit model, and needs no export; give a run of qsvd train, or a quantized model"),
         ("nothing", "nothing here; give a run of qsvd train, or a quantized model"),
-        (".", "is not a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train"),
+        (".", "or a run of qsvd train; give the folder of a model, or a Hub id"),
     ],
 )
 def test_what_is_no_run_is_refused(made, tmp_path, export, source, sentence):

@@ -163,15 +163,12 @@ def test_generation_config_has_the_defaults(chat_model, tmp_path, generate):
     ("words", "stdin", "sentence"),
     [
         (["--prompt", " "], "", "--prompt is empty"),
-        (["--prompt", "Once", "upon"], "", "takes MODEL, and 'upon' is one argument too many"),
         (["--prompt"], "", "--prompt needs a value: --prompt TEXT"),
         ([], " \n", "stdin is empty: give --prompt TEXT, --chat, or a text on stdin"),
-        (["--chat"], "Hi\n", "--chat needs a chat template, and the tokenizer of"),
         (["--chat", "--prompt", "x"], "", "--chat reads its messages from stdin: leave out --prompt"),
         (["--system", "x", "--prompt", "x"], "", "--system needs a chat template"),
         (["--system", "x", "--raw", "--prompt", "x"], "", "--system needs the chat template: leave out --raw"),
         (["--prompt", "x", "--temperature", "0", "--top-p", "0.5"], "", "--temperature 0 is greedy"),
-        (["--prompt", "x", "--max-new-tokens", "512"], "", "are more than the 512 that"),
         (["--prompt", "x " * 600], "", "shorten it"),
     ],
 )

@@ -192,8 +192,11 @@ def test_an_adapter_that_does_not_fit_is_refused(options, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"keep_best": True}, "--keep-best compare held-out losses: give --eval-every N too"),
-        ({"early_stopping": 2}, "--early-stopping compare held-out losses: give --eval-every N too"),
+        ({"keep_best": True}, "--keep-best cannot be used without held-out losses to compare: give --eval-every N too"),
+        (
+            {"early_stopping": 2},
+            "--early-stopping cannot be used without held-out losses to compare",
+        ),
         ({"eval_every": 2, "valid": None}, "--eval-every needs held-out examples: give --valid DATA"),
         ({"eval_every": 0}, "--eval-every 0 is below 1"),
     ],
@@ -212,7 +215,7 @@ def test_at_least_8_examples_are_held_out_where_that_is_a_tenth_or_less(language
     assert len(prepared.held_out.input_ids) == count
     assert len(prepared.train.input_ids) == examples - count
     said = first_lines(options, prepared)[-1]
-    assert (f"{count} of {examples} examples are held out" in said) == (count < 8)
+    assert (f"Held out: {count} of {examples} examples, since" in said) == (count < 8)
 
 
 def logits(model):

@@ -207,11 +207,6 @@ def test_models_that_cannot_be_planned_are_refused(capsys, tmp_path, config, sen
     assert "Traceback" not in said
 
 
-def test_a_folder_without_a_config_is_refused(capsys, tmp_path):
-    assert run(["plan", str(tmp_path)]) == 2
-    assert "no config.json in" in capsys.readouterr().err
-
-
 def test_pissa_keeps_its_stored_rank(capsys, split):
     assert run(["plan", str(split), "--rank", "8"]) == 2
     assert "--rank 8 is not 16, the stored rank, which pissa trains" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,7 @@ def refused(options, sentence):
     [
         (
             {"rank": 0, "batch_size": 0, "accumulate": -1, "save_every": 0, "keep": 0, "max_length": 1},
+            "a rank of 0 trains nothing: for QLoRA give --method lora, whose quantized model has rank 0; "
             "--rank 0 is below 1; --batch-size 0 is below 1; --accumulate -1 is below 1; --save-every 0 is below 1; "
             "--keep 0 is below 1; --max-length 1 is below 2",
         ),
@@ -140,17 +142,12 @@ def test_everything_that_is_out_of_range_is_named_at_once(options, monkeypatch, 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"map": ("text",)}, r"^--map text is not COLUMN=NAME, such as --map query=question reply=answer$"),
         ({"map": ("text=", "=b", "a=b")}, r"^--map text= =b is not COLUMN=NAME"),
         ({"map": ("text=body",)}, r"^--map: body is not a name of qsvd"),
         ({"device": "cuda:99"}, r"^--device 'cuda:99' does not exist: torch finds \d+ CUDA GPUs$"),
-        ({"method": "pissa", "rank": 8}, r"rank 8 is not the stored rank 16, the only one that pissa can train"),
         ({"alpha": 3.0}, r"alpha 3 would scale the stored components"),
         ({"method": "edora", "rank": 17}, r"rank 17 is outside 1\.\.16"),
-        ({"split": "valid"}, r"texts\.jsonl is one file and has no split 'valid'"),
         ({"valid": "no/such/file.jsonl"}, r"^no such file or folder: no/such/file\.jsonl$"),
-        ({"data": "no/such/file.jsonl"}, r"^no such file or folder: no/such/file\.jsonl$"),
-        ({"base": "./nowhere"}, r"^no folder '\./nowhere' here, and a Hub id looks like 'owner/name'$"),
     ],
     ids=str,
 )
@@ -182,7 +179,7 @@ def test_a_classifier_takes_no_flags_of_language_models(options, classifier, lab
 
 def test_a_length_beyond_the_positions_of_the_model_is_refused(options, tmp_path):
     long = write_rows(tmp_path / "long.jsonl", [{"text": " ".join(TEXTS)}, {"text": TEXTS[0]}])
-    refused(replace(options, data=long, max_length=513), "--max-length 513 is above 512, the positions of .*out$")
+    refused(replace(options, data=long, max_length=513), "--max-length 513 is above 512, the context length of .*out$")
     assert prepare_train(replace(options, data=long, max_length=512))
 
 
@@ -225,7 +222,7 @@ def test_a_base_without_a_tokenizer_is_refused(options, language, tmp_path):
 def test_a_preview_shows_the_first_example_and_writes_nothing(options, capsys):
     assert run(words(replace(options, preview=True))) == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert parse(shlex.split(shown.err.removeprefix("Next: "))[1:]) == replace(options, preview=False)
     assert re.match(r".*texts\.jsonl, line 1: \d+ tokens, \d+ trained \(\d+%\)\n", shown.out)
     assert f"[[<|bos|>{TEXTS[0][:40]}" in shown.out
     assert not options.out.exists()
@@ -234,7 +231,7 @@ def test_a_preview_shows_the_first_example_and_writes_nothing(options, capsys):
 def test_a_dry_run_prints_every_setting_and_writes_nothing(options, capsys):
     assert run(words(replace(options, dry_run=True, steps=None, epochs=1.5, held_out=0.2))) == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert shown.err.startswith("Next: qsvd train ")
     lines = [line.split("│") for line in shown.out.splitlines() if line.startswith("│")]
     found = {cells[1].strip(): cells[2].strip() for cells in lines}
     assert found["learning-rate"] == "2e-05"
@@ -394,7 +391,7 @@ def test_a_folder_is_not_trained_in_twice_by_mistake(complete, options, tmp_path
 def test_other_data_under_the_same_name_is_refused(complete, tmp_path, capsys, rows):
     data = write_rows(tmp_path / "texts.jsonl", rows)
     assert run([*words(replace(complete, data=data)), "--resume"]) == 2
-    assert re.search(r"other options: data \"\w{64}\" there, \"\w{64}\" now;", capsys.readouterr().err)
+    assert re.search(r"other options: the training data as tokens changed; ", capsys.readouterr().err)
 
 
 def test_the_names_of_the_classes_are_part_of_the_data(options, classifier, tmp_path):

@@ -74,7 +74,7 @@ def test_what_the_template_refuses_is_named():
 
 def test_messages_need_a_chat_template():
     for row in ({"messages": SINGLE}, {"prompt": SINGLE[:1], "completion": SINGLE[1:]}):
-        with refused(r"t\.jsonl holds messages, but the tokenizer has no chat template; use a chat model"):
+        with refused(r"t\.jsonl holds messages, but the tokenizer has no chat template: give qsvd train --chat"):
             tokenized([row], demo())
 
 

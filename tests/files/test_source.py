@@ -111,7 +111,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json in .*; give the folder of a transformers model"):
         open_checkpoint(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no config\.json in .*; this is an adapter: give its base model"):
+    with pytest.raises(ValueError, match=r"no config\.json in .*; this is an adapter of PEFT: give its base model"):
         open_checkpoint(str(tmp_path))
 
 
