@@ -60,7 +60,7 @@ def train_command(options: Train) -> str:
         if field.name in ("base", "data", "out", "preview", "dry_run") or value == field.default:
             continue
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(f"--{'' if value else 'no-'}{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return join(words) + (f"  {DATA.partition('  ')[2]}" if options.data == "DATA" else "")
