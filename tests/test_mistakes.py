@@ -133,7 +133,7 @@ $ quantize gguf/m.gguf --out Q
 $ quantize bnb --out Q
   this checkpoint is already quantized: config.json has a quantization_config
 $ train bnb texts.jsonl --out R
-  bnb is quantized already; give the 16-bit model, or a model that qsvd quantized
+  bnb is quantized already; give the 16-bit model
 $ quantize OUT --out Q
   qsvd quantizes 16-bit models; give the model that this one was made from
 $ train adapter texts.jsonl --out R
