@@ -135,7 +135,7 @@ $ quantize bnb --out Q
 $ train bnb texts.jsonl --out R
   bnb is quantized already; give the 16-bit model
 $ quantize OUT --out Q
-  qsvd quantizes 16-bit models; give the model that this one was made from
+  give the model that this one was made from
 $ train adapter texts.jsonl --out R
   this is an adapter of PEFT: give its base model, owner/name
 $ generate empty --prompt x
