@@ -41,6 +41,8 @@ CONTENTS = {  # digests in an identity -> of what
     "base_fingerprint": "the quantized model",
     "source_fingerprint": "the 16-bit model",
     "init_from": "the run of --init-from",
+    "tokens_sha256": "the examples as tokens",
+    "trained": "the run",
 }
 
 

@@ -112,7 +112,7 @@ def test_a_complete_file_stays_as_it_is(stories, texts, tmp_path, capsys):
         assert f"s was written with other options: {name} {there} there, {now} now" in capsys.readouterr().err
     others = write_rows(tmp_path / "t.jsonl", [{"text": text.upper()} for text in TEXTS])
     assert run([*flags[:2], str(others), *flags[3:]]) == 2
-    assert 's was written with other options: tokens_sha256 "' in capsys.readouterr().err
+    assert "s was written with other options: the examples as tokens changed" in capsys.readouterr().err
 
 
 def test_without_a_chunk_asked_for_few_examples_can_be_lost(stories, texts, tmp_path, monkeypatch):
