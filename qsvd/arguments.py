@@ -42,7 +42,7 @@ class _Option:
 
 
 def checked(command: str, record: type, arguments: Sequence[str], defaults: Mapping[str, Any]) -> list[str]:
-    """Return the arguments with our names, after a check of each.
+    """Return the arguments with our names, after a check of each; those without a flag are first.
 
     Args:
         command: For the sentence, "qsvd train".
@@ -71,13 +71,31 @@ def checked(command: str, record: type, arguments: Sequence[str], defaults: Mapp
         wrong.append(f"{command} takes {takes} without {' and '.join(placed)}: {_usage(command, options)}")
     places = [option for option in options.values() if option.is_positional]
     wrong += _without_a_place(command, extra, options, given)
-    given |= {option.name for option in places[: len(extra)]}
+    words_of = _words_of(places, extra, defaults)
+    given |= {*words_of}
     missing = [option for option in options.values() if option.default is MISSING and option.name not in given]
     if missing and not wrong:
         wrong.append(f"{command} needs {', '.join(_described(option) for option in missing)}")
     if wrong:
         raise BadInput(f"{'; '.join(wrong)}; see {command} --help")
-    return [*extra, *result]
+    return [*(word for words in words_of.values() for word in words), *result]
+
+
+def _words_of(places: Sequence[_Option], words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the words of each option without a flag, up to the last one that is typed.
+
+    Words are for the options that the file of options lacks; if there are more words, they replace its values too.
+    """
+    lacking = [option for option in places if option.name not in defaults]
+    open_places = iter(lacking if len(words) <= len(lacking) else places)
+    typed, rest = dict[str, list[str]](), list(words)
+    while rest and (option := next(open_places, None)):
+        count = len(rest) if get_origin(option.kind) is tuple else 1
+        typed[option.name] = rest[:count]
+        del rest[:count]
+    last = max((number for number, option in enumerate(places) if option.name in typed), default=-1)
+    of_file = {name: [str(value)] for name, value in defaults.items()}
+    return {option.name: typed.get(option.name) or of_file[option.name] for option in places[: last + 1]}
 
 
 def _described(option: _Option) -> str:
@@ -256,16 +274,20 @@ def from_names(record: type, given: Mapping[Any, Any], source: str) -> dict[str,
         source: Where they are from, for the sentence.
 
     Raises:
-        BadInput: a name is not an option, or a value is of another type.
+        BadInput: a name is not an option, two names are one option, or a value is of another type.
     """
     types = get_type_hints(record)
+    shown = {option.shown.lower(): option.name for option in _options(record) if option.is_positional}  # MODEL: base
     values, wrong = dict[str, Any](), list[str]()
     for written, value in given.items():
         name = _canonical(str(written).replace("_", "-"), types).replace("-", "_")
         if name == "bf16" and value is True and "dtype" in types:
             name, value = "dtype", "bfloat16"
-        if name not in types:
-            wrong.append(_unknown_name(name, types))
+        name = name if name in types else shown.get(name, name)
+        if values.get(name):
+            wrong.append(f"{name!r} is given twice, once as {str(written)!r}: leave one of them out")
+        elif name not in types:
+            wrong.append(_unknown_name(name, types | shown))
         else:
             values[name] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
     found = {}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qsvd.cli import COMMANDS, parse
+from qsvd.cli import COMMANDS, parse, run
 from qsvd.option_types import marks_of
 
 TRAIN = ["train", "OUT", "data.jsonl", "--out", "RUN"]
@@ -55,6 +55,39 @@ def test_a_file_of_options_may_have_other_tools_names(tmp_path):
         [*TRAIN, *["--rank", "8", "--lr", "2e-5", "--dtype", "bfloat16", "--method", "lora", "--max-length", "96"]]
     )
     assert parse([*TRAIN, "--config", str(tmp_path / "run.yaml")]) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "expected"),
+    [
+        ("model: OUT", "data.jsonl", "OUT data.jsonl"),
+        ("data: data.jsonl", "OUT", "OUT data.jsonl"),
+        ("model: OUT", "other data.jsonl", "other data.jsonl"),
+        ("model: OUT\ndata: data.jsonl", "", "OUT data.jsonl"),
+        ("model: OUT\ndata: data.jsonl", "other", "other data.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train --out RUN", "plan"])
+def test_the_command_line_gives_what_a_file_lacks(tmp_path, command, file, words, expected):
+    (tmp_path / "run.yaml").write_text(f"{file}\nmax_length: 96")
+    found = parse([*command.split(), "--config", str(tmp_path / "run.yaml"), *words.split()])
+    assert found == parse([*command.split(), *expected.split(), "--max-length", "96"])
+
+
+def test_words_replace_all_models_of_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("models: [A, B]\ndata: D")
+    assert parse(["eval", "--config", str(tmp_path / "run.yaml")]).models == ("A", "B")
+    assert parse(["eval", "--config", str(tmp_path / "run.yaml"), "C", "D", "E"]).models == ("C", "D", "E")
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [("modle: OUT", "unknown option 'modle' (did you mean model?)"), ("model: A\nbase: B", "'base' is given twice")],
+)
+def test_a_wrong_name_of_the_model_in_a_file_is_refused(tmp_path, capsys, file, sentence):
+    (tmp_path / "run.yaml").write_text(file)
+    assert run(["train", "data.jsonl", "--out", "RUN", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_no_other_tools_name_hides_an_option_of_ours():

@@ -65,7 +65,7 @@ $ eval OUT --data texts.jsonl --epochs 3
 $ quantize model --out Q --ranks 8
   has no option --ranks (did you mean --rank?)
 $ TRAIN --config other.yaml
-  other.yaml: unknown option 'model_name_or_path' (did you mean base?)
+  other.yaml: unknown option 'model_name_or_path' (did you mean model?)
 # Values
 $ TRAIN --lr 2e-4,
   --learning-rate '2e-4,' is not a number

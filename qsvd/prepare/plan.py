@@ -121,12 +121,13 @@ def prepare_plan(options: Plan) -> PlanJob:
     tokens = options.max_length or min(MOST_LENGTH, context)
     if tokens > context:
         raise BadInput(f"--max-length {tokens} is above the context length of the model, {context}")
-    is_labelled = run is not None and bool(run.data.train.label_names)
+    is_labelled = options.task == "classification" if run is None else bool(run.data.train.label_names)
+    without_data = replace(training_of(options, tokens, here.device), has_loss=not is_labelled)
     return PlanJob(
         options=options,
         source=replace(source, notes=(*source.notes, *notes)),
         context=context,
-        training=training_of(options, tokens, here.device) if run is None else run.training,
+        training=without_data if run is None else run.training,
         limits=here.limits,
         wish=Wish(options.resident, "no" if is_labelled else options.activation_offload),
         speed=_speed(options, here.device),
