@@ -13,8 +13,8 @@ from inspect import Parameter, Signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
-from qsvd.arguments import from_names
 from qsvd.errors import BadInput
+from qsvd.option_file import from_names
 from qsvd.option_types import POSITIONAL, PRINTS, Help, marks_of
 from qsvd.options import Allocate, Calibrate, Eval, Export, Plan, Quantize, Train
 from qsvd.prepare.check_options import check

@@ -1,4 +1,4 @@
-"""From what people type to what the options are called: other tools' names, near misses, and a file of options.
+"""From what people type to what the options are called: other tools' names, and near misses.
 
 tyro converts the values afterwards. The checks here say in one sentence what is wrong, before anything heavy is
 imported.
@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
-from pathlib import Path
 from shlex import join
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -51,7 +50,7 @@ def checked(command: str, record: type, arguments: Sequence[str], defaults: Mapp
     Raises:
         BadInput: an option does not exist, lacks its value or has a wrong one, or is required and missing.
     """
-    options = {option.typed: option for option in _options(record)}
+    options = {option.typed: option for option in options_of(record)}
     given, result, wrong, extra = {*defaults}, list[str](), list[str](), list[str]()
     placed: dict[str, _Option] = {}
     for name, values in _grouped(arguments, options):
@@ -150,7 +149,7 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _options(record: type) -> Iterator[_Option]:
+def options_of(record: type) -> Iterator[_Option]:
     hints, marks = get_type_hints(record), marks_of(record)
     for field in fields(record):
         text = [mark for mark in marks[field.name] if isinstance(mark, Help)][-1]
@@ -158,7 +157,7 @@ def _options(record: type) -> Iterator[_Option]:
         yield _Option(field.name, kind, text, POSITIONAL in marks[field.name], field.default)
 
 
-def _canonical(name: str, known: Iterable[str]) -> str:
+def canonical(name: str, known: Iterable[str]) -> str:
     """Return our name of an option, if it is another tool's and the command has ours."""
     names = {one.replace("_", "-") for one in known}
     ours = "limit" if name == "samples" and "limit" in names else NAMES.get(name, name)
@@ -180,7 +179,7 @@ def _grouped(arguments: Sequence[str], options: Mapping[str, _Option]) -> Iterat
             yield "", [word]
             continue
         written, joined, value = word[2:].partition("=")
-        name = _canonical(written.replace("_", "-"), options)
+        name = canonical(written.replace("_", "-"), options)
         name = aliases.get(name, name)
         if name == "bf16" and "dtype" in options:
             del rest[: bool(rest) and rest[0].lower() in YES]
@@ -246,120 +245,3 @@ def _fault(kind: Any, text: str, hint: str | None = None) -> str:
             return ""
         return "is not a whole number" if kind is int else "is not a number"
     return ""
-
-
-def take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """The arguments without --config FILE, and the file."""
-    for number, argument in enumerate(arguments):
-        flag, joined, value = argument.partition("=")
-        if flag == "--config":
-            values = [value] if joined else arguments[number + 1 : number + 2]
-            if not any(values):
-                raise BadInput("--config needs a YAML file after it")
-            rest = number + (1 if joined else 2)
-            return arguments[:number] + arguments[rest:], Path(values[0]).expanduser()
-    return arguments, None
-
-
-def from_yaml(record: type, file: Path) -> dict[str, Any]:
-    """Return the values of a YAML file by the names of a record's options."""
-    return from_names(record, _yaml_mapping(file), f"--config {file}")
-
-
-def from_names(record: type, given: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """Return values by the names of a record's options, each of the type of its option.
-
-    Args:
-        given: Values by our names or other tools'; a path is a text, and several values are a list.
-        source: Where they are from, for the sentence.
-
-    Raises:
-        BadInput: a name is not an option, two names are one option, or a value is of another type.
-    """
-    types = get_type_hints(record)
-    shown = {option.shown.lower(): option.name for option in _options(record) if option.is_positional}  # MODEL: base
-    values, wrong = dict[str, Any](), list[str]()
-    for written, value in given.items():
-        name = _canonical(str(written).replace("_", "-"), types).replace("-", "_")
-        if name == "bf16" and value is True and "dtype" in types:
-            name, value = "dtype", "bfloat16"
-        name = name if name in types else shown.get(name, name)
-        if values.get(name):
-            wrong.append(f"{name!r} is given twice, once as {str(written)!r}: leave one of them out")
-        elif name not in types:
-            wrong.append(_unknown_name(name, types | shown))
-        else:
-            values[name] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
-    found = {}
-    for name in [name for name in types if name in values]:
-        try:
-            found[name] = _as(types[name], values[name])
-        except TypeError as error:
-            wrong.append(f"{name} {error}")
-    if wrong:
-        raise BadInput(f"{source}: {'; '.join(wrong)}")
-    return found
-
-
-def _unknown_name(name: str, types: Collection[str]) -> str:
-    """Return that a name is not an option, with the nearest one or else all."""
-    typed = name.replace("_", "-")
-    near = next((f" (did you mean {ours}?)" for ours in PLACES.get(typed, ()) if ours in types), meant(name, types))
-    if typed in REMEDIES:
-        near = f": {REMEDIES[typed]}"
-    everything = f" (known: {', '.join(types)})"
-    return f"unknown option {name!r}{near or everything}"
-
-
-def _yaml_mapping(file: Path) -> Mapping[Any, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInput(f"--config {file}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--config {file} cannot be read as a text file: {error}") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
-        raise BadInput(f"--config {file} must hold `name: value` lines")
-    return values
-
-
-def _as(kind: Any, value: Any) -> Any:
-    """A value as an option's type; TypeError says what is allowed."""
-    if get_origin(kind) in (Union, UnionType):
-        kinds = [one for one in get_args(kind) if one is not type(None)]
-        return None if value is None and len(kinds) < len(get_args(kind)) else _as_one_of(kinds, value)
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise TypeError(f"is {value!r}, not one of {', '.join(map(str, get_args(kind)))}")
-        return value
-    if get_origin(kind) is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_as(get_args(kind)[0], item) for item in items)
-    if kind is float:
-        return _as_float(value)
-    wanted = str if kind is Path else kind
-    if type(value) is not wanted:
-        raise TypeError(f"is {value!r}, not of type {wanted.__name__}")
-    return kind(value)
-
-
-def _as_one_of(kinds: Sequence[Any], value: Any) -> Any:
-    faults = []
-    for kind in kinds:
-        try:
-            return _as(kind, value)
-        except TypeError as error:
-            faults.append(str(error))
-    raise TypeError(" and ".join(faults))
-
-
-def _as_float(value: Any) -> float:
-    """A number; YAML 1.1 takes 2 for an integer and 2e-5, without a dot, for a text."""
-    if type(value) in (int, float, str):
-        with suppress(ValueError):
-            return float(value)
-    raise TypeError(f"is {value!r}, not of type float")

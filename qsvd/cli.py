@@ -13,8 +13,9 @@ from inspect import getdoc
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import qsvd
-from qsvd.arguments import checked, from_yaml, meant, take_config
+from qsvd.arguments import checked, meant
 from qsvd.errors import QsvdError
+from qsvd.option_file import from_yaml, take_config
 from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
 from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Generate, Plan, Quantize, Report, Train
 from qsvd.other_names import COMMANDS as OTHER_COMMANDS

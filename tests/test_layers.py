@@ -10,7 +10,7 @@ FLOORS = (  # bottom up; folders of one floor do not import from each other, exc
     {"errors"},
     {"option_types", "other_names", "paths", "records"},
     {"arguments", "options"},
-    {"numerics"},
+    {"option_file", "numerics"},
     {"decompose"},
     {"plan"},
     {"memory"},
