@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down", "other"]  # what a linear layer does in its block
+Role = Literal[
+    "q", "k", "v", "o", "gate", "up", "down", "expert up", "expert down", "other"
+]  # what a linear layer does in its block
 
 
 @dataclass(frozen=True)

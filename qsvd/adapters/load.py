@@ -4,6 +4,7 @@ No dense weight is made. CPU memory holds one tensor at a time, and what is offl
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.experts import open_stack
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import HostEmbedding, SplitModel, restore
 from qsvd.adapters.page_cache import PagedResidual, open_pages
 from qsvd.adapters.start import check_method, new_record, read_weight, start_from
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
-from qsvd.files.check import resolve
+from qsvd.files.check import placed, resolve
 from qsvd.files.layout import ADAPTER_TENSORS
 from qsvd.files.pages import keep_freed_memory
 from qsvd.files.safetensors import map_tensor, read_tensor
@@ -27,6 +29,7 @@ from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import ADAPTER_RECORD
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.items import EVERYTHING, Placement
+from qsvd.plan.targets import is_expert
 from qsvd.plan.weights import ModelPlan, describe
 
 if TYPE_CHECKING:
@@ -251,10 +254,10 @@ def generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
     return GenerationConfig.from_model_config(config)
 
 
-def _own_names(split: SplitFolder) -> list[str]:
-    """Return the names of the tensors that the 16-bit model had."""
+def _own_names(split: SplitFolder) -> dict[str, tuple[int, ...]]:
+    """Return the names of the tensors that the 16-bit model had, and their shapes."""
     parts = split.residual_names - split.weights.keys()
-    return [name for name in split.tensors if name not in parts and ".lora_" not in name]
+    return {n: entry.shape for n, entry in split.tensors.items() if n not in parts and ".lora_" not in n}
 
 
 def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedResidual]) -> None:
@@ -264,6 +267,9 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
     if lost:
         raise BadInput(f"{plan.architecture} has no layers for {len(lost)} quantized weights: {listing(lost)}")
     split_modules = {spelled[name].removesuffix(".weight"): name for name in place.split.weights}
+    stacks = Counter(path.rpartition(".")[0] for path in split_modules if is_expert(path))
+    for path, count in stacks.items():
+        open_stack(model, path, count)
     embedding = model.get_input_embeddings() if place.placement.embeddings_on_host else None
     for name, model_name in sorted(spelled.items(), key=lambda pair: place.split.tensors[pair[0]].start):
         owner, _, last = model_name.rpartition(".")
@@ -273,18 +279,31 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
                 model.set_submodule(owner, linear, strict=True)
         else:
             module = model.get_submodule(owner)
-            dtype = torch.float32 if _stays_float32(model, model_name, place.dtype) else place.dtype
-            tensor = _dense(place, name, dtype, torch.device("cpu") if module is embedding else place.device)
-            if last in module._parameters:
-                module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-            else:
-                module._buffers[last] = tensor
+            device = torch.device("cpu") if module is embedding else place.device
+            _set(model, model_name, _dense(place, name, _dtype(model, model_name, place), device))
+    for conversion in plan.conversions:
+        made = conversion.run(lambda name: _dense(place, name, place.dtype, place.device), model)
+        for name, tensor in made.items():
+            _set(model, placed(name, plan), tensor.to(_dtype(model, name, place)))
+
+
+def _set(model: Any, name: str, tensor: Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if last in module._parameters:
+        module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[last] = tensor
+
+
+def _dtype(model: Any, name: str, place: _Place) -> torch.dtype:
+    return torch.float32 if _stays_float32(model, name, place.dtype) else place.dtype
 
 
 def _split_linear(
     model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
 ) -> SplitLinear:
-    if not isinstance(model.get_submodule(path), nn.Linear):
+    if not is_expert(path) and not isinstance(model.get_submodule(path), nn.Linear):
         raise BadInput(f"{path} of {plan.architecture} is not an nn.Linear, but {place.split.folder} has it quantized")
     bias = plan.spelling.get(f"{path}.bias")
     stored = read_weight(place.split, name, place.device, place.record, is_paged=paged is not None)

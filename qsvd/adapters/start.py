@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,8 +231,7 @@ def planned(
     return SplitModelPlan(empty, names, allocation, adapters, name)
 
 
-def _spec(name: str, weight: Mapping[str, object]) -> WeightSpec:
-    module, shape = str(weight["module"]), weight["shape"]
-    assert isinstance(shape, list), "as qsvd quantize writes it"
+def _spec(name: str, weight: Mapping[str, Any]) -> WeightSpec:
+    module, (rows, columns) = weight["module"], weight["shape"]
     layer = next(int(part) for part in module.split(".") if part.isdigit())
-    return WeightSpec(name, module, (int(shape[0]), int(shape[1])), role_of(module), layer)
+    return WeightSpec(name, module, (rows, columns), role_of(module), layer, stack=weight.get("stack", ""))

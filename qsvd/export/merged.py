@@ -57,6 +57,15 @@ class MergedForm:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows of a weight, by its tensor in the quantized model, and their place in the 16-bit model (docs/format.md)."""
+
+    weight: str
+    rows: slice
+    source: Mapping[str, Any]
+
+
 def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedExport:
     """Write a checkpoint that needs neither qsvd nor PEFT nor bitsandbytes.
 
@@ -121,11 +130,10 @@ def _tensors(model: TrainedModel, stored: torch.dtype, dtype: torch.dtype) -> li
     def read(name: str) -> Tensor:
         return read_tensor(others[name])
 
-    new = []
+    new, composed = list[NewTensor](), _composed(model)
     for name, entry in model.split.tensors.items():
         if name in model.split.weights:
-            shape = tuple(model.split.weights[name]["shape"])
-            new.append(NewTensor(name, DTYPE_NAMES[dtype], shape, partial(_made, model.dense, name, dtype)))
+            new += _merged(model, name, composed, dtype)
         elif name in others and name not in full and entry.dtype == recast:
             new.append(NewTensor(name, DTYPE_NAMES[dtype], entry.shape, partial(_made, read, name, dtype)))
         elif name in others and name not in full:
@@ -133,6 +141,43 @@ def _tensors(model: TrainedModel, stored: torch.dtype, dtype: torch.dtype) -> li
     for name, tensor in full.items():
         new.append(new_tensor(name, rounded(tensor.detach().cpu(), dtype, name)))
     return new
+
+
+def _merged(model: TrainedModel, name: str, composed: dict[str, list[Part]], dtype: torch.dtype) -> list[NewTensor]:
+    """Return the tensors of the 16-bit model that a weight is in and that were not returned with another weight."""
+    weight = model.split.weights[name]
+    if "sources" not in weight:
+        return [NewTensor(name, DTYPE_NAMES[dtype], tuple(weight["shape"]), partial(_made, model.dense, name, dtype))]
+    new = []
+    for source in weight["sources"]:
+        if parts := composed.pop(source["tensor"], None):
+            made = partial(_put_together, model, parts, source["shape"], dtype)
+            new.append(NewTensor(source["tensor"], DTYPE_NAMES[dtype], tuple(source["shape"]), made))
+    return new
+
+
+def _composed(model: TrainedModel) -> dict[str, list[Part]]:
+    """Return the parts of each tensor of the 16-bit model that had several weights, or a part of one."""
+    parts: dict[str, list[Part]] = {}
+    for name, weight in model.split.weights.items():
+        start = 0
+        for source in weight.get("sources", ()):
+            stored = source["shape"][-1 if source["is_transposed"] else -2]
+            stop = start + (stored if source["rows"] is None else source["rows"][1] - source["rows"][0])
+            parts.setdefault(source["tensor"], []).append(Part(name, slice(start, stop), source))
+            start = stop
+    return parts
+
+
+def _put_together(model: TrainedModel, parts: Sequence[Part], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of the 16-bit model from the rows of trained weights."""
+    whole = torch.empty(tuple(shape), dtype=dtype)
+    for part in parts:
+        source, values = part.source, rounded(model.dense(part.weight)[part.rows], dtype, part.weight)
+        place = whole if source["index"] is None else whole[source["index"]]
+        place = place if source["rows"] is None else place[slice(*source["rows"])]
+        place.copy_(values.T if source["is_transposed"] else values)
+    return whole
 
 
 def _made(read: Callable[[str], Tensor], name: str, dtype: torch.dtype) -> Tensor:

@@ -1,15 +1,18 @@
 """Compare a checkpoint with its config, and refuse quantized models, by names, shapes and dtypes of the tensors."""
 
 import copy
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qsvd.errors import BadInput, listing
 from qsvd.files.safetensors import Entry
 from qsvd.files.source import Checkpoint
-from qsvd.plan.weights import ModelPlan
+from qsvd.plan.conversions import Conversion, rows_of
+from qsvd.plan.weights import ModelPlan, Source, WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -54,46 +57,115 @@ def check_not_quantized(config: "PreTrainedConfig", tensors: Mapping[str, Entry]
         )
 
 
-def resolve(names: Iterable[str], plan: ModelPlan) -> ModelPlan:
+def resolve(shapes: Mapping[str, tuple[int, ...]], plan: ModelPlan) -> ModelPlan:
     """Return the plan with the tensor names of the checkpoint, in `spelling` and in the name and sources of weights.
 
     A checkpoint may have other names than the model: without or with the prefix of the base model, or those of an older
-    release (LayerNorm.gamma). transformers renames tensors when it loads them; the same renamings are applied here.
+    release (LayerNorm.gamma). transformers renames and converts tensors when it loads them; the same is applied here.
 
     Args:
-        names: Tensor names of the checkpoint. Names that the model does not have become `unknown`.
+        shapes: Of the tensors of the checkpoint, by name. Names that the model does not have become `unknown`.
         plan: From `plan_model`.
 
     Raises:
         BadInput: two tensors belong to one place in the model, or transformers computes a weight to split from other
-            tensors when it loads the model.
+            tensors, not by taking their rows.
     """
+    from transformers.core_model_loading import dot_natural_key
+
     transforms = [copy.copy(transform) for transform in plan.transforms]  # some have state
     spelling: dict[str, str] = {}
-    clashes, computed, unknown = [], set(), []
-    for name in sorted(names):
-        model_name, is_computed = _model_name(name, plan, transforms)
-        if model_name not in plan.shapes:
+    clashes, computed, unknown = [], dict[str, Conversion](), []
+    for name in sorted(shapes, key=dot_natural_key):
+        model_name, key, converter, pattern = _model_name(name, plan, transforms)
+        if not _is_known(model_name, plan):
             unknown.append(name)
-        if is_computed:
-            computed.add(model_name)
+        if converter is not None:
+            sources: Any = computed.setdefault(model_name, Conversion(converter, key, {})).sources
+            sources.setdefault(pattern, []).append(name)
         elif spelling.setdefault(model_name, name) != name and model_name in plan.shapes:
             clashes.append(f"{spelling[model_name]} and {name} for {model_name}")
     if clashes:
         raise BadInput(f"the checkpoint has two tensors for one place in {plan.architecture}: {listing(clashes)}")
-    fused = [spec.module for spec in plan.weights if f"{spec.module}.weight" in computed]
+    known = {place: name for place, name in spelling.items() if _is_known(place, plan)}
+    return replace(
+        plan,
+        weights=_read_from(plan, computed, spelling, shapes),
+        spelling=known,
+        optional=plan.optional | computed.keys(),
+        conversions=tuple(computed.values()),
+        unknown=tuple(unknown),
+    )
+
+
+def _read_from(
+    plan: ModelPlan,
+    computed: Mapping[str, Conversion],
+    spelling: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[WeightSpec, ...]:
+    """Return the weights to split with the names and sources of the checkpoint."""
+    made = _made_of(plan, list(computed.values()), shapes)
+    weights, fused = [], []
+    for spec in plan.weights:
+        if spec.place in made:
+            weights.append(replace(spec, sources=made[spec.place][spec.module]))
+            continue
+        if spec.place in computed:
+            fused.append(spec.module)
+        sources = tuple(replace(source, tensor=spelling.get(source.tensor, source.tensor)) for source in spec.sources)
+        weights.append(replace(spec, name=spelling.get(f"{spec.module}.weight", spec.name), sources=sources))
     if fused:
         raise BadInput(
             f"transformers computes {len(fused)} weights of {plan.architecture} from other tensors on loading "
-            f"({listing(fused)}); load the model and save it in the new form, or exclude them"
+            f"({listing(fused)}). Some of these are missing, or it takes more than their rows: load the model and save "
+            "it in the new form, or exclude them"
         )
-    weights = []
+    _check_whole(weights, shapes)
+    return tuple(weights)
+
+
+def _check_whole(weights: Sequence[WeightSpec], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse to split a part of a tensor and to leave the rest."""
+    parts, read = Counter[str](), dict[str, str]()
+    for spec in weights:
+        for source in spec.sources:
+            shape = shapes.get(source.tensor, (0, 0))
+            rows = shape[-2] if source.rows is None else source.rows[1] - source.rows[0]
+            parts[source.tensor] += rows * shape[-1]
+            read[source.tensor] = spec.module
+    partly = [f"{name} ({read[name]})" for name, size in parts.items() if size != math.prod(shapes.get(name, ()))]
+    if any(name in shapes for name in parts) and partly:
+        raise BadInput(
+            f"{len(partly)} tensors of the checkpoint hold several layers, not all of which are to be quantized: "
+            f"{listing(partly)}; --include or --exclude all of them"
+        )
+
+
+def _made_of(
+    plan: ModelPlan, conversions: Sequence[Conversion], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[str, tuple[Source, ...]]]:
+    """Return the sources of the weights to split that are computed, by module, for each parameter of the model."""
+    places: dict[str, list[WeightSpec]] = {}
     for spec in plan.weights:
-        sources = tuple(replace(source, tensor=spelling.get(source.tensor, source.tensor)) for source in spec.sources)
-        weights.append(replace(spec, name=spelling.get(f"{spec.module}.weight", spec.name), sources=sources))
-    known = {model_name: name for model_name, name in spelling.items() if model_name in plan.shapes}
-    optional = plan.optional | computed
-    return replace(plan, weights=tuple(weights), spelling=known, optional=optional, unknown=tuple(unknown))
+        places.setdefault(spec.place, []).append(spec)
+    found: dict[str, dict[str, tuple[Source, ...]]] = {}
+    for conversion in conversions if places else ():
+        assert plan.model is not None, "plan_model keeps it"
+        for name, matrices in rows_of(conversion, shapes, plan.model).items():
+            place = placed(name, plan)
+            specs = places.get(place, [])
+            if specs and len(specs) == len(matrices):
+                found[place] = {
+                    spec.module: tuple(_turned(part, spec) for part in parts)
+                    for spec, parts in zip(specs, matrices, strict=True)
+                }
+    return found
+
+
+def _turned(part: Source, spec: WeightSpec) -> Source:
+    """Return a part of the parameter as a part of the weight, which is its transpose if the model says so."""
+    return replace(part, is_transposed=part.is_transposed != any(source.is_transposed for source in spec.sources))
 
 
 def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
@@ -103,7 +175,7 @@ def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
         BadInput: tensors are missing or have another shape than in the config, or weights to split have another dtype
             than F32, BF16 or F16; the sentence names every kind of fault.
     """
-    plan = resolve(checkpoint.tensors, plan)
+    plan = resolve({name: entry.shape for name, entry in checkpoint.tensors.items()}, plan)
     present = {name: checkpoint.tensors[spelled] for name, spelled in plan.spelling.items()}
     missing = [name for name in plan.shapes if name not in present and not _may_be_absent(name, plan, present)]
     reshaped = [
@@ -128,21 +200,34 @@ def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
     return plan
 
 
-def _model_name(name: str, plan: ModelPlan, transforms: list) -> tuple[str, bool]:
-    """Return the model's name of a tensor of the checkpoint, and whether transformers computes its values."""
+def _model_name(name: str, plan: ModelPlan, transforms: list) -> tuple[str, str, Any, str]:
+    """Return the model's name of a tensor of the checkpoint.
+
+    Returns:
+        That name; if transformers computes the parameter from it, the key, the converter and its pattern, else None.
+    """
     from transformers.core_model_loading import WeightConverter
 
-    converted = False
+    converter, pattern = None, ""
     for transform in sorted(transforms, key=lambda transform: isinstance(transform, WeightConverter)):
-        if not (converted and isinstance(transform, WeightConverter)):  # renamings chain, but one conversion at most
+        if converter is None or not isinstance(transform, WeightConverter):  # renamings chain, but one conversion
             name, source = transform.rename_source_key(name)
-            converted = converted or (isinstance(transform, WeightConverter) and source is not None)
+            if isinstance(transform, WeightConverter) and source is not None:
+                converter, pattern = transform, source
+    return placed(name, plan), name, converter, pattern
+
+
+def placed(name: str, plan: ModelPlan) -> str:
+    """Return a name of the model or of its base model as a name of the model."""
     prefix = f"{plan.base_prefix}."
-    if name.startswith(prefix) and name.removeprefix(prefix) in plan.shapes:
-        return name.removeprefix(prefix), converted
-    if f"{prefix}{name}" in plan.shapes:
-        return f"{prefix}{name}", converted
-    return name, converted
+    if name.startswith(prefix) and _is_known(name.removeprefix(prefix), plan):
+        return name.removeprefix(prefix)
+    return f"{prefix}{name}" if _is_known(f"{prefix}{name}", plan) else name
+
+
+def _is_known(name: str, plan: ModelPlan) -> bool:
+    """Return whether the model has the tensor, or the stack whose expert it is ("...experts.down_proj.3.weight")."""
+    return name in plan.shapes or name.removesuffix(".weight").rpartition(".")[0] in plan.shapes
 
 
 def _may_be_absent(name: str, plan: ModelPlan, present: Mapping[str, Entry]) -> bool:

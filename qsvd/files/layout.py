@@ -213,9 +213,14 @@ def stored_packed(
     return StoredResidual({**found, "levels": levels}, shape, codec, codec.nesting.block_size)
 
 
-def packed_config(allocation: Allocation, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the quantization_config of config.json for mixed bits: modules by codec, and the dtype of the weights."""
-    codecs: dict[str, list[str]] = {}
+def packed_config(allocation: Allocation, dtype: torch.dtype, stacks: Mapping[str, str]) -> dict[str, Any]:
+    """Return the quantization_config of config.json for mixed bits: modules by codec, and the dtype of the weights.
+
+    Args:
+        stacks: The stack of experts that a module belongs to; it is named once for all its experts.
+    """
+    codecs: dict[str, dict[str, None]] = {}
     for module, choice in allocation.choices.items():
-        codecs.setdefault(spelling(choice.codec), []).append(module)
-    return {"quant_method": METHOD, "codecs": dict(sorted(codecs.items())), "dtype": str(dtype).removeprefix("torch.")}
+        codecs.setdefault(spelling(choice.codec), {})[stacks.get(module) or module] = None
+    named = {codec: list(modules) for codec, modules in sorted(codecs.items())}
+    return {"quant_method": METHOD, "codecs": named, "dtype": str(dtype).removeprefix("torch.")}

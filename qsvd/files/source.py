@@ -176,7 +176,7 @@ class Checkpoint:
         else:
             assert isinstance(entry, TensorEntry), "a checkpoint of other entries has its own read_part"
             tensor = read_tensor(entry.part(part.index, part.rows))
-        return tensor
+        return tensor.T.contiguous() if part.is_transposed else tensor
 
 
 def open_checkpoint(model: str) -> Checkpoint:

@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from qsvd.errors import BadInput, first_line
+from qsvd.memory.experts_twin import ExpertsTwin
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.memory.twins import MASKED, PLAIN, WHOLE, Decoding, LinearTwin, LiveBytes, register_attention
+from qsvd.memory.twins import (
+    MASKED,
+    PLAIN,
+    WHOLE,
+    Decoding,
+    LinearTwin,
+    LiveBytes,
+    register_attention,
+)
 from qsvd.plan.weights import BUILD_ERRORS
 
 if TYPE_CHECKING:
@@ -133,12 +142,20 @@ def _set_attention(model: SplitModelPlan, batch: Batch) -> int:
 def _with_twins(model: SplitModelPlan, path: str, live: LiveBytes, device: str) -> nn.Module:
     """Return a copy of the block with twins in place of its quantized layers."""
     block = copy.deepcopy(model.skeleton.model.get_submodule(path))
+    stacks: dict[str, list[LinearTwin]] = {}
     for spec in model.names.weights:
         if spec.module.startswith(f"{path}."):
             inside = spec.module.removeprefix(f"{path}.")
             decoding = Decoding(spec.shape, model.allocation.choices[spec.module].codec, device, live)
+            if spec.stack:
+                stack = stacks.setdefault(spec.stack.removeprefix(f"{path}."), [])
+                stack.append(LinearTwin(decoding, model.adapters[spec.name], None))
+                continue
             bias = dict(block.get_submodule(inside).named_parameters()).get("bias")
             block.set_submodule(inside, LinearTwin(decoding, model.adapters[spec.name], bias))
+    for owner in dict.fromkeys(stack.rpartition(".")[0] for stack in stacks):
+        first, last = sorted((stack for stack in stacks if stack.rpartition(".")[0] == owner), reverse=True)
+        block.set_submodule(owner, ExpertsTwin(block.get_submodule(owner), stacks[first], stacks[last]))
     return block
 
 

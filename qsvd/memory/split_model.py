@@ -129,7 +129,7 @@ class SplitModelPlan:
     @cached_property
     def dense(self) -> Dense:
         """Bytes of what is not quantized, tied tensors once, with the buffers that are in no file."""
-        split = {f"{spec.module}.weight" for spec in self.names.weights}
+        split = {spec.place for spec in self.names.weights}
         sizes = {
             name: math.prod(shape) * self.dtype.itemsize
             for name, shape in self.names.shapes.items()

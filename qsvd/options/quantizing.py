@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from qsvd.option_types import (
+    ADDED,
     PRINTS,
     SAME_RESULT,
     SECONDS,
@@ -16,6 +17,7 @@ from qsvd.option_types import (
     Device,
     DoubleQuant,
     Exclude,
+    ExpertRank,
     Group,
     Help,
     Include,
@@ -113,6 +115,7 @@ class Quantize:
     out: Annotated[Path, SAME_RESULT, Help("Output folder. The same command continues a stopped run.", "OUT")]
 
     rank: Annotated[int, Group("method"), at_least(0), Help("Components per layer; 0 is plain NF4 (QLoRA).")] = 64
+    expert_rank: Annotated[ExpertRank, ADDED] = None
     iterations: Annotated[int, at_least(1), Help("Maximum iterations; the best one is kept.")] = 5
     order: Annotated[Step, Help("First step: svd (QPiSSA, LQ-LoRA) or quantize (LoftQ).")] = "svd"
     end: Annotated[Step, Help("Last step of each iteration; quantize is QPiSSA as published.")] = "svd"

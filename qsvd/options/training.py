@@ -23,6 +23,7 @@ from qsvd.option_types import (
     DataSplit,
     Device,
     DoubleQuant,
+    ExpertRank,
     Group,
     Help,
     Json,
@@ -67,6 +68,7 @@ class TrainingOptions:
         ADDED,
         Help("Layers to train: names (q_proj v_proj), globs on paths, or all-linear. Default: all.", "NAME ..."),
     ] = ()
+    train_experts: Annotated[bool, ADDED, Help("Train the experts too; else they stay frozen.")] = False
     init_from: Annotated[
         Path | None, SAME_RESULT, Help("Start from the adapter of another run on the same quantized model.", "RUN")
     ] = None
@@ -78,6 +80,7 @@ class TrainingOptions:
         Help("Size of weights and components: 2.75bits per weight, or 20GB. Default: 4-bit NF4.", "SIZE"),
     ] = None
     allocation: Annotated[Allocation, SAME_RESULT] = None
+    expert_rank: Annotated[ExpertRank, SAME_RESULT] = None
     double_quant: Annotated[DoubleQuant, SAME_RESULT] = True
 
     learning_rate: Annotated[

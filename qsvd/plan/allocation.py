@@ -20,6 +20,7 @@ from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.plan.weights import WeightSpec
 
 TITLE = "# qsvd allocation"
+EXPERT_RANK = 16  # of the components of an expert, unless another is asked for
 LEVELS_BYTES, NESTED_LEVELS_BYTES = 64, 1024  # float32 tables that bitsandbytes stores with every weight
 STATE_BYTES = 320  # most bytes of the JSON of one weight's quantization state
 COLUMNS = ("weight", "codec", "rank", "bits", "error")
@@ -66,9 +67,11 @@ def residual_bytes(codec: Codec, shape: tuple[int, int]) -> int:
     return codec.num_bytes(shape) + tables + STATE_BYTES
 
 
-def uniform(weights: Sequence[WeightSpec], choice: Choice) -> Allocation:
-    """Return the same choice for every weight."""
-    return Allocation({spec.module: choice for spec in weights})
+def uniform(weights: Sequence[WeightSpec], choice: Choice, expert_rank: int | None = None) -> Allocation:
+    """Return the same choice for every weight; experts have their own rank, at most EXPERT_RANK by default."""
+    rank = min(choice.rank, EXPERT_RANK) if expert_rank is None else expert_rank
+    of_expert = Choice(choice.codec, rank)
+    return Allocation({spec.module: of_expert if spec.stack else choice for spec in weights})
 
 
 def stored_bytes(allocation: Allocation, weights: Sequence[WeightSpec], factor_bytes: int = 2) -> int:

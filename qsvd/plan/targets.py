@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 from qsvd.errors import BadInput, listing
 
 ALL = "all-linear"
+FIRST, LAST = ("gate_up_proj", "up_proj"), "down_proj"  # stacks of experts: gate and up together or up alone; down
+EVERYTHING, EXPERTS = ("*",), "*_proj.[0-9]*"  # globs: with the experts; the experts of all stacks
 LEAST_LIKENESS = 0.5  # of a name that is shown for a misspelt one
 
 
@@ -20,14 +22,22 @@ def target_names(given: Sequence[str]) -> tuple[str, ...]:
     return () if ALL in names else tuple(dict.fromkeys(names))
 
 
+def is_expert(module: str) -> bool:
+    """Return whether the path of a layer is that of an expert, "model.layers.0.mlp.experts.down_proj.3"."""
+    *_, stack, number = ("", *module.split("."))
+    return number.isdigit() and stack in (*FIRST, LAST)
+
+
 def is_target(module: str, targets: Sequence[str]) -> bool:
-    """Return whether a layer is trained.
+    """Return whether a layer is trained; experts are not, unless they are named.
 
     Args:
         module: Its path, "model.layers.0.self_attn.q_proj".
         targets: From `target_names`.
     """
-    return not targets or any(f".{module}".endswith(f".{name}") or fnmatchcase(module, name) for name in targets)
+    if not targets:
+        return not is_expert(module)
+    return any(f".{module}".endswith(f".{name}") or fnmatchcase(module, name) for name in targets)
 
 
 def check_targets(targets: Iterable[str], modules: Collection[str]) -> None:

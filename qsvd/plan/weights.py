@@ -1,29 +1,33 @@
 """Find the linear weights to split, by name, shape and role, from a config; the model is built on the meta device.
 
-qsvd splits every nn.Linear inside the repeated blocks. Embeddings, output head, poolers and norms stay as they are.
-Weights of a block that qsvd cannot split (transposed Conv1D, stacked experts, subclasses of nn.Linear) are refused,
-never silently left in 16 bits.
+qsvd splits every nn.Linear inside the repeated blocks, and every expert of a stack. Embeddings, output head, poolers
+and norms stay as they are. Weights of a block that qsvd cannot split (transposed Conv1D, subclasses of nn.Linear) are
+refused, never silently left in 16 bits.
 """
 
 import copy
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qsvd.errors import BadInput, first_line, listing
+from qsvd.plan.experts import Stack, stacks_of
+from qsvd.plan.targets import LAST, is_expert
 from qsvd.records import Coverage, LeftTensors, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.core_model_loading import WeightTransform
 
+SPLIT_KINDS = ("Linear", "experts")
 BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
 ROLE_BY_NAME: dict[str, Role] = {  # the last part of a path in transformers -> what the layer does in its block
     **dict.fromkeys(("q_proj", "query", "query_proj", "q_lin", "q", "q_a_proj", "q_b_proj"), "q"),
@@ -43,11 +47,15 @@ class Source:
     tensor: str  # name in the checkpoint
     index: int | None = None  # of the matrix in a 3-D stack
     rows: tuple[int, int] | None = None  # first row and the row after the last
+    is_transposed: bool = False  # whether the part is the weight's transpose
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight to split: a 2-D tensor y = x W^T of a plain nn.Linear."""
+    """One weight to split, y = x W^T: that of a plain nn.Linear, or one expert of a stack.
+
+    The module of an expert, "model.layers.0.mlp.experts.down_proj.3", is there once the model is loaded by qsvd.
+    """
 
     name: str  # tensor in the checkpoint, "model.layers.0.self_attn.q_proj.weight"
     module: str  # path in the transformers model, "model.layers.0.self_attn.q_proj"
@@ -55,6 +63,12 @@ class WeightSpec:
     role: Role
     layer: int  # index of the block
     sources: tuple[Source, ...] = ()  # whose rows, one after another, make the weight; empty: the tensor of its name
+    stack: str = ""  # path of the parameter that holds all experts of the layer; empty for a linear layer
+
+    @property
+    def place(self) -> str:
+        """The parameter of the model that holds the weight."""
+        return self.stack or f"{self.module}.weight"
 
     @property
     def read_from(self) -> tuple[Source, ...]:
@@ -75,6 +89,8 @@ class ModelPlan:
     spelling: dict[str, str] = field(default_factory=dict)  # model name -> name in the checkpoint; filled by `resolve`
     unknown: tuple[str, ...] = ()  # tensors of the checkpoint that the class does not have; filled by `resolve`
     transforms: tuple["WeightTransform", ...] = field(default=(), repr=False, compare=False)  # transformers' renamings
+    model: "PreTrainedModel | None" = field(default=None, repr=False, compare=False)  # without memory
+    conversions: tuple[Any, ...] = field(default=(), repr=False, compare=False)  # plan/conversions.py; by `resolve`
 
 
 def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> ModelPlan:
@@ -93,9 +109,15 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
     kinds = _block_weights(model)
     _check_patterns((*include, *exclude), list(kinds))
     wanted = {path for path in kinds if _is_wanted(path, include, exclude)}
-    _refuse_unsplittable({path: kind for path, kind in kinds.items() if path in wanted and kind != "Linear"})
+    _refuse_unsplittable({path: kind for path, kind in kinds.items() if path in wanted and kind not in SPLIT_KINDS})
     linears = {path: module for path, module in model.named_modules() if _is_linear(module)}
-    weights = tuple(_spec(path, linear.get_parameter("weight")) for path, linear in linears.items() if path in wanted)
+    stacks = {stack.path: stack for path, module in model.named_modules() for stack in stacks_of(path, module)}
+    weights = tuple(
+        spec
+        for path in kinds
+        if path in wanted
+        for spec in (_experts(stacks[path]) if path in stacks else [_spec(path, linears[path].get_parameter("weight"))])
+    )
     if not weights:
         raise BadInput(
             f"{type(model).__name__} has no nn.Linear inside repeated blocks left to split; give another model or "
@@ -107,7 +129,7 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
 
 def unsplittable(config: "PreTrainedConfig") -> tuple[str, ...]:
     """Return the paths that plan_model refuses unless they are excluded: stacks of experts, transposed weights."""
-    return tuple(path for path, kind in _block_weights(build(config)).items() if kind != "Linear")
+    return tuple(path for path, kind in _block_weights(build(config)).items() if kind not in SPLIT_KINDS)
 
 
 def describe(model: "PreTrainedModel") -> ModelPlan:
@@ -126,6 +148,7 @@ def describe(model: "PreTrainedModel") -> ModelPlan:
         optional=frozenset(name for name in shapes if name in unsaved or any(re.search(p, name) for p in patterns)),
         base_prefix=model.base_model_prefix,
         transforms=tuple(get_model_conversion_mapping(model)),
+        model=model,
     )
 
 
@@ -152,11 +175,13 @@ def coverage(plan: ModelPlan, unknown: Mapping[str, Sequence[int]] | None = None
     Args:
         unknown: Shapes of the tensors of the checkpoint that the class does not have.
     """
-    split = {f"{spec.module}.weight": math.prod(spec.shape) for spec in plan.weights}
+    split = Counter[str]()
+    for spec in plan.weights:
+        split[spec.place] += math.prod(spec.shape)
     left = _grouped((name, shape) for name, shape in plan.shapes.items() if name not in split and name not in plan.tied)
     elements_split = sum(split.values())
     elements = elements_split + sum(tensors.elements for tensors in left)
-    return Coverage(len(split), elements_split, elements, left, _grouped((unknown or {}).items()))
+    return Coverage(len(plan.weights), elements_split, elements, left, _grouped((unknown or {}).items()))
 
 
 def _grouped(tensors: Iterable[tuple[str, Sequence[int]]]) -> tuple[LeftTensors, ...]:
@@ -202,7 +227,7 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
 def _block_weights(model: "PreTrainedModel") -> dict[str, str]:
     """Return path -> kind of all layers in the blocks that multiply with matrices, in model order.
 
-    A block is an element of an nn.ModuleList. The kind "Linear" can be split.
+    A block is an element of an nn.ModuleList. The kinds in SPLIT_KINDS can be split.
     """
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     kinds = {}
@@ -212,11 +237,12 @@ def _block_weights(model: "PreTrainedModel") -> dict[str, str]:
         if _is_linear(module):
             kinds[path] = type(module).__name__
         elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            # fused experts are several matrices in one tensor; a vector with extra dimensions is not
+            # several matrices in one tensor; a vector with extra dimensions is not
             stacks = (
                 name for name, p in module.named_parameters(recurse=False) if p.ndim >= 3 and min(p.shape[-2:]) > 1
             )
             kinds |= {f"{path}.{name}": "3-D" for name in stacks}
+            kinds |= {stack.path: "experts" for stack in stacks_of(path, module)}
     return kinds
 
 
@@ -255,7 +281,7 @@ def _refuse_unsplittable(kinds: dict[str, str]) -> None:
     """Raise BadInput that explains each kind that cannot be split; all kinds in one message."""
     reasons = {
         "Conv1D": "are transformers' Conv1D, which stores its weight transposed; qsvd splits nn.Linear weights only",
-        "3-D": "are 3-D stacks of expert weights in one tensor; qsvd splits 2-D nn.Linear weights only",
+        "3-D": "are several matrices in one tensor, not experts that transformers runs one by one",
     }
     sentences = []
     for kind in dict.fromkeys(kinds.values()):
@@ -272,9 +298,18 @@ def _spec(path: str, weight_OI: torch.Tensor) -> WeightSpec:
     return WeightSpec(f"{path}.weight", path, (out_features, in_features), role_of(path), layer)
 
 
+def _experts(stack: Stack) -> Iterator[WeightSpec]:
+    layer = next(int(part) for part in stack.path.split(".") if part.isdigit())
+    for number in range(stack.count):
+        module, source = f"{stack.path}.{number}", Source(stack.path, number, is_transposed=stack.is_transposed)
+        yield WeightSpec(f"{module}.weight", module, stack.shape, role_of(module), layer, (source,), stack.path)
+
+
 def role_of(module: str) -> Role:
     """Return the role of the linear layer at a path: "o" for "encoder.layer.0.attention.output.dense"."""
     *parents, last = module.split(".")
+    if is_expert(module):
+        return "expert down" if parents[-1] == LAST else "expert up"
     in_attention = any("att" in part.lower() for part in parents[-2:])
     if last == "dense" and parents[-1:] == ["intermediate"]:
         return "up"

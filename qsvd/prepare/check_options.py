@@ -273,6 +273,7 @@ def _check_quantizing(options: TrainingOptions, name: str) -> None:
     chosen = {
         "--budget": options.budget is not None,
         "--allocation": options.allocation is not None,
+        "--expert-rank": options.expert_rank is not None,
         "--no-double-quant": not options.double_quant,
         "--quantized": isinstance(options, Train) and options.quantized is not None,
     }

@@ -102,7 +102,7 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
 
 def _card(run: QuantizeRun, quantization: dict[str, Any], errors: list[WeightError]) -> str:
     """Return OUT/README.md: a model card."""
-    source, architecture, is_plain = run.checkpoint, run.plan.architecture, run.resolved.is_plain
+    source, architecture, is_plain = run.checkpoint, run.plan.architecture, run.is_plain
     origin = origin_of(source.folder, hub_id(source.name, source.revision), architecture)
     tags = ["quantization", *(["4-bit", "bitsandbytes"] if is_plain else ["mixed-precision"])]
     widths, table = {spec.module: spec.shape[1] for spec in run.plan.weights}, ""
@@ -124,8 +124,8 @@ def _write_adapter(run: QuantizeRun, folder: OutputFolder, base: str) -> None:
 
 def _quantization(run: QuantizeRun) -> dict[str, Any]:
     """Return the quantization_config of config.json."""
-    if not run.resolved.is_plain:
-        return packed_config(run.resolved, run.compute_dtype)
+    if not run.is_plain:
+        return packed_config(run.resolved, run.compute_dtype, {spec.module: spec.stack for spec in run.plan.weights})
     nested, skipped = run.header.codec == "nf4+dq", list(run.skipped)
     whole, _ = joined_layers(skipped, [spec.module for spec in run.plan.weights])
     return quantization_config(
@@ -135,7 +135,7 @@ def _quantization(run: QuantizeRun) -> dict[str, Any]:
 
 def parted_layers(run: QuantizeRun) -> str:
     """Return a warning if vLLM will change a layer that stays in 16 bits; "" if it does not."""
-    if run.allocation is None or not run.resolved.is_plain or not run.plan.architecture.endswith("ForCausalLM"):
+    if run.allocation is None or not run.is_plain or not run.plan.architecture.endswith("ForCausalLM"):
         return ""
     _, parted = joined_layers(run.skipped, [spec.module for spec in run.plan.weights])
     if not parted:
@@ -174,6 +174,7 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
             "file": file_of[number],
             "residual_sha256": digests[spec.name],
         }
+        | _origin(run, spec)
         for number, spec in enumerate(run.plan.weights)
     }
     checkpoint = run.checkpoint
@@ -191,6 +192,14 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
         "header": asdict(run.header),
         "weights": weights,
     }
+
+
+def _origin(run: QuantizeRun, spec: WeightSpec) -> dict[str, Any]:
+    """Return where a weight that is not one tensor of the checkpoint is from, so that an export can put it back."""
+    if not spec.sources:
+        return {}
+    sources = [asdict(source) | {"shape": list(run.checkpoint.tensors[source.tensor].shape)} for source in spec.sources]
+    return ({"stack": spec.stack} if spec.stack else {}) | {"sources": sources}
 
 
 # What `qsvd quantize --dry-run` prints.

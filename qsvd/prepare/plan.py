@@ -214,7 +214,7 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
         return planned(empty, names, allocation_of(0 if is_plain else rank), options=trained)
 
     is_fixed = options.allocation is not None and adapter.method != "lora"
-    most_rank = min(min(spec.shape) for spec in names.weights)
+    most_rank = min(min(spec.shape) for spec in [s for s in names.weights if not s.stack] or names.weights)
     if options.budget is not None and not is_plain:
         most_rank = most_rank_within(names.weights, options.budget)
     if is_fixed:
@@ -250,7 +250,7 @@ def _allocation_of(options: Plan, weights: Sequence[WeightSpec]) -> Callable[[in
     if budget is not None:
         return cache(partial(assumed, weights, budget))
     codec = NormalFloat4(double_quant=options.double_quant)
-    return lambda rank: uniform(weights, Choice(codec, rank))
+    return lambda rank: uniform(weights, Choice(codec, rank), options.expert_rank)
 
 
 def _of_quantized(options: Plan, split: SplitFolder, dtype: torch.dtype) -> PlanSource:

@@ -72,6 +72,11 @@ class QuantizeRun:
         return self.allocation
 
     @property
+    def is_plain(self) -> bool:
+        """Whether plain transformers loads the model, with bitsandbytes; experts need qsvd."""
+        return self.resolved.is_plain and not any(spec.stack for spec in self.plan.weights)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the stored components."""
         return getattr(torch, self.options.dtype)
@@ -119,7 +124,7 @@ class QuantizeRun:
         """
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        if not self.resolved.is_plain:
+        if not self.is_plain:
             return ()
         split = [spec.module for spec in self.plan.weights]
         heads = [head for head in HEADS if all(should_convert_module(path, [head]) for path in split)]
@@ -147,7 +152,7 @@ class QuantizeRun:
             coverage=coverage(self.plan, {name: self.checkpoint.tensors[name].shape for name in self.plan.unknown}),
             least_rank=min(ranks),
             residual_bits=None if is_plain else residual_bits(self.resolved, self.plan.weights),
-            quantizer="bitsandbytes" if is_plain else "qsvd",
+            quantizer="bitsandbytes" if self.is_plain else "qsvd",
             objective="fisher" if options.objective == "fisher" else "plain",
         )
 
@@ -199,8 +204,8 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
     if options.allocation is not None:
         allocation, table = read_table(options.allocation, plan.weights)
     elif is_uniform:
-        _check_rank(options.rank, plan.weights)
-        allocation = uniform(plan.weights, choice)
+        allocation = uniform(plan.weights, choice, options.expert_rank)
+        _check_ranks(allocation, plan.weights)
     run = QuantizeRun(
         options=options,
         checkpoint=checkpoint,
@@ -289,14 +294,19 @@ def _check_memory(run: QuantizeRun) -> None:
         )
 
 
-def _check_rank(rank: int, weights: Sequence[WeightSpec]) -> None:
-    small = [f"{spec.module} {list(spec.shape)}" for spec in weights if min(spec.shape) < rank]
-    if small:
-        limit = min(min(spec.shape) for spec in weights)
-        raise BadInput(
-            f"--rank {rank} is above the shorter side of {len(small)} weights: {listing(small)}; "
-            f"give at most {limit}, or --exclude them"
-        )
+def _check_ranks(allocation: Allocation, weights: Sequence[WeightSpec]) -> None:
+    for flag, kind in (
+        ("--rank", [s for s in weights if not s.stack]),
+        ("--expert-rank", [s for s in weights if s.stack]),
+    ):
+        small = [spec for spec in kind if min(spec.shape) < allocation.choices[spec.module].rank]
+        if small:
+            rank, limit = allocation.choices[small[0].module].rank, min(min(spec.shape) for spec in kind)
+            raise BadInput(
+                f"{flag} {rank} is above the shorter side of {len(small)} weights: "
+                f"{listing([f'{spec.module} {list(spec.shape)}' for spec in small])}; "
+                f"give at most {limit}, or --exclude them"
+            )
 
 
 def read_table(file: Path, weights: Sequence[WeightSpec]) -> tuple[Allocation, str]:

@@ -94,6 +94,7 @@ def _quantize_options(options: Train, rank: int) -> Quantize:
         model=options.base,
         out=_folder(options, rank) if options.quantized is None else options.quantized,
         rank=rank,
+        expert_rank=options.expert_rank,
         double_quant=options.double_quant,
         device=options.device,
     )

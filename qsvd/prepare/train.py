@@ -33,6 +33,7 @@ from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
 from qsvd.option_types import result_options
 from qsvd.options import Train, TrainingOptions
+from qsvd.plan.targets import EVERYTHING, EXPERTS
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import Machine, machine, place_training, show_placement
 from qsvd.report.errors import short_count
@@ -249,13 +250,16 @@ def _settings(options: Train, method: str, optimizer: str, max_length: int, plac
 
 def adapter_options_of(options: TrainingOptions) -> AdapterOptions:
     """Return the method of an adapter and its options."""
+    targets = options.target_modules
+    if options.train_experts:
+        targets = (*targets, EXPERTS) if targets else EVERYTHING
     return AdapterOptions(
         None if options.method == "auto" else options.method,
         options.rank,
         options.alpha,
         options.adapter_dtype,
         options.seed,
-        options.target_modules,
+        targets,
         options.dropout,
         options.rslora,
     )
