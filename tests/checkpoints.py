@@ -44,6 +44,16 @@ FAMILIES = {  # class -> (config class, options)
     "ViTModel": ("ViTConfig", {k: v for k, v in COMMON.items() if k != "vocab_size"} | {"image_size": 32}),
     "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}),
     "MixtralForCausalLM": ("MixtralConfig", GROUPED | {"num_local_experts": 4}),
+    "GptOssForCausalLM": (
+        "GptOssConfig",
+        GROUPED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 256},
+    ),
+    "Qwen3_5MoeForCausalLM": (
+        "Qwen3_5MoeTextConfig",
+        GROUPED
+        | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 32, "layer_types": ["full_attention", "full_attention"]},
+    ),
     "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", GROUPED | {"num_experts": 4}),
     "FalconForCausalLM": ("FalconConfig", {k: v for k, v in COMMON.items() if k != "intermediate_size"}),
 }

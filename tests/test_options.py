@@ -60,6 +60,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "model": REQUIRED,
         "out": REQUIRED,
         "rank": 64,
+        "expert_rank": None,
         "iterations": 5,
         "order": "svd",
         "end": "svd",
@@ -88,12 +89,14 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "method": "auto",
         "rank": None,
         "alpha": None,
+        "train_experts": False,
         "init_from": None,
         "rslora": False,
         "dropout": 0.0,
         "target_modules": (),
         "budget": None,
         "allocation": None,
+        "expert_rank": None,
         "double_quant": True,
         "quantized": None,
         "learning_rate": None,
@@ -311,8 +314,8 @@ COMPARED = {  # what version 0.1 wrote in the identity of a run, before values t
     "allocate": {"codecs": [], "ranks": [], "dtype": "bfloat16", "device": "auto", "seed": 0},
 }
 ADDED = {
-    ("train", name) for name in ("target_modules", "dropout", "rslora", "keep_best", "early_stopping")
-}  # since: compared if they are given
+    ("train", name) for name in ("target_modules", "dropout", "rslora", "keep_best", "early_stopping", "train_experts")
+} | {("quantize", "expert_rank")}  # since: compared if they are given
 OUTSIDE = {  # option -> values outside its range, and the words for them
     ("plan", "rank"): ([-1], "is below 0"),
     ("plan", "max_length"): ([1], "is below 2"),
@@ -329,6 +332,9 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("calibrate", "traces"): ([-1], "is below 0"),
     ("calibrate", "chunk"): ([0], "is below 1"),
     ("quantize", "rank"): ([-1], "is below 0"),
+    ("quantize", "expert_rank"): ([-1], "is below 0"),
+    ("train", "expert_rank"): ([-1], "is below 0"),
+    ("plan", "expert_rank"): ([-1], "is below 0"),
     ("quantize", "iterations"): ([0], "is below 1"),
     ("train", "rank"): ([0], "is below 1"),
     ("train", "eval_every"): ([0], "is below 1"),

@@ -156,11 +156,23 @@ def _made_of(
             place = placed(name, plan)
             specs = places.get(place, [])
             if specs and len(specs) == len(matrices):
-                found[place] = {
-                    spec.module: tuple(_turned(part, spec) for part in parts)
-                    for spec, parts in zip(specs, matrices, strict=True)
-                }
+                turned = [
+                    tuple(_turned(part, spec) for part in parts) for spec, parts in zip(specs, matrices, strict=True)
+                ]
+                if all(_make(parts, spec, shapes) for spec, parts in zip(specs, turned, strict=True)):
+                    found[place] = {spec.module: parts for spec, parts in zip(specs, turned, strict=True)}
     return found
+
+
+def _make(parts: Sequence[Source], spec: WeightSpec, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether parts have the rows and columns of a weight."""
+    rows, columns = 0, set[int]()
+    for part in parts:
+        high, wide = shapes[part.tensor][-2:]
+        high = high if part.rows is None else part.rows[1] - part.rows[0]
+        rows += wide if part.is_transposed else high
+        columns.add(high if part.is_transposed else wide)
+    return rows == spec.shape[0] and columns == {spec.shape[1]}
 
 
 def _turned(part: Source, spec: WeightSpec) -> Source:

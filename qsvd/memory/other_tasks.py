@@ -32,7 +32,7 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
     notes = (f"The largest weight is {largest.module}, {largest.shape[0]:,} x {largest.shape[1]:,}.",)
     notes += context_notes(device)
     if model.dense.experts:
-        notes += ("Experts are 3-D stacks, which qsvd cannot quantize: --exclude them to keep them in 16 bits.",)
+        notes += ("Experts that are not quantized stay in 16 bits.",)
     return MemoryPlan("quantize", items_of(items, device), limits, notes)
 
 

@@ -47,7 +47,7 @@ class Dense:
 
     embeddings: int
     head: int
-    experts: int  # 3-D stacks, which are kept in 16 bits
+    experts: int  # stacks that are not quantized
     rest: int
 
     @property

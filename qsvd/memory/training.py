@@ -189,5 +189,5 @@ def _notes(model: SplitModelPlan, training: Training, device: str) -> tuple[str,
     if not model.skeleton.has_fused_attention:
         notes.append("transformers runs this model with eager attention, whose tokens x tokens matrices are counted.")
     if model.dense.experts:
-        notes.append("Experts are 3-D stacks, which qsvd cannot quantize: they are counted in 16 bits and frozen.")
+        notes.append("Experts that are not quantized are counted in 16 bits and frozen.")
     return tuple(notes)

@@ -34,7 +34,12 @@ def assert_loaded_alike(folder, checkpoint, plan):
     """Every weight to split is the tensor that transformers puts into its module."""
     model = getattr(transformers, plan.architecture).from_pretrained(folder, dtype=torch.bfloat16)
     for spec in plan.weights:
-        assert torch.equal(model.get_submodule(spec.module).weight, checkpoint.read(spec.name))
+        if spec.stack:
+            stored = model.get_parameter(spec.stack)[int(spec.module.rpartition(".")[2])]
+            weight = checkpoint.read_weight(spec)
+            assert torch.equal(stored if stored.shape == weight.shape else stored.T, weight)
+        else:
+            assert torch.equal(model.get_submodule(spec.module).weight, checkpoint.read(spec.name))
     state = model.state_dict()
     assert all(torch.equal(state[name], checkpoint.read(stored)) for name, stored in plan.spelling.items())
 
@@ -43,7 +48,8 @@ def assert_loaded_alike(folder, checkpoint, plan):
 def test_what_transformers_saves_is_complete_and_found_again(tmp_path, architecture):
     write_checkpoint(tmp_path, architecture)
     checkpoint, plan = checked(tmp_path)
-    assert set(plan.spelling.values()) == set(checkpoint.tensors)
+    read = {source.tensor for spec in plan.weights for source in spec.read_from}
+    assert {*plan.spelling.values(), *read} == set(checkpoint.tensors)
     assert_loaded_alike(tmp_path, checkpoint, plan)
 
 
@@ -173,20 +179,43 @@ def test_two_tensors_for_one_place_are_refused():
     with pytest.raises(
         ValueError, match=r"two tensors for one place .*: model\.norm\.weight and norm\.weight for model"
     ):
-        resolve([*plan.shapes, "norm.weight"], plan)
+        resolve(plan.shapes | {"norm.weight": plan.shapes["model.norm.weight"]}, plan)
 
 
-def test_weights_that_transformers_computes_on_loading_are_refused():
-    fusing = core_model_loading.WeightConverter(
-        [".q.weight", ".k.weight"], ".qkv_proj.weight", [core_model_loading.Concatenate(0)]
-    )
+FUSED = {f"model.layers.0.self_attn.{name}.weight": (rows, 32) for name, rows in {"q": 32, "k": 16, "v": 16}.items()}
+
+
+def fusing(*operations):
+    """The plan of a model whose first q, k and v are three tensors, and the shapes of its checkpoint."""
     plan = plan_model(tiny_config("Phi3ForCausalLM"))
-    plan = replace(plan, transforms=(fusing, *plan.transforms))
-    names = [f"model.layers.0.self_attn.{name}.weight" for name in "qk"]
+    patterns = [".q.weight", ".k.weight", ".v.weight"]
+    converter = core_model_loading.WeightConverter(patterns, ".qkv_proj.weight", [*operations])
+    shapes = {name: shape for name, shape in plan.shapes.items() if name != "model.layers.0.self_attn.qkv_proj.weight"}
+    return replace(plan, transforms=(converter, *plan.transforms)), shapes | FUSED
+
+
+def test_a_weight_that_transformers_joins_on_loading_is_read_from_its_parts():
+    plan, shapes = fusing(core_model_loading.Concatenate(0))
+    spec = next(spec for spec in resolve(shapes, plan).weights if spec.module == "model.layers.0.self_attn.qkv_proj")
+    assert spec.sources == tuple(Source(name) for name in FUSED)
+
+
+@pytest.mark.parametrize("missing", [[], ["model.layers.0.self_attn.k.weight"]])
+def test_weights_that_transformers_computes_in_another_way_are_refused(missing):
+    more = [] if missing else [core_model_loading.Interleave(0)]
+    plan, shapes = fusing(core_model_loading.Concatenate(0), *more)
     with pytest.raises(
         ValueError, match=r"computes 1 weights of Phi3ForCausalLM .* \(model\.layers\.0\.self_attn\.qkv_proj\)"
     ):
-        resolve([*plan.shapes, *names], plan)
+        resolve({name: shape for name, shape in shapes.items() if name not in missing}, plan)
+
+
+def test_parts_of_other_sizes_than_the_weight_are_refused():
+    plan, shapes = fusing(core_model_loading.Concatenate(0))
+    for name in FUSED:
+        shapes[name] = (shapes[name][0] + 8, 32)
+    with pytest.raises(ValueError, match=r"computes 1 weights of Phi3ForCausalLM"):
+        resolve(shapes, plan)
 
 
 def test_resolving_twice_gives_the_same():
@@ -196,7 +225,7 @@ def test_resolving_twice_gives_the_same():
     plan.shapes.update({"b_norm": (1,), "c_norm": (1,)})
     old, new = ["a_norm", "b_norm"], ["b_norm", "c_norm"]
     for names, spelling in [(old, {"b_norm": "a_norm", "c_norm": "b_norm"}), (new, {name: name for name in new})]:
-        assert resolve(names, plan).spelling == spelling
+        assert resolve(dict.fromkeys(names, (1,)), plan).spelling == spelling
 
 
 def entries(**dtypes):

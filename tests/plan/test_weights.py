@@ -172,13 +172,20 @@ def test_transposed_weights_of_gpt2_are_refused():
         plan_model(tiny_config("GPT2LMHeadModel"))
 
 
-@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen2MoeForCausalLM"])
-def test_stacked_experts_are_refused_unless_excluded(architecture):
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen2MoeForCausalLM", "GptOssForCausalLM"])
+def test_every_expert_of_a_stack_is_a_weight_unless_the_stack_is_excluded(architecture):
     config = tiny_config(architecture)
-    with pytest.raises(
-        ValueError, match=r"4 weights \(model\.layers\.0\.mlp\.experts\.gate_up_proj, .* 3-D stacks of expert"
-    ):
-        plan_model(config)
+    experts = [spec for spec in plan_model(config).weights if spec.stack]
+    assert [spec.module for spec in experts[:5]] == [
+        *(f"model.layers.0.mlp.experts.gate_up_proj.{number}" for number in range(4)),
+        "model.layers.0.mlp.experts.down_proj.0",
+    ]
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    assert {(spec.role, spec.shape) for spec in experts} == {
+        ("expert up", (2 * inner, config.hidden_size)),
+        ("expert down", (config.hidden_size, inner)),
+    }
+    assert coverage(plan_model(config)).share > 0.8
     plan = plan_model(config, exclude=["*.experts.*"])
     assert not fnmatch.filter([spec.module for spec in plan.weights], "*.experts*")
     assert any(tensors.pattern == "model.layers.*.mlp.experts.gate_up_proj" for tensors in coverage(plan).left)
