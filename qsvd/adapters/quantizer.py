@@ -60,6 +60,11 @@ class PackedConfig(QuantizationConfigMixin):
         Raises:
             BadInput: it has other keys, or values that __init__ refuses.
         """
+        if "experts" in config_dict:
+            raise BadInput(
+                "this model has quantized experts, which transformers cannot run: open it with qsvd.load(OUT), or "
+                "write a 16-bit model with `qsvd export OUT --to merged --out MERGED`"
+            )
         if sorted(config_dict) != ["codecs", "dtype", "quant_method"]:
             raise BadInput(
                 f"a quantization_config of method {METHOD!r} has codecs, dtype and quant_method, not "

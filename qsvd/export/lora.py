@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qsvd.errors import BadInput, listing
-from qsvd.export.peft import adapter_settings, kept_modules, write_adapter_files
+from qsvd.export.peft import adapter_settings, kept_modules, refuse_experts, write_adapter_files
 from qsvd.export.trained import (
     ExportFolder,
     Inventory,
@@ -162,6 +162,7 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
         DoesNotFit: the files do not fit on the disk.
     """
     check_dtype(target.dtype)
+    refuse_experts(model)
     known = _known_errors(model, target.original)
     inventory = take_inventory(model)
     if inventory.has_gains:

@@ -144,10 +144,18 @@ def write_peft(
     return result
 
 
+def refuse_experts(model: TrainedModel) -> None:
+    """Refuse a model with quantized experts, by BadInput: PEFT would put its layers beside other parameters."""
+    stacks = [weight["stack"] for weight in model.split.weights.values() if "stack" in weight]
+    if stacks:
+        raise BadInput(f"PEFT cannot run quantized experts ({stacks[0]}); use --to merged")
+
+
 def peft_adapter(
     model: TrainedModel, inventory: Inventory, *, base: str, task: str | None, dtype: torch.dtype
 ) -> tuple[list[NewTensor], dict[str, Any], PeftExport]:
     """Return the tensors, the adapter_config.json and the sizes of the adapter that `write_peft` writes."""
+    refuse_experts(model)
     kept, whole = kept_modules(model, task)
     stored = model.split.ranks  # transformers puts the stored components on these weights, and PEFT must replace them
     adapted = {name: rank for name, rank in inventory.ranks.items() if rank or stored[name]} or inventory.ranks

@@ -217,10 +217,12 @@ def packed_config(allocation: Allocation, dtype: torch.dtype, stacks: Mapping[st
     """Return the quantization_config of config.json for mixed bits: modules by codec, and the dtype of the weights.
 
     Args:
-        stacks: The stack of experts that a module belongs to; it is named once for all its experts.
+        stacks: The stack of experts of a module, "" if it is none. With stacks qsvd alone can load the model.
     """
-    codecs: dict[str, dict[str, None]] = {}
+    codecs: dict[str, list[str]] = {}
     for module, choice in allocation.choices.items():
-        codecs.setdefault(spelling(choice.codec), {})[stacks.get(module) or module] = None
-    named = {codec: list(modules) for codec, modules in sorted(codecs.items())}
-    return {"quant_method": METHOD, "codecs": named, "dtype": str(dtype).removeprefix("torch.")}
+        if not stacks[module]:
+            codecs.setdefault(spelling(choice.codec), []).append(module)
+    named = {"quant_method": METHOD, "codecs": dict(sorted(codecs.items())), "dtype": str(dtype).removeprefix("torch.")}
+    experts = [stack for stack in dict.fromkeys(stacks.values()) if stack]
+    return named | ({"experts": experts} if experts else {})

@@ -30,7 +30,9 @@ def readme(  # each is known at another place
         widths: In features of the quantized layers, by path.
         table: The errors, in Markdown; empty if none were measured.
     """
-    opening = [_opening(header), *([f"## Quantization error\n\n{table}"] if table else [])]
+    opening = [_opening(header, quantization), *([f"## Quantization error\n\n{table}"] if table else [])]
+    if "experts" in quantization:
+        return _with_experts(folder, opening)
     odd = [path for path, width in widths.items() if width % BLOCK] if header.quantizer == "bitsandbytes" else []
     sections = [*opening, _code("Load", "python", _loading(header, folder, architecture))]
     if odd:
@@ -55,6 +57,16 @@ def readme(  # each is known at another place
     return "\n\n".join(sections) + "\n"
 
 
+def _with_experts(folder: str, opening: Sequence[str]) -> str:
+    """Return the README of a model with quantized experts, which qsvd alone can load."""
+    load = ["import qsvd", "", f"model = qsvd.load({_literal(folder)})"]
+    data = f"qsvd train {quote(folder)} DATA --out {quote(folder + '-run')}"
+    merge = f"qsvd export {quote(folder)} --to merged --out {quote(folder + '-merged')}"
+    sections = [*opening, _code("Load", "python", load), _code("Train", "sh", [data])]
+    sections += [_code("Merge into a 16-bit model", "sh", [merge]), _code("Serve", "sh", _merged_lines(folder))]
+    return "\n\n".join(sections) + "\n"
+
+
 def _merge(header: ReportHeader, folder: str, architecture: str, *, is_odd: bool) -> str:
     """Return how to merge; by qsvd where bitsandbytes may decode wrongly (see BLOCK)."""
     title = "Merge into a 16-bit model"
@@ -70,11 +82,18 @@ def _merge(header: ReportHeader, folder: str, architecture: str, *, is_odd: bool
     return _code(title, "python", lines)
 
 
-def _opening(header: ReportHeader) -> str:
+def _opening(header: ReportHeader, quantization: Mapping[str, Any]) -> str:
     model = header.model.rstrip("/").rsplit("/", 1)[-1]
     is_plain = header.quantizer == "bitsandbytes"
     kind = "4-bit checkpoint" if is_plain else "mixed-precision checkpoint"
-    if header.rank == 0:
+    libraries = ["transformers", *(["peft"] if header.rank else []), "bitsandbytes" if is_plain else "qsvd"]
+    if "experts" in quantization:
+        libraries = ["qsvd"]
+        parts = (
+            "This folder holds a quantized model with quantized experts, which only qsvd can run. transformers,\n"
+            "PEFT and vLLM refuse it; they load the merged model."
+        )
+    elif header.rank == 0:
         parts = (
             f"This folder holds a quantized model as a transformers {kind}. It has no adapter, because the rank is 0."
         )
@@ -84,11 +103,11 @@ def _opening(header: ReportHeader) -> str:
             "it the components B and A in 16 bits as a PEFT LoRA adapter (W ≈ Q + B A). transformers loads both. The\n"
             "residual without the adapter gives wrong outputs, and the adapter works with no other model."
         )
-    libraries = ("transformers", *(["peft"] if header.rank else []), "bitsandbytes" if is_plain else "qsvd")
+    needed = " and ".join(filter(None, [", ".join(libraries[:-1]), libraries[-1]]))
     return (
         f"# {model}, quantized by qsvd\n\n{parts}\n\n{header.method}.\n{header.reach}.\n\n"
         "`report.md` lists the quantization error, `errors.jsonl` the error of every layer, `qsvd.json` the options.\n"
-        f"The commands below need {', '.join(libraries[:-1])} and {libraries[-1]}. Edit the path if it moves.\n"
+        f"The commands below need {needed}. Edit the path if it moves.\n"
         "`qsvd train`, `qsvd eval` and `qsvd export` take this folder too."
     )
 
@@ -102,11 +121,7 @@ def _loading(header: ReportHeader, folder: str, architecture: str, more: str = "
 
 
 def _serve(header: ReportHeader, folder: str, quantization: Mapping[str, Any], modules: Sequence[str]) -> str:
-    merged = quote(folder + "-merged")
-    after = [
-        f"vllm serve {merged}  # after merging; also on several GPUs",
-        f"python convert_hf_to_gguf.py {merged} --outtype bf16  # llama.cpp, after merging",
-    ]
+    after = _merged_lines(folder)
     if header.quantizer == "qsvd":  # vLLM does not have the method
         return _code("Serve", "sh", after)
     _, parted = joined_layers(quantization["llm_int8_skip_modules"], modules)
@@ -124,6 +139,14 @@ def _serve(header: ReportHeader, folder: str, quantization: Mapping[str, Any], m
         "are wrong. Without `--hf-overrides` vLLM refuses the folder, because it would serve the residual alone."
     )
     return f"{_code('Serve', 'sh', [PLUGIN, command, *after])}\n\n{note}"
+
+
+def _merged_lines(folder: str) -> list[str]:
+    merged = quote(folder + "-merged")
+    return [
+        f"vllm serve {merged}  # after merging; also on several GPUs",
+        f"python convert_hf_to_gguf.py {merged} --outtype bf16  # llama.cpp, after merging",
+    ]
 
 
 def _literal(text: str) -> str:
