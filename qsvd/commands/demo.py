@@ -104,7 +104,6 @@ def _fine_tune(options: Demo) -> Table:
                 accumulate=2,
                 max_length=256,
                 gradient_checkpointing=False,
-                resume=True,
                 device="cpu",
             )
         )

@@ -243,7 +243,7 @@ def test_measurements_of_another_model_are_refused(allocate, tmp_path):
     (tmp_path / "table.txt").unlink()
     code, _, err = allocate(model=tmp_path / "other")
     assert code == 2
-    assert "other options: source_fingerprint " in err
+    assert "other options: the 16-bit model changed" in err
 
 
 def test_a_file_that_is_no_unedited_table_of_the_model_is_not_replaced(allocate, tmp_path):

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 from transformers import AutoConfig
 
+import qsvd
 from qsvd.cli import parse, run
 from qsvd.memory.placement import Cell
 from qsvd.plan.weights import plan_model
@@ -151,11 +152,15 @@ def test_the_table_of_cards_has_a_share_or_no(capsys, large):
     assert set(found["explore"][0]) == set(Cell.__dataclass_fields__)
 
 
-def test_experts_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
+def test_experts_that_were_excluded_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
     write_checkpoint(tmp_path / "made", "MixtralForCausalLM")
-    code, found = planned(capsys, tmp_path / "made", "--rank", 4, "--for", "train", "--max-length", 16)
+    model = tmp_path / "made"
+    code, found = planned(capsys, model, "--rank", 4, "--for", "train", "--max-length", 16)
     assert code == 0
-    assert "cannot be quantized and are counted in 16 bits" in found["notes"][0]
+    assert not any("xperts" in note for note in found["notes"])
+    out = qsvd.quantize(model, out=tmp_path / "out", rank=4, iterations=1, device="cpu", exclude=["*.experts.*"])
+    code, found = planned(capsys, out.path, "--for", "train", "--max-length", 16)
+    assert "Experts that are not quantized are counted in 16 bits and frozen." in found["notes"]
 
 
 @pytest.mark.parametrize(
