@@ -157,10 +157,10 @@ def test_experts_that_were_excluded_are_said_to_be_counted_in_16_bits(capsys, tm
     model = tmp_path / "made"
     code, found = planned(capsys, model, "--rank", 4, "--for", "train", "--max-length", 16)
     assert code == 0
-    assert not any("xperts" in note for note in found["notes"])
+    assert not any("xperts" in note for note in [*found["notes"], *found["train"]["notes"]])
     out = qsvd.quantize(model, out=tmp_path / "out", rank=4, iterations=1, device="cpu", exclude=["*.experts.*"])
     code, found = planned(capsys, out.path, "--for", "train", "--max-length", 16)
-    assert "Experts that are not quantized are counted in 16 bits and frozen." in found["notes"]
+    assert "Experts that are not quantized are counted in 16 bits and frozen." in found["train"]["notes"]
 
 
 @pytest.mark.parametrize(
