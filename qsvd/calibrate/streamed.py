@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from qsvd.adapters.experts import open_stack
 from qsvd.calibrate.stand_in import NOT_ALONE, AllCalled, Call, StandIn, Tape
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.source import Checkpoint
 from qsvd.memory.items import block_of
-from qsvd.plan.weights import BUILD_ERRORS, ModelPlan
+from qsvd.plan.weights import BUILD_ERRORS, ModelPlan, WeightSpec
 
 
 class StreamedModel:
@@ -36,12 +37,18 @@ class StreamedModel:
         self, checkpoint: Checkpoint, plan: ModelPlan, device: torch.device, dtype: torch.dtype, *, twice: bool
     ):
         self.checkpoint, self.plan, self.device, self.dtype = checkpoint, plan, device, dtype
+        self._stacks: dict[str, list[WeightSpec]] = {}
+        for spec in plan.weights:
+            if spec.stack:
+                self._stacks.setdefault(spec.stack, []).append(spec)
         self._model = _build(checkpoint, plan, device, twice=twice)
+        for path, experts in self._stacks.items():
+            _open_experts(self._model, path, experts)
         self._empty = {path: self._model.get_submodule(path) for path in _block_paths(self._model, plan)}
         self.num_blocks = len(self._empty)
         self._tapes: list[Tape] = []
         self._names = {path: [n for n in plan.shapes if n.startswith(f"{path}.")] for path in self._empty}
-        _check_readable(self._model, plan)
+        _check_readable(self._model, plan, self._stacks)
         inside = {name for names in self._names.values() for name in names}
         self._around = self._read([name for name in plan.shapes if name not in inside])
         for path, block in self._empty.items():
@@ -134,13 +141,18 @@ class StreamedModel:
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Read tensors to the device, floating point ones in the compute dtype; tied names share one tensor."""
+        experts: dict[str, Tensor] = {}
+        for spec in (spec for name in names for spec in self._stacks.get(name, ())):
+            experts[f"{spec.module}.weight"] = self.checkpoint.read_weight(spec).to(self.device, self.dtype)
+        names = [name for name in names if name not in self._stacks]
         read: dict[str, Tensor] = {}
         for name in names:
             spelled = _spelled(name, self.plan)
             if spelled is not None and spelled not in read:
                 tensor = self.checkpoint.read(spelled)
                 read[spelled] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
-        return {name: read[spelled] for name in names if (spelled := _spelled(name, self.plan)) is not None}
+        found = {name: read[spelled] for name in names if (spelled := _spelled(name, self.plan)) is not None}
+        return experts | found
 
 
 def _build(checkpoint: Checkpoint, plan: ModelPlan, device: torch.device, *, twice: bool) -> Any:
@@ -177,9 +189,20 @@ def _spelled(name: str, plan: ModelPlan) -> str | None:
     return next((plan.spelling[one] for one in alike if one in plan.spelling), None)
 
 
-def _check_readable(model: nn.Module, plan: ModelPlan) -> None:
+def _open_experts(model: nn.Module, path: str, experts: Sequence[WeightSpec]) -> None:
+    """Replace a stack by a list of linear layers without memory."""
+    open_stack(model, path, len(experts))
+    for spec in experts:
+        rows, columns = spec.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta").requires_grad_(False)
+        model.set_submodule(spec.module, linear, strict=True)
+
+
+def _check_readable(model: nn.Module, plan: ModelPlan, stacks: Mapping[str, Sequence[WeightSpec]]) -> None:
     """Refuse parameters that transformers would compute or draw at random on loading."""
-    absent = [name for name, _ in model.named_parameters() if _spelled(name, plan) is None]
+    experts = {f"{spec.module}.weight" for specs in stacks.values() for spec in specs}
+    named = (name for name, _ in model.named_parameters() if name not in experts)
+    absent = [name for name in named if _spelled(name, plan) is None]
     if absent:
         raise BadInput(
             f"{len(absent)} tensors of {plan.architecture} are not in the checkpoint as they are in the model "

@@ -14,6 +14,7 @@ from torch.nn import functional
 from qsvd.plan.weights import WeightSpec
 
 LOSS, EXAMPLES = "loss", "examples"
+LEAST_OF_MEAN = 0.1  # an expert that saw few tokens counts at least so much of the mean over its stack
 
 
 @dataclass
@@ -83,7 +84,21 @@ def means(sums: Sums, weights: Sequence[WeightSpec], probes: int) -> Mapping[str
             spread = max(squares - samples * mean**2, 0.0)
             error = sqrt(spread / (samples - 1) / samples) if samples > 1 else float("inf")
             found[f"{spec.module}.trace"], found[f"{spec.module}.trace_error"] = torch.tensor([[mean], [error]])
+    _raise_experts(found, weights)
     return found
+
+
+def _raise_experts(found: dict[str, Tensor], weights: Sequence[WeightSpec]) -> None:
+    """Raise what was measured of experts with few tokens to LEAST_OF_MEAN of the mean over the stack."""
+    stacks: dict[str, list[str]] = {}
+    for spec in weights:
+        if spec.stack:
+            stacks.setdefault(spec.stack, []).append(spec.module)
+    for modules in stacks.values():
+        for part in ("rows", "columns"):
+            names = [f"{module}.{part}" for module in modules]
+            least = LEAST_OF_MEAN * torch.stack([found[name] for name in names]).mean(dim=0)
+            found |= {name: torch.maximum(found[name], least) for name in names}
 
 
 @dataclass(frozen=True)

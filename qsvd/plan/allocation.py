@@ -86,14 +86,17 @@ def residual_bits(allocation: Allocation, weights: Sequence[WeightSpec]) -> floa
 
 
 def to_text(allocation: Allocation, weights: Sequence[WeightSpec], factor_bytes: int = 2) -> str:
-    """Write the table."""
+    """Write the table; the experts of a stack, which have one choice, have one line."""
     rows: list[tuple[str, ...]] = [COLUMNS]
+    firsts: dict[str, WeightSpec] = {}
     for spec in weights:
+        firsts.setdefault(spec.group, spec)
+    for group, spec in firsts.items():
         choice = allocation.choices[spec.module]
         bits = 8 * choice.num_bytes(spec.shape, factor_bytes) / math.prod(spec.shape)
         error = allocation.errors.get(spec.module)
         shown = "-" if error is None else f"{error:.4f}"
-        rows.append((spec.module, spelling(choice.codec), str(choice.rank), f"{bits:.3f}", shown))
+        rows.append((group, spelling(choice.codec), str(choice.rank), f"{bits:.3f}", shown))
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = [TITLE, *(f"# {remark}" for remark in allocation.remarks)]
     for row in rows:
@@ -113,7 +116,7 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
     Raises:
         BadInput: the text is not a table, or does not fit the model; the message lists all problems by line.
     """
-    shapes = {spec.module: spec.shape for spec in weights}
+    shapes = {spec.group: spec.shape for spec in weights}
     choices: dict[str, Choice] = {}
     named: set[str] = set()
     wrong: list[str] = []
@@ -137,7 +140,7 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
         wrong = mixing_problems(choice.codec for choice in choices.values())
     if wrong:
         raise BadInput(f"{where} cannot be used: {listing(wrong, 3, separator='; ')}")
-    return Allocation({module: choices[module] for module in shapes}, remarks=remarks)
+    return Allocation({spec.module: choices[spec.group] for spec in weights}, remarks=remarks)
 
 
 def _choice(cells: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Choice:

@@ -169,14 +169,22 @@ def _candidates(problem: AllocationProblem, allocator: Allocator, spec: WeightSp
 def _by_program(
     problem: AllocationProblem, allocator: Allocator, errors: Errors, importances: Sequence[float]
 ) -> AllocationResult:
-    choices = [_candidates(problem, allocator, spec) for spec in problem.weights]
-    rows = []
-    for spec, tried, importance in zip(problem.weights, choices, importances, strict=True):
-        costs = [importance * problem.square(choice, errors[spec.module]) for choice in tried]
-        rows.append(Candidates([problem.num_bytes(spec, choice) for choice in tried], costs))
+    """Return the choices of the integer program, in which the experts of a stack have one choice."""
+    groups: dict[str, list[tuple[WeightSpec, float]]] = {}
+    for spec, importance in zip(problem.weights, importances, strict=True):
+        groups.setdefault(spec.group, []).append((spec, importance))
+    rows, tried = [], {}
+    for group, members in groups.items():
+        tried[group] = _candidates(problem, allocator, members[0][0])
+        costs = [
+            sum(importance * problem.square(choice, errors[spec.module]) for spec, importance in members)
+            for choice in tried[group]
+        ]
+        sizes = [len(members) * problem.num_bytes(members[0][0], choice) for choice in tried[group]]
+        rows.append(Candidates(sizes, costs))
     solution = solve_program(rows, problem.budget.num_bytes, gap=problem.gap, time_limit=problem.time_limit)
-    picked = [tried[number] for tried, number in zip(choices, solution.picked, strict=True)]
-    return _result(problem, picked, errors, solution.gap, solution.status)
+    picked = {group: tried[group][number] for group, number in zip(groups, solution.picked, strict=True)}
+    return _result(problem, [picked[spec.group] for spec in problem.weights], errors, solution.gap, solution.status)
 
 
 def _uniform(problem: AllocationProblem) -> list[list[Choice]]:

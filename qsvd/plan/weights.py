@@ -71,6 +71,11 @@ class WeightSpec:
         return self.stack or f"{self.module}.weight"
 
     @property
+    def group(self) -> str:
+        """What gets one codec and one rank in an allocation: the stack of an expert, or the layer."""
+        return self.stack or self.module
+
+    @property
     def read_from(self) -> tuple[Source, ...]:
         return self.sources or (Source(self.name),)
 

@@ -30,6 +30,7 @@ from qsvd.prepare.models import open_16_bit
 from qsvd.records import Progress, ShowProgress
 from qsvd.report.allocation import summary
 
+EXPERTS_MEASURED = 4  # of a stack, for a budget: all get the same codec and rank
 COPY_BYTES = 24  # per number: the weight in float32, three copies of it, and two weights as they are stored
 DIGEST = "# digest: "  # of all other lines, so that an edited table is recognized
 
@@ -199,8 +200,8 @@ def measure_and_solve(run: AllocateRun, show: ShowProgress) -> AllocationResult:
 
 
 def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors]:
-    """Return the errors of every weight, from the file of measurements or measured now."""
-    weights = run.task.weights
+    """Return the errors of every weight, from the file of measurements or measured now; of a stack some experts are."""
+    weights = _measured_ones(run.task.weights)
     run.costs.parent.mkdir(parents=True, exist_ok=True)
     with CostsFile(run.costs, run.identity) as kept:
         pending = {spec: ranks for spec in weights if (ranks := _ranks(run, spec, kept.measured.get(spec.module)))}
@@ -210,7 +211,30 @@ def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors
             kept.keep(spec.module, _measure(run, spec, weight_OI, pending[spec]))
             new += math.prod(spec.shape)
             show(Progress(total - left + new, new, total, f"{number}/{len(weights)} weights measured"))
-        return dict(kept.measured)
+        return _for_all(run.task.weights, weights, kept.measured)
+
+
+def _measured_ones(weights: Sequence[WeightSpec]) -> list[WeightSpec]:
+    """Return all layers, and of each stack EXPERTS_MEASURED experts, evenly over the stack."""
+    groups: dict[str, list[WeightSpec]] = {}
+    for spec in weights:
+        groups.setdefault(spec.group, []).append(spec)
+    chosen = []
+    for members in groups.values():
+        step = max(math.ceil(len(members) / EXPERTS_MEASURED), 1)
+        chosen += members[::step]
+    return chosen
+
+
+def _for_all(
+    weights: Sequence[WeightSpec], chosen: Sequence[WeightSpec], measured: Mapping[str, CandidateErrors]
+) -> dict[str, CandidateErrors]:
+    """Return the errors of every weight; an expert that was not measured has those of the last one before it."""
+    names, found, last = {spec.module for spec in chosen}, dict[str, CandidateErrors](), ""
+    for spec in weights:
+        last = spec.module if spec.module in names else last
+        found[spec.module] = measured[last]
+    return found
 
 
 def _ranks(run: AllocateRun, spec: WeightSpec, found: CandidateErrors | None) -> tuple[int, ...]:

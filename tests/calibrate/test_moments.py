@@ -43,6 +43,29 @@ def test_rows_and_columns_are_means_of_squared_gradients_of_each_example(archite
             )
 
 
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_moments_of_experts_are_those_of_their_slices_and_at_least_a_tenth_of_the_mean(architecture):
+    one, examples = case(architecture), examples_of(architecture)
+    stacks = {}
+    for spec in one.plan.weights:
+        if spec.stack:
+            stacks.setdefault(spec.stack, []).append(spec)
+    squares = dict.fromkeys(stacks, 0.0)
+    for example in examples:
+        parameters = [one.whole.get_parameter(stack) for stack in stacks]
+        for stack, gradient in zip(stacks, torch.autograd.grad(own_loss(one.whole, example), parameters), strict=True):
+            squares[stack] = squares[stack] + gradient.double().square() / len(examples)
+    found = means_of(one.streamed(), examples)
+    for stack, specs in stacks.items():
+        squares_EOI = squares[stack] if squares[stack].shape[1:] == specs[0].shape else squares[stack].mT
+        for part, dim in (("rows", 2), ("columns", 1)):
+            means_E = squares_EOI.mean(dim)
+            for spec, expected in zip(specs, torch.maximum(means_E, 0.1 * means_E.mean(0)), strict=True):
+                assert found[f"{spec.module}.{part}"].tolist() == pytest.approx(
+                    expected.tolist(), abs=ROUNDOFF * expected.max().item(), rel=1e-4
+                )
+
+
 def test_probes_do_not_change_the_moments():
     """Attention is another kernel then, so to roundoff."""
     one, examples = case("LlamaForCausalLM"), examples_of("LlamaForCausalLM")
