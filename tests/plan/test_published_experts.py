@@ -1,0 +1,61 @@
+"""Mixtures of experts at their published sizes: what is split, and the GPU that trains them.
+
+The configs have the published values (config.json of each model on the Hub); the numbers of parameters are those of the
+model cards, without extra prediction layers.
+"""
+
+import pytest
+import transformers
+
+from qsvd.plan.weights import coverage, plan_model
+
+SIZES = {  # name -> (class, config class, options, 10^9 parameters)
+    "Qwen3-30B-A3B": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128}
+        | {"num_experts_per_tok": 8, "vocab_size": 151936},
+        30.5,
+    ),
+    "gpt-oss-20b": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64}
+        | {"num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "vocab_size": 201088},
+        20.9,
+    ),
+    "gpt-oss-120b": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64}
+        | {"num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128, "vocab_size": 201088},
+        116.8,
+    ),
+    "GLM-4.5-Air": (
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        {"hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 46}
+        | {"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "n_routed_experts": 128}
+        | {"n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "vocab_size": 151552},
+        106.9,
+    ),
+    "DeepSeek-V3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {"hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61}
+        | {"num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1}
+        | {"num_experts_per_tok": 8, "first_k_dense_replace": 3, "vocab_size": 129280},
+        671.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_more_than_nine_tenths_are_split(name):
+    architecture, kind, options, billions = SIZES[name]
+    config = getattr(transformers, kind)(**options)
+    config.architectures = [architecture]
+    found = coverage(plan_model(config))
+    assert found.elements / 1e9 == pytest.approx(billions, rel=0.01)
+    assert found.share > 0.9
