@@ -130,6 +130,10 @@ MaxLength = Annotated[
 LossOn = Annotated[Literal["answers", "all"], Help("Compute the loss on answers only, or on all tokens.")]
 Statistics = Annotated[Path | None, Help("Output of qsvd calibrate, for objectives fisher and hessian.", "FILE")]
 Allocation = Annotated[Path | None, Help("Output of qsvd allocate: format and rank of each layer.", "FILE")]
+HeadBits = Annotated[Literal[8, 4] | None, ADDED, Help("Bits of the output head. Default: it stays in 16 bits.", "8|4")]
+EmbeddingBits = Annotated[
+    Literal[8] | None, ADDED, Help("Bits of the token embedding. Default: it stays in 16 bits.", "8")
+]
 ExpertRank = Annotated[int | None, at_least(0), Help("Components per expert. Default: --rank, at most 16.")]
 DoubleQuant = Annotated[bool, Help("Quantize the scales to 8 bits: 4.13 bits per weight in total instead of 4.5.")]
 StoredDtype = Annotated[Literal["bfloat16", "float16", "float32"], Help("Dtype of the stored components.")]

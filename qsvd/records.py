@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal[
-    "q", "k", "v", "o", "gate", "up", "down", "expert up", "expert down", "other"
-]  # what a linear layer does in its block
+    "q", "k", "v", "o", "gate", "up", "down", "expert up", "expert down", "other", "embedding", "head"
+]  # what a layer does in its block, or next to the blocks
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "svd": "randomized",
         "dtype": "bfloat16",
         "double_quant": True,
+        "head_bits": None,
+        "embedding_bits": None,
         "budget": None,
         "allocator": "both",
         "objective": "relative",
@@ -98,6 +100,8 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "allocation": None,
         "expert_rank": None,
         "double_quant": True,
+        "head_bits": None,
+        "embedding_bits": None,
         "quantized": None,
         "learning_rate": None,
         "schedule": "cosine",
@@ -315,7 +319,11 @@ COMPARED = {  # what version 0.1 wrote in the identity of a run, before values t
 }
 ADDED = {
     ("train", name) for name in ("target_modules", "dropout", "rslora", "keep_best", "early_stopping", "train_experts")
-} | {("quantize", "expert_rank")}  # since: compared if they are given
+} | {
+    ("quantize", "expert_rank"),
+    ("quantize", "head_bits"),
+    ("quantize", "embedding_bits"),
+}  # since: compared if they are given
 OUTSIDE = {  # option -> values outside its range, and the words for them
     ("plan", "rank"): ([-1], "is below 0"),
     ("plan", "max_length"): ([1], "is below 2"),

@@ -19,6 +19,7 @@ from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import HostEmbedding, SplitModel, restore
 from qsvd.adapters.page_cache import PagedResidual, open_pages
 from qsvd.adapters.start import check_method, new_record, read_weight, start_from
+from qsvd.adapters.tables import TiedHead, pack_table
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.check import placed, resolve
@@ -194,7 +195,7 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
 def _keep_embeddings(model: Any, device: torch.device) -> None:
     """Replace the embedding by one in CPU memory."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight is embedding.weight:
+    if isinstance(head, TiedHead) or (head is not None and head.weight is embedding.weight):
         raise BadInput(
             f"the embedding of {type(model).__name__} is also its output head, which computes on the device; "
             "leave embeddings_on_host out"
@@ -256,7 +257,7 @@ def generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
 
 def _own_names(split: SplitFolder) -> dict[str, tuple[int, ...]]:
     """Return the names of the tensors that the 16-bit model had, and their shapes."""
-    parts = split.residual_names - split.weights.keys()
+    parts = split.residual_names - split.weights.keys() - split.tables.keys()
     return {n: entry.shape for n, entry in split.tensors.items() if n not in parts and ".lora_" not in n}
 
 
@@ -270,6 +271,7 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
     stacks = Counter(path.rpartition(".")[0] for path in split_modules if is_expert(path))
     for path, count in stacks.items():
         open_stack(model, path, count)
+    _pack_tables(model, spelled, place.split)
     embedding = model.get_input_embeddings() if place.placement.embeddings_on_host else None
     for name, model_name in sorted(spelled.items(), key=lambda pair: place.split.tensors[pair[0]].start):
         owner, _, last = model_name.rpartition(".")
@@ -278,13 +280,26 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
                 linear = _split_linear(model, owner, plan, name, place, pages.get(name))
                 model.set_submodule(owner, linear, strict=True)
         else:
-            module = model.get_submodule(owner)
-            device = torch.device("cpu") if module is embedding else place.device
-            _set(model, model_name, _dense(place, name, _dtype(model, model_name, place), device))
+            device = torch.device("cpu") if model.get_submodule(owner) is embedding else place.device
+            _put(model, model_name, name, place, device)
     for conversion in plan.conversions:
         made = conversion.run(lambda name: _dense(place, name, place.dtype, place.device), model)
         for name, tensor in made.items():
             _set(model, placed(name, plan), tensor.to(_dtype(model, name, place)))
+
+
+def _pack_tables(model: Any, spelled: Mapping[str, str], split: SplitFolder) -> None:
+    for name in (name for name in split.tables if name in spelled):  # a classifier has no output head
+        pack_table(model, spelled[name].removesuffix(".weight"), split.codec(name))
+
+
+def _put(model: Any, model_name: str, name: str, place: _Place, device: torch.device) -> None:
+    """Read a tensor that is not part of a split weight, or a quantized embedding or head, into the model."""
+    dtype = _dtype(model, model_name, place)
+    if name in place.split.tables:
+        model.get_submodule(model_name.rpartition(".")[0]).fill(place.split.residual(name).to(device), dtype)
+    else:
+        _set(model, model_name, _dense(place, name, dtype, device))
 
 
 def _set(model: Any, name: str, tensor: Tensor) -> None:

@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsvd.adapters.packed_linear import PackedLinear
+from qsvd.adapters.tables import pack_table, unpack_tables
 from qsvd.errors import BadInput, listing
 from qsvd.files.layout import METHOD
 from qsvd.numerics.names import codec_named, spelling
@@ -101,6 +102,7 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PackedConfig, *, pre_quantized: bool = True):
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         self.missing = set[str]()  # tensors of packed layers that were not found in the files yet
+        self.tied: dict[str, str] = {}  # names that share a packed embedding, and its name
         if not pre_quantized:
             raise BadInput(
                 f"from_pretrained does not quantize by the method {METHOD!r}: leave quantization_config out, make OUT "
@@ -135,12 +137,23 @@ class PackedQuantizer(HfQuantizer):
         """Replace the layers; raise BadInput for a path without a linear layer, or with one that shares its weight."""
         packing = _located(model, self.quantization_config.packing())
         self.quantization_config = self.quantization_config.at(packing)
+        head = model.get_output_embeddings()
         for path, codec in packing.items():
             linear: Any = model.get_submodule(path)
+            if linear is head or isinstance(linear, nn.Embedding):
+                self._pack_table(model, path, codec)
+                continue
             bias = None if linear.bias is None else linear.bias.dtype
             packed = PackedLinear(linear.in_features, linear.out_features, codec, bias_dtype=bias)
             model.set_submodule(path, packed, strict=True)
             self.missing |= {f"{path}.{name}" for name in packed.state_dict()}
+
+    def _pack_table(self, model: Any, path: str, codec: NormalFloat) -> None:
+        for name in pack_table(model, path, codec):
+            self.tied[name] = f"{path}.weight"
+            model.all_tied_weights_keys.pop(name, None)  # it has no tensor that transformers could tie
+        packed: Any = model.get_submodule(path)
+        self.missing |= {f"{path}.{name}" for name in packed.state_dict()}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> "PreTrainedModel":
         """Raise BadInput if the files lack tensors of packed layers."""
@@ -155,6 +168,8 @@ class PackedQuantizer(HfQuantizer):
         packed = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear)]
         for path, module in packed:
             model.set_submodule(path, module.dense(dtype), strict=True)
+        unpack_tables(model, dtype)
+        model.all_tied_weights_keys.update(self.tied)
         return model if dtype == model.dtype else model.to(dtype)
 
 
@@ -165,13 +180,14 @@ def _located(model: "PreTrainedModel", packing: Mapping[str, NormalFloat]) -> di
     an error only for the class that the checkpoint was made for.
     """
     linears = {path for path, module in model.named_modules() if type(module) is nn.Linear}
+    embeddings = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     prefix = f"{model.base_model_prefix}."
     found: dict[str, NormalFloat] = {}
     wrong: list[str] = []
     for path, codec in packing.items():
         spelled = (path, path.removeprefix(prefix), prefix + path)
-        own = next((name for name in spelled if name in linears - tied), None)
+        own = next((name for name in spelled if name in (linears - tied) | embeddings), None)
         if own is not None:
             found[own] = codec
         else:
@@ -179,7 +195,7 @@ def _located(model: "PreTrainedModel", packing: Mapping[str, NormalFloat]) -> di
     made_for = model.config.architectures or []
     if wrong and type(model).__name__ in made_for:
         raise BadInput(
-            f"the quantization_config names {len(wrong)} modules that are not linear layers of a "
+            f"the quantization_config names {len(wrong)} modules that are neither embeddings nor linear layers of a "
             f"{type(model).__name__} with a weight of their own: {listing(wrong)}"
         )
     return found

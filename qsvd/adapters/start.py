@@ -17,7 +17,7 @@ from qsvd.files.adapter import AdapterFolder, AdapterRecord
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.split_folder import SplitFolder
 from qsvd.memory.split_model import Skeleton, SplitModelPlan, skeleton
-from qsvd.plan.allocation import Allocation, Choice
+from qsvd.plan.allocation import Allocation, Choice, Table, shared
 from qsvd.plan.targets import check_targets, is_target, target_names
 from qsvd.plan.tensors import AdapterTensors
 from qsvd.plan.weights import ModelPlan, WeightSpec, describe, role_of
@@ -180,8 +180,11 @@ def planner_of(split: SplitFolder, dtype: torch.dtype) -> Callable[[AdapterRecor
     choices = {w["module"]: Choice(split.codec(name), w["rank"]) for name, w in split.weights.items()}
     stored = getattr(torch, split.manifest["run"]["dtype"])
 
+    tables = tuple(_table(name, w, split, names) for name, w in split.tables.items())
+
     def make(record: AdapterRecord) -> SplitModelPlan:
-        return planned(empty, names, Allocation(choices), options=_options_of(record), stored_dtype=stored)
+        made = planned(empty, names, Allocation(choices), options=_options_of(record), stored_dtype=stored)
+        return replace(made, tables=tables)
 
     return make
 
@@ -235,3 +238,9 @@ def _spec(name: str, weight: Mapping[str, Any]) -> WeightSpec:
     module, (rows, columns) = weight["module"], weight["shape"]
     layer = next(int(part) for part in module.split(".") if part.isdigit())
     return WeightSpec(name, module, (rows, columns), role_of(module), layer, stack=weight.get("stack", ""))
+
+
+def _table(name: str, table: Mapping[str, Any], split: SplitFolder, names: ModelPlan) -> Table:
+    module, (rows, columns) = table["module"], table["shape"]
+    others = shared(names, module)
+    return Table(name, module, (rows, columns), table["role"], -1, codec=split.codec(name), others=others)

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from qsvd.adapters.load import classifier
 from qsvd.adapters.methods import METHODS
 from qsvd.adapters.model import split_linears
+from qsvd.adapters.tables import unpack_tables
 from qsvd.commands.console import display, quiet
 from qsvd.errors import BadInput, parse_size
 from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
@@ -50,7 +51,9 @@ ROUNDINGS = 8  # an export is rounded at other places than the model that measur
 
 def fits(opened: Opened) -> bool:
     """Return whether a few float32 copies of the model fit in free memory."""
-    elements = sum(weight["shape"][0] * weight["shape"][1] for weight in opened.split.weights.values())
+    elements = sum(
+        weight["shape"][0] * weight["shape"][1] for weight in (opened.split.weights | opened.split.tables).values()
+    )
     elements += sum(entry.num_bytes // 2 for entry in opened.trained.others().values())
     return COPIES * 4 * elements < _available_bytes()
 
@@ -95,7 +98,7 @@ def _rounded(opened: Opened, dtype: torch.dtype) -> Any:
 
 
 def plain(opened: Opened, dense: Callable[[str], Tensor]) -> Any:
-    """Return the model with nn.Linear in the place of every SplitLinear.
+    """Return the model with nn.Linear in the place of every SplitLinear, and embedding and head in float32.
 
     Args:
         dense: Returns a weight [O, I] by the name of its tensor in the quantized model.
@@ -107,6 +110,7 @@ def plain(opened: Opened, dense: Callable[[str], Tensor]) -> Any:
         made.weight = nn.Parameter(dense(linear.name).float(), requires_grad=False)
         made.register_parameter("bias", linear.bias)
         model.set_submodule(path, made)
+    unpack_tables(model, torch.float32)
     del model.split_record  # it has no SplitLinear now, and PEFT may add its layers
     return model
 

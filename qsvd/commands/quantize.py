@@ -98,7 +98,7 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> bool:
 
 def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) -> None:
     """Split what is not split yet, and write every shard that is not there."""
-    weights, errors, done, new = run.plan.weights, list[WeightError](), 0, 0
+    weights, errors, done, new = run.weights, list[WeightError](), 0, 0
     pending = [number for shard in run.shards for number in shard.weights if not folder.is_done(number)]
     tensors = stream(run.checkpoint, [weights[number] for number in pending])
     for shard in run.shards:

@@ -134,6 +134,9 @@ def _tensors(model: TrainedModel, stored: torch.dtype, dtype: torch.dtype) -> li
     for name, entry in model.split.tensors.items():
         if name in model.split.weights:
             new += _merged(model, name, composed, dtype)
+        elif name in model.split.tables and name not in full:
+            shape = tuple(model.split.tables[name]["shape"])
+            new.append(NewTensor(name, DTYPE_NAMES[dtype], shape, partial(_made, model.split.dense, name, dtype)))
         elif name in others and name not in full and entry.dtype == recast:
             new.append(NewTensor(name, DTYPE_NAMES[dtype], entry.shape, partial(_made, read, name, dtype)))
         elif name in others and name not in full:

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qsvd.errors import BadInput, listing
 from qsvd.files.safetensors import Entry
 from qsvd.files.source import Checkpoint
+from qsvd.plan.allocation import Table
 from qsvd.plan.conversions import Conversion, rows_of
 from qsvd.plan.weights import ModelPlan, Source, WeightSpec
 
@@ -210,6 +213,17 @@ def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
     if problems:
         raise BadInput(f"{checkpoint.name} is not the {plan.architecture} of its config: {'; '.join(problems)}")
     return plan
+
+
+def check_copies(checkpoint: Checkpoint, plan: ModelPlan, tables: Sequence[Table]) -> None:
+    """Refuse an embedding and a head that the config ties but that are two tensors with other values."""
+    for table in tables:
+        for name in (plan.spelling[other] for other in table.others if other in plan.spelling):
+            if not torch.equal(checkpoint.read(name), checkpoint.read(table.name)):
+                raise BadInput(
+                    f"{checkpoint.name}: {table.name} and {name} have other values, but config.json says that they are "
+                    "one tensor; correct tie_word_embeddings there"
+                )
 
 
 def _model_name(name: str, plan: ModelPlan, transforms: list) -> tuple[str, str, Any, str]:

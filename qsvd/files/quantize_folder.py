@@ -9,7 +9,7 @@ finished, the shard is written from their residual files, which are then removed
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,17 @@ class Sizes:
 
 
 def plan_shards(
-    checkpoint: Checkpoint, weights: Sequence[WeightSpec], allocation: Allocation, most_bytes: int
+    checkpoint: Checkpoint,
+    weights: Sequence[WeightSpec],
+    allocation: Allocation,
+    most_bytes: int,
+    dropped: Collection[str] = (),
 ) -> list[Shard]:
-    """Fill files in the order of the source, each up to `most_bytes`; a tensor larger than that has its own."""
+    """Fill files in the order of the source, each up to `most_bytes`; a tensor larger than that has its own.
+
+    Args:
+        dropped: Tensors of the source that are not copied.
+    """
     numbers: dict[str, list[int]] = {}  # of the weights, by the tensor that they begin in
     for number, spec in enumerate(weights):
         numbers.setdefault(spec.read_from[0].tensor, []).append(number)
@@ -66,6 +74,8 @@ def plan_shards(
     groups: list[list[int | str]] = [[]]
     sizes = [0]
     for name, entry in checkpoint.tensors.items():
+        if name in dropped:
+            continue
         parts: list[int | str] = [*numbers.get(name, ())] if name in split else [name]
         for part in parts:
             size = HEADER_BYTES + entry.num_bytes

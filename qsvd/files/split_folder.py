@@ -29,7 +29,7 @@ from qsvd.numerics.names import codec_named
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import NormalFloat
 
-FORMATS = (1, 2)  # of qsvd.json; in format 1 the components are in adapter/
+FORMATS = (1, 2, 3)  # of qsvd.json; in format 1 the components are in adapter/, format 3 has tables
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class SplitFolder:
     def weights(self) -> dict[str, dict[str, Any]]:
         """Return module, shape, role, codec, rank and file of every weight, by its tensor name."""
         return self.manifest["weights"]
+
+    @property
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """Return the same of a quantized embedding and head, which have no components."""
+        return self.manifest.get("tables", {})
+
+    @cached_property
+    def _packed(self) -> dict[str, dict[str, Any]]:
+        return self.weights | self.tables
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -61,22 +70,22 @@ class SplitFolder:
         return self.manifest["fingerprint"]
 
     def residual(self, name: str, *, mapped: bool = False) -> PackedBlocks:
-        """Read Q of one weight; with `mapped`, its bytes are read when they are used."""
+        """Read Q of one weight or table; with `mapped`, its bytes are read when they are used."""
         return self.stored(name).read(map_tensor if mapped else read_tensor)
 
     def stored(self, name: str) -> StoredResidual[TensorEntry]:
-        """Return the entries of the parts of Q of one weight."""
+        """Return the entries of the parts of Q of one weight or table."""
         codec, entries = self.codec(name), {key: self.tensors[key] for key in self._part_names(name)}
         if isinstance(codec, NormalFloat):
-            rows, columns = self.weights[name]["shape"]
+            rows, columns = self._packed[name]["shape"]
             return stored_packed(name, entries, (rows, columns), codec)
         state = entries.get(f"{name}.{QUANT_STATE}")
         return stored_residual(name, entries, b"" if state is None else read_tensor(state).numpy().tobytes())
 
     def codec(self, name: str) -> Codec:
         """Return the codec of one residual. Models of version 0.1.0 name none and have one codec for all."""
-        if "codec" in self.weights[name]:
-            return codec_named(self.weights[name]["codec"])
+        if "codec" in self._packed[name]:
+            return codec_named(self._packed[name]["codec"])
         return NormalFloat4(double_quant=self.manifest["run"]["double_quant"])
 
     @cached_property
@@ -88,7 +97,7 @@ class SplitFolder:
     @cached_property
     def residual_names(self) -> frozenset[str]:
         """Return the names of all tensors that are part of a residual."""
-        return frozenset(part for name in self.weights for part in self._part_names(name))
+        return frozenset(part for name in self._packed for part in self._part_names(name))
 
     def _part_names(self, name: str) -> list[str]:
         if isinstance(self.codec(name), NormalFloat):
@@ -99,7 +108,7 @@ class SplitFolder:
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Read B [O, R] and A [R, I] of one weight; return None at rank 0."""
-        if self.weights[name]["rank"] == 0:
+        if self._packed[name]["rank"] == 0:
             return None
         prefix = f"{ADAPTER_PREFIX}{self.weights[name]['module']}"
         up_OR, down_RI = (read_tensor(self.tensors[f"{prefix}.lora_{letter}.weight"]) for letter in "BA")
@@ -159,4 +168,4 @@ def _shards(folder: Path, manifest: dict[str, Any]) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    return sorted({weight["file"] for weight in manifest["weights"].values()})
+    return sorted({weight["file"] for weight in (manifest["weights"] | manifest.get("tables", {})).values()})

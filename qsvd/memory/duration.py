@@ -98,16 +98,18 @@ def quantize_time(model: SplitModelPlan, iterations: int, speed: Speed) -> Quant
 
     The output is written twice: weight by weight, and joined to shards.
     """
-    traffic = TRAFFIC * iterations * model.elements / (BYTES_PER_OPERATION * speed.flops.value)
+    in_tables = sum(math.prod(table.shape) for table in model.tables)
+    traffic = TRAFFIC * (iterations * model.elements + in_tables) / (BYTES_PER_OPERATION * speed.flops.value)
     products = _operations(model, iterations) / (EXACT_SHARE * speed.flops.value)
-    source = SIXTEEN_BITS * model.elements + model.dense.total
+    packed = sum(table.codec.num_bytes(table.shape) for table in model.tables)
+    source = SIXTEEN_BITS * (model.elements + in_tables) + model.dense.total - packed
     return QuantizeTime(products + traffic, source / speed.disk.value, 2 * base_bytes(model) / speed.disk.value)
 
 
 def _operations(model: SplitModelPlan, iterations: int) -> float:
     operations = 0.0
-    for spec in model.names.weights:
-        rank = model.allocation.choices[spec.module].rank
+    for spec, choice in model.all_choices.items():
+        rank = choice.rank
         columns = rank + max(OVERSAMPLE, rank // OVERSAMPLE_SHARE) if rank else 0
         passes = 2 * (FIRST_PASSES + iterations * LATER_PASSES)
         norms = 2 * 2 * LANCZOS_STEPS * PROBES

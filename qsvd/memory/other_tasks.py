@@ -19,11 +19,11 @@ SHARD = 5 * 10**9  # bytes of an output file
 
 def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> MemoryPlan:
     """Return the bytes while the largest weight is quantized and measured, on "cuda" or "cpu"."""
-    largest = max(model.names.weights, key=lambda spec: math.prod(spec.shape))
-    choices = model.allocation.choices
+    choices = model.all_choices
+    largest = max(choices, key=lambda spec: math.prod(spec.shape))
     factors = base_bytes(model) - model.dense.total - sum(block.residual for block in model.blocks)
     items = [
-        *_memory_items(largest.shape, choices[largest.module], device),
+        *_memory_items(largest.shape, choices[largest], device),
         Item("residual", disk=sum(block.residual for block in model.blocks)),
         Item("embeddings, norms, head", disk=model.dense.total),
         Item("factors, there twice while they are collected", disk=2 * factors),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qsvd.memory.items import block_of, page_bytes
-from qsvd.plan.allocation import Allocation
+from qsvd.plan.allocation import Allocation, Choice, Table
 from qsvd.plan.tensors import AdapterTensors, TensorShape, total_bytes
 from qsvd.plan.weights import ModelPlan, WeightSpec, build
 
@@ -95,6 +95,7 @@ class SplitModelPlan:
         allocation: Codec and stored rank of each weight.
         adapters: The tensors of each adapter, by the weight's tensor name.
         method: Of the adapters.
+        tables: The embedding and the head, if they are quantized.
     """
 
     skeleton: Skeleton
@@ -102,6 +103,7 @@ class SplitModelPlan:
     allocation: Allocation
     adapters: Mapping[str, AdapterTensors]
     method: str
+    tables: tuple[Table, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,6 +137,7 @@ class SplitModelPlan:
             for name, shape in self.names.shapes.items()
             if name not in split and name not in self.names.tied
         }
+        sizes |= {table.place: table.codec.num_bytes(table.shape) for table in self.tables if table.place in sizes}
         embeddings, head = _names(self.skeleton.model)
         parts = {
             "embeddings": embeddings,
@@ -143,6 +146,19 @@ class SplitModelPlan:
         }
         found = {part: sum(sizes[name] for name in names & sizes.keys()) for part, names in parts.items()}
         return Dense(**found, rest=sum(sizes.values()) + self.skeleton.buffers - sum(found.values()))
+
+    @property
+    def all_choices(self) -> dict[WeightSpec, Choice]:
+        """Codec and stored rank of all that is quantized: weights, embedding and head."""
+        chosen = {spec: self.allocation.choices[spec.module] for spec in self.names.weights}
+        return chosen | {table: Choice(table.codec, 0) for table in self.tables}
+
+    @cached_property
+    def decoded_head(self) -> int:
+        """Bytes of a quantized output head, decoded; 0 if it is in 16 bits."""
+        head = _names(self.skeleton.model)[1]
+        shapes = (table.shape for table in self.tables if head & {table.place, *table.others})
+        return sum(math.prod(shape) * self.dtype.itemsize for shape in shapes)
 
     @property
     def generates(self) -> bool:
@@ -156,7 +172,7 @@ class SplitModelPlan:
 
     @property
     def elements(self) -> int:
-        """How many numbers the quantized weights have."""
+        """How many numbers the quantized weights of the blocks have."""
         return sum(math.prod(spec.shape) for spec in self.names.weights)
 
     @property

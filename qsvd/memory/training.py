@@ -124,7 +124,13 @@ def moments_of(model: SplitModelPlan, training: Training) -> tuple[Moment, ...]:
     joined = passes * blocks[0].input if passes > 1 else 0  # the parts' outputs as one tensor, besides the parts
     found = [
         Moment("forward", below[-2] + joined, before, *_parts(blocks[-1].forward)),
-        Moment("loss", below[-1], before, loss=_loss(model, training, passes * blocks[-1].input)),
+        Moment(
+            "loss",
+            below[-1],
+            before,
+            decoding=model.decoded_head if training.has_loss else 0,
+            loss=_loss(model, training, passes * blocks[-1].input),
+        ),
         Moment("final norm", below[-1], before, block=_final_norm(model, passes * blocks[-1].input)),
         Moment("optimizer step", gradients=everything, optimizer=_state(model, training).workspace),
     ]

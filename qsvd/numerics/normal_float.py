@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
-from math import ceil
+from math import ceil, gcd
 from types import ModuleType
 
 import torch
@@ -196,6 +196,35 @@ class NormalFloat(Codec):
             zero = 2 ** (self.bits - 1) - 1
             codes[part] = codec.pack(codebook.nearest(scaled_BE.view(-1), self.bits), self.bits, filler=zero)
         return codes
+
+
+def rows_of(packed: PackedBlocks, rows_N: Tensor) -> Tensor:
+    """Return rows of a matrix in 8 bits, float32 [N, I], with the values of `decode`.
+
+    Args:
+        packed: Of a NormalFloat of 8 bits, whose scales are not nested or nested in 8 bits.
+        rows_N: int64 or int32, on the device of the matrix.
+
+    Raises:
+        IndexError: a row is outside the matrix (on a GPU the kernel stops).
+    """
+    (rows, columns), size = packed.shape, packed.codec.block_size
+    assert packed.codec.bits == 8, "codes of 8 bits are bytes"
+    codes_NI = packed.codes.view(rows, columns).index_select(0, rows_N)
+    run = gcd(columns, size)  # numbers of a row that have one scale
+    first_N1 = rows_N.long()[:, None] * (columns // run)
+    blocks_NP = (first_N1 + torch.arange(columns // run, device=rows_N.device)) // (size // run)
+    scales_NP = _scales_at(packed.scales, blocks_NP)
+    values_NI = codebook.levels(8, codes_NI.device)[codes_NI.int()]
+    return values_NI.view(len(codes_NI), columns // run, run).mul_(scales_NP[:, :, None]).view(codes_NI.shape)
+
+
+def _scales_at(scales: Tensor | NestedScales, blocks: Tensor) -> Tensor:
+    """Return the float32 scales of these blocks."""
+    if not isinstance(scales, NestedScales):
+        return scales[blocks].float()
+    assert scales.num_scales is None, "nested scales of 8 bits are bytes"
+    return scales.levels[scales.codes[blocks].int()] * scales.absmax[blocks // scales.block_size] + scales.offset
 
 
 def _kernels(matrix: Tensor) -> ModuleType | None:

@@ -16,9 +16,11 @@ from qsvd.option_types import (
     DataSplit,
     Device,
     DoubleQuant,
+    EmbeddingBits,
     Exclude,
     ExpertRank,
     Group,
+    HeadBits,
     Help,
     Include,
     LossOn,
@@ -123,6 +125,8 @@ class Quantize:
     svd: Annotated[Literal["randomized", "exact"], Help("exact is slow above a few thousand rows.")] = "randomized"
     dtype: StoredDtype = "bfloat16"
     double_quant: DoubleQuant = True
+    head_bits: HeadBits = None
+    embedding_bits: EmbeddingBits = None
 
     budget: Annotated[
         str | None,

@@ -23,8 +23,10 @@ from qsvd.option_types import (
     DataSplit,
     Device,
     DoubleQuant,
+    EmbeddingBits,
     ExpertRank,
     Group,
+    HeadBits,
     Help,
     Json,
     LayerMajor,
@@ -82,6 +84,8 @@ class TrainingOptions:
     allocation: Annotated[Allocation, SAME_RESULT] = None
     expert_rank: Annotated[ExpertRank, SAME_RESULT] = None
     double_quant: Annotated[DoubleQuant, SAME_RESULT] = True
+    head_bits: Annotated[HeadBits, SAME_RESULT] = None
+    embedding_bits: Annotated[EmbeddingBits, SAME_RESULT] = None
 
     learning_rate: Annotated[
         float | None, Group("schedule"), ABOVE_ZERO, Help("Default: 2e-5 for pissa, 2e-4 for lora, 1e-3 for edora.")

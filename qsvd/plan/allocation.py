@@ -12,16 +12,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
+
+from torch import nn
 
 from qsvd.errors import BadInput, listing
 from qsvd.numerics.codec import Codec
 from qsvd.numerics.names import codec_named, spelling
 from qsvd.numerics.nf4 import NormalFloat4
-from qsvd.plan.weights import WeightSpec
+from qsvd.plan.weights import ModelPlan, WeightSpec
+from qsvd.records import Role
 
 TITLE = "# qsvd allocation"
 EXPERT_RANK = 16  # of the components of an expert, unless another is asked for
 LEVELS_BYTES, NESTED_LEVELS_BYTES = 64, 1024  # float32 tables that bitsandbytes stores with every weight
+TABLE_CODECS = {8: "nf8-64-8x256", 4: "nf4-64-8x256"}  # of the embedding and the head, by bits
 STATE_BYTES = 320  # most bytes of the JSON of one weight's quantization state
 COLUMNS = ("weight", "codec", "rank", "bits", "error")
 
@@ -36,6 +41,19 @@ class Choice:
     def num_bytes(self, shape: tuple[int, int], factor_bytes: int = 2) -> int:
         """Return the bytes stored for an [O, I] weight: the residual, and factors of `factor_bytes` per number."""
         return residual_bytes(self.codec, shape) + factor_bytes * self.rank * sum(shape)
+
+
+@dataclass(frozen=True)
+class Table(WeightSpec):
+    """The token embedding or the output head, quantized without components; its module is the one that holds it.
+
+    Args:
+        codec: Of its residual.
+        others: Names in the model that share the tensor: a tied head, the embedding of a decoder.
+    """
+
+    codec: Codec = field(kw_only=True)
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,100 @@ def uniform(weights: Sequence[WeightSpec], choice: Choice, expert_rank: int | No
     rank = min(choice.rank, EXPERT_RANK) if expert_rank is None else expert_rank
     of_expert = Choice(choice.codec, rank)
     return Allocation({spec.module: of_expert if spec.stack else choice for spec in weights})
+
+
+def check_ranks(allocation: Allocation, weights: Sequence[WeightSpec]) -> None:
+    """Refuse, by BadInput, a rank above the shorter side of a weight."""
+    for flag, kind in (
+        ("--rank", [s for s in weights if not s.stack]),
+        ("--expert-rank", [s for s in weights if s.stack]),
+    ):
+        small = [spec for spec in kind if min(spec.shape) < allocation.choices[spec.module].rank]
+        if small:
+            rank, limit = allocation.choices[small[0].module].rank, min(min(spec.shape) for spec in kind)
+            raise BadInput(
+                f"{flag} {rank} is above the shorter side of {len(small)} weights: "
+                f"{listing([f'{spec.module} {list(spec.shape)}' for spec in small])}; "
+                f"give at most {limit}, or --exclude them"
+            )
+
+
+def with_tables(allocation: Allocation, tables: Sequence[Table]) -> Allocation:
+    """Return the allocation with the choices of embedding and head."""
+    choices = {table.module: Choice(table.codec, 0) for table in tables}
+    return Allocation({**allocation.choices, **choices}, allocation.errors, allocation.remarks)
+
+
+def usual_codec(*, double_quant: bool, packed: bool) -> Codec:
+    """Return the codec without a budget: bitsandbytes' NF4, or the same in qsvd's layout for a `packed` model."""
+    if not packed:
+        return NormalFloat4(double_quant=double_quant)
+    return codec_named("nf4-64-8x256" if double_quant else "nf4-64-fp32")
+
+
+def tables_of(plan: ModelPlan, head_bits: int | None, embedding_bits: int | None) -> tuple[Table, ...]:
+    """Return the embedding and the head that are to be quantized, under the names of the checkpoint if it is known.
+
+    A tied head is not in the list: it shares the tensor of the embedding, which is quantized once.
+
+    Args:
+        plan: With its model.
+
+    Raises:
+        BadInput: the model has none, or its layer is of another kind; 4 bits are asked for a tied head.
+    """
+    if head_bits is None and embedding_bits is None:
+        return ()
+    assert plan.model is not None, "plan_model keeps it"
+    model, paths = plan.model, {id(module): path for path, module in plan.model.named_modules()}
+    head: Any = model.get_output_embeddings()
+    if head_bits is not None and (head is None or type(head) is not nn.Linear):
+        raise BadInput(f"--head-bits: {plan.architecture} has no output head that is a plain nn.Linear; leave it out")
+    embedding = _embedding_of(plan) if embedding_bits is not None or shared(plan, paths[id(head)]) else None
+    others = () if embedding is None else shared(plan, paths[id(embedding)])
+    is_tied = head is not None and f"{paths[id(head)]}.weight" in others
+    if is_tied and head_bits == 4:
+        raise BadInput(
+            f"--head-bits 4: the output head of {plan.architecture} shares its tensor with the token embedding, which "
+            "takes 8 bits; give --head-bits 8"
+        )
+    found = []
+    if embedding is not None:
+        found.append(_table(plan, paths[id(embedding)], "embedding", 8, others))
+    if head_bits is not None and not is_tied:
+        found.append(_table(plan, paths[id(head)], "head", head_bits, ()))
+    return tuple(found)
+
+
+def _embedding_of(plan: ModelPlan) -> nn.Embedding:
+    assert plan.model is not None, "plan_model keeps it"
+    try:
+        embedding = plan.model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if not isinstance(embedding, nn.Embedding):
+        raise BadInput(f"{plan.architecture} has no token embedding that can be quantized; leave --embedding-bits out")
+    return embedding
+
+
+def shared(plan: ModelPlan, path: str) -> tuple[str, ...]:
+    """Return the names of the model that share the weight of a module, without its own."""
+    own = f"{path}.weight"
+    source = plan.tied.get(own, own)
+    group = {source, *(name for name, other in plan.tied.items() if other == source)}
+    return tuple(sorted(group - {own}))
+
+
+def _table(plan: ModelPlan, path: str, role: Role, bits: int, others: tuple[str, ...]) -> Table:
+    name = f"{path}.weight"
+    rows, columns = plan.shapes[name]
+    if plan.spelling and name not in plan.spelling:
+        raise BadInput(
+            f"the checkpoint has no tensor for {name}, but for {listing(others)}, which shares it; load the model with "
+            "transformers, save it again, and quantize that"
+        )
+    spelled = plan.spelling.get(name, name)
+    return Table(spelled, path, (rows, columns), role, -1, codec=codec_named(TABLE_CODECS[bits]), others=others)
 
 
 def stored_bytes(allocation: Allocation, weights: Sequence[WeightSpec], factor_bytes: int = 2) -> int:

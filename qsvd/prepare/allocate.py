@@ -19,7 +19,7 @@ from qsvd.files.statistics import CostsFile, Statistics, statistics_for
 from qsvd.memory.device import device_of
 from qsvd.numerics.names import codec_named
 from qsvd.options import Allocate, Quantize
-from qsvd.plan.allocation import TITLE
+from qsvd.plan.allocation import TITLE, Allocation, Table, from_text, mixing_problems, with_tables
 from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import grid_of
 from qsvd.plan.solve import AllocationProblem, AllocationResult, check_feasible, over_norms, solve
@@ -264,3 +264,19 @@ def _measure(run: AllocateRun, spec: WeightSpec, weight_OI: Tensor, ranks: Seque
         ) from error
     except ValueError as error:
         raise BadInput(f"{run.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
+
+
+def read_table(file: Path, weights: Sequence[WeightSpec], tables: Sequence[Table]) -> tuple[Allocation, str]:
+    """Return the allocation of a table and its text; a BadInput where it cannot be read or does not fit the weights.
+
+    Args:
+        tables: Embedding and head, which do not go with bitsandbytes' NF4.
+    """
+    try:
+        text = file.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--allocation {file} cannot be read as a text file: {error}") from error
+    allocation = from_text(text, weights, f"--allocation {file}")
+    if wrong := mixing_problems(choice.codec for choice in with_tables(allocation, tables).choices.values()):
+        raise BadInput(f"--allocation {file} with --head-bits or --embedding-bits: {wrong[0]}")
+    return allocation, text

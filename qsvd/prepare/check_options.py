@@ -275,6 +275,8 @@ def _check_quantizing(options: TrainingOptions, name: str) -> None:
         "--allocation": options.allocation is not None,
         "--expert-rank": options.expert_rank is not None,
         "--no-double-quant": not options.double_quant,
+        "--head-bits": options.head_bits is not None,
+        "--embedding-bits": options.embedding_bits is not None,
         "--quantized": isinstance(options, Train) and options.quantized is not None,
     }
     if given := [flag for flag, is_given in chosen.items() if is_given]:

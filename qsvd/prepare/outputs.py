@@ -57,6 +57,8 @@ def tensors_of(run: QuantizeRun, spec: WeightSpec, split: Split) -> tuple[dict[s
         residual = residual_tensors(spec.name, split.residual, run.compute_dtype)
     else:
         residual = packed_tensors(spec.name, split.residual)
+    if spec.role == "embedding":
+        residual[spec.name] = residual[spec.name].view(spec.shape)
     return {name: tensor.cpu() for name, tensor in residual.items()}, adapter_tensors(spec.module, split)
 
 
@@ -79,9 +81,9 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
 
     A weight whose record is null was drawn, not split: it has no error, and the report says so.
     """
-    digests = {spec.name: folder.residual_sha256(number) for number, spec in enumerate(run.plan.weights)}
+    digests = {spec.name: folder.residual_sha256(number) for number, spec in enumerate(run.weights)}
     base = fingerprint(digests)
-    records = [folder.weight_record(number) for number in range(len(run.plan.weights))]
+    records = [folder.weight_record(number) for number in range(len(run.weights))]
     errors = [from_record(record) for record in records if record is not None]
     if run.header.rank > 0:
         _write_adapter(run, folder, base)
@@ -125,7 +127,7 @@ def _write_adapter(run: QuantizeRun, folder: OutputFolder, base: str) -> None:
 def _quantization(run: QuantizeRun) -> dict[str, Any]:
     """Return the quantization_config of config.json."""
     if not run.is_plain:
-        return packed_config(run.resolved, run.compute_dtype, {spec.module: spec.stack for spec in run.plan.weights})
+        return packed_config(run.everything, run.compute_dtype, {spec.module: spec.stack for spec in run.weights})
     nested, skipped = run.header.codec == "nf4+dq", list(run.skipped)
     whole, _ = joined_layers(skipped, [spec.module for spec in run.plan.weights])
     return quantization_config(
@@ -169,17 +171,18 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
             "module": spec.module,
             "shape": list(spec.shape),
             "role": spec.role,
-            "codec": spelling(run.resolved.choices[spec.module].codec),
-            "rank": run.resolved.choices[spec.module].rank,
+            "codec": spelling(run.everything.choices[spec.module].codec),
+            "rank": run.everything.choices[spec.module].rank,
             "file": file_of[number],
             "residual_sha256": digests[spec.name],
         }
         | _origin(run, spec)
-        for number, spec in enumerate(run.plan.weights)
+        for number, spec in enumerate(run.weights)
     }
+    tables = {table.name: weights.pop(table.name) for table in run.tables}
     checkpoint = run.checkpoint
     return {
-        "format": FORMATS[-1],
+        "format": FORMATS[2 if tables else 1],  # version 0.2 reads 1 and 2, and would read codes as a dense table
         "fingerprint": base,
         "source": {
             "model": checkpoint.name,
@@ -191,7 +194,7 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
         "versions": {"qsvd": qsvd.__version__} | {name: version(name) for name in LIBRARIES},
         "header": asdict(run.header),
         "weights": weights,
-    }
+    } | ({"tables": tables} if tables else {})
 
 
 def _origin(run: QuantizeRun, spec: WeightSpec) -> dict[str, Any]:
@@ -236,8 +239,8 @@ def planned_tables(run: QuantizeRun) -> RenderableType:
 def _alike(run: QuantizeRun) -> Iterator[tuple[str, int, str, str, str, str]]:
     """Yield layers that differ in their number only, "model.layers.0-31.mlp.up_proj": how many, what each becomes."""
     numbers: dict[tuple[str, ...], list[int]] = {}
-    for spec in run.plan.weights:
-        choice = run.resolved.choices[spec.module]
+    for spec in run.weights:
+        choice = run.everything.choices[spec.module]
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", spec.module)
         shape = f"{spec.shape[0]} x {spec.shape[1]}"
         numbers.setdefault((pattern, spec.role, shape, spelling(choice.codec), str(choice.rank)), []).append(spec.layer)

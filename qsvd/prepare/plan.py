@@ -23,14 +23,13 @@ from qsvd.memory.items import Limits
 from qsvd.memory.placement import Wish
 from qsvd.memory.split_model import SplitModelPlan, skeleton
 from qsvd.memory.training import Training
-from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.options import Plan, Quantize, Train, TrainingOptions
-from qsvd.plan.allocation import Allocation, Choice, uniform
+from qsvd.plan.allocation import Allocation, Choice, Table, tables_of, uniform, usual_codec
 from qsvd.plan.budget import assumed, most_rank_within
 from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
+from qsvd.prepare.allocate import read_table
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import Machine, machine, measured_flops, measured_link
-from qsvd.prepare.quantize import read_table
 from qsvd.prepare.train import (
     PlannedRun,
     adapter_options_of,
@@ -204,14 +203,15 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
     names = plan_model(config, exclude=stacks)
     empty = skeleton(config, dtype)
     is_plain = adapter.method == "lora" and options.allocation is None
-    allocation_of = _allocation_of(options, names.weights)
+    tables = tables_of(names, options.head_bits, options.embedding_bits)
+    allocation_of = _allocation_of(options, names.weights, tables)
     if options.allocation is not None and adapter.method is None:
         method = default_method(choice.rank for choice in allocation_of(0).choices.values())
         adapter = replace(adapter, method=method)
 
     def make(rank: int) -> SplitModelPlan:
         trained = replace(adapter, rank=(rank or None) if adapter.method == "lora" else None)
-        return planned(empty, names, allocation_of(0 if is_plain else rank), options=trained)
+        return replace(planned(empty, names, allocation_of(0 if is_plain else rank), options=trained), tables=tables)
 
     is_fixed = options.allocation is not None and adapter.method != "lora"
     most_rank = min(min(spec.shape) for spec in [s for s in names.weights if not s.stack] or names.weights)
@@ -241,15 +241,17 @@ def _notes(options: Plan, stacks: Sequence[str], *, is_plain: bool) -> tuple[str
     return notes
 
 
-def _allocation_of(options: Plan, weights: Sequence[WeightSpec]) -> Callable[[int], Allocation]:
+def _allocation_of(
+    options: Plan, weights: Sequence[WeightSpec], tables: Sequence[Table]
+) -> Callable[[int], Allocation]:
     """Return the function from a rank to an allocation: NF4, a mixture that fits the budget, or the given table."""
     if options.allocation is not None:
-        table, _ = read_table(options.allocation, weights)
+        table, _ = read_table(options.allocation, weights, tables)
         return lambda _: table
     budget = options.budget
     if budget is not None:
         return cache(partial(assumed, weights, budget))
-    codec = NormalFloat4(double_quant=options.double_quant)
+    codec = usual_codec(double_quant=options.double_quant, packed=bool(tables))
     return lambda rank: uniform(weights, Choice(codec, rank), options.expert_rank)
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split, measure
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
+from qsvd.files.check import check_copies
 from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, plan_shards, sizes_of
 from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import Statistics, statistics_for
@@ -26,9 +26,30 @@ from qsvd.numerics.names import spelling
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.option_types import result_options
 from qsvd.options import Quantize
-from qsvd.plan.allocation import Allocation, Choice, from_text, residual_bits, to_text, uniform
+from qsvd.plan.allocation import (
+    Allocation,
+    Choice,
+    Table,
+    check_ranks,
+    from_text,
+    residual_bits,
+    residual_bytes,
+    tables_of,
+    to_text,
+    uniform,
+    usual_codec,
+    with_tables,
+)
 from qsvd.plan.weights import ModelPlan, WeightSpec, coverage
-from qsvd.prepare.allocate import AllocateRun, allocate_run, check_measuring, is_sealed, measure_and_solve, sealed
+from qsvd.prepare.allocate import (
+    AllocateRun,
+    allocate_run,
+    check_measuring,
+    is_sealed,
+    measure_and_solve,
+    read_table,
+    sealed,
+)
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import machine, seed_of
 from qsvd.prepare.models import open_16_bit
@@ -49,6 +70,7 @@ class QuantizeRun:
         shard_bytes: Most bytes of one output file.
         allocation: Codec and rank of every weight; None until `resolve_allocation` has spent the budget.
         table: The text of an allocation table; None where all weights get the same codec and rank.
+        tables: The embedding and the head, if they are quantized too.
     """
 
     options: Quantize
@@ -59,6 +81,7 @@ class QuantizeRun:
     shard_bytes: int
     allocation: Allocation | None
     table: str | None
+    tables: tuple[Table, ...] = ()
 
     @property
     def out(self) -> Path:
@@ -70,6 +93,16 @@ class QuantizeRun:
         """The allocation, which is known by now."""
         assert self.allocation is not None, "resolve_allocation comes before the work"
         return self.allocation
+
+    @property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        """All that is quantized: the weights of the blocks, then embedding and head."""
+        return (*self.plan.weights, *self.tables)
+
+    @cached_property
+    def everything(self) -> Allocation:
+        """The allocation with embedding and head."""
+        return with_tables(self.resolved, self.tables)
 
     @property
     def is_plain(self) -> bool:
@@ -108,12 +141,15 @@ class QuantizeRun:
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         """The output files, in order."""
-        return tuple(plan_shards(self.checkpoint, self.plan.weights, self.resolved, self.shard_bytes))
+        dropped = [
+            self.plan.spelling[name] for table in self.tables for name in table.others if name in self.plan.spelling
+        ]
+        return tuple(plan_shards(self.checkpoint, self.weights, self.everything, self.shard_bytes, dropped))
 
     @cached_property
     def sizes(self) -> Sizes:
         """The bytes that the run reads and writes."""
-        return sizes_of(self.checkpoint, self.plan.weights, self.shards, self.resolved, self.dtype)
+        return sizes_of(self.checkpoint, self.weights, self.shards, self.everything, self.dtype)
 
     @cached_property
     def skipped(self) -> tuple[str, ...]:
@@ -140,8 +176,9 @@ class QuantizeRun:
     @property
     def header(self) -> ReportHeader:
         """The head of the reports."""
-        options, choices, is_plain = self.options, self.resolved.choices.values(), self.resolved.is_plain
-        ranks = [choice.rank for choice in choices]
+        options, choices, is_plain = self.options, self.everything.choices.values(), self.resolved.is_plain
+        ranks = [choice.rank for choice in self.resolved.choices.values()]
+        quantized = replace(self.plan, weights=self.weights)
         return ReportHeader(
             model=options.model,
             codec=codec_words([choice.codec for choice in choices]),
@@ -149,20 +186,21 @@ class QuantizeRun:
             order=options.order,
             iterations=options.iterations,
             end=options.end,
-            coverage=coverage(self.plan, {name: self.checkpoint.tensors[name].shape for name in self.plan.unknown}),
+            coverage=coverage(quantized, {name: self.checkpoint.tensors[name].shape for name in self.plan.unknown}),
             least_rank=min(ranks),
-            residual_bits=None if is_plain else residual_bits(self.resolved, self.plan.weights),
+            residual_bits=None if is_plain else residual_bits(self.everything, self.weights),
             quantizer="bitsandbytes" if self.is_plain else "qsvd",
             objective="fisher" if options.objective == "fisher" else "plain",
         )
 
     def recipe(self, module: str) -> Recipe:
         """Return how the weight of a module is split."""
-        return _recipe(self.options, self.resolved.choices[module])
+        return _recipe(self.options, self.everything.choices[module])
 
     def objective(self, module: str) -> Objective:
         """Return what the split of a module's weight minimizes; a BadInput where its statistics are damaged."""
-        if self.statistics is None or self.options.objective != "fisher":
+        is_table = module not in self.resolved.choices
+        if is_table or self.statistics is None or self.options.objective != "fisher":
             return PLAIN
         return self.statistics.objective(module)
 
@@ -201,11 +239,14 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
     device = device_of(options.device)
     checkpoint, plan = open_16_bit(options.model, options.include, options.exclude, checkpoint)
     allocation, table = None, None
+    tables = tables_of(plan, options.head_bits, options.embedding_bits)
+    check_copies(checkpoint, plan, tables)
+    choice = replace(choice, codec=usual_codec(double_quant=options.double_quant, packed=bool(tables)))
     if options.allocation is not None:
-        allocation, table = read_table(options.allocation, plan.weights)
+        allocation, table = read_table(options.allocation, plan.weights, tables)
     elif is_uniform:
         allocation = uniform(plan.weights, choice, options.expert_rank)
-        _check_ranks(allocation, plan.weights)
+        check_ranks(allocation, plan.weights)
     run = QuantizeRun(
         options=options,
         checkpoint=checkpoint,
@@ -215,6 +256,7 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
         shard_bytes=parse_size(options.shard_size, "--shard-size"),
         allocation=allocation,
         table=table,
+        tables=tables,
     )
     # refuses a budget that cannot be met, or names that transformers cannot tell apart
     _ = run.measuring if allocation is None else run.skipped
@@ -259,9 +301,12 @@ def check_resources(run: QuantizeRun) -> None:
     measuring = run.measuring
     if not measuring.out.is_file():  # an earlier run measured the weights and solved the budget
         check_measuring(measuring)
-    split = {source.tensor for spec in run.plan.weights for source in spec.read_from}
+    split = {source.tensor for spec in run.weights for source in spec.read_from}
     copied = sum(tensor.num_bytes for name, tensor in run.checkpoint.tensors.items() if name not in split)
-    check_room(run.out, 2 * measuring.task.budget.num_bytes + copied)  # at worst all of the budget is there twice
+    packed = sum(residual_bytes(table.codec, table.shape) for table in run.tables)
+    check_room(
+        run.out, 2 * (measuring.task.budget.num_bytes + packed) + copied
+    )  # at worst all of the budget is there twice
 
 
 def check_room(out: Path, num_bytes: int) -> None:
@@ -284,35 +329,11 @@ def _recipe(options: Quantize, choice: Choice) -> Recipe:
 
 def _check_memory(run: QuantizeRun) -> None:
     """Refuse a run whose largest weight cannot be split in the memory that is free."""
-    largest = max(run.plan.weights, key=lambda spec: math.prod(spec.shape))
-    choice, free = run.resolved.choices[largest.module], machine(run.device, run.compute_dtype).limits
+    largest = max(run.weights, key=lambda spec: math.prod(spec.shape))
+    choice, free = run.everything.choices[largest.module], machine(run.device, run.compute_dtype).limits
     plan = plan_splitting(largest.shape, choice, run.device.type, free, weighted=run.options.objective == "fisher")
     if not plan.fits:
         raise DoesNotFit(
             f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close other programs that use it, give "
-            "another --device, or --exclude the weight"
+            f"another --device, or {'leave it in 16 bits' if largest in run.tables else '--exclude the weight'}"
         )
-
-
-def _check_ranks(allocation: Allocation, weights: Sequence[WeightSpec]) -> None:
-    for flag, kind in (
-        ("--rank", [s for s in weights if not s.stack]),
-        ("--expert-rank", [s for s in weights if s.stack]),
-    ):
-        small = [spec for spec in kind if min(spec.shape) < allocation.choices[spec.module].rank]
-        if small:
-            rank, limit = allocation.choices[small[0].module].rank, min(min(spec.shape) for spec in kind)
-            raise BadInput(
-                f"{flag} {rank} is above the shorter side of {len(small)} weights: "
-                f"{listing([f'{spec.module} {list(spec.shape)}' for spec in small])}; "
-                f"give at most {limit}, or --exclude them"
-            )
-
-
-def read_table(file: Path, weights: Sequence[WeightSpec]) -> tuple[Allocation, str]:
-    """Return the allocation of a table and its text; a BadInput where it cannot be read or does not fit the weights."""
-    try:
-        text = file.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--allocation {file} cannot be read as a text file: {error}") from error
-    return from_text(text, weights, f"--allocation {file}"), text

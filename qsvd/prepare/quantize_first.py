@@ -59,6 +59,8 @@ def prepare_training(options: Train) -> TrainRun | FirstRun:
         budget=None,
         allocation=None,
         double_quant=True,
+        head_bits=None,
+        embedding_bits=None,
         quantized=None,
     )
     known: dict[str, Any] = {field.name: getattr(run, field.name) for field in fields(run)} | {"options": then}
@@ -96,6 +98,8 @@ def _quantize_options(options: Train, rank: int) -> Quantize:
         rank=rank,
         expert_rank=options.expert_rank,
         double_quant=options.double_quant,
+        head_bits=options.head_bits,
+        embedding_bits=options.embedding_bits,
         device=options.device,
     )
     if options.allocation is not None:
@@ -110,7 +114,13 @@ def _folder(options: Train, rank: int) -> Path:
     name = hub_id(options.base, None) or os.path.abspath(Path(options.base).expanduser())
     model, bits = Path(name).name, "nf4" if options.double_quant else "nf4-plain"
     if options.allocation is not None:
-        return options.out.parent / f"{model}-{options.allocation.stem}"
+        return options.out.parent / f"{model}-{options.allocation.stem}{_table_bits(options)}"
     if options.budget is not None:
         bits = "".join(options.budget.split())
-    return options.out.parent / f"{model}-{bits}-r{rank}"
+    return options.out.parent / f"{model}-{bits}-r{rank}{_table_bits(options)}"
+
+
+def _table_bits(options: Train) -> str:
+    """Return the end of the name of OUT: "-head8" if the head has 8 bits."""
+    bits = {"head": options.head_bits, "embedding": options.embedding_bits}
+    return "".join(f"-{name}{count}" for name, count in bits.items() if count is not None)

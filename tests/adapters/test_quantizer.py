@@ -350,8 +350,8 @@ def test_a_config_with_other_keys_is_refused(copied):
 def test_paths_that_the_model_has_not_are_refused_all_at_once(copied):
     paths = [Q_PROJ, "model.layers.2.self_attn.q_proj", "model.norm", "model.layers.0.mlp"]
     sentence = (
-        r"the quantization_config names 3 modules that are not linear layers of a LlamaForCausalLM with a weight of "
-        r"their own: model\.layers\.2\.self_attn\.q_proj, model\.norm, model\.layers\.0\.mlp"
+        r"the quantization_config names 3 modules that are neither embeddings nor linear layers of a LlamaForCausalLM "
+        r"with a weight of their own: model\.layers\.2\.self_attn\.q_proj, model\.norm, model\.layers\.0\.mlp"
     )
     refused(copied, sentence, codecs={"nf3-64-bf16": paths})
 

@@ -16,7 +16,7 @@ from qsvd.decompose.split import measure
 from qsvd.numerics import normal_float
 from qsvd.numerics.codec import NestedScales, from_bytes
 from qsvd.numerics.nf4 import NormalFloat4
-from qsvd.numerics.normal_float import Nesting, NormalFloat
+from qsvd.numerics.normal_float import Nesting, NormalFloat, rows_of
 from tests import normal_floats, reference
 
 UNIT = 2.0**-24  # float32 rounds within this, relatively
@@ -368,3 +368,15 @@ def test_block_sizes_that_no_codec_has_are_refused(size):
 def test_scales_of_another_kind_are_refused(scales):
     with pytest.raises(ValueError, match=f"scales are float32, float16, bfloat16 or a Nesting, not {scales}"):
         NormalFloat(bits=3, scales=scales)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 96), (9, 128)])
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, Nesting(8, 256), Nesting(8, 16)])
+def test_rows_are_those_of_the_matrix(shape, scales):
+    packed = NormalFloat(bits=8, scales=scales).encode(gaussian(*shape, seed=7))
+    rows = torch.randint(shape[0], (11,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rows_of(packed, rows), packed.decode()[rows])
+    assert rows_of(packed, rows[:0]).shape == (0, shape[1])
+    for outside in (-1, shape[0]):
+        with pytest.raises((IndexError, RuntimeError), match=r"out of range|out of bounds"):
+            rows_of(packed, torch.tensor([outside]))

@@ -105,7 +105,8 @@ def test_what_has_no_total_is_refused(samples):
     with refused("no weight was measured, so there is no total"):
         totals([])
     with refused(
-        "unknown role neck, tail; a weight's role is one of q, k, v, o, gate, up, down, expert up, expert down, other"
+        "unknown role neck, tail; a weight's role is one of q, k, v, o, gate, up, down, expert up, expert down, other, "
+        "embedding, head"
     ):
         totals([replace(first, role="tail"), replace(second, role="neck")])
     with refused(f"weights measured more than once: {first.name}, {second.name}"):
