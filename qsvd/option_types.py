@@ -122,6 +122,7 @@ Objective = Annotated[
 ]
 Include = Annotated[tuple[str, ...], Help("Layers to use, e.g. '*.self_attn.*'. Default: all.", "GLOB ...")]
 Exclude = Annotated[tuple[str, ...], Help("Layers to leave in 16 bits.", "GLOB ...")]
+IncludeTowers = Annotated[bool, Help("Also quantize the encoders of images and sound.")]
 Map = Annotated[tuple[str, ...], Help("Rename columns of the data to the names that qsvd knows.", "COLUMN=NAME ...")]
 DataSplit = Annotated[str, Help("Split of a Hub data set or a folder.")]
 MaxLength = Annotated[

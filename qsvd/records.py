@@ -46,16 +46,21 @@ class WeightError:
 
 @dataclass(frozen=True)
 class LeftTensors:
-    """Tensors that are not split and differ only in their numbers, "model.layers.*.input_layernorm.weight"."""
+    """Tensors that are not split and differ only in their numbers, "model.layers.*.input_layernorm.weight".
+
+    reason is why a linear layer of the blocks is not split, "" for all other tensors.
+    """
 
     pattern: str
     count: int
     elements: int
+    reason: str = ""
 
     @property
     def size(self) -> str:
-        """Number of tensors and elements, in words."""
-        return f"{self.count:,} {'tensor' if self.count == 1 else 'tensors'}, {self.elements:,} elements"
+        """Number of tensors and elements, and the reason, in words."""
+        words = f"{self.count:,} {'tensor' if self.count == 1 else 'tensors'}, {self.elements:,} elements"
+        return f"{words}: {self.reason}" if self.reason else words
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import transformers
 SHARED_MODELS = Path(__file__).parents[2] / "shared" / "models"
 
 COMMON = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 96,
@@ -20,8 +20,8 @@ FAMILIES = {  # class -> (config class, options)
     "LlamaForCausalLM": ("LlamaConfig", GROUPED),
     "MistralForCausalLM": ("MistralConfig", GROUPED),
     "Qwen2ForCausalLM": ("Qwen2Config", GROUPED),
-    "Qwen3ForCausalLM": ("Qwen3Config", GROUPED | {"head_dim": 8}),
-    "GemmaForCausalLM": ("GemmaConfig", GROUPED | {"head_dim": 8}),
+    "Qwen3ForCausalLM": ("Qwen3Config", GROUPED | {"head_dim": 16}),
+    "GemmaForCausalLM": ("GemmaConfig", GROUPED | {"head_dim": 16}),
     "PhiForCausalLM": ("PhiConfig", GROUPED),
     "Phi3ForCausalLM": ("Phi3Config", GROUPED | {"pad_token_id": 0}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", COMMON),
@@ -30,19 +30,19 @@ FAMILIES = {  # class -> (config class, options)
     "RobertaForMaskedLM": ("RobertaConfig", COMMON),
     "OPTForCausalLM": (
         "OPTConfig",
-        {k: v for k, v in COMMON.items() if k != "intermediate_size"} | {"ffn_dim": 64, "word_embed_proj_dim": 16},
+        {k: v for k, v in COMMON.items() if k != "intermediate_size"} | {"ffn_dim": 128, "word_embed_proj_dim": 32},
     ),
     "T5ForConditionalGeneration": (
         "T5Config",
-        {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 96},
+        {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 96},
     ),
     "MusicgenForCausalLM": (
         "MusicgenDecoderConfig",
-        {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_codebooks": 2}
+        {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_codebooks": 2}
         | {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 0},
     ),
     "ViTModel": ("ViTConfig", {k: v for k, v in COMMON.items() if k != "vocab_size"} | {"image_size": 32}),
-    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}),
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96}),
     "MixtralForCausalLM": ("MixtralConfig", GROUPED | {"num_local_experts": 4}),
     "GptOssForCausalLM": (
         "GptOssConfig",

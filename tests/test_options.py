@@ -35,6 +35,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "time_limit": 60.0,
         "include": (),
         "exclude": (),
+        "include_towers": False,
         "dtype": "bfloat16",
         "device": "auto",
         "seed": 0,
@@ -77,6 +78,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "allocation": None,
         "include": (),
         "exclude": (),
+        "include_towers": False,
         "shard_size": "5GB",
         "device": "auto",
         "seed": 0,
@@ -220,11 +222,12 @@ AGREED["plan"] = {
     "json": False,
 } | {name: default for name, default in AGREED["train"].items() if name not in NOT_SHARED}
 READERS = {
-    "calibrate": ("prepare/calibrate", "commands/calibrate"),
+    "calibrate": ("prepare/models", "prepare/calibrate", "commands/calibrate"),
     "plan": ("prepare/check_options", "prepare/plan", "prepare/train", "data/examples", "commands/plan"),
-    "allocate": ("prepare/allocate", "commands/allocate"),
+    "allocate": ("prepare/models", "prepare/allocate", "commands/allocate"),
     "quantize": (
         "export/hub",
+        "prepare/models",
         "prepare/check_options",
         "prepare/quantize",
         "prepare/allocate",
@@ -321,6 +324,7 @@ ADDED = {
     ("train", name) for name in ("target_modules", "dropout", "rslora", "keep_best", "early_stopping", "train_experts")
 } | {
     ("quantize", "expert_rank"),
+    ("quantize", "include_towers"),
     ("quantize", "head_bits"),
     ("quantize", "embedding_bits"),
 }  # since: compared if they are given

@@ -48,10 +48,21 @@ class SplitLinear(nn.Module):
         adapter: The trained part, on the device.
         bias: Frozen, [O] in the compute dtype, or None.
         name: Name of the weight's tensor in the files of the quantized model.
+        dtype: Of the model, in which `weight` is read.
     """
 
-    def __init__(self, residual: PackedBlocks | PagedResidual, adapter: Adapter, bias: Tensor | None, name: str = ""):
+    like: Tensor
+
+    def __init__(
+        self,
+        residual: PackedBlocks | PagedResidual,
+        adapter: Adapter,
+        bias: Tensor | None,
+        name: str = "",
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # cast and moved with the model
         self.name = name
         self.out_features, self.in_features = residual.shape
         self.adapter = adapter
@@ -71,6 +82,17 @@ class SplitLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         parts = {part: self.get_buffer(part) for part in self.codec.parts(shape)}
         return from_bytes(parts, shape, self.codec, self._nested_block)
+
+    @property
+    def weight(self) -> Tensor:
+        """W' [O, I] in the dtype of the model, without a gradient, for code that reads it past `forward`."""
+        with torch.no_grad():
+            up_OK, down_KI = self.adapter.factors()
+            dense_OI = self.residual.decode().addmm_(up_OK.float(), down_KI.float())
+            gain_O = self.adapter.gain()
+            if gain_O is not None:
+                dense_OI *= gain_O.float()[:, None]
+            return dense_OI.to(self.like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] to [..., O] in the dtype of x, or of autocast if that is on."""

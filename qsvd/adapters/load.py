@@ -30,8 +30,9 @@ from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import ADAPTER_RECORD
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.items import EVERYTHING, Placement
+from qsvd.plan.rules import is_linear
 from qsvd.plan.targets import is_expert
-from qsvd.plan.weights import ModelPlan, describe
+from qsvd.plan.weights import ModelPlan, build, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -66,7 +67,8 @@ def start_head(model: Any, plan: ModelPlan, *, is_classifier: bool, seed: int) -
     """
     device = next(p.device for p in model.parameters() if not p.is_meta)
     empty = [name for name, p in model.named_parameters() if p.is_meta and name not in plan.tied]
-    head = [n for n in empty if is_classifier and not n.startswith(f"{plan.base_prefix}.")]
+    there = _names_of_source(model.config, plan) if is_classifier else ()
+    head = [n for n in empty if is_classifier and (not n.startswith(f"{plan.base_prefix}.") or n not in there)]
     missing = sorted(set(empty) - set(head) - plan.optional)
     if missing:
         raise BadInput(f"the quantized model lacks {len(missing)} tensors of {plan.architecture}: {listing(missing)}")
@@ -79,6 +81,12 @@ def start_head(model: Any, plan: ModelPlan, *, is_classifier: bool, seed: int) -
     for child in dict.fromkeys(name.partition(".")[0] for name in head):
         model.get_submodule(child).register_forward_pre_hook(_in_float32)
     return tuple(head)
+
+
+def _names_of_source(config: "PreTrainedConfig", plan: ModelPlan) -> set[str]:
+    """Return the names of the class that was quantized, with and without the prefix of the bare model."""
+    names = set(describe(build(config)).shapes)
+    return names | {f"{plan.base_prefix}.{name}" for name in names}
 
 
 def _in_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -318,13 +326,13 @@ def _dtype(model: Any, name: str, place: _Place) -> torch.dtype:
 def _split_linear(
     model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
 ) -> SplitLinear:
-    if not is_expert(path) and not isinstance(model.get_submodule(path), nn.Linear):
-        raise BadInput(f"{path} of {plan.architecture} is not an nn.Linear, but {place.split.folder} has it quantized")
+    if not is_expert(path) and not is_linear(model.get_submodule(path)):
+        raise BadInput(f"{path} of {plan.architecture} is no linear layer, but {place.split.folder} has it quantized")
     bias = plan.spelling.get(f"{path}.bias")
     stored = read_weight(place.split, name, place.device, place.record, is_paged=paged is not None)
     adapter = start_from(stored, place.split, place.record, name)
     bias_O = None if bias is None else _dense(place, bias, place.dtype, place.device)
-    return SplitLinear(paged or stored.residual, adapter, bias_O, name)
+    return SplitLinear(paged or stored.residual, adapter, bias_O, name, place.dtype)
 
 
 def _dense(place: _Place, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:

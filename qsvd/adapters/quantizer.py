@@ -18,6 +18,7 @@ from qsvd.errors import BadInput, listing
 from qsvd.files.layout import METHOD
 from qsvd.numerics.names import codec_named, spelling
 from qsvd.numerics.normal_float import NormalFloat
+from qsvd.plan.rules import is_linear, is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +145,9 @@ class PackedQuantizer(HfQuantizer):
                 self._pack_table(model, path, codec)
                 continue
             bias = None if linear.bias is None else linear.bias.dtype
-            packed = PackedLinear(linear.in_features, linear.out_features, codec, bias_dtype=bias)
+            first, last = linear.weight.shape
+            outputs, inputs = (last, first) if is_transposed(linear) else (first, last)
+            packed = PackedLinear(inputs, outputs, codec, bias_dtype=bias)
             model.set_submodule(path, packed, strict=True)
             self.missing |= {f"{path}.{name}" for name in packed.state_dict()}
 
@@ -179,7 +182,7 @@ def _located(model: "PreTrainedModel", packing: Mapping[str, NormalFloat]) -> di
     A model without a head lacks the prefix of the paths, and each head has its own layers. Paths that are not found are
     an error only for the class that the checkpoint was made for.
     """
-    linears = {path for path, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {path for path, module in model.named_modules() if is_linear(module)}
     embeddings = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     prefix = f"{model.base_model_prefix}."

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from qsvd.commands.console import display, quiet
-from qsvd.data.examples import positions, stop_ids
+from qsvd.data.encoder_decoder import sources_and_targets
+from qsvd.data.examples import is_encoder_decoder, positions, stop_ids
 from qsvd.data.masks import ends_of_turn
 from qsvd.data.tokens import question_prompts, tokenize
 from qsvd.errors import BadInput
@@ -17,6 +18,7 @@ from qsvd.evaluate.batches import Tell
 from qsvd.evaluate.divergence import Divergence, divergence_of_documents, divergence_of_text
 from qsvd.evaluate.exact_match import exact_match
 from qsvd.evaluate.perplexity import perplexity_of_documents, perplexity_of_text, slide
+from qsvd.evaluate.written import written_loss
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.items import EVERYTHING, Placement
@@ -95,6 +97,11 @@ def _measure(subject: Subject, run: EvalRun, shown: Shown) -> Values:
 
 
 def _perplexity(subject: Subject, run: EvalRun, shown: Shown) -> Values:
+    if is_encoder_decoder(subject.found.home):
+        raise BadInput(
+            f"{subject.found.name} is an encoder-decoder model, which has no perplexity on plain texts; give examples "
+            "with the columns prompt and completion"
+        )
     documents = _documents(subject, run)
     if run.reference is not None and _documents(run.reference, run) != documents:
         raise BadInput(
@@ -153,14 +160,13 @@ def _answers(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     model = _load(subject, run)
     window = _window(model, subject, run.options)
     data = tokenize(run.examples, subject.tokenizer, max_length=window, stop_ids=stop_ids(subject.found.home))
-    pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
-    measured = mean_loss(
-        model,
-        pairs,
-        pad_token=subject.tokenizer.pad_token_id,
-        batch=run.options.batch_size,
-        tell=shown.of(len(pairs), "examples"),
-    )
+    how: dict[str, Any] = {"pad_token": subject.tokenizer.pad_token_id, "batch": run.options.batch_size}
+    how["tell"] = shown.of(len(data.input_ids), "examples")
+    if model.config.is_encoder_decoder:
+        measured = written_loss(model, *sources_and_targets(data, subject.tokenizer), **how)
+    else:
+        pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
+        measured = mean_loss(model, pairs, **how)
     values: Values = {"window": window, "shortened": data.truncated}
     return values | {"perplexity": measured.perplexity, "nats": measured.nats, "tokens": measured.tokens}
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -33,6 +33,7 @@ from qsvd.files.source import open_checkpoint
 from qsvd.files.workspace import CHAT_TEMPLATE
 from qsvd.options import Export
 from qsvd.paths import hub_id
+from qsvd.plan.language import example_inputs
 from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
 from qsvd.records import Progress, ShowProgress, show_nothing
@@ -72,15 +73,14 @@ def check(opened: Opened, candidate: Any, expected: Any, dtype: torch.dtype) -> 
     Raises:
         BadInput: they differ by more than rounding to `dtype` explains.
     """
-    vocabulary = expected.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    found, wanted, trained = (_logits(model, tokens) for model in (candidate, expected, opened.load()))
+    inputs = example_inputs(expected, BATCH, LENGTH)
+    found, wanted, trained = (_logits(model, inputs) for model in (candidate, expected, opened.load()))
     checked = Checked(
         difference=(found - wanted).abs().max().item(),
         spread=wanted.std().item(),
         agreement=(found.argmax(-1) == trained.argmax(-1)).double().mean().item(),
     )
-    limit = FLOOR * checked.spread + ROUNDINGS * (_logits(_rounded(opened, dtype), tokens) - trained).abs().max().item()
+    limit = FLOOR * checked.spread + ROUNDINGS * (_logits(_rounded(opened, dtype), inputs) - trained).abs().max().item()
     if not checked.difference <= limit:
         raise BadInput(
             f"the export does not compute what was trained: logits differ by {checked.difference:.3g}, their spread is "
@@ -122,9 +122,10 @@ def with_adapter(model: Any, folder: Path) -> Any:
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    outputs = model(input_ids=tokens)
-    return (outputs.logits if "logits" in outputs else outputs.last_hidden_state).float()
+def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the first output: logits, or the hidden state of a model without a head."""
+    outputs = model(**inputs)
+    return next(value for value in outputs.to_tuple() if isinstance(value, Tensor)).float()
 
 
 def main(options: Export) -> None:
@@ -270,7 +271,7 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
         lines.append(f"not checked by logits: {name} is not on this machine; give --original")
     elif is_checked:
         expected = plain(opened, lambda weight: _on_original(opened, original, weight))
-        exact = plain(opened, lambda weight: original.read(weight).float())
+        exact = plain(opened, lambda weight: opened.trained.original_weight(original, weight).float())
         checked = check(opened, with_adapter(exact, out), expected, dtype)
         lines.append(checked.line("the original with the trained change"))
     if opened.task == "CAUSAL_LM":
@@ -302,7 +303,8 @@ def _error(done: LoraExport) -> str:
 
 def _on_original(opened: Opened, original: Any, name: str) -> torch.Tensor:
     """Return W + (W' - Q - B0 A0), by its definition."""
-    return original.read(name).float() + (opened.trained.dense(name) - opened.split.dense(name))
+    change = opened.trained.dense(name) - opened.split.dense(name)
+    return opened.trained.original_weight(original, name).float() + change
 
 
 def _config_changes(opened: Opened) -> dict[str, Any]:

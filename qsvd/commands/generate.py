@@ -140,7 +140,8 @@ def _answer(run: GenerateRun, model: Any, prompt: list[int], streamer: TextStrea
         if streamer is not None:
             streamer.end()
         raise Interrupted("interrupted") from error
-    return output_NT[0, len(prompt) :].tolist()
+    begin = 1 if model.config.is_encoder_decoder else len(prompt)  # a decoder starts with one token of its own
+    return output_NT[0, begin:].tolist()
 
 
 def _text(run: GenerateRun, answer: list[int]) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from qsvd.adapters.model import moved_bytes, restore, trained
+from qsvd.data.encoder_decoder import sources_and_targets
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.evaluate.accuracy import accuracy, mean_loss
+from qsvd.evaluate.written import written_loss
 from qsvd.export.hub import named_base, upload, uploaded_name
 from qsvd.export.peft import peft_adapter, write_adapter_files
 from qsvd.export.trained import take_inventory
@@ -112,6 +114,9 @@ def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | Non
         model.config.pad_token_id = pad  # decoders find the end of a text by it
         measured = accuracy(model, examples, pad_token=pad, batch=batch, segments=segments)
         return {f"held_out_{when}": measured.nats, f"accuracy_{when}": measured.share}
+    if data.is_encoder_decoder:
+        pairs = sources_and_targets(held_out, data.tokenizer)
+        return found | {f"held_out_{when}": written_loss(model, *pairs, pad_token=pad, batch=batch).nats}
     return found | {f"held_out_{when}": mean_loss(model, examples, pad_token=pad, batch=batch).nats}
 
 

@@ -103,7 +103,7 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
         if folder.start is None or is_new:
             folder.write(START, held_out_loss(run, model, "before"))  # 2
         compared = None if run.options.any_start or not is_new else run.split
-        trainer = make_trainer(model, run.data.tokenizer, run.data.train.as_dataset(), run.settings, run.out, compared)
+        trainer = make_trainer(model, run.data.tokenizer, run.data.dataset, run.settings, run.out, compared)
         trainer.add_callback(TellSteps(recorder.record, recorder.seconds, recorder.peak_bytes))
         trainer.best, trainer.eval_every = lambda: recorder.best, run.options.eval_every
         trainer.held_out = lambda: held_out_loss(run, model, "after")["held_out_after"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qsvd.data import encoder_decoder
 from qsvd.data.columns import Examples, Tokenized, recognise
 from qsvd.data.read import read_pair, read_rows
 from qsvd.data.row_files import Rows
@@ -14,7 +15,7 @@ from qsvd.data.template_names import check_tokens, read_template
 from qsvd.data.tokens import tokenize
 from qsvd.errors import BadInput
 from qsvd.options import Train
-from qsvd.plan.weights import causal_classes, context_length
+from qsvd.plan.weights import context_length, writers
 from qsvd.report.errors import short_count
 
 MOST_LENGTH = 1024  # tokens of a sequence, unless more are asked for
@@ -37,12 +38,21 @@ class RunData:
     Args:
         held_out: None if nothing is held out.
         max_length: The longest sequence that is allowed, in tokens.
+        is_encoder_decoder: Whether prompts are read by an encoder and completions are written by a decoder.
     """
 
     tokenizer: Any
     train: Tokenized
     held_out: Tokenized | None
     max_length: int
+    is_encoder_decoder: bool = False
+
+    @property
+    def dataset(self) -> Any:
+        """A datasets.Dataset of the examples to train: input_ids and labels."""
+        if self.is_encoder_decoder:
+            return encoder_decoder.as_dataset(self.train, self.tokenizer)
+        return self.train.as_dataset()
 
 
 def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
@@ -97,7 +107,27 @@ def read_run_data(options: Train, home: Home) -> RunData:
     train, held_out = _tokenized(options, tokenizer, home, max_length)
     if options.eval_every is not None and held_out is None:
         raise BadInput("--eval-every needs held-out examples: give --valid DATA, or a larger --held-out")
-    return RunData(tokenizer, train, held_out, max_length)
+    is_pair = is_encoder_decoder(home.folder) and not train.label_names
+    if is_pair:
+        _check_pairs(options, train, held_out, tokenizer)
+    return RunData(tokenizer, train, held_out, max_length, is_pair)
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """Return whether a model has an encoder that reads and a decoder that writes."""
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(folder, local_files_only=True).is_encoder_decoder)
+
+
+def _check_pairs(options: Train, train: Tokenized, held_out: Tokenized | None, tokenizer: Any) -> None:
+    """Refuse examples without a prompt, and options that an encoder-decoder model does not have."""
+    chosen = {"--packing": options.packing, "--activation-offload": options.activation_offload == "yes"}
+    if given := [flag for flag, is_on in chosen.items() if is_on]:
+        raise BadInput(f"{options.base} is an encoder-decoder model, which {' and '.join(given)} cannot be used for")
+    for data in (train, held_out):
+        if data is not None:
+            encoder_decoder.sources_and_targets(data, tokenizer)
 
 
 def _tokenized(options: Train, tokenizer: Any, home: Home, max_length: int) -> tuple[Tokenized, Tokenized | None]:
@@ -133,7 +163,7 @@ def _rows(options: Train) -> tuple[Rows, Rows | None]:
 def _check_task(options: Train, examples: Examples, home: Home) -> None:
     """Refuse data that the task cannot use, and labelled texts for which the task is open."""
     source, held = examples.places.source, f"{examples.kind} examples"
-    is_labelled, is_causal = examples.kind == "labelled", home.architecture in causal_classes()
+    is_labelled, is_causal = examples.kind == "labelled", home.architecture in writers()
     if options.task == "classification" and not is_labelled:
         raise BadInput(f"--task classification needs the columns text and label; {source} holds {held}")
     if options.task == "auto" and is_labelled and is_causal:

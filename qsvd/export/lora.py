@@ -227,7 +227,7 @@ def _reduced(
         up_OS, down_SI = (rounded(factor, target.dtype, f"the LoRA of {name}") for factor in factors)
         if known is None:
             assert target.original is not None, "an original, or recorded errors"
-            known = measured(model.dense(name), target.original.read(name), up_OS, down_SI)
+            known = measured(model.dense(name), model.original_weight(target.original, name), up_OS, down_SI)
         record = json.dumps(asdict(LoraWeight(name, len(down_SI), *known)))
         write_stream(path, new_tensors({"B": up_OS, "A": down_SI}), {"record": record})
     return LoraWeight(**json.loads(read_header(path).metadata["record"]))

@@ -17,8 +17,10 @@ from qsvd.errors import BadInput, listing
 from qsvd.files.atomic import read_object, write_json
 from qsvd.files.layout import ADAPTER_PREFIX, digest, fingerprint
 from qsvd.files.safetensors import TORCH_DTYPES, NewTensor, TensorEntry
+from qsvd.files.source import Checkpoint
 from qsvd.files.split_folder import SplitFolder
 from qsvd.files.workspace import IDENTITY, LOCK, Workspace
+from qsvd.plan.weights import Source
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,6 +68,14 @@ class TrainedModel:
         trained = self.read(name)
         dense_OI = self.split.residual(name).decode().addmm_(trained.up_OK, trained.down_KI)
         return dense_OI if trained.gain_O is None else dense_OI.mul_(trained.gain_O[:, None])
+
+    def original_weight(self, original: Checkpoint, name: str) -> Tensor:
+        """Return W [O, I] of the 16-bit model, in its dtype."""
+        sources = self.split.weights[name].get("sources")
+        if sources is None:
+            return original.read(name)
+        known = [{key: value for key, value in source.items() if key != "shape"} for source in sources]
+        return torch.cat([original.read_part(Source(**source)) for source in known])
 
     def modules(self) -> dict[str, str]:
         """Return the path of the module in the trained model of every weight, by its tensor name."""

@@ -5,7 +5,8 @@ an attention that keeps what the fused kernels keep replaces its attention.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,8 @@ from torch.autograd import Function
 from qsvd.errors import BadInput, first_line
 from qsvd.memory.experts_twin import ExpertsTwin
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.memory.twins import (
-    MASKED,
-    PLAIN,
-    WHOLE,
-    Decoding,
-    LinearTwin,
-    LiveBytes,
-    register_attention,
-)
+from qsvd.memory.twins import MASKED, NO_EXPERTS, PLAIN, WHOLE, Decoding, LinearTwin, LiveBytes, register_attention
+from qsvd.plan.language import example_inputs, language_model
 from qsvd.plan.weights import BUILD_ERRORS
 
 if TYPE_CHECKING:
@@ -106,12 +100,58 @@ def _kind(model: SplitModelPlan, path: str) -> Any:
     return type(module), shapes, adapters
 
 
+STRETCH = 64  # tokens; a block that loops over tokens is run with 1, 2 and 3 times as many
+
+
 def _run(model: SplitModelPlan, path: str, batch: Batch) -> BlockBytes:
+    """Run a block; one that loops over tokens, as Mamba does without kernels, with few tokens only."""
+    if batch.tokens <= 3 * STRETCH or not _loops(model, path):
+        return _run_counted(model, path, batch)[0]
+    runs = [_run_counted(model, path, replace(batch, tokens=times * STRETCH))[0] for times in (1, 2, 3)]
+    return _stretched(runs, batch.tokens / STRETCH)
+
+
+@lru_cache(maxsize=4096)
+def _loops(model: SplitModelPlan, path: str) -> bool:
+    """Tell whether a block does more operations for more tokens."""
+    batches = (Batch(times * STRETCH, 1, is_masked=False, checkpointing=True, device="cpu") for times in (1, 2))
+    few, many = (_run_counted(model, path, batch)[1] for batch in batches)
+    return many > few + STRETCH // 2
+
+
+def _stretched(runs: Sequence[Any], times: float) -> Any:
+    """Return what the runs with 1, 2 and 3 parts of tokens would be with `times` parts: a square of the tokens."""
+    first, second, third = runs
+    if isinstance(first, int):
+        bend = (third - 2 * second + first) / 2
+        return round(first + (second - first - 3 * bend) * (times - 1) + bend * (times**2 - 1))
+    parts = {f.name: _stretched([getattr(run, f.name) for run in runs], times) for f in fields(first)}
+    return type(first)(**parts)
+
+
+def _run_counted(model: SplitModelPlan, path: str, batch: Batch) -> tuple[BlockBytes, int]:
+    """Run a block with our attention, or with the model's own, eager one if that is not called through transformers.
+
+    Returns:
+        Its bytes, and the number of operations.
+    """
+    try:
+        return _run_with(model, path, batch, *_attention(model, batch))
+    except BadInput as error:
+        try:
+            return _run_with(model, path, batch, "eager", 0)
+        except BadInput:
+            raise error from None
+
+
+def _run_with(model: SplitModelPlan, path: str, batch: Batch, attention: str, mask: int) -> tuple[BlockBytes, int]:
     live = LiveBytes()
     empty = model.skeleton.model
-    mask = _set_attention(model, batch)
+    _set_kernels(empty, _attn_implementation=attention, _experts_implementation=NO_EXPERTS)
     arguments, around = _call_of(empty, path, batch)
     block = _with_twins(model, path, live, batch.device)
+    if model.dtype == torch.bfloat16:  # in which transformers runs experts that are not quantized, on the meta device
+        _set_kernels(block, _experts_implementation="grouped_mm")
     try:
         first = _step(block, arguments, batch, live)
         for parameter in block.parameters():
@@ -120,23 +160,23 @@ def _run(model: SplitModelPlan, path: str, batch: Batch) -> BlockBytes:
         later = _step(block, arguments, batch, live)
     except BUILD_ERRORS as error:
         raise BadInput(f"{path} of {type(empty).__name__} cannot be run on its own: {first_line(error)}") from error
-    return replace(first, later=later.first, around=around + mask)
+    return replace(first, later=later.first, around=around + mask), live.calls
 
 
-def _set_attention(model: SplitModelPlan, batch: Batch) -> int:
-    """Give the empty model the attention that the real one will have, and return the bytes of the shared mask."""
+def _set_kernels(part: nn.Module, **names: str) -> None:
+    """Choose attention and experts of a part of a model by their names in transformers."""
+    for module in part.modules():
+        config = getattr(module, "config", None)
+        for option, name in names.items() if config is not None else ():
+            setattr(config, option, name)
+
+
+def _attention(model: SplitModelPlan, batch: Batch) -> tuple[str, int]:
+    """Return the attention that the real model will have, and the bytes of the shared mask."""
     positions = batch.batch * batch.tokens**2
     if not model.skeleton.has_fused_attention:
-        kind, mask = WHOLE, positions * model.dtype.itemsize
-    elif batch.is_masked:
-        kind, mask = MASKED, positions
-    else:
-        kind, mask = PLAIN, 0
-    for module in model.skeleton.model.modules():
-        config = getattr(module, "config", None)
-        if config is not None:
-            config._attn_implementation = kind
-    return mask
+        return WHOLE, positions * model.dtype.itemsize
+    return (MASKED, positions) if batch.is_masked else (PLAIN, 0)
 
 
 def _with_twins(model: SplitModelPlan, path: str, live: LiveBytes, device: str) -> nn.Module:
@@ -152,7 +192,7 @@ def _with_twins(model: SplitModelPlan, path: str, live: LiveBytes, device: str) 
                 stack.append(LinearTwin(decoding, model.adapters[spec.name], None))
                 continue
             bias = dict(block.get_submodule(inside).named_parameters()).get("bias")
-            block.set_submodule(inside, LinearTwin(decoding, model.adapters[spec.name], bias))
+            block.set_submodule(inside, LinearTwin(decoding, model.adapters[spec.name], bias, model.dtype))
     for owner in dict.fromkeys(stack.rpartition(".")[0] for stack in stacks):
         first, last = sorted((stack for stack in stacks if stack.rpartition(".")[0] == owner), reverse=True)
         block.set_submodule(owner, ExpertsTwin(block.get_submodule(owner), stacks[first], stacks[last]))
@@ -224,17 +264,19 @@ def _call_of(empty: "PreTrainedModel", path: str, batch: Batch) -> tuple[tuple[A
         raise _Reached((arguments, options))
 
     hook = empty.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
-    ids = torch.empty(batch.batch, batch.tokens, dtype=torch.long, device="meta")
-    live = LiveBytes([*empty.parameters(), *empty.buffers(), ids])
+    inputs = example_inputs(empty, batch.batch, batch.tokens, "meta")
+    inputs = {name: x.to(empty.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    live = LiveBytes([*empty.parameters(), *empty.buffers(), *inputs.values()])
+    options = {"use_cache": False} if empty.can_generate() else {}
     try:
         with live:
-            empty.base_model(input_ids=ids, use_cache=False)
+            language_model(empty)(**inputs, **options)
     except _Reached as reached:
         (hidden, *others), options = reached.arguments
         leaf = torch.empty_like(hidden, device="meta").requires_grad_()
         return ((leaf, *others), options), live.now - hidden.nbytes
     except BUILD_ERRORS as error:
-        raise BadInput(f"{type(empty).__name__} cannot be run from tokens alone: {first_line(error)}") from error
+        raise BadInput(f"{type(empty).__name__} cannot be run on its own: {first_line(error)}") from error
     finally:
         hook.remove()
-    raise BadInput(f"{type(empty).__name__} does not call {path} for tokens; only language models can be planned")
+    raise BadInput(f"{type(empty).__name__} does not call {path} for {' and '.join(inputs)}, and cannot be planned")

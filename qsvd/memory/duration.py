@@ -66,7 +66,7 @@ def step_time(model: SplitModelPlan, training: Training, placement: Placement, s
     """
     tokens = training.batch.tokens * training.batch.batch * training.accumulate
     text = model.text_config
-    numbers = model.elements + text.hidden_size * text.vocab_size
+    numbers = model.elements + text.hidden_size * getattr(text, "vocab_size", 0)
     each = 6 if training.batch.checkpointing else 4
     copies = 2 * (1 if training.layer_major else training.accumulate)
     transfer = copies * page_seconds(model, placement, speed)

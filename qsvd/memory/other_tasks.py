@@ -99,6 +99,9 @@ def plan_serving(model: SplitModelPlan, batch: Batch, placement: Placement, limi
 def cache_bytes(model: SplitModelPlan, batch: Batch) -> int:
     """Return the bytes of the keys and values of all tokens in all blocks, as if no attention had a window."""
     text = model.text_config
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries = getattr(text, "num_attention_heads", None)
+    if queries is None:  # a recurrent model keeps a state, which does not grow
+        return 0
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    width = getattr(text, "head_dim", None) or text.hidden_size // queries
     return 2 * len(model.blocks) * heads * width * model.dtype.itemsize * batch.tokens * batch.batch

@@ -1,15 +1,17 @@
 """A quantized model with adapters, known by its shapes: what is frozen, trained and not quantized in each block."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from qsvd.memory.items import block_of, page_bytes
 from qsvd.plan.allocation import Allocation, Choice, Table
+from qsvd.plan.language import modalities
 from qsvd.plan.tensors import AdapterTensors, TensorShape, total_bytes
 from qsvd.plan.weights import ModelPlan, WeightSpec, build
 
@@ -81,8 +83,15 @@ def skeleton(config: "PreTrainedConfig", dtype: torch.dtype) -> Skeleton:
     persistent = model.state_dict().keys()
     buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in persistent)
     is_fused = model.config._attn_implementation != "eager"
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = _say_nothing  # it would look at the tokens  # pyright: ignore
     frozen: PreTrainedModel = model.to(dtype=dtype).requires_grad_(False).train()  # pyright: ignore[reportCallIssue]
     return Skeleton(frozen, dtype, is_fused, buffers)
+
+
+def _say_nothing(*_: object) -> None:
+    """Return at once."""
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, as a key of caches
@@ -203,10 +212,21 @@ class SplitModelPlan:
 def _names(model: "PreTrainedModel") -> tuple[set[str], set[str]]:
     """Return the tensor names of the input embeddings and of the output head."""
     found = []
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        paths = {path for path, other in model.named_modules() if other is module}
+    if "text" not in modalities(model):
+        return set(), set()
+    embedding = next(iter(_embeddings(model)), None)
+    for module in (embedding, model.get_output_embeddings()):
+        paths = {path for path, other in model.named_modules() if other is module and module is not None}
         found.append({name for name in model.state_dict() if name.rpartition(".")[0] in paths})
     return found[0], found[1]
+
+
+def _embeddings(model: "PreTrainedModel") -> Iterator[nn.Module]:
+    """Yield the token embeddings of a model; some models of images and text do not name theirs."""
+    try:
+        yield model.get_input_embeddings()
+    except NotImplementedError:
+        yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
 
 
 def _is_expert_stack(name: str, shape: tuple[int, ...]) -> bool:

@@ -153,7 +153,7 @@ def _loss(model: SplitModelPlan, training: Training, hidden: int) -> int:
     """Return the bytes of the last hidden state, the final norm's float32 copy of it, and the loss."""
     exact = _exact(model, hidden)
     kept = hidden + (exact if model.dtype.itemsize < 4 else 0)
-    if not training.has_loss:
+    if not training.has_loss or getattr(model.text_config, "vocab_size", None) is None:
         return kept
     text, batch = model.text_config, training.batch
     rows = batch.batch * (training.accumulate if training.layer_major else 1)

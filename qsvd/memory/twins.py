@@ -27,12 +27,13 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: Bytes.
+        calls: Operations so far.
         marked_at_peak: The part of the peak that was made inside `marking`.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
-        self.now = self.peak = self.marked_at_peak = 0
+        self.now = self.peak = self.marked_at_peak = self.calls = 0
         self._marked = 0
         self._is_marking = False
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
@@ -53,6 +54,7 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._seen:
                 self._seen.add(leaf.untyped_storage()._cdata)  # made outside
+        self.calls += 1
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
@@ -127,16 +129,25 @@ class LinearTwin(nn.Module):
         decoding: The decoding of its residual.
         adapter: The tensors of its adapter.
         bias: Its bias, or None.
+        dtype: Of the model.
     """
 
-    def __init__(self, decoding: Decoding, adapter: AdapterTensors, bias: Tensor | None):
+    def __init__(
+        self, decoding: Decoding, adapter: AdapterTensors, bias: Tensor | None, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
+        self.dtype = dtype
         self.decoding = decoding
         self.adapter = adapter
         self.bias = bias
         self.trained = nn.ParameterDict({name: _empty(tensor) for name, tensor in adapter.parameters.items()})
         frozen = {part: adapter.buffers.get(f"frozen_{part}") for part in ("up", "down")}
         self.frozen = {part: _empty(t, is_trained=False) for part, t in frozen.items() if t is not None}
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, I], as SplitLinear gives it to code that reads it past `forward`."""
+        return torch.empty(self.decoding.shape, dtype=self.dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
@@ -233,6 +244,7 @@ class _Product(Function):
 # Attention for the meta device. It keeps what the fused kernels keep: q, k, v, the output and log-sum-exps.
 
 PLAIN, MASKED, WHOLE = "qsvd_plain", "qsvd_masked", "qsvd_whole"
+NO_EXPERTS = "qsvd_no_experts"
 
 
 def register_attention() -> None:
@@ -242,10 +254,18 @@ def register_attention() -> None:
     transformers' eager attention does for models that its fused kernels cannot run.
     """
     from transformers import AttentionInterface
+    from transformers.integrations.moe import ExpertsInterface
 
     kinds: dict[str, Callable[..., Any]] = {PLAIN: _plain, MASKED: _masked, WHOLE: _whole}
     for name, kind in kinds.items():
         AttentionInterface.register(name, kind)
+    ExpertsInterface.register(NO_EXPERTS, _no_experts)
+
+
+def _no_experts(module: nn.Module, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return an output of experts that are not run: they look at the numbers of the router, and need bfloat16."""
+    del module
+    return hidden * 1.0
 
 
 def _plain(

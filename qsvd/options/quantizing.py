@@ -23,6 +23,7 @@ from qsvd.option_types import (
     HeadBits,
     Help,
     Include,
+    IncludeTowers,
     LossOn,
     Map,
     MaxLength,
@@ -67,6 +68,7 @@ class Allocate:
 
     include: Annotated[Include, SAME_RESULT, Group("layer")] = ()
     exclude: Annotated[Exclude, SAME_RESULT] = ()
+    include_towers: Annotated[IncludeTowers, SAME_RESULT] = False
 
     dtype: Annotated[StoredDtype, Group("run")] = "bfloat16"
     device: Device = "auto"
@@ -140,6 +142,7 @@ class Quantize:
 
     include: Annotated[Include, Group("layer")] = ()
     exclude: Exclude = ()
+    include_towers: Annotated[IncludeTowers, ADDED] = False
 
     shard_size: Annotated[ShardSize, Group("run")] = "5GB"
     device: Device = "auto"

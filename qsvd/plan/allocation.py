@@ -114,9 +114,13 @@ def with_tables(allocation: Allocation, tables: Sequence[Table]) -> Allocation:
     return Allocation({**allocation.choices, **choices}, allocation.errors, allocation.remarks)
 
 
-def usual_codec(*, double_quant: bool, packed: bool) -> Codec:
-    """Return the codec without a budget: bitsandbytes' NF4, or the same in qsvd's layout for a `packed` model."""
-    if not packed:
+def usual_codec(weights: Sequence[WeightSpec], *, double_quant: bool, packed: bool = False) -> Codec:
+    """Return the codec without a budget: bitsandbytes' NF4, or the same in qsvd's layout.
+
+    Args:
+        packed: Whether another part of the model needs qsvd's layout; so do layers that are not plain.
+    """
+    if not packed and all(spec.is_plain for spec in weights):
         return NormalFloat4(double_quant=double_quant)
     return codec_named("nf4-64-8x256" if double_quant else "nf4-64-fp32")
 
@@ -249,10 +253,17 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
     if missing:
         wrong.append(f"{len(missing)} weights have no line: {listing(missing)}")
     if not wrong:
-        wrong = mixing_problems(choice.codec for choice in choices.values())
+        wrong = mixing_problems(choice.codec for choice in choices.values()) or _plain_problems(choices, weights)
     if wrong:
         raise BadInput(f"{where} cannot be used: {listing(wrong, 3, separator='; ')}")
     return Allocation({spec.module: choices[spec.group] for spec in weights}, remarks=remarks)
+
+
+def _plain_problems(choices: Mapping[str, Choice], weights: Sequence[WeightSpec]) -> list[str]:
+    """Say which weights bitsandbytes' NF4 cannot hold, because transformers does not put its layer in their place."""
+    groups = dict.fromkeys(spec.group for spec in weights if not spec.is_plain)
+    wrong = [group for group in groups if isinstance(choices[group].codec, NormalFloat4)]
+    return [f"bitsandbytes does not replace {listing(wrong)}; use nf4-64-8x256 for all weights"] if wrong else []
 
 
 def _choice(cells: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Choice:

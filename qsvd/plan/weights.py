@@ -1,8 +1,8 @@
 """Find the linear weights to split, by name, shape and role, from a config; the model is built on the meta device.
 
-qsvd splits every nn.Linear inside the repeated blocks, and every expert of a stack. Embeddings, output head, poolers
-and norms stay as they are. Weights of a block that qsvd cannot split (transposed Conv1D, subclasses of nn.Linear) are
-refused, never silently left in 16 bits.
+qsvd splits every linear layer inside the repeated blocks, also transformers' Conv1D, whose weight is transposed, and
+every expert of a stack. Some stay in 16 bits by a rule (rules.py), which the reports show. Embeddings, output head,
+poolers and norms stay as they are. Weights of a block that qsvd cannot split are refused, never silently left.
 """
 
 import copy
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.plan.experts import Stack, stacks_of
+from qsvd.plan.rules import is_linear, is_replaced_by_bitsandbytes, is_transposed, left_by_rule
 from qsvd.plan.targets import LAST, is_expert
 from qsvd.records import Coverage, LeftTensors, Role
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.core_model_loading import WeightTransform
 
-SPLIT_KINDS = ("Linear", "experts")
+UNSPLITTABLE = "3-D"  # several matrices in one tensor that are not a stack of experts
+POSITIONS = ("max_position_embeddings", "max_seq_len")  # names in configs
 BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
 ROLE_BY_NAME: dict[str, Role] = {  # the last part of a path in transformers -> what the layer does in its block
     **dict.fromkeys(("q_proj", "query", "query_proj", "q_lin", "q", "q_a_proj", "q_b_proj"), "q"),
@@ -52,7 +55,7 @@ class Source:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight to split, y = x W^T: that of a plain nn.Linear, or one expert of a stack.
+    """One weight to split, y = x W^T: that of a linear layer, or one expert of a stack.
 
     The module of an expert, "model.layers.0.mlp.experts.down_proj.3", is there once the model is loaded by qsvd.
     """
@@ -64,6 +67,7 @@ class WeightSpec:
     layer: int  # index of the block
     sources: tuple[Source, ...] = ()  # whose rows, one after another, make the weight; empty: the tensor of its name
     stack: str = ""  # path of the parameter that holds all experts of the layer; empty for a linear layer
+    is_plain: bool = True  # whether transformers puts bitsandbytes' layer in the place of its module, if it has one
 
     @property
     def place(self) -> str:
@@ -87,6 +91,7 @@ class ModelPlan:
     architecture: str  # class name in transformers
     weights: tuple[WeightSpec, ...]  # to split, in model order
     left_linears: tuple[str, ...]  # paths of every other linear layer: bitsandbytes' llm_int8_skip_modules
+    reasons: Mapping[str, str]  # path -> why a linear layer of the blocks is not split
     shapes: dict[str, tuple[int, ...]]  # every parameter and persistent buffer
     tied: dict[str, str]  # name -> the name it shares its tensor with; one of the two may be absent from a checkpoint
     optional: frozenset[str]  # untied names that transformers does without
@@ -98,13 +103,23 @@ class ModelPlan:
     conversions: tuple[Any, ...] = field(default=(), repr=False, compare=False)  # plan/conversions.py; by `resolve`
 
 
-def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> ModelPlan:
+EXCLUDED = "excluded"
+
+
+def plan_model(
+    config: "PreTrainedConfig",
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    include_towers: bool = False,
+) -> ModelPlan:
     """Return the plan of the model that a config describes.
 
     Args:
         config: Its first architecture names the class; without one, AutoModelForCausalLM, then AutoModel choose.
         include: Glob patterns on module paths ("*.self_attn.*"); only layers that match one are split. Empty: all.
         exclude: Glob patterns on module paths; layers that match one stay in 16 bits.
+        include_towers: Whether encoders of images and sound are split, too.
 
     Raises:
         BadInput: no class can be built from the config; a pattern matches nothing; a wanted weight of a block is of a
@@ -113,28 +128,37 @@ def plan_model(config: "PreTrainedConfig", *, include: Sequence[str] = (), exclu
     model = build(config)
     kinds = _block_weights(model)
     _check_patterns((*include, *exclude), list(kinds))
-    wanted = {path for path in kinds if _is_wanted(path, include, exclude)}
-    _refuse_unsplittable({path: kind for path, kind in kinds.items() if path in wanted and kind not in SPLIT_KINDS})
-    linears = {path: module for path, module in model.named_modules() if _is_linear(module)}
+    linears = {path: module for path, module in model.named_modules() if is_linear(module)}
+    blocks = {path: linears[path] for path in kinds if path in linears}
+    reasons = left_by_rule(model, blocks, include_towers=include_towers)
+    wanted = {path for path in kinds if path not in reasons and _is_wanted(path, include, exclude)}
+    _refuse_unsplittable([path for path, kind in kinds.items() if path in wanted and kind == UNSPLITTABLE])
     stacks = {stack.path: stack for path, module in model.named_modules() for stack in stacks_of(path, module)}
     weights = tuple(
         spec
         for path in kinds
         if path in wanted
-        for spec in (_experts(stacks[path]) if path in stacks else [_spec(path, linears[path].get_parameter("weight"))])
+        for spec in (_experts(stacks[path]) if path in stacks else [_spec(path, linears[path])])
     )
     if not weights:
-        raise BadInput(
-            f"{type(model).__name__} has no nn.Linear inside repeated blocks left to split; give another model or "
-            "other patterns"
-        )
+        raise _nothing_left(model, reasons)
     left = tuple(path for path in linears if path not in wanted)
-    return replace(describe(model), weights=weights, left_linears=left)
+    why = {path: reasons.get(path, EXCLUDED) for path in left if path in blocks}
+    return replace(describe(model), weights=weights, left_linears=left, reasons=why)
+
+
+def _nothing_left(model: "PreTrainedModel", reasons: Mapping[str, str]) -> BadInput:
+    counts = Counter(reasons.values())
+    why = listing([f"{count} ({reason})" for reason, count in counts.items()])
+    return BadInput(
+        f"{type(model).__name__} has no linear layer inside repeated blocks left to split; give another model or "
+        f"other patterns{f'. These stay in 16 bits: {why}' if why else ''}"
+    )
 
 
 def unsplittable(config: "PreTrainedConfig") -> tuple[str, ...]:
-    """Return the paths that plan_model refuses unless they are excluded: stacks of experts, transposed weights."""
-    return tuple(path for path, kind in _block_weights(build(config)).items() if kind not in SPLIT_KINDS)
+    """Return the paths that plan_model refuses unless they are excluded."""
+    return tuple(path for path, kind in _block_weights(build(config)).items() if kind == UNSPLITTABLE)
 
 
 def describe(model: "PreTrainedModel") -> ModelPlan:
@@ -148,6 +172,7 @@ def describe(model: "PreTrainedModel") -> ModelPlan:
         architecture=type(model).__name__,
         weights=(),
         left_linears=(),
+        reasons={},
         shapes=shapes,
         tied=dict(model.all_tied_weights_keys),
         optional=frozenset(name for name in shapes if name in unsaved or any(re.search(p, name) for p in patterns)),
@@ -159,7 +184,8 @@ def describe(model: "PreTrainedModel") -> ModelPlan:
 
 def context_length(config: "PreTrainedConfig", unlimited: int = sys.maxsize) -> int:
     """Return the number of tokens that a model can read at once; `unlimited` for a recurrent model."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or unlimited
+    text = config.get_text_config()
+    return next((found for name in POSITIONS if (found := getattr(text, name, None))), unlimited)
 
 
 def is_classifier(architecture: str) -> bool:
@@ -167,11 +193,18 @@ def is_classifier(architecture: str) -> bool:
     return architecture.endswith("ForSequenceClassification")
 
 
-def causal_classes() -> set[str]:
-    """Return the classes in transformers that predict tokens."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def writers() -> set[str]:
+    """Return the classes in transformers that write text after text; some read images or sound, too."""
+    from transformers.models.auto import modeling_auto as auto
 
-    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    names = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+    found = (value for table in names for value in table.values())
+    return {name for value in found for name in ((value,) if isinstance(value, str) else value)}
 
 
 def coverage(plan: ModelPlan, unknown: Mapping[str, Sequence[int]] | None = None) -> Coverage:
@@ -183,23 +216,26 @@ def coverage(plan: ModelPlan, unknown: Mapping[str, Sequence[int]] | None = None
     split = Counter[str]()
     for spec in plan.weights:
         split[spec.place] += math.prod(spec.shape)
-    left = _grouped((name, shape) for name, shape in plan.shapes.items() if name not in split and name not in plan.tied)
+    rest = {name: shape for name, shape in plan.shapes.items() if name not in split and name not in plan.tied}
+    left = _grouped(rest.items(), plan.reasons)
     elements_split = sum(split.values())
     elements = elements_split + sum(tensors.elements for tensors in left)
     return Coverage(len(plan.weights), elements_split, elements, left, _grouped((unknown or {}).items()))
 
 
-def _grouped(tensors: Iterable[tuple[str, Sequence[int]]]) -> tuple[LeftTensors, ...]:
+def _grouped(
+    tensors: Iterable[tuple[str, Sequence[int]]], reasons: Mapping[str, str] = MappingProxyType({})
+) -> tuple[LeftTensors, ...]:
     """Count tensors whose names differ in their numbers only, largest first; a number that all share stays."""
-    groups: dict[str, list[tuple[list[str], int]]] = {}
+    groups: dict[tuple[str, str], list[tuple[list[str], int]]] = {}
     for name, shape in tensors:
-        members = groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), [])
-        members.append((name.split("."), math.prod(shape)))
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reasons.get(name.removesuffix(".weight"), "")
+        groups.setdefault(key, []).append((name.split("."), math.prod(shape)))
     counted = []
-    for members in groups.values():
+    for (_, reason), members in groups.items():
         parts = zip(*(path for path, _ in members), strict=True)
         pattern = ".".join(part[0] if len({*part}) == 1 else "*" for part in parts)
-        counted.append(LeftTensors(pattern, len(members), sum(size for _, size in members)))
+        counted.append(LeftTensors(pattern, len(members), sum(size for _, size in members), reason))
     return tuple(sorted(counted, key=lambda group: -group.elements))
 
 
@@ -232,28 +268,22 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
 def _block_weights(model: "PreTrainedModel") -> dict[str, str]:
     """Return path -> kind of all layers in the blocks that multiply with matrices, in model order.
 
-    A block is an element of an nn.ModuleList. The kinds in SPLIT_KINDS can be split.
+    A block is an element of an nn.ModuleList. All kinds but UNSPLITTABLE can be split.
     """
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     kinds = {}
     for path, module in model.named_modules():
-        if not _is_in_block(model, path) or f"{path}.weight" in tied or _stays_float32(model, path):
+        if not _is_in_block(model, path):
             continue
-        if _is_linear(module):
+        if is_linear(module):
             kinds[path] = type(module).__name__
         elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             # several matrices in one tensor; a vector with extra dimensions is not
             stacks = (
                 name for name, p in module.named_parameters(recurse=False) if p.ndim >= 3 and min(p.shape[-2:]) > 1
             )
-            kinds |= {f"{path}.{name}": "3-D" for name in stacks}
+            kinds |= {f"{path}.{name}": UNSPLITTABLE for name in stacks}
             kinds |= {stack.path: "experts" for stack in stacks_of(path, module)}
     return kinds
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Tell whether bitsandbytes or another library may treat the module as a linear layer."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _is_in_block(model: nn.Module, path: str) -> bool:
@@ -261,11 +291,6 @@ def _is_in_block(model: nn.Module, path: str) -> bool:
     parts = path.split(".")
     ancestors = (".".join(parts[:depth]) for depth in range(1, len(parts) - 1))
     return any(isinstance(model.get_submodule(ancestor), nn.ModuleList) for ancestor in ancestors)
-
-
-def _stays_float32(model: "PreTrainedModel", path: str) -> bool:
-    """Tell whether transformers' 4-bit loading skips this module (T5's wo), so that a quantized one would not load."""
-    return any(path.endswith(name) or path.startswith(f"{name}.") for name in model._keep_in_fp32_modules or ())
 
 
 def _is_wanted(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -282,25 +307,21 @@ def _check_patterns(patterns: Sequence[str], paths: list[str]) -> None:
         )
 
 
-def _refuse_unsplittable(kinds: dict[str, str]) -> None:
-    """Raise BadInput that explains each kind that cannot be split; all kinds in one message."""
-    reasons = {
-        "Conv1D": "are transformers' Conv1D, which stores its weight transposed; qsvd splits nn.Linear weights only",
-        "3-D": "are several matrices in one tensor, not experts that transformers runs one by one",
-    }
-    sentences = []
-    for kind in dict.fromkeys(kinds.values()):
-        paths = [path for path, other in kinds.items() if other == kind]
-        reason = reasons.get(kind, f"are {kind}, which bitsandbytes does not replace; qsvd splits plain nn.Linear only")
-        sentences.append(f"{len(paths)} weights ({listing(paths, 3)}) {reason}")
-    if sentences:
-        raise BadInput(f"{'; '.join(sentences)}; exclude them by a pattern to keep them in 16 bits")
+def _refuse_unsplittable(paths: Sequence[str]) -> None:
+    if paths:
+        raise BadInput(
+            f"{len(paths)} weights ({listing(paths, 3)}) are several matrices in one tensor, not experts that "
+            "transformers runs one by one; exclude them by a pattern to keep them in 16 bits"
+        )
 
 
-def _spec(path: str, weight_OI: torch.Tensor) -> WeightSpec:
-    out_features, in_features = weight_OI.shape
+def _spec(path: str, linear: nn.Module) -> WeightSpec:
+    name, shape = f"{path}.weight", tuple(linear.get_parameter("weight").shape)
+    out_features, in_features = reversed(shape) if is_transposed(linear) else shape
     layer = next(int(part) for part in path.split(".") if part.isdigit())
-    return WeightSpec(f"{path}.weight", path, (out_features, in_features), role_of(path), layer)
+    sources = (Source(name, is_transposed=True),) if is_transposed(linear) else ()
+    is_plain = is_replaced_by_bitsandbytes(linear)
+    return WeightSpec(name, path, (out_features, in_features), role_of(path), layer, sources, is_plain=is_plain)
 
 
 def _experts(stack: Stack) -> Iterator[WeightSpec]:

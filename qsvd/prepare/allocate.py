@@ -85,7 +85,7 @@ def prepare_allocate(options: Allocate, checkpoint: Checkpoint | None = None) ->
     """
     check(options, is_open=checkpoint is not None)
     device = device_of(options.device)
-    checkpoint, plan = open_16_bit(options.model, options.include, options.exclude, checkpoint)
+    checkpoint, plan = open_16_bit(options, checkpoint)
     statistics = statistics_for(options.objective, options.statistics, checkpoint, plan.weights)
     run = allocate_run(options, checkpoint, plan, statistics, device, options.out.expanduser())
     _check_replaceable(run.out, checkpoint.fingerprint)

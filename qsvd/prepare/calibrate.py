@@ -21,7 +21,7 @@ from qsvd.files.workspace import check_same
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.option_types import result_options
 from qsvd.options import Calibrate
-from qsvd.plan.weights import ModelPlan, causal_classes, context_length, is_classifier
+from qsvd.plan.weights import ModelPlan, context_length, is_classifier, writers
 from qsvd.prepare.check_options import check
 from qsvd.prepare.models import class_names, open_16_bit
 
@@ -72,7 +72,7 @@ def prepare_calibrate(options: Calibrate) -> CalibrateRun:
     """Open the 16-bit model and the data, tokenize, and refuse what cannot be calibrated."""
     check(options)
     device = device_of(options.device)
-    checkpoint, plan = open_16_bit(options.model, options.include, options.exclude)
+    checkpoint, plan = open_16_bit(options)
     length = checked_length(options.max_length, context_length(checkpoint.config), options.model)
     options = replace(options, max_length=length)
     examples, cut = _examples(options, checkpoint, plan)
@@ -86,7 +86,7 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
     assert checkpoint.folder is not None, "opened from files"
     assert options.max_length is not None, "chosen by now"
     classifies = is_classifier(plan.architecture)
-    if not classifies and plan.architecture not in causal_classes():
+    if not classifies and plan.architecture not in writers():
         raise BadInput(
             f"{options.model} is a {plan.architecture}, which has no loss on texts or labels; give a language model "
             f"(...ForCausalLM) or a classifier (...ForSequenceClassification)"

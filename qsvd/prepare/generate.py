@@ -10,7 +10,8 @@ import torch
 from qsvd.adapters.load import generation_config
 from qsvd.data import plain
 from qsvd.data.chat import ChatTemplate, Message, render
-from qsvd.data.examples import open_tokenizer
+from qsvd.data.encoder_decoder import end_tokens
+from qsvd.data.examples import is_encoder_decoder, open_tokenizer
 from qsvd.data.masks import ends_of_turn
 from qsvd.errors import BadInput, listing
 from qsvd.files.atomic import read_object
@@ -20,7 +21,7 @@ from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.items import EVERYTHING
 from qsvd.memory.placement import Wish
 from qsvd.options import Generate
-from qsvd.plan.weights import causal_classes, context_length
+from qsvd.plan.weights import context_length, writers
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import machine, place_generating
 from qsvd.prepare.models import NamedModel, find_model, load_model, record_of
@@ -110,6 +111,8 @@ def prompt_tokens(run: GenerateRun, messages: list[Message]) -> list[int]:
         (tokens,) = plain.prompts([messages[-1]["content"]], run.tokenizer)
     else:
         (tokens,) = plain.encode([render(run.template, messages, begin=True)], run.tokenizer)
+    if is_encoder_decoder(run.found.home):
+        tokens = [*tokens, *end_tokens(run.tokenizer)]
     if not tokens:
         raise BadInput("the prompt has no tokens: give a text")
     return tokens
@@ -157,7 +160,7 @@ def _check_generates(found: NamedModel) -> None:
             f"{found.name} is a classifier ({listing(found.labels)}), which generates no text; give a language model"
         )
     names = [found.architecture] if found.architecture else read_object(found.home / "config.json").get("architectures")
-    if names and names[0] not in causal_classes():
+    if names and names[0] not in writers():
         raise BadInput(f"{found.name} is a {names[0]}, which generates no text; give a language model")
 
 

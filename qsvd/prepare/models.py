@@ -1,6 +1,5 @@
 """A model as a user names it: a 16-bit model, a quantized model, or a run of qsvd train."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,29 +22,30 @@ from qsvd.files.source import Checkpoint, download, open_checkpoint
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import Kind, model_kind
 from qsvd.memory.items import EVERYTHING, Placement
+from qsvd.options import Allocate, Calibrate, Quantize
 from qsvd.paths import local_path
-from qsvd.plan.weights import ModelPlan, causal_classes, is_classifier, plan_model
+from qsvd.plan.weights import ModelPlan, is_classifier, plan_model, writers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
 def open_16_bit(
-    model: str, include: Sequence[str], exclude: Sequence[str], checkpoint: Checkpoint | None = None
+    options: Quantize | Allocate | Calibrate, checkpoint: Checkpoint | None = None
 ) -> tuple[Checkpoint, ModelPlan]:
     """Open a 16-bit model and name the weights that are split.
 
     Args:
-        model: A folder, or a hub id.
-        include, exclude: Patterns of module names.
-        checkpoint: An open one, which is taken instead of `model`.
+        options: The model, a folder or a hub id, and the patterns of module names.
+        checkpoint: An open one, which is taken instead of the model.
 
     Raises:
         BadInput: the model cannot be opened, is quantized already, or lacks tensors.
     """
-    checkpoint = checkpoint or open_checkpoint(model)
+    checkpoint = checkpoint or open_checkpoint(options.model)
     check_not_quantized(checkpoint.config, checkpoint.tensors)
-    plan = plan_model(checkpoint.config, include=include, exclude=exclude)
+    towers = not isinstance(options, Calibrate) and options.include_towers
+    plan = plan_model(checkpoint.config, include=options.include, exclude=options.exclude, include_towers=towers)
     return checkpoint, check_complete(checkpoint, plan)
 
 
@@ -116,7 +116,7 @@ def check_kind(found: NamedModel, *, classifier: bool) -> None:
         )
     if not classifier and found.labels:
         raise BadInput(f"{found.name} is a classifier ({listing(found.labels)}), which needs labelled examples")
-    if not classifier and found.architecture not in causal_classes():
+    if not classifier and found.architecture not in writers():
         raise BadInput(f"{found.name} is a {found.architecture}, which does not predict tokens; give a language model")
 
 

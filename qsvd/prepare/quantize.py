@@ -237,11 +237,11 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
     choice = Choice(NormalFloat4(double_quant=options.double_quant), options.rank if is_uniform else 1)
     _recipe(options, choice)  # refuses what cannot be looped
     device = device_of(options.device)
-    checkpoint, plan = open_16_bit(options.model, options.include, options.exclude, checkpoint)
+    checkpoint, plan = open_16_bit(options, checkpoint)
     allocation, table = None, None
     tables = tables_of(plan, options.head_bits, options.embedding_bits)
     check_copies(checkpoint, plan, tables)
-    choice = replace(choice, codec=usual_codec(double_quant=options.double_quant, packed=bool(tables)))
+    choice = replace(choice, codec=usual_codec(plan.weights, double_quant=options.double_quant, packed=bool(tables)))
     if options.allocation is not None:
         allocation, table = read_table(options.allocation, plan.weights, tables)
     elif is_uniform:

@@ -83,6 +83,16 @@ class ReportHeader:
         sizes = LeftTensors("", sum(group.count for group in unknown), sum(group.elements for group in unknown))
         return f"{sizes.size}: {listing([group.pattern for group in unknown], 3)}"
 
+    @property
+    def kept(self) -> str:
+        """Which linear layers of the blocks stay in 16 bits and why, in one sentence; "" if all were quantized."""
+        reasons: dict[str, list[str]] = {}
+        for left in self.coverage.left:
+            if left.reason:
+                reasons.setdefault(left.reason, []).append(left.pattern)
+        parts = [f"{listing([f'`{name}`' for name in names])} ({reason})" for reason, names in reasons.items()]
+        return f"In 16 bits: {'; '.join(parts)}." if parts else ""
+
 
 def codec_words(codecs: Sequence["Codec"]) -> str:
     """Return one codec by its name, several by the numbers of their bits: "nf2, nf3 and nf4"."""

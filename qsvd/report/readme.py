@@ -104,8 +104,9 @@ def _opening(header: ReportHeader, quantization: Mapping[str, Any]) -> str:
             "residual without the adapter gives wrong outputs, and the adapter works with no other model."
         )
     needed = " and ".join(filter(None, [", ".join(libraries[:-1]), libraries[-1]]))
+    kept = f" {header.kept}" if header.kept else ""
     return (
-        f"# {model}, quantized by qsvd\n\n{parts}\n\n{header.method}.\n{header.reach}.\n\n"
+        f"# {model}, quantized by qsvd\n\n{parts}\n\n{header.method}.\n{header.reach}.{kept}\n\n"
         "`report.md` lists the quantization error, `errors.jsonl` the error of every layer, `qsvd.json` the options.\n"
         f"The commands below need {needed}. Edit the path if it moves.\n"
         "`qsvd train`, `qsvd eval` and `qsvd export` take this folder too."

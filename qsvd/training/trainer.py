@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
@@ -187,9 +188,18 @@ class ClassifierTrainer(SplitTraining, Trainer):
         return self.model(**inputs).loss
 
 
+class EncoderDecoderTrainer(SplitTraining, Trainer):
+    """The trainer of models whose decoder writes what it learns from what its encoder reads."""
+
+    is_classifier = False
+
+    def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model(**inputs).loss
+
+
 def make_trainer(
     model: Any, tokenizer: Any, data: Any, settings: Settings, run: Path, base: SplitFolder | None = None
-) -> LanguageTrainer | ClassifierTrainer:
+) -> LanguageTrainer | ClassifierTrainer | EncoderDecoderTrainer:
     """Return a trainer for a model from `qsvd.load`.
 
     Args:
@@ -199,13 +209,13 @@ def make_trainer(
     """
     is_classifier = bool(model.split_record.labels)
     model.micro_batch = settings.batch_size if settings.layer_major else None
-    if is_classifier:
+    if is_classifier or model.config.is_encoder_decoder:
         arguments = classifier_arguments(settings, run, model.device)
-        trainer = ClassifierTrainer(
-            model, arguments, data_collator=DataCollatorWithPadding(tokenizer), train_dataset=data
-        )
-        # The loss of a head is the mean of its batch and ignores num_items_in_batch, so the trainer must divide by the
-        # number of batches of a step.
+        kind = ClassifierTrainer if is_classifier else EncoderDecoderTrainer
+        collator = DataCollatorWithPadding(tokenizer) if is_classifier else DataCollatorForSeq2Seq(tokenizer, model)
+        trainer = kind(model, arguments, data_collator=collator, train_dataset=data)
+        # The loss of such a model is the mean of its batch and ignores num_items_in_batch, so the trainer must divide
+        # by the number of batches of a step.
         trainer.model_accepts_loss_kwargs = False
     else:
         arguments = language_arguments(settings, run, model.device)

@@ -14,12 +14,12 @@ from tests.adapters.results import IDS, ROUNDINGS, distance, modules_of, outputs
 
 LABELS = ("no", "maybe", "yes")
 HEADS = {  # of the checkpoint -> the classifier, and what of it no file has
-    "BertModel": ("BertForSequenceClassification", {"classifier.weight": (3, 32), "classifier.bias": (3,)}),
-    "LlamaForCausalLM": ("LlamaForSequenceClassification", {"score.weight": (3, 32)}),
+    "BertModel": ("BertForSequenceClassification", {"classifier.weight": (3, 64), "classifier.bias": (3,)}),
+    "LlamaForCausalLM": ("LlamaForSequenceClassification", {"score.weight": (3, 64)}),
     "RobertaForMaskedLM": (
         "RobertaForSequenceClassification",
-        {"classifier.dense.weight": (32, 32), "classifier.dense.bias": (32,)}
-        | {"classifier.out_proj.weight": (3, 32), "classifier.out_proj.bias": (3,)},
+        {"classifier.dense.weight": (64, 64), "classifier.dense.bias": (64,)}
+        | {"classifier.out_proj.weight": (3, 64), "classifier.out_proj.bias": (3,)},
     ),
 }
 
@@ -165,14 +165,12 @@ def test_the_body_is_split_where_it_was(out):
     assert split == {f"{prefix}{path}" for path in modules_of(out)}
 
 
-def test_a_body_without_what_comes_before_the_head_is_refused(tmp_path):
-    """A BERT trained on masks alone has no pooler; a new one would be no part of the base."""
-    out = split_checkpoint(tmp_path, "BertForMaskedLM")
-    said = (
-        r"the quantized model lacks 2 tensors of BertForSequenceClassification: bert\.pooler\.dense\.bias, .*\.weight$"
-    )
-    with pytest.raises(ValueError, match=said):
-        qsvd.load(out, labels=LABELS)
+def test_what_the_quantized_class_lacks_before_the_head_is_new_and_trained_too(tmp_path):
+    """A BERT trained on masks alone has no pooler."""
+    model = qsvd.load(split_checkpoint(tmp_path, "BertForMaskedLM"), labels=LABELS)
+    whole = {name for name, p in model.named_parameters() if p.requires_grad and ".adapter." not in name}
+    assert whole == {f"{path}.{part}" for path in ("bert.pooler.dense", "classifier") for part in ("weight", "bias")}
+    assert not any(p.is_meta for p in model.parameters())
 
 
 def test_one_label_is_refused(llama):

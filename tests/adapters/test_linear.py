@@ -125,6 +125,16 @@ def test_gradients_are_finite_differences(has_gain):
     assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *module.adapter.parameters()))
 
 
+@pytest.mark.parametrize("has_gain", [True, False])
+def test_its_weight_is_the_dense_matrix_without_a_gradient(has_gain):
+    module = module_of(SHAPES[0], has_gain=has_gain)
+    x = torch.eye(SHAPES[0][1])
+    bias = 0 if module.bias is None else module.bias
+    assert not module.weight.requires_grad
+    torch.testing.assert_close(module.weight, (module(x) - bias).T.detach())
+    assert module.to(torch.bfloat16).weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3), (2, 0, 3), (2, 1, 3)])
 def test_leading_dimensions_stay(leading):
     module, count = module_of((33, 64)), math.prod(leading)

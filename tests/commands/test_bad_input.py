@@ -100,7 +100,7 @@ def test_a_tensor_is_missing(refused, model):
 def test_a_tensor_has_another_shape(refused, model):
     edit(model, lambda tensors: tensors.update({Q_PROJ: torch.zeros(32, 16, dtype=torch.bfloat16)}))
     assert refused(model).endswith(
-        f"1 tensors have another shape than in config.json: {Q_PROJ} is [32, 16] instead of [32, 32]"
+        f"1 tensors have another shape than in config.json: {Q_PROJ} is [32, 16] instead of [64, 64]"
     )
 
 
@@ -111,7 +111,7 @@ def test_a_weight_holds_nan_or_infinity(refused, model, value):
 
     edit(model, damage)
     sentence = refused(model, makes_folder=True)  # the values are read when their turn comes
-    assert sentence == f"{model}: {Q_PROJ}: 3 of 1024 values are NaN or infinite; repair the checkpoint"
+    assert sentence == f"{model}: {Q_PROJ}: 3 of 4096 values are NaN or infinite; repair the checkpoint"
 
 
 QUANTIZED = {
@@ -137,16 +137,16 @@ def test_a_checkpoint_whose_config_says_that_it_is_quantized(refused, model):
 
 
 def test_a_rank_above_the_shorter_side_names_the_weights_and_the_limit(refused, model):
-    assert refused(model, "--rank", 17) == (
-        "--rank 17 is above the shorter side of 4 weights: model.layers.0.self_attn.k_proj [16, 32], "
-        "model.layers.0.self_attn.v_proj [16, 32], model.layers.1.self_attn.k_proj [16, 32], "
-        "model.layers.1.self_attn.v_proj [16, 32]; give at most 16, or --exclude them"
+    assert refused(model, "--rank", 33) == (
+        "--rank 33 is above the shorter side of 4 weights: model.layers.0.self_attn.k_proj [32, 64], "
+        "model.layers.0.self_attn.v_proj [32, 64], model.layers.1.self_attn.k_proj [32, 64], "
+        "model.layers.1.self_attn.v_proj [32, 64]; give at most 32, or --exclude them"
     )
 
 
 def test_the_highest_rank_that_is_named_is_accepted(model, tmp_path, capsys):
-    assert run(["quantize", str(model), "--out", str(tmp_path / "out"), "--rank", "16"]) == 0
-    assert "rank 16" in capsys.readouterr().out
+    assert run(["quantize", str(model), "--out", str(tmp_path / "out"), "--rank", "32"]) == 0
+    assert "rank 32" in capsys.readouterr().out
 
 
 def test_no_iterations(refused, model):
@@ -159,7 +159,9 @@ def test_an_unknown_pattern(refused, model):
 
 
 def test_nothing_left_to_split(refused, model):
-    assert refused(model, "--exclude", "*").startswith("LlamaForCausalLM has no nn.Linear inside repeated blocks left")
+    assert refused(model, "--exclude", "*").startswith(
+        "LlamaForCausalLM has no linear layer inside repeated blocks left"
+    )
 
 
 @pytest.mark.parametrize("size", ["5X", "5PB", "", "GB", "-5GB", "99KB", "0.00001GB"])

@@ -28,7 +28,7 @@ KEPT = (".safetensors", "allocation.txt", "config.json")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
-    write_checkpoint(folder, hidden_size=48, intermediate_size=64, num_hidden_layers=1)
+    write_checkpoint(folder, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_key_value_heads=4)
     return folder
 
 

@@ -88,10 +88,10 @@ def test_a_dry_run_prints_options_weights_and_sizes_and_writes_nothing(model, tm
     words = " ".join(shown.out.replace("│", " ").split())
     for option in ("--rank 7", "--iterations 5", "--order svd", "--shard-size 5GB", "(device) cpu", "--dry-run True"):
         assert option in words
-    assert "model.layers.0-1.self_attn.q_proj 2 q 32 x 32 nf4+dq 7" in words
-    assert "model.layers.0-1.mlp.down_proj 2 down 32 x 64 nf4+dq 7" in words
-    assert "Coverage: 14 layers quantized, 18,432 of 24,736 elements (74.51 %)" in words
-    assert "Left: model.embed_tokens.weight (1 tensor, 3,072 elements)" in words
+    assert "model.layers.0-1.self_attn.q_proj 2 q 64 x 64 nf4+dq 7" in words
+    assert "model.layers.0-1.mlp.down_proj 2 down 64 x 128 nf4+dq 7" in words
+    assert "Coverage: 14 layers quantized, 73,728 of 86,336 elements (85.40 %)" in words
+    assert "Left: model.embed_tokens.weight (1 tensor, 6,144 elements)" in words
     sizes = dict(re.findall(r"(in the 16-bit model|residual|components|copied) ([\d.]+)", words))
     assert {name: float(size) for name, size in sizes.items()}.keys() >= {
         "in the 16-bit model",
@@ -99,7 +99,7 @@ def test_a_dry_run_prints_options_weights_and_sizes_and_writes_nothing(model, tm
         "components",
         "copied",
     }
-    assert float(sizes["in the 16-bit model"]) == pytest.approx(18432 * 2 / 1e6, abs=0.05)
+    assert float(sizes["in the 16-bit model"]) == pytest.approx(73728 * 2 / 1e6, abs=0.05)
     assert "Files: model.safetensors" in words
 
 

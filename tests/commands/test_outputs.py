@@ -74,11 +74,11 @@ def test_the_coverage_counts_the_elements_that_were_split_and_lists_what_was_lef
     original = tensors_of(source)
     coverage = manifest["header"]["coverage"]
     assert coverage["weights"] == 6
-    assert coverage["elements_split"] == sum(original[name].numel() for name in manifest["weights"]) == 6 * 32 * 64
+    assert coverage["elements_split"] == sum(original[name].numel() for name in manifest["weights"]) == 6 * 64 * 128
     assert coverage["elements"] == sum(tensor.numel() for tensor in original.values())
     left = {group["pattern"]: (group["count"], group["elements"]) for group in coverage["left"]}
-    assert left["model.layers.*.self_attn.k_proj.weight"] == (2, 2 * 16 * 32)
-    assert left["model.embed_tokens.weight"] == (1, 96 * 32)
+    assert left["model.layers.*.self_attn.k_proj.weight"] == (2, 2 * 32 * 64)
+    assert left["model.embed_tokens.weight"] == (1, 96 * 64)
     assert sum(elements for _, elements in left.values()) == coverage["elements"] - coverage["elements_split"]
 
 
@@ -145,9 +145,9 @@ def test_tensors_that_the_class_does_not_have_are_copied_named_and_exported(tmp_
 
 
 def test_nobody_is_told_to_let_bitsandbytes_decode_what_it_may_decode_wrongly(tmp_path, capsys):
-    """Its kernel for AVX-512 is wrong where the input features, 32 here, do not divide by 64."""
+    """Its kernel for AVX-512 is wrong where the input features, 96 here, do not divide by 64."""
     source, out = tmp_path / "source", tmp_path / "out"
-    write_checkpoint(source)
+    write_checkpoint(source, hidden_size=96)
     commands = [["quantize", source, "--out", out, "--rank", 4], ["report", out]]
     commands += [["export", out, "--to", form, "--out", tmp_path / form] for form in ("merged", "peft")]
     for command in commands:

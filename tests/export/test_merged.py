@@ -143,7 +143,7 @@ def test_a_killed_run_keeps_finished_shards_and_ends_with_the_same_bytes(llama, 
     assert len(first) == 2
     times = [path.stat().st_mtime_ns for path in first]
     other = as_model(llama / "out", perturbed(llama / "out", seed=1))
-    with pytest.raises(ValueError, match="x was written with other options: trained"):
+    with pytest.raises(ValueError, match="x was written with other options: the run changed"):
         write_merged(other, tmp_path / "x", form)
     with pytest.raises(ValueError, match="x was written with other options: shard_bytes 50000 there, 60000 now"):
         write_merged(as_model(llama / "out", trained), tmp_path / "x", MergedForm(shard_bytes=60_000))

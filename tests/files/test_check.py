@@ -68,7 +68,7 @@ def test_the_sources_of_a_weight_are_resolved_as_its_name_is(tmp_path):
     weights = tuple(replace(spec, sources=parts) for spec, parts in zip(plan.weights, halves, strict=True))
     plan = check_complete(checkpoint, replace(plan, weights=weights))
     first = "encoder.layer.0.attention.attention.query.weight"
-    assert plan.weights[0].sources == (Source(first, rows=(0, 16)), Source(first, rows=(16, 32)))
+    assert plan.weights[0].sources == (Source(first, rows=(0, 16)), Source(first, rows=(16, 64)))
     assert all(torch.equal(checkpoint.read_weight(spec), checkpoint.read(spec.name)) for spec in plan.weights)
 
 
@@ -151,7 +151,7 @@ def test_all_kinds_of_trouble_are_told_at_once(tmp_path):
     said = str(error.value)
     assert "2 tensors that config.json describes are in no weight file: model.layers.1.mlp.up_proj.weight, mod" in said
     assert "1 tensors have another shape than in config.json: model.layers.0.self_attn.q_proj.weight is" in said
-    assert "[512, 1] instead of [32, 32]" in said
+    assert "[512, 1] instead of [64, 64]" in said
     assert (
         "1 weights to split have another dtype than F32, BF16, F16: model.layers.0.self_attn.k_proj.weight is F64"
         in said
@@ -281,7 +281,7 @@ def test_codes_that_call_themselves_bf16_do_not_pass(tmp_path):
     write_checkpoint(tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
     edit(tmp_path, lambda tensors: tensors | {name: torch.ones(64 * 32 // 4, 1, dtype=torch.bfloat16)})
-    with pytest.raises(ValueError, match=r"up_proj\.weight is \[512, 1\] instead of \[64, 32\]"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight is \[512, 1\] instead of \[128, 64\]"):
         checked(tmp_path)
 
 

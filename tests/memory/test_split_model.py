@@ -70,7 +70,7 @@ def test_a_family_needs_more_for_more_tokens_and_less_with_checkpoints(name, is_
     model = planned_family(name)
     once, twice, whole = blocks(64), blocks(128), blocks(64, checkpointing=False)
     assert len(once) == len(model.blocks) == 2
-    assert once[0].input == once[0].kept == 64 * 32 * 2
+    assert once[0].input == once[0].kept == 64 * 64 * 2
     assert twice[0].first.total > once[0].first.total
     assert whole[0].kept > once[0].kept
     grows_quadratically = twice[0].first.total > 3 * once[0].first.total
@@ -80,17 +80,23 @@ def test_a_family_needs_more_for_more_tokens_and_less_with_checkpoints(name, is_
 
 def test_experts_that_are_excluded_are_counted_in_16_bits_and_it_is_said():
     model = planned_family("MixtralForCausalLM", exclude=["*.experts.*"])
-    assert model.dense.experts == 2 * 2 * 4 * 3 * 32 * 64  # bytes, blocks, experts, matrices
+    assert model.dense.experts == 2 * 2 * 4 * 3 * 64 * 128  # bytes, blocks, experts, matrices
     run = Training(Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"), 1, "adamw")
     plan = plan_training(model, run, EVERYTHING, Limits())
     assert plan["experts in 16 bits"].gpu == model.dense.experts
     assert any("Experts that are not quantized" in note for note in plan.notes)
 
 
-@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "ViTModel"])
-def test_what_is_no_language_model_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} cannot be run from tokens alone"):
-        run_blocks(planned_family(name), Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"))
+@pytest.mark.parametrize(
+    ("name", "blocks", "tokens"),
+    [("T5ForConditionalGeneration", 4, 16), ("ViTModel", 2, (32 // 16) ** 2 + 1), ("GPT2LMHeadModel", 2, 16)],
+)
+def test_encoders_decoders_and_images_run_by_what_they_read(name, blocks, tokens):
+    """An image of 32 x 32 is 4 patches of 16 x 16 and one token for the class."""
+    model = planned_family(name)
+    found = run_blocks(model, Batch(16, 3, is_masked=False, checkpointing=True, device="cuda"))
+    assert len(found) == blocks
+    assert {block.input for block in found} == {3 * tokens * 64 * model.dtype.itemsize}
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "GPTNeoXForCausalLM"])
@@ -133,3 +139,21 @@ def test_methods_that_train_components_need_some():
 def test_embeddings_that_are_the_head_too_are_on_the_gpu(name, may_move):
     assert {way.embeddings_on_host for way in ways(planned_family(name), "cuda", FREE)} == {may_move}
     assert not any(way.embeddings_on_host for way in ways(planned_family(name), "cpu", FREE))
+
+
+def test_experts_before_a_block_are_not_run():
+    """Their choice depends on numbers, which the meta device has not."""
+    options = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Qwen3_5MoeTextConfig(
+        **(options | heads | sizes), linear_value_head_dim=16, head_dim=16, vocab_size=96, moe_intermediate_size=64,
+        shared_expert_intermediate_size=64, architectures=["Qwen3_5MoeForCausalLM"],
+    )  # fmt: skip
+    names = plan_model(config)
+    codec = NormalFloat4(double_quant=True)
+    model = planned(
+        skeleton(config, torch.float32), names, uniform(names.weights, Choice(codec, 4)), options=AdapterOptions()
+    )
+    found = run_blocks(model, Batch(16, 1, is_masked=False, checkpointing=True, device="cpu"))
+    assert len(found) == 2

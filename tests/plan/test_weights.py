@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from qsvd.plan.weights import coverage, plan_model, role_of
+from qsvd.plan.allocation import usual_codec
+from qsvd.plan.weights import Source, coverage, plan_model, role_of
 from qsvd.records import Coverage, LeftTensors
 from tests.checkpoints import tiny_config, tiny_model
 
@@ -122,14 +123,14 @@ def test_a_70b_llama_is_planned_without_memory_to_the_published_parameter_count(
 def test_left_tensors_are_grouped_over_the_blocks():
     assert coverage(plan_model(tiny_config("LlamaForCausalLM"))) == Coverage(
         weights=14,
-        elements_split=2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32),
-        elements=2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32) + 2 * 96 * 32 + 5 * 32,
+        elements_split=2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64),
+        elements=2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64) + 2 * 96 * 64 + 5 * 64,
         left=(
-            LeftTensors("model.embed_tokens.weight", 1, 96 * 32),
-            LeftTensors("lm_head.weight", 1, 96 * 32),
-            LeftTensors("model.layers.*.input_layernorm.weight", 2, 64),
-            LeftTensors("model.layers.*.post_attention_layernorm.weight", 2, 64),
-            LeftTensors("model.norm.weight", 1, 32),
+            LeftTensors("model.embed_tokens.weight", 1, 96 * 64),
+            LeftTensors("lm_head.weight", 1, 96 * 64),
+            LeftTensors("model.layers.*.input_layernorm.weight", 2, 128),
+            LeftTensors("model.layers.*.post_attention_layernorm.weight", 2, 128),
+            LeftTensors("model.norm.weight", 1, 64),
         ),
     )
 
@@ -161,15 +162,16 @@ def test_patterns_that_match_nothing_are_all_named(side):
 
 
 def test_excluding_everything_is_refused():
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no nn\.Linear inside repeated blocks left to split"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no linear layer inside repeated blocks left to split"):
         plan_model(tiny_config("LlamaForCausalLM"), exclude=["*"])
 
 
-def test_transposed_weights_of_gpt2_are_refused():
-    with pytest.raises(
-        ValueError, match=r"8 weights \(transformer\.h\.0\.attn\.c_attn, .* stores its weight transposed"
-    ):
-        plan_model(tiny_config("GPT2LMHeadModel"))
+def test_the_transposed_weights_of_gpt2_are_split_as_out_times_in():
+    plan = plan_model(tiny_config("GPT2LMHeadModel"))
+    stored = tiny_model("GPT2LMHeadModel").state_dict()
+    assert len(plan.weights) == 8
+    assert all(spec.shape == tuple(reversed(stored[spec.name].shape)) for spec in plan.weights)
+    assert all(spec.sources == (Source(spec.name, is_transposed=True),) for spec in plan.weights)
 
 
 @pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen2MoeForCausalLM", "GptOssForCausalLM"])
@@ -191,9 +193,11 @@ def test_every_expert_of_a_stack_is_a_weight_unless_the_stack_is_excluded(archit
     assert any(tensors.pattern == "model.layers.*.mlp.experts.gate_up_proj" for tensors in coverage(plan).left)
 
 
-def test_subclasses_of_linear_that_bitsandbytes_passes_over_are_refused():
-    with pytest.raises(ValueError, match="are FalconLinear, which bitsandbytes does not replace"):
-        plan_model(tiny_config("FalconForCausalLM"))
+def test_subclasses_of_linear_that_bitsandbytes_passes_over_are_split_in_our_layout():
+    plan = plan_model(tiny_config("FalconForCausalLM"))
+    assert len(plan.weights) == 8
+    assert not any(spec.is_plain for spec in plan.weights)
+    assert usual_codec(plan.weights, double_quant=True).name == "nf4-64-8x256"
 
 
 def test_layers_that_transformers_keeps_in_float32_are_left():

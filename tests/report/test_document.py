@@ -16,8 +16,8 @@ def test_json_has_stable_keys_and_numbers_in_full(samples, header):
         "elements_split": 231,
         "elements": 1495,
         "left": [
-            {"pattern": "embed_tokens.weight", "count": 1, "elements": 1200},
-            {"pattern": "layers.*.norm.weight", "count": 4, "elements": 64},
+            {"pattern": "embed_tokens.weight", "count": 1, "elements": 1200, "reason": ""},
+            {"pattern": "layers.*.norm.weight", "count": 4, "elements": 64, "reason": ""},
         ],
         "unknown": [],
         "share": 231 / 1495,
