@@ -67,7 +67,8 @@ def start_head(model: Any, plan: ModelPlan, *, is_classifier: bool, seed: int) -
     """
     device = next(p.device for p in model.parameters() if not p.is_meta)
     empty = [name for name, p in model.named_parameters() if p.is_meta and name not in plan.tied]
-    there = _names_of_source(model.config, plan) if is_classifier else ()
+    names = describe(build(model.config)).shapes if is_classifier else ()  # of the class that was quantized
+    there = {*names, *(f"{plan.base_prefix}.{name}" for name in names)}
     head = [n for n in empty if is_classifier and (not n.startswith(f"{plan.base_prefix}.") or n not in there)]
     missing = sorted(set(empty) - set(head) - plan.optional)
     if missing:
@@ -78,15 +79,10 @@ def start_head(model: Any, plan: ModelPlan, *, is_classifier: bool, seed: int) -
             module = model.get_submodule(path).to_empty(device="cpu", recurse=False).float()
             model._init_weights(module)
             module.to(device).requires_grad_(True)
-    for child in dict.fromkeys(name.partition(".")[0] for name in head):
+    inside = f"{plan.base_prefix}."
+    for child in dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith(inside)]) for name in head):
         model.get_submodule(child).register_forward_pre_hook(_in_float32)
     return tuple(head)
-
-
-def _names_of_source(config: "PreTrainedConfig", plan: ModelPlan) -> set[str]:
-    """Return the names of the class that was quantized, with and without the prefix of the bare model."""
-    names = set(describe(build(config)).shapes)
-    return names | {f"{plan.base_prefix}.{name}" for name in names}
 
 
 def _in_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

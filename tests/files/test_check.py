@@ -182,7 +182,7 @@ def test_two_tensors_for_one_place_are_refused():
         resolve(plan.shapes | {"norm.weight": plan.shapes["model.norm.weight"]}, plan)
 
 
-FUSED = {f"model.layers.0.self_attn.{name}.weight": (rows, 32) for name, rows in {"q": 32, "k": 16, "v": 16}.items()}
+FUSED = {f"model.layers.0.self_attn.{name}.weight": (rows, 64) for name, rows in {"q": 64, "k": 32, "v": 32}.items()}
 
 
 def fusing(*operations):
@@ -213,7 +213,7 @@ def test_weights_that_transformers_computes_in_another_way_are_refused(missing):
 def test_parts_of_other_sizes_than_the_weight_are_refused():
     plan, shapes = fusing(core_model_loading.Concatenate(0))
     for name in FUSED:
-        shapes[name] = (shapes[name][0] + 8, 32)
+        shapes[name] = (shapes[name][0] + 8, 64)
     with pytest.raises(ValueError, match=r"computes 1 weights of Phi3ForCausalLM"):
         resolve(shapes, plan)
 
