@@ -182,7 +182,7 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
     tables = {table.name: weights.pop(table.name) for table in run.tables}
     checkpoint = run.checkpoint
     return {
-        "format": FORMATS[2 if tables else 1],  # version 0.2 reads 1 and 2, and would read codes as a dense table
+        "format": FORMATS[2 if tables else 1],  # a reader of format 2 would take the codes for numbers
         "fingerprint": base,
         "source": {
             "model": checkpoint.name,

@@ -92,10 +92,10 @@ def test_what_cannot_be_read_whole_is_refused(tmp_path, file):
     out = split_checkpoint(tmp_path)
     if file == "format":
         manifest = json.loads((out / "qsvd.json").read_text())
-        (out / "qsvd.json").write_text(json.dumps(manifest | {"format": 3}))
+        (out / "qsvd.json").write_text(json.dumps(manifest | {"format": 4}))
     else:
         (out / file).unlink()
-    with pytest.raises(ValueError, match=r"has format 3; .* install a newer" if file == "format" else f"lacks {file}"):
+    with pytest.raises(ValueError, match=r"has format 4; .* install a newer" if file == "format" else f"lacks {file}"):
         qsvd.load(out)
 
 
