@@ -177,9 +177,8 @@ def _place(
 
 
 def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
-    pages = open_pages(
-        place.split, place.device, place.placement
-    )  # first: it sets how the C library keeps freed memory
+    # first: it sets how the C library keeps freed memory
+    pages = open_pages(place.split, place.device, place.placement)
     model, plan = _empty(place)
     _fill(model, plan, place, pages)
     full = start_head(model, plan, is_classifier=bool(place.record.labels), seed=place.record.seed)

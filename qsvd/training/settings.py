@@ -68,6 +68,7 @@ def language_arguments(settings: Settings, folder: Path, device: torch.device) -
         **_common(settings, folder, device),
         max_length=settings.max_length,
         packing=settings.packing,
+        router_aux_loss_coef=0.0,  # routers are frozen
         dataset_kwargs={"skip_prepare_dataset": not settings.packing},
         activation_offloading=settings.activation_offload,
     )
