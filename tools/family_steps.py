@@ -337,7 +337,7 @@ Every command on a tiny random model of each family (`tools/families --write doc
 - *load* compares the logits of `qsvd.load` with those of transformers' own model with the dense weights Q + B A.
 - *from_pretrained* compares plain transformers with them, where the format is that of bitsandbytes.
 - *train* is two steps on text; *export* a merged export, which plain transformers opens with equal logits.
-- yes: works; no: refused; -: does not apply.
+- yes: works; no: does not work; -: does not apply.
 """
 SHOWN = {"plan": "plan", "quantize": "quantize", "load": "load", "plain load": "from_pretrained"}
 SHOWN |= {step: step for step in ("generate", "train", "eval", "export")}
