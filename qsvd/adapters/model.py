@@ -90,14 +90,16 @@ class SplitModel:
 
     @property
     def base_model(self) -> nn.Module:
-        """The model without its head; a few classes of transformers (Llama 4) name no such part, and TRL needs it."""
+        """The part below the output head; a few classes of transformers (Llama 4) name none, and TRL needs it."""
         model = cast("PreTrainedModel", self)
         named = getattr(model, model.base_model_prefix, model)
         if named is not model or not model.can_generate():
             return named
-        embedding = model.get_input_embeddings()
-        parts = (part for part in model.children() if part is not embedding)
-        return next((part for part in parts if any(module is embedding for module in part.modules())), model)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        while any(module is head for module in named.modules()):
+            parts = (part for part in named.children() if part is not embedding)
+            named = next(part for part in parts if any(module is embedding for module in part.modules()))
+        return named
 
     def save_pretrained(self, save_directory: str | Path, *_: object, **__: object) -> None:
         """Save the trained parameters, a few MB; `qsvd.load(OUT, adapter=save_directory)` loads them.

@@ -129,6 +129,7 @@ def _stretched(runs: Sequence[Any], times: float) -> Any:
     return type(first)(**parts)
 
 
+@lru_cache(maxsize=4096)  # the short runs of a loop serve every length
 def _run_counted(model: SplitModelPlan, path: str, batch: Batch) -> tuple[BlockBytes, int]:
     """Run a block with our attention, or with the model's own, eager one if that is not called through transformers.
 

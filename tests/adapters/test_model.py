@@ -5,11 +5,12 @@ import json
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 import qsvd
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods import METHODS
-from qsvd.adapters.model import split_linears, trained
+from qsvd.adapters.model import SplitModel, split_linears, trained
 from tests.adapters.results import IDS, modules_of, outputs, split_checkpoint
 
 PARAMETERS = {"pissa": ("up", "down"), "lora": ("up", "down"), "edora": ("core", "magnitude")}
@@ -169,3 +170,18 @@ def test_an_adapter_of_a_method_that_there_is_not_is_refused(out, tmp_path):
 def test_a_folder_without_an_adapter_is_refused(out):
     with pytest.raises(ValueError, match="holds no trained adapter"):
         qsvd.load(out, adapter=out)
+
+
+@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "Llama4ForConditionalGeneration"])
+def test_the_part_below_the_head_is_found_where_transformers_names_none(name):
+    """TRL takes hidden states from it."""
+    text = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "pad_token_id": 0}
+    vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config: object = transformers.Llama4TextConfig(**text)
+    if name != "Llama4ForCausalLM":
+        config = transformers.Llama4Config(text_config=text, vision_config=vision | {"image_size": 32})
+    architecture = getattr(transformers, name)
+    model = type(name, (SplitModel, architecture), {})(config)
+    outputs = model.base_model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    assert outputs.last_hidden_state.shape == (1, 4, 64)
