@@ -98,7 +98,10 @@ class SplitModel:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         while any(module is head for module in named.modules()):
             parts = (part for part in named.children() if part is not embedding)
-            named = next(part for part in parts if any(module is embedding for module in part.modules()))
+            inner = next((part for part in parts if any(module is embedding for module in part.modules())), None)
+            if inner is None:  # the head is beside the embedding, as in T5
+                break
+            named = inner
         return named
 
     def save_pretrained(self, save_directory: str | Path, *_: object, **__: object) -> None:

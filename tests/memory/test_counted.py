@@ -21,7 +21,7 @@ ODD = {
     "hidden_size": 72,
     "intermediate_size": 200,
     "num_attention_heads": 6,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 3,
     "num_hidden_layers": 6,
 }
 

@@ -13,7 +13,7 @@ from qsvd.memory.training import Training, plan_training
 from qsvd.training.steps import OUTSIDE, PEAK, PLANNED, REST, memory_by_item, planned_by_item
 from tests.adapters.results import IDS, split_checkpoint
 
-VOCABULARY, HIDDEN, LAYERS = 96, 32, 4
+VOCABULARY, HIDDEN, LAYERS = 96, 64, 4
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_rows_add_up_the_items_of_one_place():
 
 def residual(alignment):
     """Bytes of the NF4 tensors of a block, each rounded up: codes, scales' codes, their scales, offset and levels."""
-    matrices = [32 * 32, 32 * 32, 16 * 32, 16 * 32, 64 * 32, 64 * 32, 32 * 64]
+    matrices = [64 * 64, 64 * 64, 32 * 64, 32 * 64, 128 * 64, 128 * 64, 64 * 128]
     tensors = [size for n in matrices for size in (n // 2, n // 64, 4 * -(-n // (64 * 256)), 4, 4 * 256)]
     return sum(-(-size // alignment) * alignment for size in tensors)
 
@@ -90,7 +90,7 @@ def test_found_bytes_are_those_of_the_shapes(out, method, resident):
     adapters = 4 * sum(p.numel() for p in parameters)
     assert found["trained parameters"] == found["gradients"] == adapters
     assert found["optimizer state"] == 2 * adapters + 4 * len(parameters)  # two moments, and a number of steps
-    norms, rotary = HIDDEN * (2 * LAYERS + 1), 2 * 4  # frequencies of heads 8 wide, and the ones they began as
+    norms, rotary = HIDDEN * (2 * LAYERS + 1), 2 * 8  # frequencies of heads 16 wide, and the ones they began as
     assert found["embeddings, norms, head"] == 4 * (2 * VOCABULARY * HIDDEN + norms + rotary)
     staying, visiting = resident * residual(1), min(3, LAYERS - resident) * residual(256)
     assert found["residual"] == staying + visiting
