@@ -14,7 +14,7 @@ from qsvd.files.workspace import UNFINISHED
 from qsvd.options import Quantize
 from qsvd.prepare.outputs import copied_tensor, error_change, parted_layers, planned_tables, tensors_of, write_outputs
 from qsvd.prepare.quantize import QuantizeRun, check_resources, check_room, prepare_quantize, resolve_allocation
-from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
+from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.errors import from_record, to_record
 from qsvd.report.next_commands import after_quantize, last_lines
 from qsvd.report.results import QuantizeResult
@@ -98,7 +98,8 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> bool:
 
 def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) -> None:
     """Split what is not split yet, and write every shard that is not there."""
-    weights, errors, done, new = run.weights, list[WeightError](), 0, 0
+    weights, finished, done, new = run.weights, 0, 0, 0
+    before, after = 0.0, 0.0  # squared errors of the weights so far; sums, since there are thousands of experts
     pending = [number for shard in run.shards for number in shard.weights if not folder.is_done(number)]
     tensors = stream(run.checkpoint, [weights[number] for number in pending])
     for shard in run.shards:
@@ -109,9 +110,12 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) ->
                 split, error = run.split(weights[number], next(tensors))
                 folder.save(number, *tensors_of(run, weights[number], split), to_record(error))
                 new += num_bytes
+            else:
+                error = from_record(folder.weight_record(number))
             done += num_bytes
-            errors.append(from_record(folder.weight_record(number)))
-            what = f"{len(errors)}/{len(weights)} weights"
-            show(Progress(done, new, run.sizes.source, what, ("MB/s", 1e6), error_change(errors)))
+            finished += 1
+            before, after = before + error.before.frobenius**2, after + error.after.frobenius**2
+            what = f"{finished}/{len(weights)} weights"
+            show(Progress(done, new, run.sizes.source, what, ("MB/s", 1e6), error_change(before, after)))
         if not is_written:
             folder.write_shard(shard.file, shard.weights, [copied_tensor(run, name) for name in shard.copied])

@@ -69,9 +69,8 @@ def copied_tensor(run: QuantizeRun, name: str) -> NewTensor:
     return NewTensor(name, entry.dtype, entry.shape, values)
 
 
-def error_change(errors: list[WeightError]) -> str:
-    """Return in words how much components changed the Frobenius error of the weights so far."""
-    before, after = (sum(getattr(error, state).frobenius ** 2 for error in errors) for state in ("before", "after"))
+def error_change(before: float, after: float) -> str:
+    """Return in words how much components changed the Frobenius error; both are sums of squares over weights."""
     percent = 100 * (sqrt(after / before) - 1) if before else 0.0
     return f"error {percent:+.1f} % by components"
 
