@@ -54,6 +54,12 @@ FAMILIES = {  # class -> (config class, options)
         | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
         | {"shared_expert_intermediate_size": 32, "layer_types": ["full_attention", "full_attention"]},
     ),
+    "Glm4MoeForCausalLM": (  # dense, then experts with shared ones
+        "Glm4MoeConfig",
+        GROUPED
+        | {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    ),
     "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", GROUPED | {"num_experts": 4}),
     "FalconForCausalLM": ("FalconConfig", {k: v for k, v in COMMON.items() if k != "intermediate_size"}),
 }

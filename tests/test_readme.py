@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qsvd.cli import run
 from qsvd.commands.demo import HELD_OUT, MODEL
 
 ROOT = Path(__file__).parent.parent

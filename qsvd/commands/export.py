@@ -271,7 +271,10 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
         lines.append(f"not checked by logits: {name} is not on this machine; give --original")
     elif is_checked:
         expected = plain(opened, lambda weight: _on_original(opened, original, weight))
-        exact = plain(opened, lambda weight: opened.trained.original_weight(original, weight).float())
+        if any("stack" in weight for weight in opened.split.weights.values()):
+            exact = _from_transformers(opened, original.folder)
+        else:
+            exact = plain(opened, lambda weight: opened.trained.original_weight(original, weight).float())
         checked = check(opened, with_adapter(exact, out), expected, dtype)
         lines.append(checked.line("the original with the trained change"))
     if opened.task == "CAUSAL_LM":
@@ -280,6 +283,17 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
             f"llama.cpp: python convert_lora_to_gguf.py --base {quote(name)} {quote(str(options.out))}",
         ]
     return ExportResult(out, done.num_bytes, checked, tuple(lines))
+
+
+def _from_transformers(opened: Opened, folder: Path | None) -> Any:
+    """Return the 16-bit model with experts as transformers itself loads it in float32: PEFT renames layers there."""
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if getattr(config, "quantization_config", None) is not None:  # published in FP8 or MXFP4
+        config.quantization_config["dequantize"] = True
+    if opened.record.labels:
+        config.num_labels = len(opened.record.labels)
+    loader = opened.load().transformers_class
+    return loader.from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 
 def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool) -> ExportResult:

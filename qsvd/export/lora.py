@@ -7,6 +7,7 @@ Shape suffixes: O = out features, I = in features, K, R, S = ranks of trained, s
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qsvd.errors import BadInput, listing
-from qsvd.export.peft import adapter_settings, kept_modules, refuse_experts, write_adapter_files
+from qsvd.export.peft import adapter_settings, kept_modules, write_adapter_files
 from qsvd.export.trained import (
     ExportFolder,
     Inventory,
@@ -33,10 +34,11 @@ from qsvd.export.trained import (
 )
 from qsvd.files.layout import ADAPTER_PREFIX
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensors, read_header, read_tensor, write_stream
-from qsvd.files.source import Checkpoint
+from qsvd.files.source import Checkpoint, read_config
 from qsvd.files.split_folder import SplitFolder
 from qsvd.files.workspace import ERRORS
 from qsvd.numerics.norms import frobenius
+from qsvd.plan.weights import build
 
 SOURCE_FINGERPRINT = "qsvd_source_fingerprint"
 ROUNDOFF = torch.finfo(torch.float32).eps  # rounding both factors to float32 moves a product by eps |B| |A| at most
@@ -150,7 +152,8 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
     """Write a PEFT LoRA for the 16-bit model, with one weight at a time in memory.
 
     All factors are padded with zeros to the same rank: llama.cpp divides alpha by the rank of each factor, vLLM by the
-    one in the config, and neither reads PEFT's rank_pattern.
+    one in the config, and neither reads PEFT's rank_pattern. With quantized experts, only layers that training changed
+    are written.
 
     Args:
         model: Without gains.
@@ -158,15 +161,16 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
 
     Raises:
         BadInput: the trained values are not usable or have gains; `original` is another model; no errors are recorded;
-            PEFT cannot save the parameters trained in full; the folder holds something else.
+            experts were trained, or PEFT would put a LoRA elsewhere; PEFT cannot save the parameters trained in full;
+            the folder holds something else.
         DoesNotFit: the files do not fit on the disk.
     """
     check_dtype(target.dtype)
-    refuse_experts(model)
     known = _known_errors(model, target.original)
     inventory = take_inventory(model)
     if inventory.has_gains:
         raise BadInput("the trained model scales the rows of its weights, which a LoRA on the 16-bit model cannot do")
+    written = _written(model)
     kept, whole = kept_modules(model, target.task)
     most_bytes = _most_bytes(model, inventory, target.dtype) + disk_bytes(whole)
     with ExportFolder(folder, _identity(model, target, inventory), most_bytes) as export:
@@ -176,8 +180,8 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
             }
             weights = tuple(_reduced(model, name, paths[name], target, known.get(name)) for name in paths)
             rank = max(1, *(weight.rank for weight in weights))
-            new = [*_factors(model, paths, rank, target.dtype), *whole]
-            config = adapter_settings(dict.fromkeys(model.modules().values(), rank), kept, target.task, target.base)
+            new = [*_factors(written, model, paths, rank, target.dtype), *whole]
+            config = adapter_settings(dict.fromkeys(written.values(), rank), kept, target.task, target.base)
             write_adapter_files(export.folder, new, config, {SOURCE_FINGERPRINT: _source(model)["fingerprint"]})
             export.finish(asdict(LoraExport(weights, rank, target.original is not None, kept, size_of(new))))
         return _from_result(export.result())
@@ -233,10 +237,68 @@ def _reduced(
     return LoraWeight(**json.loads(read_header(path).metadata["record"]))
 
 
-def _factors(model: TrainedModel, paths: Mapping[str, Path], rank: int, dtype: torch.dtype) -> list[NewTensor]:
-    """Return B and A of every weight; they are read and padded when they are written."""
+def _written(model: TrainedModel) -> dict[str, str]:
+    """Return the weights that the LoRA has, and their modules: all, or with quantized experts those that changed.
+
+    Raises:
+        BadInput: an expert changed, or PEFT would not put the LoRA on these modules of the 16-bit model.
+    """
+    modules = model.modules()
+    experts = [name for name, weight in model.split.weights.items() if "stack" in weight]
+    if not experts:
+        return modules
+    changed = [name for name in modules if _is_changed(model, name)]
+    trained = [modules[name] for name in changed if "stack" in model.split.weights[name]]
+    if trained:
+        raise BadInput(
+            f"{len(trained)} experts were trained ({listing(trained)}), and PEFT has no LoRA for one expert of a "
+            "stack; use --to merged"
+        )
+    others = [name for name in modules if name not in {*experts}]
+    written = {name: modules[name] for name in changed or others[:1]}  # PEFT needs one
+    _check_place(model, [*written.values()])
+    return written
+
+
+def _is_changed(model: TrainedModel, name: str) -> bool:
+    """Return whether training changed the factors of a weight."""
+    trained, stored = model.read(name), model.split.factors(name)
+    pairs = () if stored is None else zip((trained.up_OK, trained.down_KI), stored, strict=True)
+    if stored is not None and all(torch.equal(one, other.float()) for one, other in pairs):
+        return False
+    return len(trained.down_KI) > 0 and len(difference(trained, stored)[1]) > 0
+
+
+def _check_place(model: TrainedModel, modules: list[str]) -> None:
+    """Refuse, by BadInput, modules that PEFT takes for experts by their names (gate_proj, up_proj, down_proj, w1 ...).
+
+    It loads older adapters of experts so. PEFT itself puts its layers into the model, on the meta device.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    empty = build(read_config(model.split.folder))
+    settings = LoraConfig(r=1, target_modules=modules)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of patterns that PEFT itself made for experts
+            filled = inject_adapter_in_model(settings, empty, low_cpu_mem_usage=True)
+        placed = {path for path, module in filled.named_modules() if hasattr(module, "lora_A")}
+    except ValueError:  # it found none of the modules
+        placed = set()
+    lost = [module for module in modules if module not in placed]
+    if lost or len(placed) > len(modules):
+        raise BadInput(
+            f"PEFT would put the LoRA of {listing(lost or modules)} on the experts, since their names are those of "
+            "experts; use --to merged, or train other layers (--target-modules q_proj k_proj v_proj o_proj)"
+        )
+
+
+def _factors(
+    written: Mapping[str, str], model: TrainedModel, paths: Mapping[str, Path], rank: int, dtype: torch.dtype
+) -> list[NewTensor]:
+    """Return B and A of these weights; they are read and padded when they are written."""
     new = []
-    for name, module in model.modules().items():
+    for name, module in written.items():
         rows, columns = model.split.weights[name]["shape"]
         for letter, shape in (("A", (rank, columns)), ("B", (rows, rank))):
             key = f"{ADAPTER_PREFIX}{module}.lora_{letter}.weight"

@@ -1,0 +1,87 @@
+"""A LoRA on the original of a model with frozen experts, judged by plain PEFT on plain transformers."""
+
+import json
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+import qsvd
+from qsvd.adapters.model import split_linears
+from qsvd.files.split_folder import open_split
+from tests.checkpoints import write_checkpoint
+from tests.export.cases import assert_same_outputs, dense_model, outputs
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT 0.21 asks for it
+]
+
+
+@pytest.fixture(scope="module", params=["MixtralForCausalLM", "Glm4MoeForCausalLM"])
+def quantized(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    write_checkpoint(folder / "source", request.param, dtype=torch.float32)
+    qsvd.quantize(folder / "source", out=folder / "out", rank=4, expert_rank=2, iterations=1, device="cpu")
+    return folder
+
+
+def write_run(folder, run, targets):
+    """A run whose trained layers have moved, and the change of each, float64."""
+    model = qsvd.load(folder / "out", device="cpu", options=qsvd.AdapterOptions("pissa", target_modules=targets))
+    stored, changes = open_split(folder / "out"), {}
+    generator = torch.Generator().manual_seed(0)
+    for path, linear in split_linears(model):
+        moving = [parameter for parameter in linear.adapter.parameters() if parameter.requires_grad]
+        with torch.no_grad():
+            for parameter in moving:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            if moving:
+                up, down = (factor.double() for factor in linear.adapter.factors())
+                old_up, old_down = (factor.double() for factor in stored.factors(linear.name))
+                changes[path] = (up @ down - old_up @ old_down).numpy()
+    model.save_pretrained(run)
+    return changes
+
+
+def test_plain_peft_adds_the_change_to_the_attention_of_the_original(quantized, tmp_path):
+    changes = write_run(quantized, tmp_path / "run", ("q_proj", "k_proj", "v_proj", "o_proj"))
+    assert len(changes) == 8
+    done = qsvd.export(tmp_path / "run", out=tmp_path / "x", to="lora", original=str(quantized / "source"))
+    assert done.checked is not None
+    source = transformers.AutoModelForCausalLM.from_pretrained(quantized / "source", dtype=torch.float64)
+    moved = {path: source.get_submodule(path).weight.numpy(force=True) + change for path, change in changes.items()}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(quantized / "source", dtype=torch.float32)
+    found = peft.PeftModel.from_pretrained(plain, tmp_path / "x")
+    exact, single = (
+        outputs(dense_model(quantized / "source", moved, dtype, experts_implementation="eager"))
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_same_outputs(found, exact, (single - exact).abs().max().item())
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(changes)
+    assert len(safetensors.torch.load_file(tmp_path / "x" / "adapter_model.safetensors")) == 16
+
+
+def test_trained_experts_are_refused(quantized, tmp_path):
+    write_run(quantized, tmp_path / "run", ("*",))
+    message = r"experts were trained \(model\.layers\..* no LoRA for one expert of a stack; use --to merged"
+    with pytest.raises(qsvd.BadInput, match=message):
+        qsvd.export(tmp_path / "run", out=tmp_path / "x", to="lora", original=str(quantized / "source"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_layers_that_peft_would_take_for_experts_are_refused(quantized, tmp_path):
+    changes = write_run(quantized, tmp_path / "run", ())  # all but experts
+    options = {"out": tmp_path / "x", "to": "lora", "original": str(quantized / "source")}
+    taken = [path for path in changes if ".mlp." in path]
+    if not taken:  # Mixtral has attention and experts only
+        assert qsvd.export(tmp_path / "run", **options).checked is not None
+        return
+    assert len(taken) == 6  # of the dense block, and of the shared expert
+    message = r"PEFT would put the LoRA of model\.layers\.0\.mlp\..* on the experts, since"
+    with pytest.raises(qsvd.BadInput, match=message):
+        qsvd.export(tmp_path / "run", **options)
+    assert not (tmp_path / "x").exists()
