@@ -10,6 +10,7 @@ from rich.console import Console
 from qsvd.commands.console import display, quiet
 from qsvd.data.encoder_decoder import sources_and_targets
 from qsvd.data.examples import is_encoder_decoder, positions, stop_ids
+from qsvd.data.images import tokenize_images
 from qsvd.data.masks import ends_of_turn
 from qsvd.data.tokens import question_prompts, tokenize
 from qsvd.errors import BadInput
@@ -109,7 +110,7 @@ def _perplexity(subject: Subject, run: EvalRun, shown: Shown) -> Values:
             "compared; give the 16-bit model that it was made from"
         )
     model = _load(subject, run)
-    window = _window(model, subject, run.options)
+    window = _window(context_length(model.config), subject, run.options)
     stride = run.options.stride or max(1, window // 2) if run.is_one_text else window
     values: Values = {"window": window}
     tell = shown.of(_predictions(documents, window, stride, run), "tokens")
@@ -157,11 +158,17 @@ def _documents(subject: Subject, run: EvalRun) -> list[list[int]]:
 
 def _answers(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     """Return the perplexity of the answers, given their prompts."""
+    window = _window(positions(subject.found.home), subject, run.options)
+    cut: dict[str, Any] = {"max_length": window, "stop_ids": stop_ids(subject.found.home)}
+    if subject.processor is None:
+        data = tokenize(run.examples, subject.tokenizer, **cut)
+    else:
+        data = tokenize_images(run.examples, subject.processor, **cut)
     model = _load(subject, run)
-    window = _window(model, subject, run.options)
-    data = tokenize(run.examples, subject.tokenizer, max_length=window, stop_ids=stop_ids(subject.found.home))
     how: dict[str, Any] = {"pad_token": subject.tokenizer.pad_token_id, "batch": run.options.batch_size}
     how["tell"] = shown.of(len(data.input_ids), "examples")
+    if data.images is not None:
+        how["collate"] = data.images.batch
     if model.config.is_encoder_decoder:
         measured = written_loss(model, *sources_and_targets(data, subject.tokenizer), **how)
     else:
@@ -173,7 +180,7 @@ def _answers(subject: Subject, run: EvalRun, shown: Shown) -> Values:
 
 def _accuracy(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     model = _load(subject, run)
-    window = _window(model, subject, run.options)
+    window = _window(context_length(model.config), subject, run.options)
     names = subject.found.labels or class_names(model.config, run.examples)
     data = tokenize(run.examples, subject.tokenizer, max_length=window, label_names=names)
     pairs: list[Any] = list(zip(data.input_ids, data.labels, strict=True))
@@ -248,9 +255,8 @@ def _placement(found: NamedModel, run: EvalRun) -> Placement:
     )
 
 
-def _window(model: Any, subject: Subject, options: Eval) -> int:
+def _window(context: int, subject: Subject, options: Eval) -> int:
     """Return --window, or the model's context, at most MOST_WINDOW."""
-    context = context_length(model.config)
     if options.window is None:
         return min(MOST_WINDOW, context)
     if options.window > context:

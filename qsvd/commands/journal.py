@@ -117,7 +117,8 @@ def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | Non
     if data.is_encoder_decoder:
         pairs = sources_and_targets(held_out, data.tokenizer)
         return found | {f"held_out_{when}": written_loss(model, *pairs, pad_token=pad, batch=batch).nats}
-    return found | {f"held_out_{when}": mean_loss(model, examples, pad_token=pad, batch=batch).nats}
+    collate = None if held_out.images is None else held_out.images.batch
+    return found | {f"held_out_{when}": mean_loss(model, examples, pad_token=pad, batch=batch, collate=collate).nats}
 
 
 def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunRecorder) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qsvd.data.chat import check_messages, described, from_conversation, read_tools
+from qsvd.data.image_sources import COLUMNS, ImageRows, gather
 from qsvd.data.row_files import Places, Rows, refusal
 from qsvd.errors import BadInput, listing
 
@@ -27,6 +28,8 @@ class Examples:
     pair: {"prompt", "completion", "tools"}, both strings or both lists of messages
     text: {"text"}
     labelled: {"text", "text_pair": str or None, "label": str or int}
+
+    A chat or pair with images has them in "images", as image_sources.py describes.
     """
 
     kind: Kind
@@ -39,6 +42,11 @@ class Examples:
         """Return the place of an example, "train.jsonl, line 3"."""
         return self.places.where(index)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any example has an image."""
+        return any("images" in row for row in self.rows)
+
 
 @dataclass(frozen=True)
 class ColumnSet:
@@ -49,6 +57,11 @@ class ColumnSet:
     optional: tuple[str, ...]
     convert: Callable[[Row], Row]
     literal: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All columns of an example; those of images go with conversations and pairs."""
+        return (*self.required, *self.optional, *(COLUMNS if self.kind in ("chat", "pair") else ()))
 
     def __str__(self) -> str:
         return " + ".join([*self.required, *(f"[{name}]" for name in self.optional)])
@@ -72,7 +85,7 @@ def recognise(rows: Rows, mapping: Mapping[str, str], *, labels: bool = True) ->
     _check_mapping(mapping, columns, rows.places.source)
     ours = {mapping.get(name, name) for name in columns}
     kinds = [known for known in COLUMN_SETS if labels or known.kind != "labelled"]
-    candidates = [known for known in kinds if set(mapping.values()) <= {*known.required, *known.optional}]
+    candidates = [known for known in kinds if set(mapping.values()) <= {*known.names}]
     chosen = next((known for known in candidates if ours.issuperset(known.required)), None)
     if chosen is None:
         raise BadInput(_no_set_fits(rows.places.source, columns, mapping))
@@ -85,7 +98,7 @@ def recognise(rows: Rows, mapping: Mapping[str, str], *, labels: bool = True) ->
             problems.append((rows.places.short(index), str(error)))
     if problems:
         raise BadInput(refusal(f"{rows.places.source}, read as {chosen}", "broken example", problems))
-    used = [name for name in columns if mapping.get(name, name) in (*chosen.required, *chosen.optional)]
+    used = [name for name in columns if mapping.get(name, name) in chosen.names]
     used = [name for name in used if name in mapping or name not in mapping.values()]
     return Examples(chosen.kind, converted, rows.places, chosen.literal, tuple(used))
 
@@ -98,7 +111,11 @@ def _convert(chosen: ColumnSet, row: Row, mapping: Mapping[str, str]) -> Row:
     missing = [name for name in chosen.required if name not in renamed]
     if missing:
         raise BadInput(f"no {' and no '.join(missing)}")
-    return chosen.convert(renamed)
+    converted = chosen.convert(renamed)
+    if COLUMNS[0] not in chosen.names:
+        return converted
+    column = next((name for name in COLUMNS if name in renamed), COLUMNS[0])
+    return gather(converted, renamed.get(column), column)
 
 
 def _same_form(row: Row, form: type | None) -> type:
@@ -110,7 +127,7 @@ def _same_form(row: Row, form: type | None) -> type:
 
 
 def _check_mapping(mapping: Mapping[str, str], columns: Sequence[str], source: str) -> None:
-    names = list(dict.fromkeys(name for known in COLUMN_SETS for name in (*known.required, *known.optional)))
+    names = list(dict.fromkeys(name for known in COLUMN_SETS for name in known.names))
     absent = [column for column in mapping if column not in columns]
     if absent:
         raise BadInput(f"--map: {source} has no column {listing(absent)}; it has {listing(columns, limit=20)}")
@@ -134,7 +151,7 @@ def _no_set_fits(source: str, columns: Sequence[str], mapping: Mapping[str, str]
     found = listing(columns, limit=20) if columns else "(none)"
     return (
         f"{source} has the columns {found}{mapped}, which do not make an example. "
-        f"Accepted columns, [] being optional: {'; '.join(map(str, COLUMN_SETS))}. "
+        f"Accepted columns, [] being optional: {'; '.join(map(str, COLUMN_SETS))}; images beside a chat or pair. "
         f"Rename columns with --map COLUMN=NAME, for example --map {example}"
     )
 
@@ -227,6 +244,7 @@ class Tokenized:
         cut_tokens: Tokens after max_length, which are not used.
         columns: Columns of the file that were used.
         has_template: Whether the chat template was applied.
+        images: The rows with their images, for examples that a processor made the tokens of.
     """
 
     kind: Kind
@@ -240,6 +258,7 @@ class Tokenized:
     cut_tokens: int = 0
     columns: tuple[str, ...] = ()
     has_template: bool = False
+    images: ImageRows | None = None
 
     def where(self, index: int) -> str:
         """Return the place of a sequence, "train.jsonl, line 3"."""

@@ -9,6 +9,7 @@ import torch
 
 from qsvd.data import encoder_decoder
 from qsvd.data.columns import Examples, Tokenized, recognise
+from qsvd.data.images import open_processor, reads_images, tokenize_images
 from qsvd.data.read import read_pair, read_rows
 from qsvd.data.row_files import Rows
 from qsvd.data.template_names import check_tokens, read_template
@@ -49,10 +50,10 @@ class RunData:
 
     @property
     def dataset(self) -> Any:
-        """A datasets.Dataset of the examples to train: input_ids and labels."""
+        """The examples to train: a datasets.Dataset of input_ids and labels, or ImageRows."""
         if self.is_encoder_decoder:
             return encoder_decoder.as_dataset(self.train, self.tokenizer)
-        return self.train.as_dataset()
+        return self.train.images or self.train.as_dataset()
 
 
 def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
@@ -108,6 +109,8 @@ def read_run_data(options: Train, home: Home) -> RunData:
     if options.eval_every is not None and held_out is None:
         raise BadInput("--eval-every needs held-out examples: give --valid DATA, or a larger --held-out")
     is_pair = is_encoder_decoder(home.folder) and not train.label_names
+    if train.images is not None:
+        tokenizer = train.images.processor.tokenizer
     if is_pair:
         _check_pairs(options, train, held_out, tokenizer)
     return RunData(tokenizer, train, held_out, max_length, is_pair)
@@ -140,8 +143,15 @@ def _tokenized(options: Train, tokenizer: Any, home: Home, max_length: int) -> t
     others = None if valid is None else recognise(valid, mapping_of(options.map), labels=has_labels)
     if others is not None and others.kind != examples.kind:
         raise BadInput(f"{others.places.source} holds {others.kind} examples, {examples.places.source} {examples.kind}")
-    chosen = {"max_length": max_length, "loss_on": options.loss_on, "stop_ids": stop_ids(home.folder)}
-    data: Tokenized = tokenize(examples, tokenizer, **chosen, label_names=None)
+    chosen: Any = {"max_length": max_length, "loss_on": options.loss_on, "stop_ids": stop_ids(home.folder)}
+    if examples.has_images or (others is not None and others.has_images):
+        _check_images(options, examples, home)
+        processor = open_processor(home.folder, tokenizer.chat_template if options.chat_template else None)
+        data = tokenize_images(examples, processor, **chosen)
+        if others is not None:
+            return data, tokenize_images(others, processor, **chosen)
+        return _hold_out(data, options) if options.held_out else (data, None)
+    data = tokenize(examples, tokenizer, **chosen, label_names=None)
     held_out = None
     if others is not None:
         held_out = tokenize(others, tokenizer, **chosen, label_names=data.label_names or None)
@@ -179,6 +189,23 @@ def _check_task(options: Train, examples: Examples, home: Home) -> None:
     is_chat = not examples.literal or examples.kind == "chat" or isinstance(examples.rows[0].get("prompt"), list)
     if options.chat_template is not None and not is_chat:
         raise BadInput(f"--chat-template is for conversations and instructions; {source} holds {held}")
+
+
+def _check_images(options: Train, examples: Examples, home: Home) -> None:
+    """Refuse images for a model that does not read them, and options that examples with images do not have."""
+    check_reads_images(home.architecture, home.name, examples.places.source)
+    chosen = {"--packing": options.packing, "--layer-major": options.layer_major}
+    if given := [flag for flag, is_on in chosen.items() if is_on]:
+        raise BadInput(f"{examples.places.source} has images, with which {' and '.join(given)} cannot be used")
+
+
+def check_reads_images(architecture: str, name: str, source: str) -> None:
+    """Refuse images in the data of a model that reads only text, or that is not a decoder."""
+    if not reads_images(architecture):
+        raise BadInput(
+            f"{source} has images, which {name}, a {architecture}, does not read: give an image-language model, or "
+            "remove the images"
+        )
 
 
 def _check_kind(options: Train, examples: Examples) -> None:
@@ -241,7 +268,12 @@ def in_words(data: Tokenized, held_out: Tokenized | None, template: str | None) 
 
 
 def cut_in_words(data: Tokenized, max_length: int) -> str:
-    """Return a sentence on the examples that were cut."""
+    """Return a sentence on the examples that were cut, or left out since images cannot be cut."""
+    if data.images is not None:
+        return (
+            f"{data.places.source}: {data.dropped:,} examples with more than {max_length:,} tokens (--max-length), "
+            f"images included, were left out; {data.cut_tokens:,} tokens are not used"
+        )
     dropped = f", {data.dropped:,} of them left out, since no trained token remained" if data.dropped else ""
     return (
         f"{data.places.source}: {data.truncated:,} examples were cut at {max_length:,} tokens (--max-length){dropped}; "
@@ -278,4 +310,5 @@ def _take(data: Tokenized, indexes: list[int]) -> Tokenized:
         labels=[data.labels[index] for index in indexes],
         places=data.places.take(indexes),
         token_types=data.token_types and [data.token_types[index] for index in indexes],
+        images=data.images and data.images.take(indexes),
     )

@@ -48,7 +48,7 @@ def mark_chats(
                 inside = [
                     at for at, (left, right) in enumerate(offsets) if left < end and (right > begin or left >= begin)
                 ]
-                _check_end([tokens[at] for at in inside], tokenizer, stop_tokens, where[number])
+                check_end([tokens[at] for at in inside], tokenizer, stop_tokens, where[number])
                 for at in inside:
                     labels[at] = tokens[at]
             sequences.append(Marked(tokens, labels))
@@ -81,7 +81,7 @@ def says_nothing(sequence: Marked, tokenizer: "PreTrainedTokenizerBase", stop_to
     return not any(_is_visible(token, tokenizer) for token in said)
 
 
-def _check_end(
+def check_end(
     tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase", stop_tokens: frozenset[int], where: str
 ) -> None:
     """Refuse a turn whose last token, except blanks, is not a stop token."""

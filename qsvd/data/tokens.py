@@ -54,15 +54,17 @@ def tokenize(
         raise BadInput(f"max_length {max_length} is below 2: one token predicts the next")
     if loss_on not in ("answers", "all"):
         raise BadInput(f"loss_on {loss_on!r} is neither answers nor all")
+    if examples.has_images:
+        raise BadInput(f"{examples.places.source} has images, and only texts can be used here: remove them")
     if examples.kind == "labelled":
         return tokenize_labelled(examples, tokenizer, max_length, label_names)
     if examples.kind == "text":
         return _tokenize_text(examples, tokenizer, max_length)
     sequences = _mark_answers(examples, tokenizer, loss_on, stop_ids)
     if loss_on == "answers":
-        _check_share(sequences, examples.places.source)
+        check_share(sequences, examples.places.source)
     is_literal = examples.literal or chat.chat_template(tokenizer) is None
-    return replace(_cut(examples, sequences, max_length), has_template=_has_messages(examples) or not is_literal)
+    return replace(_cut(examples, sequences, max_length), has_template=has_messages(examples) or not is_literal)
 
 
 def question_prompts(questions: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -78,7 +80,7 @@ def _mark_answers(
     examples: Examples, tokenizer: "PreTrainedTokenizerBase", loss_on: str, stop_ids: Sequence[int]
 ) -> list[Marked]:
     template = chat.chat_template(tokenizer)
-    if not _has_messages(examples) and (examples.literal or template is None):
+    if not has_messages(examples) and (examples.literal or template is None):
         return _mark_pairs(examples, tokenizer, loss_on)
     if template is None:
         raise BadInput(
@@ -88,7 +90,8 @@ def _mark_answers(
     return _mark_chats(examples, template, loss_on, stop_tokens_of(tokenizer, stop_ids))
 
 
-def _has_messages(examples: Examples) -> bool:
+def has_messages(examples: Examples) -> bool:
+    """Return whether examples are conversations, which need a chat template."""
     return examples.kind == "chat" or any(isinstance(row["prompt"], list) for row in examples.rows)
 
 
@@ -98,7 +101,7 @@ def _tokenize_text(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max
     blank = [
         not (text.strip() and sum(window.num_trained for window in of)) for text, of in zip(texts, windows, strict=True)
     ]
-    _refuse_untrained(examples.places, blank, "no text")
+    refuse_untrained(examples.places, blank, "no text")
     kept = [(index, window) for index, of in enumerate(windows) for window in of]
     return _collect(examples, kept)
 
@@ -106,16 +109,16 @@ def _tokenize_text(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max
 def _mark_pairs(examples: Examples, tokenizer: "PreTrainedTokenizerBase", loss_on: str) -> list[Marked]:
     rows, separator = examples.rows, "" if examples.literal else SEPARATOR
     if loss_on == "answers":
-        _refuse_untrained(examples.places, [not row["completion"].strip() for row in rows], "the answer is empty")
+        refuse_untrained(examples.places, [not row["completion"].strip() for row in rows], "the answer is empty")
     sequences = plain.pairs([row["prompt"] + separator for row in rows], [row["completion"] for row in rows], tokenizer)
     return sequences if loss_on == "answers" else [_all_trained(sequence) for sequence in sequences]
 
 
 def _mark_chats(examples: Examples, template: ChatTemplate, loss_on: str, stop_tokens: frozenset[int]) -> list[Marked]:
-    conversations = [_conversation(row) for row in examples.rows]
+    conversations = [conversation(row) for row in examples.rows]
     if loss_on == "answers":
         silent = [not chat.speaks(messages[first:]) for messages, first in conversations]
-        _refuse_untrained(examples.places, silent, "the assistant says nothing")
+        refuse_untrained(examples.places, silent, "the assistant says nothing")
     chats, problems = [], []
     for index, (messages, first) in enumerate(conversations):
         try:
@@ -135,11 +138,11 @@ def _mark_chats(examples: Examples, template: ChatTemplate, loss_on: str, stop_t
     if loss_on == "all":
         return [_all_trained(sequence) for sequence in sequences]
     lost = [says_nothing(sequence, template.tokenizer, stop_tokens) for sequence in sequences]
-    _refuse_untrained(examples.places, lost, "the chat template leaves out what the assistant says")
+    refuse_untrained(examples.places, lost, "the chat template leaves out what the assistant says")
     return sequences
 
 
-def _conversation(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+def conversation(row: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
     """Return the messages of a row, and the index of the first that may be trained."""
     if "messages" in row:
         return row["messages"], 0
@@ -152,7 +155,8 @@ def _all_trained(sequence: Marked) -> Marked:
     return Marked(sequence.input_ids, list(sequence.input_ids))
 
 
-def _refuse_untrained(places: Places, untrained: Sequence[bool], reason: str) -> None:
+def refuse_untrained(places: Places, untrained: Sequence[bool], reason: str) -> None:
+    """Refuse examples without a trained token, by BadInput."""
     problems: list[Problem] = [
         (places.short(index), f"no trained token: {reason}") for index, is_so in enumerate(untrained) if is_so
     ]
@@ -160,7 +164,7 @@ def _refuse_untrained(places: Places, untrained: Sequence[bool], reason: str) ->
         raise BadInput(refusal(places.source, "untrained example", problems))
 
 
-def _check_share(sequences: Sequence[Marked], source: str) -> None:
+def check_share(sequences: Sequence[Marked], source: str) -> None:
     """Refuse data in which no token or every token is trained: usually the chat template does not fit."""
     total = sum(len(sequence.input_ids) for sequence in sequences)
     trained = sum(label >= 0 for sequence in sequences for label in sequence.labels)
@@ -181,7 +185,7 @@ def _cut(examples: Examples, sequences: Sequence[Marked], max_length: int) -> To
         untrained.append(sequence.num_trained == 0)
         if short.num_trained:
             kept.append((index, short))
-    _refuse_untrained(examples.places, untrained, "the chat template marks nothing")
+    refuse_untrained(examples.places, untrained, "the chat template marks nothing")
     if not kept:
         shortest = min(len(sequence.input_ids) for sequence in sequences)
         raise BadInput(

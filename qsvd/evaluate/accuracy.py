@@ -4,7 +4,7 @@ Shape suffixes: N = sequences of one batch, T = tokens of the longest, C = class
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -136,10 +136,17 @@ def _check_classes(model: Model, labels: list[int]) -> None:
 
 
 Example: TypeAlias = tuple[list[int], list[int]]  # input ids, and labels that are input ids or UNTRAINED
+Collate: TypeAlias = Callable[[list[int]], Mapping[str, Tensor]]
 
 
 def mean_loss(
-    model: Model, examples: Sequence[Example], *, pad_token: int, batch: int = 8, tell: Tell = tell_nobody
+    model: Model,
+    examples: Sequence[Example],
+    *,
+    pad_token: int,
+    batch: int = 8,
+    tell: Tell = tell_nobody,
+    collate: Collate | None = None,
 ) -> Perplexity:
     """Return the mean negative log-likelihood of the labelled tokens, each predicted from the tokens before it.
 
@@ -152,6 +159,8 @@ def mean_loss(
         batch: Sequences of one forward pass, of similar length. Their logits, batch x longest x vocabulary in the
             model's dtype, take most of the memory.
         tell: Is called after every batch with the number of its examples.
+        collate: Returns what the model reads of the examples with these numbers, padded on the right, where that is
+            more than tokens.
 
     Raises:
         BadInput: batch is below 1; the model is in training mode; there is no example; an example is empty, too long,
@@ -162,22 +171,27 @@ def mean_loss(
     check_sequences(model, sequences, pad_token=pad_token)
     _check_labels(examples)
     counted = [[label != UNTRAINED for label in labels[1:]] for _, labels in examples]
-    tokens = sum(sum(row) for row in counted)
-    if not tokens:
+    total = sum(sum(row) for row in counted)
+    if not total:
         raise BadInput(f"no label to predict: all labels after the first of each example are {UNTRAINED}")
     nats = 0.0
     for indices in by_length(sequences, batch):
-        nats += _loss(model, [examples[i] for i in indices], pad_token)
+        group = [examples[i] for i in indices]
+        if collate is None:
+            tokens_NT, mask_NT = padded(model, [tokens for tokens, _ in group], pad_token)
+            inputs = {"input_ids": tokens_NT, "attention_mask": mask_NT}
+        else:
+            inputs = {name: x.to(model.device) for name, x in collate(indices).items() if name != "labels"}
+        nats += _loss(model, group, inputs)
         tell(len(indices))
-    return Perplexity(nats / tokens, tokens)
+    return Perplexity(nats / total, total)
 
 
 @torch.inference_mode()
-def _loss(model: Model, group: list[Example], pad_token: int) -> float:
+def _loss(model: Model, group: list[Example], inputs: Mapping[str, Tensor]) -> float:
     """Return the sum over the labelled tokens, in nats."""
-    tokens_NT, mask_NT = padded(model, [tokens for tokens, _ in group], pad_token)
     # From the end, since prompt tuning puts virtual tokens with logits before the text.
-    logits_NTV = model(input_ids=tokens_NT, attention_mask=mask_NT, use_cache=False).logits[:, -tokens_NT.shape[1] :]
+    logits_NTV = model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
     positions = max(1, perplexity.CHUNK_ELEMENTS // logits_NTV.shape[-1])
     total = torch.zeros((), dtype=torch.float64)
     for logits_TV, (_, labels) in zip(logits_NTV, group, strict=True):

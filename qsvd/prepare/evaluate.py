@@ -6,22 +6,24 @@ from typing import Any
 import torch
 
 from qsvd.data.columns import Examples, recognise
-from qsvd.data.examples import mapping_of, open_tokenizer
+from qsvd.data.examples import check_reads_images, mapping_of, open_tokenizer
+from qsvd.data.images import open_processor
 from qsvd.data.read import read_rows
 from qsvd.errors import BadInput
 from qsvd.evaluate.exact_match import MARKER, final_number
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.options import Eval
 from qsvd.prepare.check_options import check
-from qsvd.prepare.models import NamedModel, check_kind, find_model
+from qsvd.prepare.models import NamedModel, check_kind, class_of, find_model
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure, with its tokenizer; not loaded yet."""
+    """A model to measure, with its tokenizer, and its processor if the examples have images; not loaded yet."""
 
     found: NamedModel
     tokenizer: Any
+    processor: Any = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def prepare_eval(options: Eval) -> EvalRun:
         examples = replace(examples, rows=examples.rows[: len(first)], places=examples.places.take(first))
     if task == "exact-match":
         _check_answers(examples)
-    subjects = tuple(_subject(name, options, task) for name in options.models)
-    reference = None if options.reference is None else _subject(options.reference, options, task)
+    subjects = tuple(_subject(name, options, task, examples) for name in options.models)
+    reference = None if options.reference is None else _subject(options.reference, options, task, examples)
     return EvalRun(options, subjects, examples, is_one_text, task, reference, device, dtype_of(options.dtype, device))
 
 
@@ -66,9 +68,13 @@ def _check_answers(examples: Examples) -> None:
         raise BadInput(f"{without[0]}: the answer has no number to compare with ({len(without)} such rows)")
 
 
-def _subject(name: str, options: Eval, task: str) -> Subject:
+def _subject(name: str, options: Eval, task: str, examples: Examples) -> Subject:
     found = find_model(name, options.base)
     check_kind(found, classifier=task == "accuracy")
+    if examples.has_images:
+        check_reads_images(class_of(found), name, examples.places.source)
+        processor = open_processor(found.home, found.chat_template)
+        return Subject(found, processor.tokenizer, processor)
     return Subject(found, open_tokenizer(found.home, found.chat_template))
 
 
@@ -78,14 +84,15 @@ def _task(options: Eval, examples: Examples) -> str:
     fits = {
         "perplexity": examples.kind != "labelled",
         "accuracy": examples.kind == "labelled",
-        "exact-match": is_question,
+        "exact-match": is_question and not examples.has_images,
     }
     if options.task != "auto":
         if not fits[options.task]:
-            raise BadInput(f"--task {options.task} does not go with {examples.kind} examples, as {options.data} has")
+            what = f"{examples.kind} examples{' with images' if examples.has_images else ''}"
+            raise BadInput(f"--task {options.task} does not go with {what}, as {options.data} has")
         return options.task
     if fits["accuracy"]:
         return "accuracy"
-    if is_question and all(MARKER in row["completion"] for row in examples.rows):
+    if fits["exact-match"] and all(MARKER in row["completion"] for row in examples.rows):
         return "exact-match"
     return "perplexity"

@@ -14,7 +14,6 @@ from qsvd.data.encoder_decoder import end_tokens
 from qsvd.data.examples import is_encoder_decoder, open_tokenizer
 from qsvd.data.masks import ends_of_turn
 from qsvd.errors import BadInput, listing
-from qsvd.files.atomic import read_object
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
@@ -24,7 +23,7 @@ from qsvd.options import Generate
 from qsvd.plan.weights import context_length, writers
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import machine, place_generating
-from qsvd.prepare.models import NamedModel, find_model, load_model, record_of
+from qsvd.prepare.models import NamedModel, class_of, find_model, load_model, record_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -159,9 +158,9 @@ def _check_generates(found: NamedModel) -> None:
         raise BadInput(
             f"{found.name} is a classifier ({listing(found.labels)}), which generates no text; give a language model"
         )
-    names = [found.architecture] if found.architecture else read_object(found.home / "config.json").get("architectures")
-    if names and names[0] not in writers():
-        raise BadInput(f"{found.name} is a {names[0]}, which generates no text; give a language model")
+    name = class_of(found)
+    if name and name not in writers():
+        raise BadInput(f"{found.name} is a {name}, which generates no text; give a language model")
 
 
 def _template(options: Generate, tokenizer: Any) -> ChatTemplate | None:

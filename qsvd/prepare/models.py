@@ -95,6 +95,12 @@ def _architecture(split: SplitFolder) -> str:
     return split.manifest["source"]["architecture"]
 
 
+def class_of(found: NamedModel) -> str:
+    """Return the class in transformers of a model; "" for a 16-bit model whose config.json names none."""
+    names = read_object(found.home / "config.json").get("architectures") or [""]
+    return found.architecture or names[0]
+
+
 def record_of(found: NamedModel, split: SplitFolder) -> AdapterRecord:
     """Return the adapter record of a run, or that of a new adapter on a quantized model."""
     if found.kind == "trained":
@@ -149,7 +155,10 @@ def _dense(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tuple[
     """Return a 16-bit model, and what transformers says about its loading."""
     import transformers
 
-    auto: Any = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
+    named: Any = getattr(transformers, class_of(found), None) if class_of(found) in writers() else None
+    auto: Any = named or transformers.AutoModelForCausalLM
+    if classifier:
+        auto = transformers.AutoModelForSequenceClassification
     return auto.from_pretrained(found.home, dtype=dtype, local_files_only=True, output_loading_info=True)
 
 

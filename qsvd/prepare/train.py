@@ -283,5 +283,8 @@ def training_of(options: TrainingOptions, tokens: int, device: torch.device, *, 
 
 
 def _digest(data: Tokenized) -> str:
-    """Return the SHA-256, in hex, of tokens, labels and label names."""
-    return hashlib.sha256(json.dumps([data.input_ids, data.labels, data.label_names]).encode()).hexdigest()
+    """Return the SHA-256, in hex, of tokens, labels and label names, and of images."""
+    parts: list[Any] = [data.input_ids, data.labels, data.label_names]
+    if data.images is not None:
+        parts.append(data.images.digests)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -26,6 +26,7 @@ from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.methods import METHODS, Pissa
 from qsvd.adapters.model import restore, split_linears
 from qsvd.adapters.start import read_components
+from qsvd.data.image_sources import ImageRows
 from qsvd.files.adapter import open_adapter
 from qsvd.files.split_folder import SplitFolder
 from qsvd.training.guards import check_start, not_finite
@@ -203,7 +204,7 @@ def make_trainer(
     """Return a trainer for a model from `qsvd.load`.
 
     Args:
-        data: A datasets.Dataset with the columns input_ids and labels.
+        data: A datasets.Dataset with the columns input_ids and labels, or ImageRows.
         run: Folder of the checkpoints.
         base: The quantized model, to compare the first loss with that of its stored components; None does not.
     """
@@ -219,7 +220,11 @@ def make_trainer(
         trainer.model_accepts_loss_kwargs = False
     else:
         arguments = language_arguments(settings, run, model.device)
-        trainer = LanguageTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+        chosen = {"processing_class": tokenizer, "train_dataset": data}
+        if isinstance(data, ImageRows):
+            chosen = {"processing_class": data.processor, "train_dataset": data.as_dataset()}
+            chosen["data_collator"] = data.batch_of
+        trainer = LanguageTrainer(model, arguments, **chosen)
     trainer.method, trainer.base, trainer.keep = METHODS[model.split_record.method], base, settings.keep
     trainer.best = lambda: None
     trainer.remove_callback(PrinterCallback)

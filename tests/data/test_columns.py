@@ -99,7 +99,7 @@ def test_a_wrong_mapping_is_refused():
     with refused(r"--map: t\.jsonl has no column z; it has a, b$"):
         recognised({"a": "x", "b": "y"}, z="text")
     with refused(
-        r"--map: txt is not a name of qsvd; the names are messages, tools, conversations, prompt, completion, inst"
+        r"--map: txt is not a name of qsvd; the names are messages, tools, images, image, conversations, prompt"
     ):
         recognised({"a": "x", "b": "y"}, a="txt")
     with refused(r"--map: several columns are mapped to text; map one"):
@@ -114,7 +114,7 @@ def test_columns_that_are_no_example_are_answered_with_all_that_are():
     ) as error:
         recognised({"a": "x", "question": "y"})
     assert re.search(
-        r"messages \+ \[tools\]; .*; text \+ label \+ \[text_pair\]; text\. Rename columns", str(error.value)
+        r"messages \+ \[tools\]; .*; text \+ label \+ \[text_pair\]; text; .*\. Rename columns", str(error.value)
     )
     assert all(str(known) in str(error.value) for known in COLUMN_SETS)
     with refused(r"has the columns \(none\), which"):

@@ -1,0 +1,207 @@
+"""Images of rows: where a row names them, how they are opened, and the rows that TRL's collator for images takes.
+
+A row has images in its column `images` or `image`, or in parts of its messages ({"type": "image", "path": FILE}).
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qsvd.errors import BadInput, first_line, listing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, Any]
+Source = str | bytes  # a path or a data URI; the bytes of a file
+
+COLUMNS = ("images", "image")
+PAYLOADS = ("image", "path", "url", "base64")  # keys of a part of a message, as transformers' chat templates have them
+SIDES = ("messages", "prompt", "completion")
+URI = ";base64,"  # between the kind of a data URI and its bytes
+WEB = ("http://", "https://")
+
+
+def gather(row: Row, given: object, column: str) -> Row:
+    """Return an example with all its images in "images", in the order of their places in its messages.
+
+    Parts of messages keep {"type": "image"} as the place. An example without images is returned as it is.
+
+    Args:
+        row: An example in our columns.
+        given: The value of the column of images, or None.
+        column: Its name, for messages.
+
+    Raises:
+        BadInput: a part of a message has an unknown type or two images, there are images in the column and in parts, or
+            the parts have places for another number of images.
+    """
+    named = sources_of(given, column)
+    parts: list[Source] = []
+    places = 0
+    found = dict(row)
+    for side in SIDES:
+        if isinstance(row.get(side), list):
+            messages = [_read_parts(message, f"{side}[{n}]", parts) for n, message in enumerate(row[side])]
+            places += sum(_places(message) for message in messages)
+            found[side] = messages
+    if named and parts:
+        raise BadInput(f"{column} and parts of messages both have images: give them in one of the two")
+    images = named or parts
+    if places and places != len(images):
+        raise BadInput(f"the messages have places for {places} images, and there are {len(images)}")
+    return found | {"images": images} if images else row
+
+
+def sources_of(value: object, column: str) -> list[Source]:
+    """Return the images of a column: a path, bytes, {"bytes", "path"} as the datasets library has it, or a list."""
+    if value is None:
+        return []
+    items = value if isinstance(value, list) else [value]
+    return [_source(item, column) for item in items if item is not None]
+
+
+def _source(item: object, place: str) -> Source:
+    if isinstance(item, dict):
+        held = [item[key] for key in ("bytes", *PAYLOADS) if item.get(key) is not None]
+        item = held[0] if held else None
+    if not isinstance(item, str | bytes) or not item:
+        raise BadInput(f"{place} has {type(item).__name__} in the place of an image: give a path, bytes or a data URI")
+    return item
+
+
+def _read_parts(message: Row, place: str, images: list[Source]) -> Row:
+    """Return a message whose parts have no images, which are added to `images`."""
+    if not isinstance(message.get("content"), list):
+        return message
+    return message | {"content": [_part(p, f"{place}.content[{n}]", images) for n, p in enumerate(message["content"])]}
+
+
+def _part(part: object, place: str, images: list[Source]) -> Row:
+    kept = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else {}
+    kind = kept.get("type")
+    if kind == "text" and isinstance(kept.get("text"), str):
+        return kept
+    if kind != "image":
+        shown = "no type" if kind is None else "no text" if kind == "text" else f"the type {kind!r}"
+        raise BadInput(f"{place} has {shown}; a part of a message is a text or an image")
+    held = [name for name in PAYLOADS if name in kept]
+    if len(held) > 1:
+        raise BadInput(f"{place} has {' and '.join(held)}: give one of them")
+    for name in held:
+        source = _source(kept[name], place)
+        images.append(f"data:image/unknown{URI}{source}" if name == "base64" else source)
+    return {"type": "image"}
+
+
+def _places(message: Row) -> int:
+    content = message.get("content")
+    return sum(part["type"] == "image" for part in content) if isinstance(content, list) else 0
+
+
+def open_image(source: Source, folder: Path) -> Any:
+    """Return an image as transformers loads it: turned as its EXIF data say, in RGB.
+
+    Args:
+        folder: From which relative paths count.
+
+    Raises:
+        BadInput: there is no such file, it is not an image, it is on the web, or Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise BadInput(NO_PILLOW) from error
+    from transformers.image_utils import load_image
+
+    name = "an image that is given as bytes" if isinstance(source, bytes) else source[:60]
+    try:
+        with Image.open(_file(source, folder)) as image:
+            return load_image(image)
+    except FileNotFoundError as error:
+        raise BadInput(f"no such file: {folder / name}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{name} is not an image that Pillow can read: {first_line(error)}") from error
+
+
+NO_PILLOW = "images need the library Pillow: pip install 'qsvd[images]'"
+
+
+def _file(source: Source, folder: Path) -> BytesIO | Path:
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    if source.startswith("data:"):
+        try:
+            return BytesIO(base64.b64decode(source.partition(URI)[2], validate=True))
+        except binascii.Error as error:
+            raise BadInput(f"an image is not base64: {error}") from error
+    if source.startswith(WEB):
+        raise BadInput(f"{source} is on the web: download it, and give its path")
+    return folder / Path(source).expanduser()
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Rows for TRL's collator; images are opened when a row is taken.
+
+    Args:
+        rows: {"images": sources, "messages"} or {"images", "prompt", "completion"}.
+        folder: From which relative paths count.
+        processor: The model's.
+        collate: Makes tensors of rows: TRL's DataCollatorForVisionLanguageModeling.
+        digests: SHA-256, in hex, of what the processor makes of the images of each row.
+        largest: What the processor makes of the images of the row with most numbers; these have no values.
+    """
+
+    rows: Sequence[Row]
+    folder: Path
+    processor: Any
+    collate: Callable[[list[Row]], Any]
+    digests: Sequence[str] = ()
+    largest: Any = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        """Return a row with its images open. Its tensors are made by `collate`."""
+        row = self.rows[index]
+        return row | {"images": self.images(index)}
+
+    def images(self, index: int) -> list[Any]:
+        """Open the images of a row; a BadInput names all that cannot be opened."""
+        opened, problems = [], []
+        for source in self.rows[index]["images"]:
+            try:
+                opened.append(open_image(source, self.folder))
+            except BadInput as error:
+                problems.append(str(error))
+        if problems:
+            raise BadInput(listing(problems, separator="; "))
+        return opened
+
+    def batch(self, indexes: Sequence[int]) -> dict[str, Any]:
+        """Return the tensors of some rows, padded on the right; "labels" among them."""
+        return dict(self.collate([self[index] for index in indexes]))
+
+    def as_dataset(self) -> "Dataset":
+        """Return a data set of the numbers of the rows, named as TRL knows data with images by; see `batch_of`."""
+        from datasets import Dataset
+
+        return Dataset.from_dict({COLUMNS[0]: range(len(self.rows))})
+
+    def batch_of(self, numbered: Sequence[Row]) -> dict[str, Any]:
+        """Return the tensors of some rows of `as_dataset`."""
+        return self.batch([row[COLUMNS[0]] for row in numbered])
+
+    def take(self, indexes: Sequence[int]) -> "ImageRows":
+        """Return some rows, in the order given."""
+        digests = [self.digests[index] for index in indexes]
+        return replace(self, rows=[self.rows[index] for index in indexes], digests=digests)

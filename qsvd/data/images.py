@@ -1,0 +1,263 @@
+"""Examples with images -> token ids and labels, by the model's own processor and TRL's collator.
+
+Every image is read twice: once here, to check it and to count the tokens that the processor makes of it, and once for
+each batch in training, since pixel values are too large to keep.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from qsvd.data.chat import MARK, Message, speaks
+from qsvd.data.columns import UNTRAINED, Examples, Marked, Row, Tokenized
+from qsvd.data.image_sources import NO_PILLOW, ImageRows
+from qsvd.data.masks import check_end, says_nothing, stop_tokens_of
+from qsvd.data.plain import start_tokens
+from qsvd.data.row_files import refusal
+from qsvd.data.tokens import SEPARATOR, check_share, conversation, has_messages, refuse_untrained
+from qsvd.errors import BadInput, first_line
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, StopIteration)  # of processors
+
+
+def reads_images(architecture: str) -> bool:
+    """Return whether a class of transformers reads images beside text."""
+    import transformers
+
+    from qsvd.plan.language import modalities
+
+    found = getattr(transformers, architecture, None)
+    return found is not None and {"text", "image"} <= {*modalities(found)}
+
+
+def open_processor(folder: Path, chat_template: str | None = None) -> Any:
+    """Open the processor of a model's folder and give it a padding token.
+
+    Args:
+        chat_template: Replaces that of the processor.
+
+    Raises:
+        BadInput: the folder has none, or a library is missing that it needs.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+    from transformers.utils import is_vision_available
+
+    if not is_vision_available():
+        raise BadInput(NO_PILLOW)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        raise BadInput(f"the processor of {folder} needs another library: {first_line(error)}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        processor, reason = None, f" ({first_line(error)})"
+    else:
+        reason = ""
+    if not isinstance(processor, ProcessorMixin):
+        raise BadInput(
+            f"{folder} has no processor of images that transformers can open{reason}; copy processor_config.json or "
+            "preprocessor_config.json of the 16-bit model there"
+        )
+    tokenizer: Any = processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    if chat_template is not None:
+        processor.chat_template = tokenizer.chat_template = chat_template
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return processor
+
+
+def tokenize_images(
+    examples: Examples,
+    processor: "ProcessorMixin",
+    *,
+    max_length: int,
+    loss_on: Literal["answers", "all"] = "answers",
+    stop_ids: Sequence[int] = (),
+) -> Tokenized:
+    """Return the token ids of all examples, image tokens included, and for each token whether it is trained.
+
+    An example longer than max_length is left out whole and counted, since images cannot be cut.
+
+    Args:
+        examples: Chats or pairs; those without images stay as texts.
+        stop_ids: More tokens that end a turn.
+
+    Raises:
+        BadInput: an image cannot be opened, the processor refuses an example, its text has another number of places for
+            images, or it has no trained token (all are counted, the first few are shown); an assistant turn has no end;
+            nothing is short enough.
+    """
+    rows, collate = _rows_for_trl(examples, processor, loss_on)
+    data = ImageRows(rows, Path(examples.places.source).parent, processor, collate)
+    sequences, data = _processed(examples, data, processor)
+    if loss_on == "answers":
+        stops = stop_tokens_of(processor.tokenizer, stop_ids)  # pyright: ignore[reportAttributeAccessIssue]
+        _check_answers(examples, sequences, processor, stops)
+    kept = [index for index, sequence in enumerate(sequences) if len(sequence.input_ids) <= max_length]
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    if not kept:
+        raise BadInput(
+            f"{examples.places.source}: no example has at most {max_length} tokens, images included; the shortest has "
+            f"{min(lengths)} tokens; raise --max-length"
+        )
+    left_out = len(sequences) - len(kept)
+    return Tokenized(
+        examples.kind,
+        [sequences[index].input_ids for index in kept],
+        [sequences[index].labels for index in kept],
+        examples.places.take(kept),
+        truncated=left_out,
+        dropped=left_out,
+        cut_tokens=sum(lengths) - sum(lengths[index] for index in kept),
+        columns=examples.columns,
+        has_template=not isinstance(rows[0].get("prompt"), str),
+        images=data.take(kept),
+    )
+
+
+def _rows_for_trl(examples: Examples, processor: Any, loss_on: str) -> tuple[list[Row], Callable[[list[Row]], Any]]:
+    """Return the examples as TRL has them, and its collator.
+
+    The assistant's text is trained in the first of three ways that is possible: where the chat template marks it, where
+    TRL's copy of the template does, or as the completion of all before it, if it is the last message.
+    """
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    if wrong := [examples.places.short(n) for n, row in enumerate(examples.rows) if row.get("tools")]:
+        raise BadInput(refusal(examples.places.source, "example", [(where, "tools beside images") for where in wrong]))
+    collator = partial(DataCollatorForVisionLanguageModeling, processor)
+    is_chat, is_literal = has_messages(examples), examples.literal or processor.chat_template is None
+    if not is_chat and is_literal:
+        return _literal(examples, processor), collator(completion_only_loss=loss_on == "answers")
+    if processor.chat_template is None:
+        raise BadInput(
+            f"{examples.places.source} holds messages, but the processor has no chat template: give --chat-template "
+            "FILE, or use a chat model"
+        )
+    if examples.kind == "chat":
+        rows = [{"images": row.get("images", []), "messages": row["messages"]} for row in examples.rows]
+        if loss_on == "all":
+            return rows, collator()
+        template = processor.chat_template if MARK.search(processor.chat_template) else _template_of_trl(processor)
+        if template is not None:
+            return rows, collator(assistant_only_loss=True, chat_template=template)
+    return _divided(examples), collator(completion_only_loss=loss_on == "answers")
+
+
+def _literal(examples: Examples, processor: Any) -> list[Row]:
+    """Return pairs of strings that start and end with the tokens that texts have: TRL adds none."""
+    start, end = processor.tokenizer.decode(start_tokens(processor.tokenizer)), processor.tokenizer.eos_token
+    if end is None:
+        raise BadInput("the tokenizer has no end-of-sequence token, so the model could not learn where an answer ends")
+    separator = "" if examples.literal else SEPARATOR
+    return [
+        {
+            "images": row.get("images", []),
+            "prompt": start + row["prompt"] + separator,
+            "completion": row["completion"] + end,
+        }
+        for row in examples.rows
+    ]
+
+
+def _divided(examples: Examples) -> list[Row]:
+    """Return conversations as prompt and completion; refuse those in which the assistant speaks before the end."""
+    rows, problems = [], []
+    for index, row in enumerate(examples.rows):
+        messages, first = conversation(row)
+        first = first or len(messages) - 1
+        if examples.kind == "chat" and (speaks(messages[:first]) or not speaks(messages[first:])):
+            problems.append((examples.places.short(index), "the assistant speaks not only at the end"))
+        rows.append({"images": row.get("images", []), "prompt": messages[:first], "completion": messages[first:]})
+    if problems:
+        what = refusal(examples.places.source, "unusable example", problems)
+        raise BadInput(f"{what}; mark the assistant's text in the chat template with {{% generation %}}")
+    return rows
+
+
+def _template_of_trl(processor: Any) -> str | None:
+    import jinja2
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(processor)
+    except (ValueError, TypeError, KeyError, jinja2.TemplateError):
+        return None
+
+
+def _processed(examples: Examples, data: ImageRows, processor: Any) -> tuple[list[Marked], ImageRows]:
+    """Return tokens and labels of each row, and the rows with the digests of their images."""
+    import jinja2
+
+    sequences, digests, problems, largest = [], [], [], None
+    for index in range(len(data)):
+        try:
+            row = data[index]
+            _check_places(row, processor)
+            batch = dict(data.collate([row]))
+        except (*REFUSALS, jinja2.TemplateError) as error:
+            problems.append((examples.places.short(index), first_line(error)))
+            continue
+        sequences.append(Marked(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()))
+        seen = {name: value for name, value in batch.items() if name not in ("input_ids", "labels", "attention_mask")}
+        digests.append(_digest(seen))
+        largest = max((one for one in (largest, seen) if one is not None), key=num_pixels)
+    if problems:
+        raise BadInput(refusal(examples.places.source, "unusable example", problems))
+    assert largest is not None, "there is an example"
+    shapes = {name: x.to("meta") if x.is_floating_point() else x for name, x in largest.items() if x.shape[:1]}
+    return sequences, replace(data, digests=digests, largest=shapes)
+
+
+def num_pixels(seen: dict[str, Tensor]) -> int:
+    """Return how many numbers a processor makes of images."""
+    return sum(value.numel() for value in seen.values() if value.is_floating_point())
+
+
+def _digest(seen: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for value in seen.values():
+        if value.is_floating_point():
+            digest.update(value.to(torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_places(row: Row, processor: Any) -> None:
+    """Refuse a text with another number of places than of images, of which a processor may say nothing."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    mark = getattr(processor, "image_token", None)
+    if mark is None:
+        return
+    text, there = "", len(row["images"])
+    if isinstance(row.get("prompt"), str):
+        text = row["prompt"] + row["completion"]
+    else:
+        messages: list[Message] = row.get("messages") or [*row["prompt"], *row["completion"]]
+        text = processor.apply_chat_template(prepare_multimodal_messages(messages, row["images"]), tokenize=False)
+    if text.count(mark) != there:
+        raise BadInput(f"its text has {text.count(mark)} places for images ({mark}), and there are {there} images")
+
+
+def _check_answers(
+    examples: Examples, sequences: Sequence[Marked], processor: Any, stop_tokens: frozenset[int]
+) -> None:
+    """Refuse what is refused of texts: nothing to learn, or a turn without an end."""
+    tokenizer = processor.tokenizer
+    refuse_untrained(examples.places, [not one.num_trained for one in sequences], "the assistant says nothing")
+    lost = [says_nothing(sequence, tokenizer, stop_tokens) for sequence in sequences]
+    refuse_untrained(examples.places, lost, "the chat template leaves out what the assistant says")
+    for index, sequence in enumerate(sequences):
+        for is_trained, run in groupby(sequence.labels, key=lambda label: label != UNTRAINED):
+            if is_trained:
+                check_end(list(run), tokenizer, stop_tokens, examples.where(index))
+    check_share(sequences, examples.places.source)
