@@ -1,5 +1,7 @@
 """Train the demo model of the package: a 4 M parameter Llama, from an archive of novels to a finished folder.
 
+With --experts N the model is a Qwen3-MoE with N experts in each layer instead; 8 give 3.6 M parameters.
+
 The same command continues a stopped run from its last checkpoint. Needs a C++ compiler on a CPU.
 Shape suffixes: B = rows of a batch, T = tokens of a row.
 """
@@ -18,7 +20,14 @@ import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 LATEST_YEAR = 1928  # later novels may still be protected in the United States
 PROTECTED = ("Forster_Angels_1905", "Forster_View_1908")  # elsewhere: their author died in 1970
@@ -34,6 +43,9 @@ BOS_ID, EOS_ID, PAD_ID = range(3)
 VOCABULARY = 4096
 CONTEXT = 512
 WIDTH, FEED_FORWARD, LAYERS, HEADS, KV_HEADS = 256, 768, 4, 8, 4
+MOE_WIDTH, MOE_FEED_FORWARD, MOE_HEADS, MOE_KV_HEADS = 192, 128, 6, 3  # with experts; the feed-forward width of one
+EXPERTS_OF_TOKEN = 2
+BALANCE = 0.01  # weight of the loss that keeps the experts equally used (Switch Transformer, arXiv:2101.03961)
 
 BATCH = 8
 PEAK_RATE = 2e-3
@@ -52,6 +64,7 @@ class Options:
     scratch: Annotated[Path, "folder of checkpoints, kept out of git"] = Path("build/demo-model")
     minutes: Annotated[float, "end after this many minutes of training, or after --steps"] = 58.0
     steps: Annotated[int, "end after this many steps, or after --minutes"] = 20_000
+    experts: Annotated[int, "experts of each layer; 0 is the dense model"] = 0
     seed: Annotated[int, "random seed (weights, order of the text)"] = 0
     device: Annotated[str, "a torch device"] = "cpu"
     threads: Annotated[int, "CPU threads"] = 2
@@ -158,29 +171,46 @@ def batch_at(tokens: Tensor, step: int, seed: int) -> Tensor:
     return batch_BT
 
 
-def new_model(seed: int) -> LlamaForCausalLM:
+def new_model(experts: int, seed: int) -> PreTrainedModel:
     """Return the untrained model, float32."""
     torch.manual_seed(seed)  # transformers draws the weights from the global generator
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=FEED_FORWARD,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
+    common = {
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": LAYERS,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+    }
+    if not experts:
+        config = LlamaConfig(
+            hidden_size=WIDTH,
+            intermediate_size=FEED_FORWARD,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            **common,
+        )
+        return LlamaForCausalLM(config)
+    config = Qwen3MoeConfig(
+        hidden_size=MOE_WIDTH,
+        moe_intermediate_size=MOE_FEED_FORWARD,
+        num_attention_heads=MOE_HEADS,
+        num_key_value_heads=MOE_KV_HEADS,
+        head_dim=MOE_WIDTH // MOE_HEADS,
+        num_experts=experts,
+        num_experts_per_tok=EXPERTS_OF_TOKEN,
+        norm_topk_prob=True,
+        router_aux_loss_coef=BALANCE,
+        **common,
     )
-    return LlamaForCausalLM(config)
+    return Qwen3MoeForCausalLM(config)
 
 
-def new_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
+def new_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
     """Return AdamW with weight decay on the matrices only."""
-    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
-    gains = [weight for weight in model.parameters() if weight.ndim != 2]
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]  # experts are 3-D
+    gains = [weight for weight in model.parameters() if weight.ndim == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=BETAS, fused=True)
 
@@ -192,14 +222,16 @@ def rate_at(progress: float) -> float:
     return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
 
-def mean_loss(model: LlamaForCausalLM, batch_BT: Tensor) -> Tensor:
-    """Return the mean of nats per token, float32, with products in bfloat16."""
+def mean_loss(model: PreTrainedModel, batch_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of nats per token, float32, with products in bfloat16; and the loss of unequal use of experts."""
+    routed = {"output_router_logits": True} if model.config.model_type == "qwen3_moe" else {}
     with torch.autocast(batch_BT.device.type, torch.bfloat16):
-        logits_BTV = model(batch_BT[:, :-1], use_cache=False).logits
-    return cross_entropy(logits_BTV.flatten(0, 1).float(), batch_BT[:, 1:].flatten())
+        output = model(batch_BT[:, :-1], use_cache=False, **routed)
+    nats = cross_entropy(output.logits.flatten(0, 1).float(), batch_BT[:, 1:].flatten())
+    return nats, BALANCE * output.aux_loss if routed else torch.zeros_like(nats)
 
 
-def train(model: LlamaForCausalLM, tokens: Tensor, options: Options) -> Run:
+def train(model: PreTrainedModel, tokens: Tensor, options: Options) -> Run:
     """Train the model in place from its last checkpoint, if any, to the end of the run."""
     checkpoint = options.scratch / "checkpoint.pt"
     optimizer, run = new_optimizer(model), Run()
@@ -211,8 +243,8 @@ def train(model: LlamaForCausalLM, tokens: Tensor, options: Options) -> Run:
         started = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = rate_at(run.progress(options))
-        loss = loss_of(model, batch_at(tokens, run.steps, options.seed).to(options.device))
-        loss.backward()
+        loss, unbalanced = loss_of(model, batch_at(tokens, run.steps, options.seed).to(options.device))
+        (loss + unbalanced).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -229,7 +261,7 @@ def train(model: LlamaForCausalLM, tokens: Tensor, options: Options) -> Run:
 
 
 def save_checkpoint(
-    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, run: Run, options: Options
+    path: Path, model: PreTrainedModel, optimizer: torch.optim.AdamW, run: Run, options: Options
 ) -> None:
     """Write the state of the run; the old file is replaced after the new one is complete."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": asdict(run), "seed": options.seed}
@@ -238,7 +270,7 @@ def save_checkpoint(
     unfinished.replace(path)
 
 
-def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, options: Options) -> Run:
+def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.AdamW, options: Options) -> Run:
     """Load the state of a stopped run of the same seed into model and optimizer."""
     state = torch.load(path, weights_only=True, map_location=options.device)
     if state["seed"] != options.seed:
@@ -249,7 +281,7 @@ def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.
 
 
 @torch.no_grad()
-def total_nats(model: LlamaForCausalLM, tokens: Tensor) -> float:
+def total_nats(model: PreTrainedModel, tokens: Tensor) -> float:
     """Return the nats of all tokens, BOS before the first, in windows of T tokens that do not overlap."""
     stream = torch.cat([torch.tensor([BOS_ID]), tokens.long()]).to(model.device)
     nats = 0.0
@@ -271,9 +303,9 @@ pipeline_tag: text-generation
 ---
 # Demo model of qsvd
 
-A small language model of the Llama architecture, trained on {len(novels)} English novels by
-`tools/train_demo_model.py`. It shows the error of 4-bit quantization with and without components on any laptop. It
-writes sentences in the style of Victorian novels and has no knowledge.
+A small language model, trained on {len(novels)} English novels by `tools/train_demo_model.py`. It shows the error of
+4-bit quantization with and without components on any laptop. It writes sentences in the style of Victorian novels and
+has no knowledge.
 
 | | |
 |---|---|
@@ -298,9 +330,10 @@ Other novels by the authors of the first group were trained on. Trained on: {", 
 
 AdamW (betas {BETAS[0]}, {BETAS[1]}; weight decay {WEIGHT_DECAY} on matrices), learning rate {PEAK_RATE} after a
 warm-up over {WARM_UP:.0%} of the run, then a cosine to zero; {BATCH} windows of {CONTEXT} tokens per step; gradient
-norm clipped at {CLIP}; products in bfloat16, weights and moments in float32. Half of the windows start with `{BOS}`,
-half in the middle of a text. Byte-level BPE, no normalization: every UTF-8 text decodes to itself. The schedule
-follows steps or minutes, whichever is further, and other work may slow the machine, so no two runs are equal.
+norm clipped at {CLIP}; products in bfloat16, weights and moments in float32. With experts, a loss of weight {BALANCE}
+for their equal use. Half of the windows start with `{BOS}`, half in the middle of a text. Byte-level BPE, no
+normalization: every UTF-8 text decodes to itself. The schedule follows steps or minutes, whichever is further, and
+other work may slow the machine, so no two runs are equal.
 
 ## Licence
 
@@ -309,16 +342,23 @@ public domain: published before {LATEST_YEAR + 1}, by authors who died more than
 """)
 
 
-def finish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: Options) -> dict[str, str]:
+def finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: Options) -> dict[str, str]:
     """Round the model to bfloat16 and save it; return its size and its held-out loss."""
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     held_out = (options.out.parent / "heldout.txt").read_text(encoding="utf-8")
     ids = tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"]
     nats = total_nats(model.float().eval(), torch.tensor(ids))
+    shape = f"width {WIDTH}, feed-forward {FEED_FORWARD}, {HEADS} heads, {KV_HEADS} KV heads"
+    if options.experts:
+        shape = (
+            f"width {MOE_WIDTH}, {options.experts} experts of feed-forward {MOE_FEED_FORWARD}, {EXPERTS_OF_TOKEN} of "
+            f"them per token, {MOE_HEADS} heads, {MOE_KV_HEADS} KV heads"
+        )
     return {
         "parameters": f"{model.num_parameters():,}, embeddings tied",
-        "shape": f"{LAYERS} layers, width {WIDTH}, feed-forward {FEED_FORWARD}, {HEADS} heads, {KV_HEADS} KV heads",
+        "class": type(model).__name__,
+        "shape": f"{LAYERS} layers, {shape}",
         "vocabulary, context": f"{VOCABULARY} byte-level BPE tokens, {CONTEXT} positions",
         "held-out text": f"{len(held_out.encode()):,} bytes, {len(ids):,} tokens",
         "held-out loss": f"{nats / len(ids):.4f} nats per token",
@@ -340,7 +380,7 @@ def main(options: Options) -> None:
     tokenizer = train_tokenizer(list(texts.values()))
     tokens = encode(tokenizer, list(texts.values()))
     print(f"{len(texts)} novels, {len(tokens):,} tokens", flush=True)
-    model = new_model(options.seed).to(options.device)
+    model = new_model(options.experts, options.seed).to(options.device)
     run = train(model, tokens, options)
     num_seen = run.steps * BATCH * CONTEXT
     hardware = f"{options.threads} CPU cores" if options.device == "cpu" else f"one {options.device} device"

@@ -148,7 +148,7 @@ def refuse_experts(model: TrainedModel) -> None:
     """Refuse a model with quantized experts, by BadInput: PEFT would put its layers beside other parameters."""
     stacks = [weight["stack"] for weight in model.split.weights.values() if "stack" in weight]
     if stacks:
-        raise BadInput(f"PEFT cannot run quantized experts ({stacks[0]}); use --to merged")
+        raise BadInput(f"PEFT cannot run quantized experts ({stacks[0]}); use qsvd export --to merged")
 
 
 def peft_adapter(
