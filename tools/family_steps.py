@@ -338,6 +338,8 @@ Every command on a tiny random model of each family (`tools/families --write doc
 - *from_pretrained* compares plain transformers with them, where the format is that of bitsandbytes.
 - *train* is two steps on text; *export* a merged export, which plain transformers opens with equal logits.
 - yes: works; no: does not work; -: does not apply.
+
+A mixture of experts that was really trained: [errors and perplexities](results/2026-11-28-moe-cpu.md).
 """
 SHOWN = {"plan": "plan", "quantize": "quantize", "load": "load", "plain load": "from_pretrained"}
 SHOWN |= {step: step for step in ("generate", "train", "eval", "export")}
