@@ -156,7 +156,7 @@ class ImageRows:
         processor: The model's.
         collate: Makes tensors of rows: TRL's DataCollatorForVisionLanguageModeling.
         digests: SHA-256, in hex, of what the processor makes of the images of each row.
-        largest: What the processor makes of the images of the row with most numbers; these have no values.
+        pixels: Numbers that the processor makes of the images of the row with most of them.
     """
 
     rows: Sequence[Row]
@@ -164,7 +164,7 @@ class ImageRows:
     processor: Any
     collate: Callable[[list[Row]], Any]
     digests: Sequence[str] = ()
-    largest: Any = None
+    pixels: int = 0
 
     def __len__(self) -> int:
         """Return the number of rows."""

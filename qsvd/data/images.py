@@ -198,7 +198,7 @@ def _processed(examples: Examples, data: ImageRows, processor: Any) -> tuple[lis
     """Return tokens and labels of each row, and the rows with the digests of their images."""
     import jinja2
 
-    sequences, digests, problems, largest = [], [], [], None
+    sequences, digests, problems, pixels = [], [], [], 0
     for index in range(len(data)):
         try:
             row = data[index]
@@ -208,26 +208,18 @@ def _processed(examples: Examples, data: ImageRows, processor: Any) -> tuple[lis
             problems.append((examples.places.short(index), first_line(error)))
             continue
         sequences.append(Marked(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()))
-        seen = {name: value for name, value in batch.items() if name not in ("input_ids", "labels", "attention_mask")}
+        seen = {name: value for name, value in batch.items() if value.is_floating_point()}
         digests.append(_digest(seen))
-        largest = max((one for one in (largest, seen) if one is not None), key=num_pixels)
+        pixels = max(pixels, sum(value.numel() for value in seen.values()))
     if problems:
         raise BadInput(refusal(examples.places.source, "unusable example", problems))
-    assert largest is not None, "there is an example"
-    shapes = {name: x.to("meta") if x.is_floating_point() else x for name, x in largest.items() if x.shape[:1]}
-    return sequences, replace(data, digests=digests, largest=shapes)
-
-
-def num_pixels(seen: dict[str, Tensor]) -> int:
-    """Return how many numbers a processor makes of images."""
-    return sum(value.numel() for value in seen.values() if value.is_floating_point())
+    return sequences, replace(data, digests=digests, pixels=pixels)
 
 
 def _digest(seen: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for value in seen.values():
-        if value.is_floating_point():
-            digest.update(value.to(torch.float32).numpy().tobytes())
+        digest.update(value.to(torch.float32).numpy().tobytes())
     return digest.hexdigest()
 
 

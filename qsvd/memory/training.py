@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 
 from qsvd.memory.block_bytes import Batch, BlockPeak, run_blocks
+from qsvd.memory.encoder import EXACT, encoder_bytes
 from qsvd.memory.frozen import context_item, context_notes, dense_items, residual_items
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, items_of, on
 from qsvd.memory.split_model import SplitModelPlan
@@ -55,6 +56,7 @@ class Training:
         optimizer: Its name in qsvd.
         layer_major: Whether a block computes all batches of a step before the next block begins.
         has_loss: False leaves out the output head and the loss.
+        pixels: Numbers that a processor makes of the images of a batch.
     """
 
     batch: Batch
@@ -62,6 +64,7 @@ class Training:
     optimizer: str
     layer_major: bool = False
     has_loss: bool = True
+    pixels: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def moments_of(model: SplitModelPlan, training: Training) -> tuple[Moment, ...]:
     """Return the moments of a step that can take most."""
     batch, passes = training.batch, training.accumulate if training.layer_major else 1
     blocks = run_blocks(model, batch)
-    tokens = TOKEN * batch.tokens * batch.batch
+    tokens = TOKEN * batch.tokens * batch.batch + EXACT * training.pixels
     below = [passes * (blocks[0].around + blocks[0].input + tokens)]
     for block in blocks:
         below.append(below[-1] + passes * block.kept)
@@ -132,6 +135,7 @@ def moments_of(model: SplitModelPlan, training: Training) -> tuple[Moment, ...]:
             loss=_loss(model, training, passes * blocks[-1].input),
         ),
         Moment("final norm", below[-1], before, block=_final_norm(model, passes * blocks[-1].input)),
+        Moment("encoder", EXACT * training.pixels, before, block=encoder_bytes(model, training.pixels)),
         Moment("optimizer step", gradients=everything, optimizer=_state(model, training).workspace),
     ]
     for number, block in enumerate(blocks):
@@ -190,6 +194,8 @@ def _notes(model: SplitModelPlan, training: Training, device: str) -> tuple[str,
     notes += context_notes(device)
     if training.optimizer.startswith("paged"):
         notes.append("The state of a paged optimizer is counted on the GPU; it can leave the GPU when that is full.")
+    if training.pixels:
+        notes.append("The encoder of images is counted as if a block of it freed nothing that it made.")
     if training.batch.is_masked:
         notes.append("Sequences are padded or packed, so attention holds a tokens x tokens mask for each.")
     if not model.skeleton.has_fused_attention:

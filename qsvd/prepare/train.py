@@ -270,7 +270,8 @@ def _training(options: Train, data: RunData, device: torch.device) -> Training:
     lengths = {len(tokens) for tokens in data.train.input_ids}
     tokens = data.max_length if options.packing else max(lengths)
     training = training_of(options, tokens, device, is_even=len(lengths) == 1)
-    return replace(training, has_loss=not data.train.label_names)
+    pixels = 0 if data.train.images is None else options.batch_size * data.train.images.pixels
+    return replace(training, has_loss=not data.train.label_names, pixels=pixels)
 
 
 def training_of(options: TrainingOptions, tokens: int, device: torch.device, *, is_even: bool = False) -> Training:

@@ -78,6 +78,7 @@ def test_an_example_is_as_long_as_text_and_image_tokens_together(tmp_path, llava
     data = tokenized(write_lines(tmp_path / "rows.jsonl", rows), llava)
     one, two, three = map(len, data.input_ids)
     assert two - one == three - two == 16  # 4 x 4 patches
+    assert data.images.pixels == 3 * 3 * 16**2, "of the row with most, three images in colour"
 
 
 def test_an_image_is_a_path_bytes_base64_or_as_datasets_keeps_it(tmp_path, llava):

@@ -13,10 +13,11 @@ from qsvd.cli import run
 from qsvd.commands.train import train
 from qsvd.data.columns import UNTRAINED
 from qsvd.errors import BadInput
+from qsvd.prepare.train import prepare_train
 from tests.commands.trained_runs import factors_of
 from tests.export.cases import residual
 from tests.runs import interrupting, outcome, steps_of, training, words
-from tests.vision import KINDS, chats, picture, write_chats, write_lines, write_model
+from tests.vision import KINDS, SIDE, chats, picture, write_chats, write_lines, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +96,10 @@ def test_the_losses_are_those_of_transformers_with_dense_weights(bases, kind, tm
         blind = {name: value for name, value in inputs.items() if name != "pixel_values"}
         blind["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
         assert dense(base, kind)(**blind, labels=labels).loss.item() != pytest.approx(wanted, rel=100 * CLOSE)
-    made = qsvd.train(training(base, data, tmp_path / "run", steps=1, batch_size=4, accumulate=1, **LEARNS))
+    options = training(base, data, tmp_path / "run", steps=1, batch_size=4, accumulate=1, **LEARNS)
+    checked = prepare_train(options).training
+    assert (checked.batch.tokens, checked.pixels) == (inputs["input_ids"].shape[1], 4 * 3 * SIDE**2)
+    made = qsvd.train(options)
     assert made.losses[0] == pytest.approx(wanted, rel=CLOSE)
     measured = qsvd.evaluate(str(base), data=data, device="cpu", batch_size=3).rows[0].values
     assert measured["nats"] == pytest.approx(wanted, rel=CLOSE)
