@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
 from qsvd.errors import BadInput
-from qsvd.option_file import from_names
+from qsvd.option_file import from_names, with_method
 from qsvd.option_types import POSITIONAL, PRINTS, Help, marks_of
-from qsvd.options import Allocate, Calibrate, Eval, Export, Plan, Quantize, Train
+from qsvd.options import Allocate, Calibrate, Eval, Export, Plan, Quantize, Train, TrainingOptions
 from qsvd.prepare.check_options import check
 from qsvd.records import ShowProgress, show_nothing
 
@@ -72,7 +72,10 @@ def options_of(record: type, name: str, given: Sequence[Any], options: Mapping[s
     twice = [place for place in values if place in options and values[place]]
     if twice:
         raise BadInput(f"qsvd.{name} got {twice[0]} twice, by place and by name")
-    found = from_names(record, {key: _plain(value) for key, value in {**values, **options}.items()}, f"qsvd.{name}")
+    plain = {key: _plain(value) for key, value in {**values, **options}.items()}
+    if issubclass(record, TrainingOptions):
+        record = with_method(record, plain)
+    found = from_names(record, plain, f"qsvd.{name}")
     missing = [field.name for field in fields(record) if field.default is MISSING and field.name not in found]
     if missing:
         raise BadInput(f"qsvd.{name} needs {', '.join(missing)}")

@@ -192,6 +192,17 @@ def _grouped(arguments: Sequence[str], options: Mapping[str, _Option]) -> Iterat
         del rest[:count]
 
 
+def flags_of(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the flags of a command line by name, each with the word after it, or an empty text."""
+    found = dict[str, str]()
+    for number, word in enumerate(arguments):
+        if word.startswith("--"):
+            name, joined, value = word[2:].partition("=")
+            after = arguments[number + 1] if number + 1 < len(arguments) else ""
+            found[name] = value if joined else after if not after.startswith("--") else ""
+    return found
+
+
 def _is_short(word: str) -> bool:
     """Return whether a word is an option of one letter, which another tool may have."""
     return len(word) == 2 and word[0] == "-" and word[1].isalpha()

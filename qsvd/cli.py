@@ -13,11 +13,23 @@ from inspect import getdoc
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import qsvd
-from qsvd.arguments import checked, meant
+from qsvd.arguments import checked, flags_of, meant
 from qsvd.errors import QsvdError
-from qsvd.option_file import from_yaml, take_config
+from qsvd.option_file import from_names, take_config, with_method, yaml_mapping
 from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
-from qsvd.options import Allocate, Calibrate, Demo, Eval, Export, Generate, Plan, Quantize, Report, Train
+from qsvd.options import (
+    Allocate,
+    Calibrate,
+    Demo,
+    Eval,
+    Export,
+    Generate,
+    Plan,
+    Quantize,
+    Report,
+    Train,
+    TrainingOptions,
+)
 from qsvd.other_names import COMMANDS as OTHER_COMMANDS
 from qsvd.prepare.check_options import check
 
@@ -86,8 +98,12 @@ def parse(arguments: list[str]) -> Any:
     if command not in COMMANDS:
         _explain(command)
     record = COMMANDS[command]
-    defaults = {} if config is None else from_yaml(record, config)
-    if not {"-h", "--help"} & {*rest}:
+    is_help = bool({"-h", "--help"} & {*rest})
+    given = {} if config is None else yaml_mapping(config)
+    if issubclass(record, TrainingOptions):
+        record = with_method(record, {**given, **flags_of(rest)}, is_help=is_help)
+    defaults = {} if config is None else from_names(record, given, f"--config {config}")
+    if not is_help:
         rest = checked(f"qsvd {command}", record, rest, defaults)
     import tyro
 
@@ -143,7 +159,7 @@ def _form(record: type, defaults: Mapping[str, Any]) -> type:
 
 
 def _name_of(options: object) -> str:
-    return next(name for name, record in COMMANDS.items() if type(options) is record)
+    return next(name for name, record in COMMANDS.items() if isinstance(options, record))
 
 
 def _fail(reason: object, code: int) -> int:

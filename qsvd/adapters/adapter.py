@@ -7,17 +7,24 @@ Shape suffixes: O = out features, I = in features, R = stored rank, K = rank of 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from qsvd.errors import BadInput
 from qsvd.numerics.codec import PackedBlocks
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
+NO_LORA_OF_GAINS = MappingProxyType(
+    {
+        "lora": "{method} scales the rows of each weight, which a LoRA on the 16-bit model cannot do; "
+        "export a PEFT adapter for the quantized model (--to peft), or merged weights (--to merged)"
+    }
+)
 FEW = 1 << 28  # parameters whose float32 master, gradient and 32-bit Adam state take no more than 4 GB
 
 
@@ -28,15 +35,22 @@ class StoredWeight:
     Args:
         residual: Q [O, I].
         up_OR, down_RI: The components, of any float dtype; R is 0 if only the residual is stored.
+        name: Of its tensor in the files of the quantized model.
     """
 
     residual: PackedBlocks
     up_OR: Tensor
     down_RI: Tensor
+    name: str = ""
 
     @property
     def rank(self) -> int:
         return self.down_RI.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """The options of a method that has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ class AdapterOptions:
     """The method of an adapter and its options.
 
     Args:
-        method: "pissa", "lora" or "edora"; None is pissa, or lora if a weight has no components.
+        method: A name that `qsvd methods` lists; None is pissa, or lora if a weight has no components.
         rank: Trained rank; None is the default of the method.
         alpha: The trained product is multiplied by alpha / rank (LoRA, arXiv:2106.09685). None is the alpha that gives
             the method's default scale.
@@ -54,6 +68,8 @@ class AdapterOptions:
             components of the others are frozen.
         dropout: Of the input of LoRA's trained factors, from 0 to below 1.
         rslora: The scale is alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732).
+        own: Options of the method's own, by name, such as {"target_rank": 8} of adalora; the others have their
+            defaults.
     """
 
     method: str | None = None
@@ -64,6 +80,7 @@ class AdapterOptions:
     target_modules: tuple[str, ...] = ()
     dropout: float = 0.0
     rslora: bool = False
+    own: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -103,11 +120,48 @@ class Defaults:
         return self.scale * (math.sqrt(self.rank or rank) if options.rslora else rank)
 
 
-class Adapter(nn.Module, ABC):
-    """The trained part of one weight: W' = gain[:, None] * (Q + up @ down).
+@dataclass(frozen=True)
+class Course:
+    """What the hooks of a method know of a run: its optimizer steps, and the highest learning rate."""
 
-    A subclass is a method. It brings its options (`defaults`, `own_options`, and what `start` refuses), its hooks in a
-    training step, and the forms of export that it does not have.
+    steps: int
+    learning_rate: float
+
+
+class Hooks:
+    """What a method does around the optimizer steps of a run; one object a run.
+
+    Each of the three functions is called once an optimizer step, counted from 1.
+
+    Args:
+        adapters: The trained adapters by the paths of their layers, in model order.
+    """
+
+    def __init__(self, adapters: Mapping[str, Any], course: Course):
+        self.adapters, self.course = adapters, course
+
+    def after_backward(self, step: int) -> None:
+        """Act on the gradients of all batches of the step, summed, before they are clipped."""
+
+    def transform_grads(self, step: int) -> None:
+        """Act on the gradients after they are clipped, right before the optimizer."""
+
+    def after_step(self, step: int) -> None:
+        """Act on the parameters after the optimizer moved them; the gradients are still there."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a stopped run needs to continue; it is saved with every checkpoint."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a saved state."""
+
+
+class Adapter(nn.Module, ABC):
+    """The trained part of one weight: y = x W'^T + delta(x), with W' = gain[:, None] * (Q + up @ down).
+
+    A subclass is a method. It brings its options (`options`, `defaults`, `shared_options`, and what `start` refuses),
+    its hooks in a training step, and the forms of export that it does not have.
 
     Attributes:
         dropout: Of the input of the trained factors, while training. Above 0 it needs `divided`.
@@ -115,26 +169,16 @@ class Adapter(nn.Module, ABC):
 
     dropout: float = 0.0
 
+    paper: ClassVar[str]
+    starts_as: ClassVar[str]  # what B A is at the start, for `qsvd methods`
     defaults: ClassVar[Defaults]
+    options: ClassVar[type] = NoOptions  # a dataclass; each field is an option of `qsvd train --method NAME`
+    shared_options: ClassVar[tuple[str, ...]] = ()  # of AdapterOptions, that other methods refuse
+    hooks: ClassVar[type[Hooks]] = Hooks
     needs_components: ClassVar[bool] = False  # it trains the stored components: a weight of rank 0 stays frozen
     starts_from_residual: ClassVar[bool] = False  # `start` reads the values of Q
     has_gain: ClassVar[bool] = False  # `gain` returns numbers
-    own_options: ClassVar[tuple[str, ...]] = ()  # of AdapterOptions, that other methods refuse
     export_refusals: ClassVar[Mapping[str, str]] = MappingProxyType({})  # form of export -> why it has none
-
-    # Hooks: called once an optimizer step, counted from 1, when the gradients of all its batches are summed.
-
-    @classmethod
-    def after_backward(cls, model: nn.Module, step: int) -> None:
-        """Act on the gradients before they are clipped."""
-
-    @classmethod
-    def transform_grads(cls, model: nn.Module, step: int) -> None:
-        """Act on the gradients after they are clipped, right before the optimizer."""
-
-    @classmethod
-    def after_step(cls, model: nn.Module, step: int) -> None:
-        """Act on the parameters after the optimizer moved them; the gradients are still there."""
 
     @classmethod
     @abstractmethod
@@ -171,9 +215,48 @@ class Adapter(nn.Module, ABC):
         """Return the frozen and the trained part of the factors, each as `factors` does, for dropout."""
         raise NotImplementedError(f"{type(self).__name__} has no dropout")
 
-    def gain(self) -> Tensor | None:
-        """Return a factor for each output, [O], or None if all are 1."""
+    def gain(self, read: Callable[[], PackedBlocks]) -> Tensor | None:
+        """Return a factor for each output, [O], or None if all are 1.
+
+        Args:
+            read: Returns Q. It may copy a page to the device: called only if the values of Q are needed.
+        """
+        del read
         return None
+
+    def delta(self, x_TI: Tensor) -> Tensor | None:
+        """Return what is added to the output, [T, O] in the dtype of x; None if nothing is.
+
+        It is for a trained part that is no product of two factors. Such a method has the forms of export
+        `merged` alone, if the part is linear, and refuses the others.
+        """
+        del x_TI
+        return None
+
+    def pair(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """Return the two trained factors, up [O, K] and down [K, I], for preconditioners; None if there is no pair."""
+        return None
+
+    def rates(self) -> Mapping[str, float]:
+        """Return by which factor the learning rate of each parameter differs from that of the run; 1 is left out."""
+        return {}
+
+    def exported(self) -> tuple[Tensor, Tensor]:
+        """Return the factors without the rows that are zero for good."""
+        return self.factors()
+
+    @classmethod
+    def own(cls, options: AdapterOptions) -> Any:
+        """Return the options of the method's own, as an instance of `options`."""
+        return cls.options(**options.own)
+
+
+def no_components(method: str) -> BadInput:
+    """Return the refusal of a method that needs stored components."""
+    return BadInput(
+        f"{method} trains stored components, and the quantized model has none (rank 0); quantize with --rank above 0, "
+        "or use --method lora"
+    )
 
 
 def frozen_shapes(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> dict[str, TensorShape]:

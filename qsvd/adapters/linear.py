@@ -39,6 +39,12 @@ def times(y_TO: Tensor, packed: PackedBlocks) -> Tensor:
     return x_TI
 
 
+def dense_delta(adapter: Adapter, in_features: int, device: torch.device) -> Tensor | None:
+    """Return the matrix of a linear `delta`, float32 [O, I]."""
+    delta_IO = adapter.delta(torch.eye(in_features, device=device))
+    return None if delta_IO is None else delta_IO.T
+
+
 class SplitLinear(nn.Module):
     """nn.Linear with the weight W' = gain * (Q + up @ down); Q is decoded when it is needed and not kept.
 
@@ -83,15 +89,21 @@ class SplitLinear(nn.Module):
         parts = {part: self.get_buffer(part) for part in self.codec.parts(shape)}
         return from_bytes(parts, shape, self.codec, self._nested_block)
 
+    def _read(self) -> PackedBlocks:
+        return self.residual
+
     @property
     def weight(self) -> Tensor:
         """W' [O, I] in the dtype of the model, without a gradient, for code that reads it past `forward`."""
         with torch.no_grad():
             up_OK, down_KI = self.adapter.factors()
             dense_OI = self.residual.decode().addmm_(up_OK.float(), down_KI.float())
-            gain_O = self.adapter.gain()
+            gain_O = self.adapter.gain(self._read)
             if gain_O is not None:
                 dense_OI *= gain_O.float()[:, None]
+            delta_OI = dense_delta(self.adapter, self.in_features, self.like.device)
+            if delta_OI is not None:
+                dense_OI += delta_OI
             return dense_OI.to(self.like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +116,10 @@ class SplitLinear(nn.Module):
             if self.training and self.adapter.dropout:
                 outputs_TO = self._with_dropout(inputs_TI)
             else:
-                outputs_TO = self._product(inputs_TI, *self.adapter.factors(), self.adapter.gain())
+                outputs_TO = self._product(inputs_TI, *self.adapter.factors(), self.adapter.gain(self._read))
+            delta_TO = self.adapter.delta(inputs_TI)
+            if delta_TO is not None:
+                outputs_TO = outputs_TO + delta_TO
         return outputs_TO.view(*x.shape[:-1], self.out_features)
 
     def _with_dropout(self, x_TI: Tensor) -> Tensor:
@@ -134,9 +149,9 @@ def _scaled(y_TO: Tensor, gain_O: Tensor) -> Tensor:
 class _Product(Function):
     """gain * (x Q^T + (x A^T) B^T) + bias, with Q decoded again for the gradient.
 
-    The forward pass saves x, x A^T, references to B and A, and with a gain the product before it. It never saves Q,
-    whose buffer may hold another page by then. Products are computed in the dtype of x; gradients of the factors have
-    the dtypes of the factors.
+    The forward pass saves x if A is trained, x A^T, references to B and A, and with a gain the product before it. It
+    never saves Q, whose buffer may hold another page by then. Products are computed in the dtype of x; gradients of the
+    factors have the dtypes of the factors.
     """
 
     @staticmethod
@@ -153,7 +168,8 @@ class _Product(Function):
         y_TO = times_transposed(x_TI, linear.residual)
         y_TO.addmm_(hidden_TK, up_OK.to(x_TI.dtype).T)
         ctx.linear = linear
-        ctx.save_for_backward(x_TI, hidden_TK, up_OK, down_KI, gain_O, None if gain_O is None else y_TO)
+        kept_TI = x_TI if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept_TI, hidden_TK, up_OK, down_KI, gain_O, None if gain_O is None else y_TO)
         if gain_O is not None:
             y_TO = _scaled(y_TO, gain_O)
         return y_TO if bias_O is None else y_TO.add_(bias_O)

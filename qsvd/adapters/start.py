@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, StoredWeight
-from qsvd.adapters.methods import METHODS, Frozen, check_own_options, default_method, kind_of, no_components
+from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, StoredWeight, no_components
+from qsvd.adapters.methods.frozen import Frozen
+from qsvd.adapters.methods.table import METHODS, check_own_options, default_method, kind_of
 from qsvd.errors import BadInput
 from qsvd.files.adapter import AdapterFolder, AdapterRecord
 from qsvd.files.safetensors import read_tensor
@@ -50,6 +51,7 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
         target_modules=options.target_modules,
         dropout=options.dropout,
         rslora=options.rslora,
+        own=dict(options.own),
     )
 
 
@@ -116,7 +118,7 @@ def read_weight(
         residual = split.residual(name, mapped=True)
     else:
         residual = split.residual(name).to(device)
-    return StoredWeight(residual, up_OR.to(device), down_RI.to(device))
+    return StoredWeight(residual, up_OR.to(device), down_RI.to(device), name)
 
 
 def read_components(split: SplitFolder, name: str) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from qsvd.adapters.load import classifier
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import export_refusal
 from qsvd.adapters.model import split_linears
 from qsvd.adapters.tables import unpack_tables
 from qsvd.commands.console import display, quiet
@@ -162,7 +162,7 @@ def _export(options: Export, show: ShowProgress) -> tuple[Opened, ExportResult, 
     """Write and check an export; return what was exported, the result, and the repository to upload to."""
     shard_bytes = parse_size(options.shard_size, "--shard-size", least=LEAST_SHARD)
     opened = open_trained(options.run, options.base)
-    if refusal := METHODS[opened.record.method].export_refusals.get(options.to):
+    if refusal := export_refusal(opened.record.method, options.to):
         raise BadInput(refusal)
     repository = open_repository(options)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)

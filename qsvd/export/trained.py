@@ -27,16 +27,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained weight, W' = gain_O[:, None] * (Q + up_OK @ down_KI).
+    """One trained weight, W' = gain_O[:, None] * (Q + up_OK @ down_KI) + delta_OI.
 
     Args:
         up_OK, down_KI: float32, with every scale included; K may be 0 and differ between weights.
         gain_O: float32, a factor for each row; None is 1.
+        delta_OI: float32; None is 0.
     """
 
     up_OK: Tensor
     down_KI: Tensor
     gain_O: Tensor | None = None
+    delta_OI: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,18 @@ class TrainedModel:
     def read(self, name: str) -> Trained:
         """Return the trained values of a weight, on the CPU and detached from the autograd graph."""
         trained = self.weight(name)
-        gain_O = None if trained.gain_O is None else trained.gain_O.detach().cpu()
-        return Trained(trained.up_OK.detach().cpu(), trained.down_KI.detach().cpu(), gain_O)
+        gain_O, delta_OI = (
+            None if part is None else part.detach().cpu() for part in (trained.gain_O, trained.delta_OI)
+        )
+        return Trained(trained.up_OK.detach().cpu(), trained.down_KI.detach().cpu(), gain_O, delta_OI)
 
     def dense(self, name: str) -> Tensor:
         """Return W', float32 [O, I]."""
         trained = self.read(name)
         dense_OI = self.split.residual(name).decode().addmm_(trained.up_OK, trained.down_KI)
-        return dense_OI if trained.gain_O is None else dense_OI.mul_(trained.gain_O[:, None])
+        if trained.gain_O is not None:
+            dense_OI.mul_(trained.gain_O[:, None])
+        return dense_OI if trained.delta_OI is None else dense_OI.add_(trained.delta_OI)
 
     def original_weight(self, original: Checkpoint, name: str) -> Tensor:
         """Return W [O, I] of the 16-bit model, in its dtype."""
@@ -126,10 +132,9 @@ def take_inventory(model: TrainedModel) -> Inventory:
         except KeyError:
             missing.append(name)
             continue
-        values = {"up": trained.up_OK, "down": trained.down_KI}
-        if trained.gain_O is not None:
-            values["gain"] = trained.gain_O
-            gained.append(name)
+        parts = {"up": trained.up_OK, "down": trained.down_KI, "gain": trained.gain_O, "delta": trained.delta_OI}
+        values = {part: tensor for part, tensor in parts.items() if tensor is not None}
+        gained += [name] * (trained.gain_O is not None)
         faults = _faults(values, weight["shape"])
         wrong += [f"{name}: {fault}" for fault in faults]
         if not faults:
@@ -151,7 +156,7 @@ def take_inventory(model: TrainedModel) -> Inventory:
 def _faults(values: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
     rows, columns = shape
     rank = values["down"].shape[0] if values["down"].ndim else 0
-    wanted = {"up": (rows, rank), "down": (rank, columns), "gain": (rows,)}
+    wanted = {"up": (rows, rank), "down": (rank, columns), "gain": (rows,), "delta": (rows, columns)}
     faults = []
     for part, tensor in values.items():
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != wanted[part]:

@@ -6,7 +6,7 @@ in the quantized model with the fingerprint of the record; the adapter is refuse
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from qsvd.files.atomic import write_text
 from qsvd.files.safetensors import TensorEntry, new_tensors, read_header, write_stream
 from qsvd.files.workspace import ADAPTER_RECORD, CHAT_TEMPLATE
 
-FORMAT = 2
-FORMATS = (1, 2)  # of qsvd_adapter.json; format 1 has no target_modules, dropout and rslora
+FORMAT = 3
+FORMATS = (1, 2, 3)  # of qsvd_adapter.json; format 1 has no target_modules, dropout and rslora, format 2 no own
 FIRST_ALPHA = 16.0  # of lora in format 1, if it was not given
 PARAMETERS = "qsvd_adapter.safetensors"
 FINGERPRINT = "qsvd_base_fingerprint"
@@ -39,7 +39,8 @@ class AdapterRecord:
         labels: Names of the classes of a sequence classifier; empty for a language model.
         full: Names of the parameters of the model that are trained themselves, such as a new head.
         target_modules: Names or globs of the layers that are trained; empty is all.
-        dropout, rslora: Of lora.
+        dropout, rslora: Of methods with LoRA's two factors.
+        own: Options of the method's own, by name, that differ from their defaults.
     """
 
     base: str
@@ -54,6 +55,7 @@ class AdapterRecord:
     target_modules: tuple[str, ...] = ()
     dropout: float = 0.0
     rslora: bool = False
+    own: Mapping[str, Any] = field(default_factory=dict, hash=False)
     format: int = FORMAT
 
 

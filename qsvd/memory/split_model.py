@@ -191,8 +191,14 @@ class SplitModelPlan:
 
     @property
     def buffers(self) -> int:
-        """Bytes of the frozen tensors of the adapters."""
-        return sum(block.buffers for block in self.blocks)
+        """Bytes of the frozen tensors of the adapters, those of all weights once."""
+        shared = {item for adapter in self.adapters.values() for item in adapter.shared.items()}
+        return sum(block.buffers for block in self.blocks) + total_bytes(tensor for _, tensor in shared)
+
+    @property
+    def hook_state(self) -> int:
+        """Bytes that the hooks of the method keep between steps."""
+        return sum(total_bytes(adapter.state.values()) for adapter in self.adapters.values())
 
     def _block(self, path: str, specs: Sequence[WeightSpec]) -> Block:
         parts = [self.allocation.choices[spec.module].codec.parts(spec.shape) for spec in specs]

@@ -99,7 +99,7 @@ def plan_training(model: SplitModelPlan, training: Training, placement: Placemen
         *dense_items(model, placement, device),
         on(device, "frozen components", model.buffers),
         on(device, "trained parameters", total_bytes(model.parameters)),
-        _with_host(on(device, "optimizer state", state.device), state.host),
+        _with_host(on(device, "optimizer state", state.device + model.hook_state), state.host),
         on(device, "gradients", most.gradients),
         _with_host(on(device, "checkpoints of activations", most.checkpoints), offloaded),
         on(device, "activations of one block", most.block),
@@ -107,7 +107,9 @@ def plan_training(model: SplitModelPlan, training: Training, placement: Placemen
         on(device, "loss", most.loss),
         on(device, "optimizer step", most.optimizer),
         context_item(device),
-        Item("checkpoints of the run", disk=KEPT_RUNS * (total_bytes(model.parameters) + state.device)),
+        Item(
+            "checkpoints of the run", disk=KEPT_RUNS * (total_bytes(model.parameters) + state.device + model.hook_state)
+        ),
     ]
     return MemoryPlan("train", items_of(items, device), limits, _notes(model, training, device))
 

@@ -217,7 +217,9 @@ class _Product(Function):
         decoding.bands(x_TI, at_once=1)
         y_TO.addmm_(hidden_TK, up_OK.to(x_TI.dtype).T)
         ctx.decoding, ctx.has_gain = decoding, gain_O is not None
-        ctx.save_for_backward(x_TI, hidden_TK, up_OK, down_KI, gain_O, y_TO if ctx.has_gain else None)
+        ctx.shape = x_TI.shape
+        kept_TI = x_TI if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept_TI, hidden_TK, up_OK, down_KI, gain_O, y_TO if ctx.has_gain else None)
         return torch.empty_like(y_TO) if ctx.has_gain else y_TO
 
     @staticmethod
@@ -235,7 +237,7 @@ class _Product(Function):
         if dy_TO.dtype.itemsize < 4:
             dx_TI = ctx.decoding.whole(dy_TO)
         else:
-            dx_TI = torch.empty_like(x_TI)
+            dx_TI = dy_TO.new_empty(ctx.shape)
             ctx.decoding.bands(dy_TO, at_once=2)
         dx_TI.addmm_(dh_TK, down_KI.to(dy_TO.dtype))
         return dx_TI, d_up_OK, d_down_KI, d_gain_O, None, None

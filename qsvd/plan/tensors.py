@@ -1,7 +1,7 @@
 """Tensors that do not exist yet: their shapes, dtypes and bytes, and the bytes that an optimizer adds to them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, prod
 
 import torch
@@ -39,12 +39,16 @@ class AdapterTensors:
         buffers: Frozen, without the residual.
         made: What a forward pass computes from these and keeps for the backward pass. The layer multiplies with "up",
             "down" and "gain"; those that are not in `made` are parameters or buffers themselves.
+        shared: Frozen, and one tensor for all weights with the same name and shape.
+        state: What the hooks of the method keep between steps.
         dropout: Above 0, the frozen and the trained factors are multiplied apart, and nothing of `made` is made.
     """
 
     parameters: Mapping[str, TensorShape]
     buffers: Mapping[str, TensorShape]
     made: Mapping[str, TensorShape]
+    shared: Mapping[str, TensorShape] = field(default_factory=dict)
+    state: Mapping[str, TensorShape] = field(default_factory=dict)
     dropout: float = 0.0
 
 

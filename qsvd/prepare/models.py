@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.linear import dense_delta
 from qsvd.adapters.load import generation_config, load, names_of
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.start import new_record, read_components, trained_adapter
 from qsvd.data.columns import Examples
 from qsvd.errors import BadInput, first_line, listing
@@ -237,11 +238,12 @@ def open_trained(run: Path, base: Path | None) -> Opened:
 
     def weight(name: str) -> Trained:
         made = trained_adapter(split, adapter, name, modules[name])
-        up_OK, down_KI = made.factors()
-        gain_O = made.gain()
+        up_OK, down_KI = made.exported()
+        gain_O = made.gain(lambda: split.residual(name))
         if gain_O is None and METHODS[adapter.record.method].has_gain:  # a layer that was not trained
             gain_O = torch.ones(len(up_OK))
-        return Trained(up_OK.float(), down_KI.float(), gain_O)
+        delta_OI = dense_delta(made, down_KI.shape[1], down_KI.device)
+        return Trained(up_OK.float(), down_KI.float(), gain_O, delta_OI)
 
     full = {name: read_tensor(adapter.tensors[name]) for name in adapter.record.full}
     return Opened(split, adapter, adapter.record, TrainedModel(split, weight, full, spelling))

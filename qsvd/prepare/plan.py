@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qsvd.adapters.adapter import AdapterOptions
-from qsvd.adapters.methods import default_method
+from qsvd.adapters.methods.table import default_method
 from qsvd.adapters.start import new_record, planned, planner_of
 from qsvd.data.examples import MOST_LENGTH, Home, read_run_data
 from qsvd.errors import BadInput, parse_size

@@ -11,7 +11,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.load import load
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import METHODS, own_options
 from qsvd.adapters.model import restore
 from qsvd.adapters.start import check_start, new_record, planned_base
 from qsvd.data.columns import Tokenized
@@ -228,14 +228,16 @@ def starting_options(options: TrainingOptions, split: SplitFolder) -> tuple[Adap
     check_base(first, split.folder, split.fingerprint)
     names = ("method", "rank", "alpha", "target_modules", "rslora")
     there = {name: getattr(first.record, name) for name in names}
+    chosen = {name: getattr(given, name) for name in names} | dict(given.own)
+    known = there | dict(first.record.own)
     wrong = [
-        f"--{name.replace('_', '-')} ({there[name] or 'the default'} there)"
-        for name in names
-        if (value := getattr(given, name)) and value != there[name]
+        f"--{name.replace('_', '-')} ({known.get(name) or 'the default'} there)"
+        for name, value in chosen.items()
+        if value and value != known.get(name)
     ]
     if wrong:
         raise BadInput(f"--init-from {options.init_from} has another adapter: leave out {', '.join(wrong)}")
-    return replace(given, **there), first
+    return replace(given, **there, own=first.record.own), first
 
 
 def _settings(options: Train, method: str, optimizer: str, max_length: int, placed: Placed) -> Settings:
@@ -262,6 +264,7 @@ def adapter_options_of(options: TrainingOptions) -> AdapterOptions:
         targets,
         options.dropout,
         options.rslora,
+        own_options(options, "pissa" if options.method == "auto" else options.method),
     )
 
 

@@ -22,35 +22,46 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from qsvd.adapters.adapter import Adapter
-from qsvd.adapters.methods import METHODS, Pissa
+from qsvd.adapters.adapter import Adapter, Course, Hooks
+from qsvd.adapters.methods.pissa import Pissa
+from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import restore, split_linears
 from qsvd.adapters.start import read_components
 from qsvd.data.image_sources import ImageRows
 from qsvd.files.adapter import open_adapter
+from qsvd.files.safetensors import new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.split_folder import SplitFolder
 from qsvd.training.guards import check_start, not_finite
 from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of
 from qsvd.training.settings import Settings, classifier_arguments, language_arguments
 
+HOOKS = "hooks.safetensors"  # of a checkpoint: the state of the method's hooks
+
 
 class CallMethod(TrainerCallback):
-    """Calls the method's hooks around the optimizer step, where transformers' Trainer calls callbacks only."""
+    """Calls the hooks around the optimizer step, where transformers' Trainer calls callbacks only."""
 
     def __init__(self, trainer: "SplitTraining"):
         self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Make the hooks, now that the number of steps is known."""
+        del control, kwargs
+        self.trainer.start_hooks(Course(state.max_steps, args.learning_rate))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         del args, control, kwargs
-        self.trainer.method.transform_grads(self.trainer.model, state.global_step + 1)
+        self.trainer.hooks.transform_grads(state.global_step + 1)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         del args, control, kwargs
-        self.trainer.method.after_step(self.trainer.model, state.global_step + 1)
+        self.trainer.hooks.after_step(state.global_step + 1)
 
 
 class SetRate(TrainerCallback):
@@ -70,7 +81,8 @@ class SplitTraining(Trainer):
     """The part that both trainers share.
 
     Attributes:
-        method: Its hooks are called in every optimizer step.
+        method: The method of the adapters.
+        hooks: Are called in every optimizer step.
         base: The quantized model, whose stored components give the loss that the first one is compared with; None
             leaves the comparison out.
         keep: How many checkpoints are kept.
@@ -81,6 +93,8 @@ class SplitTraining(Trainer):
 
     model: Any
     method: type[Adapter]
+    hooks: Hooks
+    resumed_from: Path | None = None
     base: SplitFolder | None
     keep: int
     is_classifier: bool
@@ -108,7 +122,7 @@ class SplitTraining(Trainer):
         self._check_finite("loss", loss.item())
         # True at the last batch of a step, when the gradients of all its batches are summed.
         if self.accelerator.sync_gradients:
-            self.method.after_backward(self.model, self.state.global_step + 1)
+            self.hooks.after_backward(self.state.global_step + 1)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -131,8 +145,36 @@ class SplitTraining(Trainer):
         del state_dict
         self.model.save_pretrained(output_dir or self.run)
 
+    def start_hooks(self, course: Course) -> None:
+        """Make the hooks of the run, or continue those of the checkpoint."""
+        linears = {path: linear.adapter for path, linear in split_linears(self.model)}
+        trained = {path: adapter for path, adapter in linears.items() if isinstance(adapter, self.method)}
+        self.hooks = self.method.hooks(trained, course)
+        if self.resumed_from is not None and (self.resumed_from / HOOKS).is_file():
+            entries = read_header(self.resumed_from / HOOKS).tensors
+            self.hooks.restore({name: read_tensor(entry) for name, entry in entries.items()})
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer; parameters with a rate of their own get groups of their own."""
+        is_made = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        rates = {
+            id(linear.adapter.get_parameter(name)): rate
+            for _, linear in split_linears(self.model)
+            for name, rate in linear.adapter.rates().items()
+        }
+        for group in () if is_made else list(optimizer.param_groups):
+            for rate in sorted({rates[id(p)] for p in group["params"] if id(p) in rates}):
+                own = [p for p in group["params"] if rates.get(id(p)) == rate]
+                group["params"] = [p for p in group["params"] if rates.get(id(p)) != rate]
+                optimizer.add_param_group({**group, "params": own, "lr": rate * group["lr"]})
+        return optimizer
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # into RUN/unfinished, see _get_output_dir
+        state = self.hooks.state()
+        if state:
+            write_stream(self.run / UNFINISHED / HOOKS, new_tensors(state), {"format": "pt"})
         # Renamed when it is complete, so that a run that is killed here resumes from the checkpoint before it.
         finish(self.run, self.state.global_step, keep=self.keep, best=self.best())
 
@@ -141,7 +183,8 @@ class SplitTraining(Trainer):
         return str(self.run / UNFINISHED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore(model or self.model, open_adapter(Path(resume_from_checkpoint)))
+        self.resumed_from = Path(resume_from_checkpoint)
+        restore(model or self.model, open_adapter(self.resumed_from))
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """Write nothing: the run has its own README."""

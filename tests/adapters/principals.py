@@ -56,7 +56,7 @@ class Given(Adapter):
     def factors(self):
         return self.up, self.down
 
-    def gain(self):
+    def gain(self, read):
         return self.factor
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.methods import Lora
+from qsvd.adapters.methods.lora import Lora
 from tests import reference
 from tests.adapters.principals import decoded, principal_of
 

@@ -10,7 +10,7 @@ import transformers
 
 import qsvd
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import METHODS
 from tests.adapters.results import (
     IDS,
     ROUNDINGS,

@@ -8,7 +8,9 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.methods import METHODS, Lora, Pissa
+from qsvd.adapters.methods.lora import Lora
+from qsvd.adapters.methods.pissa import Pissa
+from qsvd.adapters.methods.table import METHODS
 from tests import reference
 from tests.adapters.principals import SHAPES, UNIT, decoded, dense_output, principal_of
 
@@ -41,7 +43,7 @@ def test_before_the_first_step_the_factors_are_the_stored_ones_to_the_bit(method
         assert torch.equal(ours.double(), stored.double())
     if method == "lora":
         assert (adapter.factors()[0][:, rank:] == 0).all(), "what is added is zero"
-    gain = adapter.gain()
+    gain = adapter.gain(None)
     assert gain is None or (gain == 1).all()
 
 

@@ -9,7 +9,7 @@ import transformers
 
 import qsvd
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import SplitModel, split_linears, trained
 from tests.adapters.results import IDS, modules_of, outputs, split_checkpoint
 

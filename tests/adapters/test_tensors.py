@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qsvd.adapters.adapter import AdapterOptions, StoredWeight
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import METHODS
 from qsvd.numerics.nf4 import NormalFloat4
 
 SHAPES = [(48, 80), (80, 48), (64, 64)]
@@ -55,7 +55,7 @@ def test_what_is_made_is_what_autograd_keeps_beside_them(method, stored_rank, st
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         up, down = adapter.factors()
-        gain = adapter.gain()
+        gain = adapter.gain(None)
         factors = [factor for factor in (up, down, gain) if factor is not None]
         (sum((factor**2).sum() for factor in factors))  # each square keeps its factor
     said = METHODS[method].tensors((48, 80), stored_rank, 4 if method == "lora" else 8, torch.float32, stored)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 import qsvd
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import trained
 from tests.adapters.results import in_float32
 from tests.runs import TEXTS, language_base

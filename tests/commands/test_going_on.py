@@ -9,7 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 
 import qsvd
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import METHODS
 from qsvd.commands.train import train
 from qsvd.data.examples import first_lines
 from qsvd.errors import BadInput, Interrupted

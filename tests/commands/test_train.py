@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 import qsvd
 import qsvd.commands.train
-from qsvd.adapters.methods import METHODS, Lora
+from qsvd.adapters.methods.lora import Lora
+from qsvd.adapters.methods.table import METHODS
 from qsvd.cli import parse, run
 from qsvd.commands.train import train
 from qsvd.errors import BadInput

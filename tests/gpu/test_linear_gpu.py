@@ -11,7 +11,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions, StoredWeight
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import METHODS
 from tests import reference
 from tests.adapters.principals import UNIT, Given, decoded, dense_output, packed_residual, principal_of
 
@@ -142,7 +142,7 @@ def test_each_method_starts_on_the_gpu_as_on_the_cpu(method):
     )
     assert {t.device.type for t in (*on_gpu.parameters(), *on_gpu.buffers())} == {"cuda"}
     assert all(torch.equal(one.cpu(), other) for one, other in zip(on_gpu.factors(), on_cpu.factors(), strict=True))
-    gain = on_gpu.gain()
+    gain = on_gpu.gain(None)
     assert gain is None or torch.equal(gain.cpu(), torch.ones(shape[0]))
 
 

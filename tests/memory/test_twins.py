@@ -5,7 +5,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions, StoredWeight
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.methods import METHODS
+from qsvd.adapters.methods.table import METHODS
 from qsvd.memory.twins import Decoding, LinearTwin, LiveBytes
 from qsvd.numerics.nf4 import NormalFloat4
 from tests.memory.tracker import Tracker

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qsvd.adapters.methods import METHODS, Pissa
+from qsvd.adapters.methods.pissa import Pissa
+from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import trained
 from tests.runs import sequences, settings, trainer
 

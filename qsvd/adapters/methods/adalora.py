@@ -1,0 +1,189 @@
+"""AdaLoRA: triplets of a trained singular value decomposition, of which the least important are set to zero.
+
+Shape suffixes as in adapter.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from qsvd.adapters.adapter import AdapterOptions, Course, Defaults, Hooks, StoredWeight
+from qsvd.adapters.methods.added import Added, joined
+from qsvd.adapters.methods.orthonormal import add_gradient
+from qsvd.errors import BadInput
+from qsvd.option_types import FROM_ZERO, SHARE, Help, at_least
+from qsvd.plan.tensors import AdapterTensors, TensorShape
+
+PARTS = ("values", "down", "up")
+DEVIATION = 0.02  # of the first A and B
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoraOptions:
+    """The options of AdaLoRA's own."""
+
+    target_rank: Annotated[int | None, at_least(1), Help("Average rank at the end. Default: two thirds of --rank.")] = (
+        None
+    )
+    tinit: Annotated[float, SHARE, Help("Share of the steps before the first triplet is removed.")] = 0.1
+    tfinal: Annotated[float, SHARE, Help("Share of the steps after the last one is removed.")] = 0.3
+    delta_t: Annotated[int, at_least(1), Help("Steps between two removals.")] = 10
+    beta1: Annotated[float, SHARE, Help("Memory of the importance.")] = 0.85
+    beta2: Annotated[float, SHARE, Help("Memory of its uncertainty.")] = 0.85
+    orthonormal_weight: Annotated[float, FROM_ZERO, Help("Weight of the orthonormality loss.")] = 0.1
+
+
+def budget(step: int, first: int, target: int, course: tuple[int, int, int]) -> int:
+    """Return how many triplets the model has after a step (equation 12, rounded down, as in the authors' code).
+
+    Args:
+        first, target: Triplets at the start and at the end.
+        course: The last step before the first removal, how many steps follow the last removal, and all steps.
+    """
+    start, rest, steps = course
+    if step <= start:
+        return first
+    if step > steps - rest:
+        return target
+    left = 1 - (step - start) / (steps - rest - start)
+    return int(target + (first - target) * left**3)
+
+
+class _Allocate(Hooks):
+    """Scores the triplets of all layers after every step, and sets those with the lowest scores to zero.
+
+    The score is the paper's equations 8 to 11. A triplet's is that of its value plus the means of its vectors'.
+    """
+
+    def __init__(self, adapters: Mapping[str, "AdaLora"], course: Course):
+        super().__init__(adapters, course)
+        own = next(iter(adapters.values())).chosen
+        self.every = own.delta_t
+        self.betas = (own.beta1, own.beta2)
+        self.course_of_ranks = (int(own.tinit * course.steps), int(own.tfinal * course.steps), course.steps)
+        self.first = sum(len(adapter.values) for adapter in adapters.values())
+        self.target = sum(adapter.target_rank for adapter in adapters.values())
+        self.weight = own.orthonormal_weight / (2 * len(adapters))
+        self.moments = {
+            f"{path} {part} {kind}": torch.zeros_like(adapter.get_parameter(part), dtype=torch.float32)
+            for path, adapter in adapters.items()
+            for part in PARTS
+            for kind in ("importance", "uncertainty")
+        }
+
+    def after_backward(self, step: int) -> None:
+        del step
+        for adapter in self.adapters.values():
+            add_gradient(adapter.down, self.weight)
+            add_gradient(adapter.up, self.weight, columns=True)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        _, rest, steps = self.course_of_ranks
+        if step > steps - rest:  # the ranks are chosen: values that were removed have moved again
+            for path, adapter in self.adapters.items():
+                adapter.values.mul_(self.moments[f"{path} kept"])
+            return
+        self._measure()
+        is_last = step == steps - rest
+        wanted = self.target if is_last else budget(step, self.first, self.target, self.course_of_ranks)
+        if (step > self.course_of_ranks[0] and step % self.every == 0) or is_last:
+            self._remove(self.first - wanted)
+        if is_last:
+            kept = {f"{path} kept": (adapter.values != 0).float() for path, adapter in self.adapters.items()}
+            self.moments = kept
+
+    def _measure(self) -> None:
+        first, second = self.betas
+        for path, adapter in self.adapters.items():
+            for part in PARTS:
+                parameter = adapter.get_parameter(part)
+                assert parameter.grad is not None, "a trained parameter has a gradient after a step"
+                now = (parameter.float() * parameter.grad.float()).abs_()
+                importance = self.moments[f"{path} {part} importance"].mul_(first).add_(now, alpha=1 - first)
+                now.sub_(importance).abs_()
+                self.moments[f"{path} {part} uncertainty"].mul_(second).add_(now, alpha=1 - second)
+
+    def _remove(self, count: int) -> None:
+        if count <= 0:
+            return
+        scores = {path: self._scores(path) for path in self.adapters}
+        limit = torch.cat([*scores.values()]).kthvalue(count).values
+        for path, adapter in self.adapters.items():
+            adapter.values.masked_fill_(scores[path] <= limit, 0)
+
+    def _scores(self, path: str) -> Tensor:
+        values_K, down_KI, up_OK = (
+            self.moments[f"{path} {part} importance"] * self.moments[f"{path} {part} uncertainty"] for part in PARTS
+        )
+        return values_K + down_KI.mean(dim=1) + up_OK.mean(dim=0)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.moments
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        device = next(iter(self.adapters.values())).values.device
+        self.moments = {name: tensor.to(device) for name, tensor in state.items()}
+
+
+class AdaLora(Added):
+    """AdaLoRA (arXiv:2303.10512): W' = Q + B0 A0 + (alpha / K) B diag(E) A; B, E and A are trained, from E = 0.
+
+    The budget of triplets falls from K a layer to an average of --target-rank. The divisor stays K when triplets are
+    removed, as in the authors' code. Parameters: K (O + I + 1) at the start; removed triplets leave the export.
+    """
+
+    paper = "arXiv:2303.10512"
+    starts_as = "E 0, A and B random"
+    defaults = Defaults(
+        rank=12, scale=16 / 12, learning_rate=5e-4, reason="the authors' alpha and rate for DeBERTaV3 on MNLI"
+    )
+    options = AdaLoraOptions
+    hooks = _Allocate
+
+    def __init__(self, stored: StoredWeight, rank: int, options: AdapterOptions, generator: torch.Generator):
+        super().__init__(stored, scale=self.size(stored, options)[1])
+        self.chosen = self.own(options)
+        wanted = self.chosen.target_rank
+        whole = self.defaults.rank_of(options, stored.rank)
+        if wanted is not None and wanted > whole:
+            raise BadInput(f"target_rank {wanted} is above the rank {whole}, which it is reached from")
+        self.target_rank = min(rank, max(1, 2 * whole // 3) if wanted is None else wanted)
+        (rows, columns), device, dtype = stored.residual.shape, stored.up_OR.device, options.torch_dtype
+        down_KI = torch.empty(rank, columns).normal_(0, DEVIATION, generator=generator)
+        up_OK = torch.empty(rows, rank).normal_(0, DEVIATION, generator=generator)
+        self.up, self.down = (nn.Parameter(factor.to(device, dtype)) for factor in (up_OK, down_KI))
+        self.values = nn.Parameter(torch.zeros(rank, dtype=dtype, device=device))
+
+    @classmethod
+    def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "AdaLora":
+        return cls(stored, cls.size(stored, options)[0], options, generator)
+
+    @classmethod
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        rank = min(rank, *shape)
+        shapes = {"up": (shape[0], rank), "down": (rank, shape[1]), "values": (rank,)}
+        parameters = {part: TensorShape(size, dtype) for part, size in shapes.items()}
+        found = joined(shape, stored_rank, parameters, rank, (dtype, stored_dtype))
+        moments = {
+            f"{part} {kind}": TensorShape(size, torch.float32)
+            for part, size in shapes.items()
+            for kind in ("importance", "uncertainty")
+        }
+        return AdapterTensors(parameters, found.buffers, found.made, state=moments)
+
+    def added(self) -> tuple[Tensor, Tensor]:
+        return self.up * (self.scale * self.values), self.down
+
+    def exported(self) -> tuple[Tensor, Tensor]:
+        up_OK, down_KI = self.factors()
+        kept = torch.cat((torch.ones(self.get_buffer("frozen_up").shape[1], dtype=torch.bool), self.values != 0))
+        return up_OK[:, kept], down_KI[kept]
+
+
+METHOD = AdaLora

@@ -1,0 +1,101 @@
+"""The methods by name, and which of them a layer has."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field as new_field
+from dataclasses import fields, make_dataclass
+from importlib import import_module
+from typing import Annotated, Any, get_args, get_type_hints
+
+from qsvd.adapters.adapter import Adapter, AdapterOptions
+from qsvd.adapters.methods.frozen import Frozen
+from qsvd.errors import BadInput, listing
+from qsvd.option_types import ADDED, Group, Method, out_of_range
+from qsvd.plan.targets import is_target
+
+METHODS: dict[str, type[Adapter]] = {  # the file NAME.py, "-" as "_"
+    name: import_module(f"qsvd.adapters.methods.{name.replace('-', '_')}").METHOD
+    for name in get_args(Method)
+    if name != "auto"
+}
+
+
+def default_method(ranks: Iterable[int]) -> str:
+    """Return the method for a model with these stored ranks: pissa, or lora if a weight has no components."""
+    return "pissa" if all(ranks) else "lora"
+
+
+def check_own_options(method: str, options: AdapterOptions) -> None:
+    """Raise BadInput if an option belongs to another method, or its value is out of range."""
+    given = [name for name in ("dropout", "rslora") if getattr(options, name)] + [*options.own]
+    names = _names_of(METHODS[method])
+    for name in given:
+        if name not in names:
+            owners = [owner for owner, kind in METHODS.items() if name in _names_of(kind)]
+            if not owners:
+                raise BadInput(f"the method {method} has no option {name!r}; it has {listing(names) or 'none'}")
+            raise BadInput(
+                f"{name} is an option of the method {' or '.join(owners)}, and the method is {method}: choose "
+                f"{owners[0]} (--method {owners[0]}), or leave {name} out"
+            )
+    if not 0 <= options.dropout < 1:
+        raise BadInput(f"dropout {options.dropout:g} is not a number from 0 to below 1")
+    wrong = out_of_range(METHODS[method].own(options))
+    if wrong:
+        raise BadInput("; ".join(wrong))
+
+
+def _names_of(kind: type[Adapter]) -> tuple[str, ...]:
+    """Return the options that a method has and others lack."""
+    return (*kind.shared_options, *(field.name for field in fields(kind.options)))
+
+
+def with_options(record: type, method: str) -> type:
+    """Return a record of options, Train or Plan, with the options of a method's own at its end."""
+    own = METHODS[method].options
+    hints, marks = get_type_hints(own, include_extras=True), [Group(f"method-{method}"), ADDED]
+    options = [
+        (
+            option.name,
+            Annotated[hints[option.name], *marks[number > 0 :]],
+            new_field(default=option.default, kw_only=True),
+        )
+        for number, option in enumerate(fields(own))
+    ]
+    return make_dataclass(record.__name__, options, bases=(record,), frozen=True, namespace={"__doc__": record.__doc__})
+
+
+def own_options(options: object, method: str) -> dict[str, Any]:
+    """Return the options of a method's own that a record has and that differ from their defaults, by name."""
+    found = {field.name: getattr(options, field.name, field.default) for field in fields(METHODS[method].options)}
+    return {name: value for name, value in found.items() if value != _default(METHODS[method].options, name)}
+
+
+def _default(record: type, name: str) -> Any:
+    return next(field.default for field in fields(record) if field.name == name)
+
+
+def owners(name: str) -> list[str]:
+    """Return the methods that have an option of their own with this name."""
+    return [method for method, kind in METHODS.items() if name in {field.name for field in fields(kind.options)}]
+
+
+def export_refusal(method: str, form: str) -> str | None:
+    """Return why a method has no export of this form; None if it has one."""
+    found = METHODS[method].export_refusals.get(form)
+    return None if found is None else found.format(method=method)
+
+
+def kind_of(method: str, module: str, ranks: Mapping[str, int], targets: Sequence[str] = ()) -> type[Adapter]:
+    """Return the adapter class of one weight: Frozen if it is not to be trained, or lacks components that are needed.
+
+    Args:
+        module: Path of its layer.
+        ranks: The stored ranks of all weights, by the paths of their layers. If those of all layers to train are 0,
+            the method itself refuses to start.
+        targets: Names of the layers to train; empty is all.
+    """
+    if not is_target(module, targets):
+        return Frozen
+    kind = METHODS[method]
+    lacks = kind.needs_components and ranks[module] == 0
+    return Frozen if lacks and any(rank and is_target(name, targets) for name, rank in ranks.items()) else kind
