@@ -81,14 +81,18 @@ def test_that_number_takes_4_gigabytes():
 @pytest.mark.parametrize(
     ("options", "labels", "said"),
     [
-        (AdapterOptions("dora"), (), r"method 'dora' is not one of pissa, lora, edora$"),
+        (AdapterOptions("dore"), (), r"method 'dore' is not one of pissa, lora, edora, lora-xs"),
         (AdapterOptions(dtype="float16"), (), r"adapter dtype 'float16' is not one of auto, float32, bfloat16$"),
         (
             AdapterOptions("pissa", dropout=0.1),
             (),
             r"dropout is an option of the method lora, and the method is pissa",
         ),
-        (AdapterOptions("edora", rslora=True), (), r"rslora is an option of the method lora, and the method is edora"),
+        (
+            AdapterOptions("edora", rslora=True),
+            (),
+            r"rslora is an option of the method lora or dora or lora-fa, and the method is edora",
+        ),
         (AdapterOptions(dropout=0.1), (), r"the method is pissa: choose lora \(--method lora\), or leave dropout out$"),
         (AdapterOptions("lora", dropout=1.0), (), r"dropout 1 is not a number from 0 to below 1$"),
         (AdapterOptions(target_modules=("q_prj",)), (), r"no quantized layer is called q_prj \(nearest: q_proj"),

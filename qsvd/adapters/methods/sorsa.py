@@ -38,9 +38,9 @@ class _Orthonormal(Hooks):
 class Sorsa(Adapter):
     """SORSA (arXiv:2409.00055, section 3): W' = Q + U diag(S) V^T, with U, S and V^T trained.
 
-    Parameters: R (O + I + 1). U S V^T are the stored components, decomposed in float64: they differ from them by the rounding of the adapter's
-    dtype. The loss gets gamma times the mean of ||U^T U - I||_F and ||V^T V - I||_F over all layers. As in the
-    authors' code its gradient is added after clipping.
+    Parameters: R (O + I + 1). U S V^T are the stored components, decomposed in float64: they differ from them by the
+    rounding of the adapter's dtype. The loss gets gamma times the mean of ||U^T U - I||_F and ||V^T V - I||_F over all
+    layers. As in the authors' code its gradient is added after clipping.
     """
 
     paper = "arXiv:2409.00055"
