@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 import qsvd
+from qsvd.adapters.methods.table import with_options
 from qsvd.commands.demo import FINE_TUNING, MODEL
 from qsvd.data.columns import UNTRAINED
 from qsvd.options import Train
@@ -72,7 +73,8 @@ def labelled_rows(count=14):
 def training(base, data, out, **changes):
     """A short run on a CPU."""
     chosen = {"steps": 4, "batch_size": 2, "accumulate": 2, "max_length": 32, "held_out": 0.0, "device": "cpu"}
-    return Train(str(base), data, out, **(chosen | changes))
+    record = with_options(Train, changes["method"]) if changes.get("method", "auto") != "auto" else Train
+    return record(str(base), data, out, **(chosen | changes))
 
 
 def words(options):
@@ -151,8 +153,29 @@ def trainer(base, run, rows, chosen, hooks=None, **load):
     tokenizer = AutoTokenizer.from_pretrained(base)
     made = make_trainer(model, tokenizer, Dataset.from_dict(rows), chosen, Path(run))
     if hooks is not None:
-        made.method = type(hooks.__name__, (hooks, made.method), {})
+        start, made.watch = made.start_hooks, hooks
+
+        def watched(course):
+            start(course)
+            made.hooks = Watched(hooks, made.hooks, model)
+
+        made.start_hooks = watched
     return made
+
+
+class Watched:
+    """Hooks of a method, after those of a class whose class methods take the model and the step."""
+
+    def __init__(self, first, hooks, model):
+        self.first, self.hooks, self.model = first, hooks, model
+
+    def __getattr__(self, name):
+        def both(*step):
+            if step and hasattr(self.first, name):
+                getattr(self.first, name)(self.model, *step)
+            return getattr(self.hooks, name)(*step)
+
+        return both
 
 
 def sequences(lengths=(9, 21, 14, 30)):

@@ -14,7 +14,30 @@ from qsvd.adapters.methods.table import METHODS
 from tests import reference
 from tests.adapters.principals import SHAPES, UNIT, decoded, dense_output, principal_of
 
-TRAINED = {"pissa": {"up", "down"}, "lora": {"up", "down"}, "edora": {"core", "magnitude"}}
+TRAINED = {
+    "pissa": {"up", "down"},
+    "lora": {"up", "down"},
+    "edora": {"core", "magnitude"},
+    "lora-xs": {"core"},
+    "sorsa": {"up", "values", "down"},
+    "dora": {"up", "down", "magnitude"},
+    "adalora": {"up", "values", "down"},
+    "lora-fa": {"up"},
+    "vera": {"b", "d"},
+}
+COUNTS = {  # by the papers: how often r^2, r o, r i, r and o, for rank r of an o x i weight
+    "pissa": (0, 1, 1, 0, 0),
+    "lora": (0, 1, 1, 0, 0),
+    "edora": (1, 0, 0, 0, 1),
+    "lora-xs": (1, 0, 0, 0, 0),
+    "sorsa": (0, 1, 1, 1, 0),
+    "dora": (0, 1, 1, 0, 1),
+    "adalora": (0, 1, 1, 1, 0),
+    "lora-fa": (0, 1, 0, 0, 0),
+    "vera": (0, 0, 0, 1, 1),
+}
+ADDED = {"lora", "dora", "adalora", "lora-fa", "vera"}  # beside the components, which are frozen
+EXACT = [method for method in METHODS if method != "sorsa"]  # it decomposes them once more
 SMALL = [(shape, min(3, *shape)) for shape in SHAPES]  # with a rank that each may have
 
 
@@ -26,29 +49,30 @@ def started(method, principal, *, seed=0, **options):
 def stored_part(method, adapter, rank):
     """Of the factors, the columns and rows that stand for the stored components."""
     up, down = adapter.factors()
-    return (up[:, :rank], down[:rank]) if method == "lora" else (up, down)
+    return (up[:, :rank], down[:rank]) if method in ADDED else (up, down)
 
 
 def test_these_are_the_methods():
-    assert set(METHODS) == set(TRAINED)
+    assert set(METHODS) == set(TRAINED) == set(COUNTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "rank"), SMALL)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EXACT)
 def test_before_the_first_step_the_factors_are_the_stored_ones_to_the_bit(method, shape, rank, dtype):
     principal = principal_of(shape, rank, dtype=dtype)
     adapter = started(method, principal)
     for ours, stored in zip(stored_part(method, adapter, rank), (principal.up_OR, principal.down_RI), strict=True):
         assert torch.equal(ours.double(), stored.double())
-    if method == "lora":
+    if method in ADDED:
         assert (adapter.factors()[0][:, rank:] == 0).all(), "what is added is zero"
-    gain = adapter.gain(None)
+    gain = adapter.gain(lambda: principal.residual)
     assert gain is None or (gain == 1).all()
 
 
-@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "adapter_dtype"), [*((method, "float32") for method in METHODS), *((m, "bfloat16") for m in EXACT)]
+)
 def test_before_the_first_step_the_layer_computes_the_stored_weight(method, adapter_dtype):
     shape, rank, tokens = (70, 172), 4, 9
     principal = principal_of(shape, rank, dtype=torch.bfloat16)  # so that neither adapter dtype rounds
@@ -73,7 +97,8 @@ def test_lora_starts_from_the_residual_alone_where_no_components_are_stored(shap
 def test_what_is_trained_is_counted_right_and_all_that_is_saved(method, shape, rank):
     adapter = started(method, principal_of(shape, rank), rank=rank)
     count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-    by_hand = rank * rank + shape[0] if method == "edora" else rank * shape[0] + rank * shape[1]
+    sizes = (rank * rank, rank * shape[0], rank * shape[1], rank, shape[0])
+    by_hand = sum(number * size for number, size in zip(COUNTS[method], sizes, strict=True))
     assert METHODS[method].num_parameters(shape, rank) == count == by_hand
     assert {name for name, _ in adapter.named_parameters()} == set(adapter.state_dict()) == TRAINED[method]
 
@@ -84,7 +109,7 @@ def test_what_is_frozen_has_no_gradient_and_what_is_trained_has_one(method):
     module = SplitLinear(principal_of((33, 64), 3).residual, adapter, torch.ones(33))
     frozen = [t.clone() for t in module.buffers()]
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
-    for _ in range(2):  # lora's down has a gradient once up is not zero
+    for _ in range(2):  # a factor beside zeros has a gradient once they have moved
         optimizer.zero_grad()
         module(torch.from_numpy(reference.gaussian(9, 64))).square().sum().backward()
         optimizer.step()
@@ -181,6 +206,10 @@ def test_pissa_takes_the_stored_rank_as_rank_and_alpha():
         ("edora", 0, {}, r"edora trains stored components, and the quantized model has none \(rank 0\); quantize with"),
         ("edora", 3, {"rank": 4}, r"rank 4 is outside 1\.\.3, the stored components"),
         ("edora", 3, {"rank": 0}, r"rank 0 is outside 1\.\.3"),
+        ("lora-xs", 0, {}, r"lora-xs trains stored components, and the quantized model has none"),
+        ("sorsa", 0, {}, r"sorsa trains stored components, and the quantized model has none"),
+        ("sorsa", 3, {"rank": 2}, "rank 2 is not the stored rank 3, the only one that sorsa can train"),
+        ("adalora", 3, {"rank": 4, "own": {"target_rank": 5}}, "target_rank 5 is above the rank 4"),
         ("lora", 3, {"rank": 0}, "rank 0 is below 1, the least that trains anything"),
         ("lora", 0, {"rank": -1}, "rank -1 is below 1"),
     ],

@@ -24,11 +24,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT asks for an old name
 ]
 MODELS = {"stories260K": (), "minilm-l6": LABELS}
+SCALED = ("edora", "dora")  # whose rows have a gain
+CASES = [("stories260K", method) for method in METHODS]
+CASES += [("minilm-l6", method) for method in ("pissa", "lora", "edora", "dora", "adalora")]
 SMALLEST = 2.0**-25  # half the least float16
 COPIES = 4  # roundings to float32 of one element besides those of the product's sum: residual, gain, magnitude, norm
 
 
-@pytest.fixture(scope="module", params=[(name, method) for name in MODELS for method in METHODS], ids="-".join)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request, tmp_path_factory, bases):
     """A base, a run and what the two stand for."""
     name, method = request.param
@@ -81,16 +84,16 @@ def test_in_peft_on_the_residual_it_is_the_same_model(case):
     out = export(case, "peft")
     base = base_in_float32(case.base, case.auto, **case.options)
     model = peft.PeftModel.from_pretrained(base, out)
-    assert model.peft_config["default"].use_dora == (case.method == "edora")
+    assert model.peft_config["default"].use_dora == (case.method in SCALED)
     assert distance(outputs(model), case.exact) <= ROUNDINGS * case.rounding
 
 
 def test_on_the_original_a_lora_adds_what_training_changed(case, capsys):
-    if case.method == "edora":
+    if case.method in SCALED:
         arguments = ["export", case.run, "--to", "lora", "--out", case.folder / "none"]
         assert qsvd_command([str(argument) for argument in arguments]) == 2
         assert (
-            "edora scales the rows of each weight, which a LoRA on the 16-bit model cannot do"
+            f"{case.method} scales the rows of each weight, which a LoRA on the 16-bit model cannot do"
             in capsys.readouterr().err
         )
         assert not (case.folder / "none").exists()
@@ -125,7 +128,7 @@ def test_merged_weights_are_rounded_once(case):
         rank = linear.adapter.factors()[0].shape[1]
         sizes = np.abs(linear.residual.decode().double().numpy()) + products(linear)
         roundoff = (2 * rank + COPIES) * HALF_ULP[torch.float32] * sizes
-        if linear.adapter.gain(None) is not None:  # and of the norm, whose squares are sums of I terms
+        if case.method in SCALED:  # and of the norm, whose squares are sums of I terms
             roundoff += weight.shape[1] * HALF_ULP[torch.float32] * np.abs(weight)
         bound = HALF_ULP[dtype] * np.abs(weight) + SMALLEST * (dtype == torch.float16) + roundoff
         assert (np.abs(merged.double().numpy() - weight) <= bound).all(), path

@@ -12,7 +12,17 @@ from qsvd.adapters.model import split_linears, trained
 from tests.commands.folders import components_of
 from tests.export.cases import residual
 
-METHODS = {"pissa": {}, "lora": {"rank": 4, "alpha": 8.0}, "edora": {}}
+METHODS = {
+    "pissa": {},
+    "lora": {"rank": 4, "alpha": 8.0},
+    "edora": {},
+    "lora-xs": {"rank": 4, "alpha": 8.0},
+    "sorsa": {},
+    "dora": {"rank": 4, "alpha": 8.0},
+    "adalora": {"rank": 4, "alpha": 8.0},
+    "lora-fa": {"rank": 4, "alpha": 8.0},
+    "vera": {"rank": 4},
+}
 SCALE = 2.0  # alpha / rank of the LoRA
 LABELS = ("neg", "pos")
 MOVE = 0.05  # of a parameter's own size, as training moves it; of START where it starts at zero
@@ -52,15 +62,28 @@ def trained_weights(base, run, model):
     for path, linear in split_linears(model):
         module = linear.name.removesuffix(".weight")
         start, (up, down) = residual(base, linear.name), stored[module]
-        if f"{path}.core" in saved:
-            left, inner = (linear.adapter.get_buffer(part).double().numpy() for part in ("directions", "inner"))
-            moved = start + (up + left @ saved[f"{path}.core"] @ inner) @ down
-            weights[path] = saved[f"{path}.magnitude"][:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
-        elif model.split_record.method == "lora":
-            weights[path] = start + up @ down + SCALE * saved[f"{path}.up"] @ saved[f"{path}.down"]
-        else:
-            weights[path] = start + saved[f"{path}.up"] @ saved[f"{path}.down"]
+        found = {name.rpartition(".")[2]: tensor for name, tensor in saved.items() if name.startswith(f"{path}.")}
+        buffers = {name: tensor.double().numpy() for name, tensor in linear.adapter.named_buffers()}
+        moved = start + product_of(model.split_record.method, up @ down, found, buffers)
+        if "magnitude" in found:
+            moved = found["magnitude"][:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
+        weights[path] = moved
     return weights
+
+
+def product_of(method, stored, p, buffers):
+    """B A of one weight, from B0 A0, the trained parameters, and frozen tensors of the model."""
+    if method == "pissa":
+        return p["up"] @ p["down"]
+    if method == "sorsa":
+        return p["up"] * p["values"] @ p["down"]
+    if method in ("edora", "lora-xs"):
+        scale = SCALE if method == "lora-xs" else 1
+        return stored + scale * buffers["directions"] @ p["core"] @ (buffers["directions"].T @ stored)
+    if method == "vera":
+        return stored + p["b"][:, None] * buffers["shared_up"] * p["d"] @ buffers["shared_down"]
+    down = buffers["frozen_down"][-p["up"].shape[1] :] if method == "lora-fa" else p["down"]
+    return stored + SCALE * p["up"] * p.get("values", 1) @ down
 
 
 def head_of(run):

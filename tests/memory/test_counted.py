@@ -57,6 +57,13 @@ CASES = {
     "odd sizes, lora with dropout on two kinds of layers": Case(
         "odd", AdapterOptions("lora", rank=8, dropout=0.1, target_modules=("q_proj", "down_proj")), "adamw"
     ),
+    "odd sizes, dora": Case("odd", AdapterOptions("dora", rank=8), "adamw"),
+    "odd sizes, adalora": Case("odd", AdapterOptions("adalora", rank=8), "adamw"),
+    "odd sizes, vera with two matrices of each size, paged": Case(
+        "odd", AdapterOptions("vera", rank=20), "paged_adamw_32bit"
+    ),
+    "odd sizes, lora-fa": Case("odd", AdapterOptions("lora-fa", rank=8), "adamw"),
+    "odd sizes, sorsa": Case("odd", AdapterOptions("sorsa"), "adamw"),
     "odd sizes, pissa on attention alone, three of six blocks stay": Case(
         "odd", AdapterOptions("pissa", target_modules=("*.self_attn.*",)), "adamw", Placement(3, "host")
     ),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qsvd.adapters.adapter import Hooks
 from qsvd.adapters.methods.pissa import Pissa
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import trained
@@ -38,15 +39,20 @@ def watch():
     return Watch, calls
 
 
-class Project(Pissa):
+class Project(Hooks):
     """Leaves no gradient to all but one parameter."""
 
-    @classmethod
-    def transform_grads(cls, model, step):
+    def transform_grads(self, step):
         assert step == 1
-        for name, parameter in trained(model).items():
-            if not name.endswith("o_proj.up"):
-                parameter.grad.zero_()
+        assert (self.course.steps, self.course.learning_rate) == (1, 1e-3)
+        for path, adapter in self.adapters.items():
+            adapter.down.grad.zero_()
+            if not path.endswith("o_proj"):
+                adapter.up.grad.zero_()
+
+
+class Projected(Pissa):
+    hooks = Project
 
 
 def norm(tensors):
@@ -76,7 +82,7 @@ def test_hooks_come_once_a_step_around_the_clipping_and_the_move(language, tmp_p
 
 
 def test_the_optimizer_takes_the_gradients_as_the_hook_of_the_method_leaves_them(language, tmp_path, monkeypatch):
-    monkeypatch.setitem(METHODS, "pissa", Project)
+    monkeypatch.setitem(METHODS, "pissa", Projected)
     made = trainer(language, tmp_path, sequences(), settings())
     before = {name: parameter.detach().clone() for name, parameter in trained(made.model).items()}
     made.train()

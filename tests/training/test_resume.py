@@ -72,6 +72,11 @@ def test_dropout_is_drawn_as_in_a_run_without_a_stop(classifier, tmp_path, monke
         ({"method": "lora", "rank": 8, "dropout": 0.2, "target_modules": ("q_proj", "down_proj")}, (EPOCH,)),
         ({"method": "pissa"}, (EPOCH - 1, EPOCH + 1)),
         ({"method": "edora", "rank": 8}, (1, 2)),
+        ({"method": "sorsa"}, (2,)),
+        ({"method": "dora", "rank": 4}, (2,)),
+        ({"method": "adalora", "rank": 4, "delta_t": 1, "tinit": 0.2, "target_rank": 2}, (2, EPOCH)),
+        ({"method": "vera", "rank": 8}, (3,)),
+        ({"method": "lora", "rank": 4, "lora_plus_ratio": 16.0}, (3,)),
     ],
     ids=str,
 )

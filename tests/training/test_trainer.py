@@ -34,7 +34,7 @@ def first_step(base, run, rows, **changes):
     """Loss and gradients of a run of one step."""
     made = trainer(base, run, rows, settings(**changes), Keep)
     made.train()
-    return made.state.log_history[0]["loss"], made.method.gradients
+    return made.state.log_history[0]["loss"], made.watch.gradients
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_the_first_step_of_adamw_has_the_size_of_the_learning_rate(language, tmp
     before = {name: p.detach().clone() for name, p in trained(made.model).items()}
     made.train()
     for name, parameter in trained(made.model).items():
-        gradient = made.method.gradients[name]
+        gradient = made.watch.gradients[name]
         step = -1e-3 * gradient / (gradient.abs() + 1e-8)
         assert torch.allclose(parameter - before[name], step, rtol=1e-3, atol=2.0**-24)  # of parameters below 1
 
@@ -177,7 +177,7 @@ def test_a_classifier_has_the_mean_cross_entropy_of_its_examples_however_they_ar
     assert made.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=LOSS_ROUNDOFF)
     largest = max(gradient.abs().max() for gradient in gradients.values())
     for name, gradient in gradients.items():
-        assert (made.method.gradients[name] - gradient).abs().max() <= ROUNDOFF * largest, name
+        assert (made.watch.gradients[name] - gradient).abs().max() <= ROUNDOFF * largest, name
 
 
 def test_parameters_are_those_of_the_rank(language, tmp_path):

@@ -1,0 +1,128 @@
+"""Every method against its formula: the dense weight in float64, and autograd's gradients of it.
+
+Shape suffixes: T = tokens, O = out features, I = in features, R = stored rank, K = trained rank.
+"""
+
+import pytest
+import torch
+
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.methods.orthonormal import orthonormal_gradient
+from qsvd.adapters.methods.table import METHODS
+from tests import reference
+from tests.adapters.principals import UNIT, decoded, principal_of
+
+SHAPE, RANK, TOKENS = (70, 172), 4, 9
+OPTIONS = {  # a scale of 3 / rank, where there is one
+    "pissa": {},
+    "lora": {"rank": 5, "alpha": 3.0},
+    "edora": {"rank": 3, "alpha": 3.0},
+    "lora-xs": {"rank": 3, "alpha": 3.0},
+    "sorsa": {},
+    "dora": {"rank": 5, "alpha": 3.0},
+    "adalora": {"rank": 5, "alpha": 3.0},
+    "lora-fa": {"rank": 5, "alpha": 3.0},
+    "vera": {"rank": 5, "own": {"d_initial": 0.7}},
+}
+
+
+def formula(method, scale, f, p):
+    """W' before magnitudes; f has frozen tensors, p the trained parameters, scale is alpha / K."""
+    if method == "pissa":
+        return f["Q"] + p["up"] @ p["down"]
+    if method == "sorsa":
+        return f["Q"] + p["up"] @ torch.diag(p["values"]) @ p["down"]
+    if method in ("lora-xs", "edora"):
+        return f["Q"] + f["P"] + scale * f["directions"] @ p["core"] @ f["directions"].T @ f["P"]
+    if method == "vera":
+        added = p["b"][:, None] * (f["shared_up"] @ torch.diag(p["d"]) @ f["shared_down"])
+    elif method == "adalora":
+        added = scale * p["up"] @ torch.diag(p["values"]) @ p["down"]
+    else:
+        added = scale * p["up"] @ (f["frozen_down"][RANK:] if method == "lora-fa" else p["down"])
+    return f["Q"] + f["P"] + added
+
+
+def moved(method, principal, *, seed=3):
+    """An adapter after some training, and alpha / rank."""
+    options = AdapterOptions(method, **OPTIONS[method])
+    adapter = METHODS[method].start(principal, options, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for number, parameter in enumerate(adapter.parameters()):
+            step = torch.from_numpy(reference.gaussian(1, parameter.numel(), seed=seed + number)).reshape(
+                parameter.shape
+            )
+            parameter += 0.3 * step * (parameter.abs().mean() or 0.5)
+    return adapter, 3 / OPTIONS[method].get("rank", 1)
+
+
+def frozen_of(adapter, principal):
+    buffers = {name: buffer.double() for name, buffer in adapter.named_buffers()}
+    return buffers | {"Q": decoded(principal.residual), "P": principal.up_OR.double() @ principal.down_RI.double()}
+
+
+def dense(method, scale, frozen, parameters, norms):
+    weight = formula(method, scale, frozen, parameters)
+    return weight if "magnitude" not in parameters else parameters["magnitude"][:, None] * weight / norms[:, None]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_and_gradients_are_those_of_the_dense_formula_in_float64(method):
+    """The bound is a count of float32 roundings, times the same formula of absolute values."""
+    principal = principal_of(SHAPE, RANK)
+    adapter, scale = moved(method, principal)
+    module = SplitLinear(principal.residual, adapter, None).train()
+    x, dy = (torch.from_numpy(reference.gaussian(TOKENS, side, seed=side)) for side in reversed(SHAPE))
+    inputs = x.clone().requires_grad_()
+    outputs = module(inputs)
+    outputs.backward(dy)
+    frozen = frozen_of(adapter, principal)
+    exact, sizes = {}, {}
+    norms = None
+    for found, change in ((exact, torch.Tensor.double), (sizes, lambda tensor: tensor.double().abs())):
+        parameters = {n: change(p.detach()).requires_grad_() for n, p in adapter.named_parameters()}
+        tensors = {name: change(tensor) for name, tensor in frozen.items()}
+        if norms is None:  # held fixed, as in the paper
+            norms = formula(method, scale, tensors, parameters).detach().norm(dim=1)
+        point = change(x).requires_grad_()
+        result = point @ dense(method, scale, tensors, parameters, norms).T
+        names = [*parameters, "x"]
+        gradients = torch.autograd.grad(result, [*parameters.values(), point], change(dy))
+        found.update(dict(zip(names, gradients, strict=True)), y=result.detach())
+    ours = {name: p.grad for name, p in adapter.named_parameters()} | {"x": inputs.grad, "y": outputs.detach()}
+    roundings = 3 * (sum(SHAPE) + TOKENS + 2 * RANK)
+    for name, value in exact.items():
+        bound = roundings * UNIT[torch.float32] * sizes[name]
+        assert ((ours[name].double() - value).abs() <= bound).all(), name
+        assert (value.abs() > 10 * bound).any(), f"{name} is so small that its absence would pass"
+    assert (
+        module.weight.double()
+        - dense(method, scale, frozen, {n: p.detach().double() for n, p in adapter.named_parameters()}, norms)
+    ).norm() < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (7, 7), (1, 5)])
+def test_the_orthonormality_gradient_is_autograds(shape):
+    rows = torch.from_numpy(reference.gaussian(*shape, seed=1))
+    exact = rows.double().requires_grad_()
+    torch.linalg.matrix_norm(exact @ exact.T - torch.eye(shape[0])).backward()
+    torch.testing.assert_close(orthonormal_gradient(rows).double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_the_orthonormality_gradient_of_orthonormal_rows_is_zero_and_finite():
+    assert torch.equal(orthonormal_gradient(torch.eye(3, 5)), torch.zeros(3, 5))
+
+
+def test_doras_norms_follow_the_factors_in_every_forward_pass_without_hooks():
+    """Trainers of others call no hooks, and optimizers that write past autograd leave no trace."""
+    principal = principal_of(SHAPE, RANK)
+    adapter, scale = moved("dora", principal)
+    module, x = SplitLinear(principal.residual, adapter, None).train(), torch.ones(1, SHAPE[1])
+    for _ in range(2):
+        parameters = {name: p.detach().double() for name, p in adapter.named_parameters()}
+        frozen = frozen_of(adapter, principal)
+        norms = formula("dora", scale, frozen, parameters).norm(dim=1)
+        exact = x.double() @ dense("dora", scale, frozen, parameters, norms).T
+        torch.testing.assert_close(module(x).double(), exact, rtol=1e-4, atol=1e-4)
+        adapter.up.data.mul_(3)
