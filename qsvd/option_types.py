@@ -103,7 +103,7 @@ def out_of_range(options: object) -> list[str]:
 # Options of several commands.
 
 Method = Literal["auto", "pissa", "lora", "edora", "lora-xs", "sorsa", "dora", "adalora", "lora-fa", "vera"]
-Optimizer = Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+Optimizer = Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lora-rite"]
 Step = Literal["svd", "quantize"]
 
 Model = Annotated[str, POSITIONAL, Help("Folder of a 16-bit model, or a Hub id.", "MODEL")]

@@ -127,6 +127,8 @@ def settings(**changes):
         "max_length": 96,
         "packing": False,
         "optimizer": "adamw",
+        "precondition": "none",
+        "damping": 1e-6,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": False,

@@ -125,6 +125,8 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "keep_best": False,
         "early_stopping": None,
         "optimizer": "auto",
+        "precondition": "none",
+        "damping": 1e-6,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": True,
@@ -321,7 +323,17 @@ COMPARED = {  # what version 0.1 wrote in the identity of a run, before values t
     "allocate": {"codecs": [], "ranks": [], "dtype": "bfloat16", "device": "auto", "seed": 0},
 }
 ADDED = {
-    ("train", name) for name in ("target_modules", "dropout", "rslora", "keep_best", "early_stopping", "train_experts")
+    ("train", name)
+    for name in (
+        "target_modules",
+        "dropout",
+        "rslora",
+        "keep_best",
+        "early_stopping",
+        "train_experts",
+        "precondition",
+        "damping",
+    )
 } | {
     ("quantize", "expert_rank"),
     ("quantize", "include_towers"),

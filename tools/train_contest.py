@@ -86,6 +86,8 @@ def main(contest: Contest) -> None:
         max_length=contest.length,
         packing=False,
         optimizer=default_optimizer(device),
+        precondition="none",
+        damping=1e-6,
         weight_decay=0.0,
         max_grad_norm=1.0,
         gradient_checkpointing=contest.checkpointing,

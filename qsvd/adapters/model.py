@@ -161,6 +161,12 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(ADAPTER, "."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def trained_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Return the trained pairs of factors, up [O, K] and down [K, I], in model order."""
+    pairs = (linear.adapter.pair() for _, linear in split_linears(model))
+    return [pair for pair in pairs if pair is not None and all(factor.requires_grad for factor in pair)]
+
+
 def restore(model: nn.Module, adapter: AdapterFolder) -> None:
     """Load the trained parameters from a folder.
 

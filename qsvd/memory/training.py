@@ -10,7 +10,7 @@ from qsvd.memory.encoder import EXACT, encoder_bytes
 from qsvd.memory.frozen import context_item, context_notes, dense_items, residual_items
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, items_of, on
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.plan.tensors import OptimizerBytes, optimizer_bytes, total_bytes
+from qsvd.plan.tensors import OptimizerBytes, optimizer_bytes, small_state, total_bytes
 
 # Bytes of the loss: TRL's chunked log-probabilities, never all logits (kernels/chunked_logprob.py of 1.16).
 
@@ -194,7 +194,10 @@ def _with_host(item: Item, num_bytes: int) -> Item:
 def _notes(model: SplitModelPlan, training: Training, device: str) -> tuple[str, ...]:
     notes = ["Bytes are counted from shapes, at the moment of a step that takes most; GB are 10^9 bytes."]
     notes += context_notes(device)
-    if training.optimizer.startswith("paged"):
+    small = small_state(training.optimizer, model.parameters, on_gpu=device == "cuda")
+    if small is not None:
+        notes.append(small)
+    elif training.optimizer.startswith("paged"):
         notes.append("The state of a paged optimizer is counted on the GPU; it can leave the GPU when that is full.")
     if training.pixels:
         notes.append("The encoder of images is counted as if a block of it freed nothing that it made.")

@@ -134,7 +134,15 @@ class TrainingOptions:
     optimizer: Annotated[
         Optimizer, Group("optimizer"), Help("Optimizer. auto: paged_adamw_8bit on a GPU, adamw on a CPU.")
     ] = "auto"
-    weight_decay: Annotated[float, FROM_ZERO, Help("Weight decay of AdamW.")] = 0.0
+    precondition: Annotated[
+        Literal["none", "riemannian"],
+        ADDED,
+        Help("Scale the gradients of each pair of factors by the inverse of the other's product with itself."),
+    ] = "none"
+    damping: Annotated[
+        float, ADDED, ABOVE_ZERO, Help("Is added to the diagonals that --precondition inverts; the paper's 1e-6.")
+    ] = 1e-6
+    weight_decay: Annotated[float, FROM_ZERO, Help("Weight decay.")] = 0.0
     max_grad_norm: Annotated[float, FROM_ZERO, Help("Gradient clipping: maximum norm; 0: no clipping.")] = 1.0
 
     gradient_checkpointing: Annotated[Checkpointing, Group("memory")] = True

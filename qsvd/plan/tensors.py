@@ -9,6 +9,7 @@ import torch
 from qsvd.errors import BadInput
 
 LEAST_8_BIT = 4096  # elements; bitsandbytes' min_8bit_size, below which state is float32
+LEAST_PAGED = 100_000  # elements, from which bitsandbytes' paged optimizers page state
 STATE_BLOCK = 256  # elements of 8-bit state that share a scale
 LEVEL_BYTES = 2 * 4 * 256  # of two float32 tables, shared by all parameters
 STEP_BYTES = 4  # torch counts the steps of each parameter in a float32 in CPU memory
@@ -67,11 +68,11 @@ class OptimizerBytes:
 
 
 def optimizer_bytes(optimizer: str, parameters: Sequence[TensorShape], *, on_gpu: bool) -> OptimizerBytes:
-    """Return what AdamW keeps for these parameters.
+    """Return what an optimizer keeps for these parameters.
 
     Args:
-        optimizer: adamw, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit. The state of paged ones counts on the
-            device, where it is if it fits.
+        optimizer: adamw, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit or lora-rite. The state of paged ones counts
+            on the device, where it is if it fits. Of lora-rite every matrix counts as a factor of a pair.
 
     Raises:
         BadInput: optimizer has another value.
@@ -84,7 +85,27 @@ def optimizer_bytes(optimizer: str, parameters: Sequence[TensorShape], *, on_gpu
     if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
         has_levels = any(tensor.numel >= LEAST_8_BIT for tensor in parameters)
         return OptimizerBytes(sum(map(_state_8_bit, parameters)) + LEVEL_BYTES * has_levels, 0, 0)
-    raise BadInput(f"optimizer {optimizer!r} is not one of adamw, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit")
+    if optimizer == "lora-rite":  # two tensors as large as the parameter, and of a factor the second moment [K, K]
+        squares = sum(4 * min(tensor.shape) ** 2 for tensor in parameters if len(tensor.shape) == 2)
+        copies = max(((5 + (tensor.dtype.itemsize < 4)) * 4 * tensor.numel for tensor in parameters), default=0)
+        return OptimizerBytes(sum(8 * tensor.numel for tensor in parameters) + squares, 0, 2 * squares + copies)
+    raise BadInput(
+        f"optimizer {optimizer!r} is not one of adamw, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, lora-rite"
+    )
+
+
+def small_state(optimizer: str, parameters: Sequence[TensorShape], *, on_gpu: bool) -> str | None:
+    """Return a sentence if most trained tensors are below the sizes at which bitsandbytes compresses or pages state."""
+    compressed = sum(tensor.numel < LEAST_8_BIT for tensor in parameters) if "8bit" in optimizer else 0
+    paged = sum(tensor.numel < LEAST_PAGED for tensor in parameters) if "paged" in optimizer and on_gpu else 0
+    found = []
+    if 2 * compressed >= len(parameters):
+        found.append(f"{compressed} have fewer than {LEAST_8_BIT:,} elements, so their state is kept in 32 bits")
+    if 2 * paged >= len(parameters):
+        found.append(f"{paged} have fewer than {LEAST_PAGED:,}, so their state is not paged")
+    if not found:
+        return None
+    return f"Of {len(parameters)} trained tensors {'; '.join(found)} (rules of bitsandbytes)."
 
 
 def _state_8_bit(tensor: TensorShape) -> int:

@@ -169,6 +169,10 @@ def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     if options.eval_every is None and any(comparing.values()):
         flags = " and ".join(flag for flag, is_given in comparing.items() if is_given)
         wrong.append(f"{flags} cannot be used without held-out losses to compare: give --eval-every N too")
+    if options.precondition == "none" and options.damping != TrainingOptions.damping:
+        wrong.append(f"--damping {options.damping:g} is for --precondition riemannian: give it too, or leave it out")
+    if options.precondition != "none" and options.optimizer == "lora-rite":
+        wrong.append("--optimizer lora-rite preconditions by itself: leave out --precondition riemannian")
     if options.layer_major and options.packing:
         wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")
     return wrong + (_wrong_trackers(options.report_to) if isinstance(options, Train) else [])

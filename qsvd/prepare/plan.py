@@ -34,6 +34,7 @@ from qsvd.prepare.train import (
     PlannedRun,
     adapter_options_of,
     check_offload,
+    check_pairs,
     plan_run,
     prepare_run,
     starting_options,
@@ -115,6 +116,7 @@ def prepare_plan(options: Plan) -> PlanJob:
     check(options)
     here, notes = planned_machine(options)
     source = plan_source(options, here.dtype)
+    check_pairs(options, source.make(source.rank).method)
     run = None if options.data is None else _planned_run(train_of(options), source, here)
     context = context_length(source.make(source.rank).text_config, unlimited=2**20)
     tokens = options.max_length or min(MOST_LENGTH, context)
@@ -154,8 +156,9 @@ def run_of_16_bit(options: Train, source: PlanSource, here: Machine, *, must_fit
         must_fit: Whether to raise a DoesNotFit if there is too little memory.
     """
     check_offload(options, here.device)
-    data = read_run_data(options, Home(str(options.base), small_files(options.base), source.architecture))
     model = source.make(source.rank)
+    check_pairs(options, model.method)
+    data = read_run_data(options, Home(str(options.base), small_files(options.base), source.architecture))
     return plan_run(options, model, data, here, must_fit=must_fit)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.load import load
-from qsvd.adapters.methods.table import METHODS, own_options
+from qsvd.adapters.methods.table import METHODS, has_pair, own_options
 from qsvd.adapters.model import restore
 from qsvd.adapters.start import check_start, new_record, planned_base
 from qsvd.data.columns import Tokenized
@@ -163,6 +163,7 @@ def prepare_run(options: Train, here: Machine, data: RunData | None = None, *, m
     adapter_options, first = starting_options(options, split)
     record = new_record(split, adapter_options)
     check_start(split, record)
+    check_pairs(options, record.method)
     if data is None:
         data = read_run_data(options, Home(str(options.base), split.folder, split.manifest["source"]["architecture"]))
     labels = data.train.label_names
@@ -180,6 +181,20 @@ def check_offload(options: Train, device: torch.device) -> None:
     """Refuse to offload activations where there is no GPU."""
     if options.activation_offload == "yes" and device.type == "cpu":
         raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
+
+
+def check_pairs(options: TrainingOptions, method: str) -> None:
+    """Refuse a preconditioner, or lora-rite, where the method does not train two factors of each weight."""
+    flags = {
+        "--precondition riemannian": options.precondition == "riemannian",
+        "--optimizer lora-rite": options.optimizer == "lora-rite",
+    }
+    for flag in [flag for flag, is_given in flags.items() if is_given and not has_pair(method)]:
+        able = listing([name for name in METHODS if has_pair(name)])
+        raise BadInput(
+            f"{flag} needs a method that trains both factors of each weight and nothing between them ({able}), and "
+            f"--method is {method}: change one of them"
+        )
 
 
 def plan_run(options: Train, model: SplitModelPlan, data: RunData, here: Machine, *, must_fit: bool) -> PlannedRun:

@@ -15,6 +15,7 @@ OPTIMIZERS = {  # ours -> transformers'
     "adamw_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
     "paged_adamw_32bit": "paged_adamw_32bit",
+    "lora-rite": "adamw_torch",  # replaced by make_trainer
 }
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -28,6 +29,8 @@ class Settings:
         steps: Optimizer steps, or None for `epochs` passes over the data.
         batch_size: Sequences of one forward pass; a step has `accumulate` such batches.
         max_grad_norm: Gradients are scaled down to this norm; 0 switches that off.
+        precondition: "riemannian" or "none".
+        damping: Of the preconditioner.
         layer_major: Give the model all batches of a step at once; every block divides them into batches again.
         packing: Put short sequences into one row of max_length tokens, without attention between them.
         save_every: Steps between checkpoints; the newest `keep` of them are kept.
@@ -44,6 +47,8 @@ class Settings:
     max_length: int
     packing: bool
     optimizer: str
+    precondition: str
+    damping: float
     weight_decay: float
     max_grad_norm: float
     gradient_checkpointing: bool

@@ -25,13 +25,15 @@ from trl import SFTTrainer
 from qsvd.adapters.adapter import Adapter, Course, Hooks
 from qsvd.adapters.methods.pissa import Pissa
 from qsvd.adapters.methods.table import METHODS
-from qsvd.adapters.model import restore, split_linears
+from qsvd.adapters.model import restore, split_linears, trained_pairs
 from qsvd.adapters.start import read_components
 from qsvd.data.image_sources import ImageRows
 from qsvd.files.adapter import open_adapter
 from qsvd.files.safetensors import new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.split_folder import SplitFolder
 from qsvd.training.guards import check_start, not_finite
+from qsvd.training.lora_rite import LoraRite
+from qsvd.training.riemannian import Riemannian
 from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of
 from qsvd.training.settings import Settings, classifier_arguments, language_arguments
 
@@ -56,6 +58,8 @@ class CallMethod(TrainerCallback):
     ) -> None:
         del args, control, kwargs
         self.trainer.hooks.transform_grads(state.global_step + 1)
+        if self.trainer.preconditioner is not None:
+            self.trainer.preconditioner.transform_grads()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -83,6 +87,7 @@ class SplitTraining(Trainer):
     Attributes:
         method: The method of the adapters.
         hooks: Are called in every optimizer step.
+        preconditioner: Changes the gradients after the hooks, right before the optimizer; None changes nothing.
         base: The quantized model, whose stored components give the loss that the first one is compared with; None
             leaves the comparison out.
         keep: How many checkpoints are kept.
@@ -94,6 +99,7 @@ class SplitTraining(Trainer):
     model: Any
     method: type[Adapter]
     hooks: Hooks
+    preconditioner: Riemannian | None = None
     resumed_from: Path | None = None
     base: SplitFolder | None
     keep: int
@@ -270,6 +276,11 @@ def make_trainer(
         trainer = LanguageTrainer(model, arguments, **chosen)
     trainer.method, trainer.base, trainer.keep = METHODS[model.split_record.method], base, settings.keep
     trainer.best = lambda: None
+    pairs = trained_pairs(model)
+    if settings.optimizer == "lora-rite":
+        trainer.optimizer_cls_and_kwargs = (LoraRite, {"pairs": pairs, "lr": settings.learning_rate})
+    if settings.precondition == "riemannian":
+        trainer.preconditioner = Riemannian(pairs, settings.damping)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(CallMethod(trainer))
     trainer.add_callback(SetRate())

@@ -18,7 +18,9 @@ EVERYWHERE = {"--config", "--version", "--help"}
 VLLM = {"--max-lora-rank", "--lora-modules", "--enable-lora", "--served-model-name", "--dtype", "--hf-overrides"}
 LLAMA_CPP = {"--kl-divergence", "--outtype"}
 HUB = {"--local-dir"}  # of hf download
-SETTINGS = Settings(1e-4, "cosine", 0.03, 1, None, 8, 4, 1024, False, "adamw", 0, 1, False, False, False, 9, 2, 0, ())
+SETTINGS = Settings(
+    1e-4, "cosine", 0.03, 1, None, 8, 4, 1024, False, "adamw", "none", 1e-6, 0, 1, False, False, False, 9, 2, 0, ()
+)
 
 
 def known():

@@ -79,6 +79,11 @@ def owners(name: str) -> list[str]:
     return [method for method, kind in METHODS.items() if name in {field.name for field in fields(kind.options)}]
 
 
+def has_pair(method: str) -> bool:
+    """Return whether a method trains two factors of each weight, as preconditioners need."""
+    return METHODS[method].pair is not Adapter.pair
+
+
 def export_refusal(method: str, form: str) -> str | None:
     """Return why a method has no export of this form; None if it has one."""
     found = METHODS[method].export_refusals.get(form)
