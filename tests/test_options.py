@@ -373,6 +373,7 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("train", "accumulate"): ([0, -1], "is below 1"),
     ("train", "max_length"): ([1], "is below 2"),
     ("train", "held_out"): ([1.0, -0.1], "is not a number from 0 to below 1"),
+    ("train", "damping"): ([0.0, math.inf, math.nan], "is not a finite number above 0"),
     ("train", "weight_decay"): ([-0.1, math.inf], "is not a finite number of at least 0"),
     ("train", "max_grad_norm"): ([-0.1, math.nan], "is not a finite number of at least 0"),
     ("train", "resident"): ([1.5], "is neither auto nor a number from 0 to 1"),

@@ -102,7 +102,7 @@ def small_state(optimizer: str, parameters: Sequence[TensorShape], *, on_gpu: bo
     if 2 * compressed >= len(parameters):
         found.append(f"{compressed} have fewer than {LEAST_8_BIT:,} elements, so their state is kept in 32 bits")
     if 2 * paged >= len(parameters):
-        found.append(f"{paged} have fewer than {LEAST_PAGED:,}, so their state is not paged")
+        found.append(f"{paged} have fewer than {LEAST_PAGED:,} elements, so their state is not paged")
     if not found:
         return None
     return f"Of {len(parameters)} trained tensors {'; '.join(found)} (rules of bitsandbytes)."

@@ -74,7 +74,7 @@ class LoraRite(torch.optim.Optimizer):
         factors = [f for f in self.factors if f.parameter.grad is not None and f.other.grad is not None]
         turns = {factor.parameter: self._turn(factor) for factor in factors}
         squares = [_unmagnified(factor, turns[factor.other]).square().sum() for factor in factors]
-        share = CLIP / torch.stack(squares).sum().sqrt().clamp(min=CLIP) if squares else None
+        share = CLIP / torch.stack(squares).sum().sqrt().clamp(min=CLIP) if squares else torch.ones(())
         for factor in factors:
             gradient_NK = _unmagnified(factor, turns[factor.other]) * share
             self._move(factor, gradient_NK, turns[factor.other], groups[factor.parameter])

@@ -67,6 +67,10 @@ CASES = {
     "odd sizes, pissa on attention alone, three of six blocks stay": Case(
         "odd", AdapterOptions("pissa", target_modules=("*.self_attn.*",)), "adamw", Placement(3, "host")
     ),
+    "odd sizes, lora beside it, bfloat16, by lora-rite": Case(
+        "odd", AdapterOptions("lora", rank=8, dtype="bfloat16"), "lora-rite"
+    ),
+    "embedded rank 16, dora, by lora-rite": Case("embedded 16", AdapterOptions("dora", rank=8), "lora-rite"),
     "mixed bits and ranks, pissa, two of six blocks stay": Case(
         "mixed", AdapterOptions("pissa"), "adamw", Placement(2, "host")
     ),
