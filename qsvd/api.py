@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
 from qsvd.errors import BadInput
-from qsvd.option_file import from_names, with_method
+from qsvd.method_options import with_method
+from qsvd.option_file import from_names
 from qsvd.option_types import POSITIONAL, PRINTS, Help, marks_of
 from qsvd.options import Allocate, Calibrate, Eval, Export, Plan, Quantize, Train, TrainingOptions
 from qsvd.prepare.check_options import check

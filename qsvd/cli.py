@@ -15,7 +15,8 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 import qsvd
 from qsvd.arguments import checked, flags_of, meant
 from qsvd.errors import QsvdError
-from qsvd.option_file import from_names, take_config, with_method, yaml_mapping
+from qsvd.method_options import with_method
+from qsvd.option_file import from_names, take_config, yaml_mapping
 from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
 from qsvd.options import (
     Allocate,

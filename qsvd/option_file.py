@@ -24,36 +24,6 @@ def take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
     return arguments, None
 
 
-def with_method(record: type, given: Mapping[Any, Any], *, is_help: bool = False) -> type:
-    """Return the record, Train or Plan, with the own options of the method that is given, if they are needed.
-
-    They are in the file of the method, which imports torch; without one of them among the names it is not read.
-
-    Args:
-        given: Values by our names or other tools'; of a flag without a value, an empty text.
-
-    Raises:
-        BadInput: a name is an option of another method.
-    """
-    names = get_type_hints(record)
-    typed = {canonical(str(name).replace("_", "-"), names).replace("-", "_"): value for name, value in given.items()}
-    unknown = [name for name in typed if name.removeprefix("no_") not in names]
-    method = VALUES["method"].get(typed.get("method", ""), typed.get("method"))
-    is_named = method in get_args(names["method"]) and method != "auto"
-    if is_named and (is_help or unknown):
-        from qsvd.adapters.methods.table import with_options
-
-        record = with_options(record, str(method))
-        unknown = [name for name in unknown if name.removeprefix("no_") not in get_type_hints(record)]
-    strange = [name for name in unknown if name.replace("_", "-") not in REMEDIES and not meant(name, names)]
-    if strange and not is_help:
-        from qsvd.adapters.methods.table import owners
-
-        if of := owners(strange[0]):
-            raise BadInput(f"--{strange[0].replace('_', '-')} is an option of --method {of[0]}: give both")
-    return record
-
-
 def from_names(record: type, given: Mapping[Any, Any], source: str) -> dict[str, Any]:
     """Return values by the names of a record's options, each of the type of its option.
 

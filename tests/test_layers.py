@@ -21,12 +21,14 @@ FLOORS = (  # bottom up; folders of one floor do not import from each other, exc
     {"training", "evaluate", "calibrate"},
     {"prepare"},
     {"commands"},
+    {"method_options"},
     {"api"},
     {"cli"},
 )
 ABOVE_ALL = {"__init__", "__main__"}
 CLOCKS = {"time", "datetime", "timeit"}
 READERS_OF_THE_CLOCK = {"commands", "prepare/machine.py"}  # measures the speed of the GPU
+ONE_FILE_EACH = {"adapters/methods"}  # a file for each method, however many there are
 MOST_FILES, MOST_LINES, MOST_OF_A_FUNCTION = 12, 350, 60
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ABOVE_ALL)
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -86,7 +88,7 @@ def test_no_module_imports_itself_in_a_circle():
 def test_a_folder_has_at_most_twelve_files():
     folders = {path.parent for path in FILES}
     sizes = {str(f.relative_to(PACKAGE)): len([p for p in f.glob("*.py") if p.stem != "__init__"]) for f in folders}
-    assert {folder: size for folder, size in sizes.items() if size > MOST_FILES} == {}
+    assert {folder: size for folder, size in sizes.items() if size > MOST_FILES and folder not in ONE_FILE_EACH} == {}
 
 
 def test_a_file_has_at_most_350_lines():

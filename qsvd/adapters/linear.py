@@ -130,7 +130,7 @@ class SplitLinear(nn.Module):
         (frozen_up, frozen_down), (up_OK, down_KI) = self.adapter.divided()
         y_TO = self._product(x_TI, frozen_up, frozen_down, None)
         hidden_TK = dropout(x_TI, self.adapter.dropout) @ down_KI.to(x_TI.dtype).T
-        return torch.addmm(y_TO, hidden_TK, up_OK.to(x_TI.dtype).T)
+        return y_TO.addmm_(hidden_TK, up_OK.to(x_TI.dtype).T)
 
     def _product(self, x_TI: Tensor, up_OK: Tensor, down_KI: Tensor, gain_O: Tensor | None) -> Tensor:
         y_TO = _Product.apply(x_TI, up_OK, down_KI, gain_O, self.bias, self)

@@ -142,6 +142,7 @@ class LinearTwin(nn.Module):
         self.bias = bias
         self.trained = nn.ParameterDict({name: _empty(tensor) for name, tensor in adapter.parameters.items()})
         frozen = {part: adapter.buffers.get(f"frozen_{part}") for part in ("up", "down")}
+        frozen["shared"] = adapter.shared.get("shared_down")
         self.frozen = {part: _empty(t, is_trained=False) for part, t in frozen.items() if t is not None}
 
     @property
@@ -163,7 +164,7 @@ class LinearTwin(nn.Module):
             dropped_TI, _ = torch.native_dropout(x_TI, self.adapter.dropout, True)
         else:
             dropped_TI = nn.functional.dropout(x_TI, self.adapter.dropout)
-        return torch.addmm(y_TO, dropped_TI @ down_KI.to(x_TI.dtype).T, up_OK.to(x_TI.dtype).T)
+        return y_TO.addmm_(dropped_TI @ down_KI.to(x_TI.dtype).T, up_OK.to(x_TI.dtype).T)
 
     def _product(self, x_TI: Tensor, up_OK: Any, down_KI: Any, gain_O: Any) -> Tensor:
         y_TO = _Product.apply(x_TI, up_OK, down_KI, gain_O, self.bias, self.decoding)
@@ -179,8 +180,11 @@ class LinearTwin(nn.Module):
         made: Mapping[str, Any] = dict(
             zip(self.adapter.made, _Made.apply(self.adapter.made, *parameters), strict=True)  # pyright: ignore[reportArgumentType]
         )
-        own = dict(self.trained.items()).get("down", self.frozen.get("down"))
-        return made["up"], made.get("down", own), made.get("gain")
+        own = dict(self.trained.items()).get("down", self.frozen.get("shared", self.frozen.get("down")))
+        down_KI = made.get("down", own)
+        if "down" not in self.adapter.parameters:  # joined of frozen tensors
+            down_KI = down_KI.detach()
+        return made["up"], down_KI, made.get("gain")
 
 
 def _empty(tensor: TensorShape, *, is_trained: bool = True) -> nn.Parameter:

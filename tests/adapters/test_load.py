@@ -222,7 +222,7 @@ def test_a_split_weight_of_another_kind_of_module_is_refused(out, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (qsvd.AdapterOptions("dora"), "method 'dora' is not one of pissa, lora, edora"),
+        (qsvd.AdapterOptions("dore"), "method 'dore' is not one of pissa, lora, edora"),
         (qsvd.AdapterOptions(dtype="float64"), "adapter dtype 'float64' is not one of"),
         (qsvd.AdapterOptions(rank=3), r"layers\.0\..*: rank 3 is not the stored rank 4"),
     ],

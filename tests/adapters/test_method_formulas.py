@@ -32,13 +32,13 @@ def formula(method, scale, f, p):
     if method == "pissa":
         return f["Q"] + p["up"] @ p["down"]
     if method == "sorsa":
-        return f["Q"] + p["up"] @ torch.diag(p["values"]) @ p["down"]
+        return f["Q"] + p["up"] @ torch.diag(p["diagonal"]) @ p["down"]
     if method in ("lora-xs", "edora"):
         return f["Q"] + f["P"] + scale * f["directions"] @ p["core"] @ f["directions"].T @ f["P"]
     if method == "vera":
         added = p["b"][:, None] * (f["shared_up"] @ torch.diag(p["d"]) @ f["shared_down"])
     elif method == "adalora":
-        added = scale * p["up"] @ torch.diag(p["values"]) @ p["down"]
+        added = scale * p["up"] @ torch.diag(p["diagonal"]) @ p["down"]
     else:
         added = scale * p["up"] @ (f["frozen_down"][RANK:] if method == "lora-fa" else p["down"])
     return f["Q"] + f["P"] + added

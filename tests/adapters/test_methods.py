@@ -19,9 +19,9 @@ TRAINED = {
     "lora": {"up", "down"},
     "edora": {"core", "magnitude"},
     "lora-xs": {"core"},
-    "sorsa": {"up", "values", "down"},
+    "sorsa": {"up", "diagonal", "down"},
     "dora": {"up", "down", "magnitude"},
-    "adalora": {"up", "values", "down"},
+    "adalora": {"up", "diagonal", "down"},
     "lora-fa": {"up"},
     "vera": {"b", "d"},
 }

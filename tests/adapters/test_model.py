@@ -13,7 +13,17 @@ from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import SplitModel, split_linears, trained
 from tests.adapters.results import IDS, modules_of, outputs, split_checkpoint
 
-PARAMETERS = {"pissa": ("up", "down"), "lora": ("up", "down"), "edora": ("core", "magnitude")}
+PARAMETERS = {
+    "pissa": ("up", "down"),
+    "lora": ("up", "down"),
+    "edora": ("core", "magnitude"),
+    "lora-xs": ("core",),
+    "sorsa": ("up", "diagonal", "down"),
+    "dora": ("up", "down", "magnitude"),
+    "adalora": ("up", "diagonal", "down"),
+    "lora-fa": ("up",),
+    "vera": ("b", "d"),
+}
 FIRST = "model.layers.0.mlp.down_proj"
 
 
@@ -162,8 +172,8 @@ def test_an_adapter_says_itself_what_it_is(out, tmp_path, given):
 def test_an_adapter_of_a_method_that_there_is_not_is_refused(out, tmp_path):
     qsvd.load(out).save_pretrained(tmp_path / "run")
     path = tmp_path / "run" / "qsvd_adapter.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"method": "dora"}))
-    with pytest.raises(ValueError, match="method 'dora' is not one of pissa, lora, edora"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"method": "dore"}))
+    with pytest.raises(ValueError, match="method 'dore' is not one of pissa, lora, edora"):
         qsvd.load(out, adapter=tmp_path / "run")
 
 

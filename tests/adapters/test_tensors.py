@@ -23,13 +23,19 @@ def started(method, shape, stored_rank, rank, dtypes):
     return METHODS[method].start(principal, options, generator)
 
 
+def principal_residual(rows, columns):
+    return NormalFloat4(double_quant=True).encode(torch.zeros(rows, columns))
+
+
 def described(tensors):
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}
 
 
 @pytest.mark.parametrize(
     ("method", "stored_rank", "rank"),
-    [("pissa", 8, 8), ("lora", 0, 4), ("lora", 8, 4), ("lora", 8, 64), ("edora", 8, 8), ("edora", 8, 3)],
+    [("pissa", 8, 8), ("lora", 0, 4), ("lora", 8, 4), ("lora", 8, 64), ("edora", 8, 8), ("edora", 8, 3)]
+    + [("lora-xs", 8, 3), ("sorsa", 8, 8)]
+    + [(method, stored, 4) for method in ("dora", "adalora", "lora-fa", "vera") for stored in (0, 8)],
 )
 def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_rank, rank):
     dtypes = (torch.float32, torch.bfloat16)
@@ -37,14 +43,24 @@ def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_ra
         adapter = started(method, shape, stored_rank, rank, (trained, stored))
         said = METHODS[method].tensors(shape, stored_rank, rank, trained, stored)
         assert described(said.parameters.items()) == described(adapter.named_parameters())
-        assert described(said.buffers.items()) == described(adapter.named_buffers())
+        assert described((said.buffers | said.shared).items()) == described(adapter.named_buffers())
         assert METHODS[method].num_parameters(shape, rank) == sum(p.numel() for p in adapter.parameters())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("method", "stored_rank"), [("pissa", 8), ("lora", 0), ("lora", 8), ("edora", 8)])
+@pytest.mark.parametrize(
+    ("method", "stored_rank"),
+    [("pissa", 8), ("lora", 0), ("lora", 8), ("edora", 8), ("lora-xs", 8), ("sorsa", 8)]
+    + [(method, stored) for method in ("dora", "adalora", "lora-fa", "vera") for stored in (0, 8)],
+)
 def test_what_is_made_is_what_autograd_keeps_beside_them(method, stored_rank, stored):
-    adapter = started(method, (48, 80), stored_rank, 4 if method == "lora" else 8, (torch.float32, stored))
+    adapter = started(
+        method,
+        (48, 80),
+        stored_rank,
+        8 if method in ("pissa", "edora", "lora-xs", "sorsa") else 4,
+        (torch.float32, stored),
+    )
     own = {tensor.untyped_storage().data_ptr() for tensor in (*adapter.parameters(), *adapter.buffers())}
     kept = {}
 
@@ -55,10 +71,14 @@ def test_what_is_made_is_what_autograd_keeps_beside_them(method, stored_rank, st
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         up, down = adapter.factors()
-        gain = adapter.gain(None)
+        gain = adapter.gain(lambda: principal_residual(48, 80))
         factors = [factor for factor in (up, down, gain) if factor is not None]
         (sum((factor**2).sum() for factor in factors))  # each square keeps its factor
-    said = METHODS[method].tensors((48, 80), stored_rank, 4 if method == "lora" else 8, torch.float32, stored)
+    for factor in factors:  # the layer keeps those without a gradient too
+        keep(factor)
+    said = METHODS[method].tensors(
+        (48, 80), stored_rank, 8 if method in ("pissa", "edora", "lora-xs", "sorsa") else 4, torch.float32, stored
+    )
     assert sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) == sum(
         tensor.num_bytes for tensor in said.made.values()
     )

@@ -76,14 +76,14 @@ def product_of(method, stored, p, buffers):
     if method == "pissa":
         return p["up"] @ p["down"]
     if method == "sorsa":
-        return p["up"] * p["values"] @ p["down"]
+        return p["up"] * p["diagonal"] @ p["down"]
     if method in ("edora", "lora-xs"):
         scale = SCALE if method == "lora-xs" else 1
         return stored + scale * buffers["directions"] @ p["core"] @ (buffers["directions"].T @ stored)
     if method == "vera":
         return stored + p["b"][:, None] * buffers["shared_up"] * p["d"] @ buffers["shared_down"]
     down = buffers["frozen_down"][-p["up"].shape[1] :] if method == "lora-fa" else p["down"]
-    return stored + SCALE * p["up"] * p.get("values", 1) @ down
+    return stored + SCALE * p["up"] * p.get("diagonal", 1) @ down
 
 
 def head_of(run):

@@ -17,7 +17,7 @@ from qsvd.errors import BadInput
 from qsvd.option_types import FROM_ZERO, SHARE, Help, at_least
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
-PARTS = ("values", "down", "up")
+PARTS = ("diagonal", "down", "up")
 DEVIATION = 0.02  # of the first A and B
 
 
@@ -64,7 +64,7 @@ class _Allocate(Hooks):
         self.every = own.delta_t
         self.betas = (own.beta1, own.beta2)
         self.course_of_ranks = (int(own.tinit * course.steps), int(own.tfinal * course.steps), course.steps)
-        self.first = sum(len(adapter.values) for adapter in adapters.values())
+        self.first = sum(len(adapter.diagonal) for adapter in adapters.values())
         self.target = sum(adapter.target_rank for adapter in adapters.values())
         self.weight = own.orthonormal_weight / (2 * len(adapters))
         self.moments = {
@@ -85,7 +85,7 @@ class _Allocate(Hooks):
         _, rest, steps = self.course_of_ranks
         if step > steps - rest:  # the ranks are chosen: values that were removed have moved again
             for path, adapter in self.adapters.items():
-                adapter.values.mul_(self.moments[f"{path} kept"])
+                adapter.diagonal.mul_(self.moments[f"{path} kept"])
             return
         self._measure()
         is_last = step == steps - rest
@@ -93,7 +93,7 @@ class _Allocate(Hooks):
         if (step > self.course_of_ranks[0] and step % self.every == 0) or is_last:
             self._remove(self.first - wanted)
         if is_last:
-            kept = {f"{path} kept": (adapter.values != 0).float() for path, adapter in self.adapters.items()}
+            kept = {f"{path} kept": (adapter.diagonal != 0).float() for path, adapter in self.adapters.items()}
             self.moments = kept
 
     def _measure(self) -> None:
@@ -113,7 +113,7 @@ class _Allocate(Hooks):
         scores = {path: self._scores(path) for path in self.adapters}
         limit = torch.cat([*scores.values()]).kthvalue(count).values
         for path, adapter in self.adapters.items():
-            adapter.values.masked_fill_(scores[path] <= limit, 0)
+            adapter.diagonal.masked_fill_(scores[path] <= limit, 0)
 
     def _scores(self, path: str) -> Tensor:
         values_K, down_KI, up_OK = (
@@ -125,7 +125,7 @@ class _Allocate(Hooks):
         return self.moments
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        device = next(iter(self.adapters.values())).values.device
+        device = next(iter(self.adapters.values())).diagonal.device
         self.moments = {name: tensor.to(device) for name, tensor in state.items()}
 
 
@@ -156,7 +156,7 @@ class AdaLora(Added):
         down_KI = torch.empty(rank, columns).normal_(0, DEVIATION, generator=generator)
         up_OK = torch.empty(rows, rank).normal_(0, DEVIATION, generator=generator)
         self.up, self.down = (nn.Parameter(factor.to(device, dtype)) for factor in (up_OK, down_KI))
-        self.values = nn.Parameter(torch.zeros(rank, dtype=dtype, device=device))
+        self.diagonal = nn.Parameter(torch.zeros(rank, dtype=dtype, device=device))
 
     @classmethod
     def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "AdaLora":
@@ -167,7 +167,7 @@ class AdaLora(Added):
         cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
     ) -> AdapterTensors:
         rank = min(rank, *shape)
-        shapes = {"up": (shape[0], rank), "down": (rank, shape[1]), "values": (rank,)}
+        shapes = {"up": (shape[0], rank), "down": (rank, shape[1]), "diagonal": (rank,)}
         parameters = {part: TensorShape(size, dtype) for part, size in shapes.items()}
         found = joined(shape, stored_rank, parameters, rank, (dtype, stored_dtype))
         moments = {
@@ -175,14 +175,15 @@ class AdaLora(Added):
             for part, size in shapes.items()
             for kind in ("importance", "uncertainty")
         }
-        return AdapterTensors(parameters, found.buffers, found.made, state=moments)
+        made = {**found.made, "scaled": TensorShape((rank,), dtype)}
+        return AdapterTensors(parameters, found.buffers, made, state=moments)
 
     def added(self) -> tuple[Tensor, Tensor]:
-        return self.up * (self.scale * self.values), self.down
+        return self.up * (self.scale * self.diagonal), self.down
 
     def exported(self) -> tuple[Tensor, Tensor]:
         up_OK, down_KI = self.factors()
-        kept = torch.cat((torch.ones(self.get_buffer("frozen_up").shape[1], dtype=torch.bool), self.values != 0))
+        kept = torch.cat((torch.ones(self.get_buffer("frozen_up").shape[1], dtype=torch.bool), self.diagonal != 0))
         return up_OK[:, kept], down_KI[kept]
 
 

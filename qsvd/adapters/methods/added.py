@@ -33,7 +33,8 @@ class Added(Adapter):
         (frozen_up, frozen_down), (up_OK, down_KI) = self.divided()
         if not len(frozen_down):
             return up_OK, down_KI
-        down_KI = 1 * down_KI  # else its gradient is a view that keeps the frozen part's alive
+        if down_KI.requires_grad:
+            down_KI = 1 * down_KI  # else its gradient is a view that keeps the frozen part's alive
         return torch.cat((frozen_up.to(up_OK), up_OK), dim=1), torch.cat((frozen_down.to(down_KI), down_KI))
 
     def divided(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -53,7 +53,7 @@ class Sorsa(Adapter):
     def __init__(self, up_OR: Tensor, values_R: Tensor, down_RI: Tensor, gamma: float):
         super().__init__()
         self.gamma = gamma
-        self.up, self.values, self.down = nn.Parameter(up_OR), nn.Parameter(values_R), nn.Parameter(down_RI)
+        self.up, self.diagonal, self.down = nn.Parameter(up_OR), nn.Parameter(values_R), nn.Parameter(down_RI)
 
     @classmethod
     def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Sorsa":
@@ -82,13 +82,13 @@ class Sorsa(Adapter):
         del stored_rank, stored_dtype  # the components are trained, in another dtype
         parameters = {
             "up": TensorShape((shape[0], rank), dtype),
-            "values": TensorShape((rank,), dtype),
+            "diagonal": TensorShape((rank,), dtype),
             "down": TensorShape((rank, shape[1]), dtype),
         }
         return AdapterTensors(parameters, buffers={}, made={"up": TensorShape((shape[0], rank), dtype)})
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.up * self.values, self.down
+        return self.up * self.diagonal, self.down
 
 
 METHOD = Sorsa

@@ -76,7 +76,12 @@ class Vera(Added):
             "shared_up": TensorShape((rows, rank), stored_dtype),
             "shared_down": TensorShape((rank, columns), stored_dtype),
         }
-        return replace(joined(shape, stored_rank, parameters, rank, (dtype, stored_dtype)), shared=shared)
+        found = joined(shape, stored_rank, parameters, rank, (dtype, stored_dtype))
+        kept = {"scaled": TensorShape((rows, rank), dtype)}  # B times b, for the gradient of d
+        if stored_dtype != dtype:
+            kept["exact"] = TensorShape((rows, rank), dtype)
+            kept["down"] = found.made.get("down", TensorShape((rank, columns), dtype))
+        return replace(found, shared=shared, made={**found.made, **kept})
 
     def added(self) -> tuple[Tensor, Tensor]:
         up_OK = self.b[:, None] * self.get_buffer("shared_up").to(self.b) * self.d
