@@ -51,7 +51,7 @@ def held_after_a_step(base, run, options, placement, changes, *, tokens):
         @classmethod
         def after_step(cls, model, step):
             assert step == 1
-            found.update(count(model, made.optimizer))
+            found.update(count(model, made.optimizer, made.hooks.state()))
 
     ids = torch.randint(VOCABULARY, (4, tokens), generator=torch.Generator().manual_seed(0)).tolist()
     rows = {"input_ids": ids, "labels": ids}
@@ -60,7 +60,7 @@ def held_after_a_step(base, run, options, placement, changes, *, tokens):
     return found
 
 
-def count(model, optimizer):
+def count(model, optimizer, hooks):
     """Bytes by item, under the names of the plan."""
     named = [*model.named_parameters(), *model.named_buffers()]
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
@@ -85,6 +85,6 @@ def count(model, optimizer):
     groups["norms and the rest"] = [t for _, t in named if id(t) not in taken]
     groups["gradients"] = [p.grad for p in model.parameters() if p.grad is not None]
     groups["optimizer state"] = [
-        t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)
+        t for state in (*optimizer.state.values(), hooks) for t in state.values() if isinstance(t, torch.Tensor)
     ]
     return {name: size(tensors) for name, tensors in groups.items()}
