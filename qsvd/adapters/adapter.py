@@ -149,6 +149,9 @@ class Hooks:
     def after_step(self, step: int) -> None:
         """Act on the parameters after the optimizer moved them; the gradients are still there."""
 
+    def end(self) -> None:
+        """Act after the last step: other code may move the parameters from now on."""
+
     def state(self) -> dict[str, Tensor]:
         """Return what a stopped run needs to continue; it is saved with every checkpoint."""
         return {}
@@ -240,6 +243,9 @@ class Adapter(nn.Module, ABC):
     def rates(self) -> Mapping[str, float]:
         """Return by which factor the learning rate of each parameter differs from that of the run; 1 is left out."""
         return {}
+
+    def forget(self) -> None:
+        """Forget what was computed from the parameters: they have changed."""
 
     def exported(self) -> tuple[Tensor, Tensor]:
         """Return the factors without the rows that are zero for good."""

@@ -178,6 +178,8 @@ def restore(model: nn.Module, adapter: AdapterFolder) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(read_tensor(adapter.tensors[name]))
+    for _, linear in split_linears(model):
+        linear.adapter.forget()
 
 
 def _check_names(parameters: Mapping[str, Tensor], adapter: AdapterFolder) -> None:

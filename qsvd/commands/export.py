@@ -272,7 +272,7 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
     elif is_checked:
         expected = plain(opened, lambda weight: _on_original(opened, original, weight))
         if any("stack" in weight for weight in opened.split.weights.values()):
-            exact = _from_transformers(opened, original.folder)
+            exact = _from_transformers(opened, original.folder or Path(name))
         else:
             exact = plain(opened, lambda weight: opened.trained.original_weight(original, weight).float())
         checked = check(opened, with_adapter(exact, out), expected, dtype)
@@ -285,7 +285,7 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
     return ExportResult(out, done.num_bytes, checked, tuple(lines))
 
 
-def _from_transformers(opened: Opened, folder: Path | None) -> Any:
+def _from_transformers(opened: Opened, folder: Path) -> Any:
     """Return the 16-bit model with experts as transformers itself loads it in float32: PEFT renames layers there."""
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:  # published in FP8 or MXFP4

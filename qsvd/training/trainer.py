@@ -53,6 +53,12 @@ class CallMethod(TrainerCallback):
         del control, kwargs
         self.trainer.start_hooks(Course(state.max_steps, args.learning_rate))
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        del args, state, control, kwargs
+        self.trainer.hooks.end()
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:

@@ -25,6 +25,7 @@ from tests.checkpoints import FAMILIES
 
 REFUSED = {"GPT2LMHeadModel", "FalconForCausalLM"}
 WITH_EXPERTS = {
+    "Glm4MoeForCausalLM",
     "MixtralForCausalLM",
     "Qwen2MoeForCausalLM",
     "GptOssForCausalLM",

@@ -49,8 +49,13 @@ def tokenizer(out):
     return tokenizer
 
 
+# On some CPUs bitsandbytes computes the reference in bfloat16. RLOO's estimate is a difference of log-probabilities, of
+# first order in that rounding; GRPO's is of second order.
+ROUNDED = {"rloo": 2.0**-8, "grpo": 1e-3}
+
+
 def load(out, method="pissa"):
-    return qsvd.load(out, options=qsvd.AdapterOptions(method, rank=None if method == "pissa" else 4))
+    return qsvd.load(out, options=qsvd.AdapterOptions(method, rank=None if method in ("pissa", "sorsa") else 4))
 
 
 def frozen(model):
@@ -142,7 +147,7 @@ def test_trl_makes_the_reference_from_the_whole_model(out, tokenizer, tmp_path, 
     if name == "dpo":
         assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-2)
     else:
-        assert abs(entries[0]["kl"]) < 1e-3 < abs(entries[2]["kl"])
+        assert abs(entries[0]["kl"]) < ROUNDED[name] < abs(entries[2]["kl"])
     with torch.no_grad():
         if opened == "peft":
             model.set_adapter("ref")

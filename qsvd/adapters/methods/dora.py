@@ -25,7 +25,12 @@ class _KeepNorms(Hooks):
     def after_step(self, step: int) -> None:
         del step
         for adapter in self.adapters.values():
-            adapter.norms = None
+            adapter.forget()
+
+    def end(self) -> None:
+        for adapter in self.adapters.values():
+            adapter.keeps_norms = False
+            adapter.forget()
 
 
 class Dora(Added):
@@ -86,16 +91,14 @@ class Dora(Added):
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
         return self.up, self.down
 
-    def train(self, mode: bool = True) -> "Dora":
-        """Switch to training or evaluation; norms that were kept are forgotten."""
+    def forget(self) -> None:
         self.norms = None
-        return super().train(mode)
 
     def gain(self, read: Callable[[], PackedBlocks]) -> Tensor:
         norms_O = self.norms
         if norms_O is None:
             norms_O = self._row_norms(read())
-            if self.keeps_norms or not self.training:
+            if self.keeps_norms:
                 self.norms = norms_O
         return self.magnitude / norms_O
 
