@@ -1,11 +1,14 @@
 """The options of `qsvd train` and `qsvd plan`, with those of the method that is chosen."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
-from qsvd.arguments import canonical, meant
+from qsvd.arguments import canonical
 from qsvd.errors import BadInput
 from qsvd.other_names import REMEDIES, VALUES
+
+NEAR = 0.8  # of difflib: a name this near to an option of all methods is a slip of the keys
 
 
 def with_method(record: type, given: Mapping[Any, Any], *, is_help: bool = False) -> type:
@@ -29,7 +32,11 @@ def with_method(record: type, given: Mapping[Any, Any], *, is_help: bool = False
 
         record = with_options(record, str(method))
         unknown = [name for name in unknown if name.removeprefix("no_") not in get_type_hints(record)]
-    strange = [name for name in unknown if name.replace("_", "-") not in REMEDIES and not meant(name, names)]
+    strange = [
+        name
+        for name in unknown
+        if name.replace("_", "-") not in REMEDIES and not get_close_matches(name, names, cutoff=NEAR)
+    ]
     if strange and not is_help:
         from qsvd.adapters.methods.table import owners
 

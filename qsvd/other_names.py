@@ -86,7 +86,7 @@ REMEDIES = {  # options that no command has -> what to do
     ),
     **dict.fromkeys(("fp16", "bnb-4bit-compute-dtype", "torch-dtype", "precision"), "give --dtype bfloat16 or float32"),
     **dict.fromkeys(("use-peft", "use-lora", "adapter", "train-type"), "give --method lora for LoRA"),
-    **dict.fromkeys(("use-dora", "dora"), "qsvd does not train DoRA: give --method pissa, lora or edora"),
+    **dict.fromkeys(("use-dora", "dora"), "give --method dora"),
     **dict.fromkeys(("deepspeed", "fsdp", "num-gpus", "num-processes", "ddp"), _ONE_GPU),
     **dict.fromkeys(("eval-strategy", "evaluation-strategy"), _STRATEGY),
     "save-strategy": "give --save-every N for a checkpoint every N steps",
@@ -109,7 +109,6 @@ WRONG_VALUES = {  # option -> value -> what to do
     ),
     "method": {
         "full": "qsvd trains adapters only, and the residual stays frozen",
-        "dora": "qsvd does not train DoRA",
         "loftq": "LoftQ is how a model is quantized: qsvd quantize --order quantize, then --method pissa",
     },
     "task": dict.fromkeys(

@@ -52,7 +52,7 @@ def test_the_architecture_lists_every_file_of_the_package() -> None:
     for line in tree.splitlines()[1:]:
         if name := re.match(r"  (\w+/)", line):
             folder = name[1]
-        elif names := re.match(r"(  (?:  )?)((?:\w+\.py  )*\w+\.py)", line):
+        elif names := re.match(r"(  (?:  )?)((?:[\w/]+\.py  )*[\w/]+\.py)", line):
             inside = folder if len(names[1]) == 4 else ""
             listed += [inside + name for name in names[2].split()]
     package = ROOT / "qsvd"

@@ -51,7 +51,7 @@ $ quantize model --out Q --bits 3
 $ TRAIN --fp16
   has no option --fp16 (give --dtype bfloat16 or float32)
 $ TRAIN --use-dora
-  qsvd does not train DoRA: give --method pissa, lora or edora
+  has no option --use-dora (give --method dora)
 $ TRAIN --deepspeed zero3.json
   has no option --deepspeed (qsvd trains on one GPU
 $ TRAIN --overwrite-output-dir

@@ -61,7 +61,7 @@ class TrainingOptions:
     alpha: Annotated[
         float | None,
         ABOVE_ZERO,
-        Help("Scale is alpha / rank. Default: rank / 4 for lora (2 with --rslora); the rank for edora."),
+        Help("Scale is alpha / rank. Default: by the method, rank / 4 for lora (2 with --rslora)."),
     ] = None
     rslora: Annotated[bool, ADDED, Help("lora: scale is alpha / sqrt(rank).")] = False
     dropout: Annotated[float, ADDED, SHARE, Help("lora: dropout on the input of the adapter.")] = 0.0
@@ -88,7 +88,7 @@ class TrainingOptions:
     embedding_bits: Annotated[EmbeddingBits, SAME_RESULT] = None
 
     learning_rate: Annotated[
-        float | None, Group("schedule"), ABOVE_ZERO, Help("Default: 2e-5 for pissa, 2e-4 for lora, 1e-3 for edora.")
+        float | None, Group("schedule"), ABOVE_ZERO, Help("Default: by the method, 2e-5 for pissa, 2e-4 for lora.")
     ] = None
     schedule: Annotated[Literal["cosine", "linear", "constant"], Help("Learning rate after the warm-up.")] = "cosine"
     warmup: Annotated[float, SHARE, Help("Warm-up ratio: fraction of steps.")] = 0.03
