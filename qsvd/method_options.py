@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from qsvd.arguments import canonical
 from qsvd.errors import BadInput
-from qsvd.other_names import REMEDIES, VALUES
+from qsvd.other_names import PLACES, REMEDIES, VALUES
 
 NEAR = 0.8  # of difflib: a name this near to an option of all methods is a slip of the keys
 
@@ -24,14 +24,19 @@ def with_method(record: type, given: Mapping[Any, Any], *, is_help: bool = False
     """
     names = get_type_hints(record)
     typed = {canonical(str(name).replace("_", "-"), names).replace("-", "_"): value for name, value in given.items()}
-    unknown = [name for name in typed if name.removeprefix("no_") not in names]
+    unknown = [
+        name
+        for name in typed
+        if name.removeprefix("no_") not in names and name.replace("_", "-") not in (*PLACES, "bf16")
+    ]
     method = VALUES["method"].get(typed.get("method", ""), typed.get("method"))
     is_named = method in get_args(names["method"]) and method != "auto"
     if is_named and (is_help or unknown):
-        from qsvd.adapters.methods.table import with_options
+        from qsvd.adapters.methods.table import owners, with_options
 
-        record = with_options(record, str(method))
-        unknown = [name for name in unknown if name.removeprefix("no_") not in get_type_hints(record)]
+        own = [name for name in unknown if str(method) in owners(name.removeprefix("no_"))]
+        record = with_options(record, str(method)) if own or is_help else record
+        unknown = [name for name in unknown if name not in own]
     strange = [
         name
         for name in unknown

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import qsvd
+from qsvd.adapters.methods.table import METHODS
 from qsvd.cli import COMMANDS, parse
 from qsvd.training.guards import memory_advice
 from qsvd.training.settings import Settings
@@ -26,6 +27,7 @@ SETTINGS = Settings(
 def known():
     """Every flag of every command."""
     names = {f.name for record in COMMANDS.values() for f in fields(record)}
+    names |= {f.name for kind in METHODS.values() for f in fields(kind.options)}
     names |= {f"no_{name}" for name in names} | {"for", "batch", "tokens"}  # and the other names of plan
     return {f"--{name.replace('_', '-')}" for name in names} | EVERYWHERE | VLLM | LLAMA_CPP | HUB
 

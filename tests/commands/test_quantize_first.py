@@ -129,7 +129,10 @@ def test_what_cannot_be_done_is_refused_before_anything_is_quantized(options, tm
         "task": ({"data": labelled}, "give --task classification"),
         "length": ({"max_length": 513}, "--max-length 513 is above 512"),
         "rank": ({"rank": 999}, "--rank 999 is above 128, the shorter side of the smallest layer"),
-        "lora only": ({"rslora": True}, "rslora is an option of the method lora, and the method is pissa"),
+        "lora only": (
+            {"rslora": True},
+            "rslora is an option of the method lora or dora or lora-fa, and the method is pissa",
+        ),
         "start": ({"init_from": tmp_path}, "--init-from"),
         "memory": ({"host": "1MB"}, "needs"),
         "budget": ({"budget": "1bits"}, "--budget 1bits"),

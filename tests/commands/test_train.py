@@ -487,7 +487,7 @@ def test_a_tokenizer_of_another_model_is_noticed(options, language, tmp_path, ca
 
 
 def test_a_rate_that_is_absurd_ends_with_1_and_keeps_what_was_saved(options, capsys):
-    assert run(words(replace(options, learning_rate=1e6, warmup=0.0, steps=9, save_every=1, keep=9))) == 1
+    assert run(words(replace(options, learning_rate=1e30, warmup=0.0, steps=9, save_every=1, keep=9))) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     found = re.fullmatch(
         r"qsvd: the (loss|gradient norm) of step (\d) is (NaN|inf); the last good checkpoint is checkpoint-(\d)\. "

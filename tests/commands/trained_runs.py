@@ -64,22 +64,23 @@ def trained_weights(base, run, model):
         start, (up, down) = residual(base, linear.name), stored[module]
         found = {name.rpartition(".")[2]: tensor for name, tensor in saved.items() if name.startswith(f"{path}.")}
         buffers = {name: tensor.double().numpy() for name, tensor in linear.adapter.named_buffers()}
-        moved = start + product_of(model.split_record.method, up @ down, found, buffers)
+        moved = start + product_of(model.split_record.method, (up, down), found, buffers)
         if "magnitude" in found:
             moved = found["magnitude"][:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
         weights[path] = moved
     return weights
 
 
-def product_of(method, stored, p, buffers):
+def product_of(method, factors, p, buffers):
     """B A of one weight, from B0 A0, the trained parameters, and frozen tensors of the model."""
+    stored = factors[0] @ factors[1]
     if method == "pissa":
         return p["up"] @ p["down"]
     if method == "sorsa":
         return p["up"] * p["diagonal"] @ p["down"]
     if method in ("edora", "lora-xs"):
         scale = SCALE if method == "lora-xs" else 1
-        return stored + scale * buffers["directions"] @ p["core"] @ (buffers["directions"].T @ stored)
+        return stored + scale * buffers["directions"] @ p["core"] @ buffers["inner"] @ factors[1]
     if method == "vera":
         return stored + p["b"][:, None] * buffers["shared_up"] * p["d"] @ buffers["shared_down"]
     down = buffers["frozen_down"][-p["up"].shape[1] :] if method == "lora-fa" else p["down"]

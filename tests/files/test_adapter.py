@@ -54,7 +54,7 @@ def test_safetensors_and_json_read_what_was_written(folder):
         "labels": ["no", "yes, dé"],
         "full": ["score.weight"],
         "target_modules": [],
-        "format": 2,
+        "format": 3,
     }
     with safetensors.safe_open(folder / "qsvd_adapter.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "qsvd_base_fingerprint": RECORD.fingerprint}
@@ -142,8 +142,8 @@ def test_a_dtype_that_no_adapter_has_is_refused(folder, dtype):
 
 
 def test_another_format_is_named_whatever_else_it_has(folder):
-    rewrite(folder, format=3, colour="red", method=None)
-    with pytest.raises(ValueError, match=r"json has format 3; this version of qsvd reads formats 1 to 2"):
+    rewrite(folder, format=4, colour="red", method=None)
+    with pytest.raises(ValueError, match=r"json has format 4; this version of qsvd reads formats 1 to 3"):
         open_adapter(folder)
 
 
