@@ -23,11 +23,8 @@ TRAINED = {
     "pissa": {},
     "lora": {"rank": 16},
     "edora": {},
-    "lora-xs": {},
-    "sorsa": {},
     "dora": {"rank": 16},
     "adalora": {"rank": 16},
-    "lora-fa": {"rank": 16},
     "vera": {"rank": 64},
     "lora with dropout": {"rank": 16, "dropout": 0.1, "target_modules": ("q_proj", "v_proj", "down_proj")},
 }
