@@ -81,7 +81,7 @@ def dpo(model, reference, tokenizer, folder):
     return DPOTrainer(model, reference, args=settings, train_dataset=data, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("method", ("pissa", "lora", "edora", "dora"))
+@pytest.mark.parametrize("method", ["pissa", "lora", "edora", "dora"])
 def test_dpo_moves_the_adapters_away_from_the_reference(out, tokenizer, tmp_path, method):
     model = load(out, method)
     before, start = frozen(model), {name: p.detach().clone() for name, p in trained(model).items()}
@@ -173,7 +173,7 @@ def test_a_peft_config_is_refused_in_one_sentence(out, tokenizer, tmp_path, targ
         model.add_adapter(peft_config)
 
 
-@pytest.mark.parametrize("method", ("pissa", "lora", "edora", "dora"))
+@pytest.mark.parametrize("method", ["pissa", "lora", "edora", "dora"])
 def test_sft_trains_saves_and_generates(out, tokenizer, tmp_path, method):
     model = load(out, method)
     before, start = frozen(model), {name: p.detach().clone() for name, p in trained(model).items()}

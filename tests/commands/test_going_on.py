@@ -162,7 +162,7 @@ def no_space(*_):
     raise OSError(28, "no space")
 
 
-@pytest.mark.parametrize("method", ("pissa", "lora", "edora", "adalora"))
+@pytest.mark.parametrize("method", ["pissa", "lora", "edora", "adalora"])
 def test_a_run_starts_from_the_adapter_of_another(options, tmp_path, method):
     first = replace(options, method=method, rank=None if method in ("pissa", "sorsa") else 4)
     train(first)
@@ -222,7 +222,7 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("method", ("pissa", "lora", "edora", "adalora"))
+@pytest.mark.parametrize("method", ["pissa", "lora", "edora", "adalora"])
 @pytest.mark.parametrize("rank", [0, 16])
 def test_peft_opens_a_run_from_everywhere(tmp_path, data, monkeypatch, method, rank):
     if rank == 0 and method != "lora":
