@@ -5,13 +5,14 @@ Shape suffixes: T = tokens, O = out features, I = in features, R = stored rank, 
 
 import pytest
 import torch
+from torch import nn
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods.orthonormal import orthonormal_gradient
 from qsvd.adapters.methods.table import METHODS
 from tests import reference
-from tests.adapters.principals import UNIT, decoded, principal_of
+from tests.adapters.principals import UNIT, Given, decoded, principal_of
 
 SHAPE, RANK, TOKENS = (70, 172), 4, 9
 OPTIONS = {  # a scale of 3 / rank, where there is one
@@ -126,3 +127,26 @@ def test_doras_norms_follow_the_factors_in_every_forward_pass_without_hooks():
         exact = x.double() @ dense("dora", scale, frozen, parameters, norms).T
         torch.testing.assert_close(module(x).double(), exact, rtol=1e-4, atol=1e-4)
         adapter.up.data.mul_(3)
+
+
+class WithDelta(Given):
+    """Factors and a gain, and a full matrix beside them."""
+
+    def __init__(self):
+        super().__init__(SHAPE, RANK, has_gain=True)
+        self.matrix = nn.Parameter(torch.from_numpy(reference.gaussian(*SHAPE, seed=7)))
+
+    def delta(self, x_TI):
+        return x_TI @ self.matrix.T
+
+
+def test_a_part_that_is_no_product_is_added_to_output_gradient_and_weight():
+    residual, adapter = principal_of(SHAPE, RANK).residual, WithDelta()
+    module = SplitLinear(residual, adapter, None)
+    x, dy = (torch.from_numpy(reference.gaussian(TOKENS, side, seed=side)) for side in reversed(SHAPE))
+    module(x).backward(dy)
+    up, down, gain, matrix = (p.detach().double() for p in (adapter.up, adapter.down, adapter.factor, adapter.matrix))
+    weight = gain[:, None] * (decoded(residual) + up @ down) + matrix
+    torch.testing.assert_close(module(x).detach().double(), x.double() @ weight.T, rtol=0, atol=1e-3)
+    torch.testing.assert_close(module.weight.double(), weight, rtol=0, atol=1e-4)
+    torch.testing.assert_close(adapter.matrix.grad.double(), dy.double().T @ x.double(), rtol=0, atol=1e-4)
