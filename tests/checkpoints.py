@@ -86,3 +86,13 @@ def write_checkpoint(
     model = tiny_model(architecture, **options).to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
+
+
+REFUSED = {"GPT2LMHeadModel", "FalconForCausalLM"}  # bitsandbytes replaces no such layers
+WITH_EXPERTS = {  # test_experts loads these
+    "Glm4MoeForCausalLM",
+    "GptOssForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3_5MoeForCausalLM",
+}

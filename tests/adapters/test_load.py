@@ -21,16 +21,8 @@ from tests.adapters.results import (
     plain_model,
     split_checkpoint,
 )
-from tests.checkpoints import FAMILIES
+from tests.checkpoints import FAMILIES, REFUSED, WITH_EXPERTS
 
-REFUSED = {"GPT2LMHeadModel", "FalconForCausalLM"}
-WITH_EXPERTS = {
-    "Glm4MoeForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "GptOssForCausalLM",
-    "Qwen3_5MoeForCausalLM",
-}  # test_experts
 CASES = [(family, {}) for family in sorted(FAMILIES.keys() - REFUSED - WITH_EXPERTS)] + [
     ("LlamaForCausalLM", {"tie_word_embeddings": True}),
     ("LlamaForCausalLM", {"max_shard_size": "100KB", "shard_size": "100KB", "vocab_size": 1024}),

@@ -8,17 +8,9 @@ import torch
 import transformers
 
 import qsvd
-from tests.checkpoints import FAMILIES, write_checkpoint
+from tests.checkpoints import FAMILIES, REFUSED, WITH_EXPERTS, write_checkpoint
 from tests.commands.folders import tensors_of
 
-REFUSED = {"GPT2LMHeadModel", "FalconForCausalLM"}
-WITH_EXPERTS = {
-    "Glm4MoeForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "GptOssForCausalLM",
-    "Qwen3_5MoeForCausalLM",
-}
 PEFT_READS_AN_OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT 0.21, transformers 5
 
 
