@@ -14,6 +14,7 @@ from shlex import quote
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -290,9 +291,8 @@ def _from_transformers(opened: Opened, folder: Path) -> Any:
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:  # published in FP8 or MXFP4
         config.quantization_config["dequantize"] = True
-    if opened.record.labels:
-        config.num_labels = len(opened.record.labels)
-    loader = opened.load().transformers_class
+    labels, name = opened.record.labels, opened.split.manifest["source"]["architecture"]
+    loader = classifier(config, labels) if labels else getattr(transformers, name)
     return loader.from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 

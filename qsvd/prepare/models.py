@@ -156,10 +156,11 @@ def _dense(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tuple[
     """Return a 16-bit model, and what transformers says about its loading."""
     import transformers
 
-    named: Any = getattr(transformers, class_of(found), None) if class_of(found) in writers() else None
-    auto: Any = named or transformers.AutoModelForCausalLM
+    name = class_of(found)
     if classifier:
-        auto = transformers.AutoModelForSequenceClassification
+        auto: Any = transformers.AutoModelForSequenceClassification
+    else:
+        auto = getattr(transformers, name) if name in writers() else transformers.AutoModelForCausalLM
     return auto.from_pretrained(found.home, dtype=dtype, local_files_only=True, output_loading_info=True)
 
 

@@ -159,8 +159,8 @@ class SplitTraining(Trainer):
 
     def start_hooks(self, course: Course) -> None:
         """Make the hooks of the run, or continue those of the checkpoint."""
-        linears = {path: linear.adapter for path, linear in split_linears(self.model)}
-        trained = {path: adapter for path, adapter in linears.items() if isinstance(adapter, self.method)}
+        adapters = ((path, linear.adapter) for path, linear in split_linears(self.model))
+        trained = {path: adapter for path, adapter in adapters if isinstance(adapter, self.method)}
         self.hooks = self.method.hooks(trained, course)
         if self.resumed_from is not None and (self.resumed_from / HOOKS).is_file():
             entries = read_header(self.resumed_from / HOOKS).tensors
