@@ -25,6 +25,7 @@ NO_LORA_OF_GAINS = MappingProxyType(
         "export a PEFT adapter for the quantized model (--to peft), or merged weights (--to merged)"
     }
 )
+TINY = torch.finfo(torch.float32).tiny  # least square of a norm, so that a row of zeros keeps the gain 1
 FEW = 1 << 28  # parameters whose float32 master, gradient and 32-bit Adam state take no more than 4 GB
 
 
@@ -172,14 +173,13 @@ class Adapter(nn.Module, ABC):
 
     dropout: float = 0.0
 
-    paper: ClassVar[str]
-    starts_as: ClassVar[str]  # what B A is at the start, for `qsvd methods`
     defaults: ClassVar[Defaults]
     options: ClassVar[type] = NoOptions  # a dataclass; each field is an option of `qsvd train --method NAME`
     shared_options: ClassVar[tuple[str, ...]] = ()  # of AdapterOptions, that other methods refuse
     hooks: ClassVar[type[Hooks]] = Hooks
     needs_components: ClassVar[bool] = False  # it trains the stored components: a weight of rank 0 stays frozen
     starts_from_residual: ClassVar[bool] = False  # `start` reads the values of Q
+    takes_rank: ClassVar[bool] = True  # else it trains all stored components, unscaled; see `check_as_stored`
     has_gain: ClassVar[bool] = False  # `gain` returns numbers
     export_refusals: ClassVar[Mapping[str, str]] = MappingProxyType({})  # form of export -> why it has none
 
@@ -230,8 +230,8 @@ class Adapter(nn.Module, ABC):
     def delta(self, x_TI: Tensor) -> Tensor | None:
         """Return what is added to the output, [T, O] in the dtype of x; None if nothing is.
 
-        It is for a trained part that is no product of two factors. Such a method has the forms of export
-        `merged` alone, if the part is linear, and refuses the others.
+        It is for a trained part that is no product of two factors. Such a method is exported as merged weights alone,
+        which needs a linear part.
         """
         del x_TI
         return None
@@ -263,6 +263,22 @@ def no_components(method: str) -> BadInput:
         f"{method} trains stored components, and the quantized model has none (rank 0); quantize with --rank above 0, "
         "or use --method lora"
     )
+
+
+def check_as_stored(method: str, stored: StoredWeight, options: AdapterOptions) -> None:
+    """Refuse a rank and an alpha for a method that trains the components as they are stored, and their absence."""
+    if stored.rank == 0:
+        raise no_components(method)
+    if options.rank not in (None, stored.rank):
+        raise BadInput(
+            f"rank {options.rank} is not the stored rank {stored.rank}, the only one that {method} can train; "
+            "leave out --rank, quantize with another --rank, or give --method lora"
+        )
+    if options.alpha not in (None, stored.rank):
+        raise BadInput(
+            f"alpha {options.alpha:g} would scale the stored components; with {method} it is the rank "
+            f"{stored.rank}: leave it out"
+        )
 
 
 def frozen_shapes(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> dict[str, TensorShape]:

@@ -40,6 +40,7 @@ from qsvd.plan.targets import check_targets, target_names
 
 Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Plan | Quantize | Report | Train
 
+TWO_FACTORS = ("lora", "dora", "lora-fa")  # methods that --rslora scales
 LEAST_SHARD = 10**5  # bytes of one output file
 TRACKERS = {  # name -> packages of which transformers needs one
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -162,9 +163,11 @@ def _conflicts_of_objective(options: Quantize | Allocate) -> list[str]:
 
 def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     wrong = []
-    for flag, is_given in {"--dropout": options.dropout > 0, "--rslora": options.rslora}.items():
-        if is_given and options.method not in ("auto", "lora"):
-            wrong.append(f"{flag} is for --method lora, and --method is {options.method}: change one of them")
+    of_methods = {"--dropout": (options.dropout > 0, ("lora",)), "--rslora": (options.rslora, TWO_FACTORS)}
+    for flag, (is_given, methods) in of_methods.items():
+        if is_given and options.method not in ("auto", *methods):
+            able = " or ".join(methods)
+            wrong.append(f"{flag} is for --method {able}, and --method is {options.method}: change one of them")
     comparing = {"--keep-best": options.keep_best, "--early-stopping": options.early_stopping is not None}
     if options.eval_every is None and any(comparing.values()):
         flags = " and ".join(flag for flag, is_given in comparing.items() if is_given)

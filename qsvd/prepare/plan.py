@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qsvd.adapters.adapter import AdapterOptions
-from qsvd.adapters.methods.table import default_method
+from qsvd.adapters.methods.table import METHODS, default_method
 from qsvd.adapters.start import new_record, planned, planner_of
 from qsvd.data.examples import MOST_LENGTH, Home, read_run_data
 from qsvd.errors import BadInput, parse_size
@@ -205,36 +205,40 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
     stacks = unsplittable(config)
     names = plan_model(config, exclude=stacks)
     empty = skeleton(config, dtype)
-    is_plain = adapter.method == "lora" and options.allocation is None
+    is_added = adapter.method is not None and not METHODS[adapter.method].needs_components
+    is_plain = is_added and options.allocation is None
     tables = tables_of(names, options.head_bits, options.embedding_bits)
     allocation_of = _allocation_of(options, names.weights, tables)
     if options.allocation is not None and adapter.method is None:
         method = default_method(choice.rank for choice in allocation_of(0).choices.values())
         adapter = replace(adapter, method=method)
+        is_added = not METHODS[method].needs_components
 
     def make(rank: int) -> SplitModelPlan:
-        trained = replace(adapter, rank=(rank or None) if adapter.method == "lora" else None)
+        trained = replace(adapter, rank=(rank or None) if is_added else None)
         return replace(planned(empty, names, allocation_of(0 if is_plain else rank), options=trained), tables=tables)
 
-    is_fixed = options.allocation is not None and adapter.method != "lora"
+    is_fixed = options.allocation is not None and not is_added
     most_rank = min(min(spec.shape) for spec in [s for s in names.weights if not s.stack] or names.weights)
     if options.budget is not None and not is_plain:
         most_rank = most_rank_within(names.weights, options.budget)
     if is_fixed:
         most_rank = max(choice.rank for choice in allocation_of(0).choices.values())
-    rank = min(Quantize.rank, most_rank) if options.rank is None else options.rank
+    default = (METHODS[adapter.method].defaults.rank if adapter.method else None) or Quantize.rank
+    rank = min(default, most_rank) if options.rank is None else options.rank
     if rank > most_rank or (is_fixed and options.rank not in (None, most_rank)):
         why = "the shorter side of the smallest layer"
         if is_fixed or options.budget is not None:
             why = "the rank in --allocation" if is_fixed else f"the highest rank in --budget {options.budget}"
         raise BadInput(f"--rank {rank} is {'not' if is_fixed else 'above'} {most_rank}, {why}")
-    notes = _notes(options, stacks, is_plain=is_plain)
+    notes = _notes(options, stacks, adapter.method if is_plain else None)
     chosen = most_rank if is_fixed else rank
     return PlanSource(make, chosen, most_rank, is_fixed, notes, names.architecture)
 
 
-def _notes(options: Plan, stacks: Sequence[str], *, is_plain: bool) -> tuple[str, ...]:
-    notes = ("lora is planned without stored components (rank 0), as in QLoRA.",) if is_plain else ()
+def _notes(options: Plan, stacks: Sequence[str], plain: str | None) -> tuple[str, ...]:
+    """Return what to say of the plan; `plain` is the method where no components are stored."""
+    notes = (f"{plain} is planned without stored components (rank 0), as in QLoRA.",) if plain else ()
     if stacks:
         notes += (f"{len(stacks)} layers cannot be quantized and are counted in 16 bits: {stacks[0]}, ...",)
     if options.budget is not None:
@@ -263,11 +267,14 @@ def _of_quantized(options: Plan, split: SplitFolder, dtype: torch.dtype) -> Plan
     adapter, _ = starting_options(options, split)
     stored = max(split.ranks.values())
     record, model_of = new_record(split, replace(adapter, rank=None)), planner_of(split, dtype)
-    is_fixed = record.method == "pissa"
+    kind = METHODS[record.method]
+    is_fixed = not kind.takes_rank
     if is_fixed and adapter.rank not in (None, stored):
-        raise BadInput(f"--rank {adapter.rank} is not {stored}, the stored rank, which pissa trains; leave --rank out")
+        raise BadInput(
+            f"--rank {adapter.rank} is not {stored}, the stored rank, which {record.method} trains; leave --rank out"
+        )
 
-    default = Quantize.rank if record.method == "lora" else stored
+    default = kind.defaults.rank or stored
 
     def make(rank: int) -> SplitModelPlan:
         is_default = is_fixed or (adapter.rank is None and rank == default)
@@ -276,7 +283,7 @@ def _of_quantized(options: Plan, split: SplitFolder, dtype: torch.dtype) -> Plan
 
     rank = adapter.rank or default
     notes = (f"{split.folder} is quantized already: its stored ranks and formats are used.",)
-    if record.method == "lora":
+    if not kind.needs_components:
         stored = min(min(weight["shape"]) for weight in split.weights.values())
     architecture = split.manifest["source"]["architecture"]
     return PlanSource(make, rank, stored, is_fixed, notes, architecture, is_split=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qsvd.adapters.methods.table import METHODS
 from qsvd.errors import BadInput
 from qsvd.files.adapter import open_adapter
 from qsvd.files.quantize_folder import OutputFolder
@@ -49,13 +50,13 @@ def prepare_training(options: Train) -> TrainRun | FirstRun:
     here = train_machine(options)
     source = plan_source(plan_of(options), here.dtype)
     run = run_of_16_bit(options, source, here, must_fit=True)
-    is_lora = run.method == "lora"
-    quantizing = prepare_quantize(_quantize_options(options, 0 if is_lora else source.rank))
+    is_added = not METHODS[run.method].needs_components  # the adapter has a rank of its own, and no components
+    quantizing = prepare_quantize(_quantize_options(options, 0 if is_added else source.rank))
     OutputFolder.check(quantizing.out, quantizing.identity, "give --quantized another folder")
     then = replace(
         options,
         base=str(quantizing.options.out),
-        rank=options.rank if is_lora else None,  # else it is the stored rank
+        rank=options.rank if is_added else None,  # else it is the stored rank
         budget=None,
         allocation=None,
         double_quant=True,

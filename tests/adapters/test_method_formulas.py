@@ -10,7 +10,7 @@ from torch import nn
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods.orthonormal import orthonormal_gradient
-from qsvd.adapters.methods.table import METHODS
+from qsvd.adapters.methods.table import METHODS, export_refusal
 from tests import reference
 from tests.adapters.principals import UNIT, Given, decoded, principal_of
 
@@ -138,6 +138,14 @@ class WithDelta(Given):
 
     def delta(self, x_TI):
         return x_TI @ self.matrix.T
+
+
+def test_peft_has_no_export_of_a_part_that_is_no_product(monkeypatch):
+    monkeypatch.setitem(METHODS, "given", WithDelta)
+    assert export_refusal("given", "merged") is None
+    for form in ("peft", "lora"):
+        assert "given trains a part that is no product of two factors" in str(export_refusal("given", form))
+        assert export_refusal("lora", form) is None
 
 
 def test_a_part_that_is_no_product_is_added_to_output_gradient_and_weight():

@@ -209,6 +209,7 @@ def test_pissa_takes_the_stored_rank_as_rank_and_alpha():
         ("lora-xs", 0, {}, r"lora-xs trains stored components, and the quantized model has none"),
         ("sorsa", 0, {}, r"sorsa trains stored components, and the quantized model has none"),
         ("sorsa", 3, {"rank": 2}, "rank 2 is not the stored rank 3, the only one that sorsa can train"),
+        ("vera", 3, {"alpha": 2.0}, "alpha 2 has no use in vera, whose vectors are its scale: leave it out"),
         ("adalora", 3, {"rank": 4, "own": {"target_rank": 5}}, "target_rank 5 is above the rank 4"),
         ("lora", 3, {"rank": 0}, "rank 0 is below 1, the least that trains anything"),
         ("lora", 0, {"rank": -1}, "rank -1 is below 1"),

@@ -1,5 +1,7 @@
 """DoRA, VeRA and AdaLoRA, judged by PEFT: the same weights in, the same outputs, gradients and removed triplets."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -62,13 +64,13 @@ def ours_and_pefts(method, *, seed=4):
     ours, bases = [], []
     for number, shape in enumerate(SIZES):
         principal = principal_of(shape, 4, seed=number)
-        options = AdapterOptions(method, rank=RANK, alpha=3.0, own=OWN.get(method, {}))
+        options = AdapterOptions(method, rank=RANK, alpha=None if method == "vera" else 3.0, own=OWN.get(method, {}))
         adapter = METHODS[method].start(principal, options, torch.Generator().manual_seed(number))
         ours.append(SplitLinear(principal.residual, adapter, None))
         base = nn.Linear(shape[1], shape[0], bias=False)
         base.weight.data = (decoded(principal.residual) + principal.up_OR.double() @ principal.down_RI.double()).float()
         bases.append(base)
-    model = peft.get_peft_model(Head(bases), CONFIGS[method])
+    model = peft.get_peft_model(Head(bases), copy.deepcopy(CONFIGS[method]))  # PEFT writes into it
     with torch.no_grad():
         for number, linear in enumerate(ours):
             theirs = model.base_model.model.get_submodule(str(number))
@@ -153,3 +155,15 @@ def test_adalora_moves_and_removes_triplets_as_peft_does(stop):
     assert len(removed) > 2, "the budget falls from 12 triplets to 4 step by step"
     up, down = adapters["0"].exported()
     assert up.shape[1] == len(down) == 4 + int((values_of(ours)[0] != 0).sum()), "removed triplets are not exported"
+
+
+def test_adalora_leaves_the_scores_of_an_expert_without_tokens_as_they_are():
+    ours, _ = ours_and_pefts("adalora")
+    adapters = {str(number): ours.get_submodule(str(number)).adapter for number in range(2)}
+    hooks = METHODS["adalora"].hooks(adapters, Course(12, 1e-2))
+    ours.get_submodule("0")(tensor(TOKENS, SIZES[0][1], seed=5)).sum().backward()
+    hooks.after_backward(1)
+    hooks.after_step(1)
+    state = hooks.state()
+    assert state["0 up importance"].abs().max() > 0
+    assert not state["1 up importance"].any()

@@ -22,6 +22,7 @@ FLAGS = {
     "too large": ["--gpu", "500MB"],
     "16-bit": ["--rank", "5"],
     "16-bit lora": ["--method", "lora", "--no-double-quant"],
+    "16-bit dora": ["--method", "dora"],
     "16-bit budget": ["--budget", "4bits"],
 }
 ROWS = {  # what shows that the flags reached the plan
@@ -32,6 +33,7 @@ ROWS = {  # what shows that the flags reached the plan
     "resident": "blocks that stay on the GPU: 0 of",
     "too large": "Does not fit: ",
     "16-bit": "rank 5, ",
+    "16-bit dora": "dora is planned without stored components (rank 0)",
     "16-bit lora": "│ method                 │ lora",
     "16-bit budget": "Only the total size of a budget is used",
 }

@@ -101,7 +101,8 @@ class _Allocate(Hooks):
         for path, adapter in self.adapters.items():
             for part in PARTS:
                 parameter = adapter.get_parameter(part)
-                assert parameter.grad is not None, "a trained parameter has a gradient after a step"
+                if parameter.grad is None:  # of an expert without tokens
+                    continue
                 now = (parameter.float() * parameter.grad.float()).abs_()
                 importance = self.moments[f"{path} {part} importance"].mul_(first).add_(now, alpha=1 - first)
                 now.sub_(importance).abs_()
@@ -136,16 +137,15 @@ class AdaLora(Added):
     removed, as in the authors' code. Parameters: K (O + I + 1) at the start; removed triplets leave the export.
     """
 
-    paper = "arXiv:2303.10512"
-    starts_as = "E 0, A and B random"
     defaults = Defaults(
         rank=12, scale=16 / 12, learning_rate=5e-4, reason="the authors' alpha and rate for DeBERTaV3 on MNLI"
     )
     options = AdaLoraOptions
     hooks = _Allocate
 
-    def __init__(self, stored: StoredWeight, rank: int, options: AdapterOptions, generator: torch.Generator):
-        super().__init__(stored, scale=self.size(stored, options)[1])
+    def __init__(self, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator):
+        rank, scale = self.size(stored, options)
+        super().__init__(stored, scale=scale)
         self.chosen = self.own(options)
         wanted = self.chosen.target_rank
         whole = self.defaults.rank_of(options, stored.rank)
@@ -160,7 +160,7 @@ class AdaLora(Added):
 
     @classmethod
     def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "AdaLora":
-        return cls(stored, cls.size(stored, options)[0], options, generator)
+        return cls(stored, options, generator)
 
     @classmethod
     def tensors(

@@ -6,12 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import NO_LORA_OF_GAINS, AdapterOptions, Defaults, Hooks, StoredWeight
+from qsvd.adapters.adapter import NO_LORA_OF_GAINS, TINY, AdapterOptions, Defaults, Hooks, StoredWeight
 from qsvd.adapters.methods.added import Added, joined, kaiming
 from qsvd.numerics.codec import BAND, PackedBlocks
 from qsvd.plan.tensors import AdapterTensors, TensorShape
-
-TINY = torch.finfo(torch.float32).tiny  # least square of a norm, so that a row of zeros keeps the gain 1
 
 
 class _KeepNorms(Hooks):
@@ -44,8 +42,6 @@ class Dora(Added):
     every forward pass. Parameters: K (O + I) + O.
     """
 
-    paper = "arXiv:2402.09353"
-    starts_as = "B 0, A random, gain 1"
     defaults = Defaults(
         rank=32, scale=2.0, learning_rate=1e-4, reason="the authors' rank, alpha and rate for Llama-3-8B"
     )

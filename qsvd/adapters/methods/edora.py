@@ -6,12 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import NO_LORA_OF_GAINS, Defaults, StoredWeight
+from qsvd.adapters.adapter import NO_LORA_OF_GAINS, TINY, Defaults, StoredWeight
 from qsvd.adapters.methods.core import Core
 from qsvd.numerics.codec import PackedBlocks
 from qsvd.plan.tensors import AdapterTensors, TensorShape
-
-TINY = torch.finfo(torch.float32).tiny  # least square of a norm, so that a row of zeros keeps the gain 1
 
 
 class EDora(Core):
@@ -20,8 +18,6 @@ class EDora(Core):
     R starts at zero, and m at the row norms of Q + B0 A0. Parameters: K^2 + O.
     """
 
-    paper = "arXiv:2501.12067"
-    starts_as = "the stored components, core 0, gain 1"
     defaults = Defaults(
         rank=None,
         scale=1.0,

@@ -29,8 +29,6 @@ class Lora(Added):
     weight; the scale is not changed. Dropout acts on the input of A, as in PEFT, and not on that of Q and A0.
     """
 
-    paper = "arXiv:2106.09685"
-    starts_as = "B 0, A random"
     defaults = Defaults(
         rank=64,
         scale=16 / 64,

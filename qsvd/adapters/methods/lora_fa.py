@@ -15,8 +15,6 @@ class LoraFa(Added):
     components.
     """
 
-    paper = "arXiv:2308.03303"
-    starts_as = "B 0, A random and frozen"
     defaults = Defaults(
         rank=64, scale=16 / 64, learning_rate=2e-4, reason="those of lora: B moves as it does there in its first steps"
     )

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, StoredWeight, no_components
-from qsvd.errors import BadInput
+from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, StoredWeight, check_as_stored
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 
@@ -14,8 +13,6 @@ class Pissa(Adapter):
     Components of every loop (QPiSSA, LoftQ, LQ-LoRA) are trained alike.
     """
 
-    paper = "arXiv:2404.02948"
-    starts_as = "the stored components"
     defaults = Defaults(
         rank=None,
         scale=1.0,
@@ -23,6 +20,7 @@ class Pissa(Adapter):
         reason="the authors' rate; large singular values make the loss sharper than LoRA's, so it is smaller",
     )
     needs_components = True
+    takes_rank = False
 
     def __init__(self, up_OR: Tensor, down_RI: Tensor):
         super().__init__()
@@ -32,18 +30,7 @@ class Pissa(Adapter):
     @classmethod
     def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Pissa":
         del generator  # nothing is drawn
-        if stored.rank == 0:
-            raise no_components("pissa")
-        if options.rank not in (None, stored.rank):
-            raise BadInput(
-                f"rank {options.rank} is not the stored rank {stored.rank}, the only one that pissa can train; "
-                "leave out --rank, quantize with another --rank, or give --method lora"
-            )
-        if options.alpha not in (None, stored.rank):
-            raise BadInput(
-                f"alpha {options.alpha:g} would scale the stored components; with pissa it is the rank "
-                f"{stored.rank}: leave it out"
-            )
+        check_as_stored("pissa", stored, options)
         return cls(*(factor.to(options.torch_dtype, copy=True) for factor in (stored.up_OR, stored.down_RI)))
 
     @classmethod

@@ -6,9 +6,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Hooks, StoredWeight, no_components
+from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Hooks, StoredWeight, check_as_stored
 from qsvd.adapters.methods.orthonormal import add_gradient
-from qsvd.errors import BadInput
 from qsvd.numerics.svd import product_svd
 from qsvd.option_types import FROM_ZERO, Help
 from qsvd.plan.tensors import AdapterTensors, TensorShape
@@ -43,12 +42,11 @@ class Sorsa(Adapter):
     layers. As in the authors' code its gradient is added after clipping.
     """
 
-    paper = "arXiv:2409.00055"
-    starts_as = "the stored components, as U S V^T"
     defaults = Defaults(rank=None, scale=1.0, learning_rate=3e-5, reason="the authors' rate for 7B models at rank 128")
     options = SorsaOptions
     hooks = _Orthonormal
     needs_components = True
+    takes_rank = False
 
     def __init__(self, up_OR: Tensor, values_R: Tensor, down_RI: Tensor, gamma: float):
         super().__init__()
@@ -58,18 +56,7 @@ class Sorsa(Adapter):
     @classmethod
     def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Sorsa":
         del generator  # nothing is drawn
-        if stored.rank == 0:
-            raise no_components("sorsa")
-        if options.rank not in (None, stored.rank):
-            raise BadInput(
-                f"rank {options.rank} is not the stored rank {stored.rank}, the only one that sorsa can train; "
-                "leave out --rank, quantize with another --rank, or give --method lora"
-            )
-        if options.alpha not in (None, stored.rank):
-            raise BadInput(
-                f"alpha {options.alpha:g} would scale the stored components; with sorsa it is the rank "
-                f"{stored.rank}: leave it out"
-            )
+        check_as_stored("sorsa", stored, options)
         found = product_svd(stored.up_OR, stored.down_RI)
         parts = (found.left_OK, found.values_K, found.right_KI)
         up_OR, values_R, down_RI = (part.contiguous().to(options.torch_dtype) for part in parts)

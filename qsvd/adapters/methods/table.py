@@ -66,12 +66,9 @@ def with_options(record: type, method: str) -> type:
 
 def own_options(options: object, method: str) -> dict[str, Any]:
     """Return the options of a method's own that a record has and that differ from their defaults, by name."""
-    found = {field.name: getattr(options, field.name, field.default) for field in fields(METHODS[method].options)}
-    return {name: value for name, value in found.items() if value != _default(METHODS[method].options, name)}
-
-
-def _default(record: type, name: str) -> Any:
-    return next(field.default for field in fields(record) if field.name == name)
+    defaults = {field.name: field.default for field in fields(METHODS[method].options)}
+    found = {name: getattr(options, name, default) for name, default in defaults.items()}
+    return {name: value for name, value in found.items() if value != defaults[name]}
 
 
 def owners(name: str) -> list[str]:
@@ -86,7 +83,10 @@ def has_pair(method: str) -> bool:
 
 def export_refusal(method: str, form: str) -> str | None:
     """Return why a method has no export of this form; None if it has one."""
-    found = METHODS[method].export_refusals.get(form)
+    kind = METHODS[method]
+    found = kind.export_refusals.get(form)
+    if found is None and form != "merged" and kind.delta is not Adapter.delta:
+        found = "{method} trains a part that is no product of two factors, which PEFT has not; use --to merged"
     return None if found is None else found.format(method=method)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsvd.adapters.adapter import AdapterOptions, Defaults, StoredWeight
 from qsvd.adapters.methods.added import Added, joined, kaiming
+from qsvd.errors import BadInput
 from qsvd.option_types import FROM_ZERO, Help
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
@@ -44,10 +45,11 @@ class Vera(Added):
     for the largest sizes and cut it. Parameters: K + O.
     """
 
-    paper = "arXiv:2310.11454"
-    starts_as = "b 0, d constant"
     defaults = Defaults(
-        rank=256, scale=1.0, learning_rate=4e-3, reason="the authors' rank and rate for instruction tuning of Llama"
+        rank=256,
+        scale=1.0,
+        learning_rate=4e-3,
+        reason="the authors' rank for Llama 2 7B; few parameters are trained, so a higher rate works; not measured",
     )
     options = VeraOptions
 
@@ -63,6 +65,8 @@ class Vera(Added):
     @classmethod
     def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Vera":
         del generator  # it is the weight's own
+        if options.alpha is not None:
+            raise BadInput(f"alpha {options.alpha:g} has no use in vera, whose vectors are its scale: leave it out")
         rank, _ = cls.size(stored, options)
         return cls(stored, rank, options)
 
