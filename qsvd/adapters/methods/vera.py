@@ -65,7 +65,7 @@ class Vera(Added):
     @classmethod
     def start(cls, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator) -> "Vera":
         del generator  # it is the weight's own
-        if options.alpha is not None:
+        if options.alpha not in (None, cls.defaults.rank_of(options, stored.rank)):  # which is a scale of 1
             raise BadInput(f"alpha {options.alpha:g} has no use in vera, whose vectors are its scale: leave it out")
         rank, _ = cls.size(stored, options)
         return cls(stored, rank, options)
