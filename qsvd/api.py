@@ -49,7 +49,7 @@ def takes(record: type) -> Callable[[Callable[[Any, ShowProgress], Result]], Cal
             check(chosen)  # before the command, and torch with it, is imported
             if not progress:
                 return work(chosen, show_nothing)
-            from qsvd.commands.console import display
+            from qsvd.console.progress import display
 
             with display() as show:
                 return work(chosen, show)

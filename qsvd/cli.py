@@ -25,6 +25,7 @@ from qsvd.options import (
     Eval,
     Export,
     Generate,
+    Methods,
     Plan,
     Quantize,
     Report,
@@ -44,6 +45,7 @@ COMMANDS = {
     "eval": Eval,
     "export": Export,
     "report": Report,
+    "methods": Methods,
     "demo": Demo,
 }
 HELP = """usage: qsvd COMMAND [OPTIONS]

@@ -194,6 +194,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "push_to_hub": None,
         "public": False,
     },
+    "methods": {"json": False},
     "report": {"folder": REQUIRED, "json": False, "worst": 10},
     "demo": {"out": Path("build/demo"), "ranks": (0, 16, 32, 64), "tokens": 20_000, "epochs": 2.0},
 }
@@ -242,12 +243,13 @@ READERS = {
         "prepare/train",
         "prepare/quantize_first",
         "data/examples",
-        "commands/journal",
+        "console/journal",
         "commands/train",
     ),
     "eval": ("prepare/check_options", "prepare/evaluate", "data/examples", "prepare/models", "commands/eval"),
     "generate": ("prepare/check_options", "prepare/generate", "commands/generate"),
     "export": ("export/hub", "prepare/models", "commands/export"),
+    "methods": ("commands/methods",),
     "report": ("commands/report",),
     "demo": ("commands/demo",),
 }
@@ -260,6 +262,7 @@ POSITIONAL = {
     "eval": ("models",),
     "generate": ("model",),
     "export": ("run",),
+    "methods": (),
     "report": ("folder",),
     "demo": (),
 }

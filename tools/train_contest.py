@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
 import qsvd
-from qsvd.commands.console import quiet
 from qsvd.commands.demo import MODEL
+from qsvd.console.progress import quiet
 from qsvd.training.settings import Settings, default_optimizer, language_arguments
 from qsvd.training.steps import peak_bytes_of
 from qsvd.training.trainer import make_trainer

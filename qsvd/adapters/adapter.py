@@ -165,7 +165,7 @@ class Adapter(nn.Module, ABC):
     """The trained part of one weight: y = x W'^T + delta(x), with W' = gain[:, None] * (Q + up @ down).
 
     A subclass is a method. It brings its options (`options`, `defaults`, `shared_options`, and what `start` refuses),
-    its hooks in a training step, and the forms of export that it does not have.
+    its hooks in a training step, the forms of export that it does not have, and what `qsvd methods` prints.
 
     Attributes:
         dropout: Of the input of the trained factors, while training. Above 0 it needs `divided`.
@@ -173,6 +173,8 @@ class Adapter(nn.Module, ABC):
 
     dropout: float = 0.0
 
+    paper: ClassVar[str]  # its arXiv number, "2404.02948"
+    starts_as: ClassVar[str]  # what the trained part is before the first step, in a few words
     defaults: ClassVar[Defaults]
     options: ClassVar[type] = NoOptions  # a dataclass; each field is an option of `qsvd train --method NAME`
     shared_options: ClassVar[tuple[str, ...]] = ()  # of AdapterOptions, that other methods refuse

@@ -1,1 +1,1 @@
-"""Floor 11: one file for each command. Prints and reads the clock."""
+"""Floor 12: one file for each command. Prints and reads the clock."""

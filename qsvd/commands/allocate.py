@@ -4,7 +4,7 @@ import sys
 
 from rich.console import Console
 
-from qsvd.commands.console import watched
+from qsvd.console.progress import watched
 from qsvd.files.atomic import write_text
 from qsvd.files.source import Checkpoint
 from qsvd.options import Allocate

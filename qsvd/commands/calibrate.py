@@ -7,7 +7,7 @@ import torch
 from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Sums, means
 from qsvd.calibrate.walk import Probes, add_examples
-from qsvd.commands.console import quiet, watched
+from qsvd.console.progress import quiet, watched
 from qsvd.errors import DoesNotFit
 from qsvd.files.pages import free_host_memory
 from qsvd.files.statistics import open_statistics, open_unfinished, save_unfinished, unfinished_path, write_statistics

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qsvd.commands.console import display, quiet
+from qsvd.console.progress import display, quiet
 from qsvd.data.encoder_decoder import sources_and_targets
 from qsvd.data.examples import is_encoder_decoder, positions, stop_ids
 from qsvd.data.images import tokenize_images

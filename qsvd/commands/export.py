@@ -22,7 +22,7 @@ from qsvd.adapters.load import classifier
 from qsvd.adapters.methods.table import export_refusal
 from qsvd.adapters.model import split_linears
 from qsvd.adapters.tables import unpack_tables
-from qsvd.commands.console import display, quiet
+from qsvd.console.progress import display, quiet
 from qsvd.errors import BadInput, parse_size
 from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
 from qsvd.export.lora import LoraExport, Target, write_lora

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import TextStreamer
 
-from qsvd.commands.console import quiet
+from qsvd.console.progress import quiet
 from qsvd.errors import BadInput, Interrupted
 from qsvd.options import Generate
 from qsvd.prepare.generate import (

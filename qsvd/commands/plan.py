@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 from rich.console import Console
 
-from qsvd.commands.console import display, quiet
+from qsvd.console.progress import display, quiet
 from qsvd.errors import DoesNotFit
 from qsvd.memory.duration import page_seconds, quantize_time, step_time
 from qsvd.memory.other_tasks import plan_quantizing

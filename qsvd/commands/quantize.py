@@ -5,8 +5,8 @@ import sys
 
 from rich.console import Console
 
-from qsvd.commands.console import explained_disk_errors, watched
 from qsvd.commands.report import load_report, push_quantized, show_report
+from qsvd.console.progress import explained_disk_errors, watched
 from qsvd.export.hub import open_repository
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.source import Checkpoint, stream

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from qsvd.adapters.model import restore
 from qsvd.commands import plan
-from qsvd.commands.console import StopRequest, display, quiet
-from qsvd.commands.journal import RunRecorder, explained_errors, finish_run, held_out_loss, push_run
 from qsvd.commands.quantize import quantize_run, quantize_visibly
+from qsvd.console.journal import RunRecorder, explained_errors, finish_run, held_out_loss, push_run
+from qsvd.console.progress import StopRequest, display, quiet
 from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
 from qsvd.export.hub import open_repository

@@ -1,4 +1,4 @@
-"""The options of the commands that use a model: measure, generate, export, report, demo."""
+"""The options of the commands that use a model: measure, generate, export, report, demo; and of methods."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,13 @@ class Report:
     folder: Annotated[Path, POSITIONAL, Help("Folder of a quantized model.", "OUT")]
     json: Json = False
     worst: Annotated[int, at_least(0), Help("Number of worst layers to list.")] = 10
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods of qsvd train: trained parameters, start, export, learning rate, paper."""
+
+    json: Json = False
 
 
 @dataclass(frozen=True)

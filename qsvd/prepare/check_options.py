@@ -29,6 +29,7 @@ from qsvd.options import (
     Eval,
     Export,
     Generate,
+    Methods,
     Plan,
     Quantize,
     Report,
@@ -38,7 +39,7 @@ from qsvd.options import (
 from qsvd.paths import checkpoint_folder, local_path
 from qsvd.plan.targets import check_targets, target_names
 
-Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Plan | Quantize | Report | Train
+Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Methods | Plan | Quantize | Report | Train
 
 TWO_FACTORS = ("lora", "dora", "lora-fa")  # methods that --rslora scales
 LEAST_SHARD = 10**5  # bytes of one output file

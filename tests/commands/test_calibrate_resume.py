@@ -10,8 +10,8 @@ import pytest
 
 from qsvd.cli import run
 from qsvd.commands import calibrate as command
-from qsvd.commands import console
 from qsvd.commands.calibrate import calibrate, measure
+from qsvd.console import progress as console
 from qsvd.prepare.calibrate import prepare_calibrate
 from tests.commands.calibrations import TEXTS, options_of, write_rows
 from tests.commands.folders import without_progress

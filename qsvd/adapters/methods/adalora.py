@@ -137,6 +137,8 @@ class AdaLora(Added):
     removed, as in the authors' code. Parameters: K (O + I + 1) at the start; removed triplets leave the export.
     """
 
+    paper = "2303.10512"
+    starts_as = "zero, added"
     defaults = Defaults(
         rank=12, scale=16 / 12, learning_rate=5e-4, reason="the authors' alpha and rate for DeBERTaV3 on MNLI"
     )

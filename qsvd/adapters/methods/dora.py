@@ -42,6 +42,8 @@ class Dora(Added):
     every forward pass. Parameters: K (O + I) + O.
     """
 
+    paper = "2402.09353"
+    starts_as = "zero, added"
     defaults = Defaults(
         rank=32, scale=2.0, learning_rate=1e-4, reason="the authors' rank, alpha and rate for Llama-3-8B"
     )

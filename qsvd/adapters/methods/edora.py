@@ -18,6 +18,8 @@ class EDora(Core):
     R starts at zero, and m at the row norms of Q + B0 A0. Parameters: K^2 + O.
     """
 
+    paper = "2501.12067"
+    starts_as = "the components, core 0"
     defaults = Defaults(
         rank=None,
         scale=1.0,

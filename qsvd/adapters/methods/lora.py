@@ -29,6 +29,8 @@ class Lora(Added):
     weight; the scale is not changed. Dropout acts on the input of A, as in PEFT, and not on that of Q and A0.
     """
 
+    paper = "2106.09685"
+    starts_as = "zero, added"
     defaults = Defaults(
         rank=64,
         scale=16 / 64,

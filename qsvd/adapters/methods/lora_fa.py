@@ -15,6 +15,8 @@ class LoraFa(Added):
     components.
     """
 
+    paper = "2308.03303"
+    starts_as = "zero, added"
     defaults = Defaults(
         rank=64, scale=16 / 64, learning_rate=2e-4, reason="those of lora: B moves as it does there in its first steps"
     )

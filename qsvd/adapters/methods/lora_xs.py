@@ -11,6 +11,8 @@ class LoraXs(Core):
     16-bit weight; here U S V^T are the stored components, which are not decomposed a second time.
     """
 
+    paper = "2405.17604"
+    starts_as = "the components, core 0"
     defaults = Defaults(
         rank=None, scale=1.0, learning_rate=4e-3, reason="the authors' rate and scale for Mistral-7B, at rank 64"
     )

@@ -13,6 +13,8 @@ class Pissa(Adapter):
     Components of every loop (QPiSSA, LoftQ, LQ-LoRA) are trained alike.
     """
 
+    paper = "2404.02948"
+    starts_as = "the components"
     defaults = Defaults(
         rank=None,
         scale=1.0,

@@ -42,6 +42,8 @@ class Sorsa(Adapter):
     layers. As in the authors' code its gradient is added after clipping.
     """
 
+    paper = "2409.00055"
+    starts_as = "the components as U, S, V"
     defaults = Defaults(rank=None, scale=1.0, learning_rate=3e-5, reason="the authors' rate for 7B models at rank 128")
     options = SorsaOptions
     hooks = _Orthonormal

@@ -45,6 +45,8 @@ class Vera(Added):
     for the largest sizes and cut it. Parameters: K + O.
     """
 
+    paper = "2310.11454"
+    starts_as = "zero, added"
     defaults = Defaults(
         rank=256,
         scale=1.0,

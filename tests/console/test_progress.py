@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from qsvd.commands.console import StopRequest, display, watched
-from qsvd.commands.journal import progress_of
+from qsvd.console.journal import progress_of
+from qsvd.console.progress import StopRequest, display, watched
 from qsvd.errors import Interrupted
 from qsvd.records import Progress
 from qsvd.training.steps import Step
@@ -73,7 +73,7 @@ def test_few_large_weights_have_a_line_each(capsys, total):
 
 def test_the_first_line_tells_no_time_since_what_came_before_it_says_nothing_of_the_speed(capsys, monkeypatch):
     clock = iter([0.0, 100.0, 102.0, 104.0])
-    monkeypatch.setattr("qsvd.commands.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("qsvd.console.progress.time.monotonic", lambda: next(clock))
     with display() as show:
         for number in (1, 2, 3):
             show(Progress(number, number, 5, f"{number}/5 weights", ("weights/s", 1)))

@@ -7,7 +7,7 @@ import datasets
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from qsvd.commands.console import quiet
+from qsvd.console.progress import quiet
 
 
 def state():

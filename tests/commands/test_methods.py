@@ -1,0 +1,79 @@
+"""`qsvd methods`: what it prints of a method is what the papers count and what the other commands do."""
+
+import json
+
+import pytest
+
+import qsvd
+from qsvd.adapters.methods.table import METHODS
+from qsvd.adapters.model import split_linears
+from qsvd.cli import parse, run
+from tests.commands.trained_runs import write_run
+from tests.export.cases import make_base
+
+PARAMETERS = {  # the default rank r on stored components of rank 64, and what is trained of an [m, n] weight
+    "pissa": (64, lambda m, n, r: r * (m + n)),
+    "lora": (64, lambda m, n, r: r * (m + n)),
+    "edora": (64, lambda m, _, r: r**2 + m),
+    "lora-xs": (64, lambda *sizes: sizes[2] ** 2),
+    "sorsa": (64, lambda m, n, r: r * (m + n + 1)),
+    "dora": (32, lambda m, n, r: r * (m + n) + m),
+    "adalora": (12, lambda m, n, r: r * (m + n + 1)),
+    "lora-fa": (64, lambda m, _, r: r * m),
+    "vera": (256, lambda m, _, r: r + m),
+}
+LLAMA = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]  # 32 blocks of these
+FORMS = ("peft", "lora", "merged")
+
+
+def listed(capsys):
+    assert run(["methods", "--json"]) == 0
+    return {row["name"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base")) / "out"
+
+
+def test_parameters_are_those_of_the_papers_on_the_linear_layers_of_llama_3_1_8b(capsys):
+    found = {name: (row["rank"], row["trained_parameters"]) for name, row in listed(capsys).items()}
+    assert found == {
+        name: (rank, 32 * sum(count(m, n, rank) for m, n in LLAMA)) for name, (rank, count) in PARAMETERS.items()
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for an old name
+@pytest.mark.parametrize("method", METHODS)
+def test_the_list_says_what_export_accepts_and_what_the_adapter_starts_as(method, base, tmp_path, capsys):
+    row = listed(capsys)[method]
+    model = write_run(base, tmp_path / "run", method)
+    said = {}
+    for form in FORMS:
+        try:
+            qsvd.export(tmp_path / "run", to=form, out=tmp_path / form, check=False)
+        except qsvd.BadInput as error:
+            said[form] = str(error)
+    assert row["refused"] == said
+    kind = "none" if {"peft", "merged"} <= said.keys() else "merged only"
+    if "peft" not in said:
+        uses_dora = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["use_dora"]
+        kind = "PEFT DoRA" if uses_dora else "PEFT LoRA"
+    assert row["export"] == kind
+    _, linear = next(iter(split_linears(model)))
+    stored = next(iter(json.loads((base / "qsvd.json").read_text())["weights"].values()))["rank"]
+    is_added = len(linear.adapter.factors()[1]) > stored
+    assert row["starts_as"].startswith("zero, added" if is_added else "the components")
+
+
+def test_the_table_has_every_method_once_and_the_next_line_runs(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["methods"]) == 0
+    table, err = capsys.readouterr()
+    rows = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
+    assert [name for name in rows if name] == [*METHODS]
+    assert "…" not in table, "nothing is cut on a terminal of 80 columns"
+    assert "qsvd export --to lora refuses edora, dora: the method scales the rows" in table
+    with pytest.raises(SystemExit) as ended:
+        parse(err.removeprefix("Next: qsvd ").partition("#")[0].split())
+    assert ended.value.code == 0
