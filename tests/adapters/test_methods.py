@@ -11,6 +11,7 @@ from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods.lora import Lora
 from qsvd.adapters.methods.pissa import Pissa
 from qsvd.adapters.methods.table import METHODS
+from qsvd.adapters.methods.vera import shared_draw
 from tests import reference
 from tests.adapters.principals import SHAPES, UNIT, decoded, dense_output, principal_of
 
@@ -160,6 +161,14 @@ def test_loras_draw_repeats_with_its_generator_and_differs_with_another():
     first, again, other = (started("lora", principal_of((33, 64), 2), seed=seed).down for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_veras_random_factors_are_what_earlier_runs_were_trained_with():
+    drawn = shared_draw(2, 4, 0, torch.zeros(1)) * 2**24  # a bound of 1/2: integers
+    first = [[-5328508, -7302269, -5296228, 1626474], [4486572, -511180, -4257752, -2816422]]
+    assert drawn.tolist() == first
+    many = shared_draw(300, 200, 7, torch.zeros(1)).double().numpy().flatten() * math.sqrt(200)
+    assert scipy.stats.kstest(many, scipy.stats.uniform(-1, 2).cdf).pvalue > 0.01
 
 
 @pytest.mark.parametrize(

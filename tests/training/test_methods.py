@@ -1,6 +1,9 @@
 """Every method through `qsvd train`: offloaded and checkpointed as resident, on mixed bits, and from another run."""
 
+import json
+
 import pytest
+import torch
 
 import qsvd
 from qsvd.adapters.methods.table import METHODS
@@ -34,6 +37,9 @@ def test_offloaded_and_checkpointed_equals_resident_and_a_run_goes_on_from_it(mi
         return outcome(train(options))
 
     resident = trained("resident", resident=1.0, gradient_checkpointing=False)
+    state = torch.load(tmp_path / "resident" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    summary = json.loads((tmp_path / "resident" / "summary.json").read_text())
+    assert sum(one["exp_avg"].numel() for one in state.values()) == summary["trained_parameters"]
     assert trained("paged", resident=0.0, gradient_checkpointing=True) == resident
     adapter, steps = trained("next", init_from=tmp_path / "resident")
     assert adapter != resident[0]

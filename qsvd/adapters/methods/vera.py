@@ -1,19 +1,23 @@
 """VeRA: random factors that all layers share, scaled by two trained vectors. Shape suffixes as in adapter.py."""
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qsvd.adapters.adapter import AdapterOptions, Defaults, StoredWeight
-from qsvd.adapters.methods.added import Added, joined, kaiming
+from qsvd.adapters.methods.added import Added, joined
 from qsvd.errors import BadInput
 from qsvd.option_types import FROM_ZERO, Help
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
+BITS = 24  # of a float32's significand: each integer of so many bits is exact
+SHIFT = np.uint64(64 - BITS)
 _drawn: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
 
@@ -27,14 +31,16 @@ class VeraOptions:
 def shared_draw(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
     """Return a random matrix [rows, columns] by Kaiming's bound, in the dtype and on the device of `like`.
 
-    All weights with the same sizes and seed get the same tensor.
+    All weights with the same sizes and seed get the same tensor. A run does not store it, so no library may
+    change it in a later version: it is made of the integers of PCG64, a sequence that is defined.
     """
     key = (rows, columns, seed, like.dtype, like.device)
     found = _drawn.get(key)
     if found is None:
         digest = hashlib.sha256(f"vera {seed} {rows} {columns}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
-        found = _drawn[key] = kaiming(rows, columns, generator).to(like)
+        raw = np.random.PCG64(int.from_bytes(digest[:16])).random_raw(rows * columns).reshape(rows, columns)
+        uniform = torch.from_numpy((raw >> SHIFT).astype(np.float32)) * 2.0 ** (1 - BITS) - 1
+        found = _drawn[key] = (uniform / math.sqrt(columns)).to(like)
     return found
 
 
