@@ -102,7 +102,7 @@ def out_of_range(options: object) -> list[str]:
 
 # Options of several commands.
 
-Method = Literal["auto", "pissa", "lora", "edora", "lora-xs", "sorsa", "dora", "adalora", "lora-fa", "vera"]
+Method = Literal["auto", "pissa", "lora", "edora", "lora-xs", "sorsa", "dora", "adalora", "lora-fa", "vera", "lora-ga"]
 Optimizer = Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lora-rite"]
 Step = Literal["svd", "quantize"]
 

@@ -76,9 +76,9 @@ $ TRAIN --gpu 24 GB
 $ plan model --gpu rtx4090
   --gpu 'rtx4090' is not a size: give a number of GB, or one and KB, MB, GB or TB
 $ TRAIN --method pisa
-  adalora, lora-fa, vera (did you mean pissa?)
+  adalora, lora-fa, vera, lora-ga (did you mean pissa?)
 $ TRAIN --method full
-  adalora, lora-fa, vera: qsvd trains adapters only
+  adalora, lora-fa, vera, lora-ga: qsvd trains adapters only
 $ TRAIN --resident most
   --resident 'most' is not one of auto and is not a number
 $ plan model --for trian

@@ -47,6 +47,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "examples": 128,
         "max_length": None,
         "traces": 0,
+        "gradient_rank": None,
         "loss_on": "answers",
         "map": (),
         "split": "train",
@@ -169,7 +170,6 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
     },
     "generate": {
         "model": REQUIRED,
-        "image": (),
         "prompt": (),
         "chat": False,
         "system": None,
@@ -339,6 +339,7 @@ ADDED = {
         "damping",
     )
 } | {
+    ("calibrate", "gradient_rank"),
     ("quantize", "expert_rank"),
     ("quantize", "include_towers"),
     ("quantize", "head_bits"),
@@ -359,6 +360,7 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("calibrate", "max_length"): ([1], "is below 2"),
     ("calibrate", "traces"): ([-1], "is below 0"),
     ("calibrate", "chunk"): ([0], "is below 1"),
+    ("calibrate", "gradient_rank"): ([0], "is below 1"),
     ("quantize", "rank"): ([-1], "is below 0"),
     ("quantize", "expert_rank"): ([-1], "is below 0"),
     ("train", "expert_rank"): ([-1], "is below 0"),

@@ -1,6 +1,7 @@
 """The interface of every method: an adapter is trained, the residual of its weight is frozen.
 
-Trained tensors are nn.Parameters. Frozen ones are buffers, which are read from the quantized model and not saved.
+Trained tensors are nn.Parameters. Frozen ones are buffers, which are read from the quantized model and not saved; those
+that are not in it are persistent buffers, and saved with what is trained.
 
 Shape suffixes: O = out features, I = in features, R = stored rank, K = rank of the adapter's factors.
 """
@@ -37,12 +38,15 @@ class StoredWeight:
         residual: Q [O, I].
         up_OR, down_RI: The components, of any float dtype; R is 0 if only the residual is stored.
         name: Of its tensor in the files of the quantized model.
+        gradient: Left [O, 2 K] and right [K, I] singular vectors of the gradient of the loss, for a method that starts
+            from them; None for a run, whose tensors follow.
     """
 
     residual: PackedBlocks
     up_OR: Tensor
     down_RI: Tensor
     name: str = ""
+    gradient: tuple[Tensor, Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -181,6 +185,7 @@ class Adapter(nn.Module, ABC):
     hooks: ClassVar[type[Hooks]] = Hooks
     needs_components: ClassVar[bool] = False  # it trains the stored components: a weight of rank 0 stays frozen
     starts_from_residual: ClassVar[bool] = False  # `start` reads the values of Q
+    starts_from_gradient: ClassVar[bool] = False  # `start` takes a gradient, from the file of its option `gradients`
     takes_rank: ClassVar[bool] = True  # else it trains all stored components, unscaled; see `check_as_stored`
     has_gain: ClassVar[bool] = False  # `gain` returns numbers
     export_refusals: ClassVar[Mapping[str, str]] = MappingProxyType({})  # form of export -> why it has none

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.experts import open_stack
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.model import HostEmbedding, SplitModel, restore
+from qsvd.adapters.model import SplitModel, keep_embeddings, restore
 from qsvd.adapters.page_cache import PagedResidual, open_pages
-from qsvd.adapters.start import check_method, new_record, read_weight, start_from
-from qsvd.adapters.tables import TiedHead, pack_table
+from qsvd.adapters.start import check_method, gradients_of, new_record, read_weight, start_from
+from qsvd.adapters.tables import pack_table
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.check import placed, resolve
@@ -27,6 +27,7 @@ from qsvd.files.layout import ADAPTER_TENSORS
 from qsvd.files.pages import keep_freed_memory
 from qsvd.files.safetensors import map_tensor, read_tensor
 from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.files.statistics import Statistics
 from qsvd.files.workspace import ADAPTER_RECORD
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.items import EVERYTHING, Placement
@@ -99,6 +100,7 @@ class _Place:
     dtype: torch.dtype
     placement: Placement = EVERYTHING
     is_trained: bool = False  # a stored adapter will be loaded
+    gradients: Statistics | None = None  # that a new adapter starts from
 
 
 def load(  # noqa: PLR0913  # each is a choice of its own
@@ -138,7 +140,7 @@ def load(  # noqa: PLR0913  # each is a choice of its own
     split = open_split(folder)
     if adapter is None:
         record = new_record(split, options or AdapterOptions(), labels)
-        return _load(_place(split, record, device, dtype, placement), None)
+        return load_new(split, record, device=device, dtype=dtype, placement=placement)
     if options is not None or labels:
         raise BadInput(f"options and labels are stored in the adapter {adapter}: leave them out")
     trained = open_adapter(Path(adapter).expanduser())
@@ -146,6 +148,20 @@ def load(  # noqa: PLR0913  # each is a choice of its own
     check_method(trained.record.method)
     place = _place(split, trained.record, device, dtype, placement)
     return _load(replace(place, is_trained=True), trained)
+
+
+def load_new(  # as above
+    split: SplitFolder,
+    record: AdapterRecord,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    placement: Placement,
+    is_restored: bool = False,
+) -> Any:
+    """Load a quantized model with a new adapter, without the file that it starts from if a run is restored later."""
+    place = _place(split, record, device, dtype, placement)
+    return _load(place if is_restored else replace(place, gradients=gradients_of(split, record)), None)
 
 
 def _base_of(run: Path) -> Path:
@@ -184,7 +200,7 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
     full = start_head(model, plan, is_classifier=bool(place.record.labels), seed=place.record.seed)
     model.tie_weights()
     if place.placement.embeddings_on_host:
-        _keep_embeddings(model, place.device)
+        keep_embeddings(model, place.device)
     model.to(place.device)  # buffers that are in no file
     if pages and place.device.type == "cpu":
         keep_freed_memory()
@@ -193,17 +209,6 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
         restore(model, adapter)
         model.trained_template = adapter.chat_template
     return model.eval()
-
-
-def _keep_embeddings(model: Any, device: torch.device) -> None:
-    """Replace the embedding by one in CPU memory."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(head, TiedHead) or (head is not None and head.weight is embedding.weight):
-        raise BadInput(
-            f"the embedding of {type(model).__name__} is also its output head, which computes on the device; "
-            "leave embeddings_on_host out"
-        )
-    model.set_input_embeddings(HostEmbedding(embedding, device))
 
 
 def _empty(place: _Place) -> tuple[Any, ModelPlan]:
@@ -314,17 +319,13 @@ def _set(model: Any, name: str, tensor: Tensor) -> None:
         module._buffers[last] = tensor
 
 
-def _dtype(model: Any, name: str, place: _Place) -> torch.dtype:
-    return torch.float32 if _stays_float32(model, name, place.dtype) else place.dtype
-
-
 def _split_linear(
     model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
 ) -> SplitLinear:
     if not is_expert(path) and not is_linear(model.get_submodule(path)):
         raise BadInput(f"{path} of {plan.architecture} is no linear layer, but {place.split.folder} has it quantized")
     bias = plan.spelling.get(f"{path}.bias")
-    stored = read_weight(place.split, name, place.device, place.record, is_paged=paged is not None)
+    stored = read_weight(place.split, name, place.device, place.record, place.gradients, is_paged=paged is not None)
     adapter = start_from(stored, place.split, place.record, name)
     bias_O = None if bias is None else _dense(place, bias, place.dtype, place.device)
     return SplitLinear(paged or stored.residual, adapter, bias_O, name, place.dtype)
@@ -336,11 +337,11 @@ def _dense(place: _Place, name: str, dtype: torch.dtype, device: torch.device) -
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
-def _stays_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
-    """Return whether transformers keeps this parameter in float32 when it loads a model in `dtype`."""
+def _dtype(model: Any, name: str, place: _Place) -> torch.dtype:
+    """Return the dtype in which transformers keeps this parameter when it loads the model: of some it is float32."""
     patterns = set[str]()
-    if dtype == torch.float16:
+    if place.dtype == torch.float16:
         patterns.update(model._keep_in_fp32_modules or ())
-    if dtype in (torch.float16, torch.bfloat16):
+    if place.dtype in (torch.float16, torch.bfloat16):
         patterns.update(model._keep_in_fp32_modules_strict or ())
-    return any(re.search(pattern, name) for pattern in patterns)
+    return torch.float32 if any(re.search(pattern, name) for pattern in patterns) else place.dtype

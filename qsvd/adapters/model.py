@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.tables import TiedHead
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, write_adapter
 from qsvd.files.safetensors import read_tensor
@@ -105,12 +106,12 @@ class SplitModel:
         return named
 
     def save_pretrained(self, save_directory: str | Path, *_: object, **__: object) -> None:
-        """Save the trained parameters, a few MB; `qsvd.load(OUT, adapter=save_directory)` loads them.
+        """Save the adapter, a few MB; `qsvd.load(OUT, adapter=save_directory)` loads it.
 
         transformers' other arguments concern files of whole models and are ignored.
         """
-        parameters = trained(cast("PreTrainedModel", self))
-        write_adapter(Path(save_directory), self.split_record, parameters, self.trained_template)
+        tensors = saved(cast("PreTrainedModel", self))
+        write_adapter(Path(save_directory), self.split_record, tensors, self.trained_template)
 
     def is_custom_code(self) -> bool:
         """Refuse PEFT's layers: of a loaded model, PEFT asks this (in transformers) before it adds layers.
@@ -161,6 +162,16 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(ADAPTER, "."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def saved(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a folder of the adapter holds: what is trained, and what adapters start from and no file has."""
+    started = (
+        (f"{path}.{name}", linear.adapter.get_buffer(name))
+        for path, linear in split_linears(model)
+        for name in linear.adapter.state_dict().keys() - dict(linear.adapter.named_parameters()).keys()
+    )
+    return trained(model) | dict(sorted(started))
+
+
 def trained_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Return the trained pairs of factors, up [O, K] and down [K, I], in model order."""
     pairs = (linear.adapter.pair() for _, linear in split_linears(model))
@@ -168,16 +179,16 @@ def trained_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
 
 
 def restore(model: nn.Module, adapter: AdapterFolder) -> None:
-    """Load the trained parameters from a folder.
+    """Load the saved tensors from a folder.
 
     Raises:
-        BadInput: the folder lacks parameters of the model, has others, or of other shapes.
+        BadInput: the folder lacks tensors of the model, has others, or of other shapes.
     """
-    parameters = trained(model)
-    _check_names(parameters, adapter)
+    tensors = saved(model)
+    _check_names(tensors, adapter)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(read_tensor(adapter.tensors[name]))
+        for name, tensor in tensors.items():
+            tensor.copy_(read_tensor(adapter.tensors[name]))
     for _, linear in split_linears(model):
         linear.adapter.forget()
 
@@ -216,3 +227,14 @@ class HostEmbedding(nn.Module):
     def __deepcopy__(self, memo: dict) -> "HostEmbedding":
         """Return itself: it is frozen."""
         return self
+
+
+def keep_embeddings(model: Any, device: torch.device) -> None:
+    """Replace the embedding by one in CPU memory."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(head, TiedHead) or (head is not None and head.weight is embedding.weight):
+        raise BadInput(
+            f"the embedding of {type(model).__name__} is also its output head, which computes on the device; "
+            "leave embeddings_on_host out"
+        )
+    model.set_input_embeddings(HostEmbedding(embedding, device))

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, StoredWeight, no_components
+from qsvd.adapters.gradients import open_gradients
 from qsvd.adapters.methods.frozen import Frozen
-from qsvd.adapters.methods.table import METHODS, check_own_options, default_method, kind_of
+from qsvd.adapters.methods.table import METHODS, as_recorded, check_own_options, default_method, kind_of
 from qsvd.errors import BadInput
 from qsvd.files.adapter import AdapterFolder, AdapterRecord
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.split_folder import SplitFolder
+from qsvd.files.statistics import Statistics
 from qsvd.memory.split_model import Skeleton, SplitModelPlan, skeleton
 from qsvd.plan.allocation import Allocation, Choice, Table, shared
 from qsvd.plan.targets import check_targets, is_target, target_names
@@ -51,7 +53,7 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
         target_modules=options.target_modules,
         dropout=options.dropout,
         rslora=options.rslora,
-        own=dict(options.own),
+        own=as_recorded(options.own),
     )
 
 
@@ -60,12 +62,24 @@ def _method(ranks: Mapping[str, int], options: AdapterOptions) -> str:
     return default_method(rank for module, rank in ranks.items() if is_target(module, options.target_modules))
 
 
-def check_start(split: SplitFolder, record: AdapterRecord) -> None:
-    """Refuse options that the method cannot use: start the smallest trained weight of every stored rank."""
+def gradients_of(split: SplitFolder, record: AdapterRecord) -> Statistics | None:
+    """Open the file of gradients that a new adapter starts from; see `open_gradients`."""
+    shapes = {weight["module"]: tuple(weight["shape"]) for weight in split.weights.values()}
+    return open_gradients(record.method, _options_of(record), split.manifest["source"]["fingerprint"], shapes)
+
+
+def check_start(split: SplitFolder, record: AdapterRecord, *, is_restored: bool = False) -> None:
+    """Refuse options that the method cannot use: start the smallest trained weight of every stored rank.
+
+    Args:
+        is_restored: The tensors of a run follow, so that no gradients are needed.
+    """
+    gradients = None if is_restored else gradients_of(split, record)
     trained = {n: w for n, w in split.weights.items() if is_target(w["module"], record.target_modules)}
     for rank in sorted({weight["rank"] for weight in trained.values()}):
         sizes = {name: math.prod(weight["shape"]) for name, weight in trained.items() if weight["rank"] == rank}
-        start_adapter(split, record, min(sizes, key=lambda name: sizes[name]), torch.device("cpu"))
+        smallest = min(sizes, key=lambda name: sizes[name])
+        start_adapter(split, record, smallest, torch.device("cpu"), gradients)
 
 
 def check_method(method: str) -> None:
@@ -92,33 +106,49 @@ def _resolved(dtype: str, count: int) -> str:
     return "float32" if count <= FEW else "bfloat16"
 
 
-def start_adapter(split: SplitFolder, record: AdapterRecord, name: str, device: torch.device) -> Adapter:
+def start_adapter(
+    split: SplitFolder, record: AdapterRecord, name: str, device: torch.device, gradients: Statistics | None = None
+) -> Adapter:
     """Return the adapter of one weight before its first step; `name` is its tensor in the quantized model.
+
+    Args:
+        gradients: From `gradients_of`; None if the tensors of a run follow.
 
     Raises:
         BadInput: the method cannot start from the weight's components.
     """
-    return start_from(read_weight(split, name, device, record), split, record, name)
+    return start_from(read_weight(split, name, device, record, gradients), split, record, name)
 
 
 def _kind(split: SplitFolder, record: AdapterRecord, name: str) -> type[Adapter]:
     return kind_of(record.method, split.weights[name]["module"], split.module_ranks, record.target_modules)
 
 
-def read_weight(
-    split: SplitFolder, name: str, device: torch.device, record: AdapterRecord, *, is_paged: bool = False
+def read_weight(  # each is a choice of its own
+    split: SplitFolder,
+    name: str,
+    device: torch.device,
+    record: AdapterRecord,
+    gradients: Statistics | None,
+    *,
+    is_paged: bool = False,
 ) -> StoredWeight:
     """Read one weight.
 
     Args:
+        gradients: As for `start_adapter`.
         is_paged: Map the residual in its file and read it only if the method starts from its values.
     """
     up_OR, down_RI = read_components(split, name)
-    if is_paged and not _kind(split, record, name).starts_from_residual:
+    kind = _kind(split, record, name)
+    if is_paged and not kind.starts_from_residual:
         residual = split.residual(name, mapped=True)
     else:
         residual = split.residual(name).to(device)
-    return StoredWeight(residual, up_OR.to(device), down_RI.to(device), name)
+    gradient = None
+    if gradients is not None and kind.starts_from_gradient:
+        gradient = gradients.gradient(split.weights[name]["module"])
+    return StoredWeight(residual, up_OR.to(device), down_RI.to(device), name, gradient)
 
 
 def read_components(split: SplitFolder, name: str) -> tuple[Tensor, Tensor]:
@@ -148,12 +178,13 @@ def trained_adapter(split: SplitFolder, adapter: AdapterFolder, name: str, modul
     Raises:
         BadInput: the folder lacks parameters of it.
     """
-    made = start_adapter(split, adapter.record, name, torch.device("cpu")).requires_grad_(False)
-    missing = [f"{module}.{part}" for part, _ in made.named_parameters() if f"{module}.{part}" not in adapter.tensors]
+    made = start_adapter(split, adapter.record, name, torch.device("cpu"), None).requires_grad_(False)
+    saved = made.state_dict()
+    missing = [f"{module}.{part}" for part in saved if f"{module}.{part}" not in adapter.tensors]
     if missing:
         raise BadInput(f"{adapter.folder} lacks {', '.join(missing)}")
-    for part, parameter in made.named_parameters():
-        parameter.copy_(read_tensor(adapter.tensors[f"{module}.{part}"]))
+    for part, tensor in saved.items():
+        tensor.copy_(read_tensor(adapter.tensors[f"{module}.{part}"]))
     return made
 
 

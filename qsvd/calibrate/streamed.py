@@ -55,10 +55,13 @@ class StreamedModel:
             self._model.set_submodule(path, StandIn(path, block, self._tapes))
         self._returns: int | None = None  # known after one block has been run
 
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        """Return the weights of one block that need statistics."""
+        return tuple(spec for spec in self.plan.weights if spec.module.startswith(f"{path}."))
+
     def wanted(self, path: str) -> tuple[str, ...]:
-        """Return the weights of one block that need statistics, by their names inside the block."""
-        modules = (spec.module for spec in self.plan.weights if spec.module.startswith(f"{path}."))
-        return tuple(f"{module.removeprefix(f'{path}.')}.weight" for module in modules)
+        """Return their names inside the block."""
+        return tuple(f"{spec.module.removeprefix(f'{path}.')}.weight" for spec in self.weights(path))
 
     def read_block(self, path: str) -> dict[str, Tensor]:
         """Read all tensors of one block to the device; return them by their names inside the block."""

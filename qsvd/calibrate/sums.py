@@ -3,7 +3,7 @@
 Shape suffixes: O = out features, I = in features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qsvd.calibrate.gradients import GradientSums
+from qsvd.files.statistics import LEFT, RIGHT, VALUES
 from qsvd.plan.weights import WeightSpec
 
 LOSS, EXAMPLES = "loss", "examples"
@@ -23,10 +25,13 @@ class Sums:
 
     Args:
         values: By name: MODULE.rows [O] and MODULE.columns [I], means of the squared gradient over a row and a column;
-            MODULE.trace and MODULE.trace_squares [1], samples of the trace and their squares; loss, and examples.
+            MODULE.trace and MODULE.trace_squares [1], samples of the trace and their squares; loss, and examples. With
+            `gradients`, the float32 singular vectors of the blocks that are done.
+        gradients: None keeps none.
     """
 
     values: dict[str, Tensor]
+    gradients: GradientSums | None = None
 
     @classmethod
     def empty(cls, weights: Sequence[WeightSpec], device: torch.device, *, has_traces: bool) -> "Sums":
@@ -43,6 +48,13 @@ class Sums:
         squares_OI = gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32)).square()
         self.values[f"{module}.rows"] += squares_OI.sum(dim=1, dtype=torch.float64) / squares_OI.shape[1]
         self.values[f"{module}.columns"] += squares_OI.sum(dim=0, dtype=torch.float64) / squares_OI.shape[0]
+        if self.gradients is not None:
+            self.gradients.add(module, gradient_OI)
+
+    def end_block(self, weights: Iterable[WeightSpec]) -> None:
+        """Keep the singular vectors of the gradients of these weights, whose last example was added."""
+        if self.gradients is not None:
+            self.values |= self.gradients.close(weights, self.num_examples)
 
     def add_trace(self, module: str, sample: float) -> None:
         """Add v^T H v of one example and one probe, for one weight."""
@@ -85,7 +97,8 @@ def means(sums: Sums, weights: Sequence[WeightSpec], probes: int) -> Mapping[str
             error = sqrt(spread / (samples - 1) / samples) if samples > 1 else float("inf")
             found[f"{spec.module}.trace"], found[f"{spec.module}.trace_error"] = torch.tensor([[mean], [error]])
     _raise_experts(found, weights)
-    return found
+    vectors = (f"{spec.module}.{part}" for spec in weights for part in (LEFT, VALUES, RIGHT))
+    return found | {name: sums.values[name].cpu() for name in vectors if name in sums.values}
 
 
 def _raise_experts(found: dict[str, Tensor], weights: Sequence[WeightSpec]) -> None:

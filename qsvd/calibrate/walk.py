@@ -39,6 +39,10 @@ class Probes:
         return (2 * bits - 1).to(like.dtype)
 
 
+AT = "at "  # begins the names of what a stopped backward pass needs
+AT_BLOCKS = f"{AT}blocks"
+
+
 @dataclass
 class _Track:
     """The state of one example between two blocks: tensors [1, T, D] in CPU memory, tangents for every probe."""
@@ -50,6 +54,17 @@ class _Track:
     tangents: list[list[Tensor]]
     gradient: Tensor | None = None  # of the loss, at the block that the backward pass has reached
     gradient_tangents: list[Tensor] = field(default_factory=list)
+
+    def at(self) -> dict[str, Tensor]:
+        """Return where the backward pass is."""
+        assert self.gradient is not None, "_loss() was called before"
+        tangents = {f"{AT}tangent {self.number} {n}": tangent for n, tangent in enumerate(self.gradient_tangents)}
+        return {f"{AT}gradient {self.number}": self.gradient} | tangents
+
+    def go_to(self, at: Mapping[str, Tensor], probes: int) -> None:
+        """Be where an earlier backward pass was."""
+        self.gradient = at[f"{AT}gradient {self.number}"]
+        self.gradient_tangents = [at[f"{AT}tangent {self.number} {probe}"] for probe in range(probes)]
 
 
 @dataclass(frozen=True)
@@ -85,10 +100,18 @@ class _LoadedBlock:
         return {name: self.probes.signs(self.module(name), number, weight) for name, weight in self.wanted.items()}
 
 
-def add_examples(
-    model: StreamedModel, examples: Sequence[Example], sums: Sums, probes: Probes, *, first: int
-) -> Iterator[None]:
+def add_examples(  # each is a choice of its own
+    model: StreamedModel,
+    examples: Sequence[Example],
+    sums: Sums,
+    probes: Probes,
+    *,
+    first: int,
+    at: Mapping[str, Tensor] | None = None,
+) -> Iterator[Mapping[str, Tensor]]:
     """Add some examples to the sums, and yield after every block; every block is read twice for all examples together.
+
+    In the backward pass it yields where it is; another call with the same examples and the same sums goes on there.
 
     Args:
         model: Gradients are computed in its dtype.
@@ -96,6 +119,7 @@ def add_examples(
         sums: On the model's device. They are complete after the last block.
         probes: Probes of each example; a count of 0 computes no traces.
         first: Index of the first example.
+        at: Where an earlier backward pass was; None or empty starts anew.
 
     Raises:
         BadInput: the model cannot be run block by block.
@@ -105,20 +129,27 @@ def add_examples(
         hidden, calls = model.record(example.inputs(model.device))
         tracks.append(_Track(number, example, calls, [hidden], [[torch.zeros_like(hidden)] * probes.count]))
     order = [call.path for call in tracks[0].calls]
-    for at, path in enumerate(order):
-        block = _LoadedBlock(model, path, at, model.read_block(path), probes)
+    done = int(at[AT_BLOCKS]) if at else 0  # blocks of the backward pass; of the last one left, the input is needed
+    for number, path in enumerate(order[: max(len(order) - done - 1, 0)] if done else order):
+        block = _LoadedBlock(model, path, number, model.read_block(path), probes)
         for track in tracks:
             _forward(block, track)
         del block  # frees its memory before the next block is read
-        yield
+        yield {}
     for track in tracks:
-        sums.add_loss(_loss(model, track))
-    for at, path in reversed(list(enumerate(order))):
-        block = _LoadedBlock(model, path, at, model.read_block(path), probes)
+        if at:
+            track.go_to(at, probes.count)
+        else:
+            sums.add_loss(_loss(model, track))
+    for number in reversed(range(len(order) - done)):
+        path = order[number]
+        block = _LoadedBlock(model, path, number, model.read_block(path), probes)
         for track in tracks:
             _backward(block, track, sums)
+        sums.end_block(model.weights(path))
         del block
-        yield
+        reached = {AT_BLOCKS: torch.tensor([len(order) - number])}
+        yield reached | {name: tensor for track in tracks for name, tensor in track.at().items()}
 
 
 def _forward(block: _LoadedBlock, track: _Track) -> None:

@@ -1,12 +1,18 @@
-"""`qsvd calibrate`: second moments of gradients, and traces of the Hessian, of a model that need not fit in memory."""
+"""`qsvd calibrate`: second moments of gradients, traces of the Hessian, and singular vectors of the gradient.
+
+The model need not fit in memory.
+"""
 
 import sys
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from qsvd.calibrate.gradients import GradientSums
 from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Sums, means
-from qsvd.calibrate.walk import Probes, add_examples
+from qsvd.calibrate.walk import AT, AT_BLOCKS, Probes, add_examples
 from qsvd.console.progress import quiet, watched
 from qsvd.errors import DoesNotFit
 from qsvd.files.pages import free_host_memory
@@ -33,8 +39,8 @@ def main(options: Calibrate) -> None:
             print(run.cut, file=sys.stderr)
         if run.is_complete:
             print(f"{run.out} was complete already", file=sys.stderr)
-        kept = f"finished examples are kept, the same command continues for {run.out}"
-        with watched("chunk of examples", kept) as show:
+        unit, what = ("chunk of examples", "examples") if options.gradient_rank is None else ("block", "blocks")
+        with watched(unit, f"finished {what} are kept, the same command continues for {run.out}") as show:
             measure(run, show)
     print(run.out)
     print(last_lines("statistics", options.out, after_calibrate(options)), file=sys.stderr)
@@ -57,7 +63,8 @@ def calibrate(options: Calibrate, show: ShowProgress = show_nothing) -> Calibrat
 def measure(run: CalibrateRun, show: ShowProgress) -> None:
     """Do the work of a checked run.
 
-    A run that stops loses the chunk of examples that it works on: the same run continues there, to the same bytes.
+    A run that stops loses the chunk of examples that it works on, or with --gradient-rank the forward pass and one
+    block of the backward pass: the same run continues there, to the same bytes.
 
     Args:
         show: Is called after every block and after every chunk of examples. What it raises ends the work.
@@ -75,12 +82,16 @@ def measure(run: CalibrateRun, show: ShowProgress) -> None:
 
 
 def _measure(run: CalibrateRun, show: ShowProgress) -> None:
-    kept = open_unfinished(run.out, run.identity)
+    kept = open_unfinished(run.out, run.identity) or {}
+    at = {name: tensor for name, tensor in kept.items() if name.startswith(AT)}
     sums = Sums.empty(run.plan.weights, run.device, has_traces=run.options.traces > 0)
-    if kept is not None:
-        sums = Sums({name: tensor.to(run.device) for name, tensor in kept.items()})
+    sums.values |= {name: tensor.to(run.device) for name, tensor in kept.items() if name not in at}
     model = StreamedModel(run.checkpoint, run.plan, run.device, run.dtype, twice=run.options.traces > 0)
     probes = Probes(run.options.traces, run.options.seed)
+    if run.options.gradient_rank is not None:
+        _add_all(run, model, sums, probes, at, show)
+        _finish(run, sums)
+        return
     first, total = sums.num_examples, len(run.examples)
     chunk = _chunk_size(run, model)
 
@@ -99,6 +110,38 @@ def _measure(run: CalibrateRun, show: ShowProgress) -> None:
     _finish(run, sums)
 
 
+def _add_all(  # each is a part of the run
+    run: CalibrateRun,
+    model: StreamedModel,
+    sums: Sums,
+    probes: Probes,
+    at: Mapping[str, Tensor],
+    show: ShowProgress,
+) -> None:
+    """Add all examples at once, since gradients are summed over all; keep every block of the backward pass.
+
+    Args:
+        at: Where an earlier run was.
+    """
+    assert run.options.gradient_rank is not None, "asked before"
+    needed, free = _bytes_each(run, model) * len(run.examples), HOST_SHARE * free_host_memory()
+    if needed > free:
+        raise DoesNotFit(
+            f"--gradient-rank keeps the hidden states of all {len(run.examples)} examples, {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are half of the free CPU memory; give fewer --examples or a smaller --max-length"
+        )
+    experts = frozenset(spec.module for spec in run.plan.weights if spec.stack)
+    sums.gradients = GradientSums(run.options.gradient_rank, run.options.seed, experts)
+    done, total = int(at.get(AT_BLOCKS, 0)), model.num_blocks
+    walk = add_examples(model, run.examples, sums, probes, first=0, at=at)
+    for number, reached in enumerate(walk, start=2 * done + 1):
+        if reached:
+            save_unfinished(run.out, {**sums.values, **reached}, run.identity)
+        what = f"{50 * number / total:.0f} %, {int(reached.get(AT_BLOCKS, done))}/{total} blocks kept"
+        loss = f"loss {sums.loss:.4f}" if sums.num_examples else ""
+        show(Progress(number / 2, number / 2 - done, total, what, more=loss))
+
+
 def _finish(run: CalibrateRun, sums: Sums) -> None:
     """Write the file, then drop what only a resumed run needs."""
     record = {
@@ -111,6 +154,7 @@ def _finish(run: CalibrateRun, sums: Sums) -> None:
         "seed": run.options.seed,
         "max_length": run.options.max_length,
         "traces": run.options.traces,
+        "gradient_rank": run.options.gradient_rank,
         "loss": sums.loss,
         "run": run.identity,
     }
@@ -123,11 +167,16 @@ def _chunk_size(run: CalibrateRun, model: StreamedModel) -> int:
     """Return --chunk, or how many examples have hidden states and tangents that fit in half of the free CPU memory."""
     if run.options.chunk is not None:
         return run.options.chunk
+    most = int(HOST_SHARE * free_host_memory()) // _bytes_each(run, model)
+    return max(1, min(len(run.examples), MOST_CHUNK, most))
+
+
+def _bytes_each(run: CalibrateRun, model: StreamedModel) -> int:
+    """Return the bytes of the hidden states and tangents of the longest example."""
     tokens, hidden = _longest(run), run.checkpoint.config.get_text_config().hidden_size
     states = tokens * hidden * (model.num_blocks + 1) * (1 + run.options.traces)
     masks = tokens**2 * model.num_blocks  # at most, where every block has its own
-    each = (states + masks) * run.dtype.itemsize
-    return max(1, min(len(run.examples), MOST_CHUNK, int(HOST_SHARE * free_host_memory()) // each))
+    return (states + masks) * run.dtype.itemsize
 
 
 def _longest(run: CalibrateRun) -> int:

@@ -99,7 +99,7 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
     if run.options.gpu is not None:
         limit_gpu_memory(run.device, run.placed.memory.limits.gpu)
     with explained_errors(run):
-        model = load_start(run)  # 1
+        model = load_start(run, is_resumed=not is_new)  # 1
         if folder.start is None or is_new:
             folder.write(START, held_out_loss(run, model, "before"))  # 2
         compared = None if run.options.any_start or not is_new else run.split

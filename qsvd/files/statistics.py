@@ -5,10 +5,14 @@
     {module}.trace        float32 [1]  estimated trace of the Hessian of the mean loss in this weight; optional
     {module}.trace_error  float32 [1]  standard error of that estimate
 
+    {module}.gradient_left    float32 [O, 2K]  left singular vectors of the gradient of the mean loss; optional
+    {module}.gradient_values  float32 [2K]     its largest singular values, descending
+    {module}.gradient_right   float32 [K, I]   right singular vectors
+
 Metadata: format, fingerprint (of the checkpoint), and a JSON record of how they were made. The file of measured
 candidates of `qsvd allocate` is here too.
 
-Shape suffixes: O = out features, I = in features.
+Shape suffixes: O = out features, I = in features, K = rank that LoRA-GA can train.
 """
 
 import json
@@ -32,6 +36,12 @@ from qsvd.plan.weights import WeightSpec
 FORMAT = "qsvd statistics 1"
 UNFINISHED_FORMAT = "qsvd unfinished statistics 1"
 ROWS, COLUMNS, TRACE = "rows", "columns", "trace"
+LEFT, VALUES, RIGHT = "gradient_left", "gradient_values", "gradient_right"
+
+
+def most_rank(rank: int, shape: tuple[int, int]) -> int:
+    """Return the rank that LoRA-GA trains of a weight: it takes so many right, and the next left, singular vectors."""
+    return min(rank, min(shape) // 2)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,22 @@ class Statistics:
         if not math.isfinite(trace):
             raise BadInput(f"{self.path}: {module}: its trace is {trace}; run qsvd calibrate again")
         return trace
+
+    def gradient_rank(self, module: str) -> int:
+        """Return K of one weight; 0 if the file has no gradient of it."""
+        entry = self._entries.get(f"{module}.{RIGHT}")
+        return 0 if entry is None else entry.shape[0]
+
+    def gradient(self, module: str) -> tuple[Tensor, Tensor]:
+        """Return the left [O, 2 K] and the right [K, I] singular vectors of the gradient of one weight.
+
+        Raises:
+            BadInput: the file lacks them, or a value is not finite.
+        """
+        parts = self._read(module, LEFT), self._read(module, RIGHT)
+        if not all(part.isfinite().all() for part in parts):
+            raise BadInput(f"{self.path}: {module}: its gradient is not finite; run qsvd calibrate again")
+        return parts
 
     def _read(self, module: str, part: str) -> Tensor:
         entry = self._entries.get(f"{module}.{part}")

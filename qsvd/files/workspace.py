@@ -43,6 +43,7 @@ CONTENTS = {  # digests in an identity -> of what
     "init_from": "the run of --init-from",
     "tokens_sha256": "the examples as tokens",
     "trained": "the run",
+    "gradients": "the gradients",
 }
 
 

@@ -90,6 +90,9 @@ class Calibrate:
     examples: Annotated[int, Group("data"), at_least(1), Help("Number of examples, drawn by --seed.")] = 128
     max_length: MaxLength = None
     traces: Annotated[int, at_least(0), Help("Random probes per example for Hessian traces; 0: no traces.")] = 0
+    gradient_rank: Annotated[
+        int | None, ADDED, at_least(1), Help("Also keep gradients for qsvd train --method lora-ga, up to this --rank.")
+    ] = None
     loss_on: LossOn = "answers"
     map: Annotated[Map, SAME_RESULT] = ()
     split: Annotated[DataSplit, SAME_RESULT] = "train"

@@ -63,7 +63,7 @@ class TrainingOptions:
         ABOVE_ZERO,
         Help("Scale is alpha / rank. Default: by the method, rank / 4 for lora (2 with --rslora)."),
     ] = None
-    rslora: Annotated[bool, ADDED, Help("lora, dora, lora-fa: scale is alpha / sqrt(rank).")] = False
+    rslora: Annotated[bool, ADDED, Help("lora, dora, lora-fa, lora-ga: scale is alpha / sqrt(rank).")] = False
     dropout: Annotated[float, ADDED, SHARE, Help("lora: dropout on the input of the adapter.")] = 0.0
     target_modules: Annotated[
         tuple[str, ...],

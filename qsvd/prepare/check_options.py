@@ -41,7 +41,7 @@ from qsvd.plan.targets import check_targets, target_names
 
 Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Methods | Plan | Quantize | Report | Train
 
-TWO_FACTORS = ("lora", "dora", "lora-fa")  # methods that --rslora scales
+TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga")  # methods that --rslora scales
 LEAST_SHARD = 10**5  # bytes of one output file
 TRACKERS = {  # name -> packages of which transformers needs one
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -118,8 +118,6 @@ def _check_hub(options: Options) -> None:
 def _conflicts(options: Options) -> list[str]:
     """Return a clause for every option that does not go with another one."""
     wrong = []
-    if isinstance(options, TrainingOptions) and options.layer_major and not options.gradient_checkpointing:
-        wrong.append("--layer-major needs gradient checkpointing: leave out --no-gradient-checkpointing")
     if (
         isinstance(options, TrainingOptions | Quantize)
         and options.allocation is not None
@@ -136,6 +134,8 @@ def _conflicts(options: Options) -> list[str]:
         wrong += _conflicts_of_eval(options)
     if isinstance(options, Generate):
         wrong += _conflicts_of_generate(options)
+    if isinstance(options, Calibrate) and options.chunk is not None and options.gradient_rank is not None:
+        wrong.append("--chunk divides the examples, and --gradient-rank sums over all: give one of them")
     return wrong
 
 
@@ -164,6 +164,8 @@ def _conflicts_of_objective(options: Quantize | Allocate) -> list[str]:
 
 def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     wrong = []
+    if options.layer_major and not options.gradient_checkpointing:
+        wrong.append("--layer-major needs gradient checkpointing: leave out --no-gradient-checkpointing")
     of_methods = {"--dropout": (options.dropout > 0, ("lora",)), "--rslora": (options.rslora, TWO_FACTORS)}
     for flag, (is_given, methods) in of_methods.items():
         if is_given and options.method not in ("auto", *methods):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qsvd.adapters.gradients import open_gradients
 from qsvd.adapters.methods.table import METHODS
 from qsvd.errors import BadInput
 from qsvd.files.adapter import open_adapter
@@ -15,10 +16,11 @@ from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.workspace import ADAPTER_RECORD, ANOTHER_FOLDER, model_kind
 from qsvd.options import Quantize, Train
 from qsvd.paths import hub_id
+from qsvd.plan.targets import target_names
 from qsvd.prepare.check_options import check
 from qsvd.prepare.plan import plan_of, plan_source, run_of_16_bit
 from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
-from qsvd.prepare.train import PlannedRun, TrainRun, prepare_train, train_machine
+from qsvd.prepare.train import PlannedRun, TrainRun, adapter_options_of, is_saved, prepare_train, train_machine
 from qsvd.training.run_folder import check_run_folder, checkpoints
 
 UNKNOWN = ("alpha", "base_fingerprint")  # of the identity of a run, before its quantized model is complete
@@ -67,6 +69,7 @@ def prepare_training(options: Train) -> TrainRun | FirstRun:
     known: dict[str, Any] = {field.name: getattr(run, field.name) for field in fields(run)} | {"options": then}
     found = FirstRun(**known, quantizing=quantizing)
     _check_base(found)
+    _check_gradients(found)
     check_run_folder(found.out, found.identity, resume=options.resume, total=found.total_steps, unknown=UNKNOWN)
     return found
 
@@ -80,6 +83,16 @@ def _check_base(run: FirstRun) -> None:
                 raise BadInput(
                     f"{run.out} holds a run on {base}; give the same options to continue, or {ANOTHER_FOLDER}"
                 )
+
+
+def _check_gradients(run: FirstRun) -> None:
+    """Refuse, before the hours of quantizing, gradients that the method cannot start from."""
+    if is_saved(run.options):
+        return
+    options, source = adapter_options_of(run.options), run.quantizing
+    options = replace(options, target_modules=target_names(options.target_modules))
+    shapes = {spec.module: spec.shape for spec in source.plan.weights}
+    open_gradients(run.method, options, source.checkpoint.fingerprint, shapes)
 
 
 def on_quantized(run: TrainRun | FirstRun, work: Callable[[QuantizeRun], object]) -> TrainRun:

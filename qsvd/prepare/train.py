@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from qsvd.adapters.adapter import AdapterOptions
-from qsvd.adapters.load import load
+from qsvd.adapters.gradients import gradients_digest, starts_from_gradients
+from qsvd.adapters.load import load_new
 from qsvd.adapters.methods.table import METHODS, has_pair, own_options
 from qsvd.adapters.model import restore
 from qsvd.adapters.start import check_start, new_record, planned_base
@@ -25,7 +26,9 @@ from qsvd.files.adapter import (
     check_base,
     open_adapter,
 )
+from qsvd.files.atomic import read_object
 from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.files.workspace import IDENTITY
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.placement import Placed, Wish
@@ -37,6 +40,7 @@ from qsvd.plan.targets import EVERYTHING, EXPERTS
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import Machine, machine, place_training, show_placement
 from qsvd.report.errors import short_count
+from qsvd.training.run_folder import SUMMARY, checkpoints
 from qsvd.training.settings import Settings, default_optimizer
 
 SMALL, SMALL_RATE = 10**9, 1e-3  # weights of a small model, and the lowest of the best rates measured for such models
@@ -103,6 +107,8 @@ class PlannedRun:
         """What the bytes of the adapter depend on, as far as it is known."""
         held_out = self.data.held_out
         data = {"data": _digest(self.data.train), "held_out": held_out and _digest(held_out)}
+        if starts_from_gradients(self.method) and self.options.init_from is None:
+            data["gradients"] = _digest_of_gradients(self.options)
         known = {"max_length": self.settings.max_length, "device": self.device.type, "base_fingerprint": None}
         return result_options(self.options) | known | data
 
@@ -117,7 +123,6 @@ class TrainRun(PlannedRun):
 
     split: SplitFolder
     record: AdapterRecord
-    adapter_options: AdapterOptions
     init_from: AdapterFolder | None
 
     @property
@@ -162,7 +167,7 @@ def prepare_run(options: Train, here: Machine, data: RunData | None = None, *, m
     split = open_split(Path(options.base).expanduser())
     adapter_options, first = starting_options(options, split)
     record = new_record(split, adapter_options)
-    check_start(split, record)
+    check_start(split, record, is_restored=first is not None or is_saved(options))
     check_pairs(options, record.method)
     if data is None:
         data = read_run_data(options, Home(str(options.base), split.folder, split.manifest["source"]["architecture"]))
@@ -174,7 +179,7 @@ def prepare_run(options: Train, here: Machine, data: RunData | None = None, *, m
         record = new_record(split, adapter_options, labels)
     run = plan_run(options, planned_base(split, record, here.dtype), data, here, must_fit=must_fit)
     known = {field.name: getattr(run, field.name) for field in fields(run)}
-    return TrainRun(**known, split=split, record=record, adapter_options=adapter_options, init_from=first)
+    return TrainRun(**known, split=split, record=record, init_from=first)
 
 
 def check_offload(options: Train, device: torch.device) -> None:
@@ -217,15 +222,27 @@ def plan_run(options: Train, model: SplitModelPlan, data: RunData, here: Machine
     )
 
 
-def load_start(run: TrainRun) -> Any:
-    """Load the model with the adapter that the training starts from."""
-    model = load(
-        run.split.folder,
-        options=run.adapter_options,
-        labels=run.data.train.label_names,
+def is_saved(options: TrainingOptions) -> bool:
+    """Return whether a run has a checkpoint to go on from, or is complete."""
+    if not isinstance(options, Train):
+        return False
+    out = options.out.expanduser()
+    return bool(checkpoints(out)) or (out / SUMMARY).is_file()
+
+
+def load_start(run: TrainRun, *, is_resumed: bool) -> Any:
+    """Load the model with the adapter that the training starts from.
+
+    Args:
+        is_resumed: The caller restores a checkpoint.
+    """
+    model = load_new(
+        run.split,
+        run.record,
         device=run.device,
         dtype=run.dtype,
         placement=run.placed.placement,
+        is_restored=run.init_from is not None or is_resumed,
     )
     if run.options.chat_template is not None:
         model.trained_template = run.data.tokenizer.chat_template
@@ -299,6 +316,14 @@ def training_of(options: TrainingOptions, tokens: int, device: torch.device, *, 
     batch = Batch(tokens, options.batch_size, is_masked, options.gradient_checkpointing, device.type)
     optimizer = default_optimizer(device) if options.optimizer == "auto" else options.optimizer
     return Training(batch, options.accumulate, optimizer, options.layer_major)
+
+
+def _digest_of_gradients(options: Train) -> str | None:
+    """Return the digest of the file of gradients, or that of the run where the file is gone."""
+    file: Path | None = getattr(options, "gradients", None)
+    found = None if file is None else gradients_digest(file.expanduser())
+    path = options.out.expanduser() / IDENTITY
+    return found or (read_object(path).get("gradients") if path.is_file() else None)
 
 
 def _digest(data: Tokenized) -> str:

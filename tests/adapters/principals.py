@@ -10,6 +10,7 @@ from qsvd.adapters.adapter import Adapter, Defaults, StoredWeight
 from qsvd.numerics.codec import NestedScales
 from qsvd.numerics.nf4 import NormalFloat4
 from tests import reference
+from tests.gradients import vectors
 
 SHAPES = ((70, 172), (64, 128), (33, 64), (172, 7), (3, 5), (1, 1))  # blocks cross rows in the first, odd ends follow
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # each rounds within, relatively
@@ -30,11 +31,12 @@ def decoded(residual):
 
 
 def principal_of(shape, rank, *, dtype=torch.float32, double_quant=False, seed=0):
-    """A residual and random factors."""
+    """A residual and random factors, and orthonormal vectors for those of a gradient."""
     up, down = (
         torch.from_numpy(reference.gaussian(*size, seed=seed + 1)) for size in ((shape[0], rank), (rank, shape[1]))
     )
-    return StoredWeight(packed_residual(shape, double_quant=double_quant, seed=seed), up.to(dtype), down.to(dtype))
+    residual = packed_residual(shape, double_quant=double_quant, seed=seed)
+    return StoredWeight(residual, up.to(dtype), down.to(dtype), gradient=vectors(shape, max(shape)))
 
 
 class Given(Adapter):

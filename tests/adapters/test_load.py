@@ -22,6 +22,7 @@ from tests.adapters.results import (
     split_checkpoint,
 )
 from tests.checkpoints import FAMILIES, REFUSED, WITH_EXPERTS
+from tests.gradients import write_gradients
 
 CASES = [(family, {}) for family in sorted(FAMILIES.keys() - REFUSED - WITH_EXPERTS)] + [
     ("LlamaForCausalLM", {"tie_word_embeddings": True}),
@@ -82,8 +83,9 @@ def test_without_the_stored_components_the_outputs_would_be_others(out):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_starts_from_the_same_outputs(out, method):
-    model = qsvd.load(out, options=qsvd.AdapterOptions(method))
+def test_every_method_starts_from_the_same_outputs(out, method, tmp_path):
+    own = {"gradients": write_gradients(out, tmp_path / "g", 32)} if method == "lora-ga" else {}
+    model = qsvd.load(out, options=qsvd.AdapterOptions(method, own=own))
     assert model.split_record.method == method
     assert_as_exact_as_float32(model, plain_model(out))
     if method == "edora":

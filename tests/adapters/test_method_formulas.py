@@ -25,6 +25,7 @@ OPTIONS = {  # a scale of 3 / rank, where there is one
     "adalora": {"rank": 5, "alpha": 3.0},
     "lora-fa": {"rank": 5, "alpha": 3.0},
     "vera": {"rank": 5, "own": {"d_initial": 0.7}},
+    "lora-ga": {"rank": 5, "alpha": 3.0, "own": {"gamma": 4.0}},
 }
 
 
@@ -40,6 +41,8 @@ def formula(method, scale, f, p):
         added = p["b"][:, None] * (f["shared_up"] @ torch.diag(p["d"]) @ f["shared_down"])
     elif method == "adalora":
         added = scale * p["up"] @ torch.diag(p["diagonal"]) @ p["down"]
+    elif method == "lora-ga":
+        added = scale * (p["up"] @ p["down"] + f["minus_start_up"] @ f["start_down"])
     else:
         added = scale * p["up"] @ (f["frozen_down"][RANK:] if method == "lora-fa" else p["down"])
     return f["Q"] + f["P"] + added
@@ -60,6 +63,8 @@ def moved(method, principal, *, seed=3):
 
 def frozen_of(adapter, principal):
     buffers = {name: buffer.double() for name, buffer in adapter.named_buffers()}
+    if "start_up" in buffers:
+        buffers["minus_start_up"] = -buffers["start_up"]  # so that a formula of absolute values adds it
     return buffers | {"Q": decoded(principal.residual), "P": principal.up_OR.double() @ principal.down_RI.double()}
 
 

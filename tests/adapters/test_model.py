@@ -12,6 +12,7 @@ from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import SplitModel, split_linears, trained
 from tests.adapters.results import IDS, modules_of, outputs, split_checkpoint
+from tests.gradients import write_gradients
 
 PARAMETERS = {
     "pissa": ("up", "down"),
@@ -23,6 +24,7 @@ PARAMETERS = {
     "adalora": ("up", "diagonal", "down"),
     "lora-fa": ("up",),
     "vera": ("b", "d"),
+    "lora-ga": ("up", "down"),
 }
 FIRST = "model.layers.0.mlp.down_proj"
 
@@ -56,8 +58,9 @@ def rewritten(folder, change):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_saved_comes_back_to_the_bit(out, tmp_path, method, dtype):
-    model = stepped(qsvd.load(out, options=qsvd.AdapterOptions(method, dtype=dtype, seed=3)))
-    before = qsvd.load(out, options=qsvd.AdapterOptions(method, dtype=dtype, seed=3))
+    own = {"gradients": write_gradients(out, tmp_path / "g", 32)} if method == "lora-ga" else {}
+    options = qsvd.AdapterOptions(method, dtype=dtype, seed=3, own=own)
+    model, before = stepped(qsvd.load(out, options=options)), qsvd.load(out, options=options)
     assert not torch.equal(outputs(model), outputs(before))
     model.save_pretrained(tmp_path / "run")
     again = qsvd.load(out, adapter=str(tmp_path / "run"))

@@ -35,7 +35,7 @@ def described(tensors):
     ("method", "stored_rank", "rank"),
     [("pissa", 8, 8), ("lora", 0, 4), ("lora", 8, 4), ("lora", 8, 64), ("edora", 8, 8), ("edora", 8, 3)]
     + [("lora-xs", 8, 3), ("sorsa", 8, 8)]
-    + [(method, stored, 4) for method in ("dora", "adalora", "lora-fa", "vera") for stored in (0, 8)],
+    + [(method, stored, 4) for method in ("dora", "adalora", "lora-fa", "vera", "lora-ga") for stored in (0, 8)],
 )
 def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_rank, rank):
     dtypes = (torch.float32, torch.bfloat16)
@@ -51,7 +51,7 @@ def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_ra
 @pytest.mark.parametrize(
     ("method", "stored_rank"),
     [("pissa", 8), ("lora", 0), ("lora", 8), ("edora", 8), ("lora-xs", 8), ("sorsa", 8)]
-    + [(method, stored) for method in ("dora", "adalora", "lora-fa", "vera") for stored in (0, 8)],
+    + [(method, stored) for method in ("dora", "adalora", "lora-fa", "vera", "lora-ga") for stored in (0, 8)],
 )
 def test_what_is_made_is_what_autograd_keeps_beside_them(method, stored_rank, stored):
     adapter = started(

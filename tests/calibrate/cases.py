@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 
+from qsvd.calibrate.gradients import GradientSums
 from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Example, Sums, means
 from qsvd.calibrate.walk import Probes, add_examples
@@ -84,9 +85,12 @@ def examples_of(architecture: str, lengths=(9, 14, 6)) -> list[Example]:
     return [Example(text, [-100] * 3 + text[3:]) for text in texts]
 
 
-def sums_of(model: StreamedModel, examples, *, chunk=100, probes=0, seed=7) -> Sums:
+def sums_of(model: StreamedModel, examples, *, chunk=100, probes=0, seed=7, gradient_rank=None) -> Sums:
     """What a run adds up, `chunk` examples at a time."""
     sums = Sums.empty(model.plan.weights, CPU, has_traces=probes > 0)
+    if gradient_rank is not None:
+        experts = frozenset(spec.module for spec in model.plan.weights if spec.stack)
+        sums.gradients = GradientSums(gradient_rank, seed, experts)
     for first in range(0, len(examples), chunk):
         for _ in add_examples(model, examples[first : first + chunk], sums, Probes(probes, seed), first=first):
             pass

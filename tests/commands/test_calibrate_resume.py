@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -71,6 +72,36 @@ def test_what_is_kept_is_not_done_again(stories, texts, tmp_path):
     assert min(now.share for now in show.seen) > 3 / 4
     assert [now.done for now in show.seen if now.may_stop] == [4]
     assert len(show.seen) == steps
+
+
+def test_with_gradients_a_run_goes_on_with_the_next_block_of_the_backward_pass_to_the_same_bytes(
+    stories, texts, tmp_path
+):
+    changes = {"traces": 1, "gradient_rank": 4}
+    whole = options_of(stories, texts, tmp_path / "whole", **changes)
+    calibrate(whole)
+    for number in (1, 3, 6):  # five blocks, the result
+        options = options_of(stories, texts, tmp_path / f"dies-{number}", **changes)
+        assert die_at(options, number) == EXIT
+        show = StopAfter()
+        measure(prepare_calibrate(options), show)
+        done = number - 1
+        assert len(show.seen) == 5 - done + max(5 - done - bool(done), 0)
+        assert options.out.read_bytes() == whole.out.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_hidden_states_of_all_examples_that_do_not_fit_are_refused_before_the_work(
+    stories, texts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "free_host_memory", lambda: 10**5)
+    monkeypatch.setattr(command, "add_examples", None)
+    flags = ["--examples", "4", "--device", "cpu", "--gradient-rank", "4"]
+    assert run(["calibrate", str(stories), str(texts), "--out", str(tmp_path / "s"), *flags]) == 3
+    sentence = r"--gradient-rank keeps the hidden states of all 4 examples, 0\.\d GB, and 0\.0 GB are half of the free"
+    assert re.search(sentence, capsys.readouterr().err)
+    assert run(["calibrate", str(stories), str(texts), "--out", str(tmp_path / "s"), *flags, "--chunk", "2"]) == 2
+    assert "--chunk divides the examples, and --gradient-rank sums over all" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_after_the_chunk_and_says_what_stays(stories, texts, tmp_path, capsys, monkeypatch):

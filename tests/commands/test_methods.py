@@ -21,6 +21,7 @@ PARAMETERS = {  # the default rank r on stored components of rank 64, and what i
     "adalora": (12, lambda m, n, r: r * (m + n + 1)),
     "lora-fa": (64, lambda m, _, r: r * m),
     "vera": (256, lambda m, _, r: r + m),
+    "lora-ga": (32, lambda m, n, r: r * (m + n)),
 }
 LLAMA = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]  # 32 blocks of these
 FORMS = ("peft", "lora", "merged")

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,27 @@ def source(tmp_path_factory):
 @pytest.fixture
 def options(source, tmp_path):
     return training(source, write_rows(tmp_path / "texts.jsonl", text_rows()), tmp_path / "RUN", save_every=2)
+
+
+def test_gradients_are_checked_before_the_model_is_quantized(source, options, tmp_path, capsys):
+    for model, place in ((source, tmp_path / "ours"), (language_base(tmp_path / "base").parent / "source", "others")):
+        changes = {"hidden_act": "gelu"} if place == "others" else {}  # another config, so another fingerprint
+        path = Path(model) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        flags = ["--out", str(tmp_path / place), "--examples", "2", "--max-length", "16", "--gradient-rank", "4"]
+        assert run(["calibrate", str(model), options.data, *flags, "--device", "cpu"]) == 0
+    asked = training(source, options.data, options.out, method="lora-ga", rank=4, steps=1)
+    refused = {
+        None: "lora-ga starts from gradients of the 16-bit model: give --gradients FILE",
+        tmp_path / "others": "others has the gradients of another model",
+    }
+    for file, said in refused.items():
+        capsys.readouterr()
+        assert run(words(replace(asked, gradients=file))) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "source-nf4-r0").exists()
+    assert run(words(replace(asked, gradients=tmp_path / "ours"))) == 0
+    assert (tmp_path / "source-nf4-r0" / "qsvd.json").is_file()
 
 
 WAYS = {  # options of train -> of quantize, of train on its output, the folder
@@ -132,7 +154,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_quantized(options, tm
         "rank": ({"rank": 999}, "--rank 999 is above 128, the shorter side of the smallest layer"),
         "lora only": (
             {"rslora": True},
-            "rslora is an option of the method lora or dora or lora-fa, and the method is pissa",
+            "rslora is an option of the method lora or dora or lora-fa or lora-ga, and the method is pissa",
         ),
         "start": ({"init_from": tmp_path}, "--init-from"),
         "memory": ({"host": "1MB"}, "needs"),

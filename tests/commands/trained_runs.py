@@ -11,6 +11,7 @@ import qsvd
 from qsvd.adapters.model import split_linears, trained
 from tests.commands.folders import components_of
 from tests.export.cases import residual
+from tests.gradients import write_gradients
 
 METHODS = {
     "pissa": {},
@@ -22,6 +23,7 @@ METHODS = {
     "adalora": {"rank": 4, "alpha": 8.0},
     "lora-fa": {"rank": 4, "alpha": 8.0},
     "vera": {"rank": 4},
+    "lora-ga": {"rank": 4, "alpha": 8.0},
 }
 SCALE = 2.0  # alpha / rank of the LoRA
 LABELS = ("neg", "pos")
@@ -30,8 +32,12 @@ START = 0.3
 
 
 def write_run(base, folder, method="pissa", *, labels=(), seed=0):
-    """A run on this base whose trained parameters have moved; the model in memory."""
-    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **METHODS[method]), labels=labels)
+    """A run on this base whose trained parameters have moved; the model in memory. Gradients are gone afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "gradients"
+    own = {"gradients": write_gradients(base, file, 4)} if method == "lora-ga" else {}
+    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **METHODS[method], own=own), labels=labels)
+    file.unlink(missing_ok=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trained(model).values():
@@ -58,9 +64,9 @@ def trained_weights(base, run, model):
         name: t.double().numpy() for name, t in safetensors.torch.load_file(run / "qsvd_adapter.safetensors").items()
     }
     stored = factors_of(base)
-    weights, manifest = {}, json.loads((base / "qsvd.json").read_text())
+    weights = {}
     for path, linear in split_linears(model):
-        module = manifest["weights"][linear.name]["module"]
+        module = linear.name.removesuffix(".weight")
         start, (up, down) = residual(base, linear.name), stored[module]
         found = {name.rpartition(".")[2]: tensor for name, tensor in saved.items() if name.startswith(f"{path}.")}
         buffers = {name: tensor.double().numpy() for name, tensor in linear.adapter.named_buffers()}
@@ -83,6 +89,8 @@ def product_of(method, factors, p, buffers):
         return stored + scale * buffers["directions"] @ p["core"] @ buffers["inner"] @ factors[1]
     if method == "vera":
         return stored + p["b"][:, None] * buffers["shared_up"] * p["d"] @ buffers["shared_down"]
+    if method == "lora-ga":
+        return stored + SCALE * (p["up"] @ p["down"] - p["start_up"] @ p["start_down"])
     down = buffers["frozen_down"][-p["up"].shape[1] :] if method == "lora-fa" else p["down"]
     return stored + SCALE * p["up"] * p.get("diagonal", 1) @ down
 

@@ -1,5 +1,6 @@
 """The planned peak of a step against the peak of a real one, tensor by tensor, on the CPU."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from qsvd.adapters.start import new_record, planned_base
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.training import Training, moments_of
+from tests.gradients import write_gradients
 from tests.memory.counting import llama_base
 from tests.memory.tracker import Tracker
 
@@ -26,6 +28,7 @@ TRAINED = {
     "dora": {"rank": 16},
     "adalora": {"rank": 16},
     "vera": {"rank": 64},
+    "lora-ga": {"rank": 16},
     "lora with dropout": {"rank": 16, "dropout": 0.1, "target_modules": ("q_proj", "v_proj", "down_proj")},
 }
 
@@ -56,7 +59,10 @@ def divide(model, rows):
 
 def tracked_peaks(base, method, dtype, batch, *, has_loss, parts=1):
     """Of a first backward pass and of one more, where gradients are there already."""
-    model = qsvd.load(base, options=options_of(method), device="cpu", dtype=dtype).train()
+    options = options_of(method)
+    if method == "lora-ga":
+        options = replace(options, own={"gradients": write_gradients(base, base / "gradients", 16)})
+    model = qsvd.load(base, options=options, device="cpu", dtype=dtype).train()
     if batch.checkpointing:
         model.activation_checkpointing_enable()
     if parts > 1:

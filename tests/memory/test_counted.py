@@ -1,6 +1,6 @@
 """The planned bytes of what a training run holds are those of its tensors, item by item, to the byte."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.items import EVERYTHING, Limits, Placement
 from qsvd.memory.training import Training, plan_training
+from tests.gradients import write_gradients
 from tests.memory.counting import held_after_a_step, llama_base
 from tests.runs import language_base
 
@@ -62,6 +63,9 @@ CASES = {
     "odd sizes, vera with two matrices of each size, paged": Case(
         "odd", AdapterOptions("vera", rank=20), "paged_adamw_32bit"
     ),
+    "odd sizes, lora-ga, three of six blocks stay": Case(
+        "odd", AdapterOptions("lora-ga", rank=8), "adamw", Placement(3, "host")
+    ),
     "odd sizes, lora-fa": Case("odd", AdapterOptions("lora-fa", rank=8), "adamw"),
     "odd sizes, sorsa": Case("odd", AdapterOptions("sorsa"), "adamw"),
     "odd sizes, pissa on attention alone, three of six blocks stay": Case(
@@ -107,6 +111,9 @@ def planned_items(base, case):
 def test_a_step_holds_what_was_planned(bases, tmp_path, case):
     case = CASES[case]
     base = bases(case.base)
+    if case.options.method == "lora-ga":
+        own = {"gradients": write_gradients(base, tmp_path / "g", 8)}
+        case = replace(case, options=replace(case.options, own=own))
     changes = {"optimizer": case.optimizer, "batch_size": 2, "accumulate": 2, "gradient_checkpointing": True}
     held = held_after_a_step(base, tmp_path, case.options, case.placement, changes, tokens=case.tokens)
     planned = planned_items(base, case)

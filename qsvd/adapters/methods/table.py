@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field as new_field
 from dataclasses import fields, make_dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 from qsvd.adapters.adapter import Adapter, AdapterOptions
@@ -68,7 +69,14 @@ def own_options(options: object, method: str) -> dict[str, Any]:
     """Return the options of a method's own that a record has and that differ from their defaults, by name."""
     defaults = {field.name: field.default for field in fields(METHODS[method].options)}
     found = {name: getattr(options, name, default) for name, default in defaults.items()}
-    return {name: value for name, value in found.items() if value != defaults[name]}
+    return as_recorded({name: value for name, value in found.items() if value != defaults[name]})
+
+
+def as_recorded(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a method's own as its record has them: an absolute path instead of a path."""
+    return {
+        name: str(value.expanduser().absolute()) if isinstance(value, Path) else value for name, value in own.items()
+    }
 
 
 def owners(name: str) -> list[str]:
