@@ -1,6 +1,8 @@
 """What holds for all tests on a GPU."""
 
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,3 +17,10 @@ def _first_backward_pass():
             ones = torch.ones(2, 2, device="cuda", requires_grad=True)
             (ones @ ones).sum().backward()
             torch.cuda.synchronize()
+
+
+def pytest_runtest_logstart(nodeid):
+    """Name each test before it runs, in the file of QSVD_TESTS_STARTED: the last names are those that did not end."""
+    if started := os.environ.get("QSVD_TESTS_STARTED"):
+        with Path(started).open("a", encoding="utf-8") as file:
+            file.write(f"{nodeid}\n")
