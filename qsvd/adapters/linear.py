@@ -182,9 +182,10 @@ class _Product(Function):
         dy_TO = gradients[0]
         d_gain_O = None
         if gain_O is not None:
+            work_TO = torch.empty_like(dy_TO)
             if needs_gain:
-                d_gain_O = torch.einsum("to,to->o", dy_TO, product_TO).to(gain_O.dtype)
-            dy_TO = _scaled(dy_TO, gain_O)
+                d_gain_O = torch.mul(dy_TO, product_TO, out=work_TO).sum(dim=0).to(gain_O.dtype)
+            dy_TO = torch.mul(dy_TO, gain_O, out=work_TO)
         dh_TK = dy_TO @ up_OK.to(dy_TO.dtype) if needs_x or needs_down else None
         d_up_OK = (dy_TO.T @ hidden_TK).to(up_OK.dtype) if needs_up else None
         d_down_KI = (dh_TK.T @ x_TI).to(down_KI.dtype) if needs_down and dh_TK is not None else None

@@ -233,8 +233,9 @@ class _Product(Function):
         dy_TO = gradients[0]
         d_gain_O = None
         if gain_O is not None:
-            d_gain_O = torch.einsum("to,to->o", dy_TO, product_TO).to(gain_O.dtype)
-            dy_TO = torch.empty_like(dy_TO)
+            work_TO = torch.empty_like(dy_TO)
+            d_gain_O = torch.mul(dy_TO, product_TO, out=work_TO).sum(dim=0).to(gain_O.dtype)
+            dy_TO = work_TO
         dh_TK = dy_TO @ up_OK.to(dy_TO.dtype)
         d_up_OK = (dy_TO.T @ hidden_TK).to(up_OK.dtype) if needs_up else None
         d_down_KI = (dh_TK.T @ x_TI).to(down_KI.dtype) if needs_down else None
