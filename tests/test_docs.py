@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import qsvd
+from qsvd.option_types import Method
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/results/*.md")]
@@ -58,3 +60,11 @@ def test_the_architecture_lists_every_file_of_the_package() -> None:
     package = ROOT / "qsvd"
     files = [str(path.relative_to(package)) for path in package.rglob("*.py")]
     assert sorted(listed) == sorted(name for name in files if not name.endswith("/__init__.py"))
+
+
+def test_every_method_is_in_the_table_of_systems_as_one_that_works() -> None:
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "methods.md").read_text().splitlines() if "|" in line]
+    named = {
+        name for _, here, command, *_ in rows if "works" in here for name in re.findall("--method ([a-z-]+)`", command)
+    }
+    assert named == {*get_args(Method)} - {"auto"}

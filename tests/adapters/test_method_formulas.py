@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.adapter import AdapterOptions, Course
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods.orthonormal import orthonormal_gradient
 from qsvd.adapters.methods.table import METHODS, export_refusal
@@ -118,6 +118,21 @@ def test_the_orthonormality_gradient_is_autograds(shape):
 
 def test_the_orthonormality_gradient_of_orthonormal_rows_is_zero_and_finite():
     assert torch.equal(orthonormal_gradient(torch.eye(3, 5)), torch.zeros(3, 5))
+
+
+def test_sorsas_loss_is_gamma_over_the_highest_rate_times_the_mean_over_all_factors():
+    adapters = {name: moved("sorsa", principal_of(SHAPE, RANK), seed=seed)[0] for name, seed in (("a", 3), ("b", 9))}
+    factors = [part for adapter in adapters.values() for part in (adapter.up, adapter.down)]
+    for factor in factors:
+        factor.grad = torch.ones_like(factor)
+    METHODS["sorsa"].hooks(adapters, Course(steps=9, learning_rate=1e-2)).transform_grads(1)
+    exact = [factor.detach().double().requires_grad_() for factor in factors]
+    grams = [p @ p.T if p.shape[0] == RANK else p.T @ p for p in exact]
+    norms = [torch.linalg.matrix_norm(gram - torch.eye(RANK)) for gram in grams]
+    (4e-4 / 1e-2 * sum(norms) / len(norms)).backward()
+    for factor, point in zip(factors, exact, strict=True):
+        torch.testing.assert_close(factor.grad.double(), 1 + point.grad, rtol=0, atol=1e-6)
+        assert point.grad.abs().max() > 1e-3
 
 
 def test_doras_norms_follow_the_factors_in_every_forward_pass_without_hooks():
