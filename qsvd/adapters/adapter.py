@@ -173,9 +173,11 @@ class Adapter(nn.Module, ABC):
 
     Attributes:
         dropout: Of the input of the trained factors, while training. Above 0 it needs `divided`.
+        frozen_rank: Leading columns of up and rows of down that are frozen: their gradients are given as 0.
     """
 
     dropout: float = 0.0
+    frozen_rank: int = 0
 
     paper: ClassVar[str]  # its arXiv number, "2404.02948"
     starts_as: ClassVar[str]  # what the trained part is before the first step, in a few words

@@ -151,7 +151,7 @@ class _Product(Function):
 
     The forward pass saves x if A is trained, x A^T, references to B and A, and with a gain the product before it. It
     never saves Q, whose buffer may hold another page by then. Products are computed in the dtype of x; gradients of the
-    factors have the dtypes of the factors.
+    factors have the dtypes of the factors; those of frozen columns and rows are 0.
     """
 
     @staticmethod
@@ -187,8 +187,16 @@ class _Product(Function):
                 d_gain_O = torch.mul(dy_TO, product_TO, out=work_TO).sum(dim=0).to(gain_O.dtype)
             dy_TO = torch.mul(dy_TO, gain_O, out=work_TO)
         dh_TK = dy_TO @ up_OK.to(dy_TO.dtype) if needs_x or needs_down else None
-        d_up_OK = (dy_TO.T @ hidden_TK).to(up_OK.dtype) if needs_up else None
-        d_down_KI = (dh_TK.T @ x_TI).to(down_KI.dtype) if needs_down and dh_TK is not None else None
+        frozen = ctx.linear.adapter.frozen_rank
+        d_up_OK = d_down_KI = None
+        if needs_up:
+            made_OK = dy_TO.new_zeros(up_OK.shape)
+            torch.mm(dy_TO.T, hidden_TK[:, frozen:], out=made_OK[:, frozen:])
+            d_up_OK = made_OK.to(up_OK.dtype)
+        if needs_down and dh_TK is not None:
+            made_KI = dy_TO.new_zeros(down_KI.shape)
+            torch.mm(dh_TK[:, frozen:].T, x_TI, out=made_KI[frozen:])
+            d_down_KI = made_KI.to(down_KI.dtype)
         dx_TI = None
         if needs_x and dh_TK is not None:
             dx_TI = times(dy_TO, ctx.linear.residual)

@@ -22,6 +22,7 @@ class Added(Adapter):
         super().__init__()
         self.scale = scale
         self.dropout = dropout
+        self.frozen_rank = stored.rank
         self.register_buffer("frozen_up", stored.up_OR, persistent=False)
         self.register_buffer("frozen_down", stored.down_RI, persistent=False)
 
