@@ -32,10 +32,13 @@ def after_quantize(out: Path) -> list[str]:
 
 
 def after_calibrate(options: Calibrate) -> list[str]:
-    """Return the command that quantizes with the statistics."""
+    """Return the command that trains from the gradients, if there are some, and the one that quantizes."""
+    train = ["qsvd", "train", options.model, options.data, "--out", f"{Path(options.model).name}-run"]
+    train += ["--method", "lora-ga", "--rank", str(options.gradient_rank), "--gradients", str(options.out)]
     name = f"{Path(options.model).name}-quantized"
     words = ["qsvd", "quantize", options.model, "--out", name, "--budget", "2.75bits", "--objective", "fisher"]
-    return [join([*words, "--statistics", str(options.out), *_layers(options)])]
+    quantize = join([*words, "--statistics", str(options.out), *_layers(options)])
+    return [quantize] if options.gradient_rank is None else [join(train), quantize]
 
 
 def after_allocate(options: Allocate) -> list[str]:

@@ -91,6 +91,10 @@ def test_statistics_and_tables_are_followed_by_quantize(last):
     options = parse(quantize[1:])
     check(options)
     assert (str(options.statistics), options.objective, options.budget) == ("s 1.st", "fisher", "2.75bits")
+    words = ("--out", "g 1.st", "--examples", 1, "--device", "cpu", "--gradient-rank", 2)
+    _, _, (train, quantize) = last("calibrate", MODEL, DATA, *words)
+    assert parse(quantize[1:]).objective == "fisher"
+    assert last(*train[1:], "--device", "cpu", "--steps", 1, "--max-length", 16)[1] == "a model-run"
     some = ["--exclude", "*.mlp.*"]
     table = ["allocate", MODEL, "--budget", "6bits", "--out", "a 1.txt", "--ranks", 0, 8, "--device", "cpu", *some]
     _, done, (quantize,) = last(*table, "--codecs", "nf4-64-8x256")
