@@ -1,4 +1,10 @@
-"""Runs that end early: what shows progress raises."""
+"""Runs that end early: what shows progress raises, or the process is killed."""
+
+import multiprocessing
+import os
+import signal
+
+FORK = multiprocessing.get_context("fork")
 
 
 class Stopped(Exception):
@@ -15,3 +21,22 @@ class StopAfter:
         self.seen.append(progress)
         if len(self.seen) == self.last:
             raise Stopped
+
+
+def killed(monkeypatch, owner, name, number, work):
+    """Do the work in a process that gets SIGKILL right before its so-manieth call of owner.name."""
+    called, calls = getattr(owner, name), 0
+
+    def dying(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return called(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, dying)
+        process = FORK.Process(target=work)
+        process.start()
+        process.join(timeout=600)
+    assert process.exitcode == -signal.SIGKILL

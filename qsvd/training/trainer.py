@@ -28,6 +28,7 @@ from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import restore, split_linears, trained_pairs
 from qsvd.adapters.start import read_components
 from qsvd.data.image_sources import ImageRows
+from qsvd.errors import BadInput
 from qsvd.files.adapter import open_adapter
 from qsvd.files.safetensors import new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.split_folder import SplitFolder
@@ -162,8 +163,13 @@ class SplitTraining(Trainer):
         adapters = ((path, linear.adapter) for path, linear in split_linears(self.model))
         trained = {path: adapter for path, adapter in adapters if isinstance(adapter, self.method)}
         self.hooks = self.method.hooks(trained, course)
-        if self.resumed_from is not None and (self.resumed_from / HOOKS).is_file():
-            entries = read_header(self.resumed_from / HOOKS).tensors
+        if self.resumed_from is not None and self.hooks.state():
+            path = self.resumed_from / HOOKS
+            if not path.is_file():
+                raise BadInput(
+                    f"{path}, the state of the method, is missing: remove that folder to go on from the one before"
+                )
+            entries = read_header(path).tensors
             self.hooks.restore({name: read_tensor(entry) for name, entry in entries.items()})
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -186,7 +192,8 @@ class SplitTraining(Trainer):
         super()._save_checkpoint(model, trial)  # into RUN/unfinished, see _get_output_dir
         state = self.hooks.state()
         if state:
-            write_stream(self.run / UNFINISHED / HOOKS, new_tensors(state), {"format": "pt"})
+            folder = self.run / UNFINISHED / f"checkpoint-{self.state.global_step}"
+            write_stream(folder / HOOKS, new_tensors(state), {"format": "pt"})
         # Renamed when it is complete, so that a run that is killed here resumes from the checkpoint before it.
         finish(self.run, self.state.global_step, keep=self.keep, best=self.best())
 

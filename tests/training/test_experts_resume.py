@@ -1,9 +1,6 @@
 """Experts that are quantized and trained, killed in between and resumed: the bytes of a run that was left alone."""
 
-import multiprocessing
-import os
 import shutil
-import signal
 from functools import partial
 
 import pytest
@@ -16,12 +13,12 @@ from qsvd.training.run_folder import RunFolder
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of
 from tests.runs import outcome, text_rows, training, write_rows
+from tests.stops import killed
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),  # Python 3.12
 ]
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +29,6 @@ def source(tmp_path_factory):
     for path in MODEL.glob("tokenizer*.json"):
         shutil.copyfile(path, folder / path.name)
     return folder
-
-
-def killed(monkeypatch, owner, method, number, work):
-    """Do the work in a process that is killed right before its so-manieth call of a method."""
-    called, calls = getattr(owner, method), 0
-
-    def dying(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return called(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, method, dying)
-        process = FORK.Process(target=work)
-        process.start()
-        process.join(timeout=600)
-    assert process.exitcode == -signal.SIGKILL
 
 
 def quantize(source):
