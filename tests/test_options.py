@@ -170,6 +170,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
     },
     "generate": {
         "model": REQUIRED,
+        "image": (),
         "prompt": (),
         "chat": False,
         "system": None,

@@ -9,7 +9,10 @@ import transformers
 from PIL import Image
 from transformers import AutoTokenizer
 
+import qsvd
 from qsvd.commands.demo import MODEL
+from tests.commands.trained_runs import factors_of
+from tests.export.cases import residual
 
 SIDE, PATCH = 16, 4  # pixels
 TEXT = {
@@ -119,6 +122,28 @@ def write_model(folder, kind="llava", *, marked=True):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
+
+
+def quantized(folder, kind):
+    source = write_model(folder / "source", kind)
+    return qsvd.quantize(qsvd.Quantize(str(source), out=folder / "out", rank=8, iterations=1, device="cpu")).path
+
+
+def dense(base, kind, moved=None):
+    """The model of transformers with Q + B A in float64's rounding to float32, or other weights, by module."""
+    model = getattr(transformers, KINDS[kind][1]).from_pretrained(base.parent / "source", dtype=torch.float32)
+    if moved is None:
+        names = {
+            weight["module"]: name for name, weight in json.loads((base / "qsvd.json").read_text())["weights"].items()
+        }
+        factors = factors_of(base)
+        moved = {
+            module: residual(base, name) + factors[module][0] @ factors[module][1] for module, name in names.items()
+        }
+    with torch.no_grad():
+        for module, weight in moved.items():
+            model.get_submodule(module).weight.copy_(torch.from_numpy(weight).float())
+    return model.eval()
 
 
 def picture(path, seed, size=(24, 20)):

@@ -15,10 +15,12 @@ from qsvd.errors import BadInput, Interrupted
 from qsvd.options import Generate
 from qsvd.prepare.generate import (
     GenerateRun,
+    Inputs,
+    inputs_of,
     load_generating,
     new_tokens,
+    num_tokens,
     prepare_generate,
-    prompt_tokens,
     said,
     started,
 )
@@ -46,6 +48,7 @@ def generate(  # noqa: PLR0913  # the options of the command
     model: str | Path,
     prompt: str | Sequence[str],
     *,
+    image: str | Path | Sequence[str | Path] = (),
     system: str | None = None,
     raw: bool = False,
     temperature: float | None = None,
@@ -62,10 +65,10 @@ def generate(  # noqa: PLR0913  # the options of the command
     Args:
         model: A 16-bit model, a quantized model, a run, or a Hub id.
         prompt: A text or several; a user's message each where the tokenizer has a chat template, unless `raw`.
+        image: Paths of images, for an image-language model; every prompt is about all of them.
         system: The system prompt; it needs a chat template.
         raw: Whether to give the prompt to the model as it is.
-        temperature: 0 is greedy; None is what generation_config.json says, else greedy.
-        top_p: Above 0, at most 1.
+        temperature, top_p: 0 is greedy; None is what generation_config.json says, else greedy.
         max_new_tokens: Tokens of an answer; None is what generation_config.json says, else 512, if it fits.
         base: The quantized model of a run, if it has moved.
         resident: The fraction of blocks whose weights stay on the GPU.
@@ -83,6 +86,7 @@ def generate(  # noqa: PLR0913  # the options of the command
     options = Generate(
         str(model),
         prompts,
+        image=tuple(map(str, (image,) if isinstance(image, str | Path) else image)),
         system=system,
         raw=raw,
         temperature=temperature,
@@ -95,21 +99,20 @@ def generate(  # noqa: PLR0913  # the options of the command
         device=device,
     )
     with quiet(reads_data=False):
-        run = prepare_generate(options, prompts)
-        loaded = load_generating(run)
+        loaded = load_generating(run := prepare_generate(options, prompts))
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            answers = [_text(run, _answer(run, loaded, tokens, None)) for tokens in run.prompts]
+            answers = [_text(run, _answer(run, loaded, inputs, None)) for inputs in run.prompts]
     return answers[0] if isinstance(prompt, str) else answers
 
 
 def _answers(run: GenerateRun, model: Any, streamer: TextStreamer) -> Iterator[tuple[int, float]]:
     """Print the answer to every prompt; yield its tokens and seconds."""
-    for number, tokens in enumerate(run.prompts, start=1):
+    for number, inputs in enumerate(run.prompts, start=1):
         if len(run.prompts) > 1:
             print(f"prompt {number} of {len(run.prompts)}", file=sys.stderr, flush=True)
         begun = time.monotonic()
-        answer = _answer(run, model, tokens, streamer)
+        answer = _answer(run, model, inputs, streamer)
         yield len(answer), time.monotonic() - begun
 
 
@@ -119,28 +122,26 @@ def _chat(run: GenerateRun, model: Any, streamer: TextStreamer) -> Iterator[tupl
     for line in _lines():
         messages.append(said(line))
         begun = time.monotonic()
-        answer = _answer(run, model, prompt_tokens(run, messages), streamer)
+        answer = _answer(run, model, inputs_of(run, messages), streamer)
         messages.append({"role": "assistant", "content": _text(run, answer)})
         yield len(answer), time.monotonic() - begun
 
 
-def _answer(run: GenerateRun, model: Any, prompt: list[int], streamer: TextStreamer | None) -> list[int]:
+def _answer(run: GenerateRun, model: Any, inputs: Inputs, streamer: TextStreamer | None) -> list[int]:
     """Return the token ids of the answer to a prompt, by transformers' generate."""
     chosen = copy.deepcopy(run.sampling)
-    chosen.max_new_tokens = new_tokens(run, len(prompt))
-    prompt_NT = torch.tensor([prompt], device=run.device)
+    chosen.max_new_tokens = new_tokens(run, num_tokens(inputs))
+    placed = {
+        name: value.to(run.device, run.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
     try:
-        output_NT = model.generate(
-            input_ids=prompt_NT,
-            attention_mask=torch.ones_like(prompt_NT),
-            generation_config=chosen,
-            streamer=streamer,
-        )
+        output_NT = model.generate(**placed, generation_config=chosen, streamer=streamer)
     except KeyboardInterrupt as error:
         if streamer is not None:
             streamer.end()
         raise Interrupted("interrupted") from error
-    begin = 1 if model.config.is_encoder_decoder else len(prompt)  # a decoder starts with one token of its own
+    begin = 1 if model.config.is_encoder_decoder else num_tokens(inputs)  # a decoder starts with one token of its own
     return output_NT[0, begin:].tolist()
 
 

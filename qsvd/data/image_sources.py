@@ -130,6 +130,19 @@ def open_image(source: Source, folder: Path) -> Any:
         raise BadInput(f"{name} is not an image that Pillow can read: {first_line(error)}") from error
 
 
+def open_images(sources: Sequence[Source], folder: Path) -> list[Any]:
+    """Open images; a BadInput names all that cannot be opened."""
+    opened, problems = [], []
+    for source in sources:
+        try:
+            opened.append(open_image(source, folder))
+        except BadInput as error:
+            problems.append(str(error))
+    if problems:
+        raise BadInput(listing(problems, separator="; "))
+    return opened
+
+
 NO_PILLOW = "images need the library Pillow: pip install 'qsvd[images]'"
 
 
@@ -177,15 +190,7 @@ class ImageRows:
 
     def images(self, index: int) -> list[Any]:
         """Open the images of a row; a BadInput names all that cannot be opened."""
-        opened, problems = [], []
-        for source in self.rows[index]["images"]:
-            try:
-                opened.append(open_image(source, self.folder))
-            except BadInput as error:
-                problems.append(str(error))
-        if problems:
-            raise BadInput(listing(problems, separator="; "))
-        return opened
+        return open_images(self.rows[index]["images"], self.folder)
 
     def batch(self, indexes: Sequence[int]) -> dict[str, Any]:
         """Return the tensors of some rows, padded on the right; "labels" among them."""

@@ -202,7 +202,7 @@ def _processed(examples: Examples, data: ImageRows, processor: Any) -> tuple[lis
     for index in range(len(data)):
         try:
             row = data[index]
-            _check_places(row, processor)
+            _check_places(_text_of(row, processor), len(row["images"]), processor)
             batch = dict(data.collate([row]))
         except (*REFUSALS, jinja2.TemplateError) as error:
             problems.append((examples.places.short(index), first_line(error)))
@@ -223,21 +223,49 @@ def _digest(seen: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_places(row: Row, processor: Any) -> None:
-    """Refuse a text with another number of places than of images, of which a processor may say nothing."""
+def _text_of(row: Row, processor: Any) -> str:
+    """Return a row with open images as text, with one mark for each image."""
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"] + row["completion"]
+    return _rendered(row.get("messages") or [*row["prompt"], *row["completion"]], row["images"], processor)
+
+
+def _rendered(messages: list[Message], images: Sequence[Any], processor: Any, *, begin: bool = False) -> str:
+    """Return a conversation as text; images without a place come before the first text of the user."""
     from trl.data_utils import prepare_multimodal_messages
 
+    shown = prepare_multimodal_messages(messages, [*images])
+    return processor.apply_chat_template(shown, tokenize=False, add_generation_prompt=begin)
+
+
+def _check_places(text: str, there: int, processor: Any) -> None:
+    """Refuse a text with another number of places than of images, of which a processor may say nothing."""
     mark = getattr(processor, "image_token", None)
-    if mark is None:
-        return
-    text, there = "", len(row["images"])
-    if isinstance(row.get("prompt"), str):
-        text = row["prompt"] + row["completion"]
-    else:
-        messages: list[Message] = row.get("messages") or [*row["prompt"], *row["completion"]]
-        text = processor.apply_chat_template(prepare_multimodal_messages(messages, row["images"]), tokenize=False)
-    if text.count(mark) != there:
+    if mark is not None and text.count(mark) != there:
         raise BadInput(f"its text has {text.count(mark)} places for images ({mark}), and there are {there} images")
+
+
+def read_question(processor: Any, messages: list[Message], images: Sequence[Any], *, raw: bool) -> dict[str, Tensor]:
+    """Return what a model reads before its answer to the last message, as it does in training.
+
+    Args:
+        images: Open ones, which belong to the first message of the user.
+        raw: Whether the last message is a text as it is, with its own marks; else the chat template renders them all.
+
+    Raises:
+        BadInput: the text has another number of places for images, or the processor refuses it.
+    """
+    import jinja2
+
+    try:
+        if raw:
+            text = processor.tokenizer.decode(start_tokens(processor.tokenizer)) + messages[-1]["content"]
+        else:
+            text = _rendered(messages, images, processor, begin=True)
+        _check_places(text, len(images), processor)
+        return dict(processor(images=[*images], text=[text], return_tensors="pt", add_special_tokens=False))
+    except (*REFUSALS, jinja2.TemplateError) as error:
+        raise BadInput(f"--image: the processor cannot read the prompt: {first_line(error)}") from error
 
 
 def _check_answers(

@@ -1,5 +1,6 @@
 """Which tokens are trained: from the assistant's characters, with a check of end-of-turn tokens, and a preview."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -101,12 +102,14 @@ def _is_visible(token: int, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 TRAINED = "bold green"
 OPEN, CLOSE = "[[", "]]"  # visible on a terminal without colours
+LONGEST_RUN = 3  # marks of an image or a sound that are shown one by one
 
 
 def preview(tokenized: Tokenized, tokenizer: "PreTrainedTokenizerBase", index: int = 0) -> Text:
     """Return a line with the place of the example and the share of trained tokens, then the decoded example.
 
-    Trained tokens are in [[ ]] and coloured. For labelled text the first line names the class.
+    Trained tokens are in [[ ]] and coloured. A long run of a special token is one mark and a count. For labelled
+    text the first line names the class.
 
     Raises:
         BadInput: index is outside the sequences.
@@ -130,10 +133,21 @@ def _pieces(tokens: list[int], trained: list[bool], tokenizer: "PreTrainedTokeni
     """Yield runs of trained or untrained tokens as text; a token that is decoded alone may lose its space."""
     end, before = 0, ""
     for is_trained, run in groupby(trained):
-        end += len(list(run))
+        begin, end = end, end + len(list(run))
         text = _decode(tokens[:end], tokenizer)
-        yield text[len(before) :], is_trained
+        yield _counted(text[len(before) :], tokens[begin:end], tokenizer), is_trained
         before = text
+
+
+def _counted(text: str, tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a text in which one mark with a count stands for a run of it, such as the tokens of an image."""
+    backend: Any = tokenizer  # its base class does not declare get_added_vocab
+    special = {*backend.get_added_vocab().values()}
+    long = {token for token, run in groupby(tokens) if token in special and len(list(run)) > LONGEST_RUN}
+    for mark in sorted(_decode([token], tokenizer).strip() for token in long):
+        runs = rf"{re.escape(mark)}(?:\s*{re.escape(mark)}){{{LONGEST_RUN},}}"
+        text = re.sub(runs, lambda run, mark=mark: f"{mark} x {run.group().count(mark)}", text)
+    return text
 
 
 def _decode(tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -69,6 +69,11 @@ class Generate:
 
     model: Annotated[str, POSITIONAL, Help("A 16-bit model, a quantized model, a run, or a Hub id.", "MODEL")]
     prompt: Annotated[tuple[str, ...], APPEND, Help("May be given several times. Default: stdin.", "TEXT")] = ()
+    image: Annotated[
+        tuple[str, ...],
+        APPEND,
+        Help("An image before the prompt, for an image-language model. May be given several times.", "FILE"),
+    ] = ()
     chat: Annotated[bool, Help("Read one message a line and keep the history; an empty line or /exit ends.")] = False
     system: Annotated[str | None, Help("System prompt, for a model with a chat template.", "TEXT")] = None
     raw: Annotated[bool, Help("Give the prompt to the model as it is, without the chat template.")] = False

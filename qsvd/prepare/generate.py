@@ -1,17 +1,21 @@
-"""Options of `qsvd generate` to a checked run: the model that was found, its prompts as tokens, how it samples."""
+"""Options of `qsvd generate` to a checked run: the model that was found, its prompts as tensors, how it samples."""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from qsvd.adapters.load import generation_config
 from qsvd.data import plain
 from qsvd.data.chat import ChatTemplate, Message, render
 from qsvd.data.encoder_decoder import end_tokens
 from qsvd.data.examples import is_encoder_decoder, open_tokenizer
+from qsvd.data.image_sources import open_images
+from qsvd.data.images import open_processor, read_question, reads_images
 from qsvd.data.masks import ends_of_turn
 from qsvd.errors import BadInput, listing
 from qsvd.files.split_folder import open_split
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 MOST_NEW_TOKENS = 512  # unless more are asked for
 CHAT_TOKENS = 2048  # of a conversation, for which memory is planned
+Inputs = dict[str, Tensor]  # what a model reads: input_ids [1, tokens], attention_mask, tensors of images
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class GenerateRun:
         template: None without a chat template, and with --raw.
         sampling: All of transformers' options but the length.
         context: The tokens that the model can read, prompt and answer together.
-        prompts: The token ids of each prompt; none for a chat.
+        processor: Of images, where there are any.
+        images: Open ones; every prompt is about all of them.
+        prompts: What the model reads of each prompt; none for a chat.
     """
 
     options: Generate
@@ -51,7 +58,17 @@ class GenerateRun:
     context: int
     device: torch.device
     dtype: torch.dtype
-    prompts: tuple[list[int], ...] = ()
+    processor: Any = None
+    images: tuple[Any, ...] = ()
+    prompts: tuple[Inputs, ...] = ()
+
+    @property
+    def pixels(self) -> int:
+        """Numbers that the processor makes of the images."""
+        if not self.images:
+            return 0
+        inputs = self.prompts[0] if self.prompts else inputs_of(self, [said("")])
+        return sum(value.numel() for value in inputs.values() if value.is_floating_point())
 
 
 def prepare_generate(options: Generate, prompts: Sequence[str]) -> GenerateRun:
@@ -61,14 +78,15 @@ def prepare_generate(options: Generate, prompts: Sequence[str]) -> GenerateRun:
         prompts: The texts; none for a chat.
 
     Raises:
-        BadInput: an option or a prompt cannot be used, the model generates no text, or a prompt and its answer are
-            longer than its context.
+        BadInput: an option, an image or a prompt cannot be used, the model generates no text or reads no images, or a
+            prompt and its answer are longer than its context.
     """
     check(options)
     device = device_of(options.device)
     found = find_model(options.model, options.base)
     _check_generates(found)
-    tokenizer = open_tokenizer(found.home, found.chat_template)
+    images, processor = _images(options, found)
+    tokenizer = processor.tokenizer if processor else open_tokenizer(found.home, found.chat_template)
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(found.home, local_files_only=True)
@@ -78,16 +96,18 @@ def prepare_generate(options: Generate, prompts: Sequence[str]) -> GenerateRun:
         options,
         found,
         tokenizer,
-        _template(options, tokenizer),
+        _template(options, processor or tokenizer, tokenizer),
         sampling,
         context_length(config.get_text_config()),
         device,
         dtype_of(options.dtype, device),
+        processor,
+        images,
     )
-    tokens = tuple(prompt_tokens(run, [*started(options), said(prompt)]) for prompt in prompts)
-    for prompt in tokens or ([0],):
-        new_tokens(run, len(prompt))
-    return replace(run, prompts=tokens)
+    read = tuple(inputs_of(run, [*started(options), said(prompt)]) for prompt in prompts)
+    for length in [num_tokens(inputs) for inputs in read] or [1]:
+        new_tokens(run, length)
+    return replace(run, prompts=read)
 
 
 def started(options: Generate) -> list[Message]:
@@ -100,12 +120,16 @@ def said(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def prompt_tokens(run: GenerateRun, messages: list[Message]) -> list[int]:
-    """Return the token ids before an answer: of the conversation, or of its last text where there is no template.
+def inputs_of(run: GenerateRun, messages: list[Message]) -> Inputs:
+    """Return what the model reads before an answer, on the CPU.
+
+    It is the conversation, or its last text where there is no template, with all images.
 
     Raises:
-        BadInput: there are none, or the template cannot render the conversation.
+        BadInput: it has no tokens, the template cannot render the conversation, or the processor refuses it.
     """
+    if run.processor is not None:
+        return read_question(run.processor, messages, run.images, raw=run.template is None)
     if run.template is None:
         (tokens,) = plain.prompts([messages[-1]["content"]], run.tokenizer)
     else:
@@ -114,7 +138,13 @@ def prompt_tokens(run: GenerateRun, messages: list[Message]) -> list[int]:
         tokens = [*tokens, *end_tokens(run.tokenizer)]
     if not tokens:
         raise BadInput("the prompt has no tokens: give a text")
-    return tokens
+    ids_NT = torch.tensor([tokens])
+    return {"input_ids": ids_NT, "attention_mask": torch.ones_like(ids_NT)}
+
+
+def num_tokens(inputs: Inputs) -> int:
+    """Return the tokens of a prompt, those of images included."""
+    return inputs["input_ids"].shape[1]
 
 
 def new_tokens(run: GenerateRun, length: int) -> int:
@@ -144,11 +174,12 @@ def load_generating(run: GenerateRun) -> Any:
     placement = EVERYTHING
     if run.found.kind != "16-bit":
         split = open_split(run.found.home)
-        lengths = [len(prompt) + new_tokens(run, len(prompt)) for prompt in run.prompts]
+        lengths = [length + new_tokens(run, length) for length in map(num_tokens, run.prompts)]
         tokens = max(lengths, default=min(CHAT_TOKENS, run.context))
         batch = Batch(tokens, 1, is_masked=True, checkpointing=True, device=run.device.type)
         here = machine(run.device, run.dtype)
-        placement = place_generating(split, record_of(run.found, split), batch, Wish(run.options.resident), here)
+        wish, record = Wish(run.options.resident), record_of(run.found, split)
+        placement = place_generating(split, record, batch, wish, here, pixels=run.pixels)
     return load_model(run.found, run.device, run.dtype, placement=placement)
 
 
@@ -163,11 +194,28 @@ def _check_generates(found: NamedModel) -> None:
         raise BadInput(f"{found.name} is a {name}, which generates no text; give a language model")
 
 
-def _template(options: Generate, tokenizer: Any) -> ChatTemplate | None:
+def _images(options: Generate, found: NamedModel) -> tuple[tuple[Any, ...], Any]:
+    """Return the images, open, and the processor that reads them; none and None without --image."""
+    if not options.image:
+        return (), None
+    name = class_of(found)
+    if not reads_images(name):
+        raise BadInput(
+            f"--image: {found.name}, a {name or 'model'}, does not read images: give an image-language model"
+        )
+    try:
+        images = open_images(options.image, Path())
+    except BadInput as error:
+        raise BadInput(f"--image: {error}") from error
+    return tuple(images), open_processor(found.home, found.chat_template)
+
+
+def _template(options: Generate, owner: Any, tokenizer: Any) -> ChatTemplate | None:
+    """Return the chat template of a tokenizer, or of a processor and its tokenizer."""
     if options.raw:
         return None
-    if tokenizer.chat_template is not None:
-        template = tokenizer.get_chat_template()
+    if owner.chat_template is not None:
+        template = tokenizer.get_chat_template() if owner is tokenizer else owner.chat_template
         return ChatTemplate(tokenizer, template, template)
     flag = "--chat" if options.chat else "--system" if options.system is not None else None
     if flag is not None:

@@ -14,7 +14,8 @@ from qsvd.files.adapter import AdapterRecord
 from qsvd.files.pages import free_host_memory, taken_host_memory
 from qsvd.files.split_folder import SplitFolder
 from qsvd.memory.block_bytes import Batch
-from qsvd.memory.items import Limits, MemoryPlan, Placement, block_of, on
+from qsvd.memory.encoder import EXACT, encoder_bytes
+from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, block_of, on
 from qsvd.memory.placement import Placed, Wish, longest, place, place_serving
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
@@ -65,20 +66,32 @@ def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish:
     choices = 0 if record.labels else model.text_config.vocab_size
     logits = 2 * here.dtype.itemsize * batch.batch * batch.tokens * choices  # and a copy of them
     logits_item = on(here.device.type, "logits of every token", logits)
+    return _placed_beside(logits_item, model, batch, wish, here, "a smaller --batch-size or --window")
+
+
+def place_generating(  # what is planned, and where
+    split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, here: Machine, *, pixels: int = 0
+) -> Placement:
+    """Return which blocks stay on the device while a model generates the last token of each sequence of a batch.
+
+    Args:
+        pixels: Numbers that a processor makes of the images of the batch.
+    """
+    model = planned_base(split, record, here.dtype)
+    images = on(here.device.type, "images and their encoder", EXACT * pixels + encoder_bytes(model, pixels))
+    return _placed_beside(images, model, batch, wish, here, "a smaller --max-new-tokens or a shorter prompt")
+
+
+def _placed_beside(
+    item: Item, model: SplitModelPlan, batch: Batch, wish: Wish, here: Machine, advice: str
+) -> Placement:
+    """Return which blocks stay on the device beside these bytes; a DoesNotFit says what to give instead."""
     gpu, host = here.limits.gpu, here.limits.host
-    left = Limits(None if gpu is None else gpu - logits_item.gpu, None if host is None else host - logits_item.host)
+    left = Limits(None if gpu is None else gpu - item.gpu, None if host is None else host - item.host)
     found = place_serving(model, batch, left, wish)
-    memory = replace(found.memory, items=(*found.memory.items, logits_item), limits=here.limits)
+    memory = replace(found.memory, items=(*found.memory.items, item), limits=here.limits)
     if not memory.fits:
-        raise DoesNotFit(f"{_lack(memory)}; give a smaller --batch-size or --window")
-    return found.placement
-
-
-def place_generating(split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, here: Machine) -> Placement:
-    """Return which blocks stay on the device while a model generates the last token of each sequence of a batch."""
-    found = place_serving(planned_base(split, record, here.dtype), batch, here.limits, wish)
-    if not found.memory.fits:
-        raise DoesNotFit(f"{_lack(found.memory)}; give a smaller --max-new-tokens or a shorter prompt")
+        raise DoesNotFit(f"{_lack(memory)}; give {advice}")
     return found.placement
 
 

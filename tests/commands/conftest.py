@@ -1,9 +1,12 @@
 """What the tests of several commands start from."""
 
+import io
+
 import pytest
 from transformers.utils import logging
 
 import qsvd
+from qsvd.cli import run as command
 from tests.checkpoints import write_checkpoint
 from tests.commands import calibrations
 from tests.commands.folders import shared_model
@@ -55,3 +58,16 @@ def texts():
 def classifier():
     """A random BERT with names for its classes."""
     return calibrations.classifier()
+
+
+@pytest.fixture
+def generate(capsys, monkeypatch):
+    """The command with this text on stdin: its exit code, stdout and stderr."""
+
+    def run(*words, stdin=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        code = command(["generate", *map(str, words)])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return run

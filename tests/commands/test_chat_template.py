@@ -47,7 +47,7 @@ def test_generate_asks_in_the_form_of_the_training_data(made):
     expected = tokenizer.apply_chat_template(
         asked, chat_template=read_template("alpaca"), add_generation_prompt=True, return_dict=False
     )
-    assert list(prepared.prompts[0]) == list(expected)
+    assert prepared.prompts[0]["input_ids"].tolist() == [expected]
     assert tokenizer.eos_token_id in prepared.sampling.eos_token_id
 
 

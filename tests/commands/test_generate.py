@@ -52,19 +52,6 @@ def chat_model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def generate(capsys, monkeypatch):
-    """The command with this text on stdin: its exit code, stdout and stderr."""
-
-    def run(*words, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        code = command(["generate", *map(str, words)])
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
-
-
 def plain(folder, text, count=COUNT, **sampling):
     """What transformers alone says after a text."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)

@@ -64,9 +64,9 @@ def trained_weights(base, run, model):
         name: t.double().numpy() for name, t in safetensors.torch.load_file(run / "qsvd_adapter.safetensors").items()
     }
     stored = factors_of(base)
-    weights = {}
+    weights, manifest = {}, json.loads((base / "qsvd.json").read_text())
     for path, linear in split_linears(model):
-        module = linear.name.removesuffix(".weight")
+        module = manifest["weights"][linear.name]["module"]
         start, (up, down) = residual(base, linear.name), stored[module]
         found = {name.rpartition(".")[2]: tensor for name, tensor in saved.items() if name.startswith(f"{path}.")}
         buffers = {name: tensor.double().numpy() for name, tensor in linear.adapter.named_buffers()}

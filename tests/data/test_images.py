@@ -10,6 +10,7 @@ from transformers import AutoProcessor
 
 from qsvd.data.columns import UNTRAINED, recognise
 from qsvd.data.images import open_processor, tokenize_images
+from qsvd.data.masks import preview
 from qsvd.data.read import read_rows
 from qsvd.data.tokens import tokenize
 from qsvd.errors import BadInput
@@ -79,6 +80,15 @@ def test_an_example_is_as_long_as_text_and_image_tokens_together(tmp_path, llava
     one, two, three = map(len, data.input_ids)
     assert two - one == three - two == 16  # 4 x 4 patches
     assert data.images.pixels == 3 * 3 * 16**2, "of the row with most, three images in colour"
+
+
+def test_the_tokens_of_an_image_are_shown_as_one_mark_with_their_number(tmp_path, llava):
+    picture(tmp_path / "a.png", 1)
+    data = tokenized(write_lines(tmp_path / "rows.jsonl", [said(images=["a.png"])]), llava)
+    shown = preview(data, llava.tokenizer).plain
+    assert shown.partition("\n")[2] == (
+        f"<|im_start|>user\n<image> x 16{QUESTION}<|im_end|>\n<|im_start|>assistant\n[[{ANSWER}{END}]]"
+    )
 
 
 def test_an_image_is_a_path_bytes_base64_or_as_datasets_keeps_it(tmp_path, llava):

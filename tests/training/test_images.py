@@ -1,6 +1,5 @@
 """Training and evaluation on images, judged by transformers' own model with the dense weights Q + B A."""
 
-import json
 import shutil
 
 import pytest
@@ -14,10 +13,8 @@ from qsvd.commands.train import train
 from qsvd.data.columns import UNTRAINED
 from qsvd.errors import BadInput
 from qsvd.prepare.train import prepare_train
-from tests.commands.trained_runs import factors_of
-from tests.export.cases import residual
 from tests.runs import interrupting, outcome, steps_of, training, words
-from tests.vision import KINDS, SIDE, chats, picture, write_chats, write_lines, write_model
+from tests.vision import KINDS, SIDE, chats, dense, picture, quantized, write_chats, write_lines
 
 pytestmark = pytest.mark.slow
 
@@ -29,27 +26,9 @@ LEARNS = {
 }  # a random model starts above the loss of guessing
 
 
-def quantized(folder, kind):
-    source = write_model(folder / "source", kind)
-    return qsvd.quantize(qsvd.Quantize(str(source), out=folder / "out", rank=8, iterations=1, device="cpu")).path
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     return {kind: quantized(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
-
-
-def dense(base, kind):
-    """The model of transformers with Q + B A in float64's rounding to float32."""
-    model = getattr(transformers, KINDS[kind][1]).from_pretrained(base.parent / "source", dtype=torch.float32)
-    weights = json.loads((base / "qsvd.json").read_text())["weights"]
-    factors = factors_of(base)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            up, down = factors[weight["module"]]
-            value = torch.from_numpy(residual(base, name) + up @ down).float()
-            model.get_submodule(weight["module"]).weight.copy_(value)
-    return model.eval()
 
 
 def read(base, rows, folder):
