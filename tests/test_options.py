@@ -53,6 +53,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "split": "train",
         "include": (),
         "exclude": (),
+        "include_towers": False,
         "chunk": None,
         "dtype": "auto",
         "device": "auto",
@@ -102,6 +103,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "budget": None,
         "allocation": None,
         "expert_rank": None,
+        "include_towers": False,
         "double_quant": True,
         "head_bits": None,
         "embedding_bits": None,
@@ -343,6 +345,7 @@ ADDED = {
     ("calibrate", "gradient_rank"),
     ("quantize", "expert_rank"),
     ("quantize", "include_towers"),
+    ("calibrate", "include_towers"),
     ("quantize", "head_bits"),
     ("quantize", "embedding_bits"),
 }  # since: compared if they are given

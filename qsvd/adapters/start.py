@@ -64,7 +64,8 @@ def _method(ranks: Mapping[str, int], options: AdapterOptions) -> str:
 
 def gradients_of(split: SplitFolder, record: AdapterRecord) -> Statistics | None:
     """Open the file of gradients that a new adapter starts from; see `open_gradients`."""
-    shapes = {weight["module"]: tuple(weight["shape"]) for weight in split.weights.values()}
+    weights = [weight for weight in split.weights.values() if weight["module"] in split.module_ranks]
+    shapes = {weight["module"]: tuple(weight["shape"]) for weight in weights}
     return open_gradients(record.method, _options_of(record), split.manifest["source"]["fingerprint"], shapes)
 
 
@@ -75,7 +76,8 @@ def check_start(split: SplitFolder, record: AdapterRecord, *, is_restored: bool 
         is_restored: The tensors of a run follow, so that no gradients are needed.
     """
     gradients = None if is_restored else gradients_of(split, record)
-    trained = {n: w for n, w in split.weights.items() if is_target(w["module"], record.target_modules)}
+    able = {name: weight for name, weight in split.weights.items() if weight["module"] in split.module_ranks}
+    trained = {name: w for name, w in able.items() if is_target(w["module"], record.target_modules)}
     for rank in sorted({weight["rank"] for weight in trained.values()}):
         sizes = {name: math.prod(weight["shape"]) for name, weight in trained.items() if weight["rank"] == rank}
         smallest = min(sizes, key=lambda name: sizes[name])
@@ -242,16 +244,17 @@ def planned(
     Raises:
         BadInput: the method cannot start from these ranks.
     """
-    ranks = {module: choice.rank for module, choice in allocation.choices.items()}
+    stored = {spec.module: allocation.choices[spec.module].rank for spec in names.weights}
+    ranks = {spec.module: stored[spec.module] for spec in names.weights if not spec.is_tower}
     targets = target_names(options.target_modules)
     options = replace(options, target_modules=targets)
     check_targets(targets, ranks)
     name = options.method or _method(ranks, options)
     check_own_options(name, options)
-    kinds = {module: kind_of(name, module, ranks, targets) for module in ranks}
-    if METHODS[name].needs_components and not any(ranks[m] for m, kind in kinds.items() if kind is not Frozen):
+    kinds = {module: kind_of(name, module, ranks, targets) for module in stored}
+    if METHODS[name].needs_components and not any(stored[m] for m, kind in kinds.items() if kind is not Frozen):
         raise no_components(name)
-    trained = {module: kind.defaults.rank_of(options, ranks[module]) for module, kind in kinds.items()}
+    trained = {module: kind.defaults.rank_of(options, stored[module]) for module, kind in kinds.items()}
     count = sum(kinds[spec.module].num_parameters(spec.shape, trained[spec.module]) for spec in names.weights)
     dtype = getattr(torch, _resolved(options.dtype, count))
 
@@ -261,7 +264,7 @@ def planned(
         return replace(made, dropout=0.0 if kind is Frozen else options.dropout)
 
     adapters = {
-        spec.name: tensors(kinds[spec.module], spec.shape, ranks[spec.module], trained[spec.module])
+        spec.name: tensors(kinds[spec.module], spec.shape, stored[spec.module], trained[spec.module])
         for spec in names.weights
     }
     return SplitModelPlan(empty, names, allocation, adapters, name)
@@ -270,7 +273,8 @@ def planned(
 def _spec(name: str, weight: Mapping[str, Any]) -> WeightSpec:
     module, (rows, columns) = weight["module"], weight["shape"]
     layer = next(int(part) for part in module.split(".") if part.isdigit())
-    return WeightSpec(name, module, (rows, columns), role_of(module), layer, stack=weight.get("stack", ""))
+    kind = {"stack": weight.get("stack", ""), "is_tower": weight.get("tower", False)}
+    return WeightSpec(name, module, (rows, columns), role_of(module), layer, **kind)
 
 
 def _table(name: str, table: Mapping[str, Any], split: SplitFolder, names: ModelPlan) -> Table:

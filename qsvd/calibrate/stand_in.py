@@ -66,6 +66,7 @@ class Tape:
         last: What the last block returns; None stops the pass there.
         returns: Length of the tuple that a block returns, or 0 if it returns only the hidden states.
         keep: Whether to keep the arguments.
+        has_graph: Whether the hidden states before the first block stay differentiable.
         hidden: Hidden states before the first block.
         calls: In order.
         passed: What each stand-in returned: leaf tensors that only the next block may use.
@@ -75,6 +76,7 @@ class Tape:
     last: Tensor | None
     returns: int
     keep: bool
+    has_graph: bool = False
     hidden: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
     passed: list[Tensor] = field(default_factory=list)
@@ -92,7 +94,7 @@ class Tape:
         others = (positional if is_named else positional[1:], named)
         self._check_alone(path, hidden, others)
         if self.hidden is None:
-            self.hidden = hidden.detach()
+            self.hidden = hidden if self.has_graph else hidden.detach()
         kept = tree_map(self._host, others) if self.keep else ((), {})
         self.calls.append(Call(path, kept[0], kept[1], is_named))
         is_last = len(self.calls) == self.num_blocks

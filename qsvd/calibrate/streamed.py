@@ -6,6 +6,7 @@ read each time the block is needed, and freed with the dictionary that holds the
 
 import copy
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -110,11 +111,30 @@ class StreamedModel:
         tape = Tape(self.num_blocks, hidden, self._returns, keep=False)
         return self._run(inputs, tape).logits, tape.passed[:-1]
 
-    def _run(self, inputs: Mapping[str, Tensor], tape: Tape) -> Any:
+    @property
+    def tower_weights(self) -> dict[str, Tensor]:
+        """The weights that need statistics of the encoders of images, by their names in the model."""
+        return {spec.place: self._around[spec.place] for spec in self.plan.weights if spec.is_tower}
+
+    def before_blocks(self, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the hidden states before the first block, [1, T, D], differentiable in weights of the encoders.
+
+        Raises:
+            BadInput: blocks get more of the encoders than these hidden states.
+        """
+        assert self._returns is not None, "record() was called before"
+        tape = Tape(self.num_blocks, None, self._returns, keep=False, has_graph=True)
+        self._run(inputs, tape, weights)
+        assert tape.hidden is not None, "record() has seen the blocks"
+        return tape.hidden
+
+    def _run(
+        self, inputs: Mapping[str, Tensor], tape: Tape, weights: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Any:
         self._tapes.append(tape)
         try:
             with torch.enable_grad():
-                return functional_call(self._model, self._around, (), dict(inputs))
+                return functional_call(self._model, self._around | dict(weights), (), dict(inputs))
         except AllCalled:
             return None
         except (torch.OutOfMemoryError, ValueError):
@@ -180,8 +200,8 @@ def _build(checkpoint: Checkpoint, plan: ModelPlan, device: torch.device, *, twi
 
 
 def _block_paths(model: nn.Module, plan: ModelPlan) -> list[str]:
-    """Return the paths of all elements of the lists of blocks that have a weight to split, in model order."""
-    lists = {block_of(spec.module).rpartition(".")[0] for spec in plan.weights}
+    """Return the paths of all elements of the lists of language blocks with a weight to split, in model order."""
+    lists = {block_of(spec.module).rpartition(".")[0] for spec in plan.weights if not spec.is_tower}
     return [f"{parent}.{name}" for parent in sorted(lists) for name, _ in model.get_submodule(parent).named_children()]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qsvd.calibrate.gradients import GradientSums
+from qsvd.data.image_sources import ImageRows
 from qsvd.files.statistics import LEFT, RIGHT, VALUES
 from qsvd.plan.weights import WeightSpec
 
@@ -122,14 +123,20 @@ class Example:
         input_ids: [T].
         target: A label for each token, -100 without a loss (token t predicts label t + 1); or the class.
         segments: token_type_ids [T]; None is the model's default.
+        images: Rows with images, and which of them the example is; None without images.
     """
 
     input_ids: Sequence[int]
     target: Sequence[int] | int
     segments: Sequence[int] | None = None
+    images: tuple[ImageRows, int] | None = None
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the arguments of the model's forward: a batch of one, without padding and mask."""
+        """Return the arguments of the model's forward: a batch of one, without padding and mask; images are opened."""
+        if self.images is not None:
+            rows, index = self.images
+            batch = rows.batch([index])
+            return {name: value.to(device) for name, value in batch.items() if name not in ("labels", "attention_mask")}
         inputs = {"input_ids": torch.tensor([list(self.input_ids)], device=device)}
         if self.segments is not None:
             inputs["token_type_ids"] = torch.tensor([list(self.segments)], device=device)

@@ -150,6 +150,7 @@ def add_examples(  # each is a choice of its own
         del block
         reached = {AT_BLOCKS: torch.tensor([len(order) - number])}
         yield reached | {name: tensor for track in tracks for name, tensor in track.at().items()}
+    _towers(model, tracks, sums)
 
 
 def _forward(block: _LoadedBlock, track: _Track) -> None:
@@ -234,6 +235,20 @@ def _backward(block: _LoadedBlock, track: _Track, sums: Sums) -> None:
                     sums.add_trace(block.module(name), float(_dot(signs[name], part)))
             track.gradient_tangents[probe] = second[0].cpu()
     track.gradient = back[0].detach().cpu()
+
+
+def _towers(model: StreamedModel, tracks: Sequence[_Track], sums: Sums) -> None:
+    """Add the gradients of the weights of encoders of images, which are in memory as a whole."""
+    weights = {name: weight.detach().requires_grad_() for name, weight in model.tower_weights.items()}
+    for track in tracks if weights else ():
+        assert track.gradient is not None, "_backward() was called for the first block"
+        hidden = model.before_blocks(track.example.inputs(model.device), weights)
+        if hidden.requires_grad:  # else the example has no image
+            above = track.gradient.to(model.device)
+            found = torch.autograd.grad(hidden, list(weights.values()), above, allow_unused=True)
+            for name, gradient in zip(weights, found, strict=True):
+                if gradient is not None:  # None for layers after the one whose output is taken
+                    sums.add_gradient(name.removesuffix(".weight"), gradient)
 
 
 def _along(gradients: Sequence[Tensor | None], changes: Sequence[Tensor]) -> Tensor:

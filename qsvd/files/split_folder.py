@@ -61,8 +61,8 @@ class SplitFolder:
 
     @cached_property
     def module_ranks(self) -> dict[str, int]:
-        """Return the same by the path of the weight's layer."""
-        return {weight["module"]: weight["rank"] for weight in self.weights.values()}
+        """Return the same by the path of the layer, but for encoders of images and sound, which stay frozen."""
+        return {weight["module"]: weight["rank"] for weight in self.weights.values() if not weight.get("tower")}
 
     @property
     def fingerprint(self) -> str:

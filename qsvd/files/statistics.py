@@ -157,7 +157,7 @@ def check_statistics(statistics: Statistics, fingerprint: str, modules: Sequence
     if lacking:
         raise BadInput(
             f"{statistics.path} lacks {len(lacking)} of {len(modules)} weights: {listing(lacking)}; run qsvd calibrate "
-            "with the same --include and --exclude, or with none"
+            "with the same --include, --exclude and --include-towers, or with none"
         )
 
 

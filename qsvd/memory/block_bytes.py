@@ -75,7 +75,7 @@ class BlockBytes:
 
 @lru_cache(maxsize=4096)
 def run_blocks(model: SplitModelPlan, batch: Batch) -> tuple[BlockBytes, ...]:
-    """Simulate a training step of every block and return its bytes, in model order. Equal blocks run once.
+    """Simulate a training step of every language block and return its bytes, in model order. Equal blocks run once.
 
     Raises:
         BadInput: the model cannot be run from tokens alone.
@@ -83,7 +83,7 @@ def run_blocks(model: SplitModelPlan, batch: Batch) -> tuple[BlockBytes, ...]:
     register_attention()
     found: dict[Any, BlockBytes] = {}
     runs = []
-    for block in model.blocks:
+    for block in model.language_blocks:
         kind = _kind(model, block.path)
         if kind not in found:
             found[kind] = _run(model, block.path, batch)

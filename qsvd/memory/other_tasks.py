@@ -104,4 +104,4 @@ def cache_bytes(model: SplitModelPlan, batch: Batch) -> int:
         return 0
     heads = getattr(text, "num_key_value_heads", None) or queries
     width = getattr(text, "head_dim", None) or text.hidden_size // queries
-    return 2 * len(model.blocks) * heads * width * model.dtype.itemsize * batch.tokens * batch.batch
+    return 2 * len(model.language_blocks) * heads * width * model.dtype.itemsize * batch.tokens * batch.batch

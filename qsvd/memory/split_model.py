@@ -29,6 +29,7 @@ class Block:
         page: Bytes of a page that holds them all.
         parameters: The trained tensors.
         buffers: Bytes of the frozen tensors of the adapters.
+        is_tower: Whether it belongs to an encoder of images or sound, which tokens alone do not run.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Block:
     page: int
     parameters: tuple[TensorShape, ...]
     buffers: int
+    is_tower: bool
 
     @property
     def residual(self) -> int:
@@ -137,6 +139,11 @@ class SplitModelPlan:
             members.setdefault(block_of(spec.module), []).append(spec)
         return tuple(self._block(path, specs) for path, specs in members.items())
 
+    @property
+    def language_blocks(self) -> tuple[Block, ...]:
+        """The blocks that tokens run through."""
+        return tuple(block for block in self.blocks if not block.is_tower)
+
     @cached_property
     def dense(self) -> Dense:
         """Bytes of what is not quantized, tied tensors once, with the buffers that are in no file."""
@@ -212,6 +219,7 @@ class SplitModelPlan:
             page=page_bytes(sizes),
             parameters=tuple(tensor for adapter in adapters for tensor in adapter.parameters.values()),
             buffers=sum(total_bytes(adapter.buffers.values()) for adapter in adapters),
+            is_tower=specs[0].is_tower,
         )
 
 

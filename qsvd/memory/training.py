@@ -123,7 +123,7 @@ def moments_of(model: SplitModelPlan, training: Training) -> tuple[Moment, ...]:
     below = [passes * (blocks[0].around + blocks[0].input + tokens)]
     for block in blocks:
         below.append(below[-1] + passes * block.kept)
-    gradients = [total_bytes(block.parameters) for block in model.blocks]
+    gradients = [total_bytes(block.parameters) for block in model.language_blocks]
     everything = sum(gradients)
     before = everything if training.accumulate > passes else 0
     joined = passes * blocks[0].input if passes > 1 else 0  # the parts' outputs as one tensor, besides the parts
@@ -137,7 +137,7 @@ def moments_of(model: SplitModelPlan, training: Training) -> tuple[Moment, ...]:
             loss=_loss(model, training, passes * blocks[-1].input),
         ),
         Moment("final norm", below[-1], before, block=_final_norm(model, passes * blocks[-1].input)),
-        Moment("encoder", EXACT * training.pixels, before, block=encoder_bytes(model, training.pixels)),
+        Moment("encoder", EXACT * training.pixels, before, block=encoder_bytes(model, training.pixels, batch.device)),
         Moment("optimizer step", gradients=everything, optimizer=_state(model, training).workspace),
     ]
     for number, block in enumerate(blocks):

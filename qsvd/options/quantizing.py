@@ -99,6 +99,9 @@ class Calibrate:
 
     include: Annotated[Include, Group("layer")] = ()
     exclude: Annotated[Exclude, Help("Layers to leave out.", "GLOB ...")] = ()
+    include_towers: Annotated[
+        IncludeTowers, ADDED, Help("Also measure the encoder of images, on examples with images.")
+    ] = False
 
     dtype: Annotated[ComputeDtype, Group("run")] = "auto"
     chunk: Annotated[

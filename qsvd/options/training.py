@@ -28,6 +28,7 @@ from qsvd.option_types import (
     Group,
     HeadBits,
     Help,
+    IncludeTowers,
     Json,
     LayerMajor,
     LossOn,
@@ -83,6 +84,7 @@ class TrainingOptions:
     ] = None
     allocation: Annotated[Allocation, SAME_RESULT] = None
     expert_rank: Annotated[ExpertRank, SAME_RESULT] = None
+    include_towers: Annotated[IncludeTowers, SAME_RESULT] = False
     double_quant: Annotated[DoubleQuant, SAME_RESULT] = True
     head_bits: Annotated[HeadBits, SAME_RESULT] = None
     embedding_bits: Annotated[EmbeddingBits, SAME_RESULT] = None

@@ -21,6 +21,7 @@ from torch import nn
 
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.plan.experts import Stack, stacks_of
+from qsvd.plan.language import is_in, towers
 from qsvd.plan.rules import is_linear, is_replaced_by_bitsandbytes, is_transposed, left_by_rule
 from qsvd.plan.targets import LAST, is_expert
 from qsvd.records import Coverage, LeftTensors, Role
@@ -67,6 +68,7 @@ class WeightSpec:
     layer: int  # index of the block
     sources: tuple[Source, ...] = ()  # whose rows, one after another, make the weight; empty: the tensor of its name
     stack: str = ""  # path of the parameter that holds all experts of the layer; empty for a linear layer
+    is_tower: bool = False  # whether it belongs to an encoder of images or sound, which stays frozen in training
     is_plain: bool = True  # whether transformers puts bitsandbytes' layer in the place of its module, if it has one
 
     @property
@@ -134,8 +136,9 @@ def plan_model(
     wanted = {path for path in kinds if path not in reasons and _is_wanted(path, include, exclude)}
     _refuse_unsplittable([path for path, kind in kinds.items() if path in wanted and kind == UNSPLITTABLE])
     stacks = {stack.path: stack for path, module in model.named_modules() for stack in stacks_of(path, module)}
+    outside = towers(model)
     weights = tuple(
-        spec
+        replace(spec, is_tower=is_in(path, outside))
         for path in kinds
         if path in wanted
         for spec in (_experts(stacks[path]) if path in stacks else [_spec(path, linears[path])])

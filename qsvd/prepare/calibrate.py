@@ -11,7 +11,15 @@ import torch
 
 from qsvd.calibrate.sums import Example
 from qsvd.data.columns import Examples, recognise
-from qsvd.data.examples import checked_length, cut_in_words, mapping_of, open_tokenizer, stop_ids
+from qsvd.data.examples import (
+    check_reads_images,
+    checked_length,
+    cut_in_words,
+    mapping_of,
+    open_tokenizer,
+    stop_ids,
+)
+from qsvd.data.images import open_processor, tokenize_images
 from qsvd.data.read import read_rows
 from qsvd.data.tokens import tokenize
 from qsvd.errors import BadInput, listing
@@ -46,7 +54,15 @@ class CalibrateRun:
     @property
     def identity(self) -> dict[str, Any]:
         """What the bytes of the file depend on."""
-        sequences = [[list(one.input_ids), one.target, one.segments] for one in self.examples]
+        sequences = [
+            [
+                list(one.input_ids),
+                one.target,
+                one.segments,
+                *([one.images[0].digests[one.images[1]]] if one.images else []),
+            ]
+            for one in self.examples
+        ]
         return result_options(self.options) | {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -98,14 +114,15 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
             f"{options.data} holds {examples.kind} examples, and {options.model} is a {plan.architecture}, which "
             f"learns from {wanted}"
         )
-    data = tokenize(
-        examples,
-        open_tokenizer(checkpoint.folder),
-        max_length=options.max_length,
-        loss_on=options.loss_on,
-        stop_ids=stop_ids(checkpoint.folder),
-        label_names=_labels(checkpoint, examples) if classifies else None,
-    )
+    chosen: Any = {"max_length": options.max_length, "loss_on": options.loss_on}
+    chosen["stop_ids"] = stop_ids(checkpoint.folder)
+    if examples.has_images:
+        check_reads_images(plan.architecture, options.model, options.data)
+        data = tokenize_images(examples, open_processor(checkpoint.folder), **chosen)
+    else:
+        _check_towers(options)
+        names = _labels(checkpoint, examples) if classifies else None
+        data = tokenize(examples, open_tokenizer(checkpoint.folder), **chosen, label_names=names)
     _check_vocabulary(data.input_ids, checkpoint)
     there = len(data.input_ids)
     if there < options.examples:
@@ -115,9 +132,19 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
         )
     order = torch.randperm(there, generator=torch.Generator().manual_seed(options.seed))
     types = data.token_types or [None] * there
-    chosen = sorted(order[: options.examples].tolist())
-    found = tuple(Example(data.input_ids[index], data.labels[index], types[index]) for index in chosen)
+    drawn = sorted(order[: options.examples].tolist())
+    images = [data.images and (data.images, index) for index in range(there)]
+    found = tuple(Example(data.input_ids[n], data.labels[n], types[n], images[n]) for n in drawn)
     return found, cut_in_words(data, options.max_length) if data.truncated else ""
+
+
+def _check_towers(options: Calibrate) -> None:
+    """Refuse to measure an encoder of images on examples without images."""
+    if options.include_towers:
+        raise BadInput(
+            f"--include-towers measures the encoder of images, and {options.data} has no images: give examples with "
+            "images, or leave it out"
+        )
 
 
 def _labels(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from qsvd.data.read import local_data
 from qsvd.data.template_names import read_template
@@ -124,18 +125,19 @@ def _conflicts(options: Options) -> list[str]:
         and options.budget is not None
     ):
         wrong.append("--budget and --allocation both set the bits of each layer: give one of them")
-    if isinstance(options, Quantize):
-        wrong += _conflicts_of_quantize(options)
     if isinstance(options, Quantize | Allocate):
         wrong += _conflicts_of_objective(options)
-    if isinstance(options, TrainingOptions):
-        wrong += _conflicts_of_training(options)
-    if isinstance(options, Eval):
-        wrong += _conflicts_of_eval(options)
-    if isinstance(options, Generate):
-        wrong += _conflicts_of_generate(options)
-    if isinstance(options, Calibrate) and options.chunk is not None and options.gradient_rank is not None:
+    kinds: Any = {Quantize: _conflicts_of_quantize, Calibrate: _conflicts_of_calibrate, Eval: _conflicts_of_eval}
+    kinds |= {TrainingOptions: _conflicts_of_training, Generate: _conflicts_of_generate}
+    return wrong + [clause for kind, find in kinds.items() if isinstance(options, kind) for clause in find(options)]
+
+
+def _conflicts_of_calibrate(options: Calibrate) -> list[str]:
+    wrong = []
+    if options.chunk is not None and options.gradient_rank is not None:
         wrong.append("--chunk divides the examples, and --gradient-rank sums over all: give one of them")
+    if options.include_towers and (options.traces or options.gradient_rank is not None):
+        wrong.append("--include-towers measures Fisher information alone: leave out --traces and --gradient-rank")
     return wrong
 
 
@@ -284,6 +286,7 @@ def _check_quantizing(options: TrainingOptions, name: str) -> None:
         "--budget": options.budget is not None,
         "--allocation": options.allocation is not None,
         "--expert-rank": options.expert_rank is not None,
+        "--include-towers": options.include_towers,
         "--no-double-quant": not options.double_quant,
         "--head-bits": options.head_bits is not None,
         "--embedding-bits": options.embedding_bits is not None,
@@ -298,7 +301,8 @@ def _check_targets(options: Options) -> None:
     if isinstance(options, Train | Plan) and options.target_modules:
         manifest = Path(options.model if isinstance(options, Plan) else options.base).expanduser() / MANIFEST
         if manifest.is_file():
-            modules = [weight["module"] for weight in read_object(manifest)["weights"].values()]
+            weights = read_object(manifest)["weights"].values()
+            modules = [weight["module"] for weight in weights if not weight.get("tower")]
             check_targets(target_names(options.target_modules), modules)
 
 

@@ -78,7 +78,9 @@ def place_generating(  # what is planned, and where
         pixels: Numbers that a processor makes of the images of the batch.
     """
     model = planned_base(split, record, here.dtype)
-    images = on(here.device.type, "images and their encoder", EXACT * pixels + encoder_bytes(model, pixels))
+    images = on(
+        here.device.type, "images and their encoder", EXACT * pixels + encoder_bytes(model, pixels, batch.device)
+    )
     return _placed_beside(images, model, batch, wish, here, "a smaller --max-new-tokens or a shorter prompt")
 
 

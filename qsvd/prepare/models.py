@@ -45,8 +45,12 @@ def open_16_bit(
     """
     checkpoint = checkpoint or open_checkpoint(options.model)
     check_not_quantized(checkpoint.config, checkpoint.tensors)
-    towers = not isinstance(options, Calibrate) and options.include_towers
-    plan = plan_model(checkpoint.config, include=options.include, exclude=options.exclude, include_towers=towers)
+    plan = plan_model(
+        checkpoint.config,
+        include=options.include,
+        exclude=options.exclude,
+        include_towers=options.include_towers,
+    )
     return checkpoint, check_complete(checkpoint, plan)
 
 

@@ -175,6 +175,7 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
             "file": file_of[number],
             "residual_sha256": digests[spec.name],
         }
+        | ({"tower": True} if spec.is_tower else {})
         | _origin(run, spec)
         for number, spec in enumerate(run.weights)
     }

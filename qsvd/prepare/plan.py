@@ -203,7 +203,7 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
             "one that qsvd quantized"
         )
     stacks = unsplittable(config)
-    names = plan_model(config, exclude=stacks)
+    names = plan_model(config, exclude=stacks, include_towers=options.include_towers)
     empty = skeleton(config, dtype)
     is_added = adapter.method is not None and not METHODS[adapter.method].needs_components
     is_plain = is_added and options.allocation is None

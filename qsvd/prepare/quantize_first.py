@@ -61,6 +61,7 @@ def prepare_training(options: Train) -> TrainRun | FirstRun:
         rank=options.rank if is_added else None,  # else it is the stored rank
         budget=None,
         allocation=None,
+        include_towers=False,
         double_quant=True,
         head_bits=None,
         embedding_bits=None,
@@ -111,6 +112,7 @@ def _quantize_options(options: Train, rank: int) -> Quantize:
         out=_folder(options, rank) if options.quantized is None else options.quantized,
         rank=rank,
         expert_rank=options.expert_rank,
+        include_towers=options.include_towers,
         double_quant=options.double_quant,
         head_bits=options.head_bits,
         embedding_bits=options.embedding_bits,
@@ -128,13 +130,14 @@ def _folder(options: Train, rank: int) -> Path:
     name = hub_id(options.base, None) or os.path.abspath(Path(options.base).expanduser())
     model, bits = Path(name).name, "nf4" if options.double_quant else "nf4-plain"
     if options.allocation is not None:
-        return options.out.parent / f"{model}-{options.allocation.stem}{_table_bits(options)}"
+        return options.out.parent / f"{model}-{options.allocation.stem}{_variant(options)}"
     if options.budget is not None:
         bits = "".join(options.budget.split())
-    return options.out.parent / f"{model}-{bits}-r{rank}{_table_bits(options)}"
+    return options.out.parent / f"{model}-{bits}-r{rank}{_variant(options)}"
 
 
-def _table_bits(options: Train) -> str:
-    """Return the end of the name of OUT: "-head8" if the head has 8 bits."""
+def _variant(options: Train) -> str:
+    """Return the end of the name of OUT: "-head8" if the head has 8 bits, "-towers" if towers are quantized."""
     bits = {"head": options.head_bits, "embedding": options.embedding_bits}
-    return "".join(f"-{name}{count}" for name, count in bits.items() if count is not None)
+    tables = "".join(f"-{name}{count}" for name, count in bits.items() if count is not None)
+    return f"{tables}-towers" if options.include_towers else tables

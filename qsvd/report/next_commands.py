@@ -52,7 +52,7 @@ def after_allocate(options: Allocate) -> list[str]:
 
 def _layers(options: Calibrate | Allocate) -> list[str]:
     include = ["--include", *options.include] if options.include else []
-    towers = ["--include-towers"] if isinstance(options, Allocate) and options.include_towers else []
+    towers = ["--include-towers"] if options.include_towers else []
     return include + (["--exclude", *options.exclude] if options.exclude else []) + towers
 
 

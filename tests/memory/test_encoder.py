@@ -25,7 +25,7 @@ def planned(config, architecture):
 def test_no_more_is_made_than_is_counted(kind, images):
     make, architecture, mark = KINDS[kind]
     _, config = make(tokenizer(), template(mark))
-    found = encoder_bytes(planned(config, architecture), images * 3 * SIDE**2)
+    found = encoder_bytes(planned(config, architecture), images * 3 * SIDE**2, "cpu")
     model = getattr(transformers, architecture)(config).eval()
     pixels = torch.randn(images, 3, SIDE, SIDE)
     live = LiveBytes([*model.parameters(), *model.buffers(), pixels])
@@ -36,4 +36,4 @@ def test_no_more_is_made_than_is_counted(kind, images):
 
 def test_a_model_of_text_has_no_encoder():
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, intermediate_size=64)
-    assert encoder_bytes(planned(config, "LlamaForCausalLM"), 3 * SIDE**2) == 0
+    assert encoder_bytes(planned(config, "LlamaForCausalLM"), 3 * SIDE**2, "cpu") == 0

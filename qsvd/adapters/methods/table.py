@@ -103,11 +103,11 @@ def kind_of(method: str, module: str, ranks: Mapping[str, int], targets: Sequenc
 
     Args:
         module: Path of its layer.
-        ranks: The stored ranks of all weights, by the paths of their layers. If those of all layers to train are 0,
-            the method itself refuses to start.
+        ranks: The stored ranks of all weights that can be trained, by the paths of their layers. If those of all layers
+            to train are 0, the method itself refuses to start.
         targets: Names of the layers to train; empty is all.
     """
-    if not is_target(module, targets):
+    if module not in ranks or not is_target(module, targets):
         return Frozen
     kind = METHODS[method]
     lacks = kind.needs_components and ranks[module] == 0
