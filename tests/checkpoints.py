@@ -42,6 +42,14 @@ FAMILIES = {  # class -> (config class, options)
         | {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 0},
     ),
     "ViTModel": ("ViTConfig", {k: v for k, v in COMMON.items() if k != "vocab_size"} | {"image_size": 32}),
+    "ConvBertModel": ("ConvBertConfig", COMMON | {"num_groups": 2, "embedding_size": 64}),
+    "SiglipModel": (
+        "SiglipConfig",
+        {
+            "text_config": COMMON | {"max_position_embeddings": 32},
+            "vision_config": {k: v for k, v in COMMON.items() if k != "vocab_size"} | {"image_size": 32},
+        },
+    ),
     "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96}),
     "MixtralForCausalLM": ("MixtralConfig", GROUPED | {"num_local_experts": 4}),
     "GptOssForCausalLM": (

@@ -16,8 +16,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from scipy.io import wavfile
 from torch import Tensor, nn
 
 import qsvd
@@ -28,6 +30,8 @@ from qsvd.options import Generate, Report
 
 STEPS = ("plan", "quantize", "report", "plain load", "load", "generate", "train", "eval", "export")
 TEXT = ("lm", "vlm", "s2s")  # groups that are trained on texts
+LEARN = (*TEXT, "enc", "whisper")  # and on labels, and on sounds
+RATE = 16_000  # samples of a second of sound
 RANK, TOKENS, LONGEST = 4, 16, 32
 CLOSE = 2e-4  # of the spread of the logits: float32 sums in another order
 FIRST_RESERVED = 500  # token ids from here on stand for images and sound in the families of `vlm`
@@ -95,9 +99,33 @@ def make_model(family: Family, folder: Path, tokenizer: Path, seed: int = 0) -> 
     if model.can_generate():
         model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
-    if family.group not in ("vit", "whisper"):
+    if family.group == "whisper":
+        _save_processor(folder, config)
+    elif family.group != "vit":
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(tokenizer / name, folder / name)
+
+
+def _save_processor(folder: Path, config: Any) -> None:
+    """Write a tokenizer of bytes, and a feature extractor for as much sound as the model hears."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>"]
+    names += ["<|translate|>", "<|nocaptions|>", "<|notimestamps|>"]
+    words = transformers.WhisperTokenizer(vocab={name: number for number, name in enumerate(names)}, merges=[])
+    seconds = 2 * config.max_source_positions * 160 // RATE  # 160 samples a frame
+    extractor = transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+    transformers.WhisperProcessor(extractor, words).save_pretrained(folder)
+
+
+def _sounds(folder: Path, texts: list[str]) -> list[dict[str, str]]:
+    """Write a short noise for each text."""
+    rows = []
+    for number, text in enumerate(texts):
+        noise = np.random.default_rng(number).normal(0, 1000, RATE // 2).astype(np.int16)
+        wavfile.write(folder / f"{number}.wav", RATE, noise)
+        rows.append({"audio": f"{number}.wav", "text": text[:20]})
+    return rows
 
 
 def inputs_of(family: Family, config: Any) -> dict[str, Tensor]:
@@ -147,6 +175,8 @@ class Trial:
         rows = [{"prompt": text[:20], "completion": text[20:60]} for text in texts]
         if family.group == "enc":
             rows = [{"text": text[:40], "label": "ab"[n % 2]} for n, text in enumerate(texts)]
+        if family.group == "whisper":
+            rows = _sounds(folder, texts)
         self.data = folder / "data.jsonl"
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.inputs = inputs_of(family, self.model_class.config_class.from_pretrained(self.source))
@@ -228,7 +258,7 @@ class Trial:
         return ""
 
     def _train(self) -> str:
-        if self.family.group not in (*TEXT, "enc"):
+        if self.family.group not in LEARN:
             return "-"
         before = json.loads((self.out / "qsvd.json").read_text())["fingerprint"]
         done = qsvd.train(
@@ -247,7 +277,7 @@ class Trial:
         return difference(logits(new, self.inputs), logits(old, self.inputs)) > 1e-6
 
     def _eval(self) -> str:
-        if self.family.group not in (*TEXT, "enc"):
+        if self.family.group not in LEARN:
             return "-"
         model = self.run if self.family.group == "enc" else self.out
         qsvd.evaluate(model, data=self.data, device="cpu", batch_size=2, limit=4)
@@ -336,7 +366,7 @@ Every command on a tiny random model of each family (`tools/families --write doc
 - *quantize* includes the report.
 - *load* compares the logits of `qsvd.load` with those of transformers' own model with the dense weights Q + B A.
 - *from_pretrained* compares plain transformers with them, where the format is that of bitsandbytes.
-- *train* is two steps on text; *export* a merged export, which plain transformers opens with equal logits.
+- *train* is two steps on text, or on sound; *export* a merged export, which plain transformers opens with equal logits.
 - yes: works; no: does not work; -: does not apply.
 
 A mixture of experts that was really trained: [errors and perplexities](results/2026-11-28-moe-cpu.md).

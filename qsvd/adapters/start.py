@@ -13,7 +13,7 @@ from torch import Tensor
 from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, StoredWeight, no_components
 from qsvd.adapters.gradients import open_gradients
 from qsvd.adapters.methods.frozen import Frozen
-from qsvd.adapters.methods.table import METHODS, as_recorded, check_own_options, default_method, kind_of
+from qsvd.adapters.methods.table import METHODS, as_recorded, check_own_options, default_method, kind_of, options_for
 from qsvd.errors import BadInput
 from qsvd.files.adapter import AdapterFolder, AdapterRecord
 from qsvd.files.safetensors import read_tensor
@@ -96,7 +96,7 @@ def _dtype_name(split: SplitFolder, method: str, options: AdapterOptions) -> str
     count = 0
     for weight in split.weights.values():
         kind = kind_of(method, weight["module"], split.module_ranks, options.target_modules)
-        rank, _ = kind.defaults.rank_and_scale(options, weight["rank"])
+        rank, _ = kind.defaults.rank_and_scale(options_for(options, kind, weight["module"]), weight["rank"])
         count += kind.num_parameters(tuple(weight["shape"]), rank)
     return _resolved(options.dtype, count)
 
@@ -165,7 +165,8 @@ def start_from(stored: StoredWeight, split: SplitFolder, record: AdapterRecord, 
     digest = hashlib.sha256(f"{record.seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
     try:
-        return _kind(split, record, name).start(stored, _options_of(record), generator)
+        kind = _kind(split, record, name)
+        return kind.start(stored, options_for(_options_of(record), kind, split.weights[name]["module"]), generator)
     except ValueError as error:
         raise BadInput(f"{split.folder}: {name}: {error}") from error
 
@@ -254,7 +255,8 @@ def planned(
     kinds = {module: kind_of(name, module, ranks, targets) for module in stored}
     if METHODS[name].needs_components and not any(stored[m] for m, kind in kinds.items() if kind is not Frozen):
         raise no_components(name)
-    trained = {module: kind.defaults.rank_of(options, stored[module]) for module, kind in kinds.items()}
+    own = {module: options_for(options, kind, module) for module, kind in kinds.items()}
+    trained = {module: kind.defaults.rank_of(own[module], stored[module]) for module, kind in kinds.items()}
     count = sum(kinds[spec.module].num_parameters(spec.shape, trained[spec.module]) for spec in names.weights)
     dtype = getattr(torch, _resolved(options.dtype, count))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qsvd.calibrate.gradients import GradientSums
-from qsvd.data.image_sources import ImageRows
+from qsvd.data.media import MediaRows
 from qsvd.files.statistics import LEFT, RIGHT, VALUES
 from qsvd.plan.weights import WeightSpec
 
@@ -129,7 +129,7 @@ class Example:
     input_ids: Sequence[int]
     target: Sequence[int] | int
     segments: Sequence[int] | None = None
-    images: tuple[ImageRows, int] | None = None
+    images: tuple[MediaRows, int] | None = None
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Return the arguments of the model's forward: a batch of one, without padding and mask; images are opened."""

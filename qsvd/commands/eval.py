@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qsvd.console.progress import display, quiet
 from qsvd.data.encoder_decoder import sources_and_targets
-from qsvd.data.examples import is_encoder_decoder, positions, stop_ids
+from qsvd.data.examples import is_encoder_decoder, positions, stop_ids, tokenize_speech
 from qsvd.data.images import tokenize_images
 from qsvd.data.masks import ends_of_turn
 from qsvd.data.tokens import question_prompts, tokenize
@@ -160,15 +160,17 @@ def _answers(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     """Return the perplexity of the answers, given their prompts."""
     window = _window(positions(subject.found.home), subject, run.options)
     cut: dict[str, Any] = {"max_length": window, "stop_ids": stop_ids(subject.found.home)}
-    if subject.processor is None:
+    if run.examples.kind == "speech":
+        data = tokenize_speech(run.examples, subject.found.home, window)
+    elif subject.processor is None:
         data = tokenize(run.examples, subject.tokenizer, **cut)
     else:
         data = tokenize_images(run.examples, subject.processor, **cut)
     model = _load(subject, run)
     how: dict[str, Any] = {"pad_token": subject.tokenizer.pad_token_id, "batch": run.options.batch_size}
     how["tell"] = shown.of(len(data.input_ids), "examples")
-    if data.images is not None:
-        how["collate"] = data.images.batch
+    if data.media is not None:
+        how["collate"] = data.media.batch
     if model.config.is_encoder_decoder:
         measured = written_loss(model, *sources_and_targets(data, subject.tokenizer), **how)
     else:

@@ -25,7 +25,7 @@ from qsvd.adapters.tables import unpack_tables
 from qsvd.console.progress import display, quiet
 from qsvd.errors import BadInput, parse_size
 from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
-from qsvd.export.lora import LoraExport, Target, write_lora
+from qsvd.export.lora import LoraExport, Target, trained_experts, write_lora
 from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import PeftExport, write_peft
 from qsvd.export.trained import Trained
@@ -165,6 +165,8 @@ def _export(options: Export, show: ShowProgress) -> tuple[Opened, ExportResult, 
     opened = open_trained(options.run, options.base)
     if refusal := export_refusal(opened.record.method, options.to):
         raise BadInput(refusal)
+    if options.to == "lora" and opened.trained_experts:
+        raise trained_experts(opened.trained_experts)
     repository = open_repository(options)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     is_checked = options.check and fits(opened)

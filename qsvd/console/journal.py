@@ -114,10 +114,11 @@ def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | Non
         model.config.pad_token_id = pad  # decoders find the end of a text by it
         measured = accuracy(model, examples, pad_token=pad, batch=batch, segments=segments)
         return {f"held_out_{when}": measured.nats, f"accuracy_{when}": measured.share}
+    collate = None if held_out.media is None else held_out.media.batch
     if data.is_encoder_decoder:
         pairs = sources_and_targets(held_out, data.tokenizer)
-        return found | {f"held_out_{when}": written_loss(model, *pairs, pad_token=pad, batch=batch).nats}
-    collate = None if held_out.images is None else held_out.images.batch
+        written = written_loss(model, *pairs, pad_token=pad, batch=batch, collate=collate)
+        return found | {f"held_out_{when}": written.nats}
     return found | {f"held_out_{when}": mean_loss(model, examples, pad_token=pad, batch=batch, collate=collate).nats}
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qsvd.data.chat import check_messages, described, from_conversation, read_tools
-from qsvd.data.image_sources import COLUMNS, ImageRows, gather
+from qsvd.data.media import AUDIO, COLUMNS, MediaRows, gather, read_row_sound
 from qsvd.data.row_files import Places, Rows, refusal
 from qsvd.errors import BadInput, listing
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Kind = Literal["chat", "pair", "text", "labelled"]
+Kind = Literal["chat", "pair", "speech", "text", "labelled"]
 Row = dict[str, Any]
 
 
@@ -26,10 +26,11 @@ class Examples:
 
     chat: {"messages": [{"role", "content", ...}, ...], "tools": [...] or None}
     pair: {"prompt", "completion", "tools"}, both strings or both lists of messages
+    speech: {"audio", "text"}, a sound and what is said in it
     text: {"text"}
     labelled: {"text", "text_pair": str or None, "label": str or int}
 
-    A chat or pair with images has them in "images", as image_sources.py describes.
+    A chat or pair with images has them in "images", as media.py describes.
     """
 
     kind: Kind
@@ -199,6 +200,7 @@ COLUMN_SETS = (
         ("tools",),
         lambda row: {"messages": from_conversation(row["conversations"]), "tools": read_tools(row)},
     ),
+    ColumnSet("speech", (AUDIO, "text"), (), read_row_sound),
     ColumnSet("pair", ("prompt", "completion"), ("tools",), _from_pair),
     ColumnSet("pair", ("instruction", "output"), ("input",), _from_instruction, literal=False),
     ColumnSet(
@@ -244,7 +246,7 @@ class Tokenized:
         cut_tokens: Tokens after max_length, which are not used.
         columns: Columns of the file that were used.
         has_template: Whether the chat template was applied.
-        images: The rows with their images, for examples that a processor made the tokens of.
+        media: The rows with their images or sounds, for examples that a processor reads.
     """
 
     kind: Kind
@@ -258,7 +260,7 @@ class Tokenized:
     cut_tokens: int = 0
     columns: tuple[str, ...] = ()
     has_template: bool = False
-    images: ImageRows | None = None
+    media: MediaRows | None = None
 
     def where(self, index: int) -> str:
         """Return the place of a sequence, "train.jsonl, line 3"."""

@@ -1,11 +1,21 @@
 """Examples of an encoder-decoder model: what its encoder reads, and what its decoder writes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsvd.data.columns import UNTRAINED, Tokenized
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from qsvd.data.columns import UNTRAINED, Examples, Row, Tokenized
+from qsvd.data.images import REFUSALS, digest_of
+from qsvd.data.media import AUDIO, MediaRows, open_sound
 from qsvd.data.plain import start_tokens
-from qsvd.errors import BadInput
+from qsvd.data.row_files import refusal
+from qsvd.errors import BadInput, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +38,8 @@ def sources_and_targets(
     Raises:
         BadInput: an example is trained from its first token on.
     """
+    if data.kind == "speech":  # the encoder hears; only the length of a source counts
+        return data.input_ids, data.input_ids
     start, end = start_tokens(tokenizer), end_tokens(tokenizer)
     sources, targets = [], []
     for number, (tokens, labels) in enumerate(zip(data.input_ids, data.labels, strict=True)):
@@ -57,3 +69,81 @@ def as_dataset(data: Tokenized, tokenizer: "PreTrainedTokenizerBase") -> Any:
 
     sources, targets = sources_and_targets(data, tokenizer)
     return Dataset.from_dict({"input_ids": sources, "labels": targets})
+
+
+def tokenize_sounds(examples: Examples, processor: Any, *, max_length: int, first_token: int | None) -> Tokenized:
+    """Return what the decoder learns of each sound: its text with the tokens that the tokenizer puts around a text.
+
+    An example whose text is longer than max_length is left out whole and counted.
+
+    Args:
+        examples: Sounds with their texts.
+        processor: The model's feature extractor and tokenizer.
+        first_token: The token that the model itself puts in front of all.
+
+    Raises:
+        BadInput: a sound cannot be opened, or is longer than the model hears (all are counted, the first few are
+            shown); nothing is short enough.
+    """
+    extractor, rows = processor.feature_extractor, []
+    for row in examples.rows:
+        ids = processor.tokenizer(row["text"])["input_ids"]
+        rows.append({AUDIO: row[AUDIO], "labels": ids[1:] if ids[:1] == [first_token] else ids})
+    data = MediaRows(
+        rows,
+        Path(examples.places.source).parent,
+        processor,
+        partial(_collate, extractor=extractor),
+        opened=partial(_open_row, rate=extractor.sampling_rate, longest=getattr(extractor, "n_samples", None)),
+    )
+    data = _heard(examples, data)
+    lengths = [len(row["labels"]) for row in rows]
+    kept = [index for index, length in enumerate(lengths) if length <= max_length]
+    if not kept:
+        raise BadInput(
+            f"{examples.places.source}: no text has at most {max_length} tokens; the shortest has {min(lengths)}: "
+            "raise --max-length"
+        )
+    left_out, written = len(rows) - len(kept), [rows[index]["labels"] for index in kept]
+    return Tokenized(
+        "speech",
+        written,
+        written,
+        examples.places.take(kept),
+        truncated=left_out,
+        dropped=left_out,
+        cut_tokens=sum(lengths) - sum(map(len, written)),
+        columns=examples.columns,
+        media=data.take(kept),
+    )
+
+
+def _open_row(row: Row, folder: Path, *, rate: int, longest: int | None) -> Row:
+    sound = open_sound(row[AUDIO], folder, rate)
+    if longest is not None and len(sound) > longest:
+        raise BadInput(f"lasts {len(sound) / rate:.1f} s, and the model hears {longest / rate:g} s: divide it")
+    return row | {AUDIO: sound, "rate": rate}
+
+
+def _collate(rows: list[Row], *, extractor: Any) -> dict[str, Tensor]:
+    """Return the spectrograms of sounds, and the labels of their texts, padded on the right."""
+    read = extractor([row[AUDIO] for row in rows], sampling_rate=rows[0]["rate"], return_tensors="pt")
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    return dict(read) | {"labels": pad_sequence(labels, batch_first=True, padding_value=UNTRAINED)}
+
+
+def _heard(examples: Examples, data: MediaRows) -> MediaRows:
+    """Return the rows with the digests of what the extractor makes of their sounds."""
+    digests, problems, numbers = [], [], 0
+    for index in range(len(data)):
+        try:
+            batch = data.batch([index])
+        except REFUSALS as error:
+            problems.append((examples.places.short(index), first_line(error)))
+            continue
+        seen = {name: value for name, value in batch.items() if value.is_floating_point()}
+        digests.append(digest_of(seen))
+        numbers = max(numbers, sum(value.numel() for value in seen.values()))
+    if problems:
+        raise BadInput(refusal(examples.places.source, "unusable example", problems))
+    return replace(data, digests=digests, pixels=numbers)

@@ -9,7 +9,7 @@ import torch
 
 from qsvd.data import encoder_decoder
 from qsvd.data.columns import Examples, Tokenized, recognise
-from qsvd.data.images import open_processor, reads_images, tokenize_images
+from qsvd.data.images import hears, open_processor, reads_images, tokenize_images
 from qsvd.data.read import read_pair, read_rows
 from qsvd.data.row_files import Rows
 from qsvd.data.template_names import check_tokens, read_template
@@ -50,10 +50,12 @@ class RunData:
 
     @property
     def dataset(self) -> Any:
-        """The examples to train: a datasets.Dataset of input_ids and labels, or ImageRows."""
+        """The examples to train: a datasets.Dataset of input_ids and labels, or MediaRows."""
+        if self.train.media is not None:
+            return self.train.media
         if self.is_encoder_decoder:
             return encoder_decoder.as_dataset(self.train, self.tokenizer)
-        return self.train.images or self.train.as_dataset()
+        return self.train.as_dataset()
 
 
 def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
@@ -109,8 +111,8 @@ def read_run_data(options: Train, home: Home) -> RunData:
     if options.eval_every is not None and held_out is None:
         raise BadInput("--eval-every needs held-out examples: give --valid DATA, or a larger --held-out")
     is_pair = is_encoder_decoder(home.folder) and not train.label_names
-    if train.images is not None:
-        tokenizer = train.images.processor.tokenizer
+    if train.media is not None:
+        tokenizer = train.media.processor.tokenizer
     if is_pair:
         _check_pairs(options, train, held_out, tokenizer)
     return RunData(tokenizer, train, held_out, max_length, is_pair)
@@ -138,12 +140,17 @@ def _tokenized(options: Train, tokenizer: Any, home: Home, max_length: int) -> t
     train, valid = _rows(options)
     has_labels = options.task != "causal"
     examples = recognise(train, mapping_of(options.map), labels=has_labels)
+    check_hears(home.architecture, home.name, examples)
     _check_task(options, examples, home)
     _check_kind(options, examples)
     others = None if valid is None else recognise(valid, mapping_of(options.map), labels=has_labels)
     if others is not None and others.kind != examples.kind:
         raise BadInput(f"{others.places.source} holds {others.kind} examples, {examples.places.source} {examples.kind}")
     chosen: Any = {"max_length": max_length, "loss_on": options.loss_on, "stop_ids": stop_ids(home.folder)}
+    if examples.kind == "speech":
+        data, held_out = (one and tokenize_speech(one, home.folder, max_length) for one in (examples, others))
+        assert data is not None, "of the examples"
+        return _hold_out(data, options) if held_out is None and options.held_out else (data, held_out)
     if examples.has_images or (others is not None and others.has_images):
         _check_images(options, examples, home)
         processor = open_processor(home.folder, tokenizer.chat_template if options.chat_template else None)
@@ -199,6 +206,29 @@ def _check_images(options: Train, examples: Examples, home: Home) -> None:
         raise BadInput(f"{examples.places.source} has images, with which {' and '.join(given)} cannot be used")
 
 
+def tokenize_speech(examples: Examples, folder: Path, max_length: int) -> Tokenized:
+    """Return sounds and their texts as the model in a folder reads and writes them."""
+    from transformers import AutoConfig
+
+    first = AutoConfig.from_pretrained(folder, local_files_only=True).decoder_start_token_id
+    processor = open_processor(folder, of="sound")
+    return encoder_decoder.tokenize_sounds(examples, processor, max_length=max_length, first_token=first)
+
+
+def check_hears(architecture: str, name: str, examples: Examples) -> None:
+    """Refuse sounds for a model that reads text, and texts for one that hears."""
+    source = examples.places.source
+    if examples.kind == "speech" and not hears(architecture):
+        raise BadInput(
+            f"{source} has the column audio, which {name}, a {architecture}, does not hear: give a model such as "
+            "Whisper, or remove the column"
+        )
+    if examples.kind != "speech" and hears(architecture):
+        raise BadInput(
+            f"{name} is a {architecture}, which learns from the columns audio and text; {source} has no audio"
+        )
+
+
 def check_reads_images(architecture: str, name: str, source: str) -> None:
     """Refuse images in the data of a model that reads only text, or that is not a decoder."""
     if not reads_images(architecture):
@@ -222,6 +252,7 @@ def _check_kind(options: Train, examples: Examples) -> None:
 NOUNS = {
     "chat": "conversations",
     "pair": "prompt/completion pairs",
+    "speech": "sounds and their texts",
     "text": "texts",
     "labelled": "labelled texts",
 }
@@ -252,6 +283,7 @@ def in_words(data: Tokenized, held_out: Tokenized | None, template: str | None) 
         template: The chat template that was asked for; None is that of the tokenizer.
     """
     task = f"classifier of {len(data.label_names)} classes" if data.label_names else "causal language model"
+    task = "speech recognition" if data.kind == "speech" else task
     parts = []
     if data.places.unit:  # not one text
         parts.append(f"column{'s' if len(data.columns) > 1 else ''} {', '.join(data.columns)}")
@@ -269,10 +301,11 @@ def in_words(data: Tokenized, held_out: Tokenized | None, template: str | None) 
 
 def cut_in_words(data: Tokenized, max_length: int) -> str:
     """Return a sentence on the examples that were cut, or left out since images cannot be cut."""
-    if data.images is not None:
+    if data.media is not None:
+        images = "" if data.kind == "speech" else ", images included,"
         return (
-            f"{data.places.source}: {data.dropped:,} examples with more than {max_length:,} tokens (--max-length), "
-            f"images included, were left out; {data.cut_tokens:,} tokens are not used"
+            f"{data.places.source}: {data.dropped:,} examples with more than {max_length:,} tokens (--max-length)"
+            f"{images} were left out; {data.cut_tokens:,} tokens are not used"
         )
     dropped = f", {data.dropped:,} of them left out, since no trained token remained" if data.dropped else ""
     return (
@@ -310,5 +343,5 @@ def _take(data: Tokenized, indexes: list[int]) -> Tokenized:
         labels=[data.labels[index] for index in indexes],
         places=data.places.take(indexes),
         token_types=data.token_types and [data.token_types[index] for index in indexes],
-        images=data.images and data.images.take(indexes),
+        media=data.media and data.media.take(indexes),
     )

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qsvd.data.chat import MARK, Message, speaks
 from qsvd.data.columns import UNTRAINED, Examples, Marked, Row, Tokenized
-from qsvd.data.image_sources import NO_PILLOW, ImageRows
 from qsvd.data.masks import check_end, says_nothing, stop_tokens_of
+from qsvd.data.media import NO_PILLOW, MediaRows
 from qsvd.data.plain import start_tokens
 from qsvd.data.row_files import refusal
 from qsvd.data.tokens import SEPARATOR, check_share, conversation, has_messages, refuse_untrained
@@ -40,11 +40,21 @@ def reads_images(architecture: str) -> bool:
     return found is not None and {"text", "image"} <= {*modalities(found)}
 
 
-def open_processor(folder: Path, chat_template: str | None = None) -> Any:
+def hears(architecture: str) -> bool:
+    """Return whether a class of transformers writes what it hears, as Whisper does."""
+    import transformers
+
+    found: Any = getattr(transformers, architecture, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return is_model and found.main_input_name == "input_features" and found.can_generate()
+
+
+def open_processor(folder: Path, chat_template: str | None = None, *, of: Literal["images", "sound"] = "images") -> Any:
     """Open the processor of a model's folder and give it a padding token.
 
     Args:
         chat_template: Replaces that of the processor.
+        of: What it reads beside text.
 
     Raises:
         BadInput: the folder has none, or a library is missing that it needs.
@@ -52,7 +62,7 @@ def open_processor(folder: Path, chat_template: str | None = None) -> Any:
     from transformers import AutoProcessor, ProcessorMixin
     from transformers.utils import is_vision_available
 
-    if not is_vision_available():
+    if of == "images" and not is_vision_available():
         raise BadInput(NO_PILLOW)
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
@@ -64,7 +74,7 @@ def open_processor(folder: Path, chat_template: str | None = None) -> Any:
         reason = ""
     if not isinstance(processor, ProcessorMixin):
         raise BadInput(
-            f"{folder} has no processor of images that transformers can open{reason}; copy processor_config.json or "
+            f"{folder} has no processor of {of} that transformers can open{reason}; copy processor_config.json or "
             "preprocessor_config.json of the 16-bit model there"
         )
     tokenizer: Any = processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
@@ -97,7 +107,7 @@ def tokenize_images(
             nothing is short enough.
     """
     rows, collate = _rows_for_trl(examples, processor, loss_on)
-    data = ImageRows(rows, Path(examples.places.source).parent, processor, collate)
+    data = MediaRows(rows, Path(examples.places.source).parent, processor, collate)
     sequences, data = _processed(examples, data, processor)
     if loss_on == "answers":
         stops = stop_tokens_of(processor.tokenizer, stop_ids)  # pyright: ignore[reportAttributeAccessIssue]
@@ -120,7 +130,7 @@ def tokenize_images(
         cut_tokens=sum(lengths) - sum(lengths[index] for index in kept),
         columns=examples.columns,
         has_template=not isinstance(rows[0].get("prompt"), str),
-        images=data.take(kept),
+        media=data.take(kept),
     )
 
 
@@ -194,7 +204,7 @@ def _template_of_trl(processor: Any) -> str | None:
         return None
 
 
-def _processed(examples: Examples, data: ImageRows, processor: Any) -> tuple[list[Marked], ImageRows]:
+def _processed(examples: Examples, data: MediaRows, processor: Any) -> tuple[list[Marked], MediaRows]:
     """Return tokens and labels of each row, and the rows with the digests of their images."""
     import jinja2
 
@@ -209,14 +219,14 @@ def _processed(examples: Examples, data: ImageRows, processor: Any) -> tuple[lis
             continue
         sequences.append(Marked(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()))
         seen = {name: value for name, value in batch.items() if value.is_floating_point()}
-        digests.append(_digest(seen))
+        digests.append(digest_of(seen))
         pixels = max(pixels, sum(value.numel() for value in seen.values()))
     if problems:
         raise BadInput(refusal(examples.places.source, "unusable example", problems))
     return sequences, replace(data, digests=digests, pixels=pixels)
 
 
-def _digest(seen: dict[str, Tensor]) -> str:
+def digest_of(seen: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for value in seen.values():
         digest.update(value.to(torch.float32).numpy().tobytes())

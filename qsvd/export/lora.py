@@ -8,7 +8,7 @@ Shape suffixes: O = out features, I = in features, K, R, S = ranks of trained, s
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import sqrt
@@ -250,14 +250,19 @@ def _written(model: TrainedModel) -> dict[str, str]:
     changed = [name for name in modules if _is_changed(model, name)]
     trained = [modules[name] for name in changed if "stack" in model.split.weights[name]]
     if trained:
-        raise BadInput(
-            f"{len(trained)} experts were trained ({listing(trained)}), and PEFT has no LoRA for one expert of a "
-            "stack; use --to merged"
-        )
+        raise trained_experts(trained)
     others = [name for name in modules if name not in {*experts}]
     written = {name: modules[name] for name in changed or others[:1]}  # PEFT needs one
     _check_place(model, [*written.values()])
     return written
+
+
+def trained_experts(paths: Sequence[str]) -> BadInput:
+    """Return the refusal of a LoRA for experts."""
+    return BadInput(
+        f"{len(paths)} experts were trained ({listing(paths)}), and PEFT has no LoRA for one expert of a stack; use "
+        "--to merged"
+    )
 
 
 def _is_changed(model: TrainedModel, name: str) -> bool:

@@ -23,12 +23,16 @@ def residual_items(model: SplitModelPlan, placement: Placement, device: str) -> 
     ]
 
 
-def dense_items(model: SplitModelPlan, placement: Placement, device: str) -> list[Item]:
-    """Return the tensors that are not quantized, and the quantized model on disk."""
+def dense_items(model: SplitModelPlan, placement: Placement, device: str, *, has_head: bool = True) -> list[Item]:
+    """Return the tensors that are not quantized, and the quantized model on disk.
+
+    Args:
+        has_head: Whether the output head is loaded: not for a classifier of a language model.
+    """
     dense = model.dense
     return [
         on("cpu" if placement.embeddings_on_host else device, "embeddings", dense.embeddings),
-        on(device, "output head", dense.head),
+        on(device, "output head", dense.head if has_head else 0),
         on(device, "experts in 16 bits", dense.experts),
         on(device, "norms and the rest", dense.rest),
         Item("base", disk=base_bytes(model)),

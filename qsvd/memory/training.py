@@ -55,7 +55,7 @@ class Training:
         accumulate: Batches in a step.
         optimizer: Its name in qsvd.
         layer_major: Whether a block computes all batches of a step before the next block begins.
-        has_loss: False leaves out the output head and the loss.
+        has_loss: Whether a language model is trained; a classifier has no output head, and a small loss.
         pixels: Numbers that a processor makes of the images of a batch.
     """
 
@@ -96,7 +96,7 @@ def plan_training(model: SplitModelPlan, training: Training, placement: Placemen
     most, offloaded = max(moments, key=lambda pair: pair[0].total)
     items = [
         *residual_items(model, placement, device),
-        *dense_items(model, placement, device),
+        *dense_items(model, placement, device, has_head=training.has_loss),
         on(device, "frozen components", model.buffers),
         on(device, "trained parameters", total_bytes(model.parameters)),
         _with_host(on(device, "optimizer state", state.device + model.hook_state), state.host),

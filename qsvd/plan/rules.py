@@ -30,6 +30,7 @@ TIED = "shares its tensor"
 READ = "code reads its weight past forward"
 PEFT = "PEFT refuses an adapter on it"
 OTHER = "computes more than a product"
+GROUPED = "a layer of groups, several matrices in one tensor"
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -237,6 +238,20 @@ def _computes_product(linear: nn.Module) -> bool:
         return False
     wanted = nn.functional.linear(x_TI, weight_OI, bias)
     return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-5)
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Tell whether a module multiplies parts of its input with a matrix each, as those of ConvBERT do."""
+    stacks = [name for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
+    if stacks != ["weight"]:
+        return False
+    weight: Any = module.get_parameter("weight")
+    groups, columns, rows = weight.shape
+    try:
+        found = copy.deepcopy(module).to("meta")(torch.empty(1, 2, groups * columns, device="meta", dtype=weight.dtype))
+    except (RuntimeError, ValueError, TypeError, AttributeError):  # it needs more, or other shapes
+        return False
+    return isinstance(found, Tensor) and found.shape == (1, 2, groups * rows)
 
 
 def _refused_by_peft(model_type: str, names: Iterable[str]) -> Sequence[str]:

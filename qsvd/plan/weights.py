@@ -22,7 +22,7 @@ from torch import nn
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.plan.experts import Stack, stacks_of
 from qsvd.plan.language import is_in, towers
-from qsvd.plan.rules import is_linear, is_replaced_by_bitsandbytes, is_transposed, left_by_rule
+from qsvd.plan.rules import GROUPED, is_grouped, is_linear, is_replaced_by_bitsandbytes, is_transposed, left_by_rule
 from qsvd.plan.targets import LAST, is_expert
 from qsvd.records import Coverage, LeftTensors, Role
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightTransform
 
 UNSPLITTABLE = "3-D"  # several matrices in one tensor that are not a stack of experts
-POSITIONS = ("max_position_embeddings", "max_seq_len")  # names in configs
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # names in configs
 BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
 ROLE_BY_NAME: dict[str, Role] = {  # the last part of a path in transformers -> what the layer does in its block
     **dict.fromkeys(("q_proj", "query", "query_proj", "q_lin", "q", "q_a_proj", "q_b_proj"), "q"),
@@ -127,12 +127,12 @@ def plan_model(
         BadInput: no class can be built from the config; a pattern matches nothing; a wanted weight of a block is of a
             kind that cannot be split; nothing is left to split.
     """
-    model = build(config)
-    kinds = _block_weights(model)
+    kinds = _block_weights(model := build(config))
     _check_patterns((*include, *exclude), list(kinds))
     linears = {path: module for path, module in model.named_modules() if is_linear(module)}
     blocks = {path: linears[path] for path in kinds if path in linears}
     reasons = left_by_rule(model, blocks, include_towers=include_towers)
+    reasons |= {path: kind for path, kind in kinds.items() if kind == GROUPED}
     wanted = {path for path in kinds if path not in reasons and _is_wanted(path, include, exclude)}
     _refuse_unsplittable([path for path, kind in kinds.items() if path in wanted and kind == UNSPLITTABLE])
     stacks = {stack.path: stack for path, module in model.named_modules() for stack in stacks_of(path, module)}
@@ -147,6 +147,7 @@ def plan_model(
         raise _nothing_left(model, reasons)
     left = tuple(path for path in linears if path not in wanted)
     why = {path: reasons.get(path, EXCLUDED) for path in left if path in blocks}
+    why |= {path.removesuffix(".weight"): reason for path, reason in reasons.items() if reason == GROUPED}
     return replace(describe(model), weights=weights, left_linears=left, reasons=why)
 
 
@@ -197,7 +198,7 @@ def is_classifier(architecture: str) -> bool:
 
 
 def writers() -> set[str]:
-    """Return the classes in transformers that write text after text; some read images or sound, too."""
+    """Return the classes in transformers that write text; some read images or sound, too."""
     from transformers.models.auto import modeling_auto as auto
 
     names = (
@@ -205,8 +206,9 @@ def writers() -> set[str]:
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     )
-    found = (value for table in names for value in table.values())
+    found = [value for table in names for value in table.values()]
     return {name for value in found for name in ((value,) if isinstance(value, str) else value)}
 
 
@@ -271,7 +273,7 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
 def _block_weights(model: "PreTrainedModel") -> dict[str, str]:
     """Return path -> kind of all layers in the blocks that multiply with matrices, in model order.
 
-    A block is an element of an nn.ModuleList. All kinds but UNSPLITTABLE can be split.
+    A block is an element of an nn.ModuleList. All kinds but UNSPLITTABLE and GROUPED can be split.
     """
     kinds = {}
     for path, module in model.named_modules():
@@ -284,7 +286,8 @@ def _block_weights(model: "PreTrainedModel") -> dict[str, str]:
             stacks = (
                 name for name, p in module.named_parameters(recurse=False) if p.ndim >= 3 and min(p.shape[-2:]) > 1
             )
-            kinds |= {f"{path}.{name}": UNSPLITTABLE for name in stacks}
+            kind = GROUPED if is_grouped(module) else UNSPLITTABLE
+            kinds |= {f"{path}.{name}": kind for name in stacks}
             kinds |= {stack.path: "experts" for stack in stacks_of(path, module)}
     return kinds
 
@@ -297,8 +300,7 @@ def _is_in_block(model: nn.Module, path: str) -> bool:
 
 
 def _is_wanted(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    included = not include or any(fnmatchcase(path, pattern) for pattern in include)
-    return included and not any(fnmatchcase(path, pattern) for pattern in exclude)
+    return any(fnmatchcase(path, p) for p in include or "*") and not any(fnmatchcase(path, p) for p in exclude)
 
 
 def _check_patterns(patterns: Sequence[str], paths: list[str]) -> None:

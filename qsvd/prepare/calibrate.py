@@ -12,6 +12,7 @@ import torch
 from qsvd.calibrate.sums import Example
 from qsvd.data.columns import Examples, recognise
 from qsvd.data.examples import (
+    check_hears,
     check_reads_images,
     checked_length,
     cut_in_words,
@@ -108,6 +109,9 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
             f"(...ForCausalLM) or a classifier (...ForSequenceClassification)"
         )
     examples = recognise(read_rows(options.data, split=options.split), mapping_of(options.map))
+    check_hears(plan.architecture, options.model, examples)
+    if examples.kind == "speech":
+        raise BadInput(f"{options.model} is an encoder-decoder model of sound, which qsvd calibrate does not measure")
     if classifies != (examples.kind == "labelled"):
         wanted = "labelled texts" if classifies else "texts, chats or completions"
         raise BadInput(
@@ -133,7 +137,7 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
     order = torch.randperm(there, generator=torch.Generator().manual_seed(options.seed))
     types = data.token_types or [None] * there
     drawn = sorted(order[: options.examples].tolist())
-    images = [data.images and (data.images, index) for index in range(there)]
+    images = [data.media and (data.media, index) for index in range(there)]
     found = tuple(Example(data.input_ids[n], data.labels[n], types[n], images[n]) for n in drawn)
     return found, cut_in_words(data, options.max_length) if data.truncated else ""
 

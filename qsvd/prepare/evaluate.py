@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qsvd.data.columns import Examples, recognise
-from qsvd.data.examples import check_reads_images, mapping_of, open_tokenizer
+from qsvd.data.examples import check_hears, check_reads_images, mapping_of, open_tokenizer
 from qsvd.data.images import open_processor
 from qsvd.data.read import read_rows
 from qsvd.errors import BadInput
@@ -71,6 +71,10 @@ def _check_answers(examples: Examples) -> None:
 def _subject(name: str, options: Eval, task: str, examples: Examples) -> Subject:
     found = find_model(name, options.base)
     check_kind(found, classifier=task == "accuracy")
+    check_hears(class_of(found), name, examples)
+    if examples.kind == "speech":
+        processor = open_processor(found.home, of="sound")
+        return Subject(found, processor.tokenizer, processor)
     if examples.has_images:
         check_reads_images(class_of(found), name, examples.places.source)
         processor = open_processor(found.home, found.chat_template)

@@ -14,9 +14,9 @@ from qsvd.data import plain
 from qsvd.data.chat import ChatTemplate, Message, render
 from qsvd.data.encoder_decoder import end_tokens
 from qsvd.data.examples import is_encoder_decoder, open_tokenizer
-from qsvd.data.image_sources import open_images
-from qsvd.data.images import open_processor, read_question, reads_images
+from qsvd.data.images import hears, open_processor, read_question, reads_images
 from qsvd.data.masks import ends_of_turn
+from qsvd.data.media import open_images
 from qsvd.errors import BadInput, listing
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
@@ -190,6 +190,8 @@ def _check_generates(found: NamedModel) -> None:
             f"{found.name} is a classifier ({listing(found.labels)}), which generates no text; give a language model"
         )
     name = class_of(found)
+    if hears(name):
+        raise BadInput(f"{found.name} is a {name}, which writes what it hears: use transformers' pipeline for that")
     if name and name not in writers():
         raise BadInput(f"{found.name} is a {name}, which generates no text; give a language model")
 

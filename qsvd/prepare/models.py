@@ -9,7 +9,8 @@ import torch
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import dense_delta
 from qsvd.adapters.load import generation_config, load, names_of
-from qsvd.adapters.methods.table import METHODS
+from qsvd.adapters.methods.frozen import Frozen
+from qsvd.adapters.methods.table import METHODS, kind_of
 from qsvd.adapters.start import new_record, read_components, trained_adapter
 from qsvd.data.columns import Examples
 from qsvd.errors import BadInput, first_line, listing
@@ -215,6 +216,14 @@ class Opened:
         if self.record.labels:
             return "SEQ_CLS"
         return "CAUSAL_LM" if self.split.manifest["source"]["architecture"].endswith("ForCausalLM") else None
+
+    @property
+    def trained_experts(self) -> list[str]:
+        """The experts that were trained, by their paths."""
+        split, record = self.split, self.record
+        experts = [weight["module"] for weight in split.weights.values() if "stack" in weight]
+        kinds = ((path, kind_of(record.method, path, split.module_ranks, record.target_modules)) for path in experts)
+        return [path for path, kind in kinds if self.adapter is not None and kind is not Frozen]
 
     def load(self) -> Any:
         """Load the trained model as qsvd runs it, in float32 on the CPU."""

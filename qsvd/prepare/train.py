@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.gradients import gradients_digest, starts_from_gradients
 from qsvd.adapters.load import load_new
-from qsvd.adapters.methods.table import METHODS, has_pair, own_options
+from qsvd.adapters.methods.table import METHODS, has_pair, options_for, own_options
 from qsvd.adapters.model import restore
 from qsvd.adapters.start import check_start, new_record, planned_base
 from qsvd.data.columns import Tokenized
@@ -36,6 +37,7 @@ from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
 from qsvd.option_types import result_options
 from qsvd.options import Train, TrainingOptions
+from qsvd.plan.allocation import EXPERT_RANK
 from qsvd.plan.targets import EVERYTHING, EXPERTS
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import Machine, machine, place_training, show_placement
@@ -60,6 +62,7 @@ class PlannedRun:
     training: Training
     placed: Placed
     elements: int  # of the quantized weights
+    chosen: tuple[str, ...]  # sentences on what was chosen by default
 
     @property
     def out(self) -> Path:
@@ -94,7 +97,7 @@ class PlannedRun:
     @property
     def first_lines(self) -> list[str]:
         """What is said before the work."""
-        lines = first_lines(self.options, self.data)
+        lines = [*first_lines(self.options, self.data), *self.chosen]
         if self.options.learning_rate is None and self.elements < SMALL:
             lines.append(
                 f"Learning rate: {self.settings.learning_rate:g}, the default, suits models of 7B and more; for this "
@@ -219,15 +222,28 @@ def plan_run(options: Train, model: SplitModelPlan, data: RunData, here: Machine
         training=training,
         placed=placed,
         elements=model.elements,
+        chosen=tuple(_chosen(options, model)),
     )
+
+
+def _chosen(options: Train, model: SplitModelPlan) -> Iterator[str]:
+    """Yield why the method is lora, and the rank of experts, where these were not given."""
+    weights = [spec for spec in model.names.weights if model.adapters[spec.name].parameters]
+    bare = [spec for spec in weights if not model.allocation.choices[spec.module].rank]
+    if options.method == "auto" and options.init_from is None and 0 < len(bare) < len(weights):
+        yield (
+            f"Method: {model.method}, since {len(bare)} of {len(weights)} layers have no components: every layer gets "
+            "a new adapter. --method pissa trains the stored components alone"
+        )
+    experts, given = [spec.module for spec in weights if spec.stack], adapter_options_of(options)
+    if experts and options_for(given, METHODS[model.method], experts[0]) != given:
+        yield f"Experts: rank {EXPERT_RANK} each, the default for experts; --rank sets that of all layers"
 
 
 def is_saved(options: TrainingOptions) -> bool:
     """Return whether a run has a checkpoint to go on from, or is complete."""
-    if not isinstance(options, Train):
-        return False
-    out = options.out.expanduser()
-    return bool(checkpoints(out)) or (out / SUMMARY).is_file()
+    out = options.out.expanduser() if isinstance(options, Train) else None
+    return out is not None and (bool(checkpoints(out)) or (out / SUMMARY).is_file())
 
 
 def load_start(run: TrainRun, *, is_resumed: bool) -> Any:
@@ -305,7 +321,7 @@ def _training(options: Train, data: RunData, device: torch.device) -> Training:
     lengths = {len(tokens) for tokens in data.train.input_ids}
     tokens = data.max_length if options.packing else max(lengths)
     training = training_of(options, tokens, device, is_even=len(lengths) == 1)
-    pixels = 0 if data.train.images is None else options.batch_size * data.train.images.pixels
+    pixels = 0 if data.train.media is None else options.batch_size * data.train.media.pixels
     return replace(training, has_loss=not data.train.label_names, pixels=pixels)
 
 
@@ -329,6 +345,6 @@ def _digest_of_gradients(options: Train) -> str | None:
 def _digest(data: Tokenized) -> str:
     """Return the SHA-256, in hex, of tokens, labels and label names, and of images."""
     parts: list[Any] = [data.input_ids, data.labels, data.label_names]
-    if data.images is not None:
-        parts.append(data.images.digests)
+    if data.media is not None:
+        parts.append(data.media.digests)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

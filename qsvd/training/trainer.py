@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from qsvd.adapters.methods.pissa import Pissa
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import restore, split_linears, trained_pairs
 from qsvd.adapters.start import read_components
-from qsvd.data.image_sources import ImageRows
+from qsvd.data.columns import UNTRAINED
+from qsvd.data.media import MediaRows
 from qsvd.errors import BadInput
 from qsvd.files.adapter import open_adapter
 from qsvd.files.safetensors import new_tensors, read_header, read_tensor, write_stream
@@ -252,9 +254,16 @@ class ClassifierTrainer(SplitTraining, Trainer):
 
 
 class EncoderDecoderTrainer(SplitTraining, Trainer):
-    """The trainer of models whose decoder writes what it learns from what its encoder reads."""
+    """The trainer of models whose decoder writes what it learns from what its encoder reads or hears."""
 
     is_classifier = False
+
+    def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
+        """Count the tokens that are read; of sounds, those that are written."""
+        if "input_ids" in inputs:
+            super()._track_num_input_tokens(inputs)
+        else:
+            self.state.num_input_tokens_seen += int((inputs["labels"] != UNTRAINED).sum())
 
     def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model(**inputs).loss
@@ -266,7 +275,7 @@ def make_trainer(
     """Return a trainer for a model from `qsvd.load`.
 
     Args:
-        data: A datasets.Dataset with the columns input_ids and labels, or ImageRows.
+        data: A datasets.Dataset with the columns input_ids and labels, or MediaRows.
         run: Folder of the checkpoints.
         base: The quantized model, to compare the first loss with that of its stored components; None does not.
     """
@@ -276,6 +285,8 @@ def make_trainer(
         arguments = classifier_arguments(settings, run, model.device)
         kind = ClassifierTrainer if is_classifier else EncoderDecoderTrainer
         collator = DataCollatorWithPadding(tokenizer) if is_classifier else DataCollatorForSeq2Seq(tokenizer, model)
+        if isinstance(data, MediaRows):
+            collator, data = partial(_batch_in, model.dtype, data), data.as_dataset()
         trainer = kind(model, arguments, data_collator=collator, train_dataset=data)
         # The loss of such a model is the mean of its batch and ignores num_items_in_batch, so the trainer must divide
         # by the number of batches of a step.
@@ -283,7 +294,7 @@ def make_trainer(
     else:
         arguments = language_arguments(settings, run, model.device)
         chosen = {"processing_class": tokenizer, "train_dataset": data}
-        if isinstance(data, ImageRows):
+        if isinstance(data, MediaRows):
             chosen = {"processing_class": data.processor, "train_dataset": data.as_dataset()}
             chosen["data_collator"] = data.batch_of
         trainer = LanguageTrainer(model, arguments, **chosen)
@@ -298,6 +309,12 @@ def make_trainer(
     trainer.add_callback(CallMethod(trainer))
     trainer.add_callback(SetRate())
     return trainer
+
+
+def _batch_in(dtype: torch.dtype, data: MediaRows, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return the tensors of some rows of sounds, in the dtype of the model, which does not cast them."""
+    batch = data.batch_of(rows)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
 
 
 @contextmanager

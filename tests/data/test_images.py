@@ -64,7 +64,7 @@ def test_tokens_and_pixels_are_the_processors_own(tmp_path, models, kind):
             processor_kwargs={"add_special_tokens": False},
         )
         assert data.input_ids[number] == wanted["input_ids"][0].tolist()
-        batch = data.images.batch([number])
+        batch = data.media.batch([number])
         assert batch.keys() - {"labels"} == wanted.keys()
         for name, value in wanted.items():
             assert torch.equal(batch[name], value), name
@@ -79,7 +79,7 @@ def test_an_example_is_as_long_as_text_and_image_tokens_together(tmp_path, llava
     data = tokenized(write_lines(tmp_path / "rows.jsonl", rows), llava)
     one, two, three = map(len, data.input_ids)
     assert two - one == three - two == 16  # 4 x 4 patches
-    assert data.images.pixels == 3 * 3 * 16**2, "of the row with most, three images in colour"
+    assert data.media.pixels == 3 * 3 * 16**2, "of the row with most, three images in colour"
 
 
 def test_the_tokens_of_an_image_are_shown_as_one_mark_with_their_number(tmp_path, llava):
@@ -105,7 +105,7 @@ def test_an_image_is_a_path_bytes_base64_or_as_datasets_keeps_it(tmp_path, llava
     rows = read_rows(tmp_path / "rows.jsonl")
     kept = replace(rows, rows=[said(images=raw), said(images=[{"bytes": raw, "path": "a.png"}]), *rows.rows[2:]])
     more = tokenize_images(recognise(kept, {}), llava, max_length=256)
-    assert len({*data.images.digests, *more.images.digests}) == 1
+    assert len({*data.media.digests, *more.media.digests}) == 1
     assert len({*map(tuple, data.input_ids), *map(tuple, more.input_ids)}) == 1
 
 
@@ -162,11 +162,11 @@ def test_rows_without_images_stay_texts(tmp_path, models, kind):
     for number in (0, 3):
         assert data.input_ids[number] == alone.input_ids[0]
         assert data.labels[number] == alone.labels[0]
-    batch = data.images.batch([0, 1, 2, 3])
+    batch = data.media.batch([0, 1, 2, 3])
     assert len(batch["pixel_values"]) == 2
     for number, labels in enumerate(data.labels):
         assert batch["labels"][number].tolist()[: len(labels)] == labels
-    assert "pixel_values" not in data.images.batch([0, 3])
+    assert "pixel_values" not in data.media.batch([0, 3])
 
 
 def test_an_example_that_is_too_long_is_left_out_whole(tmp_path, llava):
@@ -177,7 +177,7 @@ def test_an_example_that_is_too_long_is_left_out_whole(tmp_path, llava):
     data = tokenized(path, llava, max_length=lengths[2])
     assert [len(ids) for ids in data.input_ids] == [lengths[0], lengths[2]]
     assert (data.dropped, data.cut_tokens, data.places.numbers) == (1, lengths[1], [1, 3])
-    assert [len(data.images[number]["images"]) for number in (0, 1)] == [1, 2]
+    assert [len(data.media[number]["images"]) for number in (0, 1)] == [1, 2]
     with pytest.raises(BadInput, match=f"at most 20 tokens, images included; the shortest has {lengths[0]}"):
         tokenized(path, llava, max_length=20)
 

@@ -10,7 +10,7 @@ import transformers
 
 import qsvd
 from qsvd.adapters.model import split_linears
-from qsvd.files.split_folder import open_split
+from qsvd.files.split_folder import SplitFolder, open_split
 from tests.checkpoints import write_checkpoint
 from tests.export.cases import assert_same_outputs, dense_model, outputs
 
@@ -65,8 +65,10 @@ def test_plain_peft_adds_the_change_to_the_attention_of_the_original(quantized, 
     assert len(safetensors.torch.load_file(tmp_path / "x" / "adapter_model.safetensors")) == 16
 
 
-def test_trained_experts_are_refused(quantized, tmp_path):
+def test_trained_experts_are_refused_before_weights_are_read(quantized, tmp_path, monkeypatch):
     write_run(quantized, tmp_path / "run", ("*",))
+    monkeypatch.setattr(SplitFolder, "residual", None)
+    monkeypatch.setattr(SplitFolder, "factors", None)
     message = r"experts were trained \(model\.layers\..* no LoRA for one expert of a stack; use --to merged"
     with pytest.raises(qsvd.BadInput, match=message):
         qsvd.export(tmp_path / "run", out=tmp_path / "x", to="lora", original=str(quantized / "source"))

@@ -46,6 +46,15 @@ def test_what_the_kernels_of_mamba_read_stays():
     assert reasons(config) == {rules.READ: {"x_proj", "dt_proj", "out_proj"}}
 
 
+def test_layers_of_groups_stay():
+    config = config_of("ConvBertConfig", SMALL | {"num_groups": 2, "embedding_size": 64}, "ConvBertModel")
+    plan = plan_model(config)
+    assert reasons(config)[rules.GROUPED] == {"dense"}
+    left = {tensors.pattern: tensors.reason for tensors in coverage(plan).left}
+    assert left["encoder.layer.*.intermediate.dense.weight"] == rules.GROUPED
+    assert {"encoder.layer.0.attention.output.dense"} < {spec.module for spec in plan.weights}
+
+
 class Reader(nn.Module):
     slow, kind = False, "fast"
 

@@ -1,8 +1,9 @@
 """The methods by name, and which of them a layer has."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field as new_field
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, make_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -11,7 +12,8 @@ from qsvd.adapters.adapter import Adapter, AdapterOptions
 from qsvd.adapters.methods.frozen import Frozen
 from qsvd.errors import BadInput, listing
 from qsvd.option_types import ADDED, Group, Method, out_of_range
-from qsvd.plan.targets import is_target
+from qsvd.plan.allocation import EXPERT_RANK
+from qsvd.plan.targets import is_expert, is_target
 
 METHODS: dict[str, type[Adapter]] = {  # the file NAME.py, "-" as "_"
     name: import_module(f"qsvd.adapters.methods.{name.replace('-', '_')}").METHOD
@@ -96,6 +98,22 @@ def export_refusal(method: str, form: str) -> str | None:
     if found is None and form != "merged" and kind.delta is not Adapter.delta:
         found = "{method} trains a part that is no product of two factors, which PEFT has not; use --to merged"
     return None if found is None else found.format(method=method)
+
+
+def options_for(options: AdapterOptions, kind: type[Adapter], module: str) -> AdapterOptions:
+    """Return the options of one weight: an expert has at most EXPERT_RANK by default, and the scale of all others.
+
+    Args:
+        module: Path of its layer.
+    """
+    default = kind.defaults.rank
+    if options.rank is not None or "rslora" not in kind.shared_options or not is_expert(module):
+        return options
+    if default is None or default <= EXPERT_RANK:
+        return options
+    share = EXPERT_RANK / default
+    alpha = kind.defaults.alpha_of(options, default) * (math.sqrt(share) if options.rslora else share)
+    return replace(options, rank=EXPERT_RANK, alpha=alpha)
 
 
 def kind_of(method: str, module: str, ranks: Mapping[str, int], targets: Sequence[str] = ()) -> type[Adapter]:

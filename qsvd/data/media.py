@@ -1,15 +1,20 @@
-"""Images of rows: where a row names them, how they are opened, and the rows that TRL's collator for images takes.
+"""Images and sounds of rows: where a row names them, how they are opened, and rows whose tensors are made by batch.
 
-A row has images in its column `images` or `image`, or in parts of its messages ({"type": "image", "path": FILE}).
+A row has images in its column `images` or `image`, or in parts of its messages ({"type": "image", "path": FILE}), and a
+sound in its column `audio`.
 """
 
 import base64
 import binascii
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from qsvd.errors import BadInput, first_line, listing
 
@@ -24,6 +29,8 @@ PAYLOADS = ("image", "path", "url", "base64")  # keys of a part of a message, as
 SIDES = ("messages", "prompt", "completion")
 URI = ";base64,"  # between the kind of a data URI and its bytes
 WEB = ("http://", "https://")
+AUDIO = "audio"
+FULL_SCALE = {"int16": 2**15, "int32": 2**31}  # of whole numbers in WAV files; 24 bits are read as 32
 
 
 def gather(row: Row, given: object, column: str) -> Row:
@@ -65,12 +72,12 @@ def sources_of(value: object, column: str) -> list[Source]:
     return [_source(item, column) for item in items if item is not None]
 
 
-def _source(item: object, place: str) -> Source:
+def _source(item: object, place: str, what: str = "an image") -> Source:
     if isinstance(item, dict):
         held = [item[key] for key in ("bytes", *PAYLOADS) if item.get(key) is not None]
         item = held[0] if held else None
     if not isinstance(item, str | bytes) or not item:
-        raise BadInput(f"{place} has {type(item).__name__} in the place of an image: give a path, bytes or a data URI")
+        raise BadInput(f"{place} has {type(item).__name__} in the place of {what}: give a path, bytes or a data URI")
     return item
 
 
@@ -146,6 +153,61 @@ def open_images(sources: Sequence[Source], folder: Path) -> list[Any]:
 NO_PILLOW = "images need the library Pillow: pip install 'qsvd[images]'"
 
 
+def read_row_sound(row: Row) -> Row:
+    """Return {"audio", "text"} of a row; its sound is a path, bytes, or what the datasets library keeps."""
+    given = row[AUDIO]
+    is_decoded = isinstance(given, dict) and given.get("array") is not None
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        raise BadInput("text has no words that a model could write of the sound")
+    return {AUDIO: given if is_decoded else _source(given, AUDIO, "a sound"), "text": row["text"]}
+
+
+def open_sound(source: Source | dict[str, Any], folder: Path, rate: int) -> np.ndarray:
+    """Return a sound as float32 [samples], one channel, at `rate` samples a second.
+
+    Args:
+        source: A WAV file, its bytes, or {"array", "sampling_rate"}.
+        folder: From which relative paths count.
+
+    Raises:
+        BadInput: there is no such file, it is not WAV, or it has no samples.
+    """
+    from scipy.signal import resample_poly
+
+    samples, own = _samples(source, folder)
+    if samples.ndim == 2:  # [samples, channels]
+        samples = samples.mean(axis=1)
+    if not samples.size or samples.ndim != 1:
+        raise BadInput(f"{_shown(source)} has no samples")
+    common = math.gcd(own, rate)
+    return resample_poly(samples, rate // common, own // common).astype(np.float32)
+
+
+def _samples(source: Source | dict[str, Any], folder: Path) -> tuple[np.ndarray, int]:
+    """Return the samples of a sound, from -1 to 1, and their number a second."""
+    from scipy.io import wavfile
+
+    if isinstance(source, dict):
+        return np.asarray(source["array"], dtype=np.float64), int(source["sampling_rate"])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # parts that are no sound
+            rate, samples = wavfile.read(_file(source, folder))
+    except FileNotFoundError as error:
+        raise BadInput(f"no such file: {folder / _shown(source)}") from error
+    except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{_shown(source)} is not a WAV file that SciPy can read: {first_line(error)}") from error
+    if samples.dtype == np.uint8:
+        return (samples - 128.0) / 128.0, rate
+    return samples / FULL_SCALE.get(samples.dtype.name, 1.0), rate
+
+
+def _shown(source: Source | dict[str, Any]) -> str:
+    return source[:60] if isinstance(source, str) else "a sound that is given as bytes or numbers"
+
+
 def _file(source: Source, folder: Path) -> BytesIO | Path:
     if isinstance(source, bytes):
         return BytesIO(source)
@@ -159,17 +221,23 @@ def _file(source: Source, folder: Path) -> BytesIO | Path:
     return folder / Path(source).expanduser()
 
 
+def open_row(row: Row, folder: Path) -> Row:
+    """Return a row with its images open; a BadInput names all that cannot be opened."""
+    return row | {"images": open_images(row["images"], folder)}
+
+
 @dataclass(frozen=True)
-class ImageRows:
-    """Rows for TRL's collator; images are opened when a row is taken.
+class MediaRows:
+    """Rows with images or sounds, which are opened when a row is taken.
 
     Args:
-        rows: {"images": sources, "messages"} or {"images", "prompt", "completion"}.
+        rows: {"images": sources, "messages"} or {"images", "prompt", "completion"}; or {"audio": source, "labels"}.
         folder: From which relative paths count.
         processor: The model's.
-        collate: Makes tensors of rows: TRL's DataCollatorForVisionLanguageModeling.
-        digests: SHA-256, in hex, of what the processor makes of the images of each row.
-        pixels: Numbers that the processor makes of the images of the row with most of them.
+        collate: Makes tensors of rows; of images, TRL's DataCollatorForVisionLanguageModeling.
+        digests: SHA-256, in hex, of what the processor makes of the images or the sound of each row.
+        pixels: Numbers that the processor makes of the images or the sound of the row with most of them.
+        opened: Opens what a row names.
     """
 
     rows: Sequence[Row]
@@ -178,19 +246,15 @@ class ImageRows:
     collate: Callable[[list[Row]], Any]
     digests: Sequence[str] = ()
     pixels: int = 0
+    opened: Callable[[Row, Path], Row] = open_row
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        """Return a row with its images open. Its tensors are made by `collate`."""
-        row = self.rows[index]
-        return row | {"images": self.images(index)}
-
-    def images(self, index: int) -> list[Any]:
-        """Open the images of a row; a BadInput names all that cannot be opened."""
-        return open_images(self.rows[index]["images"], self.folder)
+        """Return a row with its images or its sound open. Its tensors are made by `collate`."""
+        return self.opened(self.rows[index], self.folder)
 
     def batch(self, indexes: Sequence[int]) -> dict[str, Any]:
         """Return the tensors of some rows, padded on the right; "labels" among them."""
@@ -206,7 +270,7 @@ class ImageRows:
         """Return the tensors of some rows of `as_dataset`."""
         return self.batch([row[COLUMNS[0]] for row in numbered])
 
-    def take(self, indexes: Sequence[int]) -> "ImageRows":
+    def take(self, indexes: Sequence[int]) -> "MediaRows":
         """Return some rows, in the order given."""
         digests = [self.digests[index] for index in indexes]
         return replace(self, rows=[self.rows[index] for index in indexes], digests=digests)
