@@ -203,6 +203,11 @@ def flags_of(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _is_switch(kind: Any) -> bool:
+    """Return whether an option may be given without a value, for yes, and with no- before its name."""
+    return kind is bool or {"yes", "no"} <= {*get_args(kind)}
+
+
 def _is_short(word: str) -> bool:
     """Return whether a word is an option of one letter, which another tool may have."""
     return len(word) == 2 and word[0] == "-" and word[1].isalpha()
@@ -213,16 +218,22 @@ def _count(option: _Option | None, rest: Sequence[str]) -> int:
     free = next((number for number, word in enumerate(rest) if word.startswith("--") or word in SHORT), len(rest))
     if option is not None and get_origin(option.kind) is tuple:
         return free
-    if option is not None and option.kind is bool:
-        return int(free > 0 and rest[0].lower() in (*YES, *NO))
+    if option is not None and _is_switch(option.kind):
+        return int(free > 0 and rest[0].lower() in (*YES, *NO, *get_args(option.kind), *VALUES.get(option.name, ())))
     return min(free, 1)
 
 
 def _checked_values(option: _Option, name: str, values: list[str]) -> tuple[list[str], list[str]]:
     """Return the words for tyro, and what is wrong with them."""
-    if option.kind is bool:
-        is_off = (name != option.typed) != bool(values and values[0].lower() in NO)
+    word = values[0].lower() if values else "yes"
+    word = VALUES.get(option.name, {}).get(word, word)
+    if option.kind is bool or (_is_switch(option.kind) and word in (*YES, *NO)):
+        is_off = (name != option.typed) != (word in NO)
+        if option.kind is not bool:
+            return [f"--{option.typed}", "no" if is_off else "yes"], []
         return [f"--{'no-' if is_off else ''}{option.typed}"], []
+    if name != option.typed and _is_switch(option.kind):
+        return [], [f"--{name} takes no value, and {word!r} is one: leave it out, or give --{option.typed} {word}"]
     if not values and get_origin(option.kind) is not tuple:
         return [], [f"--{name} needs a value: {_described(option)}"]
     values = [VALUES.get(option.name, {}).get(value, value) for value in values]

@@ -92,6 +92,8 @@ def _as(kind: Any, value: Any) -> Any:
         kinds = [one for one in get_args(kind) if one is not type(None)]
         return None if value is None and len(kinds) < len(get_args(kind)) else _as_one_of(kinds, value)
     if get_origin(kind) is Literal:
+        if isinstance(value, bool) and "yes" in get_args(kind):  # YAML 1.1 takes yes and no for these
+            return "yes" if value else "no"
         if value not in get_args(kind):
             raise TypeError(f"is {value!r}, not one of {', '.join(map(str, get_args(kind)))}")
         return value

@@ -147,7 +147,10 @@ AdapterDtype = Annotated[
 ]
 BatchSize = Annotated[int, at_least(1), Help("Sequences per forward pass.")]
 Accumulate = Annotated[int, at_least(1), Help("Batches per optimizer step.")]
-Checkpointing = Annotated[bool, Help("Compute activations twice instead of keeping them in memory.")]
+Checkpointing = Annotated[
+    Literal["auto", "yes", "no"],
+    Help("Compute activations of blocks twice instead of keeping them. auto: of the blocks that have no room."),
+]
 Resident = Annotated[
     Literal["auto"] | float,
     AUTO_OR_SHARE,

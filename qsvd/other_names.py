@@ -48,7 +48,10 @@ NAMES = {  # other tools' options -> ours; used where a command has the option
     "system-prompt": "system",
 }
 SHORT = {"-o": "--out", "-p": "--prompt"}
-VALUES = {"method": {"qlora": "lora", "qpissa": "pissa"}}
+VALUES = {
+    "method": {"qlora": "lora", "qpissa": "pissa"},
+    "gradient_checkpointing": {"unsloth": "yes"},
+}
 
 PLACES = {  # names of what qsvd takes without a flag -> its options
     **dict.fromkeys(

@@ -27,7 +27,11 @@ TRAIN = ["train", "OUT", "data.jsonl", "--out", "RUN"]
         ("--method qpissa", "--method pissa"),
         ("--packing true", "--packing"),
         ("--packing False", "--no-packing"),
-        ("--no-gradient-checkpointing", "--gradient-checkpointing false"),
+        ("--no-gradient-checkpointing", "--gradient-checkpointing no"),
+        ("--gradient-checkpointing", "--gradient-checkpointing yes"),
+        ("--gradient-checkpointing False", "--gradient-checkpointing no"),
+        ("--use-gradient-checkpointing unsloth", "--gradient-checkpointing yes"),
+        ("--activation-offload", "--activation-offload yes"),
         ("--warmup-ratio 0.1", "--warmup 0.1"),
         ("--save-steps 7", "--save-every 7"),
     ],
@@ -50,10 +54,10 @@ def test_samples_are_examples_where_there_are_examples_and_a_limit_elsewhere():
 
 
 def test_a_file_of_options_may_have_other_tools_names(tmp_path):
-    (tmp_path / "run.yaml").write_text("lora_r: 8\nlr: 2e-5\nbf16: true\nmethod: qlora\nmax_seq_length: 96\n")
-    expected = parse(
-        [*TRAIN, *["--rank", "8", "--lr", "2e-5", "--dtype", "bfloat16", "--method", "lora", "--max-length", "96"]]
-    )
+    lines = "lora_r: 8\nlr: 2e-5\nbf16: true\nmethod: qlora\nmax_seq_length: 96\ngradient_checkpointing: true\n"
+    (tmp_path / "run.yaml").write_text(lines)
+    words = "--rank 8 --lr 2e-5 --dtype bfloat16 --method lora --max-length 96 --gradient-checkpointing"
+    expected = parse([*TRAIN, *words.split()])
     assert parse([*TRAIN, "--config", str(tmp_path / "run.yaml")]) == expected
 
 

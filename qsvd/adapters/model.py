@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.tables import TiedHead
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, write_adapter
 from qsvd.files.safetensors import read_tensor
+from qsvd.memory.items import block_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +82,7 @@ class SplitModel:
     split_record: AdapterRecord
     trained_template: str | None = None  # the chat template of the training data, if not the tokenizer's
     micro_batch: int | None = None  # rows that a block computes at a time in training; None is all
+    unrecomputed: int = 0  # blocks that keep their activations where the others are recomputed: the last ones
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
@@ -88,6 +91,11 @@ class SplitModel:
             gradient_checkpointing_func = partial(in_micro_batches, self.micro_batch, gradient_checkpointing_func)
         above: Any = super()
         above._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        blocks = split_blocks(cast("PreTrainedModel", self))
+        for block in blocks[len(blocks) - self.unrecomputed :]:
+            for module in block.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.gradient_checkpointing = False
 
     @property
     def base_model(self) -> nn.Module:
@@ -149,6 +157,12 @@ def split_linears(model: nn.Module) -> Iterator[tuple[str, SplitLinear]]:
     for path, module in model.named_modules():
         if isinstance(module, SplitLinear):
             yield path, module
+
+
+def split_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that have SplitLinear layers, in model order."""
+    paths = dict.fromkeys(block_of(path) for path, _ in split_linears(model))
+    return [model.get_submodule(path) for path in paths]
 
 
 def moved_bytes(model: nn.Module) -> int:

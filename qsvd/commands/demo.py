@@ -103,7 +103,7 @@ def _fine_tune(options: Demo) -> Table:
                 batch_size=4,
                 accumulate=2,
                 max_length=256,
-                gradient_checkpointing=False,
+                gradient_checkpointing="no",
                 device="cpu",
             )
         )

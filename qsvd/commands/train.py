@@ -53,6 +53,7 @@ def main(options: Train) -> None:
         if folder.summary is not None:
             print(f"{run.out} was complete already", file=sys.stderr)
         else:
+            print(f"Memory: {run.activations}", file=sys.stderr)
             with StopRequest("step") as stop, display() as show, quiet():
                 train_run(run, folder, show, lambda: stop.made)
         summary = folder.summary

@@ -145,6 +145,7 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         memory=memory_by_item(model, trainer.optimizer, peak, libraries),
         planned=planned_by_item(run.placed.memory, on_gpu=run.device.type == "cuda", libraries=libraries),
         resident=run.resident,
+        activations=run.activations,
         moved_bytes=moved_bytes(model),
         device=str(run.device),
         best_step=recorder.best,

@@ -8,7 +8,7 @@ from qsvd.decompose.alternate import FIRST_PASSES, LATER_PASSES
 from qsvd.memory.frozen import base_bytes, resident_of
 from qsvd.memory.items import SIXTEEN_BITS, Placement
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.memory.training import Training
+from qsvd.memory.training import Training, num_kept
 from qsvd.numerics.norms import PROBES
 from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
 
@@ -41,6 +41,9 @@ class Speed:
     disk: Rate
 
 
+GPU = Speed(Rate(1e14), Rate(25e9), Rate(3e9))  # assumed: a PCIe 4 GPU and an NVMe disk
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Estimated seconds of one training step: the longer of computing and copying pages, which overlap."""
@@ -59,7 +62,7 @@ class StepTime:
 
 
 def step_time(model: SplitModelPlan, training: Training, placement: Placement, speed: Speed) -> StepTime:
-    """Estimate one training step: 6 operations per number of the model and token, 4 without checkpointing.
+    """Estimate one training step: 6 operations per number of the model and token, 4 where activations are kept.
 
     Frozen weights have no gradients: a step is a forward pass, its recomputation, and the gradients of inputs. Every
     page is copied twice for each batch, or twice for the step with layer-major accumulation.
@@ -67,7 +70,7 @@ def step_time(model: SplitModelPlan, training: Training, placement: Placement, s
     tokens = training.batch.tokens * training.batch.batch * training.accumulate
     text = model.text_config
     numbers = model.elements + text.hidden_size * getattr(text, "vocab_size", 0)
-    each = 6 if training.batch.checkpointing else 4
+    each = 6 - 2 * num_kept(training, placement, len(model.blocks)) / len(model.blocks)
     copies = 2 * (1 if training.layer_major else training.accumulate)
     transfer = copies * page_seconds(model, placement, speed)
     return StepTime(each * numbers * tokens / speed.flops.value, transfer, tokens)

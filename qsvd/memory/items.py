@@ -96,12 +96,14 @@ class Placement:
         pages: Where the other residuals are kept: "host" (CPU memory), or "disk" (the shards; the only way on a CPU).
         embeddings_on_host: Look tokens up in CPU memory.
         activation_offload: Keep the checkpoints of activations in CPU memory.
+        unrecomputed: Number of blocks that keep their activations in training, the last ones.
     """
 
     resident: int | None = None
     pages: Literal["host", "disk"] = "host"
     embeddings_on_host: bool = False
     activation_offload: bool = False
+    unrecomputed: int = 0
 
 
 EVERYTHING = Placement()  # everything on the device

@@ -1,16 +1,20 @@
-"""The placement of a task: as many blocks resident on the device as fit, and the longest sequence that fits."""
+"""The placement of a task: blocks that are resident and blocks that are not recomputed, and the longest sequence."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from qsvd.memory.block_bytes import Batch
+from qsvd.memory.duration import GPU, step_time
 from qsvd.memory.items import Limits, MemoryPlan, Placement, num_resident
 from qsvd.memory.other_tasks import plan_serving
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training, plan_training
 
 OFFLOADS = {"auto": (False, True), "yes": (True,), "no": (False,)}
+GPU_SHARE = 0.9  # of the free memory of a GPU that a run may fill to save time: sizes vary, and memory fragments
+HOST_SHARE = 0.5  # of the free CPU memory, which other programs need too
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,12 @@ class Wish:
     Args:
         share: Share of the blocks that are resident on the device, 0 to 1, or "auto".
         offload: Whether checkpoints of activations go to CPU memory.
+        unrecomputed: Number of blocks that keep their activations; "auto" is what makes the shortest step.
     """
 
     share: float | Literal["auto"] = "auto"
     offload: Literal["auto", "yes", "no"] = "auto"
+    unrecomputed: int | Literal["auto"] = 0
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,66 @@ def place(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish 
     """Return the placement of a training run with the most resident blocks that fits; if none does, the nearest one.
 
     Tried in this order: everything on the device; embeddings in CPU memory, if the head does not share their tensor;
-    fewer resident blocks; pages on disk; checkpoints of activations in CPU memory.
+    fewer resident blocks; pages on disk; checkpoints of activations in CPU memory. Where all activations may be
+    recomputed and the wish is "auto", as many blocks keep them as make the shortest step.
 
     Raises:
         BadInput: as plan_training does.
     """
     possible = ways(model, training.batch.device, wish)
-    return _best(lambda placement: plan_training(model, training, placement, limits), possible, wish)
+    found = _best(lambda placement: plan_training(model, training, placement, limits), possible, wish)
+    device = limits.gpu if training.batch.device == "cuda" else limits.host
+    is_free = wish.unrecomputed == "auto" and training.batch.checkpointing and not training.layer_major
+    if not is_free or device is None or not found.memory.fits or found.placement.activation_offload:
+        return found
+    best = _fastest(model, training, found, wish) if model.recomputes_blocks else found.placement
+    return Placed(best, plan_training(model, training, best, limits))
+
+
+def _fastest(model: SplitModelPlan, training: Training, found: Placed, wish: Wish) -> Placement:
+    """Return the placement with the shortest step that leaves some memory free; `found` recomputes all blocks.
+
+    Blocks leave the device for activations only where they go to CPU memory: how fast a disk is nobody knows. Speeds
+    are the assumed ones, so that every start of a run on a machine finds the same.
+    """
+    limits, every = found.memory.limits, len(model.blocks)
+    is_paged = found.placement.resident != every
+    host = limits.host if is_paged and training.batch.device == "cuda" else _share(limits.host, HOST_SHARE)
+    less = Limits(_share(limits.gpu, GPU_SHARE), host)
+
+    def count(placement: Placement) -> MemoryPlan:
+        return plan_training(model, training, placement, less)
+
+    kept = most(0, every, lambda number: count(replace(found.placement, unrecomputed=number)).fits)
+    choices = [replace(found.placement, unrecomputed=kept or 0)]
+    if training.batch.device == "cuda" and found.placement.pages == "host" and wish.share == "auto":
+        way = replace(found.placement, resident=every, embeddings_on_host=not model.is_tied)
+        choices += _exchanged(model, training, way, count)
+    return min(choices, key=lambda placement: step_time(model, training, placement, GPU).seconds)
+
+
+def _exchanged(model: SplitModelPlan, training: Training, way: Placement, count: Count) -> list[Placement]:
+    """Return the best placements that have resident blocks in exchange for activations.
+
+    The more blocks keep activations, the less is computed and the more is copied. The longer of the two is shortest
+    where one passes the other: at the last number with which copying is hidden, or at the next one.
+    """
+
+    @cache
+    def at(number: int) -> Placed:
+        return _most_resident(count, replace(way, unrecomputed=number), FREE)
+
+    def is_hidden(number: int) -> bool:
+        time = step_time(model, training, at(number).placement, GPU)
+        return at(number).memory.fits and time.transfer <= time.compute
+
+    last = most(0, len(model.blocks), is_hidden)
+    numbers = () if last is None else range(last, min(last + 1, len(model.blocks)) + 1)
+    return [at(number).placement for number in numbers if at(number).memory.fits]
+
+
+def _share(num_bytes: int | None, share: float) -> int | None:
+    return None if num_bytes is None else int(share * num_bytes)
 
 
 def place_serving(model: SplitModelPlan, batch: Batch, limits: Limits, wish: Wish = FREE) -> Placed:
@@ -69,12 +128,19 @@ def ways(model: SplitModelPlan, device: str, wish: Wish) -> list[Placement]:
     """Return the placements to try, the best first, each with the most blocks that may be resident."""
     every = len(model.blocks)
     resident = every if wish.share == "auto" else num_resident(wish.share, every)
+    number = 0 if wish.unrecomputed == "auto" else wish.unrecomputed
     if device != "cuda":
-        return [Placement(resident, "disk")]
+        return [Placement(resident, "disk", unrecomputed=number)]
     sources: tuple[Literal["host"], Literal["disk"]] = ("host", "disk")
     return [
-        Placement(resident, pages, embeddings_on_host=not model.is_tied, activation_offload=offload)
-        for offload in OFFLOADS[wish.offload]
+        Placement(
+            resident,
+            pages,
+            embeddings_on_host=not model.is_tied,
+            activation_offload=offload,
+            unrecomputed=0 if offload else number,
+        )
+        for offload in OFFLOADS["no" if number and wish.offload == "auto" else wish.offload]
         for pages in sources
     ]
 

@@ -176,6 +176,20 @@ class SplitModelPlan:
         shapes = (table.shape for table in self.tables if head & {table.place, *table.others})
         return sum(math.prod(shape) * self.dtype.itemsize for shape in shapes)
 
+    @cached_property
+    def recomputes_blocks(self) -> bool:
+        """Whether transformers can recompute the first blocks alone, which also compute before the last ones.
+
+        Blocks of several encoders, as of images, may compute in another order than the model lists them.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        model = self.skeleton.model
+        modules = [model.get_submodule(block.path) for block in self.blocks]
+        stacks = {block.path.rpartition(".")[0] for block in self.blocks}
+        is_in_order = len(stacks) == 1 or bool(model.config.is_encoder_decoder)
+        return is_in_order and all(isinstance(module, GradientCheckpointingLayer) for module in modules)
+
     @property
     def generates(self) -> bool:
         """Whether the model can generate text."""

@@ -92,7 +92,9 @@ def plan_training(model: SplitModelPlan, training: Training, placement: Placemen
     """
     device = training.batch.device
     state = _state(model, training)
-    moments = [_offloaded(moment, model, training, placement) for moment in moments_of(model, training)]
+    moments = [
+        _offloaded(moment, model, training, placement) for moment in moments_of(model, training, placement.unrecomputed)
+    ]
     most, offloaded = max(moments, key=lambda pair: pair[0].total)
     items = [
         *residual_items(model, placement, device),
@@ -115,10 +117,18 @@ def plan_training(model: SplitModelPlan, training: Training, placement: Placemen
 
 
 @lru_cache(maxsize=4096)
-def moments_of(model: SplitModelPlan, training: Training) -> tuple[Moment, ...]:
-    """Return the moments of a step that can take most."""
+def moments_of(model: SplitModelPlan, training: Training, unrecomputed: int = 0) -> tuple[Moment, ...]:
+    """Return the moments of a step that can take most.
+
+    Args:
+        unrecomputed: Number of blocks that keep their activations, the last ones. The backward pass begins with them,
+            and frees them before it recomputes the others.
+    """
     batch, passes = training.batch, training.accumulate if training.layer_major else 1
     blocks = run_blocks(model, batch)
+    if unrecomputed and batch.checkpointing:
+        kept = run_blocks(model, replace(batch, checkpointing=False))
+        blocks = (*blocks[:-unrecomputed], *kept[-unrecomputed:])
     tokens = TOKEN * batch.tokens * batch.batch + EXACT * training.pixels
     below = [passes * (blocks[0].around + blocks[0].input + tokens)]
     for block in blocks:
@@ -145,6 +155,19 @@ def moments_of(model: SplitModelPlan, training: Training) -> tuple[Moment, ...]:
         above = before or sum(gradients[number + (1 if passes == 1 else 0) :])
         found.append(Moment("backward", below[number] + SLICES * joined, above, *_parts(peak)))
     return tuple(found)
+
+
+def num_kept(training: Training, placement: Placement, blocks: int) -> int:
+    """Return how many of the blocks keep their activations: all without checkpointing."""
+    return placement.unrecomputed if training.batch.checkpointing else blocks
+
+
+def show_activations(training: Training, placement: Placement, blocks: int) -> str:
+    """Return in words which blocks keep their activations."""
+    kept = num_kept(training, placement, blocks)
+    if kept in (0, blocks):
+        return f"activations of all {blocks} blocks are {'kept' if kept else 'recomputed'}"
+    return f"activations of {kept} of {blocks} blocks are kept, {blocks - kept} are recomputed"
 
 
 def _state(model: SplitModelPlan, training: Training) -> OptimizerBytes:

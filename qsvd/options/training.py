@@ -147,7 +147,7 @@ class TrainingOptions:
     weight_decay: Annotated[float, FROM_ZERO, Help("Weight decay.")] = 0.0
     max_grad_norm: Annotated[float, FROM_ZERO, Help("Gradient clipping: maximum norm; 0: no clipping.")] = 1.0
 
-    gradient_checkpointing: Annotated[Checkpointing, Group("memory")] = True
+    gradient_checkpointing: Annotated[Checkpointing, Group("memory"), SAME_RESULT] = "auto"
     activation_offload: Annotated[
         Literal["auto", "yes", "no"], SAME_RESULT, Help("Keep activation checkpoints in CPU memory. auto: if it helps.")
     ] = "auto"
@@ -160,6 +160,11 @@ class TrainingOptions:
 
     device: Annotated[Device, Group("run")] = "auto"
     seed: Annotated[Seed, SEED, Help("Random seed (data order, LoRA init, new classification head).")] = 0
+
+    def __post_init__(self) -> None:
+        """Take True and False, as version 0.1 did, for yes and no."""
+        if isinstance(self.gradient_checkpointing, bool):
+            object.__setattr__(self, "gradient_checkpointing", "yes" if self.gradient_checkpointing else "no")
 
 
 @dataclass(frozen=True)

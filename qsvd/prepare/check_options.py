@@ -166,7 +166,7 @@ def _conflicts_of_objective(options: Quantize | Allocate) -> list[str]:
 
 def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     wrong = []
-    if options.layer_major and not options.gradient_checkpointing:
+    if options.layer_major and options.gradient_checkpointing == "no":
         wrong.append("--layer-major needs gradient checkpointing: leave out --no-gradient-checkpointing")
     of_methods = {"--dropout": (options.dropout > 0, ("lora",)), "--rslora": (options.rslora, TWO_FACTORS)}
     for flag, (is_given, methods) in of_methods.items():

@@ -16,9 +16,10 @@ from qsvd.files.split_folder import SplitFolder
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.encoder import EXACT, encoder_bytes
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, block_of, on
-from qsvd.memory.placement import Placed, Wish, longest, place, place_serving
+from qsvd.memory.placement import Placed, Wish, can_fit, longest, place, place_serving
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
+from qsvd.options import TrainingOptions
 from qsvd.plan.weights import WeightSpec
 
 
@@ -55,9 +56,26 @@ def place_training(
     found = place(model, training, here.limits, wish)
     if found.memory.fits or not must_fit:
         return found
+    if wish.unrecomputed not in ("auto", 0) and can_fit(model, training, here.limits, replace(wish, unrecomputed=0)):
+        raise DoesNotFit(
+            f"{_lack(found.memory)}; the run has kept the activations of {wish.unrecomputed} of {len(model.blocks)} "
+            "blocks so far, and would fit with --gradient-checkpointing, which recomputes them"
+        )
     tokens = longest(model, training, here.limits, wish, training.batch.tokens)
     change = f"--max-length {tokens} would fit" if tokens else "no length would fit: use a smaller model or more memory"
     raise DoesNotFit(f"{_lack(found.memory)}; {change}")
+
+
+def wish_of(options: TrainingOptions, recorded: int | None = None, *, is_labelled: bool) -> Wish:
+    """Return what a run asks of its placement.
+
+    Args:
+        recorded: The number of blocks that kept their activations when the run began; None for a new run.
+        is_labelled: Whether it trains a classifier, whose trainer offloads no activations.
+    """
+    chosen = "auto" if recorded is None else recorded
+    number = chosen if options.gradient_checkpointing == "auto" else 0  # "no" keeps all, see Batch.checkpointing
+    return Wish(options.resident, "no" if is_labelled else options.activation_offload, number)
 
 
 def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, here: Machine) -> Placement:

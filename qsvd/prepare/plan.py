@@ -18,7 +18,7 @@ from qsvd.files.source import download_config, read_config, small_files
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import MANIFEST
 from qsvd.memory.device import device_of, dtype_of
-from qsvd.memory.duration import Rate, Speed
+from qsvd.memory.duration import GPU, Rate, Speed
 from qsvd.memory.items import Limits
 from qsvd.memory.placement import Wish
 from qsvd.memory.split_model import SplitModelPlan, skeleton
@@ -29,7 +29,7 @@ from qsvd.plan.budget import assumed, most_rank_within
 from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
 from qsvd.prepare.allocate import read_table
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import Machine, machine, measured_flops, measured_link
+from qsvd.prepare.machine import Machine, machine, measured_flops, measured_link, wish_of
 from qsvd.prepare.train import (
     PlannedRun,
     adapter_options_of,
@@ -44,7 +44,6 @@ from qsvd.prepare.train import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FLOPS, LINK, DISK = 1e14, 25e9, 3e9  # assumed, per second: operations and bytes, of a PCIe 4 GPU and an NVMe disk
 CPU_FLOPS = 2e10  # assumed, of one core: products in float32
 NO_GPU = "There is no GPU here: one without a limit is assumed. Give --gpu and --host, or --device cpu."
 
@@ -130,7 +129,7 @@ def prepare_plan(options: Plan) -> PlanJob:
         context=context,
         training=without_data if run is None else run.training,
         limits=here.limits,
-        wish=Wish(options.resident, "no" if is_labelled else options.activation_offload),
+        wish=wish_of(options, is_labelled=is_labelled),
         speed=_speed(options, here.device),
         run=run,
     )
@@ -292,11 +291,11 @@ def _of_quantized(options: Plan, split: SplitFolder, dtype: torch.dtype) -> Plan
 def _speed(options: Plan, device: torch.device) -> Speed:
     """Return the speeds that are given, else measured on the GPU of this machine, else assumed."""
     is_measured = torch.cuda.is_available() and device.type == "cuda"
-    assumed_flops = FLOPS if device.type == "cuda" else CPU_FLOPS * torch.get_num_threads()
-    flops = Rate(measured_flops(), "measured") if is_measured and options.tflops is None else Rate(assumed_flops)
-    link = Rate(measured_link(), "measured") if is_measured and options.link is None else Rate(LINK)
+    assumed_flops = GPU.flops if device.type == "cuda" else Rate(CPU_FLOPS * torch.get_num_threads())
+    flops = Rate(measured_flops(), "measured") if is_measured and options.tflops is None else assumed_flops
+    link = Rate(measured_link(), "measured") if is_measured and options.link is None else GPU.link
     return Speed(
         flops if options.tflops is None else Rate(1e12 * options.tflops, "given"),
         link if options.link is None else Rate(1e9 * options.link, "given"),
-        Rate(DISK) if options.disk is None else Rate(1e9 * options.disk, "given"),
+        GPU.disk if options.disk is None else Rate(1e9 * options.disk, "given"),
     )

@@ -20,8 +20,8 @@ from qsvd.plan.targets import target_names
 from qsvd.prepare.check_options import check
 from qsvd.prepare.plan import plan_of, plan_source, run_of_16_bit
 from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
-from qsvd.prepare.train import PlannedRun, TrainRun, adapter_options_of, is_saved, prepare_train, train_machine
-from qsvd.training.run_folder import check_run_folder, checkpoints
+from qsvd.prepare.train import PlannedRun, TrainRun, adapter_options_of, prepare_train, train_machine
+from qsvd.training.run_folder import check_run_folder, checkpoints, is_saved
 
 UNKNOWN = ("alpha", "base_fingerprint")  # of the identity of a run, before its quantized model is complete
 
@@ -88,7 +88,7 @@ def _check_base(run: FirstRun) -> None:
 
 def _check_gradients(run: FirstRun) -> None:
     """Refuse, before the hours of quantizing, gradients that the method cannot start from."""
-    if is_saved(run.options):
+    if is_saved(run.out):
         return
     options, source = adapter_options_of(run.options), run.quantizing
     options = replace(options, target_modules=target_names(options.target_modules))

@@ -32,17 +32,17 @@ from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import IDENTITY
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
-from qsvd.memory.placement import Placed, Wish
+from qsvd.memory.placement import Placed
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.memory.training import Training
+from qsvd.memory.training import Training, num_kept, show_activations
 from qsvd.option_types import result_options
 from qsvd.options import Train, TrainingOptions
 from qsvd.plan.allocation import EXPERT_RANK
 from qsvd.plan.targets import EVERYTHING, EXPERTS
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import Machine, machine, place_training, show_placement
+from qsvd.prepare.machine import Machine, machine, place_training, show_placement, wish_of
 from qsvd.report.errors import short_count
-from qsvd.training.run_folder import SUMMARY, checkpoints
+from qsvd.training.run_folder import KEPT, is_saved, kept_blocks
 from qsvd.training.settings import Settings, default_optimizer
 
 SMALL, SMALL_RATE = 10**9, 1e-3  # weights of a small model, and the lowest of the best rates measured for such models
@@ -62,12 +62,18 @@ class PlannedRun:
     training: Training
     placed: Placed
     elements: int  # of the quantized weights
+    blocks: int
     chosen: tuple[str, ...]  # sentences on what was chosen by default
 
     @property
     def out(self) -> Path:
         """The folder of the run."""
         return self.options.out.expanduser()
+
+    @property
+    def activations(self) -> str:
+        """Which activations are kept, in words."""
+        return show_activations(self.training, self.placed.placement, self.blocks)
 
     @property
     def total_steps(self) -> int:
@@ -85,6 +91,7 @@ class PlannedRun:
         settings = {name: value for name, value in asdict(self.settings).items() if name in shared}
         data, held_out = self.data.train, self.data.held_out
         return {name.replace("_", "-"): str(value) for name, value in settings.items()} | {
+            "gradient-checkpointing": f"{self.options.gradient_checkpointing}: {self.activations}",
             "method": self.method,
             "adapter dtype": self.adapter_dtype,
             "device": f"{self.device}, {self.dtype}",
@@ -112,7 +119,13 @@ class PlannedRun:
         data = {"data": _digest(self.data.train), "held_out": held_out and _digest(held_out)}
         if starts_from_gradients(self.method) and self.options.init_from is None:
             data["gradients"] = _digest_of_gradients(self.options)
-        known = {"max_length": self.settings.max_length, "device": self.device.type, "base_fingerprint": None}
+        kept = num_kept(self.training, self.placed.placement, self.blocks)
+        known = {
+            "max_length": self.settings.max_length,
+            "device": self.device.type,
+            "base_fingerprint": None,
+            KEPT: kept,
+        }
         return result_options(self.options) | known | data
 
 
@@ -151,7 +164,8 @@ def prepare_train(options: Train, data: RunData | None = None) -> TrainRun:
         data: Read already, from the 16-bit model of this quantized one.
     """
     check(options)
-    return prepare_run(options, train_machine(options), data, must_fit=True)
+    kept = kept_blocks(options.out.expanduser())
+    return prepare_run(options, train_machine(options), data, must_fit=True, kept=kept)
 
 
 def train_machine(options: Train) -> Machine:
@@ -160,17 +174,20 @@ def train_machine(options: Train) -> Machine:
     return machine(device, dtype_of(options.dtype, device), gpu=options.gpu, host=options.host)
 
 
-def prepare_run(options: Train, here: Machine, data: RunData | None = None, *, must_fit: bool) -> TrainRun:
+def prepare_run(
+    options: Train, here: Machine, data: RunData | None = None, *, must_fit: bool, kept: int | None = None
+) -> TrainRun:
     """Return the run that a machine would do on a quantized model.
 
     Args:
         must_fit: Whether to raise a DoesNotFit if there is too little memory. `qsvd plan` shows such a run.
+        kept: Number of blocks that have kept their activations so far; None for a new run.
     """
     check_offload(options, here.device)
     split = open_split(Path(options.base).expanduser())
     adapter_options, first = starting_options(options, split)
     record = new_record(split, adapter_options)
-    check_start(split, record, is_restored=first is not None or is_saved(options))
+    check_start(split, record, is_restored=first is not None or is_saved(options.out.expanduser()))
     check_pairs(options, record.method)
     if data is None:
         data = read_run_data(options, Home(str(options.base), split.folder, split.manifest["source"]["architecture"]))
@@ -180,7 +197,7 @@ def prepare_run(options: Train, here: Machine, data: RunData | None = None, *, m
         raise BadInput(f"--init-from {options.init_from} has the classes {there}, and {options.data} has {here_too}")
     if labels:
         record = new_record(split, adapter_options, labels)
-    run = plan_run(options, planned_base(split, record, here.dtype), data, here, must_fit=must_fit)
+    run = plan_run(options, planned_base(split, record, here.dtype), data, here, must_fit=must_fit, kept=kept)
     known = {field.name: getattr(run, field.name) for field in fields(run)}
     return TrainRun(**known, split=split, record=record, init_from=first)
 
@@ -205,24 +222,29 @@ def check_pairs(options: TrainingOptions, method: str) -> None:
         )
 
 
-def plan_run(options: Train, model: SplitModelPlan, data: RunData, here: Machine, *, must_fit: bool) -> PlannedRun:
+def plan_run(
+    options: Train, model: SplitModelPlan, data: RunData, here: Machine, *, must_fit: bool, kept: int | None = None
+) -> PlannedRun:
     """Return the run on a model that is known by its shapes; see `prepare_run`."""
     device = here.device
     training = _training(options, data, device)
-    wish = Wish(options.resident, "no" if data.train.label_names else options.activation_offload)
+    wish = wish_of(options, kept, is_labelled=bool(data.train.label_names))
     placed = place_training(model, training, wish, here, must_fit=must_fit)
+    number = num_kept(training, placed.placement, len(model.blocks))
+    settings = _settings(options, model.method, training.optimizer, data.max_length, placed)
     return PlannedRun(
         options=options,
         data=data,
         method=model.method,
         adapter_dtype=str(model.adapter_dtype).removeprefix("torch."),
-        settings=_settings(options, model.method, training.optimizer, data.max_length, placed),
+        settings=replace(settings, gradient_checkpointing=number < len(model.blocks), unrecomputed=number),
         device=device,
         dtype=here.dtype,
         training=training,
         placed=placed,
         elements=model.elements,
         chosen=tuple(_chosen(options, model)),
+        blocks=len(model.blocks),
     )
 
 
@@ -238,12 +260,6 @@ def _chosen(options: Train, model: SplitModelPlan) -> Iterator[str]:
     experts, given = [spec.module for spec in weights if spec.stack], adapter_options_of(options)
     if experts and options_for(given, METHODS[model.method], experts[0]) != given:
         yield f"Experts: rank {EXPERT_RANK} each, the default for experts; --rank sets that of all layers"
-
-
-def is_saved(options: TrainingOptions) -> bool:
-    """Return whether a run has a checkpoint to go on from, or is complete."""
-    out = options.out.expanduser() if isinstance(options, Train) else None
-    return out is not None and (bool(checkpoints(out)) or (out / SUMMARY).is_file())
 
 
 def load_start(run: TrainRun, *, is_resumed: bool) -> Any:
@@ -329,7 +345,7 @@ def training_of(options: TrainingOptions, tokens: int, device: torch.device, *, 
     """Return a run with sequences of a length; `is_even` if all have it, so that none is padded."""
     rows = options.batch_size * (options.accumulate if options.layer_major else 1)  # padded to one length
     is_masked = options.packing or (rows > 1 and not is_even)
-    batch = Batch(tokens, options.batch_size, is_masked, options.gradient_checkpointing, device.type)
+    batch = Batch(tokens, options.batch_size, is_masked, options.gradient_checkpointing != "no", device.type)
     optimizer = default_optimizer(device) if options.optimizer == "auto" else options.optimizer
     return Training(batch, options.accumulate, optimizer, options.layer_major)
 

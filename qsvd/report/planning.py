@@ -12,7 +12,7 @@ from qsvd.errors import show_size
 from qsvd.memory.duration import QuantizeTime, Rate, Speed, StepTime
 from qsvd.memory.items import PLACES, Limits, MemoryPlan, Placement
 from qsvd.memory.placement import Cell, Placed, Reach
-from qsvd.memory.training import Training
+from qsvd.memory.training import Training, show_activations
 
 OFFLOADED = "*"
 MEMORY = {"gpu": "GPU memory", "host": "CPU memory", "disk": "disk space"}
@@ -261,6 +261,7 @@ def _train_lines(answer: Answer, train: TrainAnswer) -> list[str]:
     ]
     return [
         *_placement_lines(train.placed.placement, answer.blocks),
+        show_activations(train.training, train.placed.placement, answer.blocks),
         *([] if train.placed.memory.limits == Limits() else reach),
         f"estimated time: {step.seconds:.2g} s per step, {step.tokens_per_second:,.0f} tokens per second "
         f"(computing {step.compute:.2g} s, copying weights {step.transfer:.2g} s; {_speed(answer.speed)})",

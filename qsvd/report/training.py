@@ -22,6 +22,7 @@ class RunSummary:
         accuracy_before, accuracy_after: Shares, 0..1; None if it is not a classifier.
         memory, planned: Bytes by item, measured and planned.
         resident: Which 4-bit weights stay on the device, in words.
+        activations: Which blocks keep their activations, in words; empty where an older version wrote the run.
         best_step: The step with the lowest held-out loss, whose adapter the run holds; None without --keep-best.
         held_out_examples: None where there are none, or where an older version wrote the run.
         classes: Of a classifier; 0 for a language model.
@@ -47,6 +48,7 @@ class RunSummary:
     resident: str
     moved_bytes: int
     device: str
+    activations: str = ""
     best_step: int | None = None
     held_out_examples: int | None = None
     classes: int = 0
@@ -87,6 +89,8 @@ def rows(summary: RunSummary) -> list[tuple[str, str]]:
         ),
         (f"4-bit weights on the {'CPU' if summary.device == 'cpu' else 'GPU'}", summary.resident),
     ]
+    if summary.activations:
+        found.append(("activations", summary.activations.removeprefix("activations of ")))
     if summary.best_step is not None:
         found.append(("adapter", f"of step {summary.best_step:,}, which has the lowest held-out loss"))
     accuracy = _pair(summary.accuracy_before, summary.accuracy_after, ".2%")

@@ -65,7 +65,8 @@ def memory_advice(error: str, settings: Settings, *, used: float, total: float) 
     batch_size, max_length = settings.batch_size, settings.max_length
     options = [f"--batch-size {batch_size // 2} --accumulate {2 * settings.accumulate}"] if batch_size > 1 else []
     options.append(f"--max-length {max_length // 2}")
-    options += [] if settings.gradient_checkpointing else ["--gradient-checkpointing"]
+    is_recomputed = settings.gradient_checkpointing and not settings.unrecomputed
+    options += [] if is_recomputed else ["--gradient-checkpointing"]
     options += ["--activation-offload yes"] if total and not settings.activation_offload else []
     options.append("a smaller --rank")
     held = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB in use with " if total else ""

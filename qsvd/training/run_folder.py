@@ -31,6 +31,8 @@ NAME = re.compile(r"checkpoint-(\d+)")
 START = "start.json"
 STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
+KEPT = "blocks_with_activations"  # of the identity: how many blocks are not recomputed
+FREE = ("gradient_checkpointing", KEPT)  # of the identity, the first of older versions: these change no result
 LENGTH = ("steps", "epochs", "early_stopping")  # of the identity: what may change when a run is resumed
 PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
@@ -139,9 +141,10 @@ def check_run_folder(
         check_empty(folder, {LOCK}, "qsvd train")
         return False
     found = read_object(path, ANOTHER_FOLDER)
-    if not (checkpoints(folder) or (folder / SUMMARY).is_file()):
+    if not is_saved(folder):
         return False  # it saved nothing, so nothing is lost when another run starts here
-    identity = {**identity, **{name: found.get(name) for name in unknown}}
+    found, identity = ({k: v for k, v in one.items() if k not in FREE} for one in (found, identity))
+    identity |= {name: found.get(name) for name in unknown}
     length = {name: identity.get(name) for name in LENGTH}
     check_same(folder, {**found, **length}, identity, ANOTHER_FOLDER)
     if json.loads(json.dumps(length)) == {name: found.get(name) for name in LENGTH}:
@@ -152,6 +155,23 @@ def check_run_folder(
     if total < done:
         raise BadInput(f"{folder} has {done} steps already, more than {total}; give more --steps or --epochs")
     return True
+
+
+def kept_blocks(folder: Path) -> int | None:
+    """Return how many blocks of a run that goes on keep their activations; None for a new run.
+
+    With the same number a run repeats itself to the bit on a GPU, too. Older versions recorded True for none.
+    """
+    path = folder / IDENTITY
+    if not (path.is_file() and is_saved(folder)):
+        return None
+    found = read_object(path, ANOTHER_FOLDER)
+    return found.get(KEPT, 0 if found.get("gradient_checkpointing") else None)
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether a run has a checkpoint to go on from, or is complete."""
+    return bool(checkpoints(folder)) or (folder / SUMMARY).is_file()
 
 
 def read_steps(folder: Path) -> list[Step]:

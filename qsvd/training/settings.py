@@ -33,6 +33,8 @@ class Settings:
         damping: Of the preconditioner.
         layer_major: Give the model all batches of a step at once; every block divides them into batches again.
         packing: Put short sequences into one row of max_length tokens, without attention between them.
+        gradient_checkpointing: Compute the activations of blocks twice instead of keeping them.
+        unrecomputed: Number of blocks, the last ones, that keep them all the same.
         save_every: Steps between checkpoints; the newest `keep` of them are kept.
         report_to: Trackers of transformers' Trainer: "tensorboard", "wandb", "trackio".
     """
@@ -58,6 +60,7 @@ class Settings:
     keep: int
     seed: int
     report_to: tuple[str, ...]
+    unrecomputed: int = 0
 
 
 def default_optimizer(device: torch.device) -> str:

@@ -281,6 +281,7 @@ def make_trainer(
     """
     is_classifier = bool(model.split_record.labels)
     model.micro_batch = settings.batch_size if settings.layer_major else None
+    model.unrecomputed = settings.unrecomputed
     if is_classifier or model.config.is_encoder_decoder:
         arguments = classifier_arguments(settings, run, model.device)
         kind = ClassifierTrainer if is_classifier else EncoderDecoderTrainer

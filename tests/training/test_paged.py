@@ -1,19 +1,24 @@
-"""Runs whose frozen weights visit: the bytes of a run in which they stay, stopped and resumed too."""
+"""Runs whose frozen weights visit, or that keep activations: the bytes of one that does not; resumed ones too."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 import qsvd
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.model import trained
 from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.commands.train import train
 from qsvd.errors import DoesNotFit
+from qsvd.prepare.quantize_first import prepare_training
 from qsvd.prepare.train import prepare_train
 from qsvd.training.run_folder import RunFolder
-from tests.runs import interrupting, outcome, text_rows, training, words, write_rows
+from tests.runs import interrupting, outcome, sequences, settings, text_rows, trainer, training, words, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ def test_auto_takes_less_on_the_device_where_there_is_less(base, data, tmp_path,
     monkeypatch.setattr("qsvd.prepare.machine.taken_host_memory", lambda: 0)
 
     def job(**changes):
-        return prepare_train(options(base, data, tmp_path / "run", **changes))
+        return prepare_train(options(base, data, tmp_path / "run", gradient_checkpointing="yes", **changes))
 
     everything, nothing = (job(resident=share).placed.memory.total("host") for share in (1.0, 0.0))
     assert nothing < everything
@@ -75,6 +80,79 @@ def test_auto_takes_less_on_the_device_where_there_is_less(base, data, tmp_path,
     assert less.resident == "0 of 4 blocks, the others on disk"  # three places would hold three of the four
     with pytest.raises(DoesNotFit):
         job(resident="auto", host=f"{(nothing - 1) / 1000}KB")
+
+
+class Gradients:
+    """Copies them as they come from the backward pass."""
+
+    @classmethod
+    def after_backward(cls, model, step):
+        assert step == 1
+        cls.found = {name: p.grad.clone() for name, p in trained(model).items()}
+
+
+def note(calls, number, *_):
+    calls.append(number)
+
+
+@pytest.mark.parametrize("method", ["pissa", "dropout"])
+def test_kept_activations_change_no_bit_of_a_step_and_only_the_first_blocks_run_again(base, tmp_path, method):
+    options = AdapterOptions("lora", rank=4, dropout=0.1) if method == "dropout" else AdapterOptions("pissa")
+    found = []
+    for is_on, kept, times in ((True, 0, [2, 2, 2, 2]), (True, 3, [2, 1, 1, 1]), (False, 4, [1, 1, 1, 1])):
+        chosen = settings(gradient_checkpointing=is_on, unrecomputed=kept)
+        made = trainer(base, tmp_path, sequences(), chosen, Gradients, options=options)
+        calls = []
+        for number, layer in enumerate(made.model.model.layers):
+            layer.mlp.up_proj.register_forward_hook(partial(note, calls, number))
+        made.train()
+        assert [calls.count(number) for number in range(4)] == times
+        found.append((made.state.log_history[0]["loss"], Gradients.found))
+    assert all(loss == found[0][0] for loss, _ in found)
+    for name, gradient in found[0][1].items():
+        assert all(gradients[name].equal(gradient) for _, gradients in found), name
+
+
+def test_a_run_goes_on_with_as_many_kept_activations_as_it_began_with(base, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("qsvd.prepare.machine.taken_host_memory", lambda: 0)
+    run_options = options(base, data, tmp_path / "run")
+
+    def job(**changes):
+        return prepare_train(replace(run_options, **changes))
+
+    least, most = (job(gradient_checkpointing=word).placed.memory.total("host") for word in ("yes", "no"))
+    assert job(host=f"{3 * most / 1000}KB").activations == "activations of all 4 blocks are kept"
+    some = f"{(least + most) / 1000}KB"  # of which a run on a CPU takes half
+    kept = job(host=some).placed.placement.unrecomputed
+    assert 0 < kept < 4
+    interrupting(monkeypatch, 1)
+    assert run(words(replace(run_options, host=some))) == 130
+    assert f"activations of {kept} of 4 blocks are kept, {4 - kept} are recomputed" in capsys.readouterr().err
+    assert job(host=f"{3 * most / 1000}KB").placed.placement.unrecomputed == kept
+    assert job(gradient_checkpointing="yes").placed.placement.unrecomputed == 0
+    with pytest.raises(DoesNotFit, match=f"activations of {kept} of 4 blocks so far, and would fit with --gradient-ch"):
+        job(host=f"{(least + 1) / 1000}KB")
+    monkeypatch.undo()
+    qsvd.train(run_options)
+    assert (
+        f"of {kept} of 4 blocks are kept" in json.loads((run_options.out / "summary.json").read_text())["activations"]
+    )
+    alone = train(options(base, data, tmp_path / "alone", gradient_checkpointing=True)).path
+    assert outcome(run_options.out) == outcome(alone)
+
+
+@pytest.mark.parametrize(("word", "kept"), [(True, 0), (False, 4)])
+def test_a_run_of_an_older_version_goes_on(base, data, tmp_path, monkeypatch, word, kept):
+    begun = options(base, data, tmp_path / "run", gradient_checkpointing=word)
+    interrupting(monkeypatch, 1)
+    assert run(words(begun)) == 130
+    path = begun.out / "run.json"
+    known = json.loads(path.read_text())
+    assert known.pop("blocks_with_activations") == kept
+    path.write_text(json.dumps(known | {"gradient_checkpointing": word}))
+    same = replace(begun, gradient_checkpointing="auto") if word else begun  # the default was True
+    assert prepare_training(same).placed.placement.unrecomputed == 0
+    assert prepare_training(same).settings.gradient_checkpointing is word
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(base, data, tmp_path, monkeypatch, capsys):
