@@ -15,6 +15,7 @@ from qsvd.memory.training import Training, plan_training
 OFFLOADS = {"auto": (False, True), "yes": (True,), "no": (False,)}
 GPU_SHARE = 0.9  # of the free memory of a GPU that a run may fill to save time: sizes vary, and memory fragments
 HOST_SHARE = 0.5  # of the free CPU memory, which other programs need too
+GAIN = 0.9  # a step that is at most as long as this share is worth that blocks leave the device
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def place(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish 
 def _fastest(model: SplitModelPlan, training: Training, found: Placed, wish: Wish) -> Placement:
     """Return the placement with the shortest step that leaves some memory free; `found` recomputes all blocks.
 
-    Blocks leave the device for activations only where they go to CPU memory: how fast a disk is nobody knows. Speeds
-    are the assumed ones, so that every start of a run on a machine finds the same.
+    Blocks leave the device for activations only where they go to CPU memory (how fast a disk is nobody knows), and for
+    a step that is much shorter by the assumed speeds. These are the same at every start.
     """
     limits, every = found.memory.limits, len(model.blocks)
     is_paged = found.placement.resident != every
@@ -79,11 +80,16 @@ def _fastest(model: SplitModelPlan, training: Training, found: Placed, wish: Wis
         return plan_training(model, training, placement, less)
 
     kept = most(0, every, lambda number: count(replace(found.placement, unrecomputed=number)).fits)
-    choices = [replace(found.placement, unrecomputed=kept or 0)]
-    if training.batch.device == "cuda" and found.placement.pages == "host" and wish.share == "auto":
-        way = replace(found.placement, resident=every, embeddings_on_host=not model.is_tied)
-        choices += _exchanged(model, training, way, count)
-    return min(choices, key=lambda placement: step_time(model, training, placement, GPU).seconds)
+    still = replace(found.placement, unrecomputed=kept or 0)
+    if training.batch.device != "cuda" or found.placement.pages != "host" or wish.share != "auto":
+        return still
+
+    def seconds(placement: Placement) -> float:
+        return step_time(model, training, placement, GPU).seconds
+
+    way = replace(found.placement, resident=every, embeddings_on_host=not model.is_tied)
+    best = min((still, *_exchanged(model, training, way, count)), key=seconds)
+    return best if seconds(best) <= GAIN * seconds(still) else still
 
 
 def _exchanged(model: SplitModelPlan, training: Training, way: Placement, count: Count) -> list[Placement]:

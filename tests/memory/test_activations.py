@@ -12,7 +12,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.start import planned
 from qsvd.memory.duration import GPU, step_time
 from qsvd.memory.items import Limits, Placement
-from qsvd.memory.placement import GPU_SHARE, HOST_SHARE, Wish, place
+from qsvd.memory.placement import GAIN, GPU_SHARE, HOST_SHARE, Wish, place
 from qsvd.memory.split_model import skeleton
 from qsvd.memory.training import plan_training
 from qsvd.numerics.nf4 import NormalFloat4
@@ -56,8 +56,10 @@ def test_the_chosen_placement_has_the_shortest_step(gpu, tokens):
     host = 1.0 if least.resident < BLOCKS else HOST_SHARE
     possible = every_fitting(run, Limits(int(GPU_SHARE * gpu * GB), int(host * 64 * GB)))
     possible[least] = step_time(model(), run, least, GPU).seconds
+    with_as_many = (replace(least, unrecomputed=number) for number in range(BLOCKS + 1))
+    still, best = min(possible[one] for one in with_as_many if one in possible), min(possible.values())
     assert found.memory.fits
-    assert step_time(model(), run, found.placement, GPU).seconds == min(possible.values())
+    assert step_time(model(), run, found.placement, GPU).seconds == (best if best <= GAIN * still else still)
 
 
 def test_a_large_card_keeps_all_and_short_sequences_keep_the_blocks_on_the_gpu():
