@@ -4,6 +4,8 @@ Of COLUMN_SETS the first whose required columns are all present is used, so the 
 `instruction`, `output` and `text` holds instructions. `--map column=name` renames a column of the file to one of ours.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -265,6 +267,14 @@ class Tokenized:
     def where(self, index: int) -> str:
         """Return the place of a sequence, "train.jsonl, line 3"."""
         return self.places.where(index)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256, in hex, of tokens, labels and label names, and of what a processor reads."""
+        parts: list[Any] = [self.input_ids, self.labels, self.label_names]
+        if self.media is not None:
+            parts.append(self.media.digests)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def num_tokens(self) -> int:

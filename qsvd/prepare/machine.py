@@ -14,12 +14,13 @@ from qsvd.files.adapter import AdapterRecord
 from qsvd.files.pages import free_host_memory, taken_host_memory
 from qsvd.files.split_folder import SplitFolder
 from qsvd.memory.block_bytes import Batch
+from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.encoder import EXACT, encoder_bytes
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, block_of, on
 from qsvd.memory.placement import Placed, Wish, can_fit, longest, place, place_serving
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
-from qsvd.options import TrainingOptions
+from qsvd.options import Train, TrainingOptions
 from qsvd.plan.weights import WeightSpec
 
 
@@ -43,6 +44,18 @@ def machine(device: torch.device, dtype: torch.dtype, *, gpu: str | None = None,
     if host is not None:
         most_host = min(most_host, max(parse_size(host, "--host") - taken_host_memory(), 0))
     return Machine(device, dtype, Limits(most_gpu, most_host))
+
+
+def train_machine(options: Train) -> Machine:
+    """Return this machine, as far as the options let a run use it."""
+    device = device_of(options.device)
+    return machine(device, dtype_of(options.dtype, device), gpu=options.gpu, host=options.host)
+
+
+def check_offload(options: Train, device: torch.device) -> None:
+    """Refuse to offload activations where there is no GPU."""
+    if options.activation_offload == "yes" and device.type == "cpu":
+        raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
 
 
 def place_training(

@@ -29,11 +29,10 @@ from qsvd.plan.budget import assumed, most_rank_within
 from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
 from qsvd.prepare.allocate import read_table
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import Machine, machine, measured_flops, measured_link, wish_of
+from qsvd.prepare.machine import Machine, check_offload, machine, measured_flops, measured_link, wish_of
 from qsvd.prepare.train import (
     PlannedRun,
     adapter_options_of,
-    check_offload,
     check_pairs,
     plan_run,
     prepare_run,

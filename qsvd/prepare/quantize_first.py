@@ -18,9 +18,10 @@ from qsvd.options import Quantize, Train
 from qsvd.paths import hub_id
 from qsvd.plan.targets import target_names
 from qsvd.prepare.check_options import check
+from qsvd.prepare.machine import train_machine
 from qsvd.prepare.plan import plan_of, plan_source, run_of_16_bit
 from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
-from qsvd.prepare.train import PlannedRun, TrainRun, adapter_options_of, prepare_train, train_machine
+from qsvd.prepare.train import PlannedRun, TrainRun, adapter_options_of, prepare_train
 from qsvd.training.run_folder import check_run_folder, checkpoints, is_saved
 
 UNKNOWN = ("alpha", "base_fingerprint")  # of the identity of a run, before its quantized model is complete

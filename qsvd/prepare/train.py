@@ -1,7 +1,6 @@
 """Options of `qsvd train` to a checked run: quantized model, examples, settings, and what stays on the device."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +15,6 @@ from qsvd.adapters.load import load_new
 from qsvd.adapters.methods.table import METHODS, has_pair, options_for, own_options
 from qsvd.adapters.model import restore
 from qsvd.adapters.start import check_start, new_record, planned_base
-from qsvd.data.columns import Tokenized
 from qsvd.data.examples import Home, RunData, first_lines, read_run_data
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import (
@@ -31,7 +29,6 @@ from qsvd.files.atomic import read_object
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import IDENTITY
 from qsvd.memory.block_bytes import Batch
-from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.placement import Placed
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training, num_kept, show_activations
@@ -40,7 +37,7 @@ from qsvd.options import Train, TrainingOptions
 from qsvd.plan.allocation import EXPERT_RANK
 from qsvd.plan.targets import EVERYTHING, EXPERTS
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import Machine, machine, place_training, show_placement, wish_of
+from qsvd.prepare.machine import Machine, check_offload, place_training, show_placement, train_machine, wish_of
 from qsvd.report.errors import short_count
 from qsvd.training.run_folder import KEPT, is_saved, kept_blocks
 from qsvd.training.settings import Settings, default_optimizer
@@ -116,7 +113,7 @@ class PlannedRun:
     def identity(self) -> dict[str, Any]:
         """What the bytes of the adapter depend on, as far as it is known."""
         held_out = self.data.held_out
-        data = {"data": _digest(self.data.train), "held_out": held_out and _digest(held_out)}
+        data = {"data": self.data.train.digest, "held_out": held_out and held_out.digest}
         if starts_from_gradients(self.method) and self.options.init_from is None:
             data["gradients"] = _digest_of_gradients(self.options)
         kept = num_kept(self.training, self.placed.placement, self.blocks)
@@ -168,12 +165,6 @@ def prepare_train(options: Train, data: RunData | None = None) -> TrainRun:
     return prepare_run(options, train_machine(options), data, must_fit=True, kept=kept)
 
 
-def train_machine(options: Train) -> Machine:
-    """Return this machine, as far as the options let a run use it."""
-    device = device_of(options.device)
-    return machine(device, dtype_of(options.dtype, device), gpu=options.gpu, host=options.host)
-
-
 def prepare_run(
     options: Train, here: Machine, data: RunData | None = None, *, must_fit: bool, kept: int | None = None
 ) -> TrainRun:
@@ -200,12 +191,6 @@ def prepare_run(
     run = plan_run(options, planned_base(split, record, here.dtype), data, here, must_fit=must_fit, kept=kept)
     known = {field.name: getattr(run, field.name) for field in fields(run)}
     return TrainRun(**known, split=split, record=record, init_from=first)
-
-
-def check_offload(options: Train, device: torch.device) -> None:
-    """Refuse to offload activations where there is no GPU."""
-    if options.activation_offload == "yes" and device.type == "cpu":
-        raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
 
 
 def check_pairs(options: TrainingOptions, method: str) -> None:
@@ -356,11 +341,3 @@ def _digest_of_gradients(options: Train) -> str | None:
     found = None if file is None else gradients_digest(file.expanduser())
     path = options.out.expanduser() / IDENTITY
     return found or (read_object(path).get("gradients") if path.is_file() else None)
-
-
-def _digest(data: Tokenized) -> str:
-    """Return the SHA-256, in hex, of tokens, labels and label names, and of images."""
-    parts: list[Any] = [data.input_ids, data.labels, data.label_names]
-    if data.media is not None:
-        parts.append(data.media.digests)
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
