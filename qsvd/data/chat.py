@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qsvd.errors import BadInput, listing
@@ -22,6 +23,7 @@ Message = dict[str, Any]  # {"role", "content", ...}, as chat templates take it
 Span = tuple[int, int]  # characters from, to
 Tools = list[dict | Callable] | None  # JSON schemas; transformers would take functions too
 
+PROBE = "What is 7 x 8?"
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 SPEAKERS = {  # "from" of a turn -> role of a message
@@ -117,6 +119,33 @@ class ChatTemplate:
         """Return the template for a conversation with these tools."""
         return self.with_tools if tools else self.plain
 
+    def read(self, messages: list[Message]) -> list[Message]:
+        """Return messages as the template reads them: some, of models of images, read lists of parts and no texts."""
+        if not self.takes_parts:
+            return messages
+        return [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+            for message in messages
+        ]
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template leaves out a text, and shows the same text as a part."""
+        import jinja2
+
+        def shows(content: str | list[dict]) -> bool:
+            try:
+                message = {"role": "user", "content": content}
+                return PROBE in str(
+                    self.tokenizer.apply_chat_template([message], chat_template=self.plain, tokenize=False)
+                )
+            except (jinja2.TemplateError, TypeError, ValueError, KeyError):
+                return False
+
+        return not shows(PROBE) and shows([{"type": "text", "text": PROBE}])
+
 
 class Chat(NamedTuple):
     """A conversation as text, and the spans of the assistant's turns in it, each with its end-of-turn token."""
@@ -141,18 +170,38 @@ def render(template: ChatTemplate, messages: list[Message], tools: Tools = None,
     """Return the conversation as text; with `begin`, the generation prompt follows it.
 
     Raises:
-        BadInput: the template cannot render the conversation.
+        BadInput: the template cannot render the conversation, or leaves out what the user or the system says.
     """
     import jinja2
 
     try:
         text = template.tokenizer.apply_chat_template(
-            messages, tools, chat_template=template.of(tools), add_generation_prompt=begin, tokenize=False
+            template.read(messages),
+            tools,
+            chat_template=template.of(tools),
+            add_generation_prompt=begin,
+            tokenize=False,
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise BadInput(f"the chat template cannot render it: {error}") from error
     assert isinstance(text, str), "without tokenize, one conversation is one text"
+    for number, message in enumerate(messages, start=1):
+        lost = next((said for said in _asked(message) if said not in text), None)
+        if lost is not None:
+            raise BadInput(
+                f"the chat template leaves out what message {number} ({message['role']}) says, {lost[:40]!r}: give a "
+                "template that shows it (--chat-template), or leave the message out"
+            )
     return text
+
+
+def _asked(message: Message) -> list[str]:
+    """Return the texts of a message of the user or the system, without the space around them."""
+    content = message.get("content")
+    if message["role"] not in ("user", "system") or not content:
+        return []
+    parts = [content] if isinstance(content, str) else [part.get("text") for part in content if isinstance(part, dict)]
+    return [part.strip() for part in parts if isinstance(part, str)]
 
 
 def render_marked(template: ChatTemplate, messages: list[Message], tools: Tools, first: int) -> Chat:
@@ -199,7 +248,11 @@ def _spans_by_marks(template: ChatTemplate, messages: list[Message], tools: Tool
 
     tokens: dict[str, Any] = dict(template.tokenizer.special_tokens_map)
     rendered: Any = render_jinja_template(
-        [messages], tools=tools, chat_template=template.of(tools), return_assistant_tokens_mask=True, **tokens
+        [template.read(messages)],
+        tools=tools,
+        chat_template=template.of(tools),
+        return_assistant_tokens_mask=True,
+        **tokens,
     )
     _, (indices,) = rendered
     spans: list[Span] = []

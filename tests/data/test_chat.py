@@ -33,6 +33,15 @@ def trained_pieces(ids, labels, tokenizer):
     return runs
 
 
+def test_a_template_that_reads_parts_alone_as_those_of_image_models_gets_texts_as_parts():
+    text = "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    for template in (CHATML, CHATML_MARKED):
+        tokenizer = demo(template.replace("{{ m.content }}", text), MARKS)
+        ours, plain = (tokenized([{"messages": DOUBLE}], one) for one in (tokenizer, demo(template, MARKS)))
+        assert (ours.input_ids, ours.labels) == (plain.input_ids, plain.labels)
+        assert tokenizer.apply_chat_template(SINGLE, tokenize=False).count("Zoë") == 0, "transformers leaves it out"
+
+
 @pytest.fixture(params=TEMPLATES)
 def tokenizer(request):
     return demo(TEMPLATES[request.param], MARKS)

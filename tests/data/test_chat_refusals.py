@@ -53,9 +53,22 @@ def test_an_example_without_a_trained_token_is_refused_by_line(tokenizer):
 
 
 def test_a_template_that_leaves_answers_out_is_refused():
-    no_content = "{% for m in messages %}<|im_start|>{% generation %}<|im_end|>{% endgeneration %}{% endfor %}"
+    no_content = (
+        "{% for m in messages %}<|im_start|>{{ m.content if m.role == 'user' }}"
+        "{% generation %}<|im_end|>{% endgeneration %}{% endfor %}"
+    )
     with refused(r"line 1 \(no trained token: the chat template leaves out what the assistant says\)"):
         tokenized([{"messages": SINGLE}], demo(no_content, MARKS))
+
+
+def test_a_template_that_leaves_out_what_the_user_or_the_system_says_is_refused():
+    no_system = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    assert no_system != CHATML
+    rows = [{"messages": SINGLE}, {"messages": [{"role": "system", "content": " Be brief.\n"}, *SINGLE]}]
+    with refused(
+        r"1 unusable example: line 2 \(the chat template leaves out what message 1 \(system\) says, 'Be brief"
+    ):
+        tokenized(rows, demo(no_system, MARKS))
 
 
 def test_a_template_that_marks_everything_is_refused():
