@@ -506,7 +506,7 @@ def test_too_little_memory_ends_with_3_and_what_to_lower(options, monkeypatch, c
     monkeypatch.setattr(qsvd.commands.train, "load_start", fail)
     assert run(words(replace(options, batch_size=8, max_length=64))) == 3
     told = without_progress(capsys.readouterr().err)
-    assert told.startswith("qsvd: out of memory: batch size 8 x 64 tokens; try --batch-size 4 ")
+    assert "\nqsvd: out of memory: batch size 8 x 64 tokens; try --batch-size 4 " in told
     assert told.endswith("(Tried to allocate 2.00 GiB.)\n")
 
 
