@@ -99,7 +99,8 @@ def test_a_wrong_mapping_is_refused():
     with refused(r"--map: t\.jsonl has no column z; it has a, b$"):
         recognised({"a": "x", "b": "y"}, z="text")
     with refused(
-        r"--map: txt is not a name of qsvd; the names are messages, tools, images, image, conversations, audio, text, prompt"
+        r"--map: txt is not a name of qsvd; "
+        r"the names are messages, tools, images, image, conversations, audio, text, prompt"
     ):
         recognised({"a": "x", "b": "y"}, a="txt")
     with refused(r"--map: several columns are mapped to text; map one"):
