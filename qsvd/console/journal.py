@@ -27,8 +27,8 @@ from qsvd.records import Progress, ShowProgress
 from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.training import RunSummary, loss_plot, run_readme
 from qsvd.training.guards import memory_advice
-from qsvd.training.run_folder import SUMMARY, RunFolder, checkpoints, step_of
-from qsvd.training.steps import Step, best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
+from qsvd.training.run_folder import SUMMARY, RunFolder, Step, checkpoints, step_of
+from qsvd.training.steps import best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 
 
 class RunRecorder:

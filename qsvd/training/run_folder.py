@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from qsvd.files.workspace import (
     lock,
     unlock,
 )
-from qsvd.training.steps import Step
 
 NAME = re.compile(r"checkpoint-(\d+)")
 START = "start.json"
@@ -35,6 +34,27 @@ KEPT = "blocks_with_activations"  # of the identity: how many blocks are not rec
 FREE = ("gradient_checkpointing", KEPT)  # of the identity, the first of older versions: these change no result
 LENGTH = ("steps", "epochs", "early_stopping")  # of the identity: what may change when a run is resumed
 PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Args:
+        loss: Nats per trained token, or per example for a classifier.
+        tokens, seconds: From the start of the run, interrupted parts included.
+        peak_bytes: Of the GPU; on a CPU, of the process.
+        held_out: Loss on the held-out examples after the step, in the same unit; None where it was not measured.
+    """
+
+    number: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    held_out: float | None = None
 
 
 def finish(run: Path, step: int, *, keep: int, best: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qsvd.adapters.model import split_linears
 from qsvd.memory.items import MemoryPlan
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step.
-
-    Args:
-        loss: Nats per trained token, or per example for a classifier.
-        tokens, seconds: From the start of the run, interrupted parts included.
-        peak_bytes: Of the GPU; on a CPU, of the process.
-        held_out: Loss on the held-out examples after the step, in the same unit; None where it was not measured.
-    """
-
-    number: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    seconds: float
-    peak_bytes: int
-    held_out: float | None = None
+from qsvd.training.run_folder import Step
 
 
 class TellSteps(TrainerCallback):

@@ -14,10 +14,12 @@ from tests.commands.folders import components_of, tensors_of
 
 ROUNDINGS = 8  # two runs in one dtype round in another order; each is off the exact result by about the same
 IDS = torch.arange(3, 35).reshape(2, 16)
+PIXELS = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 INPUTS = {  # of models that do not take tokens alone
     "T5ForConditionalGeneration": {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]},
     "MusicgenForCausalLM": {"input_ids": IDS.reshape(4, 8)},  # two codebooks
-    "ViTModel": {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)},
+    "ViTModel": {"pixel_values": PIXELS},
+    "SiglipModel": {"input_ids": IDS, "pixel_values": PIXELS},
 }
 
 

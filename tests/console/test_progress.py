@@ -9,7 +9,7 @@ from qsvd.console.journal import progress_of
 from qsvd.console.progress import StopRequest, display, watched
 from qsvd.errors import Interrupted
 from qsvd.records import Progress
-from qsvd.training.steps import Step
+from qsvd.training.run_folder import Step
 
 
 def at(number, total, *, new=None):

@@ -209,5 +209,5 @@ def asked(monkeypatch, base, data, folder, **changes):
     job = prepare_train(training(base, data, folder / "run", **changes))
     monkeypatch.setattr(place_run, "place", real)
     ((found, wish),) = seen
-    assert wish == Wish("auto", "no" if job.data.train.label_names else "auto")
+    assert wish == Wish("auto", "no" if job.data.train.label_names else "auto", "auto")
     return found

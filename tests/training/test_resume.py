@@ -3,23 +3,19 @@
 import shutil
 import signal
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import qsvd.commands.train
-import qsvd.training.trainer
 from qsvd.cli import run
 from qsvd.commands.train import train
-from qsvd.training.run_folder import RunFolder, checkpoints
+from qsvd.training.run_folder import checkpoints
 from qsvd.training.settings import OPTIMIZERS
 from tests.commands.folders import finished, start
 from tests.commands.test_resume import wait_for
 from tests.gradients import write_gradients
 from tests.runs import TRAINED, interrupting, labelled_rows, outcome, steps_of, training, words, write_rows
-from tests.stops import killed
 
 LEAST_8_BIT = 4096  # elements; bitsandbytes' min_8bit_size
 LARGE = 12  # of 14 trained matrices; the other two are those of 128 outputs
@@ -109,36 +105,6 @@ def test_lora_ga_goes_on_without_the_file_that_it_started_from_and_not_with_anot
     starts = [{n: t for n, t in load_file(run / TRAINED).items() if ".start_" in n} for run in (again.out, options.out)]
     assert starts[0].keys() == starts[1].keys() != set()
     assert all(torch.equal(tensor, starts[1][name]) for name, tensor in starts[0].items())
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"method": "sorsa", "optimizer": "paged_adamw_8bit"},
-        {"method": "dora", "rank": 4, "precondition": "riemannian"},
-        {"method": "adalora", "rank": 4, "delta_t": 1, "tinit": 0.2, "target_rank": 2},
-        {"method": "vera", "rank": 8},
-        {"method": "lora-xs", "gradient_checkpointing": False},
-        {"method": "lora-fa", "rank": 4, "packing": True},
-        {"method": "pissa", "optimizer": "lora-rite"},
-    ],
-    ids=str,
-)
-def test_killed_before_a_checkpoint_in_a_step_and_before_the_end(language, texts, tmp_path, monkeypatch, changes):
-    """SIGKILL: a checkpoint is written and not renamed; a step is done and not told; all is done but the summary."""
-    monkeypatch.chdir(tmp_path)
-    options = training(language, texts, tmp_path / "run", steps=5, save_every=2, **changes)
-    killed(monkeypatch, qsvd.training.trainer, "finish", 1, partial(train, options))
-    assert not checkpoints(options.out)
-    killed(monkeypatch, RunFolder, "add_step", 5, partial(train, options))
-    assert len(steps_of(options.out)) == 4
-    killed(monkeypatch, qsvd.commands.train, "finish_run", 1, partial(train, options))
-    assert len(steps_of(options.out)) == 5
-    train(options)
-    alone = training(language, texts, tmp_path / "alone", steps=5, save_every=2, **changes)
-    assert outcome(options.out) == outcome(train(alone))
 
 
 def test_a_run_that_died_after_its_last_checkpoint_makes_its_summary(language, texts, tmp_path):

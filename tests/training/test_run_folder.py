@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from qsvd.training.run_folder import IDENTITY, LOCK, PARTS, START, STEPS, SUMMARY, RunFolder
-from qsvd.training.steps import Step
+from qsvd.training.run_folder import IDENTITY, LOCK, PARTS, START, STEPS, SUMMARY, RunFolder, Step
 
 ME = {"rank": 4, "map": ["a=text"], "steps": None}
 

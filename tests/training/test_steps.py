@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from qsvd.training.steps import Step, TellSteps, peak_bytes_of
+from qsvd.training.run_folder import Step
+from qsvd.training.steps import TellSteps, peak_bytes_of
 from tests.runs import sequences, settings, trainer
 
 PEAK = 1e-3
