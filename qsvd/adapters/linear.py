@@ -190,11 +190,13 @@ class _Product(Function):
         frozen = ctx.linear.adapter.frozen_rank
         d_up_OK = d_down_KI = None
         if needs_up:
-            made_OK = dy_TO.new_zeros(up_OK.shape)
+            made_OK = dy_TO.new_empty(up_OK.shape)
+            made_OK[:, :frozen] = 0
             torch.mm(dy_TO.T, hidden_TK[:, frozen:], out=made_OK[:, frozen:])
             d_up_OK = made_OK.to(up_OK.dtype)
         if needs_down and dh_TK is not None:
-            made_KI = dy_TO.new_zeros(down_KI.shape)
+            made_KI = dy_TO.new_empty(down_KI.shape)
+            made_KI[:frozen] = 0
             torch.mm(dh_TK[:, frozen:].T, x_TI, out=made_KI[frozen:])
             d_down_KI = made_KI.to(down_KI.dtype)
         dx_TI = None

@@ -1,7 +1,6 @@
 """Examples of an encoder-decoder model: what its encoder reads, and what its decoder writes."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qsvd.data.columns import UNTRAINED, Examples, Row, Tokenized
-from qsvd.data.images import REFUSALS, digest_of
+from qsvd.data.images import digested
 from qsvd.data.media import AUDIO, MediaRows, open_sound
 from qsvd.data.plain import start_tokens
-from qsvd.data.row_files import refusal
-from qsvd.errors import BadInput, first_line
+from qsvd.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +94,7 @@ def tokenize_sounds(examples: Examples, processor: Any, *, max_length: int, firs
         partial(_collate, extractor=extractor),
         opened=partial(_open_row, rate=extractor.sampling_rate, longest=getattr(extractor, "n_samples", None)),
     )
-    data = _heard(examples, data)
+    data = digested(examples, data, lambda index: data.batch([index]))
     lengths = [len(row["labels"]) for row in rows]
     kept = [index for index, length in enumerate(lengths) if length <= max_length]
     if not kept:
@@ -130,20 +128,3 @@ def _collate(rows: list[Row], *, extractor: Any) -> dict[str, Tensor]:
     read = extractor([row[AUDIO] for row in rows], sampling_rate=rows[0]["rate"], return_tensors="pt")
     labels = [torch.tensor(row["labels"]) for row in rows]
     return dict(read) | {"labels": pad_sequence(labels, batch_first=True, padding_value=UNTRAINED)}
-
-
-def _heard(examples: Examples, data: MediaRows) -> MediaRows:
-    """Return the rows with the digests of what the extractor makes of their sounds."""
-    digests, problems, numbers = [], [], 0
-    for index in range(len(data)):
-        try:
-            batch = data.batch([index])
-        except REFUSALS as error:
-            problems.append((examples.places.short(index), first_line(error)))
-            continue
-        seen = {name: value for name, value in batch.items() if value.is_floating_point()}
-        digests.append(digest_of(seen))
-        numbers = max(numbers, sum(value.numel() for value in seen.values()))
-    if problems:
-        raise BadInput(refusal(examples.places.source, "unusable example", problems))
-    return replace(data, digests=digests, pixels=numbers)

@@ -206,31 +206,41 @@ def _template_of_trl(processor: Any) -> str | None:
 
 def _processed(examples: Examples, data: MediaRows, processor: Any) -> tuple[list[Marked], MediaRows]:
     """Return tokens and labels of each row, and the rows with the digests of their images."""
+    sequences = []
+
+    def read(index: int) -> dict[str, Tensor]:
+        row = data[index]
+        _check_places(_text_of(row, processor), len(row["images"]), processor)
+        batch = dict(data.collate([row]))
+        sequences.append(Marked(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()))
+        return batch
+
+    return sequences, digested(examples, data, read)
+
+
+def digested(examples: Examples, data: MediaRows, read: Callable[[int], dict[str, Tensor]]) -> MediaRows:
+    """Read every row once; return the rows with the digests of what a processor makes of their images or sounds.
+
+    Raises:
+        BadInput: rows cannot be read (all are counted, the first few are shown).
+    """
     import jinja2
 
-    sequences, digests, problems, pixels = [], [], [], 0
+    digests, problems, numbers = [], [], 0
     for index in range(len(data)):
         try:
-            row = data[index]
-            _check_places(_text_of(row, processor), len(row["images"]), processor)
-            batch = dict(data.collate([row]))
+            batch = read(index)
         except (*REFUSALS, jinja2.TemplateError) as error:
             problems.append((examples.places.short(index), first_line(error)))
             continue
-        sequences.append(Marked(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()))
-        seen = {name: value for name, value in batch.items() if value.is_floating_point()}
-        digests.append(digest_of(seen))
-        pixels = max(pixels, sum(value.numel() for value in seen.values()))
+        digest, seen = hashlib.sha256(), [value for value in batch.values() if value.is_floating_point()]
+        for value in seen:
+            digest.update(value.to(torch.float32).numpy().tobytes())
+        digests.append(digest.hexdigest())
+        numbers = max(numbers, sum(value.numel() for value in seen))
     if problems:
         raise BadInput(refusal(examples.places.source, "unusable example", problems))
-    return sequences, replace(data, digests=digests, pixels=pixels)
-
-
-def digest_of(seen: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for value in seen.values():
-        digest.update(value.to(torch.float32).numpy().tobytes())
-    return digest.hexdigest()
+    return replace(data, digests=digests, pixels=numbers)
 
 
 def _text_of(row: Row, processor: Any) -> str:
