@@ -1,11 +1,7 @@
-"""Checks of the options alone, and of the paths in them. They import no torch: the command line refuses a mistake at
+"""Checks of ranges, conflicts, sizes and paths of options. They import no torch: the command line refuses a mistake at
 once, before it imports the command."""
 
-import sys
-from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from qsvd.data.read import local_data
 from qsvd.data.template_names import read_template
@@ -37,18 +33,13 @@ from qsvd.options import (
     Train,
     TrainingOptions,
 )
+from qsvd.options.conflicts import conflicts
 from qsvd.paths import checkpoint_folder, local_path
 from qsvd.plan.targets import check_targets, target_names
 
 Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Methods | Plan | Quantize | Report | Train
 
-TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga")  # methods that --rslora scales
 LEAST_SHARD = 10**5  # bytes of one output file
-TRACKERS = {  # name -> packages of which transformers needs one
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-}
 
 
 def check(options: Options, *, is_open: bool = False) -> None:
@@ -60,7 +51,7 @@ def check(options: Options, *, is_open: bool = False) -> None:
     Raises:
         BadInput: the options cannot be used (the sentence names every fault), or a path cannot.
     """
-    wrong = out_of_range(options) + _conflicts(options)
+    wrong = out_of_range(options) + conflicts(options)
     if isinstance(options, TrainingOptions) and options.rank == 0 and wrong:
         wrong.append("a rank of 0 trains nothing: for QLoRA give --method lora, whose quantized model has rank 0")
     if wrong:
@@ -114,113 +105,6 @@ def _check_hub(options: Options) -> None:
         ) from error
     if get_token() is None:
         raise BadInput("--push-to-hub needs a token of the Hub: run `hf auth login`, or set HF_TOKEN")
-
-
-def _conflicts(options: Options) -> list[str]:
-    """Return a clause for every option that does not go with another one."""
-    wrong = []
-    if (
-        isinstance(options, TrainingOptions | Quantize)
-        and options.allocation is not None
-        and options.budget is not None
-    ):
-        wrong.append("--budget and --allocation both set the bits of each layer: give one of them")
-    if isinstance(options, Quantize | Allocate):
-        wrong += _conflicts_of_objective(options)
-    kinds: Any = {Quantize: _conflicts_of_quantize, Calibrate: _conflicts_of_calibrate, Eval: _conflicts_of_eval}
-    kinds |= {TrainingOptions: _conflicts_of_training, Generate: _conflicts_of_generate}
-    return wrong + [clause for kind, find in kinds.items() if isinstance(options, kind) for clause in find(options)]
-
-
-def _conflicts_of_calibrate(options: Calibrate) -> list[str]:
-    wrong = []
-    if options.chunk is not None and options.gradient_rank is not None:
-        wrong.append("--chunk divides the examples, and --gradient-rank sums over all: give one of them")
-    if options.include_towers and (options.traces or options.gradient_rank is not None):
-        wrong.append("--include-towers measures Fisher information alone: leave out --traces and --gradient-rank")
-    return wrong
-
-
-def _conflicts_of_quantize(options: Quantize) -> list[str]:
-    if options.budget is not None and options.dry_run:
-        return [
-            "--dry-run cannot show the result of a --budget before the layers are measured: run qsvd allocate, or "
-            "qsvd plan --budget for the sizes alone"
-        ]
-    wrong = []
-    if options.budget is None and options.allocator != "both":
-        wrong.append(f"--allocator {options.allocator} needs a --budget")
-    if options.budget is None and options.objective == "hessian":
-        wrong.append("--objective hessian needs a --budget: it weights whole layers")
-    return wrong
-
-
-def _conflicts_of_objective(options: Quantize | Allocate) -> list[str]:
-    name, has_file = options.objective, options.statistics is not None
-    if name in ("fisher", "hessian") and not has_file:
-        return [f"--objective {name} needs --statistics FILE, which qsvd calibrate writes; or omit --objective"]
-    if name not in ("fisher", "hessian") and has_file:
-        return [f"--statistics is for --objective fisher or hessian, and --objective is {name}; change one of them"]
-    return []
-
-
-def _conflicts_of_training(options: TrainingOptions) -> list[str]:
-    wrong = []
-    if options.layer_major and options.gradient_checkpointing == "no":
-        wrong.append("--layer-major needs gradient checkpointing: leave out --no-gradient-checkpointing")
-    of_methods = {"--dropout": (options.dropout > 0, ("lora",)), "--rslora": (options.rslora, TWO_FACTORS)}
-    for flag, (is_given, methods) in of_methods.items():
-        if is_given and options.method not in ("auto", *methods):
-            able = " or ".join(methods)
-            wrong.append(f"{flag} is for --method {able}, and --method is {options.method}: change one of them")
-    comparing = {"--keep-best": options.keep_best, "--early-stopping": options.early_stopping is not None}
-    if options.eval_every is None and any(comparing.values()):
-        flags = " and ".join(flag for flag, is_given in comparing.items() if is_given)
-        wrong.append(f"{flags} cannot be used without held-out losses to compare: give --eval-every N too")
-    if options.precondition == "none" and options.damping != TrainingOptions.damping:
-        wrong.append(f"--damping {options.damping:g} is for --precondition riemannian: give it too, or leave it out")
-    if options.precondition != "none" and options.optimizer == "lora-rite":
-        wrong.append("--optimizer lora-rite preconditions by itself: leave out --precondition riemannian")
-    if options.layer_major and options.packing:
-        wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")
-    return wrong + (_wrong_trackers(options.report_to) if isinstance(options, Train) else [])
-
-
-def _wrong_trackers(names: Sequence[str]) -> list[str]:
-    wrong = []
-    for name in names:
-        if name == "none":
-            wrong.append("--report-to none is the default: leave it out")
-        elif name not in TRACKERS:
-            wrong.append(f"--report-to {name} is none of {', '.join(TRACKERS)}")
-        elif not any(find_spec(package) for package in TRACKERS[name]):
-            wrong.append(f"--report-to {name} needs the package {name}, which is not installed (pip install {name})")
-    return wrong
-
-
-def _conflicts_of_eval(options: Eval) -> list[str]:
-    wrong = []
-    if options.window is not None and options.stride is not None and options.stride > options.window:
-        wrong.append(f"--stride {options.stride} is above --window {options.window}")
-    if not options.models:
-        wrong.append("no model is given: name at least one folder")
-    return wrong
-
-
-def _conflicts_of_generate(options: Generate) -> list[str]:
-    wrong = []
-    if options.chat and options.prompt:
-        wrong.append("--chat reads its messages from stdin: leave out --prompt")
-    if not options.chat and not options.prompt and sys.stdin.isatty():
-        wrong.append("there is no prompt: give --prompt TEXT, --chat, or a text on stdin")
-    if any(not prompt.strip() for prompt in options.prompt):
-        wrong.append("--prompt is empty")
-    for flag, is_given in {"--chat": options.chat, "--system": options.system is not None}.items():
-        if options.raw and is_given:
-            wrong.append(f"{flag} needs the chat template: leave out --raw")
-    if options.temperature == 0 and options.top_p is not None:
-        wrong.append(f"--top-p {options.top_p} needs sampling, and --temperature 0 is greedy: leave out one of them")
-    return wrong
 
 
 def _check_models(options: Options, *, is_open: bool) -> None:

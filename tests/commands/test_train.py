@@ -133,7 +133,7 @@ def refused(options, sentence):
     ],
 )
 def test_everything_that_is_out_of_range_is_named_at_once(options, monkeypatch, changes, sentences):
-    monkeypatch.setattr("qsvd.prepare.check_options.find_spec", lambda _: None)
+    monkeypatch.setattr("qsvd.options.conflicts.find_spec", lambda _: None)
     with pytest.raises(BadInput) as refusal:
         train(replace(options, **changes))
     assert sorted(str(refusal.value).split("; ")) == sorted(sentences.split("; "))
