@@ -53,6 +53,14 @@ class NestedScales:
         absmax = self.absmax.repeat_interleave(self.block_size)[: codes.numel()]
         return self.levels[codes.long()] * absmax + self.offset
 
+    def of_blocks(self, first: int, last: int) -> "NestedScales":
+        """Return the scales of the blocks from `first`, a multiple of block_size, to before `last`, in views."""
+        bits = self.levels.numel().bit_length() - 1
+        codes = self.codes[packed_bytes(first, bits) : packed_bytes(last, bits)]
+        absmax = self.absmax[first // self.block_size : math.ceil(last / self.block_size)]
+        count = None if self.num_scales is None else last - first
+        return replace(self, codes=codes, absmax=absmax, num_scales=count)
+
     def to(self, device: torch.device) -> "NestedScales":
         """Return a copy on another device."""
         moved = {name: getattr(self, name).to(device) for name in ("codes", "absmax", "offset", "levels")}
@@ -98,20 +106,27 @@ class PackedBlocks:
         return out
 
     def in_rows(self, most_elements: int) -> Iterator[tuple[slice, "PackedBlocks"]]:
-        """Yield bands of rows with the rows they hold; the scales of a band are not nested.
+        """Yield bands of rows with the rows they hold.
 
-        A band begins and ends with a block. It has at most `most_elements` elements, unless its blocks need more.
+        A band begins and ends with a block. It has at most `most_elements` elements, unless its blocks need more. Its
+        scales are nested if those of the matrix are, and bands can begin where a new absmax does.
         """
         rows, columns = self.shape
-        block_size, bits = self.codec.block_size, self.codec.bits
+        block_size, bits, scales = self.codec.block_size, self.codec.bits, self.scales
         step = block_size // math.gcd(columns, block_size)
+        if isinstance(scales, NestedScales):
+            group = block_size * scales.block_size  # elements that share an absmax
+            nested_step = group // math.gcd(columns, group)
+            if rows * columns <= most_elements or nested_step * columns <= most_elements:
+                step = nested_step
+            else:
+                scales = scales.decode()
         height = max(most_elements // columns // step, 1) * step
-        scales = plain_scales(self.scales)
         for start in range(0, rows, height):
             stop = min(start + height, rows)
-            first, last = start * columns, stop * columns
-            blocks = scales[first // block_size : math.ceil(last / block_size)]
-            codes = self.codes[packed_bytes(first, bits) : packed_bytes(last, bits)]
+            first, last = start * columns // block_size, math.ceil(stop * columns / block_size)
+            blocks = scales.of_blocks(first, last) if isinstance(scales, NestedScales) else scales[first:last]
+            codes = self.codes[packed_bytes(start * columns, bits) : packed_bytes(stop * columns, bits)]
             yield slice(start, stop), PackedBlocks(codes, blocks, (stop - start, columns), self.codec)
 
     def to(self, device: torch.device) -> "PackedBlocks":

@@ -1,7 +1,12 @@
-"""NormalFloat on CUDA in Triton: decode in one kernel, encode in two, with the same bits as torch's operations.
+"""NormalFloat and bitsandbytes' NF4 on CUDA in Triton: decode in one kernel, encode NormalFloat in two.
 
-A program works on groups of 8 codes, which fill `bits` whole bytes at any width; a group lies within one block.
-Only normal_float.py imports this file, if Triton is installed.
+The bits are those of torch's operations, and of bitsandbytes' kernels. A program works on groups of 8 codes, which fill
+`bits` whole bytes at any width; a group lies within one block. Only normal_float.py imports this file, if Triton is
+installed.
+
+Decoding to 16 bits is bound by memory. A thread loads the 4 bytes of a group of 4-bit codes in one piece and stores 16
+bytes, neighbours of what the threads beside it load and store. Levels and scales come from the cache: for 8 numbers 8
+loads of levels, and 1 load of a scale or 2 of a nested one.
 
 Shape suffixes: B = blocks, E = elements of one block, N = all elements, G = groups of a program, C = codes of a group.
 """
@@ -35,9 +40,14 @@ def decode_into(packed: PackedBlocks, out_N: Tensor) -> None:
         "SCALE_BITS": nested.levels.numel().bit_length() - 1 if nested else 0,
         "SCALE_BLOCK": nested.block_size if nested else 0,
     }
-    tensors = (out_N, packed.codes, codebook.levels(bits, out_N.device), *given)
+    tensors = (out_N, _words(packed.codes) if bits == 4 else packed.codes, codebook.levels(bits, out_N.device), *given)
     sizes = (out_N.numel(), packed.codes.numel(), given[0].numel())
     _launch(_decode, -(-out_N.numel() // (8 * GROUPS)), (*tensors, *sizes), kinds | {"ROWS": GROUPS})
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Return bytes as int32, 4 at a time; the bytes if they are not aligned for it or do not fill the last one."""
+    return codes if codes.numel() % 4 or codes.storage_offset() % 4 else codes.view(torch.int32)
 
 
 def largest(flat_N: Tensor, block_size: int) -> Tensor:
@@ -116,6 +126,9 @@ def _unpacked(codes, group_G, num_bytes, BITS: tl.constexpr):
     if BITS == 8:
         at_GC = group_G[:, None] * 8 + place_C[None, :]
         code_GC = tl.load(codes + at_GC, mask=at_GC < num_bytes, other=0).to(tl.int32)
+    elif codes.dtype.element_ty == tl.int32:  # the first byte is the lowest; its high half is the first code
+        word_G = tl.load(codes + group_G, mask=group_G < num_bytes // 4, other=0)
+        code_GC = word_G[:, None] >> (place_C // 2 * 8 + (1 - place_C % 2) * 4)[None, :] & 15
     else:
         word_G = tl.zeros([group_G.shape[0]], tl.int32)  # the group's bytes as one number
         for byte in tl.static_range(BITS):
@@ -129,10 +142,12 @@ def _unpacked(codes, group_G, num_bytes, BITS: tl.constexpr):
 def _code_at(codes, index, num_bytes, BITS: tl.constexpr):
     """Return single codes, int32, from the two bytes that they may lie in; 0 after the last byte."""
     first = index * BITS // 8
-    high = tl.load(codes + first, mask=first < num_bytes, other=0).to(tl.int32)
-    low = tl.load(codes + first + 1, mask=first + 1 < num_bytes, other=0).to(tl.int32)
-    shift = 16 - BITS - (index * BITS % 8).to(tl.int32)
-    return (high << 8 | low) >> shift & ((1 << BITS) - 1)
+    code = tl.load(codes + first, mask=first < num_bytes, other=0).to(tl.int32)
+    if BITS != 8:
+        low = tl.load(codes + first + 1, mask=first + 1 < num_bytes, other=0).to(tl.int32)
+        shift = 16 - BITS - (index * BITS % 8).to(tl.int32)
+        code = (code << 8 | low) >> shift & ((1 << BITS) - 1)
+    return code
 
 
 @triton.jit

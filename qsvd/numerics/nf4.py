@@ -1,7 +1,8 @@
 """NF4: sixteen levels, one scale for 64 weights, bit for bit as bitsandbytes stores it (arXiv:2305.14314, section 3).
 
-On a GPU bitsandbytes' kernels encode and decode. On a CPU bitsandbytes encodes slowly, so that codebook.py does it, and
-on AVX-512 machines it decodes wrongly if a block crosses rows, so that it gets one block as a row.
+On a GPU bitsandbytes' kernels encode. Those of kernels.py decode, or bitsandbytes' without Triton. On a CPU
+bitsandbytes encodes slowly, so that codebook.py does it, and on AVX-512 machines it decodes wrongly if a block crosses
+rows, so that it gets one block as a row.
 
 Shape suffixes: O = out features, I = in features, B = blocks, E = elements of one block, N = elements of whole blocks.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from qsvd.numerics import codebook
 from qsvd.numerics.codec import SMALLEST_SCALE, Codec, NestedScales, PackedBlocks, pack, plain_scales
+from qsvd.numerics.normal_float import kernels_for
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes
 NESTED_BLOCK = 256
@@ -79,13 +81,19 @@ class NormalFloat4(Codec):
         return _decode_blocks(packed.codes, plain_scales(packed.scales), self.block_size, dtype).view(packed.shape)
 
     def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
-        scales_B = plain_scales(packed.scales)
-        if out_OI.is_cuda:
-            codes = packed.codes.view(-1, 1)
-            kind = {"blocksize": self.block_size, "quant_type": "nf4"}
-            bitsandbytes().dequantize_4bit(codes, absmax=scales_B, out=out_OI, **kind)
+        if kernels := kernels_for(out_OI):
+            kernels.decode_into(packed, out_OI.view(-1))
+        elif out_OI.is_cuda:
+            decode_with_bitsandbytes(packed, out_OI)
         else:
-            _decode_on_cpu(packed.codes, scales_B, self.block_size, out_OI.view(-1))
+            _decode_on_cpu(packed.codes, plain_scales(packed.scales), self.block_size, out_OI.view(-1))
+
+
+def decode_with_bitsandbytes(packed: PackedBlocks, out_OI: Tensor) -> None:
+    """Write a matrix on a GPU into `out_OI` with bitsandbytes' kernel; the bits are those of kernels.py."""
+    kind = {"blocksize": packed.codec.block_size, "quant_type": "nf4"}
+    codes, scales_B = packed.codes.view(-1, 1), plain_scales(packed.scales)
+    bitsandbytes().dequantize_4bit(codes, absmax=scales_B, out=out_OI, **kind)
 
 
 def nest(scales_B: Tensor) -> NestedScales:

@@ -141,7 +141,7 @@ class NormalFloat(Codec):
         return PackedBlocks(codes, scales, (matrix_OI.shape[0], matrix_OI.shape[1]), self)
 
     def decode_into(self, packed: PackedBlocks, out_OI: Tensor) -> None:
-        if kernels := _kernels(out_OI):
+        if kernels := kernels_for(out_OI):
             kernels.decode_into(packed, out_OI.view(-1))
             return
         out_N, scales_B = out_OI.view(-1), codec.plain_scales(packed.scales).float()
@@ -163,7 +163,7 @@ class NormalFloat(Codec):
 
     def _largest(self, flat_N: Tensor) -> Tensor:
         """Return the largest magnitude of each block, float32 [B]; NaN if the block holds one."""
-        if kernels := _kernels(flat_N):
+        if kernels := kernels_for(flat_N):
             return kernels.largest(flat_N, self.block_size)
         largest_B = torch.empty(ceil(flat_N.numel() / self.block_size), device=flat_N.device)
         for run, blocks, _ in self._runs(flat_N):
@@ -187,7 +187,7 @@ class NormalFloat(Codec):
     def _codes(self, flat_N: Tensor, scales_B: Tensor) -> Tensor:
         """Return the packed codes of the levels that are nearest for these scales."""
         inverse_B = scales_B.sign() / scales_B.clamp(min=SMALLEST_SCALE)  # a scale of zero takes the code of zero
-        if kernels := _kernels(flat_N):
+        if kernels := kernels_for(flat_N):
             return kernels.nearest_codes(flat_N, inverse_B, self.bits, self.block_size)
         codes = torch.empty(packed_bytes(flat_N.numel(), self.bits), dtype=torch.uint8, device=flat_N.device)
         for run, blocks, part in self._runs(flat_N):
@@ -227,7 +227,7 @@ def _scales_at(scales: Tensor | NestedScales, blocks: Tensor) -> Tensor:
     return scales.levels[scales.codes[blocks].int()] * scales.absmax[blocks // scales.block_size] + scales.offset
 
 
-def _kernels(matrix: Tensor) -> ModuleType | None:
+def kernels_for(matrix: Tensor) -> ModuleType | None:
     """Return kernels.py for a matrix that Triton can work on; None if torch's operations have to."""
     if not (HAS_TRITON and matrix.is_cuda and matrix.dtype in FLOATS):
         return None

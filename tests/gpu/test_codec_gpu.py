@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from qsvd.numerics.codec import NestedScales, PackedBlocks
-from qsvd.numerics.nf4 import NormalFloat4
+from qsvd.numerics.nf4 import NormalFloat4, decode_with_bitsandbytes
+from qsvd.numerics.normal_float import HAS_TRITON
 from tests import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -54,6 +55,26 @@ def test_decode_is_the_cpus_to_the_bit(shape, double_quant):
     buffer = torch.empty(shape, device="cuda")
     moved.decode(out=buffer)
     assert torch.equal(buffer.cpu(), packed.decode())
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_decode_to_bitsandbytes_bits(dtype, double_quant, monkeypatch):
+    from qsvd.numerics import kernels
+
+    done, launch = [], kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda *a: done.append(a[0]) or launch(*a))
+    for shape in (*SHAPES, (4096, 688)):
+        packed = NormalFloat4(double_quant=double_quant).encode(torch.from_numpy(reference.gaussian(*shape)).cuda())
+        out, theirs = (torch.empty(shape, dtype=dtype, device="cuda") for _ in range(2))
+        packed.decode(out=out)
+        assert done == [kernels._decode]
+        decode_with_bitsandbytes(packed, theirs)
+        assert torch.equal(out, theirs)
+        bands = [band.decode(dtype=dtype) for _, band in packed.in_rows(out.numel() // 3)]
+        assert torch.equal(torch.cat(bands), out)
+        done.clear()
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (300, 65), (600, 64)])

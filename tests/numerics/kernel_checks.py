@@ -5,13 +5,17 @@ compile     they are compiled for a GPU that need not be there, as they would be
 """
 
 import sys
+from dataclasses import replace
+from itertools import product
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qsvd.numerics import kernels
+from qsvd.numerics import kernels, nf4
+from qsvd.numerics.codec import NestedScales
+from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import BLOCK_SIZES, SMALLEST_SCALE, Nesting, NormalFloat
 from tests import reference
 
@@ -21,8 +25,15 @@ SCALES = (
     *(Nesting(2, 16), Nesting(3, 16), Nesting(4, 64), Nesting(8, 256), Nesting(3, 256)),
 )
 SHAPES = ((1, 1), (7, 9), (5, 100), (129, 133))  # short last blocks and bytes; five programs in the last
+NF4 = (*((shape, 64) for shape in (*SHAPES, (300, 128))), ((8, 100), 32), ((11, 700), 4096))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-POINTERS = {torch.uint8: "*u8", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS = {
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
 
 
 def matrix(shape, seed):
@@ -33,9 +44,8 @@ def matrix(shape, seed):
     return found
 
 
-def wanted_output(packed, dtype):
-    """What torch's operations decode; Triton's interpreter cuts bfloat16 off instead of rounding it."""
-    decoded = packed.decode()
+def wanted_output(decoded, dtype):
+    """A float32 matrix in another dtype; Triton's interpreter cuts bfloat16 off instead of rounding it."""
     if dtype == torch.bfloat16:
         return decoded.view(torch.int32).bitwise_and(-65536).view(torch.float32).bfloat16()
     return decoded.to(dtype)
@@ -46,7 +56,36 @@ def decoded_right(codec, shape, seed):
     for dtype in DTYPES:
         out = torch.full((packed.shape[0] * packed.shape[1],), torch.nan, dtype=dtype)
         kernels.decode_into(packed, out)
-        assert torch.equal(out.view(shape), wanted_output(packed, dtype)), (codec.name, codec.block_size, shape, dtype)
+        assert torch.equal(out.view(shape), wanted_output(packed.decode(), dtype)), (codec.name, shape, dtype)
+
+
+def bitsandbytes_decoded(packed):
+    """What bitsandbytes decodes. The last block is filled up, and each is a row: its CPU kernel needs that."""
+    functional, scales, size = nf4.bitsandbytes(), packed.scales, packed.codec.block_size
+    state = functional.QuantState(absmax=scales, blocksize=size, quant_type="nf4", dtype=torch.float32)
+    if isinstance(scales, NestedScales):
+        state.absmax, state.offset, state.nested = scales.codes, scales.offset, True
+        state.state2 = functional.QuantState(
+            absmax=scales.absmax, blocksize=scales.block_size, code=scales.levels, dtype=torch.float32
+        )
+    num_elements, num_blocks = packed.shape[0] * packed.shape[1], len(state.absmax)
+    state.shape = torch.Size((num_blocks, size))
+    codes = torch.zeros(num_blocks * size // 2, 1, dtype=torch.uint8)
+    codes[: len(packed.codes), 0] = packed.codes
+    return functional.dequantize_4bit(codes, state).reshape(-1)[:num_elements].view(packed.shape)
+
+
+def nf4_right(codec, shape, seed):
+    """Through `decode`, whole, in bands, and from codes that are not aligned."""
+    packed = codec.encode(matrix(shape, seed))
+    decoded = bitsandbytes_decoded(packed)
+    for dtype in DTYPES:
+        out = torch.full(shape, torch.nan, dtype=dtype)
+        assert torch.equal(packed.decode(out=out), wanted_output(decoded, dtype)), (codec.name, shape, dtype)
+    shifted = replace(packed, codes=torch.cat((packed.codes[:2], packed.codes))[2:])
+    assert torch.equal(shifted.decode(out=torch.empty(shape)), decoded)
+    for rows, band in packed.in_rows(shape[0] * shape[1] // 2):
+        assert torch.equal(band.decode(out=torch.empty(band.shape)), decoded[rows])
 
 
 def encoded_right(codec, shape, seed):
@@ -56,7 +95,7 @@ def encoded_right(codec, shape, seed):
         assert torch.equal(kernels.largest(flat, codec.block_size), largest), (codec.block_size, shape, dtype)
         inverse = largest.sign() / largest.clamp(min=SMALLEST_SCALE)
         found = kernels.nearest_codes(flat, inverse, codec.bits, codec.block_size)
-        assert torch.equal(found, codec._codes(flat, largest)), (codec.name, codec.block_size, shape, dtype)
+        assert torch.equal(found, codec._codes(flat, largest)), (codec.name, shape, dtype)
 
 
 def boundaries_go_down(bits):
@@ -82,6 +121,10 @@ def interpret():
             encoded_right(NormalFloat(bits=bits, block_size=block_size), shape, bits)
             count += 1
         boundaries_go_down(bits)
+    nf4.kernels_for = lambda _: kernels
+    for double_quant, (shape, block_size) in product((False, True), NF4):
+        nf4_right(NormalFloat4(double_quant=double_quant, block_size=block_size), shape, block_size)
+        count += 1
     for broken in (torch.nan, torch.inf, -torch.inf):
         flat = torch.ones(100)
         flat[70] = broken
@@ -109,7 +152,9 @@ class Compiled:
         for name, value in zip(names, arguments, strict=False):
             kind_of[name] = POINTERS[value.dtype] if torch.is_tensor(value) else kind_of[name]
         places = {(names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(self.kernel, kind_of, constexprs=places)
+        numbers = [value.data_ptr() if torch.is_tensor(value) else value for value in arguments]
+        sixteens = {(place,): [["tt.divisibility", 16]] for place, number in enumerate(numbers) if number % 16 == 0}
+        source = ASTSource(self.kernel, kind_of, constexprs=places, attrs=sixteens)
         options = {"enable_fp_fusion": enable_fp_fusion}
         self.found.append(triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"])
 
@@ -124,8 +169,14 @@ def compiled():
         for scales in (torch.bfloat16, Nesting(3, 16)):
             packed = NormalFloat(bits=bits, scales=scales).encode(weight)
             kernels.decode_into(packed, torch.empty(weight.numel(), dtype=torch.bfloat16))
-        flat = weight.reshape(-1)
+        flat = weight.reshape(-1).clone()
         kernels.nearest_codes(flat, kernels.largest(flat, BLOCK_SIZES[BITS.index(bits)]), bits, 64)
+    for double_quant in (False, True):
+        packed = NormalFloat4(double_quant=double_quant).encode(matrix((8, 100), 0))
+        kernels.decode_into(packed, torch.empty(800, dtype=torch.bfloat16))
+        text = kernels._decode.found[-1]
+        assert "ld.global.v4.b32" in text, "codes are loaded in pieces of 16 bytes"
+        assert "st.global.b" not in text, "and 16 bytes are stored at a time"
     found = [*kernels._decode.found, *kernels._encode.found, *kernels._largest.found]
     assert not [text for text in found if "fma" in text or ".ftz" in text]
     assert all("cvt.rn.bf16" in text for text in kernels._decode.found)

@@ -49,11 +49,11 @@ def test_every_code_is_in_the_table_wherever_it_lies(bits):
     assert np.array_equal(found.numpy(), normal_floats.levels(bits)[codes].astype(np.float32))
 
 
-SHAPES = [(70, 172), (172, 70), (33, 64), (3, 5), (1, 1), (64, 1), (129, 96), (5, 200)]
+SHAPES = [(70, 172), (172, 70), (33, 64), (3, 5), (1, 1), (64, 1), (129, 96), (5, 200), (300, 128)]
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("most", [1, 64, 3000, 10**9])
+@pytest.mark.parametrize("most", [1, 64, 3000, 20_000, 10**9])
 def test_the_bands_decode_to_the_matrix(double_quant, most):
     for shape in SHAPES:
         codec = NormalFloat4(double_quant=double_quant)
