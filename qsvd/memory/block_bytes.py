@@ -8,7 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ class Batch:
     device: str
 
 
+# A backward pass that is counted: the parameters have no gradients yet, or have them. "none" is a forward pass alone.
+Backward = Literal["first", "later", "none"]
+
+
 @dataclass(frozen=True)
 class BlockPeak:
     """A peak in bytes, and the part of it that is decoded residual."""
@@ -60,22 +64,20 @@ class BlockBytes:
         input: The hidden state that it takes, which is what a checkpoint holds.
         kept: Kept from its forward pass to its backward pass, with its output.
         forward: Peak of the forward pass.
-        first: Peak of the backward pass if its parameters have no gradients yet, with the new gradients.
-        later: Peak of the backward pass if they have gradients, without these.
+        backward: Peak of the backward pass: with the new gradients, or without those that the parameters have.
         around: Tensors that all blocks share: tokens, position embeddings, masks.
     """
 
     input: int
     kept: int
     forward: BlockPeak
-    first: BlockPeak
-    later: BlockPeak
+    backward: BlockPeak
     around: int
 
 
 @lru_cache(maxsize=4096)
-def run_blocks(model: SplitModelPlan, batch: Batch) -> tuple[BlockBytes, ...]:
-    """Simulate a training step of every language block and return its bytes, in model order. Equal blocks run once.
+def run_blocks(model: SplitModelPlan, batch: Batch, backward: Backward) -> tuple[BlockBytes, ...]:
+    """Simulate a step of every language block and return its bytes, in model order. Equal blocks run once.
 
     Raises:
         BadInput: the model cannot be run from tokens alone.
@@ -86,7 +88,7 @@ def run_blocks(model: SplitModelPlan, batch: Batch) -> tuple[BlockBytes, ...]:
     for block in model.language_blocks:
         kind = _kind(model, block.path)
         if kind not in found:
-            found[kind] = _run(model, block.path, batch)
+            found[kind] = _run(model, block.path, batch, backward)
         runs.append(found[kind])
     return tuple(runs)
 
@@ -101,22 +103,23 @@ def _kind(model: SplitModelPlan, path: str) -> Any:
 
 
 STRETCH = 64  # tokens; a block that loops over tokens is run with 1, 2 and 3 times as many
+MORE = 4  # operations, as for a length that is padded, which are no loop
 
 
-def _run(model: SplitModelPlan, path: str, batch: Batch) -> BlockBytes:
+def _run(model: SplitModelPlan, path: str, batch: Batch, backward: Backward) -> BlockBytes:
     """Run a block; one that loops over tokens, as Mamba does without kernels, with few tokens only."""
     if batch.tokens <= 3 * STRETCH or not _loops(model, path):
-        return _run_counted(model, path, batch)[0]
-    runs = [_run_counted(model, path, replace(batch, tokens=times * STRETCH))[0] for times in (1, 2, 3)]
-    return _stretched(runs, batch.tokens / STRETCH)
+        return _run_counted(model, path, batch, backward)[0]
+    short = [replace(batch, tokens=times * STRETCH) for times in (1, 2, 3)]
+    return _stretched([_run_counted(model, path, one, backward)[0] for one in short], batch.tokens / STRETCH)
 
 
 @lru_cache(maxsize=4096)
 def _loops(model: SplitModelPlan, path: str) -> bool:
     """Tell whether a block does more operations for more tokens."""
     batches = (Batch(times * STRETCH, 1, is_masked=False, checkpointing=True, device="cpu") for times in (1, 2))
-    few, many = (_run_counted(model, path, batch)[1] for batch in batches)
-    return many > few + STRETCH // 2
+    few, many = (_run_counted(model, path, batch, "none")[1] for batch in batches)
+    return many > few + MORE
 
 
 def _stretched(runs: Sequence[Any], times: float) -> Any:
@@ -130,38 +133,41 @@ def _stretched(runs: Sequence[Any], times: float) -> Any:
 
 
 @lru_cache(maxsize=4096)  # the short runs of a loop serve every length
-def _run_counted(model: SplitModelPlan, path: str, batch: Batch) -> tuple[BlockBytes, int]:
+def _run_counted(model: SplitModelPlan, path: str, batch: Batch, backward: Backward) -> tuple[BlockBytes, int]:
     """Run a block with our attention, or with the model's own, eager one if that is not called through transformers.
 
     Returns:
         Its bytes, and the number of operations.
     """
     try:
-        return _run_with(model, path, batch, *_attention(model, batch))
+        return _run_with(model, path, batch, backward, _attention(model, batch))
     except BadInput as error:
         try:
-            return _run_with(model, path, batch, "eager", 0)
+            return _run_with(model, path, batch, backward, ("eager", 0))
         except BadInput:
             raise error from None
 
 
-def _run_with(model: SplitModelPlan, path: str, batch: Batch, attention: str, mask: int) -> tuple[BlockBytes, int]:
+def _run_with(
+    model: SplitModelPlan, path: str, batch: Batch, backward: Backward, attention: tuple[str, int]
+) -> tuple[BlockBytes, int]:
     live = LiveBytes()
     empty = model.skeleton.model
-    _set_kernels(empty, _attn_implementation=attention, _experts_implementation=NO_EXPERTS)
+    name, mask = attention
+    _set_kernels(empty, _attn_implementation=name, _experts_implementation=NO_EXPERTS)
     arguments, around = _call_of(empty, path, batch)
     block = _with_twins(model, path, live, batch.device)
     if model.dtype == torch.bfloat16:  # in which transformers runs experts that are not quantized, on the meta device
         _set_kernels(block, _experts_implementation="grouped_mm")
-    try:
-        first = _step(block, arguments, batch, live)
+    if backward == "later":
         for parameter in block.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-        later = _step(block, arguments, batch, live)
+    try:
+        found = _step(block, arguments, batch, live, backward)
     except BUILD_ERRORS as error:
         raise BadInput(f"{path} of {type(empty).__name__} cannot be run on its own: {first_line(error)}") from error
-    return replace(first, later=later.first, around=around + mask), live.calls
+    return replace(found, around=around + mask), live.calls
 
 
 def _set_kernels(part: nn.Module, **names: str) -> None:
@@ -215,15 +221,18 @@ class _End(Function):
         return gradients[0].new_empty(shape, dtype=dtype) if gradient is None else gradient, None
 
 
-def _step(block: nn.Module, arguments: tuple[Any, Any], batch: Batch, live: LiveBytes) -> BlockBytes:
-    """Run the block forward and backward. The caller fills `later` and `around`."""
+def _step(
+    block: nn.Module, arguments: tuple[Any, Any], batch: Batch, live: LiveBytes, backward: Backward
+) -> BlockBytes:
+    """Run the block forward and backward. The caller fills `around`."""
     positional, named = arguments
-    positional[0].grad = None
     before = live.now
     live.restart()
     with live, torch.set_grad_enabled(not batch.checkpointing):
         output = _first_tensor(block(*positional, **named))
     forward, kept = _peak(live, before), live.now - before
+    if backward == "none":
+        return BlockBytes(positional[0].nbytes, kept, forward, BlockPeak(0, 0), 0)
     gradient = None
     if batch.checkpointing:
         del output
@@ -238,7 +247,7 @@ def _step(block: nn.Module, arguments: tuple[Any, Any], batch: Batch, live: Live
         del output, gradient
         assert isinstance(end, Tensor), "apply returns what forward does"
         end.backward()
-    return BlockBytes(positional[0].nbytes, kept, forward, _peak(live, before), BlockPeak(0, 0), 0)
+    return BlockBytes(positional[0].nbytes, kept, forward, _peak(live, before), 0)
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -78,7 +78,7 @@ def plan_serving(model: SplitModelPlan, batch: Batch, placement: Placement, limi
         BadInput: the model cannot be run from tokens alone.
     """
     device = batch.device
-    blocks = run_blocks(model, replace(batch, checkpointing=True))
+    blocks = run_blocks(model, replace(batch, checkpointing=True), "none")
     peak = max((block.forward for block in blocks), key=lambda peak: peak.total)
     adapters = total_bytes(model.parameters) + model.buffers
     text = model.text_config

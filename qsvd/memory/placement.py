@@ -217,10 +217,12 @@ class Cell:
 
 def most(least: int, limit: int, fits: Callable[[int], bool]) -> int | None:
     """Return the largest number of least..limit that fits, if all below it fit too; None if none fits."""
-    if limit < least or not fits(least):
+    if limit < least:
         return None
     if fits(limit):
         return limit
+    if not fits(least):
+        return None
     low, high = least, limit
     while high - low > 1:
         middle = (low + high) // 2

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from qsvd.memory.block_bytes import Batch, BlockPeak, run_blocks
+from qsvd.memory.block_bytes import Backward, Batch, BlockBytes, BlockPeak, run_blocks
 from qsvd.memory.encoder import EXACT, encoder_bytes
 from qsvd.memory.frozen import context_item, context_notes, dense_items, residual_items
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, items_of, on
@@ -125,9 +125,9 @@ def moments_of(model: SplitModelPlan, training: Training, unrecomputed: int = 0)
             and frees them before it recomputes the others.
     """
     batch, passes = training.batch, training.accumulate if training.layer_major else 1
-    blocks = run_blocks(model, batch)
+    blocks = _blocks(model, training)
     if unrecomputed and batch.checkpointing:
-        kept = run_blocks(model, replace(batch, checkpointing=False))
+        kept = _blocks(model, replace(training, batch=replace(batch, checkpointing=False)))
         blocks = (*blocks[:-unrecomputed], *kept[-unrecomputed:])
     tokens = TOKEN * batch.tokens * batch.batch + EXACT * training.pixels
     below = [passes * (blocks[0].around + blocks[0].input + tokens)]
@@ -151,10 +151,16 @@ def moments_of(model: SplitModelPlan, training: Training, unrecomputed: int = 0)
         Moment("optimizer step", gradients=everything, optimizer=_state(model, training).workspace),
     ]
     for number, block in enumerate(blocks):
-        peak = block.later if before else block.first  # `first` includes the block's own new gradients
-        above = before or sum(gradients[number + (1 if passes == 1 else 0) :])
-        found.append(Moment("backward", below[number] + SLICES * joined, above, *_parts(peak)))
+        above = before or sum(gradients[number + (1 if passes == 1 else 0) :])  # a block's peak has its own new ones
+        found.append(Moment("backward", below[number] + SLICES * joined, above, *_parts(block.backward)))
     return tuple(found)
+
+
+def _blocks(model: SplitModelPlan, training: Training) -> tuple[BlockBytes, ...]:
+    """Return the bytes of the blocks, in the backward pass that takes most: a later one has all gradients before it."""
+    passes = training.accumulate if training.layer_major else 1
+    backward: Backward = "later" if training.accumulate > passes else "first"
+    return run_blocks(model, training.batch, backward)
 
 
 def num_kept(training: Training, placement: Placement, blocks: int) -> int:
@@ -204,7 +210,7 @@ def _offloaded(moment: Moment, model: SplitModelPlan, training: Training, placem
     """Return the moment with only the nearest checkpoints on the device, and the bytes that are in CPU memory."""
     if not placement.activation_offload:
         return moment, 0
-    block = run_blocks(model, training.batch)[0]
+    block = _blocks(model, training)[0]
     near = block.around + (AHEAD * block.input if training.batch.checkpointing else block.input + block.kept)
     kept = min(moment.checkpoints, near)
     return replace(moment, checkpoints=kept), moment.checkpoints - kept

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qsvd.numerics.codec import BAND, Codec
 from qsvd.plan.tensors import AdapterTensors, TensorShape
@@ -51,14 +50,13 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._seen:
-                self._seen.add(leaf.untyped_storage()._cdata)  # made outside
+        named = kwargs or {}
+        for tensor in _tensors((*args, *named.values())):
+            self._seen.add(tensor.untyped_storage()._cdata)  # made outside, if it is new
         self.calls += 1
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+        made = func(*args, **named)
+        for tensor in _tensors((made,)):
+            self._count(tensor.untyped_storage())
         return made
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -77,6 +75,15 @@ class LiveBytes(TorchDispatchMode):
         self._seen.discard(key)
         self.now -= size
         self._marked -= size * is_marked
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments or results of an operation, in lists and tuples too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 SCALE_PEAK, SCALE_KEPT = 16, 4  # bytes per block of weights while 8-bit scales are decoded, and of decoded scales

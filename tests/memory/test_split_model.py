@@ -65,15 +65,15 @@ def test_every_number_of_a_family_is_split_or_counted_in_16_bits(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_needs_more_for_more_tokens_and_less_with_checkpoints(name, is_masked):
     def blocks(tokens, *, checkpointing=True):
-        return run_blocks(model, Batch(tokens, 1, is_masked, checkpointing, "cuda"))
+        return run_blocks(model, Batch(tokens, 1, is_masked, checkpointing, "cuda"), "first")
 
     model = planned_family(name)
     once, twice, whole = blocks(64), blocks(128), blocks(64, checkpointing=False)
     assert len(once) == len(model.blocks) == 2
     assert once[0].input == once[0].kept == 64 * 64 * 2
-    assert twice[0].first.total > once[0].first.total
+    assert twice[0].backward.total > once[0].backward.total
     assert whole[0].kept > once[0].kept
-    grows_quadratically = twice[0].first.total > 3 * once[0].first.total
+    grows_quadratically = twice[0].backward.total > 3 * once[0].backward.total
     assert model.skeleton.has_fused_attention == (name not in EAGER)
     assert grows_quadratically <= (name in EAGER or is_masked)
 
@@ -94,7 +94,7 @@ def test_experts_that_are_excluded_are_counted_in_16_bits_and_it_is_said():
 def test_encoders_decoders_and_images_run_by_what_they_read(name, blocks, tokens):
     """An image of 32 x 32 is 4 patches of 16 x 16 and one token for the class."""
     model = planned_family(name)
-    found = run_blocks(model, Batch(16, 3, is_masked=False, checkpointing=True, device="cuda"))
+    found = run_blocks(model, Batch(16, 3, is_masked=False, checkpointing=True, device="cuda"), "first")
     assert len(found) == blocks
     assert {block.input for block in found} == {3 * tokens * 64 * model.dtype.itemsize}
 
@@ -116,7 +116,7 @@ def test_a_block_that_cannot_be_run_is_refused():
     same = uniform(names.weights, Choice(NormalFloat4(double_quant=True), 4))
     model = planned(skeleton(config, torch.bfloat16), names, same, options=AdapterOptions())
     with pytest.raises(ValueError, match=r"model\.layers\.0 of Qwen3MoeForCausalLM cannot be run on its own"):
-        run_blocks(model, Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"))
+        run_blocks(model, Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"), "first")
 
 
 def test_the_optimizer_must_be_known():
@@ -155,5 +155,5 @@ def test_experts_before_a_block_are_not_run():
     model = planned(
         skeleton(config, torch.float32), names, uniform(names.weights, Choice(codec, 4)), options=AdapterOptions()
     )
-    found = run_blocks(model, Batch(16, 1, is_masked=False, checkpointing=True, device="cpu"))
+    found = run_blocks(model, Batch(16, 1, is_masked=False, checkpointing=True, device="cpu"), "first")
     assert len(found) == 2
