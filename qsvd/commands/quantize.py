@@ -100,22 +100,25 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) ->
     """Split what is not split yet, and write every shard that is not there."""
     weights, finished, done, new = run.weights, 0, 0, 0
     before, after = 0.0, 0.0  # squared errors of the weights so far; sums, since there are thousands of experts
-    pending = [number for shard in run.shards for number in shard.weights if not folder.is_done(number)]
-    tensors = stream(run.checkpoint, [weights[number] for number in pending])
-    for shard in run.shards:
+    every = [stack for stacks in run.stacks for stack in stacks]
+    pending = dict.fromkeys(stack for stack in every if not all(map(folder.is_done, stack)))
+    tensors = stream(run.checkpoint, [weights[number] for stack in pending for number in stack])
+    for shard, stacks in zip(run.shards, run.stacks, strict=True):
         is_written = (run.out / shard.file).is_file()
-        for number in shard.weights:
-            num_bytes = math.prod(weights[number].shape) * run.checkpoint.dtype_of(weights[number]).itemsize
-            if not folder.is_done(number):
-                split, error = run.split(weights[number], next(tensors))
-                folder.save(number, *tensors_of(run, weights[number], split), to_record(error))
-                new += num_bytes
-            else:
+        for stack in stacks:
+            if stack in pending:  # as a whole, since a weight's bytes depend on its stack
+                found = run.split([weights[number] for number in stack], tensors)
+                for number, split, error in zip(stack, *found, strict=True):
+                    if not folder.is_done(number):
+                        folder.save(number, *tensors_of(run, weights[number], split), to_record(error))
+            for number in stack:
                 error = from_record(folder.weight_record(number))
-            done += num_bytes
-            finished += 1
-            before, after = before + error.before.frobenius**2, after + error.after.frobenius**2
-            what = f"{finished}/{len(weights)} weights"
-            show(Progress(done, new, run.sizes.source, what, ("MB/s", 1e6), error_change(before, after)))
+                num_bytes = math.prod(weights[number].shape) * run.checkpoint.dtype_of(weights[number]).itemsize
+                new += num_bytes if stack in pending else 0
+                done += num_bytes
+                finished += 1
+                before, after = before + error.before.frobenius**2, after + error.after.frobenius**2
+                what = f"{finished}/{len(weights)} weights"
+                show(Progress(done, new, run.sizes.source, what, ("MB/s", 1e6), error_change(before, after)))
         if not is_written:
             folder.write_shard(shard.file, shard.weights, [copied_tensor(run, name) for name in shard.copied])

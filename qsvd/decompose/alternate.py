@@ -16,18 +16,19 @@ from the plain split, every fit is of the scaled matrix and scaled back, and the
 quantizer ignores the weights, so that a loop of weighted fits alone can end with a larger weighted error than the plain
 split. Starting from the plain split prevents that.
 
-Shape suffixes: O = out features, I = in features, R = rank, K = sketch columns.
+Small matrices of one shape are split in stacks, so that a GPU is busy: each has its own draws, errors and last pass.
+
+Shape suffixes: S = matrices of a stack, O = out features, I = in features, R = rank, K = sketch columns.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qsvd.decompose.objective import PLAIN, Objective
+from qsvd.decompose.objective import PLAIN, Objective, stacked
 from qsvd.decompose.split import Split
 from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
@@ -36,6 +37,7 @@ from qsvd.numerics.codec import FLOATS, Codec, PackedBlocks
 FIRST_PASSES = 5  # over W, from a random sketch: within 0.1 % of the error that full SVDs lead to
 LATER_PASSES = 1  # over W - Q, from the subspace of the fit before
 ROWS = 1024  # measured at a time
+STACK = {"cpu": 1, "cuda": 1 << 26}  # elements of the largest stack: 256 MB of float32; on a CPU stacks are not faster
 
 
 @dataclass(frozen=True)
@@ -95,24 +97,47 @@ def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0, objective:
         BadInput: weight_OI has another dtype or number of dimensions, or holds NaNs or infinities (how many); the rank
             is above min(O, I); or the objective belongs to another shape.
     """
-    if weight_OI.ndim != 2 or weight_OI.dtype not in FLOATS:
-        raise BadInput(
-            f"a float32, bfloat16 or float16 matrix can be split, not {weight_OI.dtype} {tuple(weight_OI.shape)}"
-        )
-    limit = min(weight_OI.shape)
-    if recipe.rank > limit:
-        raise BadInput(f"rank {recipe.rank} is outside 0..{limit}, the ranks of a {tuple(weight_OI.shape)} matrix")
-    objective.check_fits(tuple(weight_OI.shape))
-    weight_OI = weight_OI.float().contiguous()
-    check_finite(weight_OI)
-    fitter = _Fitter(recipe, PLAIN, torch.Generator(weight_OI.device).manual_seed(seed))
-    factors = fitter.fit(weight_OI) if recipe.order == "svd" else fitter.zeros(weight_OI)
+    return split_weights(weight_OI[None], recipe, seeds=(seed,), objectives=(objective,))[0]
+
+
+def split_weights(
+    weights_SOI: Tensor, recipe: Recipe, *, seeds: Sequence[int], objectives: Sequence[Objective]
+) -> list[Split]:
+    """Return the best splits of a stack of weights, each as `split_weight` finds it alone but for float32 rounding.
+
+    The bytes depend on all weights of the stack and on their order.
+
+    Args:
+        weights_SOI: As for `split_weight`.
+        seeds, objectives: One for each weight.
+
+    Raises:
+        BadInput: as for `split_weight`.
+    """
+    shape = tuple(weights_SOI.shape[1:])
+    if len(shape) != 2 or weights_SOI.dtype not in FLOATS:
+        raise BadInput(f"a float32, bfloat16 or float16 matrix can be split, not {weights_SOI.dtype} {shape}")
+    if recipe.rank > min(shape):
+        raise BadInput(f"rank {recipe.rank} is outside 0..{min(shape)}, the ranks of a {shape} matrix")
+    for weight_OI, objective in zip(weights_SOI, objectives, strict=True):
+        objective.check_fits(shape)
+        check_finite(weight_OI)
+    weights_SOI = weights_SOI.float().contiguous()
+    device = weights_SOI.device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    fitter = _Fitter(recipe, PLAIN, generators)
+    factors = fitter.fit(weights_SOI) if recipe.order == "svd" else fitter.zeros(weights_SOI)
     passes = recipe.iterations if recipe.rank > 0 else 1  # without factors every pass gives the same
-    split = _best(_passes(weight_OI, fitter, factors, torch.empty_like(weight_OI), passes), fitter)
-    if not objective.is_plain:
-        fitter = replace(fitter, objective=objective.to(weight_OI.device))
-        split = _best(_weighted_iterates(weight_OI, fitter, split), fitter)
-    return split
+    splits = _best(_passes(weights_SOI, fitter, factors, torch.empty_like(weights_SOI), passes), fitter)
+    weighted = [number for number, objective in enumerate(objectives) if not objective.is_plain]
+    if weighted:
+        objective = stacked([objectives[number].to(device) for number in weighted], shape)
+        fitter = _Fitter(recipe, objective, [generators[number] for number in weighted])
+        some_SOI = weights_SOI if len(weighted) == len(splits) else weights_SOI[weighted]
+        found = _best(_weighted_iterates(some_SOI, fitter, [splits[number] for number in weighted]), fitter)
+        for number, split in zip(weighted, found, strict=True):
+            splits[number] = split
+    return splits
 
 
 def check_finite(weight_OI: Tensor) -> None:
@@ -125,115 +150,133 @@ def check_finite(weight_OI: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Factors:
-    """The factors as they will be stored, and the rows [K, I] whose span the next fit starts from, if there are any."""
+    """The factors as they will be stored, and the rows whose span the next fit starts from, if there are any."""
 
-    up_OR: Tensor
-    down_RI: Tensor
-    rows_KI: Tensor | None
-
-
-_Iterate = tuple[PackedBlocks, _Factors, Tensor]  # Q, B and A, W - Q
+    up_SOR: Tensor
+    down_SRI: Tensor
+    rows_SKI: Tensor | None
 
 
-def _weighted_iterates(weight_OI: Tensor, fitter: "_Fitter", plain: Split) -> Iterator[_Iterate]:
-    """Yield the plain split, its residual with weighted factors, and then the iterates of the loop from there."""
+_Iterate = tuple[list[PackedBlocks], _Factors, Tensor]  # Q, B and A, W - Q
+
+
+def _weighted_iterates(weights_SOI: Tensor, fitter: "_Fitter", plain: Sequence[Split]) -> Iterator[_Iterate]:
+    """Yield the plain splits, their residuals with weighted factors, and then the iterates of the loop from there."""
     recipe = fitter.recipe
-    left_OI = torch.empty_like(weight_OI)
-    torch.sub(weight_OI, plain.residual.decode(out=left_OI), out=left_OI)
+    residuals = [split.residual for split in plain]
+    left_SOI = _left(weights_SOI, residuals, torch.empty_like(weights_SOI))
+    up_SOR, down_SRI = (torch.stack([split.up_OR for split in plain]), torch.stack([split.down_RI for split in plain]))
     # first, so that no worse split can be the best one
-    yield plain.residual, _Factors(plain.up_OR, plain.down_RI, None), left_OI
+    yield residuals, _Factors(up_SOR, down_SRI, None), left_SOI
     if recipe.rank > 0:  # without factors no fit can be weighted
-        factors = fitter.fit(left_OI, fitter.subspace(plain.down_RI))
+        factors = fitter.fit(left_SOI, fitter.subspace(down_SRI))
         if recipe.end == "svd":
-            yield plain.residual, factors, left_OI
-        yield from _passes(weight_OI, fitter, factors, left_OI, recipe.iterations)
+            yield residuals, factors, left_SOI
+        yield from _passes(weights_SOI, fitter, factors, left_SOI, recipe.iterations)
 
 
 def _passes(
-    weight_OI: Tensor, fitter: "_Fitter", factors: _Factors, work_OI: Tensor, passes: int
+    weights_SOI: Tensor, fitter: "_Fitter", factors: _Factors, work_SOI: Tensor, passes: int
 ) -> Iterator[_Iterate]:
-    """Yield the iterate of every pass; W - Q is in `work_OI`, which the next pass overwrites."""
+    """Yield the iterate of every pass; W - Q is in `work_SOI`, which the next pass overwrites."""
     recipe = fitter.recipe
     for number in range(passes):
         # end="quantize" keeps the factors that Q was made with, so that they are fitted again only before the next Q
         if recipe.end == "quantize" and number > 0:
-            factors = fitter.fit(work_OI, factors.rows_KI)
-        torch.addmm(weight_OI, factors.up_OR.float(), factors.down_RI.float(), alpha=-1, out=work_OI)
-        residual = recipe.codec.encode(work_OI)
-        torch.sub(weight_OI, residual.decode(out=work_OI), out=work_OI)  # W - Q, with Q as it is stored
+            factors = fitter.fit(work_SOI, factors.rows_SKI)
+        torch.baddbmm(weights_SOI, factors.up_SOR.float(), factors.down_SRI.float(), alpha=-1, out=work_SOI)
+        residuals = [recipe.codec.encode(one_OI) for one_OI in work_SOI]
+        work_SOI = _left(weights_SOI, residuals, work_SOI)
         if recipe.end == "svd":
-            factors = fitter.fit(work_OI, factors.rows_KI)
-        yield residual, factors, work_OI
+            factors = fitter.fit(work_SOI, factors.rows_SKI)
+        yield residuals, factors, work_SOI
 
 
-def _best(iterates: Iterable[_Iterate], fitter: "_Fitter") -> Split:
-    """Return the iterate with the least error; with stop="rise", no iterate is made after an error that rose."""
-    best: Split | None = None
-    history: list[float] = []
-    for residual, factors, left_OI in iterates:
-        history.append(_distance(left_OI, factors, fitter.objective))
-        # of equal errors the first is kept: a later one is not better
-        if best is None or history[-1] < min(history[:-1]):
-            best = Split(residual, factors.up_OR, factors.down_RI, len(history), ())
-        elif fitter.recipe.stop == "rise" and history[-1] > history[-2]:
+def _left(weights_SOI: Tensor, residuals: Sequence[PackedBlocks], out_SOI: Tensor) -> Tensor:
+    """Return W - Q in `out_SOI`, with Q as it is stored."""
+    for residual, one_OI in zip(residuals, out_SOI, strict=True):
+        residual.decode(out=one_OI)
+    return torch.sub(weights_SOI, out_SOI, out=out_SOI)
+
+
+def _best(iterates: Iterable[_Iterate], fitter: "_Fitter") -> list[Split]:
+    """Return the iterates with the least errors; with stop="rise", a weight's iterates after an error that rose do not
+    count, and none is made after the errors of all weights rose."""
+    best: dict[int, Split] = {}
+    histories: list[list[float]] = []
+    for residuals, factors, left_SOI in iterates:
+        distances = _distances(left_SOI, factors, fitter.objective)
+        histories = histories or [[] for _ in distances]
+        for number, (history, distance) in enumerate(zip(histories, distances, strict=True)):
+            if fitter.recipe.stop == "rise" and _has_risen(history):
+                continue
+            # of equal errors the first is kept: a later one is not better
+            if not history or distance < min(history):
+                up_OR, down_RI = factors.up_SOR[number], factors.down_SRI[number]
+                best[number] = Split(residuals[number], up_OR, down_RI, len(history) + 1, ())
+            history.append(distance)
+        if fitter.recipe.stop == "rise" and all(map(_has_risen, histories)):
             break
-    assert best is not None, "a recipe has at least one iteration"
-    return replace(best, history=tuple(history))
+    return [replace(best[number], history=tuple(history)) for number, history in enumerate(histories)]
 
 
-def _distance(left_OI: Tensor, factors: _Factors, objective: Objective) -> float:
-    """Return || diag(rows) (W - Q - up down) diag(columns) ||_F, computed for a few rows at a time."""
-    down_RI = factors.down_RI.float()
-    squares = 0.0
-    for start in range(0, left_OI.shape[0], ROWS):
+def _has_risen(history: Sequence[float]) -> bool:
+    return len(history) > 1 and history[-1] > history[-2]
+
+
+def _distances(left_SOI: Tensor, factors: _Factors, objective: Objective) -> list[float]:
+    """Return || diag(rows) (W - Q - up down) diag(columns) ||_F of each weight, computed for a few rows at a time."""
+    down_SRI = factors.down_SRI.float()
+    squares_S = torch.zeros(len(left_SOI), dtype=torch.float64, device=left_SOI.device)
+    for start in range(0, left_SOI.shape[1], ROWS):
         rows = slice(start, start + ROWS)
-        error_OI = torch.addmm(left_OI[rows], factors.up_OR[rows].float(), down_RI, alpha=-1)
-        squares += norms.frobenius(objective.of_rows(rows).scaled(error_OI)) ** 2
-    return sqrt(squares)
+        error_SOI = torch.baddbmm(left_SOI[:, rows], factors.up_SOR[:, rows].float(), down_SRI, alpha=-1)
+        squares_S += norms.squares(objective.of_rows(rows).scaled(error_SOI))
+    return squares_S.sqrt().tolist()
 
 
 @dataclass(frozen=True)
 class _Fitter:
-    """What every fit of a weight uses: the recipe, the weights of its errors, and the draws of random sketches."""
+    """What every fit of a stack uses: the recipe, the weights of its errors, and the draws of random sketches."""
 
     recipe: Recipe
     objective: Objective
-    generator: torch.Generator
+    generators: Sequence[torch.Generator]
 
-    def zeros(self, weight_OI: Tensor) -> _Factors:
+    def zeros(self, weights_SOI: Tensor) -> _Factors:
         """Return the factors before the first fit."""
-        (rows, columns), rank, dtype = weight_OI.shape, self.recipe.rank, self.recipe.dtype
-        return _Factors(
-            weight_OI.new_zeros(rows, rank, dtype=dtype), weight_OI.new_zeros(rank, columns, dtype=dtype), None
-        )
+        (stack, rows, columns), rank, dtype = weights_SOI.shape, self.recipe.rank, self.recipe.dtype
+        up_SOR = weights_SOI.new_zeros(stack, rows, rank, dtype=dtype)
+        return _Factors(up_SOR, weights_SOI.new_zeros(stack, rank, columns, dtype=dtype), None)
 
-    def fit(self, matrix_OI: Tensor, start_KI: Tensor | None = None) -> _Factors:
-        """Return the best factors of a matrix by the objective.
+    def fit(self, matrix_SOI: Tensor, start_SKI: Tensor | None = None) -> _Factors:
+        """Return the best factors of a stack by the objective.
 
         Args:
-            start_KI: Rows of an earlier fit; from there one pass is enough. None starts from a random sketch.
+            start_SKI: Rows of an earlier fit; from there one pass is enough. None starts from a random sketch.
         """
         rank, dtype = self.recipe.rank, self.recipe.dtype
         if rank == 0:
-            return self.zeros(matrix_OI)
-        scaled_OI = self.objective.scaled(matrix_OI)
+            return self.zeros(matrix_SOI)
+        scaled_SOI = self.objective.scaled(matrix_SOI)
         if self.recipe.exact:
-            top = svd.exact_svd(scaled_OI, rank)
+            top = svd.exact_svd(scaled_SOI, rank)
         else:
-            passes = FIRST_PASSES if start_KI is None else LATER_PASSES
-            top = svd.randomized_svd(scaled_OI, rank, passes=passes, generator=self.generator, start_KI=start_KI)
+            passes = FIRST_PASSES if start_SKI is None else LATER_PASSES
+            draws = self.generators
+            top = svd.randomized_svd(scaled_SOI, rank, passes=passes, generator=draws, start_KI=start_SKI)
         if self.objective.is_plain:
             return _Factors(*top.factors(rank, dtype), top.right_KI)
         # both halves get the same lengths: training starts from balanced factors (PiSSA, eq. 2-3), which do not depend
         # on the unit of the weights
-        up_OR, down_RI = self.objective.unscaled(top.left_OK[:, :rank], top.right_KI[:rank])
-        up_R, down_R = (torch.linalg.vector_norm(one, dim=dim) for one, dim in ((up_OR, 0), (down_RI, 1)))
-        lengths_R = (top.values_K[:rank] * up_R * down_R).sqrt()  # of either half
-        up_OR, down_RI = up_OR * (lengths_R / up_R), down_RI * (lengths_R / down_R)[:, None]
-        return _Factors(up_OR.to(dtype), down_RI.to(dtype), top.right_KI)
+        up_SOR, down_SRI = self.objective.unscaled(top.left_OK[..., :rank], top.right_KI[..., :rank, :])
+        up_SR, down_SR = (torch.linalg.vector_norm(one, dim=dim) for one, dim in ((up_SOR, -2), (down_SRI, -1)))
+        lengths_SR = (top.values_K[..., :rank] * up_SR * down_SR).sqrt()  # of either half
+        up_SOR, down_SRI = up_SOR * (lengths_SR / up_SR)[..., None, :], down_SRI * (lengths_SR / down_SR)[..., None]
+        return _Factors(up_SOR.to(dtype), down_SRI.to(dtype), top.right_KI)
 
-    def subspace(self, down_RI: Tensor) -> Tensor:
-        """Return rows [K, I] that span those of stored factors, scaled: a fit from there is at least as good."""
-        scaled_RI = self.objective.scaled_columns(down_RI.float())
-        shape, device = (svd.OVERSAMPLE, scaled_RI.shape[1]), scaled_RI.device
-        return torch.cat((scaled_RI, torch.randn(shape, generator=self.generator, device=device)))
+    def subspace(self, down_SRI: Tensor) -> Tensor:
+        """Return rows that span those of stored factors, scaled: a fit from there is at least as good."""
+        scaled_SRI = self.objective.scaled_columns(down_SRI.float())
+        more_SKI = svd.normal((svd.OVERSAMPLE, scaled_SRI.shape[-1]), self.generators, scaled_SRI.device)
+        return torch.cat((scaled_SRI, more_SKI), dim=-2)

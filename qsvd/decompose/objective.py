@@ -7,6 +7,7 @@ F_ij ~ mean_j F_ij * mean_i F_ij / mean F.
 Shape suffixes: O = out features, I = in features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class Objective:
     """The error of a split is || diag(rows) (W - Q - B A) diag(columns) ||_F.
 
     Args:
-        rows_O, columns_I: float32, above zero; None is all ones.
+        rows_O, columns_I: float32, above zero; None is all ones. [S, O] and [S, I] are those of a stack of S matrices.
 
     Raises:
         BadInput: a weight is not finite or not above zero, or has another dtype or shape; both sides in one message.
@@ -51,7 +52,7 @@ class Objective:
         wrong = [
             f"{weights.numel()} {side} for {size}"
             for side, size, weights in zip(SIDES, shape, (self.rows_O, self.columns_I), strict=True)
-            if weights is not None and weights.numel() != size
+            if weights is not None and weights.shape != (size,)
         ]
         if wrong:
             raise BadInput(f"the objective has weights of {' and '.join(wrong)} of a {shape} matrix")
@@ -60,22 +61,22 @@ class Objective:
         """Return diag(rows) M diag(columns), float32; the matrix itself if nothing is weighted."""
         if self.rows_O is None:
             return self.scaled_columns(matrix_OI)
-        scaled_OI = matrix_OI * self.rows_O[:, None]
-        return scaled_OI if self.columns_I is None else scaled_OI.mul_(self.columns_I)
+        scaled_OI = matrix_OI * self.rows_O[..., None]
+        return scaled_OI if self.columns_I is None else scaled_OI.mul_(self.columns_I[..., None, :])
 
     def scaled_columns(self, matrix_OI: Tensor) -> Tensor:
         """Return M diag(columns), float32."""
-        return matrix_OI if self.columns_I is None else matrix_OI * self.columns_I
+        return matrix_OI if self.columns_I is None else matrix_OI * self.columns_I[..., None, :]
 
     def unscaled(self, up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
         """Return diag(rows)^-1 up and down diag(columns)^-1, float32."""
         if self.rows_O is not None:
-            up_OR = up_OR / self.rows_O[:, None]
-        return up_OR, down_RI if self.columns_I is None else down_RI / self.columns_I
+            up_OR = up_OR / self.rows_O[..., None]
+        return up_OR, down_RI if self.columns_I is None else down_RI / self.columns_I[..., None, :]
 
     def of_rows(self, rows: slice) -> "Objective":
         """Return the objective of a matrix of these rows alone."""
-        return self if self.rows_O is None else Objective(self.rows_O[rows], self.columns_I)
+        return self if self.rows_O is None else Objective(self.rows_O[..., rows], self.columns_I)
 
     def to(self, device: torch.device) -> "Objective":
         """Return a copy on another device."""
@@ -83,6 +84,21 @@ class Objective:
 
 
 PLAIN = Objective()
+
+
+def stacked(objectives: Sequence[Objective], shape: tuple[int, int]) -> Objective:
+    """Return the objective of a stack of [O, I] matrices, from those of the matrices; they are on one device."""
+    if len(objectives) == 1:
+        rows_O, columns_I = objectives[0].rows_O, objectives[0].columns_I
+        return Objective(*(None if one is None else one[None] for one in (rows_O, columns_I)))
+    sides = zip(shape, zip(*((one.rows_O, one.columns_I) for one in objectives), strict=True), strict=True)
+    return Objective(*(_side(size, weights) for size, weights in sides))
+
+
+def _side(size: int, weights: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the weights of one side [S, size]; None if no matrix has any."""
+    known = next((one for one in weights if one is not None), None)
+    return None if known is None else torch.stack([known.new_ones(size) if one is None else one for one in weights])
 
 
 def fisher(rows_O: Tensor, columns_I: Tensor) -> Objective:
@@ -108,7 +124,7 @@ def fisher(rows_O: Tensor, columns_I: Tensor) -> Objective:
 
 def _problem(weights: Tensor) -> str:
     """Describe what is wrong with the weights of one side; empty if nothing is."""
-    if weights.ndim != 1 or weights.dtype != torch.float32:
+    if weights.ndim not in (1, 2) or weights.dtype != torch.float32:
         return f"are {weights.dtype} {tuple(weights.shape)}, not a float32 vector"
     bad = int((~(torch.isfinite(weights) & (weights > 0))).sum())
     return f"are not all finite and above zero: {bad} of {weights.numel()}" if bad else ""

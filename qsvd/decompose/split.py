@@ -1,15 +1,16 @@
 """A weight split into a quantized residual and principal factors, W ~ Q + B A, and the errors before and after.
 
-Shape suffixes: O = out features, I = in features, R = rank.
+Shape suffixes: S = matrices of a stack, O = out features, I = in features, R = rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qsvd.numerics.codec import PackedBlocks
-from qsvd.numerics.norms import frobenius, norms
+from qsvd.numerics.norms import norms_of, squares
 from qsvd.records import WeightError
 
 
@@ -40,9 +41,9 @@ class Split:
     def num_bytes(self) -> int:
         return self.residual.num_bytes + self.up_OR.nbytes + self.down_RI.nbytes
 
-    def error(self, weight_OI: Tensor) -> Tensor:
-        """Return W - Q - B A, float32 [O, I], for a float32 W."""
-        error_OI = self.residual.decode()
+    def error(self, weight_OI: Tensor, out_OI: Tensor | None = None) -> Tensor:
+        """Return W - Q - B A, float32 [O, I], for a float32 W; in `out_OI` if it is given."""
+        error_OI = self.residual.decode(out=out_OI)
         error_OI.neg_().add_(weight_OI)
         return error_OI.addmm_(self.up_OR.float(), self.down_RI.float(), alpha=-1)
 
@@ -54,19 +55,33 @@ def measure(weight_OI: Tensor, split: Split, *, name: str, role: str, seed: int 
         weight_OI: [O, I], float32 or a 16-bit float, on the split's device.
         seed: Seed of the probes that estimate the nuclear norm of a large matrix.
     """
-    generator = torch.Generator(weight_OI.device).manual_seed(seed)
-    weight_OI = weight_OI.float()
-    plain_OI = split.residual.codec.encode(weight_OI).decode()
-    before = norms(plain_OI.neg_().add_(weight_OI), generator)
-    del plain_OI
-    return WeightError(
-        name=name,
-        role=role,
-        shape=split.residual.shape,
-        rank=split.rank,
-        bits=8 * split.num_bytes / weight_OI.numel(),
-        iteration=split.iteration,
-        weight_frobenius=frobenius(weight_OI),
-        before=before,
-        after=norms(split.error(weight_OI), generator),
-    )
+    return measure_stack(weight_OI[None], [split], names=[name], role=role, seeds=[seed])[0]
+
+
+def measure_stack(
+    weights_SOI: Tensor, splits: Sequence[Split], *, names: Sequence[str], role: str, seeds: Sequence[int]
+) -> list[WeightError]:
+    """Measure a stack of weights as `measure` does."""
+    generators = [torch.Generator(weights_SOI.device).manual_seed(seed) for seed in seeds]
+    weights_SOI = weights_SOI.float()
+    errors_SOI = torch.empty_like(weights_SOI)
+    for split, weight_OI, error_OI in zip(splits, weights_SOI, errors_SOI, strict=True):
+        split.residual.codec.encode(weight_OI).decode(out=error_OI)
+    before = norms_of(errors_SOI.neg_().add_(weights_SOI), generators)
+    for split, weight_OI, error_OI in zip(splits, weights_SOI, errors_SOI, strict=True):
+        split.error(weight_OI, out_OI=error_OI)
+    after, whole = norms_of(errors_SOI, generators), squares(weights_SOI).sqrt().tolist()
+    return [
+        WeightError(
+            name=name,
+            role=role,
+            shape=split.residual.shape,
+            rank=split.rank,
+            bits=8 * split.num_bytes / weights_SOI[0].numel(),
+            iteration=split.iteration,
+            weight_frobenius=whole[number],
+            before=before[number],
+            after=after[number],
+        )
+        for number, (name, split) in enumerate(zip(names, splits, strict=True))
+    ]

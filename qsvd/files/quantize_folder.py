@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsvd.decompose.alternate import STACK
 from qsvd.files.layout import digest
 from qsvd.files.safetensors import NewTensor, new_tensors, read_header, write_stream
 from qsvd.files.source import Checkpoint
 from qsvd.files.workspace import MANIFEST, Workspace
+from qsvd.numerics.names import spelling
 from qsvd.plan.allocation import Allocation, residual_bytes
 from qsvd.plan.weights import WeightSpec
 
@@ -96,6 +98,25 @@ def plan_shards(
         )
         for number, (group, size) in enumerate(zip(groups, sizes, strict=True), start=1)
     ]
+
+
+def plan_stacks(
+    checkpoint: Checkpoint, weights: Sequence[WeightSpec], allocation: Allocation, shard: Shard, device: str
+) -> list[tuple[int, ...]]:
+    """Return the weights of a shard in the stacks that they are split in: alike in role, shape, dtype, codec and rank.
+
+    Stacks depend on these and on "cpu" or "cuda" alone, so that a run that is continued makes the same ones.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for number in shard.weights:
+        spec, choice = weights[number], allocation.choices[weights[number].module]
+        dtype = checkpoint.dtype_of(spec)
+        alike.setdefault((spec.role, spec.shape, dtype, spelling(choice.codec), choice.rank), []).append(number)
+    stacks = []
+    for group in alike.values():
+        size = max(1, STACK[device] // math.prod(weights[group[0]].shape))
+        stacks += [tuple(group[start : start + size]) for start in range(0, len(group), size)]
+    return sorted(stacks, key=lambda stack: shard.weights.index(stack[0]))  # about the order of the source
 
 
 def sizes_of(

@@ -320,3 +320,9 @@ def stream(checkpoint: Checkpoint, weights: Sequence[WeightSpec]) -> Iterator[Te
             coming += [reader.submit(checkpoint.read_weight, spec) for spec in weights[number + 1 : number + 2]]
             yield tensor
             del tensor
+
+
+def stack_on(device: torch.device, weights: Sequence[Tensor]) -> Tensor:
+    """Return weights as a stack [S, O, I] on a device; one weight that is there is not copied."""
+    moved = [weight_OI.to(device) for weight_OI in weights]
+    return torch.stack(moved) if len(moved) > 1 else moved[0][None]

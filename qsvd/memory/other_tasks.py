@@ -1,8 +1,10 @@
 """Bytes of `qsvd quantize` at its largest weight, and of generating text."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
+from qsvd.decompose.alternate import STACK
 from qsvd.memory.block_bytes import Batch, run_blocks
 from qsvd.memory.frozen import base_bytes, context_item, context_notes, dense_items, residual_items
 from qsvd.memory.items import SIXTEEN_BITS, Item, Limits, MemoryPlan, Placement, items_of, on
@@ -20,16 +22,22 @@ SHARD = 5 * 10**9  # bytes of an output file
 def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> MemoryPlan:
     """Return the bytes while the largest weight is quantized and measured, on "cuda" or "cpu"."""
     choices = model.all_choices
-    largest = max(choices, key=lambda spec: math.prod(spec.shape))
+    alike = Counter((spec.shape, choice.codec.name, choice.rank) for spec, choice in choices.items())
+    counts = {
+        spec: min(alike[spec.shape, choice.codec.name, choice.rank], STACK[device] // math.prod(spec.shape) or 1)
+        for spec, choice in choices.items()
+    }
+    largest = max(choices, key=lambda spec: counts[spec] * math.prod(spec.shape))
     factors = base_bytes(model) - model.dense.total - sum(block.residual for block in model.blocks)
     items = [
-        *_memory_items(largest.shape, choices[largest], device),
+        *_memory_items(largest.shape, choices[largest], device, counts[largest]),
         Item("residual", disk=sum(block.residual for block in model.blocks)),
         Item("embeddings, norms, head", disk=model.dense.total),
         Item("factors, there twice while they are collected", disk=2 * factors),
         Item("one shard, there twice while it is written", disk=min(SHARD, base_bytes(model))),
     ]
-    notes = (f"The largest weight is {largest.module}, {largest.shape[0]:,} x {largest.shape[1]:,}.",)
+    stack = f", and is split with {counts[largest] - 1} others" if counts[largest] > 1 else ""
+    notes = (f"The largest weight is {largest.module}, {largest.shape[0]:,} x {largest.shape[1]:,}{stack}.",)
     notes += context_notes(device)
     if model.dense.experts:
         notes += ("Experts that are not quantized stay in 16 bits.",)
@@ -37,24 +45,25 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
 
 
 def plan_splitting(
-    shape: tuple[int, int], choice: Choice, device: str, limits: Limits, *, weighted: bool = False
+    shape: tuple[int, int], choice: Choice, device: str, limits: Limits, *, count: int = 1, weighted: bool = False
 ) -> MemoryPlan:
     """Return the bytes in memory while a weight of this shape, the largest of its model, is quantized and measured.
 
     Args:
+        count: Weights that are split together.
         weighted: Whether errors are weighted by statistics, which takes a scaled copy.
     """
-    items = _memory_items(shape, choice, device, copies=COPIES + weighted)
+    items = _memory_items(shape, choice, device, count, COPIES + weighted)
     return MemoryPlan("quantize", items_of(items, device), limits)
 
 
-def _memory_items(shape: tuple[int, int], choice: Choice, device: str, copies: int = COPIES) -> list[Item]:
-    numbers = math.prod(shape)
+def _memory_items(shape: tuple[int, int], choice: Choice, device: str, count: int, copies: int = COPIES) -> list[Item]:
+    numbers = count * math.prod(shape)
     return [
         on(device, "largest weight, as it is stored", SIXTEEN_BITS * numbers),
         on(device, "float32 copies of it", 4 * copies * numbers),
-        on(device, "its residual, kept and new", 2 * choice.codec.num_bytes(shape)),
-        on(device, "singular vectors and probes", max(_sketch(shape, choice.rank), _probes(shape))),
+        on(device, "its residual, kept and new", 2 * count * choice.codec.num_bytes(shape)),
+        on(device, "singular vectors and probes", max(count * _sketch(shape, choice.rank), _probes(shape, count))),
         Item("weights that are read", host=(2 if device == "cuda" else 1) * SIXTEEN_BITS * numbers),
         context_item(device),
     ]
@@ -65,10 +74,10 @@ def _sketch(shape: tuple[int, int], rank: int) -> int:
     return 4 * SKETCHES * columns * max(shape)
 
 
-def _probes(shape: tuple[int, int]) -> int:
+def _probes(shape: tuple[int, int], count: int) -> int:
     """Return the bytes of a nuclear norm, exact for small matrices and estimated for others."""
     short = min(shape)
-    return 8 * 3 * short**2 if short <= EXACT_SIDE else 4 * PROBES * max(STEPS) * short
+    return count * 8 * 3 * short**2 if short <= EXACT_SIDE else 4 * PROBES * max(STEPS) * short
 
 
 def plan_serving(model: SplitModelPlan, batch: Batch, placement: Placement, limits: Limits) -> MemoryPlan:

@@ -3,9 +3,10 @@
 Small matrices are measured exactly. For large ones the nuclear norm tr sqrt(E E^T) comes from stochastic Lanczos
 quadrature (Ubaru, Chen and Saad, 2017): each random probe gives an unbiased estimate from a few products with E.
 
-Shape suffixes: S, L = the shorter and the longer side, P = probes, K = Lanczos steps.
+Shape suffixes: N = matrices of a stack, S, L = the shorter and the longer side, P = probes, K = Lanczos steps.
 """
 
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
@@ -25,30 +26,43 @@ CLOSE_ENOUGH = 0.006  # relative standard error at which no further batch is dra
 
 def frobenius(matrix: Tensor) -> float:
     """Return ||matrix||_F of a float32 matrix; rows are summed in float32, and their sums in float64."""
-    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum().sqrt())
+    return float(squares(matrix).sqrt())
+
+
+def squares(matrix: Tensor) -> Tensor:
+    """Return the squared Frobenius norms of float32 matrices [..., O, I], in float64."""
+    return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(dim=-1)
 
 
 def norms(error_OI: Tensor, generator: torch.Generator) -> Norms:
-    """Return all norms of a float32 [O, I] matrix.
+    """Return all norms of a float32 [O, I] matrix; see `norms_of`."""
+    return norms_of(error_OI[None], (generator,))[0]
+
+
+def norms_of(errors_NOI: Tensor, generators: Sequence[torch.Generator]) -> list[Norms]:
+    """Return all norms of each matrix of a float32 stack.
 
     With a shorter side of at most EXACT_SIDE they are exact (to the square root of float64's precision). Above it the
     nuclear norm is an estimate with its standard error, and the spectral norm is the largest Ritz value, a lower bound.
     """
-    short_SL = error_OI if error_OI.shape[0] <= error_OI.shape[1] else error_OI.mT
-    if min(short_SL.shape) == 0:
-        return Norms(0.0, 0.0, 0.0, 0.0)
-    if short_SL.shape[0] <= EXACT_SIDE:
-        return _exact(short_SL)
-    return _estimated(short_SL, frobenius(error_OI), generator)
+    short_NSL = errors_NOI if errors_NOI.shape[1] <= errors_NOI.shape[2] else errors_NOI.mT
+    if min(errors_NOI.shape) == 0:
+        return [Norms(0.0, 0.0, 0.0, 0.0)] * len(errors_NOI)
+    if short_NSL.shape[1] <= EXACT_SIDE:
+        return _exact(short_NSL)
+    whole = squares(errors_NOI).sqrt().tolist()
+    return [_estimated(*one) for one in zip(short_NSL, whole, generators, strict=True)]
 
 
-def _exact(short_SL: Tensor) -> Norms:
-    gram_SS = torch.zeros(short_SL.shape[0], short_SL.shape[0], dtype=torch.float64, device=short_SL.device)
-    for columns in short_SL.split(4096, dim=1):  # a float64 copy of a few columns at a time
+def _exact(short_NSL: Tensor) -> list[Norms]:
+    count, side, _ = short_NSL.shape
+    gram_NSS = torch.zeros(count, side, side, dtype=torch.float64, device=short_NSL.device)
+    for columns in short_NSL.split(4096, dim=2):  # a float64 copy of a few columns at a time
         part = columns.double()
-        gram_SS.addmm_(part, part.mT)
-    values = torch.linalg.eigvalsh(gram_SS).clamp_(min=0).sqrt_()
-    return Norms(float(values.square().sum().sqrt()), float(values.sum()), 0.0, float(values[-1]))
+        gram_NSS.baddbmm_(part, part.mT)
+    values_NS = torch.linalg.eigvalsh(gram_NSS).clamp_(min=0).sqrt_()
+    found_N3 = torch.stack((values_NS.square().sum(dim=1).sqrt(), values_NS.sum(dim=1), values_NS[:, -1]), dim=1)
+    return [Norms(frobenius, nuclear, 0.0, spectral) for frobenius, nuclear, spectral in found_N3.tolist()]
 
 
 def _estimated(short_SL: Tensor, frobenius_norm: float, generator: torch.Generator) -> Norms:

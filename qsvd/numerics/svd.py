@@ -1,8 +1,11 @@
 """The best rank-r factors of a matrix: randomized subspace iteration (Halko et al., arXiv:0909.4061), or an exact SVD.
 
+All but `product_svd` take a matrix or a stack of matrices, [..., O, I], and decompose the matrices of a stack together.
+
 Shape suffixes: O = out features, I = in features, K = sketch columns, R = rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,19 +32,25 @@ class TopSVD:
 
     def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return up [O, R] = U sqrt(S) and down [R, I] = sqrt(S) V^T, balanced (PiSSA, eq. 2-3), rounded to dtype."""
-        root_R = self.values_K[:rank].sqrt()
-        return (self.left_OK[:, :rank] * root_R).to(dtype), (root_R[:, None] * self.right_KI[:rank]).to(dtype)
+        root_R = self.values_K[..., :rank].sqrt()
+        up_OR = self.left_OK[..., :rank] * root_R[..., None, :]
+        return up_OR.to(dtype), (root_R[..., None] * self.right_KI[..., :rank, :]).to(dtype)
 
 
 def exact_svd(matrix_OI: Tensor, rank: int) -> TopSVD:
     """Return the leading `rank` singular triples of a float32 [O, I] matrix by LAPACK or cuSOLVER."""
     _check_rank(matrix_OI, rank)
     left, values, right = torch.linalg.svd(matrix_OI, full_matrices=False)
-    return TopSVD(left[:, :rank], values[:rank], right[:rank])
+    return TopSVD(left[..., :rank], values[..., :rank], right[..., :rank, :])
 
 
 def randomized_svd(
-    matrix_OI: Tensor, rank: int, *, passes: int, generator: torch.Generator, start_KI: Tensor | None = None
+    matrix_OI: Tensor,
+    rank: int,
+    *,
+    passes: int,
+    generator: torch.Generator | Sequence[torch.Generator],
+    start_KI: Tensor | None = None,
 ) -> TopSVD:
     """Return the leading singular triples of a matrix by subspace iteration; at least `rank` of them.
 
@@ -49,7 +58,7 @@ def randomized_svd(
         matrix_OI: float32 [O, I].
         rank: Number of triples wanted, 1..min(O, I).
         passes: Number of times that M and M^T are applied; one is enough from a good start.
-        generator: Draws the first sketch; not used with start_KI.
+        generator: Draws the first sketch; one for each matrix of a stack. Not used with start_KI.
         start_KI: right_KI of an earlier, similar matrix, whose subspace the iteration starts from.
 
     Raises:
@@ -59,12 +68,12 @@ def randomized_svd(
     if passes < 1:
         raise ValueError(f"{passes} passes over the matrix cannot find a subspace; at least 1 is needed")
     columns = rank + max(OVERSAMPLE, rank // OVERSAMPLE_SHARE)
-    if min(matrix_OI.shape) <= max(SMALL, columns):
+    if min(matrix_OI.shape[-2:]) <= max(SMALL, columns):
         return exact_svd(matrix_OI, rank)
-    if start_KI is None or start_KI.shape[0] < rank + OVERSAMPLE:
-        basis_IK = torch.randn(matrix_OI.shape[1], columns, generator=generator, device=matrix_OI.device)
+    if start_KI is None or start_KI.shape[-2] < rank + OVERSAMPLE:
+        basis_IK = normal((matrix_OI.shape[-1], columns), generator, matrix_OI.device)
     else:
-        basis_IK = start_KI[: rank + OVERSAMPLE].mT  # a good start needs no wider sketch
+        basis_IK = start_KI[..., : rank + OVERSAMPLE, :].mT  # a good start needs no wider sketch
     left_OK = orthonormal(matrix_OI @ basis_IK)
     basis_IK = matrix_OI.mT @ left_OK
     for _ in range(passes - 1):
@@ -74,6 +83,15 @@ def randomized_svd(
     inner_KK = (right_IK.mT @ basis_IK).mT
     inner_left, values_K, inner_right = torch.linalg.svd(inner_KK)
     return TopSVD(left_OK @ inner_left, values_K, inner_right @ right_IK.mT)
+
+
+def normal(
+    shape: tuple[int, int], generator: torch.Generator | Sequence[torch.Generator], device: torch.device
+) -> Tensor:
+    """Return a matrix of normal numbers, or a stack of them, each from its own generator."""
+    if isinstance(generator, torch.Generator):
+        return torch.randn(shape, generator=generator, device=device)
+    return torch.stack([torch.randn(shape, generator=one, device=device) for one in generator])
 
 
 def product_svd(up_OR: Tensor, down_RI: Tensor) -> TopSVD:
@@ -91,24 +109,25 @@ def product_svd(up_OR: Tensor, down_RI: Tensor) -> TopSVD:
 
 
 def orthonormal(tall: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns of a float32 [n, k] matrix, n >= k, in few and large products.
+    """Return an orthonormal basis of the columns of a float32 [..., n, k] matrix, n >= k, in few and large products.
 
-    Cholesky-QR twice (Yamamoto et al., 2015) if the columns are independent enough, otherwise Householder QR.
+    Cholesky-QR twice (Yamamoto et al., 2015); Householder QR for matrices whose columns are not independent enough.
     """
-    once = _cholesky_qr(tall)
-    twice = None if once is None else _cholesky_qr(once)
-    return torch.linalg.qr(tall).Q if twice is None else twice
+    once, first = _cholesky_qr(tall)
+    twice, second = _cholesky_qr(once)
+    failed = (first | second) != 0
+    if failed.any():
+        twice[failed] = torch.linalg.qr(tall[failed]).Q
+    return twice
 
 
-def _cholesky_qr(tall: Tensor) -> Tensor | None:
-    """Do one Cholesky-QR step; None if the Gram matrix is not positive definite."""
+def _cholesky_qr(tall: Tensor) -> tuple[Tensor, Tensor]:
+    """Do one Cholesky-QR step; a number [...] is not 0 where the Gram matrix is not positive definite."""
     upper, info = torch.linalg.cholesky_ex(tall.mT @ tall, upper=True)
-    if int(info) != 0:
-        return None
-    return torch.linalg.solve_triangular(upper, tall, upper=True, left=False)
+    return torch.linalg.solve_triangular(upper, tall, upper=True, left=False), info
 
 
 def _check_rank(matrix_OI: Tensor, rank: int) -> None:
-    limit = min(matrix_OI.shape)
-    if not 1 <= rank <= limit:
-        raise ValueError(f"rank {rank} is outside 1..{limit}, the ranks of a {tuple(matrix_OI.shape)} matrix")
+    shape = tuple(matrix_OI.shape[-2:])
+    if not 1 <= rank <= min(shape):
+        raise ValueError(f"rank {rank} is outside 1..{min(shape)}, the ranks of a {shape} matrix")

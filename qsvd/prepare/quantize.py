@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsvd.decompose.alternate import Recipe, split_weight
+from qsvd.decompose.alternate import Recipe, split_weights
 from qsvd.decompose.objective import PLAIN, Objective
-from qsvd.decompose.split import Split, measure
+from qsvd.decompose.split import Split, measure_stack
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.check import check_copies
-from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, plan_shards, sizes_of
-from qsvd.files.source import Checkpoint
+from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, plan_shards, plan_stacks, sizes_of
+from qsvd.files.source import Checkpoint, stack_on
 from qsvd.files.statistics import Statistics, statistics_for
 from qsvd.files.workspace import MANIFEST, UNFINISHED, check_space
 from qsvd.memory.device import device_of
@@ -147,6 +148,11 @@ class QuantizeRun:
         return tuple(plan_shards(self.checkpoint, self.weights, self.everything, self.shard_bytes, dropped))
 
     @cached_property
+    def stacks(self) -> list[list[tuple[int, ...]]]:
+        """The numbers of the weights that are split together, for each output file."""
+        return [plan_stacks(self.checkpoint, self.weights, self.everything, s, self.device.type) for s in self.shards]
+
+    @cached_property
     def sizes(self) -> Sizes:
         """The bytes that the run reads and writes."""
         return sizes_of(self.checkpoint, self.weights, self.shards, self.everything, self.dtype)
@@ -204,20 +210,23 @@ class QuantizeRun:
             return PLAIN
         return self.statistics.objective(module)
 
-    def split(self, spec: WeightSpec, weight_OI: Tensor) -> tuple[Split, WeightError]:
-        """Split one weight and measure its error; a DoesNotFit or a BadInput says why a weight cannot be split."""
-        seed, objective = seed_of(self.options.seed, spec), self.objective(spec.module)
+    def split(self, specs: Sequence[WeightSpec], tensors: Iterator[Tensor]) -> tuple[list[Split], list[WeightError]]:
+        """Split a stack of weights, the next tensors, and measure it; a DoesNotFit or a BadInput says why it cannot."""
+        seeds = [seed_of(self.options.seed, spec) for spec in specs]
+        objectives = [self.objective(spec.module) for spec in specs]
+        names, first, weights = [spec.module for spec in specs], specs[0], [next(tensors) for _ in specs]
         try:
-            weight_OI = weight_OI.to(self.device)
-            split = split_weight(weight_OI, self.recipe(spec.module), seed=seed, objective=objective)
-            return split, measure(weight_OI, split, name=spec.module, role=spec.role, seed=seed)
+            weights_SOI = stack_on(self.device, weights)
+            splits = split_weights(weights_SOI, self.recipe(names[0]), seeds=seeds, objectives=objectives)
+            return splits, measure_stack(weights_SOI, splits, names=names, role=first.role, seeds=seeds)
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(
-                f"{spec.name} {list(spec.shape)} needs about {16 * weight_OI.numel() / 1e9:.1f} GB on {self.device}; "
-                "close other programs that use it, or give --device cpu"
+                f"{first.name} {list(first.shape)} needs about {16 * len(specs) * weights[0].numel() / 1e9:.1f} GB on "
+                f"{self.device}; close other programs that use it, or give --device cpu"
             ) from error
         except ValueError as error:
-            raise BadInput(f"{self.checkpoint.name}: {spec.name}: {error}; repair the checkpoint") from error
+            bad = [spec for spec, one in zip(specs, weights, strict=True) if not torch.isfinite(one).all()] or [first]
+            raise BadInput(f"{self.checkpoint.name}: {bad[0].name}: {error}; repair the checkpoint") from error
 
     @cached_property
     def measuring(self) -> AllocateRun:
@@ -329,9 +338,11 @@ def _recipe(options: Quantize, choice: Choice) -> Recipe:
 
 def _check_memory(run: QuantizeRun) -> None:
     """Refuse a run whose largest weight cannot be split in the memory that is free."""
-    largest = max(run.weights, key=lambda spec: math.prod(spec.shape))
+    stacks = [[run.weights[n] for n in stack] for stack in sorted(stack for stacks in run.stacks for stack in stacks)]
+    largest, *others = max(stacks, key=lambda stack: len(stack) * math.prod(stack[0].shape))
     choice, free = run.everything.choices[largest.module], machine(run.device, run.compute_dtype).limits
-    plan = plan_splitting(largest.shape, choice, run.device.type, free, weighted=run.options.objective == "fisher")
+    weighted = run.options.objective == "fisher"
+    plan = plan_splitting(largest.shape, choice, run.device.type, free, count=1 + len(others), weighted=weighted)
     if not plan.fits:
         raise DoesNotFit(
             f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close other programs that use it, give "

@@ -11,7 +11,7 @@ import pytest
 import qsvd
 import qsvd.prepare.quantize
 from qsvd.cli import run
-from qsvd.decompose.alternate import split_weight
+from qsvd.decompose.alternate import split_weights
 from tests.commands.folders import files_of
 from tests.commands.test_resume import finished, start, wait_for
 from tests.runs import interrupting, labelled_rows, language_base, outcome, text_rows, training, words, write_rows
@@ -106,10 +106,10 @@ def test_an_interrupt_in_each_part_is_continued_by_the_same_command(options, tmp
         begun.append(arguments)
         if len(begun) == 3:
             signal.raise_signal(signal.SIGINT)
-        return split_weight(*arguments, **given)
+        return split_weights(*arguments, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(qsvd.prepare.quantize, "split_weight", interrupted_split)
+        patch.setattr(qsvd.prepare.quantize, "split_weights", interrupted_split)
         assert run(words(options)) == 130
     assert f"the same command continues in {tmp_path / 'source-nf4-r64'}" in capsys.readouterr().err
     assert not options.out.exists()

@@ -10,7 +10,7 @@ import qsvd
 import qsvd.files.quantize_folder
 import qsvd.prepare.quantize
 from qsvd.cli import run
-from qsvd.decompose.alternate import split_weight
+from qsvd.decompose.alternate import split_weights
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of
 
@@ -30,9 +30,9 @@ def interrupting(monkeypatch, *numbers):
         begun.append(arguments[0].shape)
         for _ in range(numbers.count(len(begun))):
             signal.raise_signal(signal.SIGINT)
-        return split_weight(*arguments, **options)
+        return split_weights(*arguments, **options)
 
-    monkeypatch.setattr(qsvd.prepare.quantize, "split_weight", interrupted_split)
+    monkeypatch.setattr(qsvd.prepare.quantize, "split_weights", interrupted_split)
     return begun
 
 
@@ -66,7 +66,7 @@ def test_an_error_that_is_still_held_does_not_keep_the_folder_locked(source, tmp
     def fail(*_arguments, **_options):
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(qsvd.prepare.quantize, "split_weight", fail)
+    monkeypatch.setattr(qsvd.prepare.quantize, "split_weights", fail)
     with pytest.raises(OSError, match="the disk went away") as held:  # as sys.last_traceback holds it in a notebook
         qsvd.quantize(options)
     monkeypatch.undo()

@@ -80,8 +80,10 @@ def test_weights_that_are_none_are_refused_both_in_one_sentence():
     )
     with pytest.raises(ValueError, match=sentence):
         Objective(torch.tensor([0.0, 1.0, float("nan")]), torch.ones(2, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"^the weights of columns are torch.float32 \(1, 2\), not a float32 vector$"):
-        Objective(columns_I=torch.ones(1, 2))
+    with pytest.raises(
+        ValueError, match=r"^the weights of columns are torch.float32 \(1, 1, 2\), not a float32 vector$"
+    ):
+        Objective(columns_I=torch.ones(1, 1, 2))
 
 
 def test_weights_of_another_shape_are_refused_both_in_one_sentence():

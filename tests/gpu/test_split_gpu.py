@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from qsvd.decompose.alternate import Recipe, split_weight
-from qsvd.decompose.split import measure
+from qsvd.decompose.alternate import Recipe, split_weight, split_weights
+from qsvd.decompose.objective import PLAIN
+from qsvd.decompose.split import measure, measure_stack
 from qsvd.numerics import norms
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.svd import orthonormal
@@ -51,6 +52,19 @@ def test_the_error_is_one_that_the_cpu_might_have_reached(order, end, double_qua
     on_gpu = min(split_weight(weight.cuda(), recipe).history)
     allowed = 7 * float(np.std(on_cpu, ddof=1)) + ROUNDOFF * float(weight.norm())
     assert on_gpu == pytest.approx(float(np.mean(on_cpu)), abs=allowed)
+
+
+def test_a_stack_of_experts_with_one_of_zeros_is_split_as_they_are_alone():
+    stack = torch.stack((weight_of((420, 320)), torch.zeros(420, 320), weight_of((420, 320), 1.0)))
+    recipe, seeds = Recipe(NF4, 16, 3), (1, 2, 3)
+    splits = split_weights(stack.cuda(), recipe, seeds=seeds, objectives=(PLAIN,) * 3)
+    errors = measure_stack(stack.cuda(), splits, names="abc", role="expert up", seeds=seeds)
+    for weight, split, error, seed in zip(stack, splits, errors, seeds, strict=True):
+        rounding = ROUNDOFF * float(weight.double().norm())
+        assert min(split.history) == pytest.approx(float64_distance(weight, split), abs=rounding)
+        assert error.after.frobenius == pytest.approx(float64_distance(weight, split), abs=rounding)
+        alone = split_weight(weight.cuda(), recipe, seed=seed)
+        assert min(split.history) == pytest.approx(min(alone.history), rel=1e-3, abs=rounding)
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -6,9 +6,9 @@ from transformers import LlamaConfig
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.start import planned
-from qsvd.decompose.alternate import Recipe, split_weight
+from qsvd.decompose.alternate import STACK, Recipe, split_weights
 from qsvd.decompose.objective import PLAIN, Objective
-from qsvd.decompose.split import measure
+from qsvd.decompose.split import measure_stack
 from qsvd.memory.items import Limits
 from qsvd.memory.other_tasks import plan_quantizing, plan_splitting
 from qsvd.memory.split_model import skeleton
@@ -22,12 +22,13 @@ NEAR = 0.15  # of the peak: the plan bounds short-lived pieces of the encoder an
 CODEC = NormalFloat4(double_quant=True)
 
 
-def peak_of_splitting(shape, rank, objective=PLAIN):
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+def peak_of_splitting(shape, rank, objective=PLAIN, count=1):
+    weights, same = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).bfloat16(), (0,) * count
     with Tracker() as tracker:
-        split = split_weight(weight, Recipe(CODEC, rank=rank, iterations=2), objective=objective)
-        measure(weight, split, name="w", role="q")
-    return tracker.peak + weight.nbytes
+        recipe, objectives = Recipe(CODEC, rank=rank, iterations=2), (objective,) * count
+        splits = split_weights(weights, recipe, seeds=same, objectives=objectives)
+        measure_stack(weights, splits, names="w" * count, role="q", seeds=same)
+    return tracker.peak + weights.nbytes
 
 
 @pytest.mark.parametrize("rank", [0, 32])
@@ -60,3 +61,20 @@ def test_a_weighted_split_takes_the_copy_that_is_planned():
     plan = plan_splitting(shape, Choice(CODEC, 32), "cpu", Limits(), weighted=True)
     held = plan.total("host") - plan["weights that are read"].host - plan["reserve"].host
     assert held == pytest.approx(peak_of_splitting(shape, 32, Objective(rows, columns)), rel=NEAR)
+
+
+def test_a_stack_takes_what_is_planned(monkeypatch):
+    monkeypatch.setitem(STACK, "cpu", 1 << 21)
+    config = LlamaConfig(hidden_size=640, intermediate_size=320, num_hidden_layers=5, num_attention_heads=8)
+    names = plan_model(config)
+    model = planned(
+        skeleton(config, torch.bfloat16),
+        names,
+        uniform(names.weights, Choice(CODEC, 32)),
+        options=AdapterOptions(),
+    )
+    plan = plan_quantizing(model, "cpu", Limits())
+    held = plan.total("host") - plan["weights that are read"].host - plan["reserve"].host
+    assert held == pytest.approx(peak_of_splitting((640, 640), 32, count=5), rel=NEAR)
+    assert plan["weights that are read"].host == 5 * 2 * 640 * 640
+    assert "640 x 640, and is split with 4 others." in plan.notes[0]

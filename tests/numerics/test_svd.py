@@ -198,6 +198,19 @@ def test_a_basis_of_dependent_columns_is_still_orthonormal_and_complete(tall):
     assert missed(tall, basis) <= ROUNDOFF
 
 
+def test_of_a_stack_only_the_matrices_with_dependent_columns_are_repaired():
+    good = torch.from_numpy(reference.gaussian(300, 20, seed=2))
+    stack = torch.stack((good, torch.zeros(300, 20), duplicated(), 2 * good))
+    bases = orthonormal(stack)
+    for tall, basis in zip(stack, bases, strict=True):
+        assert defect(basis) <= ROUNDOFF
+        assert missed(tall, basis) <= ROUNDOFF
+    upper = np.linalg.qr(good.double().numpy())[1]  # Cholesky-QR has a positive diagonal, Householder's has not
+    expected = good.double().numpy() @ np.linalg.inv(upper * np.sign(np.diag(upper))[:, None])
+    for basis in bases[[0, 3]]:
+        assert basis.numpy() == pytest.approx(expected, abs=ROUNDOFF)
+
+
 @pytest.mark.parametrize("true_rank", [0, 3])
 def test_a_sketch_of_a_matrix_of_low_rank_leaves_nothing(true_rank):
     matrix = torch.from_numpy(reference.gaussian(300, true_rank) @ reference.gaussian(true_rank, 280, seed=1))

@@ -11,6 +11,7 @@ import torch
 
 import qsvd
 import qsvd.prepare.models
+from qsvd.decompose.alternate import STACK
 from qsvd.errors import DoesNotFit
 from qsvd.plan.weights import Source, plan_model
 from qsvd.prepare.quantize import check_resources, prepare_quantize
@@ -158,3 +159,37 @@ def test_weights_with_sources_of_another_name_are_quantized_alike(options, tmp_p
     found = qsvd.quantize(replace(options, model=str(folder), out=tmp_path / "found"))
     for file in ("model.safetensors", "errors.jsonl"):
         assert (found / file).read_bytes() == (expected / file).read_bytes()
+
+
+def test_of_weights_that_are_split_together_the_one_with_a_nan_is_named(options, monkeypatch):
+    monkeypatch.setitem(STACK, "cpu", 4 * 64 * 64)
+    run = prepare_quantize(replace(options, include=("*.q_proj",)))
+    assert run.stacks == [[(0, 1)]]
+    file = Path(options.model, "model.safetensors")
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] = torch.nan
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight: 1 of 4096 values are NaN or infinite; r"
+    ):
+        qsvd.quantize(replace(options, include=("*.q_proj",)))
+
+
+def test_stacks_are_of_one_role_shape_codec_and_rank_and_of_one_file(options, tmp_path, monkeypatch):
+    """As on a GPU. Of 2 layers: q and o are alike in shape, k and v too, gate and up too."""
+    monkeypatch.setitem(STACK, "cpu", 1 << 40)
+    run = prepare_quantize(options)
+    (stacks,) = run.stacks
+    names = [[run.weights[number].module.removeprefix("model.layers.") for number in stack] for stack in stacks]
+    assert sorted(map(sorted, names)) == sorted(
+        [f"{layer}.{part}" for layer in (0, 1)]
+        for part in (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
+    )
+    write_checkpoint(tmp_path / "large", vocab_size=1024)
+    sharded = prepare_quantize(replace(options, model=str(tmp_path / "large"), shard_size="100KB"))
+    assert len(sharded.shards) > 1
+    for shard, stacks in zip(sharded.shards, sharded.stacks, strict=True):
+        assert sorted(number for stack in stacks for number in stack) == sorted(shard.weights)
+    monkeypatch.setitem(STACK, "cpu", 1)
+    run = prepare_quantize(options)
+    assert run.stacks == [[(number,) for number in run.shards[0].weights]]

@@ -8,6 +8,7 @@ import pytest
 import qsvd
 from qsvd.commands.demo import MODEL
 from qsvd.commands.train import train
+from qsvd.decompose.alternate import STACK
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.training.run_folder import RunFolder
 from tests.checkpoints import write_checkpoint
@@ -41,13 +42,14 @@ def train_experts(data, out):
 
 
 def test_killed_runs_go_on_to_the_same_bytes(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(STACK, "cpu", 3 * 64 * 64)  # three experts together, as on a GPU
     data = write_rows(tmp_path / "texts.jsonl", text_rows())
     alone, again = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, again):
         folder.mkdir()
         monkeypatch.chdir(folder)  # folders are named in the files
-        if folder == again:  # between the two files of an expert
-            killed(monkeypatch, OutputFolder, "save_factors", 9, partial(quantize, source))
+        if folder == again:  # between the two files of the second of three experts
+            killed(monkeypatch, OutputFolder, "save_factors", 13, partial(quantize, source))
             assert (folder / "out" / "unfinished").is_dir()
         quantize(source)
         if folder == again:
