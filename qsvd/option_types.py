@@ -73,6 +73,7 @@ FROM_ZERO = Range(lambda value: 0 <= value < math.inf, "is not a finite number o
 SECONDS = Range(lambda value: value > 0, "is not above 0")
 SHARE = Range(lambda value: 0 <= value < 1, "is not a number from 0 to below 1")
 TOP_P = Range(lambda value: 0 < value <= 1, "is not a number above 0 and at most 1")
+AUTO_OR_ABOVE_ZERO = Range(lambda value: value == "auto" or value >= 1, "is neither auto nor a number of at least 1")
 AUTO_OR_SHARE = Range(lambda value: value == "auto" or 0 <= value <= 1, "is neither auto nor a number from 0 to 1")
 DEVICE = Range(lambda value: re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", value), "is not one of auto, cpu, cuda, cuda:N")
 
@@ -146,6 +147,17 @@ AdapterDtype = Annotated[
     Help("Dtype of the trained parameters. auto: float32 up to 268 M, else bfloat16."),
 ]
 BatchSize = Annotated[int, at_least(1), Help("Sequences per forward pass.")]
+MicroBatch = Annotated[
+    Literal["auto"] | int,
+    AUTO_OR_ABOVE_ZERO,
+    Help("Sequences per forward pass. auto: as many as make the shortest step; --step-tokens is the whole step."),
+]
+StepTokens = Annotated[
+    int | None,
+    SAME_RESULT,  # --batch-size and --accumulate, which follow from it, do affect the result
+    at_least(1),
+    Help("Tokens per optimizer step, roughly, with --batch-size auto. Default: 16 sequences."),
+]
 Accumulate = Annotated[int, at_least(1), Help("Batches per optimizer step.")]
 Checkpointing = Annotated[
     Literal["auto", "yes", "no"],

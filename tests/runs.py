@@ -46,12 +46,12 @@ def language_base(folder, *, rank=RANK):
     return qsvd.quantize(qsvd.Quantize(str(source), out=out, rank=rank, iterations=1, device="cpu")).path
 
 
-def classifier_base(folder, **changes):
-    """As language_base: a tiny random BERT, with dropout."""
+def classifier_base(folder, *, architecture="BertModel", **changes):
+    """As language_base: a tiny random model, with the tokenizer of the embedded one; a BERT with dropout."""
     source, out = folder / "source", folder / "out"
     if (out / "qsvd.json").exists():
         return out
-    write_checkpoint(source, "BertModel", **(BERT | changes))
+    write_checkpoint(source, architecture, **((BERT if architecture == "BertModel" else {}) | changes))
     for path in MODEL.glob("tokenizer*.json"):
         shutil.copyfile(path, source / path.name)
     return qsvd.quantize(qsvd.Quantize(str(source), out=out, rank=4, iterations=1, device="cpu")).path

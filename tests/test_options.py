@@ -115,6 +115,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "steps": None,
         "batch_size": 4,
         "accumulate": 4,
+        "step_tokens": None,
         "task": "auto",
         "chat_template": None,
         "max_length": None,
@@ -368,7 +369,7 @@ ADDED = {
 OUTSIDE = {  # option -> values outside its range, and the words for them
     ("plan", "rank"): ([-1], "is below 0"),
     ("plan", "max_length"): ([1], "is below 2"),
-    ("plan", "batch_size"): ([0], "is below 1"),
+    ("plan", "batch_size"): ([0], "is neither auto nor a number of at least 1"),
     ("plan", "accumulate"): ([0], "is below 1"),
     ("plan", "resident"): ([1.5, -0.1, math.nan], "is neither auto nor a number from 0 to 1"),
     ("plan", "tflops"): ([0.0, math.inf], "is not a finite number above 0"),
@@ -395,7 +396,8 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("train", "warmup"): ([1.0, -0.1, math.nan], "is not a number from 0 to below 1"),
     ("train", "epochs"): ([0.0, math.inf], "is not a finite number above 0"),
     ("train", "steps"): ([0], "is below 1"),
-    ("train", "batch_size"): ([0], "is below 1"),
+    ("train", "batch_size"): ([0, -1], "is neither auto nor a number of at least 1"),
+    ("train", "step_tokens"): ([0], "is below 1"),
     ("train", "accumulate"): ([0, -1], "is below 1"),
     ("train", "max_length"): ([1], "is below 2"),
     ("train", "held_out"): ([1.0, -0.1], "is not a number from 0 to below 1"),
@@ -426,6 +428,7 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
 }
 INSIDE = {  # the last values inside
     ("plan", "resident"): [0, 0.0, 1, "auto"],
+    ("train", "batch_size"): [1, "auto"],
     ("allocate", "gap"): [0.0, math.inf],
     ("allocate", "time_limit"): [1e-9, math.inf],
     ("train", "warmup"): [0.0, 0.999],

@@ -34,7 +34,7 @@ def main(options: Plan, run: Train | None = None) -> None:
         DoesNotFit: something does not fit; raised after the tables are printed.
     """
     with display() if options.explore else nullcontext(show_nothing) as show:  # all else takes seconds
-        found = plan(options, show)
+        found = plan(options, show, run)
     if options.json:
         print(json.dumps(plan_json(options.model, found), indent=2))
     else:
@@ -46,10 +46,10 @@ def main(options: Plan, run: Train | None = None) -> None:
         print(f"Next: {train_command(run or train_of(options))}", file=sys.stderr)
 
 
-def plan(options: Plan, show: ShowProgress = show_nothing) -> Answer:
+def plan(options: Plan, show: ShowProgress = show_nothing, run: Train | None = None) -> Answer:
     """Plan as `qsvd plan` does, silently. What does not fit is in the answer; only bad input is raised."""
     with quiet(reads_data=options.data is not None):
-        return answer(prepare_plan(options), show)
+        return answer(prepare_plan(options, run), show)
 
 
 def answer(job: PlanJob, show: ShowProgress = show_nothing) -> Answer:
@@ -88,7 +88,7 @@ def _training(job: PlanJob, model: SplitModelPlan) -> TrainAnswer:
     changes: tuple[str, ...] = ()
     if not placed.memory.fits:
         changes = advice(job.source.make, job.source.rank, job.training, limits, reach)
-    elif step.transfer > step.compute and job.training.accumulate > 1 and not job.training.layer_major:
+    elif not step.is_hidden and job.training.accumulate > 1 and not job.training.layer_major:
         changes = ("--layer-major copies the weights once per step, not once per batch",)
     return TrainAnswer(placed, reach, changes, step, job.training, job.steps)
 

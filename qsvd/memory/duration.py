@@ -15,6 +15,7 @@ from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
 EXACT_SHARE = 0.25  # speed of float32 products, relative to 16 bits (assumed)
 LANCZOS_STEPS = 16  # steps of one estimate of a norm: what noise needs
 TRAFFIC = 60  # bytes read and written for a number in an iteration: copied in float32, encoded, decoded, subtracted
+DECODED = 2.6  # bytes read and written to decode a number of a residual: 4 bits and scales in, 16 bits out
 BYTES_PER_OPERATION = 0.01  # memory bandwidth over speed: 1 TB/s and 100 TFLOP/s, as on a 4090
 
 
@@ -46,15 +47,21 @@ GPU = Speed(Rate(1e14), Rate(25e9), Rate(3e9))  # assumed: a PCIe 4 GPU and an N
 
 @dataclass(frozen=True)
 class StepTime:
-    """Estimated seconds of one training step: the longer of computing and copying pages, which overlap."""
+    """Estimated seconds of one training step: products and decoding, or copying pages, which overlaps with them."""
 
     compute: float
+    decode: float
     transfer: float
     tokens: int
 
     @property
+    def is_hidden(self) -> bool:
+        """Whether copying takes no time of its own."""
+        return self.transfer <= self.compute + self.decode
+
+    @property
     def seconds(self) -> float:
-        return max(self.compute, self.transfer)
+        return max(self.compute + self.decode, self.transfer)
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,16 +71,18 @@ class StepTime:
 def step_time(model: SplitModelPlan, training: Training, placement: Placement, speed: Speed) -> StepTime:
     """Estimate one training step: 6 operations per number of the model and token, 4 where activations are kept.
 
-    Frozen weights have no gradients: a step is a forward pass, its recomputation, and the gradients of inputs. Every
-    page is copied twice for each batch, or twice for the step with layer-major accumulation.
+    Frozen weights have no gradients: a step is a forward pass, its recomputation, and the gradients of inputs. Each of
+    these decodes the residuals, for every batch. Every page is copied twice for each batch, or twice for the step with
+    layer-major accumulation.
     """
     tokens = training.batch.tokens * training.batch.batch * training.accumulate
     text = model.text_config
     numbers = model.elements + text.hidden_size * getattr(text, "vocab_size", 0)
-    each = 6 - 2 * num_kept(training, placement, len(model.blocks)) / len(model.blocks)
+    passes = 3 - num_kept(training, placement, len(model.blocks)) / len(model.blocks)
+    decode = training.accumulate * passes * DECODED * model.elements / (BYTES_PER_OPERATION * speed.flops.value)
     copies = 2 * (1 if training.layer_major else training.accumulate)
     transfer = copies * page_seconds(model, placement, speed)
-    return StepTime(each * numbers * tokens / speed.flops.value, transfer, tokens)
+    return StepTime(2 * passes * numbers * tokens / speed.flops.value, decode, transfer, tokens)
 
 
 def page_seconds(model: SplitModelPlan, placement: Placement, speed: Speed) -> float:

@@ -26,11 +26,13 @@ class Wish:
         share: Share of the blocks that are resident on the device, 0 to 1, or "auto".
         offload: Whether checkpoints of activations go to CPU memory.
         unrecomputed: Number of blocks that keep their activations; "auto" is what makes the shortest step.
+        batch_size: What --batch-size auto chose when the run began, which stays; None for a new run.
     """
 
     share: float | Literal["auto"] = "auto"
     offload: Literal["auto", "yes", "no"] = "auto"
     unrecomputed: int | Literal["auto"] = 0
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,20 @@ def _fastest(model: SplitModelPlan, training: Training, found: Placed, wish: Wis
     return best if seconds(best) <= GAIN * seconds(still) else still
 
 
+def fastest_batches(model: SplitModelPlan, ways: Sequence[Training], limits: Limits, wish: Wish) -> Training:
+    """Return the division of a step into batches with the shortest step of those that leave some memory free.
+
+    Args:
+        ways: Runs with the same sequences in a step, the largest batches first; the last one is taken if none fits.
+    """
+    is_cpu = ways[0].batch.device != "cuda"
+    less = Limits(_share(limits.gpu, GPU_SHARE), _share(limits.host, HOST_SHARE) if is_cpu else limits.host)
+    placed = [(training, place(model, training, less, wish)) for training in ways]
+    fitting = [(training, found.placement) for training, found in placed if found.memory.fits]
+    seconds = {training: step_time(model, training, placement, GPU).seconds for training, placement in fitting}
+    return min(seconds, key=seconds.__getitem__, default=ways[-1])
+
+
 def _exchanged(model: SplitModelPlan, training: Training, way: Placement, count: Count) -> list[Placement]:
     """Return the best placements that have resident blocks in exchange for activations.
 
@@ -104,8 +120,7 @@ def _exchanged(model: SplitModelPlan, training: Training, way: Placement, count:
         return _most_resident(count, replace(way, unrecomputed=number), FREE)
 
     def is_hidden(number: int) -> bool:
-        time = step_time(model, training, at(number).placement, GPU)
-        return at(number).memory.fits and time.transfer <= time.compute
+        return at(number).memory.fits and step_time(model, training, at(number).placement, GPU).is_hidden
 
     last = most(0, len(model.blocks), is_hidden)
     numbers = () if last is None else range(last, min(last + 1, len(model.blocks)) + 1)

@@ -84,7 +84,17 @@ def _conflicts_of_training(options: TrainingOptions) -> list[str]:
         wrong.append("--optimizer lora-rite preconditions by itself: leave out --precondition riemannian")
     if options.layer_major and options.packing:
         wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")
+    wrong += _conflicts_of_batches(options)
     return wrong + (_wrong_trackers(options.report_to) if isinstance(options, Train) else [])
+
+
+def _conflicts_of_batches(options: TrainingOptions) -> list[str]:
+    is_auto = options.batch_size == "auto"
+    if is_auto and options.accumulate != TrainingOptions.accumulate:
+        return [f"--accumulate {options.accumulate} is chosen by --batch-size auto: give --step-tokens N instead"]
+    if not is_auto and options.step_tokens is not None:
+        return [f"--step-tokens {options.step_tokens} needs --batch-size auto, and it is {options.batch_size}"]
+    return []
 
 
 def _wrong_trackers(names: Sequence[str]) -> list[str]:

@@ -16,7 +16,6 @@ from qsvd.option_types import (
     Accumulate,
     AdapterDtype,
     Allocation,
-    BatchSize,
     Checkpointing,
     ComputeDtype,
     Data,
@@ -35,12 +34,14 @@ from qsvd.option_types import (
     Map,
     MaxLength,
     Method,
+    MicroBatch,
     Model,
     Optimizer,
     Public,
     PushToHub,
     Resident,
     Seed,
+    StepTokens,
     at_least,
 )
 
@@ -96,8 +97,9 @@ class TrainingOptions:
     warmup: Annotated[float, SHARE, Help("Warm-up ratio: fraction of steps.")] = 0.03
     epochs: Annotated[float, ABOVE_ZERO, Help("Passes over the data. More, with --resume, extend a run.")] = 1.0
     steps: Annotated[int | None, at_least(1), Help("Optimizer steps, instead of --epochs.")] = None
-    batch_size: BatchSize = 4
+    batch_size: MicroBatch = 4
     accumulate: Accumulate = 4
+    step_tokens: StepTokens = None
 
     task: Annotated[
         Literal["auto", "causal", "classification"],
@@ -227,9 +229,9 @@ class Plan(TrainingOptions):
     rank: Annotated[int | None, at_least(0), Help("Components per layer. Default: as stored, or 64.")] = (
         TrainingOptions.rank
     )
-    batch_size: Annotated[BatchSize, Help("Sequences per forward pass.", aliases=("--batch",))] = (
-        TrainingOptions.batch_size
-    )
+    batch_size: Annotated[
+        MicroBatch, Help("Sequences per forward pass. auto: as many as make the shortest step.", aliases=("--batch",))
+    ] = TrainingOptions.batch_size
     max_length: Annotated[
         MaxLength, Help("Maximum sequence length. Default: context, at most 1024.", aliases=("--tokens",))
     ] = TrainingOptions.max_length

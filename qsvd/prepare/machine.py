@@ -1,10 +1,12 @@
 """This machine: free memory, whether a run fits, which blocks stay on the device, how fast the GPU is."""
 
 import hashlib
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -17,11 +19,15 @@ from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.encoder import EXACT, encoder_bytes
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, block_of, on
-from qsvd.memory.placement import Placed, Wish, can_fit, longest, place, place_serving
+from qsvd.memory.placement import Placed, Wish, can_fit, fastest_batches, longest, place, place_serving
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
 from qsvd.options import Train, TrainingOptions
 from qsvd.plan.weights import WeightSpec
+from qsvd.training.run_folder import Recorded
+from qsvd.training.settings import default_optimizer
+
+T = TypeVar("T", bound=TrainingOptions)
 
 
 @dataclass(frozen=True)
@@ -79,16 +85,66 @@ def place_training(
     raise DoesNotFit(f"{_lack(found.memory)}; {change}")
 
 
-def wish_of(options: TrainingOptions, recorded: int | None = None, *, is_labelled: bool) -> Wish:
+def training_of(options: TrainingOptions, tokens: int, device: torch.device, *, is_even: bool = False) -> Training:
+    """Return a run with sequences of a length; `is_even` if all have it, so that none is padded."""
+    assert options.batch_size != "auto", "a number by now, see with_batches"
+    rows = options.batch_size * (options.accumulate if options.layer_major else 1)  # padded to one length
+    is_masked = options.packing or (rows > 1 and not is_even)
+    batch = Batch(tokens, options.batch_size, is_masked, options.gradient_checkpointing != "no", device.type)
+    optimizer = default_optimizer(device) if options.optimizer == "auto" else options.optimizer
+    return Training(batch, options.accumulate, optimizer, options.layer_major)
+
+
+SEQUENCES = 16  # of a step, where --step-tokens says nothing; 4 x 4, the default of the numbers, is the same
+
+
+def with_batches(  # what is divided, by what, and where
+    options: T, model: SplitModelPlan, run_of: Callable[[T], Training], length: float, wish: Wish, here: Machine
+) -> T:
+    """Return the options with numbers for --batch-size auto. The sequences of a step depend on no machine.
+
+    Args:
+        run_of: Returns the run with options.
+        length: Tokens of a sequence, on average.
+    """
+    if options.batch_size != "auto":
+        return options
+    every = SEQUENCES if options.step_tokens is None else round_number(options.step_tokens / length)
+    first = wish.batch_size
+    sizes = [first] if first and every % first == 0 else [size for size in range(every, 0, -1) if every % size == 0]
+    ways = [replace(options, batch_size=size, accumulate=every // size, step_tokens=None) for size in sizes]
+    runs = {run_of(way): way for way in ways}
+    return runs[fastest_batches(model, list(runs), here.limits, wish)]
+
+
+def show_batches(training: Training, length: float) -> str:
+    """Return how a step is divided, in words; `length` is that of a sequence, on average."""
+    size, times = training.batch.batch, training.accumulate
+    return (
+        f"Batch: {size} x {times} sequences a step, about {size * times * length:,.0f} tokens (--batch-size {size} "
+        f"--accumulate {times})"
+    )
+
+
+def round_number(wanted: float) -> int:
+    """Return the nearest of 1, 2, 3, 4, 6, 8, 12, 16, ..., which have many divisors."""
+    power = 2 ** max(math.floor(math.log2(max(wanted, 1))), 0)
+    return min((power, power * 3 // 2, power * 2), key=lambda number: abs(number - wanted))
+
+
+def wish_of(options: TrainingOptions, old: Recorded | None = None, *, is_labelled: bool) -> Wish:
     """Return what a run asks of its placement.
 
     Args:
-        recorded: The number of blocks that kept their activations when the run began; None for a new run.
+        old: What was chosen when the run began; None for a new run.
         is_labelled: Whether it trains a classifier, whose trainer offloads no activations.
     """
-    chosen = "auto" if recorded is None else recorded
-    number = chosen if options.gradient_checkpointing == "auto" else 0  # "no" keeps all, see Batch.checkpointing
-    return Wish(options.resident, "no" if is_labelled else options.activation_offload, number)
+    chosen = None if old is None else old.unrecomputed
+    number = (
+        ("auto" if chosen is None else chosen) if options.gradient_checkpointing == "auto" else 0
+    )  # "no" keeps all, see Batch.checkpointing
+    offload = "no" if is_labelled else options.activation_offload
+    return Wish(options.resident, offload, number, None if old is None else old.batch_size)
 
 
 def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, here: Machine) -> Placement:

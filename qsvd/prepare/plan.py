@@ -29,16 +29,18 @@ from qsvd.plan.budget import assumed, most_rank_within
 from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
 from qsvd.prepare.allocate import read_table
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import Machine, check_offload, machine, measured_flops, measured_link, wish_of
-from qsvd.prepare.train import (
-    PlannedRun,
-    adapter_options_of,
-    check_pairs,
-    plan_run,
-    prepare_run,
-    starting_options,
+from qsvd.prepare.machine import (
+    Machine,
+    check_offload,
+    machine,
+    measured_flops,
+    measured_link,
     training_of,
+    wish_of,
+    with_batches,
 )
+from qsvd.prepare.train import PlannedRun, adapter_options_of, check_pairs, plan_run, prepare_run, starting_options
+from qsvd.training.run_folder import Recorded, recorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -109,28 +111,39 @@ class PlanJob:
         return (*quantize, "train", *serve)
 
 
-def prepare_plan(options: Plan) -> PlanJob:
-    """Read the config and refuse what cannot be planned."""
+def prepare_plan(options: Plan, run: Train | None = None) -> PlanJob:
+    """Read the config and refuse what cannot be planned.
+
+    Args:
+        run: The run that is planned, which may have begun already; None for a new one.
+    """
     check(options)
+    old = None if run is None else recorded(run.out.expanduser())
     here, notes = planned_machine(options)
     source = plan_source(options, here.dtype)
     check_pairs(options, source.make(source.rank).method)
-    run = None if options.data is None else _planned_run(train_of(options), source, here)
+    planned = None if options.data is None else _planned_run(train_of(options), source, here, old)
     context = context_length(source.make(source.rank).text_config, unlimited=2**20)
     tokens = options.max_length or min(MOST_LENGTH, context)
     if tokens > context:
         raise BadInput(f"--max-length {tokens} is above the context length of the model, {context}")
-    is_labelled = options.task == "classification" if run is None else bool(run.data.train.label_names)
-    without_data = replace(training_of(options, tokens, here.device), has_loss=not is_labelled)
+    is_labelled = options.task == "classification" if planned is None else bool(planned.data.train.label_names)
+    wish = wish_of(options, old, is_labelled=is_labelled)
+
+    def without_data(way: Plan) -> Training:
+        return replace(training_of(way, tokens, here.device), has_loss=not is_labelled)
+
     return PlanJob(
         options=options,
         source=replace(source, notes=(*source.notes, *notes)),
         context=context,
-        training=without_data if run is None else run.training,
+        training=planned.training
+        if planned
+        else without_data(with_batches(options, source.make(source.rank), without_data, tokens, wish, here)),
         limits=here.limits,
-        wish=wish_of(options, is_labelled=is_labelled),
+        wish=wish,
         speed=_speed(options, here.device),
-        run=run,
+        run=planned,
     )
 
 
@@ -140,24 +153,27 @@ def train_of(options: Plan) -> Train:
     return Train(options.model, options.data or "DATA", Path("RUN"), **shared)
 
 
-def _planned_run(options: Train, source: PlanSource, here: Machine) -> PlannedRun:
+def _planned_run(options: Train, source: PlanSource, here: Machine, old: Recorded | None) -> PlannedRun:
     """Return a run on a quantized model, or on a 16-bit model that is quantized first."""
     if source.is_split:
-        return prepare_run(options, here, must_fit=False)
-    return run_of_16_bit(options, source, here, must_fit=False)
+        return prepare_run(options, here, must_fit=False, old=old)
+    return run_of_16_bit(options, source, here, must_fit=False, old=old)
 
 
-def run_of_16_bit(options: Train, source: PlanSource, here: Machine, *, must_fit: bool) -> PlannedRun:
+def run_of_16_bit(
+    options: Train, source: PlanSource, here: Machine, *, must_fit: bool, old: Recorded | None
+) -> PlannedRun:
     """Return a run on a 16-bit model that is quantized first; only its small files are read.
 
     Args:
         must_fit: Whether to raise a DoesNotFit if there is too little memory.
+        old: What was chosen when the run began; None for a new run.
     """
     check_offload(options, here.device)
     model = source.make(source.rank)
     check_pairs(options, model.method)
     data = read_run_data(options, Home(str(options.base), small_files(options.base), source.architecture))
-    return plan_run(options, model, data, here, must_fit=must_fit)
+    return plan_run(options, model, data, here, must_fit=must_fit, old=old)
 
 
 def plan_of(options: Train) -> Plan:

@@ -22,7 +22,7 @@ from qsvd.prepare.machine import train_machine
 from qsvd.prepare.plan import plan_of, plan_source, run_of_16_bit
 from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
 from qsvd.prepare.train import PlannedRun, TrainRun, adapter_options_of, prepare_train
-from qsvd.training.run_folder import check_run_folder, checkpoints, is_saved
+from qsvd.training.run_folder import check_run_folder, checkpoints, is_saved, recorded
 
 UNKNOWN = ("alpha", "base_fingerprint")  # of the identity of a run, before its quantized model is complete
 
@@ -52,12 +52,12 @@ def prepare_training(options: Train) -> TrainRun | FirstRun:
         return ready
     here = train_machine(options)
     source = plan_source(plan_of(options), here.dtype)
-    run = run_of_16_bit(options, source, here, must_fit=True)
+    run = run_of_16_bit(options, source, here, must_fit=True, old=recorded(options.out.expanduser()))
     is_added = not METHODS[run.method].needs_components  # the adapter has a rank of its own, and no components
     quantizing = prepare_quantize(_quantize_options(options, 0 if is_added else source.rank))
     OutputFolder.check(quantizing.out, quantizing.identity, "give --quantized another folder")
     then = replace(
-        options,
+        run.options,
         base=str(quantizing.options.out),
         rank=options.rank if is_added else None,  # else it is the stored rank
         budget=None,

@@ -28,7 +28,6 @@ from qsvd.files.adapter import (
 from qsvd.files.atomic import read_object
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import IDENTITY
-from qsvd.memory.block_bytes import Batch
 from qsvd.memory.placement import Placed
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training, num_kept, show_activations
@@ -37,10 +36,20 @@ from qsvd.options import Train, TrainingOptions
 from qsvd.plan.allocation import EXPERT_RANK
 from qsvd.plan.targets import EVERYTHING, EXPERTS
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import Machine, check_offload, place_training, show_placement, train_machine, wish_of
+from qsvd.prepare.machine import (
+    Machine,
+    check_offload,
+    place_training,
+    show_batches,
+    show_placement,
+    train_machine,
+    training_of,
+    wish_of,
+    with_batches,
+)
 from qsvd.report.errors import short_count
-from qsvd.training.run_folder import KEPT, is_saved, kept_blocks
-from qsvd.training.settings import Settings, default_optimizer
+from qsvd.training.run_folder import KEPT, Recorded, is_saved, recorded
+from qsvd.training.settings import Settings
 
 SMALL, SMALL_RATE = 10**9, 1e-3  # weights of a small model, and the lowest of the best rates measured for such models
 
@@ -161,18 +170,18 @@ def prepare_train(options: Train, data: RunData | None = None) -> TrainRun:
         data: Read already, from the 16-bit model of this quantized one.
     """
     check(options)
-    kept = kept_blocks(options.out.expanduser())
-    return prepare_run(options, train_machine(options), data, must_fit=True, kept=kept)
+    old = recorded(options.out.expanduser())
+    return prepare_run(options, train_machine(options), data, must_fit=True, old=old)
 
 
 def prepare_run(
-    options: Train, here: Machine, data: RunData | None = None, *, must_fit: bool, kept: int | None = None
+    options: Train, here: Machine, data: RunData | None = None, *, must_fit: bool, old: Recorded | None = None
 ) -> TrainRun:
     """Return the run that a machine would do on a quantized model.
 
     Args:
         must_fit: Whether to raise a DoesNotFit if there is too little memory. `qsvd plan` shows such a run.
-        kept: Number of blocks that have kept their activations so far; None for a new run.
+        old: What was chosen when the run began; None for a new run.
     """
     check_offload(options, here.device)
     split = open_split(Path(options.base).expanduser())
@@ -188,7 +197,7 @@ def prepare_run(
         raise BadInput(f"--init-from {options.init_from} has the classes {there}, and {options.data} has {here_too}")
     if labels:
         record = new_record(split, adapter_options, labels)
-    run = plan_run(options, planned_base(split, record, here.dtype), data, here, must_fit=must_fit, kept=kept)
+    run = plan_run(options, planned_base(split, record, here.dtype), data, here, must_fit=must_fit, old=old)
     known = {field.name: getattr(run, field.name) for field in fields(run)}
     return TrainRun(**known, split=split, record=record, init_from=first)
 
@@ -208,12 +217,14 @@ def check_pairs(options: TrainingOptions, method: str) -> None:
 
 
 def plan_run(
-    options: Train, model: SplitModelPlan, data: RunData, here: Machine, *, must_fit: bool, kept: int | None = None
+    options: Train, model: SplitModelPlan, data: RunData, here: Machine, *, must_fit: bool, old: Recorded | None = None
 ) -> PlannedRun:
-    """Return the run on a model that is known by its shapes; see `prepare_run`."""
-    device = here.device
+    """Return the run on a model that is known by its shapes, and its options with numbers; see `prepare_run`."""
+    device, is_auto = here.device, options.batch_size == "auto"
+    wish = wish_of(options, old, is_labelled=bool(data.train.label_names))
+    length = data.max_length if options.packing else data.train.num_tokens / len(data.train.input_ids)
+    options = with_batches(options, model, lambda way: _training(way, data, device), length, wish, here)
     training = _training(options, data, device)
-    wish = wish_of(options, kept, is_labelled=bool(data.train.label_names))
     placed = place_training(model, training, wish, here, must_fit=must_fit)
     number = num_kept(training, placed.placement, len(model.blocks))
     settings = _settings(options, model.method, training.optimizer, data.max_length, placed)
@@ -228,7 +239,7 @@ def plan_run(
         training=training,
         placed=placed,
         elements=model.elements,
-        chosen=tuple(_chosen(options, model)),
+        chosen=(*_chosen(options, model), *((show_batches(training, length),) if is_auto else ())),
         blocks=len(model.blocks),
     )
 
@@ -322,17 +333,8 @@ def _training(options: Train, data: RunData, device: torch.device) -> Training:
     lengths = {len(tokens) for tokens in data.train.input_ids}
     tokens = data.max_length if options.packing else max(lengths)
     training = training_of(options, tokens, device, is_even=len(lengths) == 1)
-    pixels = 0 if data.train.media is None else options.batch_size * data.train.media.pixels
+    pixels = 0 if data.train.media is None else training.batch.batch * data.train.media.pixels
     return replace(training, has_loss=not data.train.label_names, pixels=pixels)
-
-
-def training_of(options: TrainingOptions, tokens: int, device: torch.device, *, is_even: bool = False) -> Training:
-    """Return a run with sequences of a length; `is_even` if all have it, so that none is padded."""
-    rows = options.batch_size * (options.accumulate if options.layer_major else 1)  # padded to one length
-    is_masked = options.packing or (rows > 1 and not is_even)
-    batch = Batch(tokens, options.batch_size, is_masked, options.gradient_checkpointing != "no", device.type)
-    optimizer = default_optimizer(device) if options.optimizer == "auto" else options.optimizer
-    return Training(batch, options.accumulate, optimizer, options.layer_major)
 
 
 def _digest_of_gradients(options: Train) -> str | None:

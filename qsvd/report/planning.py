@@ -264,7 +264,8 @@ def _train_lines(answer: Answer, train: TrainAnswer) -> list[str]:
         show_activations(train.training, train.placed.placement, answer.blocks),
         *([] if train.placed.memory.limits == Limits() else reach),
         f"estimated time: {step.seconds:.2g} s per step, {step.tokens_per_second:,.0f} tokens per second "
-        f"(computing {step.compute:.2g} s, copying weights {step.transfer:.2g} s; {_speed(answer.speed)})",
+        f"(computing {step.compute:.2g} s, decoding {step.decode:.2g} s, copying weights {step.transfer:.2g} s; "
+        f"{_speed(answer.speed)})",
         *(f"advice: {sentence}" for sentence in train.advice),
     ]
 

@@ -4,6 +4,7 @@ A checkpoint is complete or does not exist: it is written in RUN/unfinished, the
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
 KEPT = "blocks_with_activations"  # of the identity: how many blocks are not recomputed
 FREE = ("gradient_checkpointing", KEPT)  # of the identity, the first of older versions: these change no result
+BATCHES = ("batch_size", "accumulate")  # of the identity: their product is the result, but for rounding
 LENGTH = ("steps", "epochs", "early_stopping")  # of the identity: what may change when a run is resumed
 PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
@@ -164,6 +166,8 @@ def check_run_folder(
     if not is_saved(folder):
         return False  # it saved nothing, so nothing is lost when another run starts here
     found, identity = ({k: v for k, v in one.items() if k not in FREE} for one in (found, identity))
+    if _sequences(found) == _sequences(identity):
+        found |= {name: identity.get(name) for name in BATCHES}
     identity |= {name: found.get(name) for name in unknown}
     length = {name: identity.get(name) for name in LENGTH}
     check_same(folder, {**found, **length}, identity, ANOTHER_FOLDER)
@@ -177,16 +181,32 @@ def check_run_folder(
     return True
 
 
-def kept_blocks(folder: Path) -> int | None:
-    """Return how many blocks of a run that goes on keep their activations; None for a new run.
+@dataclass(frozen=True)
+class Recorded:
+    """What was chosen when a run began. With the same numbers it repeats itself to the bit on a GPU, too.
 
-    With the same number a run repeats itself to the bit on a GPU, too. Older versions recorded True for none.
+    Args:
+        unrecomputed: Number of blocks that keep their activations; None if all was free in an older version.
+        batch_size: Sequences of a batch.
     """
+
+    unrecomputed: int | None
+    batch_size: int | None
+
+
+def recorded(folder: Path) -> Recorded | None:
+    """Return what a run that goes on has chosen; None for a new run."""
     path = folder / IDENTITY
     if not (path.is_file() and is_saved(folder)):
         return None
     found = read_object(path, ANOTHER_FOLDER)
-    return found.get(KEPT, 0 if found.get("gradient_checkpointing") else None)
+    first = 0 if found.get("gradient_checkpointing") else None  # older versions recorded True for none
+    return Recorded(found.get(KEPT, first), found.get("batch_size"))
+
+
+def _sequences(identity: Mapping[str, Any]) -> int:
+    """Return how many sequences a step has."""
+    return math.prod(identity.get(name, 1) for name in BATCHES)
 
 
 def is_saved(folder: Path) -> bool:

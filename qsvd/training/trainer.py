@@ -265,6 +265,14 @@ class EncoderDecoderTrainer(SplitTraining, Trainer):
         else:
             self.state.num_input_tokens_seen += int((inputs["labels"] != UNTRAINED).sum())
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of this batch as its share of the mean over all trained tokens of a step."""
+        outputs = model(**inputs)
+        share = (inputs["labels"] != UNTRAINED).sum() / num_items_in_batch
+        return (outputs.loss * share, outputs) if return_outputs else outputs.loss * share
+
     def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model(**inputs).loss
 
@@ -289,9 +297,9 @@ def make_trainer(
         if isinstance(data, MediaRows):
             collator, data = partial(_batch_in, model.dtype, data), data.as_dataset()
         trainer = kind(model, arguments, data_collator=collator, train_dataset=data)
-        # The loss of such a model is the mean of its batch and ignores num_items_in_batch, so the trainer must divide
-        # by the number of batches of a step.
-        trainer.model_accepts_loss_kwargs = False
+        # A classifier's loss is the mean of its batch and ignores num_items_in_batch, so the trainer must divide by the
+        # number of batches of a step. That of an encoder-decoder is divided by the tokens of a step.
+        trainer.model_accepts_loss_kwargs = not is_classifier
     else:
         arguments = language_arguments(settings, run, model.device)
         chosen = {"processing_class": tokenizer, "train_dataset": data}

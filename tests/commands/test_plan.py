@@ -169,7 +169,10 @@ def test_experts_that_were_excluded_are_said_to_be_counted_in_16_bits(capsys, tm
         (["--gpu", "24X"], "--gpu '24X' is not a size: give a number of GB, or one and KB, MB, GB or TB"),
         (["--host", "much"], "--host 'much' is not a size"),
         (["--max-length", "0"], "--max-length 0 is below 2"),
-        (["--max-length", "-5", "--batch-size", "0"], "--batch-size 0 is below 1; --max-length -5 is below 2"),
+        (
+            ["--max-length", "-5", "--batch-size", "0"],
+            "--batch-size 0 is neither auto nor a number of at least 1; --max-length -5 is below 2",
+        ),
         (["--rank", "-1"], "--rank -1 is below 0"),
         (["--rank", "2000"], "--rank 2000 is above 1024, the shorter side of the smallest layer"),
         (["--accumulate", "0"], "--accumulate 0 is below 1"),

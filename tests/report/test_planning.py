@@ -53,7 +53,7 @@ def answer_of(train, **changes):
 
 
 def train_of(memory, *, placement=Placement(20, "disk", embeddings_on_host=True), advice=()):  # noqa: B008  # frozen
-    step = StepTime(compute=10.0, transfer=4.0, tokens=4096)
+    step = StepTime(compute=9.0, decode=1.0, transfer=4.0, tokens=4096)
     return TrainAnswer(Placed(placement, memory), Reach(8192, None), advice, step, RUN)
 
 
