@@ -166,7 +166,7 @@ def _answers(subject: Subject, run: EvalRun, shown: Shown) -> Values:
         data = tokenize(run.examples, subject.tokenizer, **cut)
     else:
         data = tokenize_images(run.examples, subject.processor, **cut)
-    model = _load(subject, run)
+    model = _load(subject, run, pixels=0 if data.media is None else run.options.batch_size * data.media.pixels)
     how: dict[str, Any] = {"pad_token": subject.tokenizer.pad_token_id, "batch": run.options.batch_size}
     how["tell"] = shown.of(len(data.input_ids), "examples")
     if data.media is not None:
@@ -241,20 +241,19 @@ def _exact_match(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     }
 
 
-def _load(subject: Subject, run: EvalRun) -> Any:
-    """Load a model; as many blocks stay on the device as fit."""
+def _load(subject: Subject, run: EvalRun, pixels: int = 0) -> Any:
+    """Load a model; as many blocks stay on the device as fit beside the numbers of a batch's images or sounds."""
     is_classifier = run.task == "accuracy"
-    placement = EVERYTHING if subject.found.kind == "16-bit" else _placement(subject.found, run)
+    placement = EVERYTHING if subject.found.kind == "16-bit" else _placement(subject.found, run, pixels)
     return load_model(subject.found, run.device, run.dtype, classifier=is_classifier, placement=placement)
 
 
-def _placement(found: NamedModel, run: EvalRun) -> Placement:
+def _placement(found: NamedModel, run: EvalRun, pixels: int) -> Placement:
     split = open_split(found.home)
     tokens = min(run.options.window or MOST_WINDOW, positions(split.folder))
     batch = Batch(tokens, run.options.batch_size, is_masked=True, checkpointing=True, device=run.device.type)
-    return place_reading(
-        split, record_of(found, split), batch, Wish(run.options.resident), machine(run.device, run.dtype)
-    )
+    wish, here = Wish(run.options.resident), machine(run.device, run.dtype)
+    return place_reading(split, record_of(found, split), batch, wish, here, pixels=pixels)
 
 
 def _window(context: int, subject: Subject, options: Eval) -> int:

@@ -80,8 +80,13 @@ def _probes(shape: tuple[int, int], count: int) -> int:
     return count * 8 * 3 * short**2 if short <= EXACT_SIDE else 4 * PROBES * max(STEPS) * short
 
 
-def plan_serving(model: SplitModelPlan, batch: Batch, placement: Placement, limits: Limits) -> MemoryPlan:
+def plan_serving(
+    model: SplitModelPlan, batch: Batch, placement: Placement, limits: Limits, *, has_head: bool = True
+) -> MemoryPlan:
     """Return the bytes while the last token of every sequence of the batch is generated.
+
+    Args:
+        has_head: Whether there is an output head: not in a classifier of a language model.
 
     Raises:
         BadInput: the model cannot be run from tokens alone.
@@ -93,12 +98,12 @@ def plan_serving(model: SplitModelPlan, batch: Batch, placement: Placement, limi
     text = model.text_config
     items = [
         *residual_items(model, placement, device),
-        *dense_items(model, placement, device),
+        *dense_items(model, placement, device, has_head=has_head),
         on(device, "components and adapters", adapters),
         on(device, "keys and values", cache_bytes(model, batch)),
         on(device, "activations of one block", blocks[0].around + blocks[0].input + peak.total - peak.decoding),
         on(device, "decode workspace", peak.decoding),
-        on(device, "logits of the last token", 4 * batch.batch * text.vocab_size),
+        on(device, "logits of the last token", 4 * batch.batch * text.vocab_size if has_head else 0),
         context_item(device),
     ]
     notes = ("All tokens but the last are the prompt and are read in one pass (assumed).", *context_notes(device))

@@ -131,10 +131,12 @@ def _share(num_bytes: int | None, share: float) -> int | None:
     return None if num_bytes is None else int(share * num_bytes)
 
 
-def place_serving(model: SplitModelPlan, batch: Batch, limits: Limits, wish: Wish = FREE) -> Placed:
-    """Return the same for generating text."""
+def place_serving(
+    model: SplitModelPlan, batch: Batch, limits: Limits, wish: Wish = FREE, *, has_head: bool = True
+) -> Placed:
+    """Return the same for generating text, or for a classifier, which has no output head."""
     possible = ways(model, batch.device, replace(wish, offload="no"))
-    return _best(lambda placement: plan_serving(model, batch, placement, limits), possible, wish)
+    return _best(lambda placement: plan_serving(model, batch, placement, limits, has_head=has_head), possible, wish)
 
 
 def can_fit(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish = FREE) -> bool:

@@ -147,13 +147,21 @@ def wish_of(options: TrainingOptions, old: Recorded | None = None, *, is_labelle
     return Wish(options.resident, offload, number, None if old is None else old.batch_size)
 
 
-def place_reading(split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, here: Machine) -> Placement:
-    """Return which blocks stay on the device while a model reads batches and returns the logits of every token."""
+def place_reading(  # what is planned, and where
+    split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, here: Machine, *, pixels: int = 0
+) -> Placement:
+    """Return which blocks stay on the device while a model reads batches and returns the logits of every token.
+
+    Args:
+        pixels: Numbers that a processor makes of the images or sounds of a batch.
+    """
     model = planned_base(split, record, here.dtype)
     choices = 0 if record.labels else model.text_config.vocab_size
     logits = 2 * here.dtype.itemsize * batch.batch * batch.tokens * choices  # and a copy of them
-    logits_item = on(here.device.type, "logits of every token", logits)
-    return _placed_beside(logits_item, model, batch, wish, here, "a smaller --batch-size or --window")
+    numbers = EXACT * pixels + max(logits, encoder_bytes(model, pixels, batch.device))  # the encoder runs before
+    item = on(here.device.type, "images, and their encoder or logits of every token", numbers)
+    advice = "a smaller --batch-size or --window"
+    return _placed_beside(item, model, batch, wish, here, advice, has_head=not record.labels)
 
 
 def place_generating(  # what is planned, and where
@@ -171,13 +179,13 @@ def place_generating(  # what is planned, and where
     return _placed_beside(images, model, batch, wish, here, "a smaller --max-new-tokens or a shorter prompt")
 
 
-def _placed_beside(
-    item: Item, model: SplitModelPlan, batch: Batch, wish: Wish, here: Machine, advice: str
+def _placed_beside(  # noqa: PLR0913  # what is planned, and where
+    item: Item, model: SplitModelPlan, batch: Batch, wish: Wish, here: Machine, advice: str, *, has_head: bool = True
 ) -> Placement:
     """Return which blocks stay on the device beside these bytes; a DoesNotFit says what to give instead."""
     gpu, host = here.limits.gpu, here.limits.host
     left = Limits(None if gpu is None else gpu - item.gpu, None if host is None else host - item.host)
-    found = place_serving(model, batch, left, wish)
+    found = place_serving(model, batch, left, wish, has_head=has_head)
     memory = replace(found.memory, items=(*found.memory.items, item), limits=here.limits)
     if not memory.fits:
         raise DoesNotFit(f"{_lack(memory)}; give {advice}")

@@ -395,9 +395,9 @@ def test_the_planner_is_asked_for_every_model_of_4_bits(made, measured, monkeypa
     seen = []
     real = qsvd_eval.place_reading
 
-    def place_reading(split, record, batch, wish, there):
+    def place_reading(split, record, batch, wish, there, pixels):
         seen.append((split.folder, record.method, batch, wish.share, there.dtype))
-        return real(split, record, batch, wish, there)
+        return real(split, record, batch, wish, there, pixels=pixels)
 
     monkeypatch.setattr(qsvd_eval, "place_reading", place_reading)
     run = made.folder / "edora"

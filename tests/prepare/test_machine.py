@@ -15,11 +15,13 @@ from qsvd.memory.items import Limits, Placement
 from qsvd.memory.other_tasks import plan_serving
 from qsvd.memory.placement import Wish
 from qsvd.memory.training import Training, plan_training
+from qsvd.memory.twins import LiveBytes
 from qsvd.prepare import machine as place_run
 from qsvd.prepare.machine import Machine, machine, num_blocks, place_reading, place_training, show_placement
 from qsvd.prepare.train import prepare_train
 from tests.adapters.results import split_checkpoint
 from tests.runs import classifier_base, labelled_rows, language_base, text_rows, training, write_rows
+from tests.vision import SIDE, dense, quantized
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYERS, VOCABULARY = 5, 96
@@ -127,6 +129,36 @@ def test_a_classifier_gives_no_logits_of_tokens(tmp_path):
     record = new_record(split, qsvd.AdapterOptions(), ("a", "b"))
     most = plan_serving(planned_base(split, record, torch.float32), BATCH, Placement(2, "disk"), Limits()).total("host")
     assert place_reading(split, record, BATCH, Wish(1.0), there(host=most)).resident == 2
+
+
+def test_a_classifier_of_a_language_model_is_planned_without_an_output_head(split, monkeypatch):
+    plans, real = [], place_run.place_serving
+    monkeypatch.setattr(place_run, "place_serving", lambda *a, **b: plans.append(real(*a, **b)) or plans[-1])
+    place_reading(split, new_record(split, qsvd.AdapterOptions(), ("a", "b")), BATCH, Wish(1.0), there())
+    (plan,) = (placed.memory for placed in plans)
+    model = qsvd.load(split.folder, labels=("a", "b"), device="cpu", dtype=torch.float32)
+    held = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    names = ("residual codes", "residual scales", "components and adapters", "embeddings", "output head")
+    found = sum(plan[name].host for name in (*names, "norms and the rest"))
+    assert found == pytest.approx(sum(held.values()), abs=1024)  # tables of levels, and of positions
+    assert VOCABULARY * 64 * 4 > 16 * 1024, "a head is more than this difference"
+    assert plan["logits of the last token"].host == 0
+
+
+def test_reading_images_takes_their_numbers_and_the_encoder(tmp_path):
+    """Of 200 images, the numbers that transformers' own encoder makes are above the logits."""
+    folder = quantized(tmp_path, "llava")
+    split = open_split(folder)
+    record, images = new_record(split, qsvd.AdapterOptions()), 200
+    model, pixels = planned_base(split, record, torch.float32), torch.randn(images, 3, SIDE, SIDE)
+    tower = dense(folder, "llava")
+    live = LiveBytes([*tower.parameters(), *tower.buffers(), pixels])
+    with torch.no_grad(), live:
+        tower.get_image_features(pixel_values=pixels)
+    most = plan_serving(model, BATCH, Placement(2, "disk"), Limits()).total("host") + pixels.nbytes + live.peak
+    with pytest.raises(DoesNotFit):
+        place_reading(split, record, BATCH, Wish(1.0), there(host=most - 1), pixels=pixels.numel())
+    place_reading(split, record, BATCH, Wish(1.0), there(host=most + 3 * live.peak), pixels=pixels.numel())
 
 
 def test_on_a_gpu_the_logits_are_there_and_not_on_the_host(split, record):

@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 
 import qsvd
 from qsvd.cli import run
+from qsvd.commands import eval as qsvd_eval
 from qsvd.commands.train import train
 from qsvd.data.columns import UNTRAINED
 from qsvd.errors import BadInput
@@ -66,7 +67,7 @@ def simple(folder, count=4):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_losses_are_those_of_transformers_with_dense_weights(bases, kind, tmp_path):
+def test_the_losses_are_those_of_transformers_with_dense_weights(bases, kind, tmp_path, monkeypatch):
     rows = simple(tmp_path)
     data, base = write_lines(tmp_path / "rows.jsonl", rows), bases[kind]
     inputs, labels = read(base, rows, tmp_path)
@@ -80,7 +81,12 @@ def test_the_losses_are_those_of_transformers_with_dense_weights(bases, kind, tm
     assert (checked.batch.tokens, checked.pixels) == (inputs["input_ids"].shape[1], 4 * 3 * SIDE**2)
     made = qsvd.train(options)
     assert made.losses[0] == pytest.approx(wanted, rel=CLOSE)
+    numbers, place = [], qsvd_eval.place_reading
+    monkeypatch.setattr(
+        qsvd_eval, "place_reading", lambda *a, pixels: numbers.append(pixels) or place(*a, pixels=pixels)
+    )
     measured = qsvd.evaluate(str(base), data=data, device="cpu", batch_size=3).rows[0].values
+    assert numbers == [3 * 3 * SIDE**2], "of three images in colour"
     assert measured["nats"] == pytest.approx(wanted, rel=CLOSE)
     assert measured["tokens"] == (labels != UNTRAINED).sum()
 
