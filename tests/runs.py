@@ -16,7 +16,9 @@ from transformers import AutoTokenizer
 import qsvd
 from qsvd.adapters.methods.table import with_options
 from qsvd.commands.demo import FINE_TUNING, MODEL
-from qsvd.data.columns import UNTRAINED
+from qsvd.data.columns import UNTRAINED, Tokenized
+from qsvd.data.row_files import Places
+from qsvd.data.tokens import pack, packed_dataset
 from qsvd.options import Train
 from qsvd.training.run_folder import RunFolder
 from qsvd.training.settings import Settings
@@ -153,7 +155,11 @@ def trainer(base, run, rows, chosen, hooks=None, **load):
 
     model = qsvd.load(base, device="cpu", dtype=torch.float32, **load)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    made = make_trainer(model, tokenizer, Dataset.from_dict(rows), chosen, Path(run))
+    data = Dataset.from_dict(rows)
+    if chosen.packing:
+        examples = Tokenized("text", rows["input_ids"], rows["labels"], Places("rows", "row", []))
+        data = packed_dataset(examples, pack([len(ids) for ids in rows["input_ids"]], chosen.max_length))
+    made = make_trainer(model, tokenizer, data, chosen, Path(run))
     if hooks is not None:
         start, made.watch = made.start_hooks, hooks
 

@@ -7,7 +7,7 @@ Of COLUMN_SETS the first whose required columns are all present is used, so the 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qsvd.data.chat import check_messages, described, from_conversation, read_tools
@@ -285,6 +285,17 @@ class Tokenized:
     def num_trained(self) -> int:
         """Number of tokens with a loss in all sequences; for labelled text, of labels."""
         return sum(1 if isinstance(label, int) else Marked([], label).num_trained for label in self.labels)
+
+    def take(self, indexes: Sequence[int]) -> "Tokenized":
+        """Return some sequences, in the order given."""
+        return replace(
+            self,
+            input_ids=[self.input_ids[index] for index in indexes],
+            labels=[self.labels[index] for index in indexes],
+            places=self.places.take(indexes),
+            token_types=self.token_types and [self.token_types[index] for index in indexes],
+            media=self.media and self.media.take(indexes),
+        )
 
     def as_dataset(self) -> "Dataset":
         """Return a data set with the columns input_ids and labels, and token_type_ids for pairs of texts."""

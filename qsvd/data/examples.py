@@ -1,7 +1,7 @@
 """The data of a run: rows to tokens, and what is held out."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from qsvd.data.images import hears, open_processor, reads_images, tokenize_image
 from qsvd.data.read import read_pair, read_rows
 from qsvd.data.row_files import Rows
 from qsvd.data.template_names import check_tokens, read_template
-from qsvd.data.tokens import tokenize
+from qsvd.data.tokens import check_keeps_apart, pack, packed_dataset, tokenize
 from qsvd.errors import BadInput
 from qsvd.options import Train
 from qsvd.plan.weights import context_length, writers
@@ -40,6 +40,7 @@ class RunData:
         held_out: None if nothing is held out.
         max_length: The longest sequence that is allowed, in tokens.
         is_encoder_decoder: Whether prompts are read by an encoder and completions are written by a decoder.
+        packed: With packing, the examples to train that share each row, by number.
     """
 
     tokenizer: Any
@@ -47,10 +48,19 @@ class RunData:
     held_out: Tokenized | None
     max_length: int
     is_encoder_decoder: bool = False
+    packed: list[list[int]] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each row that is trained: of each example, or of those that share a row."""
+        found = [len(tokens) for tokens in self.train.input_ids]
+        return found if self.packed is None else [sum(found[index] for index in row) for row in self.packed]
 
     @property
     def dataset(self) -> Any:
-        """The examples to train: a datasets.Dataset of input_ids and labels, or MediaRows."""
+        """The examples to train: a datasets.Dataset of input_ids and labels, packed rows, or MediaRows."""
+        if self.packed is not None:
+            return packed_dataset(self.train, self.packed)
         if self.train.media is not None:
             return self.train.media
         if self.is_encoder_decoder:
@@ -115,7 +125,11 @@ def read_run_data(options: Train, home: Home) -> RunData:
         tokenizer = train.media.processor.tokenizer
     if is_pair:
         _check_pairs(options, train, held_out, tokenizer)
-    return RunData(tokenizer, train, held_out, max_length, is_pair)
+    packed = None
+    if options.packing:
+        check_keeps_apart(home.folder, home.name)
+        packed = pack([len(tokens) for tokens in train.input_ids], max_length)
+    return RunData(tokenizer, train, held_out, max_length, is_pair, packed)
 
 
 def is_encoder_decoder(folder: Path) -> bool:
@@ -333,15 +347,4 @@ def _hold_out(data: Tokenized, options: Train) -> tuple[Tokenized, Tokenized | N
     if count >= total:
         return data, None
     order = torch.randperm(total, generator=torch.Generator().manual_seed(options.seed)).tolist()
-    return _take(data, sorted(order[count:])), _take(data, sorted(order[:count]))
-
-
-def _take(data: Tokenized, indexes: list[int]) -> Tokenized:
-    return replace(
-        data,
-        input_ids=[data.input_ids[index] for index in indexes],
-        labels=[data.labels[index] for index in indexes],
-        places=data.places.take(indexes),
-        token_types=data.token_types and [data.token_types[index] for index in indexes],
-        media=data.media and data.media.take(indexes),
-    )
+    return data.take(sorted(order[count:])), data.take(sorted(order[:count]))

@@ -1,18 +1,27 @@
-"""Examples -> token ids, and for each token whether it is trained."""
+"""Examples -> token ids, and for each token whether it is trained; short sequences -> rows that they share."""
 
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qsvd.data import chat, plain
 from qsvd.data.chat import Chat, ChatTemplate
-from qsvd.data.columns import Examples, Marked, Tokenized
+from qsvd.data.columns import UNTRAINED, Examples, Marked, Tokenized
 from qsvd.data.masks import mark_chats, says_nothing, stop_tokens_of
 from qsvd.data.plain import tokenize_labelled
 from qsvd.data.row_files import Places, Problem, refusal
 from qsvd.errors import BadInput
+from qsvd.plan.language import why_mixed
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n"  # between question and answer, without a chat template
@@ -204,3 +213,84 @@ def _collect(examples: Examples, kept: Sequence[tuple[int, Marked]]) -> Tokenize
         examples.places.take([index for index, _ in kept]),
         columns=examples.columns,
     )
+
+
+# Packing: short sequences share a row. Each has positions of its own, from 0, by which transformers tells them apart.
+
+
+def check_keeps_apart(folder: Path, name: str) -> None:
+    """Refuse to pack for a model that mixes the sequences of a row."""
+    from transformers import AutoConfig
+
+    if reason := why_mixed(AutoConfig.from_pretrained(folder, local_files_only=True)):
+        raise BadInput(f"--packing cannot be used for {name}: {reason}; leave it out")
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Return which sequences share a row: best fit decreasing, so that each goes into the fullest row that holds it.
+
+    Args:
+        lengths: Of the sequences, at most `row_length`.
+    """
+    rows: list[list[int]] = []
+    spaces: list[int] = []  # of rows that are not full, ascending
+    with_space: dict[int, deque[list[int]]] = defaultdict(deque)
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fit, row, space = bisect_left(spaces, lengths[index]), [], row_length
+        if fit == len(spaces):
+            rows.append(row)
+        else:
+            space = spaces[fit]
+            row = with_space[space].popleft()
+            if not with_space[space]:
+                del spaces[fit]
+        row.append(index)
+        space -= lengths[index]
+        if space and not with_space[space]:
+            insort(spaces, space)
+        with_space[space].append(row)
+    return rows
+
+
+def packed_dataset(data: Tokenized, rows: Sequence[Sequence[int]]) -> "Dataset":
+    """Return a data set of packed rows, with the columns input_ids, labels and position_ids.
+
+    The first token of a sequence has no loss: it is not predicted from the sequence before it.
+    """
+    from datasets import Dataset
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        lengths = [len(data.input_ids[index]) for index in row]
+        columns["input_ids"].append([token for index in row for token in data.input_ids[index]])
+        columns["labels"].append([one for index in row for one in (UNTRAINED, *_labels(data, index)[1:])])
+        columns["position_ids"].append([position for length in lengths for position in range(length)])
+    return Dataset.from_dict(columns)
+
+
+def _labels(data: Tokenized, index: int) -> list[int]:
+    labels = data.labels[index]
+    assert not isinstance(labels, int), "labelled texts are refused"
+    return labels
+
+
+def packed_batch(rows: Sequence[Mapping[str, list[int]]], padding: int) -> dict[str, Tensor]:
+    """Return the tensors of rows of `packed_dataset`, padded on the right.
+
+    There is no attention mask, by which transformers would read a row as one sequence. Padding has position 0, so that
+    each token of it is a sequence of its own.
+
+    Args:
+        padding: The token to pad with.
+    """
+    fillers = {"input_ids": padding, "labels": UNTRAINED, "position_ids": 0}
+    return {
+        name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=filler)
+        for name, filler in fillers.items()
+    }
+
+
+def count_packed(position_ids: Tensor) -> int:
+    """Return the tokens of packed rows [batch, tokens] without padding: a position 0 that no position 1 follows."""
+    following = torch.nn.functional.pad(position_ids[:, 1:], (0, 1))
+    return int(((position_ids > 0) | (following == 1)).sum())

@@ -82,8 +82,6 @@ def _conflicts_of_training(options: TrainingOptions) -> list[str]:
         wrong.append(f"--damping {options.damping:g} is for --precondition riemannian: give it too, or leave it out")
     if options.precondition != "none" and options.optimizer == "lora-rite":
         wrong.append("--optimizer lora-rite preconditions by itself: leave out --precondition riemannian")
-    if options.layer_major and options.packing:
-        wrong.append("--layer-major needs several rows per step, and --packing makes one: give one of them")
     wrong += _conflicts_of_batches(options)
     return wrong + (_wrong_trackers(options.report_to) if isinstance(options, Train) else [])
 

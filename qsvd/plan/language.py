@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MARKS = ("_token_id", "_token_index")  # of tokens that stand for images and sound, or begin and end a text
+STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent"}  # kinds of layers
+MIXING = (  # whose masks, in transformers 5.23, are not made from positions; measured, or read in their code
+    *("afmoe", "biogpt", "bloom", "cpmant", "falcon", "gpt_oss", "minimax", "mpt", "openai-gpt", "opt", "paligemma"),
+    *("qwen2_5_vl", "qwen2_vl", "xglm"),
+)
 SOUND = 16_000  # numbers of a second of sound, for models that read it as it is
 
 
@@ -111,3 +116,15 @@ def _sound(config: Any) -> tuple[int, int]:
     """Return bands and frames of a spectrogram; an encoder halves the frames."""
     audio = getattr(config, "audio_config", config)
     return audio.num_mel_bins, 2 * audio.max_source_positions
+
+
+def why_mixed(config: "PreTrainedConfig") -> str | None:
+    """Return why a model of this config mixes sequences that share a row, or may do so; None if nothing is known."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if kinds & STATES or text.model_type in ("rwkv", "xlstm"):
+        return f"{text.model_type} has layers with a state that goes on from one sequence of a row to the next"
+    names = {config.model_type, text.model_type, text.model_type.removesuffix("_text")}
+    if names & set(MIXING):
+        return f"in transformers, {config.model_type} lets tokens see the sequences before theirs in a row"
+    return None

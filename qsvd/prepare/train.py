@@ -83,11 +83,11 @@ class PlannedRun:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; with packing an upper bound, since only the trainer packs."""
+        """Optimizer steps of the whole run."""
         settings = self.settings
         if settings.steps:
             return settings.steps
-        batches = math.ceil(len(self.data.train.input_ids) / settings.batch_size)
+        batches = math.ceil(len(self.data.lengths) / settings.batch_size)
         return math.ceil(math.ceil(batches / settings.accumulate) * settings.epochs)
 
     @property
@@ -101,11 +101,16 @@ class PlannedRun:
             "method": self.method,
             "adapter dtype": self.adapter_dtype,
             "device": f"{self.device}, {self.dtype}",
-            "sequences": f"{len(data.input_ids):,} with {data.num_tokens:,} tokens",
+            "sequences": f"{len(data.input_ids):,} with {data.num_tokens:,} tokens{self._packed}",
             "trained tokens": f"{data.num_trained:,}",
             "held out": f"{len(held_out.input_ids) if held_out else 0:,} sequences",
-            "steps": f"{self.total_steps:,}" + (" at most" if self.settings.packing else ""),
+            "steps": f"{self.total_steps:,}",
         }
+
+    @property
+    def _packed(self) -> str:
+        rows = self.data.packed
+        return "" if rows is None else f", packed into {len(rows):,} rows of at most {max(self.data.lengths):,}"
 
     @property
     def first_lines(self) -> list[str]:
@@ -222,7 +227,7 @@ def plan_run(
     """Return the run on a model that is known by its shapes, and its options with numbers; see `prepare_run`."""
     device, is_auto = here.device, options.batch_size == "auto"
     wish = wish_of(options, old, is_labelled=bool(data.train.label_names))
-    length = data.max_length if options.packing else data.train.num_tokens / len(data.train.input_ids)
+    length = sum(data.lengths) / len(data.lengths)
     options = with_batches(options, model, lambda way: _training(way, data, device), length, wish, here)
     training = _training(options, data, device)
     placed = place_training(model, training, wish, here, must_fit=must_fit)
@@ -330,9 +335,8 @@ def adapter_options_of(options: TrainingOptions) -> AdapterOptions:
 
 def _training(options: Train, data: RunData, device: torch.device) -> Training:
     """Return what the planner counts: a step with the longest sequences that there are."""
-    lengths = {len(tokens) for tokens in data.train.input_ids}
-    tokens = data.max_length if options.packing else max(lengths)
-    training = training_of(options, tokens, device, is_even=len(lengths) == 1)
+    lengths = set(data.lengths)
+    training = training_of(options, max(lengths), device, is_even=len(lengths) == 1)
     pixels = 0 if data.train.media is None else training.batch.batch * data.train.media.pixels
     return replace(training, has_loss=not data.train.label_names, pixels=pixels)
 

@@ -1,11 +1,19 @@
 """Reasons to stop a training run: a first loss that is too high, a loss that is NaN, too little memory."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from qsvd.data.columns import UNTRAINED
 from qsvd.errors import TrainingStopped
 from qsvd.training.settings import Settings
 
 START_SLACK = 0.1  # nats that the first loss may be above that of the quantized model: rounding of the adapters
+PACKING_SLACK = 0.1  # nats per token: rounding, and other experts because of it
+PROBE = 64  # tokens by which packing is checked
 HEAD_SLACK = 2.0  # nats that the first loss of a new classification head may be above that of guessing
 
 
@@ -36,6 +44,34 @@ def check_start(loss: float, base_loss: float, choices: int, *, is_classifier: b
         raise TrainingStopped(
             f"the first loss is {loss:.3f} nats, but the quantized model has {base_loss:.3f} on the same batch: the "
             "adapter does not start from its outputs (--any-start trains anyway)"
+        )
+
+
+def check_apart(model: Any, batch: Mapping[str, Tensor]) -> None:
+    """Refuse a model for which a sequence depends on what stands before it in a packed row.
+
+    One sequence stands in a row twice; the losses must be the same.
+
+    Args:
+        batch: Packed rows, input_ids and position_ids [batch, tokens]. The sequence is the first one, or its beginning.
+
+    Raises:
+        TrainingStopped: the losses differ by more than rounding.
+    """
+    starts = (batch["position_ids"][0, 1:PROBE] == 0).nonzero()
+    length = int(starts[0, 0]) + 1 if len(starts) else min(PROBE, batch["position_ids"].shape[1])
+    tokens_1T, positions_1T = (batch[name][:1, :length].repeat(1, 2) for name in ("input_ids", "position_ids"))
+    labels_1T = tokens_1T.where(positions_1T > 0, UNTRAINED)
+    model.eval()  # without dropout; the step switches back to train()
+    with torch.no_grad():
+        twice = {"input_ids": tokens_1T, "position_ids": positions_1T, "labels": labels_1T}
+        chances_T = model(**twice, use_cache=False, fused_lm_head=True).log_probs[0]
+    difference = (chances_T[: length - 1] - chances_T[length:]).abs().mean().item()
+    if difference > PACKING_SLACK:
+        raise TrainingStopped(
+            f"--packing cannot be used for this {model.config.model_type} model: a sequence that stands twice in a row "
+            f"has losses that differ by {difference:.3f} nats per token, so the model mixes the sequences of a row; "
+            "leave --packing out"
         )
 
 

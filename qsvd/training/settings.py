@@ -32,7 +32,7 @@ class Settings:
         precondition: "riemannian" or "none".
         damping: Of the preconditioner.
         layer_major: Give the model all batches of a step at once; every block divides them into batches again.
-        packing: Put short sequences into one row of max_length tokens, without attention between them.
+        packing: The rows of the data are packed (data/tokens.py).
         gradient_checkpointing: Compute the activations of blocks twice instead of keeping them.
         unrecomputed: Number of blocks, the last ones, that keep them all the same.
         save_every: Steps between checkpoints; the newest `keep` of them are kept.
@@ -75,9 +75,8 @@ def language_arguments(settings: Settings, folder: Path, device: torch.device) -
     arguments = SFTConfig(
         **_common(settings, folder, device),
         max_length=settings.max_length,
-        packing=settings.packing,
         router_aux_loss_coef=0.0,  # routers are frozen
-        dataset_kwargs={"skip_prepare_dataset": not settings.packing},
+        dataset_kwargs={"skip_prepare_dataset": True},
         activation_offloading=settings.activation_offload,
     )
     return _on_one_gpu(arguments)
@@ -119,7 +118,7 @@ def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str,
         "report_to": list(settings.report_to) or "none",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "include_num_input_tokens_seen": "all" if settings.packing else "non_padding",
+        "include_num_input_tokens_seen": "non_padding",
         "disable_tqdm": True,
         "use_cpu": device.type == "cpu",
         "bf16": False,  # the model has its compute dtype already; autocast would only copy activations

@@ -54,6 +54,19 @@ class TellSteps(TrainerCallback):
         control.should_training_stop |= stops
 
 
+class SetRate(TrainerCallback):
+    """Sets the learning rate of the first step: a checkpoint has that of the schedule before the run was extended."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        del args, state, control
+        schedule, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
+        for group, rate, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = rate * share(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in groups]  # what is logged
+
+
 def best_of(steps: Iterable[Step]) -> Step | None:
     """Return the first step with the lowest held-out loss; None if none was measured."""
     measured = [step for step in steps if step.held_out is not None]

@@ -30,15 +30,17 @@ from qsvd.adapters.model import restore, split_linears, trained_pairs
 from qsvd.adapters.start import read_components
 from qsvd.data.columns import UNTRAINED
 from qsvd.data.media import MediaRows
+from qsvd.data.tokens import count_packed, packed_batch
 from qsvd.errors import BadInput
 from qsvd.files.adapter import open_adapter
 from qsvd.files.safetensors import new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.split_folder import SplitFolder
-from qsvd.training.guards import check_start, not_finite
+from qsvd.training.guards import check_apart, check_start, not_finite
 from qsvd.training.lora_rite import LoraRite
 from qsvd.training.riemannian import Riemannian
 from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of
 from qsvd.training.settings import Settings, classifier_arguments, language_arguments
+from qsvd.training.steps import SetRate
 
 HOOKS = "hooks.safetensors"  # of a checkpoint: the state of the method's hooks
 
@@ -77,19 +79,6 @@ class CallMethod(TrainerCallback):
         self.trainer.hooks.after_step(state.global_step + 1)
 
 
-class SetRate(TrainerCallback):
-    """Sets the learning rate of the first step: a checkpoint has that of the schedule before the run was extended."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        del args, state, control
-        schedule, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
-        for group, rate, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = rate * share(schedule.last_epoch)
-        schedule._last_lr = [group["lr"] for group in groups]  # what is logged
-
-
 class SplitTraining(Trainer):
     """The part that both trainers share.
 
@@ -116,6 +105,7 @@ class SplitTraining(Trainer):
     best: Callable[[], int | None]
     held_out: Callable[[], float | None]
     eval_every: int | None = None
+    is_checked = False
 
     @property
     def run(self) -> Path:
@@ -130,9 +120,9 @@ class SplitTraining(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one batch forward and backward; stop if the first loss is too high or a loss is not finite."""
         # Before the first step only: a resumed run starts at a later one, and has been checked.
-        if self.state.global_step == 0 and self.base is not None:
-            self._check_start(self._prepare_inputs(inputs), self.base)
-            self.base = None  # the first step can have several batches; the first one is enough
+        if self.state.global_step == 0 and not self.is_checked:
+            self.check_first(self._prepare_inputs(inputs))
+            self.is_checked = True  # the first step can have several batches; the first one is enough
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_finite("loss", loss.item())
         # True at the last batch of a step, when the gradients of all its batches are summed.
@@ -222,12 +212,14 @@ class SplitTraining(Trainer):
             saved = checkpoints(self.run)
             raise not_finite(what, value, self.state.global_step + 1, step_of(saved[-1]) if saved else None)
 
-    def _check_start(self, inputs: dict[str, Any], base: SplitFolder) -> None:
-        """Compare the loss of the first batch with that of guessing and of the quantized model."""
+    def check_first(self, inputs: dict[str, Any]) -> None:
+        """Compare the loss of the first batch with that of guessing and of the quantized model, if that is there."""
+        if self.base is None:
+            return
         self.model.eval()  # without dropout; training_step switches back to train()
         with torch.no_grad():
             loss = self.start_loss(inputs).item()
-            with stored_components(self.model, base):
+            with stored_components(self.model, self.base):
                 base_loss = self.start_loss(inputs).item()
         config = self.model.config
         choices = config.num_labels if self.is_classifier else config.get_text_config().vocab_size
@@ -235,9 +227,21 @@ class SplitTraining(Trainer):
 
 
 class LanguageTrainer(SplitTraining, SFTTrainer):
-    """The trainer of causal language models; its loss never holds all logits."""
+    """The trainer of causal language models, maybe on packed rows; its loss never holds all logits."""
 
     is_classifier = False
+    is_packed = False
+
+    def check_first(self, inputs: dict[str, Any]) -> None:
+        if self.is_packed:
+            check_apart(self.model, inputs)
+        super().check_first(inputs)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
+        if self.is_packed:
+            self.state.num_input_tokens_seen += count_packed(inputs["position_ids"])
+        else:
+            super()._track_num_input_tokens(inputs)
 
     def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
@@ -283,7 +287,7 @@ def make_trainer(
     """Return a trainer for a model from `qsvd.load`.
 
     Args:
-        data: A datasets.Dataset with the columns input_ids and labels, or MediaRows.
+        data: A datasets.Dataset with the columns input_ids and labels, packed rows, or MediaRows.
         run: Folder of the checkpoints.
         base: The quantized model, to compare the first loss with that of its stored components; None does not.
     """
@@ -306,7 +310,10 @@ def make_trainer(
         if isinstance(data, MediaRows):
             chosen = {"processing_class": data.processor, "train_dataset": data.as_dataset()}
             chosen["data_collator"] = data.batch_of
+        elif settings.packing:
+            chosen["data_collator"] = partial(packed_batch, padding=tokenizer.pad_token_id)
         trainer = LanguageTrainer(model, arguments, **chosen)
+        trainer.is_packed = settings.packing
     trainer.method, trainer.base, trainer.keep = METHODS[model.split_record.method], base, settings.keep
     trainer.best = lambda: None
     pairs = trained_pairs(model)

@@ -28,7 +28,7 @@ FLAGS = {
 ROWS = {  # what shows that the flags reached the plan
     "lora": "│ method                 │ lora",
     "batch": "│ max-length             │ 24",
-    "packing": "│ steps                  │ 7 at most",
+    "packing": " tokens, packed into ",
     "optimizer": "│ optimizer              │ adamw ",
     "resident": "blocks that stay on the GPU: 0 of",
     "too large": "Does not fit: ",

@@ -171,7 +171,6 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(base, data, tmp_pa
         ({"gpu": "24GB"}, "--gpu 24GB needs a GPU, and the device is cpu"),
         ({"host": "64X"}, "--host '64X' is not a size: give a number of GB, or one and KB, MB, GB or TB"),
         ({"resident": 1.5}, "--resident 1.5 is neither auto nor a number from 0 to 1"),
-        ({"layer_major": True, "packing": True}, "--layer-major needs several rows per step"),
         ({"layer_major": True, "gradient_checkpointing": False}, "--layer-major needs gradient checkpointing"),
     ],
 )

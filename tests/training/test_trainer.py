@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qsvd.adapters.model import trained
 from qsvd.data.columns import UNTRAINED
+from qsvd.errors import TrainingStopped
 from tests.adapters.results import plain_model
 from tests.commands.folders import components_of
 from tests.runs import RANK, sequences, settings, trainer
@@ -74,6 +76,8 @@ def by_definition(base, rows):
         ({"packing": True}, False),
         ({"packing": True, "gradient_checkpointing": True}, True),
         ({"packing": True, "max_length": 40, "batch_size": 1, "accumulate": 2}, False),
+        ({"packing": True, "max_length": 50, "batch_size": 2}, True),
+        ({"packing": True, "max_length": 40, "batch_size": 1, "accumulate": 2, "layer_major": True}, True),
     ],
     ids=str,
 )
@@ -107,11 +111,13 @@ def test_gradient_checkpointing_computes_activations_twice(language, tmp_path, i
     assert len(calls) == times
 
 
-def test_rows_are_packed_up_to_their_length(language, tmp_path):
-    rows = sequences()
-    assert [len(ids) for ids in rows["input_ids"]] == [9, 17, 14, 30]
-    made = trainer(language, tmp_path, rows, settings(packing=True, max_length=40))
-    assert [row["seq_lengths"] for row in made.train_dataset] == [[30], [17, 14, 9]]
+def test_a_model_that_mixes_the_sequences_of_a_row_is_stopped(language, tmp_path):
+    """It has attention for which transformers makes no masks."""
+    ALL_ATTENTION_FUNCTIONS.register("no_masks", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    made = trainer(language, tmp_path, sequences(), settings(packing=True))
+    made.model.config._attn_implementation = "no_masks"
+    with pytest.raises(TrainingStopped, match=r"losses that differ by \d+.\d+ nats per token"):
+        made.train()
 
 
 def test_only_the_adapter_moves(language, tmp_path):
