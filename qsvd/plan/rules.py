@@ -6,9 +6,10 @@ Every rule returns a reason, a few words that the reports show.
 import ast
 import copy
 import inspect
-import textwrap
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from operator import eq, ge, gt, le, lt, ne
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ def _read_past_forward(model: nn.Module) -> set[str]:
     """
     found = set()
     for path, module in model.named_modules():
-        for name in weights_read(module) if "weight" in _attributes(type(module)) else ():
+        for name in weights_read(module) if _may_read(type(module)) else ():
             if isinstance(getattr(module, name, None), nn.Module):
                 found.add(f"{path}.{name}".removeprefix("."))
     return found
@@ -143,24 +144,55 @@ def weights_read(module: nn.Module) -> set[str]:
 def _methods(owner: type) -> Mapping[str, Sequence[ast.AST]]:
     """Return the methods of a class and of those it is made from, by name."""
     methods: dict[str, list[ast.AST]] = {}
-    for base in owner.__mro__:
-        if base is nn.Module or not issubclass(base, nn.Module):
-            continue
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):  # a class that was made while running has no code of its own
-            continue
-        for node in ast.walk(ast.parse(source)):
+    for base in _bases(owner):
+        for node in (node for code in _code(base) for node in ast.walk(code)):
             if isinstance(node, ast.FunctionDef):
                 methods.setdefault(node.name, []).append(node)
     return methods
 
 
+def _bases(owner: type) -> list[type]:
+    """Return a class and those it is made from, without nn.Module."""
+    return [base for base in owner.__mro__ if base is not nn.Module and issubclass(base, nn.Module)]
+
+
 @cache
-def _attributes(owner: type) -> frozenset[str]:
-    """Return all names X.NAME in the code of a class."""
-    methods = (method for same in _methods(owner).values() for method in same)
-    return frozenset(node.attr for method in methods for node in ast.walk(method) if isinstance(node, ast.Attribute))
+def _may_read(owner: type) -> bool:
+    """Tell whether the code of a class, or of one that it is made from, has self.NAME.weight anywhere."""
+    return any(map(_has_weight, _bases(owner)))
+
+
+@cache
+def _has_weight(base: type) -> bool:
+    """Tell whether the code of a class has self.NAME.weight; few modules have, and only these are parsed."""
+    if re.search(r"\bself\s*\.\s*\w+\s*\.\s*weight\b", _text(base.__module__)) is None:
+        return False
+    nodes = (node for code in _code(base) for node in ast.walk(code))
+    return any(isinstance(node, ast.Attribute) and node.attr == "weight" and _is_own(node.value) for node in nodes)
+
+
+def _code(base: type) -> Sequence[ast.AST]:
+    """Return the code of a class; a class that was made while running has none of its own."""
+    return _classes(base.__module__).get(base.__name__, ())
+
+
+@lru_cache(maxsize=8)
+def _classes(module: str) -> Mapping[str, Sequence[ast.AST]]:
+    """Return the code of the classes of a module by name."""
+    found: dict[str, list[ast.AST]] = {}
+    for node in ast.walk(ast.parse(_text(module))):
+        if isinstance(node, ast.ClassDef):
+            found.setdefault(node.name, []).append(node)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _text(module: str) -> str:
+    """Return the text of a module; "" if it has none, as where it was typed."""
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError):
+        return ""
 
 
 def _open_nodes(node: ast.AST, module: nn.Module) -> Iterator[Any]:
