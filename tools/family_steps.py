@@ -3,7 +3,6 @@
 The judge is transformers: its own model with the dense weights Q + B A, its own generate, its own reading of an export.
 """
 
-import gc
 import importlib.util
 import json
 import shutil
@@ -12,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,7 @@ class Trial:
         self.family, self.folder, self.options = family, folder, options
         self.source, self.out, self.run, self.merged = (folder / name for name in ("model", "out", "run", "merged"))
         self.model_class = getattr(transformers, family.architecture)
+        self._found: dict[Path, Tensor] = {}
         make_model(family, self.source, tokenizer)
         rows = [{"prompt": text[:20], "completion": text[20:60]} for text in texts]
         if family.group == "enc":
@@ -205,19 +206,19 @@ class Trial:
                     outcome.steps[step] = tries[step]()
                 except (SystemExit, Exception) as error:  # noqa: BLE001  # a step may fail in any way: that is the result
                     outcome.steps[step] = _first_sentence(error)
-            gc.collect()
         if (self.out / "qsvd.json").is_file():
             coverage = json.loads((self.out / "qsvd.json").read_text())["header"]["coverage"]
             outcome.share, outcome.left = coverage["elements_split"] / coverage["elements"], _left(coverage)
         return outcome
 
-    def reference(self) -> Any:
-        """Return transformers' own model with the dense weights Q + B A in it."""
+    @cached_property
+    def wanted(self) -> Tensor:
+        """Logits of transformers' own model with the dense weights Q + B A in it."""
         split = open_split(self.out)
         model = self.model_class.from_pretrained(self.source, dtype=torch.float32)
         for name, weight in split.weights.items():
             put_dense(model, weight["module"], split.dense(name))
-        return model.eval()
+        return logits(model.eval(), self.inputs)
 
     def _plan(self) -> str:
         answer = qsvd.plan(self.source, rank=RANK, max_length=LONGEST, device="cpu", **self.options)
@@ -241,15 +242,21 @@ class Trial:
         found = logits(model, self.inputs)
         if self._is_decoded_wrongly():
             return ""
-        return _compared(found, logits(self.reference(), self.inputs))
+        return _compared(found, self.wanted)
 
     def _is_decoded_wrongly(self) -> bool:
         """Tell whether bitsandbytes 0.50 may decode wrongly on this CPU: in-features that 64 does not divide."""
         return any(weight["shape"][1] % 64 for weight in open_split(self.out).weights.values())
 
     def _load(self) -> str:
-        model = qsvd.load(self.out, device="cpu", dtype=torch.float32)
-        return _compared(logits(model, self.inputs), logits(self.reference(), self.inputs))
+        return _compared(self._loaded(self.out), self.wanted)
+
+    def _loaded(self, folder: Path) -> Tensor:
+        """Return the logits of `qsvd.load` of a folder, which is loaded once."""
+        if folder not in self._found:
+            model = qsvd.load(folder, device="cpu", dtype=torch.float32)
+            self._found[folder] = logits(model, self.inputs)
+        return self._found[folder]
 
     def _generate(self) -> str:
         if self.family.group not in TEXT:
@@ -273,8 +280,7 @@ class Trial:
     def _changed(self) -> bool:
         if self.family.group == "enc":
             return True
-        old, new = (qsvd.load(path, device="cpu", dtype=torch.float32) for path in (self.out, self.run))
-        return difference(logits(new, self.inputs), logits(old, self.inputs)) > 1e-6
+        return difference(self._loaded(self.run), self._loaded(self.out)) > 1e-6
 
     def _eval(self) -> str:
         if self.family.group not in LEARN:
@@ -286,7 +292,6 @@ class Trial:
     def _export(self) -> str:
         run = self.run if (self.run / "qsvd_adapter.json").is_file() else self.out
         qsvd.export(run, to="merged", out=self.merged, dtype="float32")
-        model = qsvd.load(run, device="cpu", dtype=torch.float32)
         architecture = json.loads((self.merged / "config.json").read_text())["architectures"][0]
         plain, info = getattr(transformers, architecture).from_pretrained(
             self.merged, dtype=torch.float32, output_loading_info=True
@@ -294,7 +299,7 @@ class Trial:
         odd = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
         if odd:
             return f"the export has {odd}"
-        return _compared(logits(plain.eval(), self.inputs), logits(model, self.inputs))
+        return _compared(logits(plain.eval(), self.inputs), self._loaded(run))
 
 
 def put_dense(model: nn.Module, path: str, weight_OI: Tensor) -> None:
