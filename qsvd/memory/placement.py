@@ -1,5 +1,6 @@
 """The placement of a task: blocks that are resident and blocks that are not recomputed, and the longest sequence."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -7,7 +8,7 @@ from typing import Literal
 
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.duration import GPU, step_time
-from qsvd.memory.items import Limits, MemoryPlan, Placement, num_resident
+from qsvd.memory.items import PLACES, Limits, MemoryPlan, Placement, num_resident
 from qsvd.memory.other_tasks import plan_serving
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training, plan_training
@@ -140,11 +141,21 @@ def place_serving(
 
 
 def can_fit(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish = FREE) -> bool:
-    """Return whether any placement of a training run fits; only the extremes of resident blocks are tried."""
+    """Return whether any placement of a training run fits."""
+    return spare(model, training, limits, wish) >= 0
+
+
+def spare(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish = FREE) -> int:
+    """Return the bytes left by the placement of a training run that leaves most, negative if none fits.
+
+    They are those of the fullest place; 0 without limits. Only the extremes of resident blocks are tried.
+    """
     every, possible = len(model.blocks), ways(model, training.batch.device, wish)
     numbers = (every, 0) if wish.share == "auto" else (num_resident(wish.share, every),)
     extremes = [replace(way, resident=resident) for way in possible for resident in numbers]
-    return any(plan_training(model, training, placement, limits).fits for placement in extremes)
+    plans = [plan_training(model, training, placement, limits) for placement in extremes]
+    left = [[size for where in PLACES if (size := plan.spare(where)) is not None] for plan in plans]
+    return max(min(places, default=0) for places in left)
 
 
 def ways(model: SplitModelPlan, device: str, wish: Wish) -> list[Placement]:
@@ -247,14 +258,53 @@ def most(least: int, limit: int, fits: Callable[[int], bool]) -> int | None:
     return low
 
 
+def last_spared(limit: int, left: Callable[[int], int]) -> int | None:
+    """Return the largest number of 1..limit that leaves 0 bytes or more; None if none does.
+
+    Bytes grow about as a square of the number, so that few numbers are tried: those where a square through the three
+    smallest values is 0, and the middle by ratio, where the last one left more than half of the numbers.
+    """
+    if limit < 1:
+        return None
+    low, high = 1, limit
+    seen = {high: left(high)}
+    if seen[high] >= 0:
+        return high
+    if low == high or (first := left(low)) < 0:
+        return None
+    seen[low] = first
+    is_slow = False
+    while high - low > 1:
+        guess = math.isqrt(low * high) if is_slow else _zero(seen)
+        guess = min(max(guess, low + 1), high - 1)
+        seen[guess] = left(guess)
+        width = high - low
+        low, high = (guess, high) if seen[guess] >= 0 else (low, guess)
+        is_slow = not is_slow and 2 * (high - low) > width
+    return low
+
+
+def _zero(seen: dict[int, int]) -> int:
+    """Return the last number before a square, or a line, through the three smallest values is negative."""
+    near = sorted(seen, key=lambda number: abs(seen[number]))[:3]
+    values = [float(seen[number]) for number in near]
+    slope = (values[1] - values[0]) / (near[1] - near[0])
+    if len(near) == 2:
+        return int(near[0] - values[0] / slope)
+    bend = ((values[2] - values[0]) / (near[2] - near[0]) - slope) / (near[2] - near[1])
+    slope -= bend * (near[1] - near[0])  # at near[0]
+    root = math.sqrt(max(slope**2 - 4 * bend * values[0], 0))
+    return int(near[0] + 2 * values[0] / (root - slope)) if root > slope else near[0]
+
+
 def longest(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish, context: int) -> int | None:
     """Return the tokens of the longest sequence that fits, at most `context`."""
-    return most(1, context, lambda tokens: can_fit(model, with_tokens(training, tokens), limits, wish))
+    return last_spared(context, lambda tokens: spare(model, with_tokens(training, tokens), limits, wish))
 
 
 def highest(make: Make, training: Training, limits: Limits, wish: Wish, limit: int) -> int | None:
     """Return the highest rank that fits, at most `limit`."""
-    return most(1, limit, lambda rank: can_fit(make(rank), training, limits, wish))
+    return last_spared(limit, lambda rank: spare(make(rank), training, limits, wish))
 
 
 def with_tokens(training: Training, tokens: int) -> Training:
