@@ -10,6 +10,8 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForCondi
 from transformers import WhisperTokenizer as Tokenizer
 
 import qsvd
+from tests.commands.trained_runs import factors_of
+from tests.export.cases import residual
 
 RATE, SECONDS, BANDS = 16_000, 1, 16
 START, END, QUIET = "<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"
@@ -63,6 +65,18 @@ def write_model(folder):
 def quantized(folder):
     source = write_model(folder / "source")
     return qsvd.quantize(str(source), out=folder / "out", rank=8, iterations=1, device="cpu").path
+
+
+def dense(base):
+    """The model of transformers with Q + B A in float64's rounding to float32."""
+    model = WhisperForConditionalGeneration.from_pretrained(base.parent / "source", dtype=torch.float32)
+    weights, factors = json.loads((base / "qsvd.json").read_text())["weights"], factors_of(base)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            up, down = factors[weight["module"]]
+            value = torch.from_numpy(residual(base, name) + up @ down).float()
+            model.get_submodule(weight["module"]).weight.copy_(value)
+    return model.eval()
 
 
 def tone(path, pitch, *, rate=RATE, seconds=0.6, channels=1, dtype="int16"):

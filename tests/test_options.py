@@ -174,6 +174,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
     "generate": {
         "model": REQUIRED,
         "image": (),
+        "audio": (),
         "prompt": (),
         "chat": False,
         "system": None,

@@ -33,7 +33,8 @@ def main(options: Generate) -> None:
         Interrupted: after Ctrl-C; what was generated until then is printed.
     """
     with quiet(reads_data=False):
-        run = prepare_generate(options, () if options.chat else options.prompt or (_stdin(),))  # 1
+        is_read = not (options.chat or options.prompt or options.audio)
+        run = prepare_generate(options, (_stdin(),) if is_read else options.prompt)  # 1
         model = load_generating(run)  # 2
         torch.manual_seed(options.seed)
         streamer = TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -46,9 +47,10 @@ def main(options: Generate) -> None:
 
 def generate(  # noqa: PLR0913  # the options of the command
     model: str | Path,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] = (),
     *,
     image: str | Path | Sequence[str | Path] = (),
+    audio: str | Path | Sequence[str | Path] = (),
     system: str | None = None,
     raw: bool = False,
     temperature: float | None = None,
@@ -60,12 +62,15 @@ def generate(  # noqa: PLR0913  # the options of the command
     resident: Literal["auto"] | float = "auto",
     device: str = "auto",
 ) -> str | list[str]:
-    """Generate as `qsvd generate` does, silently; the model is loaded once for all prompts.
+    """Return what `qsvd generate` prints: the answer to one prompt (or one sound without a prompt), a list for several.
+
+    The model is loaded once for all prompts.
 
     Args:
         model: A 16-bit model, a quantized model, a run, or a Hub id.
         prompt: A text or several; a user's message each where the tokenizer has a chat template, unless `raw`.
         image: Paths of images, for an image-language model; every prompt is about all of them.
+        audio: Paths of WAV files, for a model that hears. Whisper has no prompt, and writes what is said in each.
         system: The system prompt; it needs a chat template.
         raw: Whether to give the prompt to the model as it is.
         temperature, top_p: 0 is greedy; None is what generation_config.json says, else greedy.
@@ -73,20 +78,16 @@ def generate(  # noqa: PLR0913  # the options of the command
         base: The quantized model of a run, if it has moved.
         resident: The fraction of blocks whose weights stay on the GPU.
 
-    Returns:
-        The answer to one text, or a list with the answer to each of several.
-
     Raises:
         BadInput: an option, the model or a prompt cannot be used.
         DoesNotFit: there is too little memory.
     """
-    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-    if not prompts:
-        raise BadInput("there is no prompt: give at least one text")
+    prompts = _texts(prompt, audio)
     options = Generate(
         str(model),
         prompts,
-        image=tuple(map(str, (image,) if isinstance(image, str | Path) else image)),
+        image=_paths(image),
+        audio=_paths(audio),
         system=system,
         raw=raw,
         temperature=temperature,
@@ -103,14 +104,25 @@ def generate(  # noqa: PLR0913  # the options of the command
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             torch.manual_seed(seed)
             answers = [_text(run, _answer(run, loaded, inputs, None)) for inputs in run.prompts]
-    return answers[0] if isinstance(prompt, str) else answers
+    return answers[0] if isinstance(audio if not prompts else prompt, str | Path) else answers
+
+
+def _texts(prompt: str | Sequence[str], audio: object) -> tuple[str, ...]:
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    if not prompts and not audio:
+        raise BadInput("there is no prompt: give at least one text")
+    return prompts
+
+
+def _paths(given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    return tuple(map(str, (given,) if isinstance(given, str | Path) else given))
 
 
 def _answers(run: GenerateRun, model: Any, streamer: TextStreamer) -> Iterator[tuple[int, float]]:
     """Print the answer to every prompt; yield its tokens and seconds."""
     for number, inputs in enumerate(run.prompts, start=1):
         if len(run.prompts) > 1:
-            print(f"prompt {number} of {len(run.prompts)}", file=sys.stderr, flush=True)
+            print(f"{run.unit} {number} of {len(run.prompts)}", file=sys.stderr, flush=True)
         begun = time.monotonic()
         answer = _answer(run, model, inputs, streamer)
         yield len(answer), time.monotonic() - begun
@@ -141,6 +153,8 @@ def _answer(run: GenerateRun, model: Any, inputs: Inputs, streamer: TextStreamer
         if streamer is not None:
             streamer.end()
         raise Interrupted("interrupted") from error
+    if "input_ids" not in inputs:  # Whisper leaves out the first tokens itself
+        return output_NT[0].tolist()
     begin = 1 if model.config.is_encoder_decoder else num_tokens(inputs)  # a decoder starts with one token of its own
     return output_NT[0, begin:].tolist()
 

@@ -117,10 +117,7 @@ def tokenize_sounds(examples: Examples, processor: Any, *, max_length: int, firs
 
 
 def _open_row(row: Row, folder: Path, *, rate: int, longest: int | None) -> Row:
-    sound = open_sound(row[AUDIO], folder, rate)
-    if longest is not None and len(sound) > longest:
-        raise BadInput(f"lasts {len(sound) / rate:.1f} s, and the model hears {longest / rate:g} s: divide it")
-    return row | {AUDIO: sound, "rate": rate}
+    return row | {AUDIO: open_sound(row[AUDIO], folder, rate=rate, longest=longest), "rate": rate}
 
 
 def _collate(rows: list[Row], *, extractor: Any) -> dict[str, Tensor]:

@@ -49,6 +49,16 @@ def hears(architecture: str) -> bool:
     return is_model and found.main_input_name == "input_features" and found.can_generate()
 
 
+def reads_sounds(architecture: str) -> bool:
+    """Return whether a class of transformers reads text and sounds, and writes text."""
+    import transformers
+
+    from qsvd.plan.language import modalities
+
+    found: Any = getattr(transformers, architecture, None)
+    return found is not None and found.main_input_name == "input_ids" and {"text", "audio"} <= {*modalities(found)}
+
+
 def open_processor(folder: Path, chat_template: str | None = None, *, of: Literal["images", "sound"] = "images") -> Any:
     """Open the processor of a model's folder and give it a padding token.
 
@@ -250,26 +260,35 @@ def _text_of(row: Row, processor: Any) -> str:
     return _rendered(row.get("messages") or [*row["prompt"], *row["completion"]], row["images"], processor)
 
 
-def _rendered(messages: list[Message], images: Sequence[Any], processor: Any, *, begin: bool = False) -> str:
-    """Return a conversation as text; images without a place come before the first text of the user."""
+def _rendered(
+    messages: list[Message], images: Sequence[Any], processor: Any, *, sounds: int = 0, begin: bool = False
+) -> str:
+    """Return a conversation as text; images and sounds without a place come before the first text of the user."""
     from trl.data_utils import prepare_multimodal_messages
 
     shown = prepare_multimodal_messages(messages, [*images])
+    if sounds:
+        first = next(number for number, message in enumerate(shown) if message["role"] == "user")
+        heard = [{"type": "audio", "audio": "there"}] * sounds  # templates look for the type or the key
+        shown[first] = shown[first] | {"content": [*heard, *shown[first]["content"]]}
     return processor.apply_chat_template(shown, tokenize=False, add_generation_prompt=begin)
 
 
-def _check_places(text: str, there: int, processor: Any) -> None:
-    """Refuse a text with another number of places than of images, of which a processor may say nothing."""
-    mark = getattr(processor, "image_token", None)
+def _check_places(text: str, there: int, processor: Any, of: Literal["image", "audio"] = "image") -> None:
+    """Refuse a text with another number of places than of images or sounds, of which a processor may say nothing."""
+    mark, what = getattr(processor, f"{of}_token", None), {"image": "images", "audio": "sounds"}[of]
     if mark is not None and text.count(mark) != there:
-        raise BadInput(f"its text has {text.count(mark)} places for images ({mark}), and there are {there} images")
+        raise BadInput(f"its text has {text.count(mark)} places for {what} ({mark}), and there are {there} {what}")
 
 
-def read_question(processor: Any, messages: list[Message], images: Sequence[Any], *, raw: bool) -> dict[str, Tensor]:
+def read_question(
+    processor: Any, messages: list[Message], images: Sequence[Any], sounds: Sequence[Any] = (), *, raw: bool
+) -> dict[str, Tensor]:
     """Return what a model reads before its answer to the last message, as it does in training.
 
     Args:
         images: Open ones, which belong to the first message of the user.
+        sounds: The same, with the samples a second that the processor takes.
         raw: Whether the last message is a text as it is, with its own marks; else the chat template renders them all.
 
     Raises:
@@ -281,11 +300,16 @@ def read_question(processor: Any, messages: list[Message], images: Sequence[Any]
         if raw:
             text = processor.tokenizer.decode(start_tokens(processor.tokenizer)) + messages[-1]["content"]
         else:
-            text = _rendered(messages, images, processor, begin=True)
+            text = _rendered(messages, images, processor, sounds=len(sounds), begin=True)
         _check_places(text, len(images), processor)
-        return dict(processor(images=[*images], text=[text], return_tensors="pt", add_special_tokens=False))
+        _check_places(text, len(sounds), processor, "audio")
+        given: dict[str, Any] = {"images": [*images]} if images else {}
+        if sounds:
+            given |= {"audio": [*sounds], "sampling_rate": processor.feature_extractor.sampling_rate}
+        return dict(processor(text=[text], return_tensors="pt", add_special_tokens=False, **given))
     except (*REFUSALS, jinja2.TemplateError) as error:
-        raise BadInput(f"--image: the processor cannot read the prompt: {first_line(error)}") from error
+        flag = "--audio" if sounds else "--image"
+        raise BadInput(f"{flag}: the processor cannot read the prompt: {first_line(error)}") from error
 
 
 def _check_answers(

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ def open_image(source: Source, folder: Path) -> Any:
         raise BadInput(NO_PILLOW) from error
     from transformers.image_utils import load_image
 
-    name = "an image that is given as bytes" if isinstance(source, bytes) else source[:60]
+    name = _shown(source, "an image that is given as bytes")
     try:
         with Image.open(_file(source, folder)) as image:
             return load_image(image)
@@ -139,10 +140,15 @@ def open_image(source: Source, folder: Path) -> Any:
 
 def open_images(sources: Sequence[Source], folder: Path) -> list[Any]:
     """Open images; a BadInput names all that cannot be opened."""
+    return open_each(sources, partial(open_image, folder=folder))
+
+
+def open_each(sources: Sequence[Source], opener: Callable[[Source], Any]) -> list[Any]:
+    """Open images or sounds; a BadInput names all that cannot be opened."""
     opened, problems = [], []
     for source in sources:
         try:
-            opened.append(open_image(source, folder))
+            opened.append(opener(source))
         except BadInput as error:
             problems.append(str(error))
     if problems:
@@ -162,15 +168,16 @@ def read_row_sound(row: Row) -> Row:
     return {AUDIO: given if is_decoded else _source(given, AUDIO, "a sound"), "text": row["text"]}
 
 
-def open_sound(source: Source | dict[str, Any], folder: Path, rate: int) -> np.ndarray:
+def open_sound(source: Source | dict[str, Any], folder: Path, rate: int, longest: int | None = None) -> np.ndarray:
     """Return a sound as float32 [samples], one channel, at `rate` samples a second.
 
     Args:
         source: A WAV file, its bytes, or {"array", "sampling_rate"}.
         folder: From which relative paths count.
+        longest: Most samples that the model hears.
 
     Raises:
-        BadInput: there is no such file, it is not WAV, or it has no samples.
+        BadInput: there is no such file, it is not WAV, it has no samples, or it is longer than the model hears.
     """
     from scipy.signal import resample_poly
 
@@ -180,7 +187,11 @@ def open_sound(source: Source | dict[str, Any], folder: Path, rate: int) -> np.n
     if not samples.size or samples.ndim != 1:
         raise BadInput(f"{_shown(source)} has no samples")
     common = math.gcd(own, rate)
-    return resample_poly(samples, rate // common, own // common).astype(np.float32)
+    sound = resample_poly(samples, rate // common, own // common).astype(np.float32)
+    if longest is not None and len(sound) > longest:
+        lasts, most = len(sound) / rate, longest / rate
+        raise BadInput(f"{_shown(source)} lasts {lasts:.1f} s, and the model hears {most:g} s: divide it")
+    return sound
 
 
 def _samples(source: Source | dict[str, Any], folder: Path) -> tuple[np.ndarray, int]:
@@ -204,8 +215,11 @@ def _samples(source: Source | dict[str, Any], folder: Path) -> tuple[np.ndarray,
     return samples / FULL_SCALE.get(samples.dtype.name, 1.0), rate
 
 
-def _shown(source: Source | dict[str, Any]) -> str:
-    return source[:60] if isinstance(source, str) else "a sound that is given as bytes or numbers"
+def _shown(source: Source | dict[str, Any], otherwise: str = "a sound that is given as bytes or numbers") -> str:
+    """Return a path, or the beginning of a data URI."""
+    if not isinstance(source, str):
+        return otherwise
+    return source[:60] if source.startswith("data:") else source
 
 
 def _file(source: Source, folder: Path) -> BytesIO | Path:

@@ -120,7 +120,7 @@ def _conflicts_of_generate(options: Generate) -> list[str]:
     wrong = []
     if options.chat and options.prompt:
         wrong.append("--chat reads its messages from stdin: leave out --prompt")
-    if not options.chat and not options.prompt and sys.stdin.isatty():
+    if not (options.chat or options.prompt or options.audio) and sys.stdin.isatty():
         wrong.append("there is no prompt: give --prompt TEXT, --chat, or a text on stdin")
     if any(not prompt.strip() for prompt in options.prompt):
         wrong.append("--prompt is empty")

@@ -64,7 +64,7 @@ class Generate:
     """Generate text with a 16-bit model, a quantized model or a run.
 
     A prompt is a user's message where the tokenizer has a chat template, else the start of a text that the model
-    continues. Without --prompt and --chat it is read from stdin. Answers go to stdout, everything else to stderr.
+    continues. Without --prompt, --audio and --chat it is read from stdin. Answers go to stdout, all else to stderr.
     """
 
     model: Annotated[str, POSITIONAL, Help("A 16-bit model, a quantized model, a run, or a Hub id.", "MODEL")]
@@ -73,6 +73,11 @@ class Generate:
         tuple[str, ...],
         APPEND,
         Help("An image before the prompt, for an image-language model. May be given several times.", "FILE"),
+    ] = ()
+    audio: Annotated[
+        tuple[str, ...],
+        APPEND,
+        Help("A WAV file, for a model that hears; Whisper writes what is said. May be given several times.", "FILE"),
     ] = ()
     chat: Annotated[bool, Help("Read one message a line and keep the history; an empty line or /exit ends.")] = False
     system: Annotated[str | None, Help("System prompt, for a model with a chat template.", "TEXT")] = None

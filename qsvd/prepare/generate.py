@@ -1,8 +1,9 @@
 """Options of `qsvd generate` to a checked run: the model that was found, its prompts as tensors, how it samples."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,9 @@ from qsvd.data import plain
 from qsvd.data.chat import ChatTemplate, Message, render
 from qsvd.data.encoder_decoder import end_tokens
 from qsvd.data.examples import is_encoder_decoder, open_tokenizer
-from qsvd.data.images import hears, open_processor, read_question, reads_images
+from qsvd.data.images import hears, open_processor, read_question, reads_images, reads_sounds
 from qsvd.data.masks import ends_of_turn
-from qsvd.data.media import open_images
+from qsvd.data.media import open_each, open_images, open_sound
 from qsvd.errors import BadInput, listing
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 MOST_NEW_TOKENS = 512  # unless more are asked for
 CHAT_TOKENS = 2048  # of a conversation, for which memory is planned
+FIRST_TOKENS = 4  # of Whisper's decoder, at most: start, language, task, no times
 Inputs = dict[str, Tensor]  # what a model reads: input_ids [1, tokens], attention_mask, tensors of images
 
 
@@ -45,9 +47,9 @@ class GenerateRun:
         template: None without a chat template, and with --raw.
         sampling: All of transformers' options but the length.
         context: The tokens that the model can read, prompt and answer together.
-        processor: Of images, where there are any.
-        images: Open ones; every prompt is about all of them.
-        prompts: What the model reads of each prompt; none for a chat.
+        processor: Of images and sounds, where there are any.
+        images, sounds: Open ones; every prompt is about all of them.
+        prompts: What the model reads of each prompt, or of each sound if it reads no text; none for a chat.
     """
 
     options: Generate
@@ -60,12 +62,18 @@ class GenerateRun:
     dtype: torch.dtype
     processor: Any = None
     images: tuple[Any, ...] = ()
+    sounds: tuple[Any, ...] = ()
     prompts: tuple[Inputs, ...] = ()
 
     @property
+    def unit(self) -> str:
+        """What each answer is of."""
+        return "prompt" if self.prompts and "input_ids" in self.prompts[0] else "sound"
+
+    @property
     def pixels(self) -> int:
-        """Numbers that the processor makes of the images."""
-        if not self.images:
+        """Numbers that the processor makes of the images and sounds."""
+        if self.processor is None:
             return 0
         inputs = self.prompts[0] if self.prompts else inputs_of(self, [said("")])
         return sum(value.numel() for value in inputs.values() if value.is_floating_point())
@@ -75,17 +83,17 @@ def prepare_generate(options: Generate, prompts: Sequence[str]) -> GenerateRun:
     """Open the model without its weights, and refuse what it cannot generate from.
 
     Args:
-        prompts: The texts; none for a chat.
+        prompts: The texts; none for a chat. With sounds there may be none: the question is in them.
 
     Raises:
-        BadInput: an option, an image or a prompt cannot be used, the model generates no text or reads no images, or a
-            prompt and its answer are longer than its context.
+        BadInput: an option, an image, a sound or a prompt cannot be used, the model generates no text, reads no images
+            or does not hear, or a prompt and its answer are longer than its context.
     """
     check(options)
     device = device_of(options.device)
     found = find_model(options.model, options.base)
-    _check_generates(found)
-    images, processor = _images(options, found)
+    _check_generates(found, options)
+    images, sounds, processor = _media(options, found)
     tokenizer = processor.tokenizer if processor else open_tokenizer(found.home, found.chat_template)
     from transformers import AutoConfig
 
@@ -103,8 +111,13 @@ def prepare_generate(options: Generate, prompts: Sequence[str]) -> GenerateRun:
         dtype_of(options.dtype, device),
         processor,
         images,
+        sounds,
     )
-    read = tuple(inputs_of(run, [*started(options), said(prompt)]) for prompt in prompts)
+    if hears(class_of(found)):
+        read = tuple(_heard(processor, sound) for sound in sounds)
+    else:
+        texts = prompts or ("",) * (not options.chat)
+        read = tuple(inputs_of(run, [*started(options), said(prompt)]) for prompt in texts)
     for length in [num_tokens(inputs) for inputs in read] or [1]:
         new_tokens(run, length)
     return replace(run, prompts=read)
@@ -129,7 +142,7 @@ def inputs_of(run: GenerateRun, messages: list[Message]) -> Inputs:
         BadInput: it has no tokens, the template cannot render the conversation, or the processor refuses it.
     """
     if run.processor is not None:
-        return read_question(run.processor, messages, run.images, raw=run.template is None)
+        return read_question(run.processor, messages, run.images, run.sounds, raw=run.template is None)
     if run.template is None:
         (tokens,) = plain.prompts([messages[-1]["content"]], run.tokenizer)
     else:
@@ -143,8 +156,8 @@ def inputs_of(run: GenerateRun, messages: list[Message]) -> Inputs:
 
 
 def num_tokens(inputs: Inputs) -> int:
-    """Return the tokens of a prompt, those of images included."""
-    return inputs["input_ids"].shape[1]
+    """Return the tokens of a prompt, those of images included; of a sound alone, those that the decoder starts with."""
+    return inputs["input_ids"].shape[1] if "input_ids" in inputs else FIRST_TOKENS
 
 
 def new_tokens(run: GenerateRun, length: int) -> int:
@@ -183,33 +196,55 @@ def load_generating(run: GenerateRun) -> Any:
     return load_model(run.found, run.device, run.dtype, placement=placement)
 
 
-def _check_generates(found: NamedModel) -> None:
-    """Refuse classifiers and encoders."""
+def _check_generates(found: NamedModel, options: Generate) -> None:
+    """Refuse classifiers and encoders, and texts for a model that only hears."""
     if found.labels:
         raise BadInput(
             f"{found.name} is a classifier ({listing(found.labels)}), which generates no text; give a language model"
         )
     name = class_of(found)
     if hears(name):
-        raise BadInput(f"{found.name} is a {name}, which writes what it hears: use transformers' pipeline for that")
+        texts = {"--prompt": options.prompt, "--chat": options.chat, "--system": options.system, "--raw": options.raw}
+        given = [flag for flag, value in (texts | {"--image": options.image}).items() if value]
+        if given or not options.audio:
+            change = f"leave out {' and '.join(given)}" if given else "give --audio FILE"
+            raise BadInput(f"{found.name} is a {name}, which writes what it hears and reads no text: {change}")
+        return
     if name and name not in writers():
         raise BadInput(f"{found.name} is a {name}, which generates no text; give a language model")
 
 
-def _images(options: Generate, found: NamedModel) -> tuple[tuple[Any, ...], Any]:
-    """Return the images, open, and the processor that reads them; none and None without --image."""
-    if not options.image:
-        return (), None
-    name = class_of(found)
-    if not reads_images(name):
+def _media(options: Generate, found: NamedModel) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
+    """Return the images and the sounds, open, and the processor that reads them; None without --image and --audio."""
+    name, images, sounds, processor = class_of(found), (), (), None
+    if options.image and not reads_images(name):
         raise BadInput(
             f"--image: {found.name}, a {name or 'model'}, does not read images: give an image-language model"
         )
+    if options.audio and not (hears(name) or reads_sounds(name)):
+        raise BadInput(f"--audio: {found.name}, a {name or 'model'}, does not hear: give a model such as Whisper")
+    if options.image:
+        images = _opened("--image", lambda: open_images(options.image, Path()))
+        processor = open_processor(found.home, found.chat_template)
+    if options.audio:
+        processor = processor or open_processor(found.home, found.chat_template, of="sound")
+        extractor = processor.feature_extractor
+        limits = {"rate": extractor.sampling_rate, "longest": getattr(extractor, "n_samples", None)}
+        sounds = _opened("--audio", lambda: open_each(options.audio, partial(open_sound, folder=Path(), **limits)))
+    return images, sounds, processor
+
+
+def _opened(flag: str, opener: Callable[[], list[Any]]) -> tuple[Any, ...]:
     try:
-        images = open_images(options.image, Path())
+        return tuple(opener())
     except BadInput as error:
-        raise BadInput(f"--image: {error}") from error
-    return tuple(images), open_processor(found.home, found.chat_template)
+        raise BadInput(f"{flag}: {error}") from error
+
+
+def _heard(processor: Any, sound: Any) -> Inputs:
+    """Return what a model that reads no text reads of a sound."""
+    extractor = processor.feature_extractor
+    return dict(extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt"))
 
 
 def _template(options: Generate, owner: Any, tokenizer: Any) -> ChatTemplate | None:

@@ -1,6 +1,5 @@
 """Whisper: training and evaluation on sounds, judged by transformers' own model with the dense weights Q + B A."""
 
-import json
 import wave
 
 import numpy as np
@@ -14,10 +13,8 @@ from qsvd.data.columns import UNTRAINED
 from qsvd.data.media import open_sound
 from qsvd.errors import BadInput
 from qsvd.prepare.train import prepare_train
-from tests.commands.trained_runs import factors_of
-from tests.export.cases import residual
 from tests.runs import steps_of, training
-from tests.sound import RATE, quantized, rows, tone, write_rows
+from tests.sound import RATE, dense, quantized, rows, tone, write_rows
 
 pytestmark = pytest.mark.slow
 CLOSE = 2e-5  # relative: float32 sums in another order
@@ -29,17 +26,6 @@ def made(tmp_path_factory):
     """OUT, and the data file."""
     folder = tmp_path_factory.mktemp("sound")
     return quantized(folder), write_rows(folder / "rows.jsonl", rows(folder))
-
-
-def dense(base):
-    model = WhisperForConditionalGeneration.from_pretrained(base.parent / "source", dtype=torch.float32)
-    weights, factors = json.loads((base / "qsvd.json").read_text())["weights"], factors_of(base)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            up, down = factors[weight["module"]]
-            value = torch.from_numpy(residual(base, name) + up @ down).float()
-            model.get_submodule(weight["module"]).weight.copy_(value)
-    return model.eval()
 
 
 def read(base):
