@@ -8,7 +8,7 @@ Shape suffixes: O = out features, I = in features, K, R, S = ranks of trained, s
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import sqrt
@@ -167,10 +167,16 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
     """
     check_dtype(target.dtype)
     known = _known_errors(model, target.original)
-    inventory = take_inventory(model)
+    same: set[str] = set()  # what training did not change, with experts
+
+    def compare(name: str, trained: Trained) -> None:
+        if not _is_changed(trained, model.split.factors(name)):
+            same.add(name)
+
+    inventory = take_inventory(model, compare if _experts(model) else None)
     if inventory.has_gains:
         raise BadInput("the trained model scales the rows of its weights, which a LoRA on the 16-bit model cannot do")
-    written = _written(model)
+    written = _written(model, same)
     kept, whole = kept_modules(model, target.task)
     most_bytes = _most_bytes(model, inventory, target.dtype) + disk_bytes(whole)
     with ExportFolder(folder, _identity(model, target, inventory), most_bytes) as export:
@@ -178,7 +184,12 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
             paths = {
                 name: export.unfinished / f"{number:05d}.factors" for number, name in enumerate(model.split.weights)
             }
-            weights = tuple(_reduced(model, name, paths[name], target, known.get(name)) for name in paths)
+            weights = tuple(
+                LoraWeight(name, 0, *known[name])
+                if name in same and name in known and name not in written
+                else _reduced(model, name, paths[name], target, known.get(name))
+                for name in paths
+            )
             rank = max(1, *(weight.rank for weight in weights))
             new = [*_factors(written, model, paths, rank, target.dtype), *whole]
             config = adapter_settings(dict.fromkeys(written.values(), rank), kept, target.task, target.base)
@@ -227,31 +238,39 @@ def _reduced(
 ) -> LoraWeight:
     """Write the difference of one weight to its own file, unless an earlier run did."""
     if not path.is_file():
-        factors = difference(model.read(name), model.split.factors(name))
+        trained = model.read(name)
+        factors = difference(trained, model.split.factors(name))
         up_OS, down_SI = (rounded(factor, target.dtype, f"the LoRA of {name}") for factor in factors)
         if known is None:
             assert target.original is not None, "an original, or recorded errors"
-            known = measured(model.dense(name), model.original_weight(target.original, name), up_OS, down_SI)
+            weight_OI = model.original_weight(target.original, name)
+            known = measured(model.dense(name, trained), weight_OI, up_OS, down_SI)
         record = json.dumps(asdict(LoraWeight(name, len(down_SI), *known)))
         write_stream(path, new_tensors({"B": up_OS, "A": down_SI}), {"record": record})
     return LoraWeight(**json.loads(read_header(path).metadata["record"]))
 
 
-def _written(model: TrainedModel) -> dict[str, str]:
+def _experts(model: TrainedModel) -> set[str]:
+    return {name for name, weight in model.split.weights.items() if "stack" in weight}
+
+
+def _written(model: TrainedModel, same: Collection[str]) -> dict[str, str]:
     """Return the weights that the LoRA has, and their modules: all, or with quantized experts those that changed.
+
+    Args:
+        same: The weights that did not change; used with experts alone.
 
     Raises:
         BadInput: an expert changed, or PEFT would not put the LoRA on these modules of the 16-bit model.
     """
-    modules = model.modules()
-    experts = [name for name, weight in model.split.weights.items() if "stack" in weight]
+    modules, experts = model.modules(), _experts(model)
     if not experts:
         return modules
-    changed = [name for name in modules if _is_changed(model, name)]
+    changed = [name for name in modules if name not in same]
     trained = [modules[name] for name in changed if "stack" in model.split.weights[name]]
     if trained:
         raise trained_experts(trained)
-    others = [name for name in modules if name not in {*experts}]
+    others = [name for name in modules if name not in experts]
     written = {name: modules[name] for name in changed or others[:1]}  # PEFT needs one
     _check_place(model, [*written.values()])
     return written
@@ -265,9 +284,8 @@ def trained_experts(paths: Sequence[str]) -> BadInput:
     )
 
 
-def _is_changed(model: TrainedModel, name: str) -> bool:
+def _is_changed(trained: Trained, stored: tuple[Tensor, Tensor] | None) -> bool:
     """Return whether training changed the factors of a weight."""
-    trained, stored = model.read(name), model.split.factors(name)
     pairs = () if stored is None else zip((trained.up_OK, trained.down_KI), stored, strict=True)
     if stored is not None and all(torch.equal(one, other.float()) for one, other in pairs):
         return False

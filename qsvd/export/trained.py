@@ -67,9 +67,9 @@ class TrainedModel:
         )
         return Trained(trained.up_OK.detach().cpu(), trained.down_KI.detach().cpu(), gain_O, delta_OI)
 
-    def dense(self, name: str) -> Tensor:
-        """Return W', float32 [O, I]."""
-        trained = self.read(name)
+    def dense(self, name: str, trained: Trained | None = None) -> Tensor:
+        """Return W', float32 [O, I]; `trained` are its values, if they were read."""
+        trained = trained or self.read(name)
         dense_OI = self.split.residual(name).decode().addmm_(trained.up_OK, trained.down_KI)
         if trained.gain_O is not None:
             dense_OI.mul_(trained.gain_O[:, None])
@@ -116,8 +116,11 @@ class Inventory:
     digest: str
 
 
-def take_inventory(model: TrainedModel) -> Inventory:
+def take_inventory(model: TrainedModel, see: Callable[[str, Trained], None] | None = None) -> Inventory:
     """Read all trained values, one weight at a time, and refuse those that cannot be exported.
+
+    Args:
+        see: Gets the name and the values of every weight that can be exported, so that they are not read again.
 
     Raises:
         BadInput: weights are missing, have a wrong dtype or shape, or a NaN or infinity; only some weights have gains;
@@ -139,6 +142,8 @@ def take_inventory(model: TrainedModel) -> Inventory:
         wrong += [f"{name}: {fault}" for fault in faults]
         if not faults:
             ranks[name], digests[name] = trained.down_KI.shape[0], digest(values)
+            if see is not None:
+                see(name, trained)
     wrong += [f"{name}: {fault}" for name, tensor in model.full.items() for fault in _full_faults(model, name, tensor)]
     digests |= {f"full {name}": digest({name: tensor.detach().cpu()}) for name, tensor in model.full.items()}
     if missing:

@@ -1,6 +1,8 @@
 """A LoRA on the original of a model with frozen experts, judged by plain PEFT on plain transformers."""
 
 import json
+import shutil
+from collections import Counter
 
 import peft
 import pytest
@@ -10,6 +12,7 @@ import transformers
 
 import qsvd
 from qsvd.adapters.model import split_linears
+from qsvd.export.trained import TrainedModel
 from qsvd.files.split_folder import SplitFolder, open_split
 from tests.checkpoints import write_checkpoint
 from tests.export.cases import assert_same_outputs, dense_model, outputs
@@ -46,10 +49,22 @@ def write_run(folder, run, targets):
     return changes
 
 
-def test_plain_peft_adds_the_change_to_the_attention_of_the_original(quantized, tmp_path):
+def test_plain_peft_adds_the_change_to_the_attention_of_the_original(quantized, tmp_path, monkeypatch):
     changes = write_run(quantized, tmp_path / "run", ("q_proj", "k_proj", "v_proj", "o_proj"))
     assert len(changes) == 8
-    done = qsvd.export(tmp_path / "run", out=tmp_path / "x", to="lora", original=str(quantized / "source"))
+    options, reads = {"to": "lora", "original": str(quantized / "source")}, Counter()
+    real = TrainedModel.read
+    monkeypatch.setattr(TrainedModel, "read", lambda model, name: reads.update([name]) or real(model, name))
+    done = qsvd.export(tmp_path / "run", out=tmp_path / "x", check=False, **options)
+    assert {*reads.values()} == {2}, "once to check, once to write"
+    shutil.move(quantized / "source", quantized / "elsewhere")  # then errors are those that were recorded
+    reads.clear()
+    assert qsvd.export(tmp_path / "run", out=tmp_path / "y", to="lora").checked is None
+    shutil.move(quantized / "elsewhere", quantized / "source")
+    assert {reads[name] for name in reads if ".experts." in name} == {1}
+    assert same_tensors(tmp_path / "x", tmp_path / "y")
+    shutil.rmtree(tmp_path / "x")
+    done = qsvd.export(tmp_path / "run", out=tmp_path / "x", **options)
     assert done.checked is not None
     source = transformers.AutoModelForCausalLM.from_pretrained(quantized / "source", dtype=torch.float64)
     moved = {path: source.get_submodule(path).weight.numpy(force=True) + change for path, change in changes.items()}
@@ -63,6 +78,11 @@ def test_plain_peft_adds_the_change_to_the_attention_of_the_original(quantized, 
     config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(changes)
     assert len(safetensors.torch.load_file(tmp_path / "x" / "adapter_model.safetensors")) == 16
+
+
+def same_tensors(*folders):
+    one, other = (safetensors.torch.load_file(folder / "adapter_model.safetensors") for folder in folders)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_trained_experts_are_refused_before_weights_are_read(quantized, tmp_path, monkeypatch):
