@@ -53,10 +53,12 @@ def checked(command: str, record: type, arguments: Sequence[str], defaults: Mapp
     options = {option.typed: option for option in options_of(record)}
     given, result, wrong, extra = {*defaults}, list[str](), list[str](), list[str]()
     placed: dict[str, _Option] = {}
+    switch, after = None, dict[str, _Option]()  # a switch without a value, and words that follow one
     for name, values in _grouped(arguments, options):
         option = options.get(name, options.get(name.removeprefix("no-")))
         if not name:
             extra += values
+            after |= {values[0]: switch} if switch else {}
         elif place := _place(name, options):
             placed[f"{'-' if len(name) == 1 else '--'}{name}"] = place
         elif option is None:
@@ -65,11 +67,12 @@ def checked(command: str, record: type, arguments: Sequence[str], defaults: Mapp
             given.add(option.name)
             words, faults = _checked_values(option, name, values)
             result, wrong = result + words, wrong + faults
+        switch = option if option and not values and _is_switch(option.kind) else None
     if placed:
         takes = " and ".join(place.shown for place in placed.values())
         wrong.append(f"{command} takes {takes} without {' and '.join(placed)}: {_usage(command, options)}")
     places = [option for option in options.values() if option.is_positional]
-    wrong += _without_a_place(command, extra, options, given)
+    wrong += _without_a_place(command, extra, options, given, after)
     words_of = _words_of(places, extra, defaults)
     given |= {*words_of}
     missing = [option for option in options.values() if option.default is MISSING and option.name not in given]
@@ -122,9 +125,17 @@ def _no_option(command: str, name: str, options: Mapping[str, _Option]) -> str:
 
 
 def _without_a_place(
-    command: str, extra: Sequence[str], options: Mapping[str, _Option], given: Collection[str]
+    command: str,
+    extra: Sequence[str],
+    options: Mapping[str, _Option],
+    given: Collection[str],
+    after: Mapping[str, _Option],
 ) -> list[str]:
-    """Return what is wrong with the words that belong to no option, and what each may belong to."""
+    """Return what is wrong with the words that belong to no option, and what each may belong to.
+
+    Args:
+        after: Words that follow a switch, which may be meant as its value.
+    """
     units = [word.upper() for word in extra if word.upper() in (*UNITS, *BINARY)]
     if units:
         return [f"write a size as one word, such as 24{unit}" for unit in units]
@@ -132,6 +143,10 @@ def _without_a_place(
     if len(extra) <= len(places) or any(get_origin(option.kind) is tuple for option in places):
         return []
     word, takes = extra[len(places)], " ".join(option.shown for option in places) or "options only"
+    for value, switch in after.items():
+        if value == word or switch.kind is not bool:
+            choices = get_args(switch.kind) or ("yes", "no")
+            return [f"--{switch.typed} {value!r} is not one of {', '.join(choices)}{meant(value, choices)}"]
     free = next((name for name in ("out", "prompt") if name in options and name not in given), None)
     asked = f" (did you mean {join([f'--{free}', word])}?)" if free else ""
     return [f"{command} takes {takes}, and {word!r} is one argument too many{asked}"]

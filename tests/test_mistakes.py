@@ -40,6 +40,16 @@ $ generate --model model -p x
   qsvd generate takes MODEL without --model: qsvd generate MODEL
 $ train model texts.jsonl R
   takes MODEL DATA, and 'R' is one argument too many (did you mean --out R?)
+$ TRAIN --gradient-checkpointing maybe
+  qsvd: --gradient-checkpointing 'maybe' is not one of auto, yes, no; see
+$ train --gradient-checkpointing=maybe model texts.jsonl --out R
+  qsvd: --gradient-checkpointing 'maybe' is not one of auto, yes, no; see
+$ train --gradient-checkpointing maybe model texts.jsonl --out R
+  qsvd: --gradient-checkpointing 'maybe' is not one of auto, yes, no; see
+$ TRAIN --packing nope
+  qsvd: --packing 'nope' is not one of yes, no (did you mean no?); see
+$ train --packing model texts.jsonl R
+  takes MODEL DATA, and 'R' is one argument too many (did you mean --out R?)
 $ generate model 'Once upon'
   takes MODEL, and 'Once upon' is one argument too many (did you mean --prompt 'Once
 $ TRAIN --load-in-4bit
