@@ -1,12 +1,14 @@
-"""The README's commands and code run as they stand, on the embedded model."""
+"""The README's commands and code run as they stand, on the first blocks of the embedded model."""
 
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from qsvd.cli import run
 from qsvd.commands.demo import HELD_OUT, MODEL
@@ -14,6 +16,7 @@ from qsvd.commands.demo import HELD_OUT, MODEL
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+BLOCKS = 2
 COMMANDS = ["plan", "train", "train", "generate", "report", "eval", "export", "quantize", "calibrate", "quantize"]
 
 
@@ -21,12 +24,23 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def first_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model without all blocks but two, with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    shutil.copytree(MODEL, path, dirs_exist_ok=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=BLOCKS)
+    model.save_pretrained(path)
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder in which the hub ids of the README are the embedded model and a few pages as questions."""
+def folder(tmp_path: Path, first_blocks: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder in which the hub ids of the README are a small model and a few pages as questions."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen").mkdir()
-    (tmp_path / "Qwen" / "Qwen3-0.6B").symlink_to(MODEL)
+    (tmp_path / "Qwen" / "Qwen3-0.6B").symlink_to(first_blocks)
+    (tmp_path / "MODEL").symlink_to(first_blocks)
     data = tmp_path / "openai" / "gsm8k:main"
     data.mkdir(parents=True)
     pages = [line[:200] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 120][:132]
@@ -76,7 +90,6 @@ def test_the_python_interface_in_the_guide_runs(folder: Path, capsys: pytest.Cap
 
 @pytest.mark.slow
 def test_the_commands_for_an_edited_allocation_in_the_guide_run(folder: Path) -> None:
-    (folder / "MODEL").symlink_to(MODEL)
     (block,) = (block for block in blocks(GUIDE, "sh") if "qsvd allocate" in block)
     lines = block.splitlines()
     assert [line.split()[1] for line in lines] == ["allocate", "allocate", "plan", "quantize"]
