@@ -27,6 +27,7 @@ from qsvd.records import ShowProgress, show_nothing
 from qsvd.report.next_commands import after_train, last_lines, train_command
 from qsvd.report.results import TrainResult
 from qsvd.report.training import RunSummary, training_tables
+from qsvd.training.liger import use_liger
 from qsvd.training.run_folder import START, RunFolder
 from qsvd.training.steps import TellSteps
 from qsvd.training.trainer import make_trainer
@@ -101,6 +102,7 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
         limit_gpu_memory(run.device, run.placed.memory.limits.gpu)
     with explained_errors(run):
         model = load_start(run, is_resumed=not is_new)  # 1
+        use_liger(model)
         if folder.start is None or is_new:
             folder.write(START, held_out_loss(run, model, "before"))  # 2
         compared = None if run.options.any_start or not is_new else run.split

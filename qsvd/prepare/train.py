@@ -48,6 +48,7 @@ from qsvd.prepare.machine import (
     with_batches,
 )
 from qsvd.report.errors import short_count
+from qsvd.training.liger import said_of_liger
 from qsvd.training.run_folder import KEPT, Recorded, is_saved, recorded
 from qsvd.training.settings import Settings
 
@@ -84,11 +85,10 @@ class PlannedRun:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        settings = self.settings
-        if settings.steps:
-            return settings.steps
-        batches = math.ceil(len(self.data.lengths) / settings.batch_size)
-        return math.ceil(math.ceil(batches / settings.accumulate) * settings.epochs)
+        if self.settings.steps:
+            return self.settings.steps
+        batches = math.ceil(len(self.data.lengths) / self.settings.batch_size)
+        return math.ceil(math.ceil(batches / self.settings.accumulate) * self.settings.epochs)
 
     @property
     def rows(self) -> dict[str, str]:
@@ -244,13 +244,14 @@ def plan_run(
         training=training,
         placed=placed,
         elements=model.elements,
-        chosen=(*_chosen(options, model), *((show_batches(training, length),) if is_auto else ())),
+        chosen=(*_chosen(options, model, device), *((show_batches(training, length),) if is_auto else ())),
         blocks=len(model.blocks),
     )
 
 
-def _chosen(options: Train, model: SplitModelPlan) -> Iterator[str]:
-    """Yield why the method is lora, and the rank of experts, where these were not given."""
+def _chosen(options: Train, model: SplitModelPlan, device: torch.device) -> Iterator[str]:
+    """Yield why the method is lora, and the rank of experts, where these were not given, and whose kernels run."""
+    yield from said_of_liger(model.skeleton.model.config.model_type, device)
     weights = [spec for spec in model.names.weights if model.adapters[spec.name].parameters]
     bare = [spec for spec in weights if not model.allocation.choices[spec.module].rank]
     if options.method == "auto" and options.init_from is None and 0 < len(bare) < len(weights):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import qsvd
 from qsvd.commands.demo import HELD_OUT, MODEL
 from qsvd.commands.train import train
 from qsvd.options import Quantize, Train
+from qsvd.training.liger import use_liger
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,3 +86,24 @@ def test_the_model_computes_on_the_gpu_what_it_computes_on_the_cpu(base: Path) -
         here = qsvd.load(base, device="cpu")(input_ids=tokens).logits
         there = qsvd.load(base, device="cuda", dtype=torch.float32)(input_ids=tokens.cuda()).logits.cpu()
     assert torch.allclose(here, there, atol=1e-3 * here.std().item(), rtol=0)
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs liger-kernel")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["pissa", "dora"])
+def test_ligers_kernels_give_transformers_loss_and_gradients(base: Path, method: str, checkpointing: bool) -> None:
+    tokens = torch.randint(4, 4096, (2, 64), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for use in (lambda _: None, use_liger):
+        options = qsvd.AdapterOptions(method)
+        model = qsvd.load(base, device="cuda", dtype=torch.float32, options=options).train()
+        use(model)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (plain, wanted), (fused, gradients) = found
+    assert fused.item() == pytest.approx(plain.item(), rel=1e-4)
+    for name, gradient in wanted.items():
+        assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
