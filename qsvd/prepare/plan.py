@@ -1,6 +1,7 @@
 """Prepare `qsvd plan`: the model to plan, the limits to plan against, and what is refused before that."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from qsvd.memory.training import Training
 from qsvd.options import Plan, Quantize, Train, TrainingOptions
 from qsvd.plan.allocation import Allocation, Choice, Table, tables_of, uniform, usual_codec
 from qsvd.plan.budget import assumed, most_rank_within
-from qsvd.plan.weights import WeightSpec, context_length, plan_model, unsplittable
+from qsvd.plan.weights import ModelPlan, WeightSpec, context_length, coverage, plan_model, unsplittable
 from qsvd.prepare.allocate import read_table
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CPU_FLOPS = 2e10  # assumed, of one core: products in float32
+MUCH = 0.9  # share of a model that is quantized; below it the plan says what makes it more
 NO_GPU = "There is no GPU here: one without a limit is assumed. Give --gpu and --host, or --device cpu."
 
 
@@ -245,7 +247,7 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
         if is_fixed or options.budget is not None:
             why = "the rank in --allocation" if is_fixed else f"the highest rank in --budget {options.budget}"
         raise BadInput(f"--rank {rank} is {'not' if is_fixed else 'above'} {most_rank}, {why}")
-    notes = _notes(options, stacks, adapter.method if is_plain else None)
+    notes = _notes(options, stacks, adapter.method if is_plain else None) + _share(names, tables)
     chosen = most_rank if is_fixed else rank
     return PlanSource(make, chosen, most_rank, is_fixed, notes, names.architecture)
 
@@ -260,6 +262,23 @@ def _notes(options: Plan, stacks: Sequence[str], plain: str | None) -> tuple[str
     if options.allocation is not None:
         notes += (f"Bits and rank of each layer are from {options.allocation}.",)
     return notes
+
+
+def _share(names: ModelPlan, tables: Sequence[Table]) -> tuple[str, ...]:
+    """Say how much of a model is quantized, and what makes it more, if it is less than MUCH."""
+    share = coverage(replace(names, weights=(*names.weights, *tables))).share
+    if share >= MUCH:
+        return ()
+    every: tuple[Table, ...] = ()
+    for head_bits, embedding_bits in ((8, 8), (None, 8), (8, None)):
+        with suppress(BadInput):  # it has none that can be quantized
+            every = every or tables_of(names, head_bits, embedding_bits)
+    more = [table.role for table in every if table.role not in {one.role for one in tables}]
+    said = f"{100 * share:.1f} % of the elements of the model are quantized"
+    if not more:
+        return (f"{said}; the rest stays in 16 bits.",)
+    possible = coverage(replace(names, weights=(*names.weights, *every))).share
+    return (f"{said}; with {' '.join(f'--{role}-bits 8' for role in more)} it is {100 * possible:.1f} %.",)
 
 
 def _allocation_of(

@@ -5,7 +5,7 @@ import shutil
 
 import huggingface_hub
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import qsvd
 from qsvd.cli import parse, run
@@ -137,6 +137,24 @@ def test_lora_on_a_16_bit_model_is_qlora(capsys, large):
     items = {item["name"] for item in found["train"]["items"]}
     assert "frozen components" not in items
     assert "as in QLoRA" in found["notes"][0]
+
+
+def test_a_plan_says_how_much_is_quantized_and_what_makes_it_more(capsys, tmp_path):
+    """Counted tensor by tensor of transformers' own models; tied and untied."""
+    for tied, flags in ((False, ("--embedding-bits 8", "--head-bits 8")), (True, ("--embedding-bits 8",))):
+        folder = tmp_path / str(tied)
+        write_checkpoint(folder, tie_word_embeddings=tied, vocab_size=1024)
+        sizes = {n: p.numel() for n, p in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
+        layers = sum(size for name, size in sizes.items() if name.endswith("proj.weight"))
+        tables = 1024 * 64 * (1 if tied else 2)
+        shares = [100 * part / sum(sizes.values()) for part in (layers, layers + tables)]
+        words = (folder, "--for", "quantize", "--rank", 4)
+        more = f"with {' '.join(flags)} it is {shares[1]:.1f} %."
+        said = f"{shares[0]:.1f} % of the elements of the model are quantized; {more}"
+        assert said in planned(capsys, *words)[1]["notes"]
+        assert shares[1] > 90
+        _, found = planned(capsys, *words, *(word for flag in flags for word in flag.split()))
+        assert not any("of the elements" in note for note in found["notes"])
 
 
 def test_the_table_of_cards_has_a_share_or_no(capsys, large):
