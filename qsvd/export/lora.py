@@ -7,7 +7,6 @@ Shape suffixes: O = out features, I = in features, K, R, S = ranks of trained, s
 """
 
 import json
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qsvd.errors import BadInput, listing
-from qsvd.export.peft import adapter_settings, kept_modules, write_adapter_files
+from qsvd.export.peft import adapter_settings, check_place, kept_modules, write_adapter_files
 from qsvd.export.trained import (
     ExportFolder,
     Inventory,
@@ -34,11 +33,10 @@ from qsvd.export.trained import (
 )
 from qsvd.files.layout import ADAPTER_PREFIX
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensors, read_header, read_tensor, write_stream
-from qsvd.files.source import Checkpoint, read_config
+from qsvd.files.source import Checkpoint
 from qsvd.files.split_folder import SplitFolder
 from qsvd.files.workspace import ERRORS
 from qsvd.numerics.norms import frobenius
-from qsvd.plan.weights import build
 
 SOURCE_FINGERPRINT = "qsvd_source_fingerprint"
 ROUNDOFF = torch.finfo(torch.float32).eps  # rounding both factors to float32 moves a product by eps |B| |A| at most
@@ -272,7 +270,7 @@ def _written(model: TrainedModel, same: Collection[str]) -> dict[str, str]:
         raise trained_experts(trained)
     others = [name for name in modules if name not in experts]
     written = {name: modules[name] for name in changed or others[:1]}  # PEFT needs one
-    _check_place(model, [*written.values()])
+    check_place(model, [*written.values()])
     return written
 
 
@@ -290,30 +288,6 @@ def _is_changed(trained: Trained, stored: tuple[Tensor, Tensor] | None) -> bool:
     if stored is not None and all(torch.equal(one, other.float()) for one, other in pairs):
         return False
     return len(trained.down_KI) > 0 and len(difference(trained, stored)[1]) > 0
-
-
-def _check_place(model: TrainedModel, modules: list[str]) -> None:
-    """Refuse, by BadInput, modules that PEFT takes for experts by their names (gate_proj, up_proj, down_proj, w1 ...).
-
-    It loads older adapters of experts so. PEFT itself puts its layers into the model, on the meta device.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    empty = build(read_config(model.split.folder))
-    settings = LoraConfig(r=1, target_modules=modules)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of patterns that PEFT itself made for experts
-            filled = inject_adapter_in_model(settings, empty, low_cpu_mem_usage=True)
-        placed = {path for path, module in filled.named_modules() if hasattr(module, "lora_A")}
-    except ValueError:  # it found none of the modules
-        placed = set()
-    lost = [module for module in modules if module not in placed]
-    if lost or len(placed) > len(modules):
-        raise BadInput(
-            f"PEFT would put the LoRA of {listing(lost or modules)} on the experts, since their names are those of "
-            "experts; use --to merged, or train other layers (--target-modules q_proj k_proj v_proj o_proj)"
-        )
 
 
 def _factors(

@@ -4,6 +4,7 @@ Shape suffixes: O = out features, I = in features, K = rank of one weight's fact
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -29,6 +30,8 @@ from qsvd.files.atomic import write_json
 from qsvd.files.layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_TENSORS, adapter_config
 from qsvd.files.quantize_folder import PYTORCH
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, new_tensor, write_stream
+from qsvd.files.source import read_config
+from qsvd.plan.weights import build
 
 HEADS = {  # task -> ends of the paths of the modules that PEFT expects whole in the file
     "SEQ_CLS": ("classifier", "score"),
@@ -129,8 +132,8 @@ def write_peft(
         dtype: Dtype of B and A: float32, bfloat16 or float16. Other tensors keep theirs; magnitudes are float32.
 
     Raises:
-        BadInput: the trained values are not usable; a DoRA would scale a row of zeros; PEFT cannot save the parameters
-            trained in full; the folder holds something else.
+        BadInput: the trained values are not usable; PEFT cannot run the experts, or would put layers on them; a DoRA
+            would scale a row of zeros; PEFT cannot save the parameters trained in full; the folder has something else.
         DoesNotFit: the files do not fit on the disk.
     """
     check_dtype(dtype)
@@ -148,7 +151,34 @@ def refuse_experts(model: TrainedModel) -> None:
     """Refuse a model with quantized experts, by BadInput: PEFT would put its layers beside other parameters."""
     stacks = [weight["stack"] for weight in model.split.weights.values() if "stack" in weight]
     if stacks:
-        raise BadInput(f"PEFT cannot run quantized experts ({stacks[0]}); use qsvd export --to merged")
+        raise BadInput(
+            f"PEFT cannot run quantized experts ({stacks[0]}); use qsvd export --to merged, or --to lora if they "
+            "stayed frozen"
+        )
+
+
+def check_place(model: TrainedModel, modules: list[str]) -> None:
+    """Refuse, by BadInput, modules that PEFT takes for experts by their names (gate_proj, up_proj, down_proj, w1 ...).
+
+    It loads older adapters of experts so. PEFT itself puts its layers into the model, on the meta device.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    empty = build(read_config(model.split.folder))
+    settings = LoraConfig(r=1, target_modules=modules)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of patterns that PEFT itself made for experts
+            filled = inject_adapter_in_model(settings, empty, low_cpu_mem_usage=True)
+        placed = {path for path, module in filled.named_modules() if hasattr(module, "lora_A")}
+    except ValueError:  # it found none of the modules
+        placed = set()
+    lost = [module for module in modules if module not in placed]
+    if lost or len(placed) > len(modules):
+        raise BadInput(
+            f"PEFT would put the LoRA of {listing(lost or modules)} on the experts, since their names are those of "
+            "experts; use --to merged, or train other layers (--target-modules q_proj k_proj v_proj o_proj)"
+        )
 
 
 def peft_adapter(
@@ -163,6 +193,8 @@ def peft_adapter(
     new = [*_factors(model, adapted, dtype), *whole, *magnitudes]
     modules = model.modules()
     ranks = {modules[name]: max(rank, 1) for name, rank in adapted.items()}
+    if "expert" in (model.split.folder / "config.json").read_text(encoding="utf-8"):  # in 16 bits
+        check_place(model, [*ranks])
     config = adapter_settings(ranks, kept, task, base) | {"use_dora": inventory.has_gains}
     result = PeftExport(len(ranks), max(ranks.values()), min(ranks.values()), inventory.has_gains, kept, size_of(new))
     return new, config, result

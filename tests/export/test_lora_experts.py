@@ -95,6 +95,20 @@ def test_trained_experts_are_refused_before_weights_are_read(quantized, tmp_path
     assert not (tmp_path / "x").exists()
 
 
+def test_beside_experts_in_16_bits_a_run_is_for_peft_where_peft_puts_every_layer_in_its_place(tmp_path):
+    write_checkpoint(tmp_path / "source", "Glm4MoeForCausalLM", dtype=torch.float32)
+    for name, excluded in (("attention", ("*.mlp.*",)), ("all", ("*.experts.*",))):
+        folder, options = tmp_path / name, {"rank": 4, "iterations": 1, "device": "cpu"}
+        qsvd.quantize(tmp_path / "source", out=folder / "out", exclude=excluded, **options)
+        write_run(folder, folder / "run", ())
+    done = qsvd.export(tmp_path / "attention" / "run", out=tmp_path / "peft", to="peft")
+    assert done.checked is not None, "plain PEFT computes what was trained"
+    message = r"PEFT would put the LoRA of model\.layers\.0\.mlp\..* on the experts, since"
+    with pytest.raises(qsvd.BadInput, match=message):
+        qsvd.export(tmp_path / "all" / "run", out=tmp_path / "refused", to="peft")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_layers_that_peft_would_take_for_experts_are_refused(quantized, tmp_path):
     changes = write_run(quantized, tmp_path / "run", ())  # all but experts
     options = {"out": tmp_path / "x", "to": "lora", "original": str(quantized / "source")}
