@@ -17,7 +17,17 @@ from torch.autograd import Function
 from qsvd.errors import BadInput, first_line
 from qsvd.memory.experts_twin import ExpertsTwin
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.memory.twins import MASKED, NO_EXPERTS, PLAIN, WHOLE, Decoding, LinearTwin, LiveBytes, register_attention
+from qsvd.memory.twins import (
+    MASKED,
+    NO_EXPERTS,
+    PLAIN,
+    WHOLE,
+    Decoding,
+    LinearTwin,
+    LiveBytes,
+    register_attention,
+    unpacked,
+)
 from qsvd.plan.language import example_inputs, language_model
 from qsvd.plan.weights import BUILD_ERRORS
 
@@ -143,18 +153,17 @@ def _run_counted(model: SplitModelPlan, path: str, batch: Batch, backward: Backw
         return _run_with(model, path, batch, backward, _attention(model, batch))
     except BadInput as error:
         try:
-            return _run_with(model, path, batch, backward, ("eager", 0))
+            return _run_with(model, path, batch, backward, "eager")
         except BadInput:
             raise error from None
 
 
 def _run_with(
-    model: SplitModelPlan, path: str, batch: Batch, backward: Backward, attention: tuple[str, int]
+    model: SplitModelPlan, path: str, batch: Batch, backward: Backward, attention: str
 ) -> tuple[BlockBytes, int]:
     live = LiveBytes()
     empty = model.skeleton.model
-    name, mask = attention
-    _set_kernels(empty, _attn_implementation=name, _experts_implementation=NO_EXPERTS)
+    _set_kernels(empty, _attn_implementation=attention, _experts_implementation=NO_EXPERTS)
     arguments, around = _call_of(empty, path, batch)
     block = _with_twins(model, path, live, batch.device)
     if model.dtype == torch.bfloat16:  # in which transformers runs experts that are not quantized, on the meta device
@@ -167,7 +176,7 @@ def _run_with(
         found = _step(block, arguments, batch, live, backward)
     except BUILD_ERRORS as error:
         raise BadInput(f"{path} of {type(empty).__name__} cannot be run on its own: {first_line(error)}") from error
-    return replace(found, around=around + mask), live.calls
+    return replace(found, around=around), live.calls
 
 
 def _set_kernels(part: nn.Module, **names: str) -> None:
@@ -178,12 +187,11 @@ def _set_kernels(part: nn.Module, **names: str) -> None:
             setattr(config, option, name)
 
 
-def _attention(model: SplitModelPlan, batch: Batch) -> tuple[str, int]:
-    """Return the attention that the real model will have, and the bytes of the shared mask."""
-    positions = batch.batch * batch.tokens**2
+def _attention(model: SplitModelPlan, batch: Batch) -> str:
+    """Return the attention that the real model will have."""
     if not model.skeleton.has_fused_attention:
-        return WHOLE, positions * model.dtype.itemsize
-    return (MASKED, positions) if batch.is_masked else (PLAIN, 0)
+        return WHOLE
+    return MASKED if batch.is_masked else PLAIN
 
 
 def _with_twins(model: SplitModelPlan, path: str, live: LiveBytes, device: str) -> nn.Module:
@@ -279,7 +287,7 @@ def _call_of(empty: "PreTrainedModel", path: str, batch: Batch) -> tuple[tuple[A
     live = LiveBytes([*empty.parameters(), *empty.buffers(), *inputs.values()])
     options = {"use_cache": False} if empty.can_generate() else {}
     try:
-        with live:
+        with live, unpacked():
             language_model(empty)(**inputs, **options)
     except _Reached as reached:
         (hidden, *others), options = reached.arguments

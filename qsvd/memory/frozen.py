@@ -3,9 +3,8 @@
 from qsvd.memory.items import RESERVE, SIXTEEN_BITS, Item, Placement, num_slots, on, resident_blocks
 from qsvd.memory.split_model import SplitModelPlan
 
-# Bytes of the CUDA context, an assumption. cuBLAS workspaces come on top and are not planned yet: on Hopper 32 MiB for
-# each thread that multiplies, which are the main one and autograd's (63.6 MB more than planned were measured).
-CONTEXT = 600_000_000
+CONTEXT = 600_000_000  # bytes of the CUDA context, an assumption
+WORKSPACES = 2 * 32 * 2**20  # of cuBLAS, on Hopper, where they are largest: for the main thread and for autograd's
 
 
 def residual_items(model: SplitModelPlan, placement: Placement, device: str) -> list[Item]:
@@ -52,9 +51,13 @@ def base_bytes(model: SplitModelPlan) -> int:
     return sum(block.residual for block in model.blocks) + model.dense.total + SIXTEEN_BITS * factors
 
 
-def context_item(device: str) -> Item:
-    """Return the CUDA context, on a GPU."""
-    return Item("CUDA context", gpu=CONTEXT if device == "cuda" else 0)
+def library_items(device: str) -> list[Item]:
+    """Return what libraries take on a GPU."""
+    on_gpu = device == "cuda"
+    return [
+        Item("CUDA context", gpu=CONTEXT if on_gpu else 0),
+        Item("cuBLAS workspaces", gpu=WORKSPACES if on_gpu else 0),
+    ]
 
 
 def context_notes(device: str) -> tuple[str, ...]:
@@ -62,6 +65,6 @@ def context_notes(device: str) -> tuple[str, ...]:
     if device != "cuda":
         return ()
     return (
-        f"The CUDA context takes {CONTEXT / 1e9:g} GB (assumed).",
+        f"The CUDA context takes {CONTEXT / 1e9:g} GB (assumed), workspaces of cuBLAS {WORKSPACES / 1e9:.2f} GB.",
         f"{RESERVE:.0%} is reserved for fragmentation and untracked memory (assumed).",
     )

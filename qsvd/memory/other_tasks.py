@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qsvd.decompose.alternate import STACK
 from qsvd.memory.block_bytes import Batch, run_blocks
-from qsvd.memory.frozen import base_bytes, context_item, context_notes, dense_items, residual_items
+from qsvd.memory.frozen import base_bytes, context_notes, dense_items, library_items, residual_items
 from qsvd.memory.items import SIXTEEN_BITS, Item, Limits, MemoryPlan, Placement, items_of, on
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.numerics.norms import EXACT_SIDE, PROBES, STEPS
@@ -65,7 +65,7 @@ def _memory_items(shape: tuple[int, int], choice: Choice, device: str, count: in
         on(device, "its residual, kept and new", 2 * count * choice.codec.num_bytes(shape)),
         on(device, "singular vectors and probes", max(count * _sketch(shape, choice.rank), _probes(shape, count))),
         Item("weights that are read", host=(2 if device == "cuda" else 1) * SIXTEEN_BITS * numbers),
-        context_item(device),
+        *library_items(device),
     ]
 
 
@@ -104,7 +104,7 @@ def plan_serving(
         on(device, "activations of one block", blocks[0].around + blocks[0].input + peak.total - peak.decoding),
         on(device, "decode workspace", peak.decoding),
         on(device, "logits of the last token", 4 * batch.batch * text.vocab_size if has_head else 0),
-        context_item(device),
+        *library_items(device),
     ]
     notes = ("All tokens but the last are the prompt and are read in one pass (assumed).", *context_notes(device))
     return MemoryPlan("serve", items_of(items, device), limits, notes)

@@ -7,7 +7,7 @@ import torch
 
 from qsvd.memory.block_bytes import Backward, Batch, BlockBytes, BlockPeak, run_blocks
 from qsvd.memory.encoder import EXACT, encoder_bytes
-from qsvd.memory.frozen import context_item, context_notes, dense_items, residual_items
+from qsvd.memory.frozen import context_notes, dense_items, library_items, residual_items
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, items_of, on
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.plan.tensors import OptimizerBytes, optimizer_bytes, small_state, total_bytes
@@ -108,7 +108,7 @@ def plan_training(model: SplitModelPlan, training: Training, placement: Placemen
         on(device, "decode workspace", most.decoding),
         on(device, "loss", most.loss),
         on(device, "optimizer step", most.optimizer),
-        context_item(device),
+        *library_items(device),
         Item(
             "checkpoints of the run", disk=KEPT_RUNS * (total_bytes(model.parameters) + state.device + model.hook_state)
         ),

@@ -10,14 +10,16 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsvd.numerics.codec import BAND, Codec
+from qsvd.numerics.codec import BAND, Codec, band_rows
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 
@@ -101,28 +103,27 @@ class Decoding:
     def whole(self, y_TO: Tensor) -> Tensor:
         """Return y Q, [T, I], with all of Q decoded at once in the dtype of y."""
         with self.live.marking():
-            scales = None if self.device == "cuda" else self._scales(y_TO)
+            scales = self._scales(y_TO, self.shape[0])
             matrix_OI = y_TO.new_empty(self.shape)
-            if self.device == "cuda":  # the kernel makes the matrix first
-                scales = self._scales(y_TO)
         del scales
         return y_TO @ matrix_OI
 
     def bands(self, x: Tensor, *, at_once: int) -> None:
         """Make and free bands of rows, `at_once` of them together."""
         rows, columns = self.shape
-        step = self.codec.block_size // math.gcd(columns, self.codec.block_size)
-        height = min(max(BAND[self.device] // columns // step, 1) * step, rows)
+        nested_block = None if self.codec.nested is None else self.codec.nested[1]
+        height, stays_nested = band_rows(self.shape, self.codec.block_size, nested_block, BAND[self.device])
+        height = min(height, rows)
         with self.live.marking():
-            scales = self._scales(x)
+            scales = self._scales(x, height if stays_nested else rows)
             bands = [x.new_empty(height, columns) for _ in range(min(at_once, math.ceil(rows / height)))]
         del scales, bands
 
-    def _scales(self, x: Tensor) -> Tensor | None:
-        """Return float32 scales if the stored ones are quantized and must be decoded."""
-        if "absmax_codes" not in self.codec.parts(self.shape):
+    def _scales(self, x: Tensor, rows: int) -> Tensor | None:
+        """Return float32 scales of some rows, if they are decoded first: on a GPU the kernel decodes them."""
+        if self.codec.nested is None or self.device == "cuda":
             return None
-        blocks = math.ceil(math.prod(self.shape) / self.codec.block_size)
+        blocks = math.ceil(rows * self.shape[1] / self.codec.block_size)
         work = x.new_empty((SCALE_PEAK - SCALE_KEPT) * blocks, dtype=torch.uint8)
         scales = x.new_empty(SCALE_KEPT * blocks, dtype=torch.uint8)
         del work
@@ -262,18 +263,37 @@ NO_EXPERTS = "qsvd_no_experts"
 
 
 def register_attention() -> None:
-    """Register the kinds of attention with transformers, which gives them no mask; they make their own.
+    """Register the kinds of attention with transformers, and the masks that it makes for them.
 
     PLAIN is for sequences of equal length, MASKED for padded or packed ones. WHOLE holds the T x T matrix, as
     transformers' eager attention does for models that its fused kernels cannot run.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.moe import ExpertsInterface
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
-    kinds: dict[str, Callable[..., Any]] = {PLAIN: _plain, MASKED: _masked, WHOLE: _whole}
-    for name, kind in kinds.items():
-        AttentionInterface.register(name, kind)
+    kinds: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        PLAIN: (_fused, sdpa_mask),
+        MASKED: (_fused, partial(_padded, sdpa_mask)),
+        WHOLE: (_whole, eager_mask),
+    }
+    for name, (attention, mask) in kinds.items():
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
     ExpertsInterface.register(NO_EXPERTS, _no_experts)
+
+
+def _padded(make: Callable[..., Any], **options: Any) -> Tensor:
+    """Return the mask of sequences that are padded: one of its own for each, whatever attention could do without."""
+    mask = make(**options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    return mask.contiguous()
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """Let transformers look for no packed sequences: it would read the position ids, which have no values here."""
+    with patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None):
+        yield
 
 
 def _no_experts(module: nn.Module, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -282,37 +302,30 @@ def _no_experts(module: nn.Module, hidden: Tensor, *_: Any, **__: Any) -> Tensor
     return hidden * 1.0
 
 
-def _plain(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
-) -> tuple[Tensor, None]:
-    del module, attention_mask
-    return _fused(query, key, value, None)
-
-
-def _masked(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+def _fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
     """With a mask the kernels do not group heads, and add the mask as a matrix in the dtype of the query."""
-    del module, attention_mask
-    key, value = _repeated(key, query), _repeated(value, query)
-    return _fused(query, key, value, query.new_empty(len(query), 1, query.shape[2], key.shape[2]))
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
+    del module
+    bias = None
+    if attention_mask is not None:
+        key, value = _repeated(key, query), _repeated(value, query)
+        bias = query.new_empty(len(query), 1, query.shape[2], key.shape[2])
     output = _Fused.apply(query, key, value, bias)
     assert isinstance(output, Tensor), "apply returns what forward does"
     return output.transpose(1, 2).contiguous(), None
 
 
 def _whole(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    del module, attention_mask
+    del module
     key, value = _repeated(key, query), _repeated(value, query)
     scores = torch.matmul(query, key.transpose(2, 3)) * 1.0
     if options.get("softcap") is not None:
         scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
-    scores = scores + query.new_empty(len(query), 1, query.shape[2], key.shape[2])
+    if attention_mask is not None:
+        scores = scores + attention_mask
     shares = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(shares, value).transpose(1, 2).contiguous(), shares
 

@@ -113,15 +113,9 @@ class PackedBlocks:
         """
         rows, columns = self.shape
         block_size, bits, scales = self.codec.block_size, self.codec.bits, self.scales
-        step = block_size // math.gcd(columns, block_size)
-        if isinstance(scales, NestedScales):
-            group = block_size * scales.block_size  # elements that share an absmax
-            nested_step = group // math.gcd(columns, group)
-            if rows * columns <= most_elements or nested_step * columns <= most_elements:
-                step = nested_step
-            else:
-                scales = scales.decode()
-        height = max(most_elements // columns // step, 1) * step
+        height, stays_nested = band_rows(self.shape, block_size, self.nested_block, most_elements)
+        if isinstance(scales, NestedScales) and not stays_nested:
+            scales = scales.decode()
         for start in range(0, rows, height):
             stop = min(start + height, rows)
             first, last = start * columns // block_size, math.ceil(stop * columns / block_size)
@@ -155,6 +149,19 @@ class PackedBlocks:
         """Bytes that grow with the matrix: codes and scales, without level tables, which all matrices share."""
         scales = self.scales
         return self.codes.nbytes + (scales.num_bytes if isinstance(scales, NestedScales) else scales.nbytes)
+
+
+def band_rows(shape: tuple[int, int], block_size: int, nested_block: int | None, most: int) -> tuple[int, bool]:
+    """Return the rows of a band of at most `most` elements, and whether its scales stay nested; see `in_rows`."""
+    rows, columns = shape
+    step = block_size // math.gcd(columns, block_size)
+    stays_nested = False
+    if nested_block is not None:
+        group = block_size * nested_block  # elements that share an absmax
+        nested_step = group // math.gcd(columns, group)
+        stays_nested = rows * columns <= most or nested_step * columns <= most
+        step = nested_step if stays_nested else step
+    return max(most // columns // step, 1) * step, stays_nested
 
 
 class Codec(ABC):
