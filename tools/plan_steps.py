@@ -37,7 +37,7 @@ GROUPED = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 FAMILIES = {  # name -> class, class of the config, its options
     "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED | {"sliding_window": 512}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED | {"sliding_window": 128}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", GROUPED | EXPERTS),
     "lfm2": (
         "Lfm2ForCausalLM",
