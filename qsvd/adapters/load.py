@@ -25,7 +25,7 @@ from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_ad
 from qsvd.files.check import placed, resolve
 from qsvd.files.layout import ADAPTER_TENSORS
 from qsvd.files.pages import keep_freed_memory
-from qsvd.files.safetensors import map_tensor, read_tensor
+from qsvd.files.safetensors import ReadAhead, map_tensor
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.statistics import Statistics
 from qsvd.files.workspace import ADAPTER_RECORD
@@ -276,20 +276,25 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
     if lost:
         raise BadInput(f"{plan.architecture} has no layers for {len(lost)} quantized weights: {listing(lost)}")
     split_modules = {spelled[name].removesuffix(".weight"): name for name in place.split.weights}
+    if odd := [path for path in split_modules if not is_expert(path) and not is_linear(model.get_submodule(path))]:
+        raise BadInput(f"{plan.architecture} has no linear layer at {listing(odd)}, quantized in {place.split.folder}")
     stacks = Counter(path.rpartition(".")[0] for path in split_modules if is_expert(path))
     for path, count in stacks.items():
         open_stack(model, path, count)
     _pack_tables(model, spelled, place.split)
     embedding = model.get_input_embeddings() if place.placement.embeddings_on_host else None
-    for name, model_name in sorted(spelled.items(), key=lambda pair: place.split.tensors[pair[0]].start):
-        owner, _, last = model_name.rpartition(".")
-        if owner in split_modules:
-            if last == "weight":
+    names = sorted(spelled, key=lambda name: (place.split.tensors[name].file, place.split.tensors[name].start))
+    on_gpu = place.device.type == "cuda"
+    with ReadAhead(place.split.entries_of(names, paged=pages, dense=on_gpu), pinned=on_gpu) as read:
+        place = replace(place, split=replace(place.split, read=read))
+        for name in names:
+            owner, _, last = spelled[name].rpartition(".")
+            if owner in split_modules and last == "weight":
                 linear = _split_linear(model, owner, plan, name, place, pages.get(name))
                 model.set_submodule(owner, linear, strict=True)
-        else:
-            device = torch.device("cpu") if model.get_submodule(owner) is embedding else place.device
-            _put(model, model_name, name, place, device)
+            elif owner not in split_modules:
+                device = torch.device("cpu") if model.get_submodule(owner) is embedding else place.device
+                _put(model, spelled[name], name, place, device)
     for conversion in plan.conversions:
         made = conversion.run(lambda name: _dense(place, name, place.dtype, place.device), model)
         for name, tensor in made.items():
@@ -322,8 +327,6 @@ def _set(model: Any, name: str, tensor: Tensor) -> None:
 def _split_linear(
     model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
 ) -> SplitLinear:
-    if not is_expert(path) and not is_linear(model.get_submodule(path)):
-        raise BadInput(f"{path} of {plan.architecture} is no linear layer, but {place.split.folder} has it quantized")
     bias = plan.spelling.get(f"{path}.bias")
     stored = read_weight(place.split, name, place.device, place.record, place.gradients, is_paged=paged is not None)
     adapter = start_from(stored, place.split, place.record, name)
@@ -333,7 +336,7 @@ def _split_linear(
 
 def _dense(place: _Place, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     entry = place.split.tensors[name]
-    tensor = map_tensor(entry) if place.device.type == "cpu" else read_tensor(entry)
+    tensor = map_tensor(entry) if place.device.type == "cpu" else place.split.read(entry)
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 

@@ -99,8 +99,7 @@ class HostStore(Store):
         self.sizes = sizes
         self._arena = Arena(sum(sizes), device)
         self._starts = [sum(sizes[:page]) for page in range(len(sizes))]
-        for page in range(len(sizes)):
-            reader.read_into(page, self.view(page))
+        reader.read_all([self.view(page) for page in range(len(sizes))])
 
     @property
     def pinned(self) -> bool:

@@ -43,7 +43,8 @@ class RunRecorder:
         self._run, self._folder, self._show, self._is_stop_asked = run, folder, show, is_stop_asked
         self.checkpoint, self._before = resume_point(run.out, folder)
         self._steps = folder.keep_steps(self._before.number if self._before else 0)
-        self._started = time.monotonic()
+        self._started = self._opened = time.monotonic()
+        self.first_step_seconds: float | None = None
         self.peak_bytes = peak_bytes_of(run.device)
         self.library_bytes = 0 if run.device.type == "cuda" else self.peak_bytes()  # of a process without a model
         self.is_stopped = False
@@ -58,6 +59,8 @@ class RunRecorder:
 
     def record(self, step: Step) -> tuple[bool, bool]:
         """Write and show a step; return whether the run is to save a checkpoint, and whether it is to end."""
+        if self.first_step_seconds is None:
+            self.first_step_seconds = round(time.monotonic() - self._opened, 3)
         self._folder.add_step(step)
         self._steps.append(step)
         self._show(progress_of(step, self._run.total_steps, self._before))
@@ -151,6 +154,7 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         best_step=recorder.best,
         held_out_examples=len(run.data.held_out.input_ids) if run.data.held_out else None,
         classes=len(run.data.train.label_names),
+        first_step_seconds=recorder.first_step_seconds,
         **(folder.start or {}),
         **_loss_after(run, model, steps[number - 1]),
     )

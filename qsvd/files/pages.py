@@ -5,12 +5,13 @@ import errno
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import psutil
 from torch import Tensor
 
-from qsvd.files.safetensors import TensorEntry
+from qsvd.files.safetensors import READERS, TensorEntry
 
 Page = Mapping[int, TensorEntry | bytes]  # parts in a file, or in memory, by their offset in the page
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -45,6 +46,15 @@ class PageReader:
                 view[offset : offset + len(piece)] = piece
             else:
                 self._read(piece, view[offset : offset + piece.num_bytes])
+
+    def read_all(self, outs: Sequence[Tensor]) -> None:
+        """Read the first pages into tensors, several at a time; raise what `read_into` raises."""
+        threads = ThreadPoolExecutor(READERS, "read pages")
+        try:
+            for _ in threads.map(self.read_into, range(len(outs)), outs):
+                pass
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def _read(self, entry: TensorEntry, view: memoryview) -> None:
         done = 0

@@ -10,8 +10,9 @@ tensor is read into its own buffer and written alone, so that the resident memor
 
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from io import RawIOBase
 from pathlib import Path
@@ -45,6 +46,8 @@ TORCH_DTYPES = {
     "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+READERS = 4  # threads; a disk is fastest with several requests at a time
+AHEAD = 2**29  # bytes of tensors that are read and not yet used
 CHUNK_BYTES = 8 * 2**20  # copied at a time from file to file
 ALIGNMENT = 8  # the data start at a multiple of this, so that every tensor is aligned to its dtype
 METADATA = "__metadata__"
@@ -144,9 +147,9 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader({entry.name: entry for entry in entries}, metadata, raw)
 
 
-def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """Read a tensor into its own memory; raise BadInput if the file ends too early."""
-    flat = torch.empty(entry.num_bytes, dtype=torch.uint8)
+def read_tensor(entry: TensorEntry, *, pinned: bool = False) -> torch.Tensor:
+    """Read a tensor into its own memory, pinned for a GPU or not; raise BadInput if the file ends too early."""
+    flat = torch.empty(entry.num_bytes, dtype=torch.uint8, pin_memory=pinned and entry.num_bytes > 0)
     view = flat.numpy().data
     done = 0
     with entry.file.open("rb", buffering=0) as file:
@@ -154,6 +157,47 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
         while done < entry.num_bytes:  # one call reads 2 GiB at most
             done += _read_some(file, view[done:], entry)
     return flat.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+class ReadAhead:
+    """Tensors that threads read before they are asked for, in the order of `entries`, at most `AHEAD` bytes of them.
+
+    A call returns a tensor once. One that is not read yet, or not among the entries, is read by the caller.
+
+    Args:
+        pinned: Whether a GPU gets the tensors: it copies pinned memory at the speed of its link.
+    """
+
+    def __init__(self, entries: Iterable[TensorEntry], *, pinned: bool = False):
+        self._left = deque(entries)
+        self._pinned, self._bytes = pinned, 0
+        self._found: dict[TensorEntry, Future[torch.Tensor]] = {}
+        self._threads = ThreadPoolExecutor(READERS, "read ahead")
+        self._submit()
+
+    def __enter__(self) -> "ReadAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._found.clear()
+        if self._pinned:
+            torch.accelerator.memory.empty_host_cache()
+
+    def __call__(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the tensor of an entry."""
+        future = self._found.pop(entry, None)
+        if future is None:
+            return read_tensor(entry, pinned=self._pinned)
+        self._bytes -= entry.num_bytes
+        self._submit()
+        return future.result()
+
+    def _submit(self) -> None:
+        while self._left and (not self._found or self._bytes + self._left[0].num_bytes <= AHEAD):
+            entry = self._left.popleft()
+            self._bytes += entry.num_bytes
+            self._found[entry] = self._threads.submit(read_tensor, entry, pinned=self._pinned)
 
 
 def map_tensor(entry: TensorEntry) -> torch.Tensor:

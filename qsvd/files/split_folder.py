@@ -1,6 +1,7 @@
 """A quantized model, open for reading: residual and components of each weight, and the matrix that they make."""
 
 import json
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +35,12 @@ FORMATS = (1, 2, 3)  # of qsvd.json; in format 1 the components are in adapter/,
 
 @dataclass(frozen=True)
 class SplitFolder:
-    """A quantized model. Tensors are read on demand."""
+    """A quantized model. Tensors are read on demand, by `read`."""
 
     folder: Path
     manifest: dict[str, Any]  # qsvd.json
     tensors: dict[str, TensorEntry]  # of all shards and of the stored components
+    read: Callable[[TensorEntry], Tensor] = read_tensor
 
     @property
     def weights(self) -> dict[str, dict[str, Any]]:
@@ -71,7 +73,7 @@ class SplitFolder:
 
     def residual(self, name: str, *, mapped: bool = False) -> PackedBlocks:
         """Read Q of one weight or table; with `mapped`, its bytes are read when they are used."""
-        return self.stored(name).read(map_tensor if mapped else read_tensor)
+        return self.stored(name).read(map_tensor if mapped else self.read)
 
     def stored(self, name: str) -> StoredResidual[TensorEntry]:
         """Return the entries of the parts of Q of one weight or table."""
@@ -108,11 +110,31 @@ class SplitFolder:
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Read B [O, R] and A [R, I] of one weight; return None at rank 0."""
-        if self._packed[name]["rank"] == 0:
+        if not (entries := self._factor_entries(name)):
             return None
-        prefix = f"{ADAPTER_PREFIX}{self.weights[name]['module']}"
-        up_OR, down_RI = (read_tensor(self.tensors[f"{prefix}.lora_{letter}.weight"]) for letter in "BA")
+        up_OR, down_RI = (self.read(entry) for entry in entries)
         return up_OR, down_RI
+
+    def _factor_entries(self, name: str) -> list[TensorEntry]:
+        if self._packed[name]["rank"] == 0:
+            return []
+        prefix = f"{ADAPTER_PREFIX}{self.weights[name]['module']}"
+        return [self.tensors[f"{prefix}.lora_{letter}.weight"] for letter in "BA"]
+
+    def entries_of(self, names: Iterable[str], *, paged: Container[str], dense: bool) -> Iterator[TensorEntry]:
+        """Yield what is read of tensors of the 16-bit model, in the order in which it is read.
+
+        Args:
+            paged: Weights whose residuals are read later.
+            dense: Whether tensors that are not quantized are read, too.
+        """
+        for name in names:
+            if name not in self._packed:
+                yield from [self.tensors[name]] if dense else []
+                continue
+            if name not in paged:
+                yield from (part for part in self.stored(name).parts.values() if isinstance(part, TensorEntry))
+            yield from self._factor_entries(name)
 
     def dense(self, name: str) -> Tensor:
         """Return Q + B A, float32 [O, I]."""

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -126,10 +127,10 @@ def _run(model: SplitModelPlan, path: str, batch: Batch, backward: Backward) -> 
 
 @lru_cache(maxsize=4096)
 def _loops(model: SplitModelPlan, path: str) -> bool:
-    """Tell whether a block does more operations for more tokens."""
-    batches = (Batch(times * STRETCH, 1, is_masked=False, checkpointing=True, device="cpu") for times in (1, 2))
-    few, many = (_run_counted(model, path, batch, "none")[1] for batch in batches)
-    return many > few + MORE
+    """Tell whether a block does more operations for more tokens, each time: a mask, from some length on, is no loop."""
+    batches = (Batch(times * STRETCH, 1, is_masked=False, checkpointing=True, device="cpu") for times in (1, 2, 3))
+    calls = [_run_counted(model, path, batch, "none")[1] for batch in batches]
+    return all(many > few + MORE for few, many in pairwise(calls))
 
 
 def _stretched(runs: Sequence[Any], times: float) -> Any:

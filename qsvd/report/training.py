@@ -26,6 +26,8 @@ class RunSummary:
         best_step: The step with the lowest held-out loss, whose adapter the run holds; None without --keep-best.
         held_out_examples: None where there are none, or where an older version wrote the run.
         classes: Of a classifier; 0 for a language model.
+        first_step_seconds: From the start of loading to the end of the first step, since the run was last resumed; None
+            if no step was left, or where an older version wrote the run.
         moved_bytes: Bytes of offloaded weights that were copied to the device since the run was last resumed.
     """
 
@@ -52,6 +54,7 @@ class RunSummary:
     best_step: int | None = None
     held_out_examples: int | None = None
     classes: int = 0
+    first_step_seconds: float | None = None
 
 
 def training_tables(summary: RunSummary) -> Group:
@@ -82,6 +85,7 @@ def rows(summary: RunSummary) -> list[tuple[str, str]]:
             "tokens",
             f"{summary.tokens:,} in {summary.seconds:.0f} s, {summary.tokens / summary.seconds:,.0f} per second",
         ),
+        *_first_step(summary),
         ("training loss, first and last step (nats)", f"{summary.first_loss:.4f}, {summary.last_loss:.4f}"),
         (
             f"{held_out} loss, before and after (nats)",
@@ -95,6 +99,11 @@ def rows(summary: RunSummary) -> list[tuple[str, str]]:
         found.append(("adapter", f"of step {summary.best_step:,}, which has the lowest held-out loss"))
     accuracy = _pair(summary.accuracy_before, summary.accuracy_after, ".2%")
     return [*found, (f"{held_out} accuracy, before and after", accuracy)] if accuracy else found
+
+
+def _first_step(summary: RunSummary) -> list[tuple[str, str]]:
+    seconds = summary.first_step_seconds
+    return [] if seconds is None else [("first step done", f"{seconds:.1f} s after loading began")]
 
 
 def _pair(before: float | None, after: float | None, form: str) -> str:

@@ -6,6 +6,7 @@ when all libraries are loaded and have worked once.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,4 +76,4 @@ def test_a_base_of_twice_the_memory_trains_and_is_measured(bases):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(number) for number in work(bases[1], ALL)], done.stderr
     assert done.returncode != 0
-    assert "can't allocate memory" in done.stderr
+    assert re.search("allocate memory|start new thread", done.stderr)  # threads that read have stacks
