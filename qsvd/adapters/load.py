@@ -5,7 +5,7 @@ No dense weight is made. CPU memory holds one tensor at a time, and what is offl
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,14 +272,11 @@ def _own_names(split: SplitFolder) -> dict[str, tuple[int, ...]]:
 def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedResidual]) -> None:
     """Read every tensor of the folder into the model."""
     spelled = {name: model_name for model_name, name in plan.spelling.items()}
-    lost = [name for name in place.split.weights if name not in spelled]
-    if lost:
+    if lost := [name for name in place.split.weights if name not in spelled]:
         raise BadInput(f"{plan.architecture} has no layers for {len(lost)} quantized weights: {listing(lost)}")
     split_modules = {spelled[name].removesuffix(".weight"): name for name in place.split.weights}
-    if odd := [path for path in split_modules if not is_expert(path) and not is_linear(model.get_submodule(path))]:
-        raise BadInput(f"{plan.architecture} has no linear layer at {listing(odd)}, quantized in {place.split.folder}")
-    stacks = Counter(path.rpartition(".")[0] for path in split_modules if is_expert(path))
-    for path, count in stacks.items():
+    _check_linear(model, split_modules, place)
+    for path, count in Counter(path.rpartition(".")[0] for path in split_modules if is_expert(path)).items():
         open_stack(model, path, count)
     _pack_tables(model, spelled, place.split)
     embedding = model.get_input_embeddings() if place.placement.embeddings_on_host else None
@@ -290,7 +287,7 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
         for name in names:
             owner, _, last = spelled[name].rpartition(".")
             if owner in split_modules and last == "weight":
-                linear = _split_linear(model, owner, plan, name, place, pages.get(name))
+                linear = _split_linear(owner, plan, name, place, pages.get(name))
                 model.set_submodule(owner, linear, strict=True)
             elif owner not in split_modules:
                 device = torch.device("cpu") if model.get_submodule(owner) is embedding else place.device
@@ -324,9 +321,12 @@ def _set(model: Any, name: str, tensor: Tensor) -> None:
         module._buffers[last] = tensor
 
 
-def _split_linear(
-    model: Any, path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None
-) -> SplitLinear:
+def _check_linear(model: Any, paths: Iterable[str], place: _Place) -> None:
+    if odd := [path for path in paths if not is_expert(path) and not is_linear(model.get_submodule(path))]:
+        raise BadInput(f"{type(model).__name__} has no linear layer at {listing(odd)}: {place.split.folder} has it")
+
+
+def _split_linear(path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None) -> SplitLinear:
     bias = plan.spelling.get(f"{path}.bias")
     stored = read_weight(place.split, name, place.device, place.record, place.gradients, is_paged=paged is not None)
     adapter = start_from(stored, place.split, place.record, name)

@@ -272,13 +272,10 @@ def register_attention() -> None:
     from transformers.integrations.moe import ExpertsInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    kinds: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        PLAIN: (_fused, sdpa_mask),
-        MASKED: (_fused, partial(_padded, sdpa_mask)),
-        WHOLE: (_whole, eager_mask),
-    }
-    for name, (attention, mask) in kinds.items():
-        AttentionInterface.register(name, attention)
+    padded_mask: Any = partial(_padded, sdpa_mask)
+    masks: dict[str, Any] = {PLAIN: sdpa_mask, MASKED: padded_mask, WHOLE: eager_mask}
+    for name, mask in masks.items():
+        AttentionInterface.register(name, _whole if name == WHOLE else _fused)
         AttentionMaskInterface.register(name, mask)
     ExpertsInterface.register(NO_EXPERTS, _no_experts)
 
@@ -291,7 +288,7 @@ def _padded(make: Callable[..., Any], **options: Any) -> Tensor:
 
 @contextmanager
 def unpacked() -> Iterator[None]:
-    """Let transformers look for no packed sequences: it would read the position ids, which have no values here."""
+    """Let transformers look for no packed sequences, which it finds by the values of position ids."""
     with patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None):
         yield
 
