@@ -259,9 +259,13 @@ class Trial:
         return self._found[folder]
 
     def _generate(self) -> str:
-        if self.family.group not in TEXT:
+        if self.family.group == "whisper":
+            told: dict[str, Any] = {"audio": (str(self.folder / "0.wav"),)}
+        elif self.family.group in TEXT:
+            told = {"prompt": ("Once upon a time",), "raw": True}
+        else:
             return "-"
-        generate(Generate(str(self.out), prompt=("Once upon a time",), raw=True, max_new_tokens=4, device="cpu"))
+        generate(Generate(str(self.out), max_new_tokens=4, device="cpu", **told))
         return ""
 
     def _train(self) -> str:
@@ -371,6 +375,7 @@ Every command on a tiny random model of each family (`tools/families --write doc
 - *quantize* includes the report.
 - *load* compares the logits of `qsvd.load` with those of transformers' own model with the dense weights Q + B A.
 - *from_pretrained* compares plain transformers with them, where the format is that of bitsandbytes.
+- *generate* continues a text, or writes what is said in a sound.
 - *train* is two steps on text, or on sound; *export* a merged export, which plain transformers opens with equal logits.
 - yes: works; no: does not work; -: does not apply.
 
