@@ -17,6 +17,7 @@ FAMILIES = read_families(FILE) if FILE.is_file() else []
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FAMILIES, reason="the configs are not here")]
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.folder)
 def test_a_family_does_what_the_table_says(tmp_path, family):
     transformers.utils.logging.disable_progress_bar()
