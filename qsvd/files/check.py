@@ -13,7 +13,6 @@ import torch
 from qsvd.errors import BadInput, listing
 from qsvd.files.safetensors import Entry
 from qsvd.files.source import Checkpoint
-from qsvd.plan.allocation import Table
 from qsvd.plan.conversions import Conversion, rows_of
 from qsvd.plan.weights import ModelPlan, Source, WeightSpec
 
@@ -215,15 +214,36 @@ def check_complete(checkpoint: Checkpoint, plan: ModelPlan) -> ModelPlan:
     return plan
 
 
-def check_copies(checkpoint: Checkpoint, plan: ModelPlan, tables: Sequence[Table]) -> None:
-    """Refuse an embedding and a head that the config ties but that are two tensors with other values."""
-    for table in tables:
-        for name in (plan.spelling[other] for other in table.others if other in plan.spelling):
-            if not torch.equal(checkpoint.read(name), checkpoint.read(table.name)):
-                raise BadInput(
-                    f"{checkpoint.name}: {table.name} and {name} have other values, but config.json says that they are "
-                    "one tensor; correct tie_word_embeddings there"
-                )
+def check_copies(checkpoint: Checkpoint, plan: ModelPlan) -> None:
+    """Refuse tensors that the config ties, such as embedding and head, but that are stored with other values."""
+    stored = [
+        (plan.spelling[source], plan.spelling[name])
+        for name, source in plan.tied.items()
+        if source in plan.spelling and name in plan.spelling
+    ]
+    unequal = [pair for pair in stored if not torch.equal(*(checkpoint.read(name) for name in pair))]
+    if unequal:
+        raise BadInput(
+            f"{checkpoint.name}: {listing([' and '.join(pair) for pair in unequal])} have other values, but "
+            "config.json says that they are one tensor; set tie_word_embeddings to false there, or remove the wrong "
+            "tensor"
+        )
+
+
+def check_finite(checkpoint: Checkpoint, plan: ModelPlan) -> None:
+    """Refuse a NaN or an infinity in a tensor of the model that is copied; those to split are checked when they are."""
+    split = {*plan.unknown, *(source.tensor for spec in plan.weights for source in spec.read_from)}
+    problems = []
+    for name in (name for name in checkpoint.tensors if name not in split):
+        values = checkpoint.read(name)
+        if not torch.isfinite(values.sum()):  # one cheap pass; finite numbers may overflow too, so that a count decides
+            count = int((~torch.isfinite(values)).sum())
+            problems += [f"{name} ({count} of {values.numel()})"] * bool(count)
+    if problems:
+        raise BadInput(
+            f"{checkpoint.name}: {len(problems)} tensors have values that are NaN or infinite: {listing(problems)}; "
+            "repair the checkpoint"
+        )
 
 
 def _model_name(name: str, plan: ModelPlan, transforms: list) -> tuple[str, str, Any, str]:

@@ -17,7 +17,7 @@ from qsvd.errors import BadInput, first_line, listing
 from qsvd.export.trained import Trained, TrainedModel
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.atomic import read_object
-from qsvd.files.check import check_complete, check_not_quantized
+from qsvd.files.check import check_complete, check_copies, check_not_quantized
 from qsvd.files.published import is_published
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.source import Checkpoint, download, open_checkpoint
@@ -42,7 +42,8 @@ def open_16_bit(
         checkpoint: An open one, which is taken instead of the model.
 
     Raises:
-        BadInput: the model cannot be opened, is quantized already, or lacks tensors.
+        BadInput: the model cannot be opened, is quantized already, lacks tensors, or has other values in tensors
+            that its config ties.
     """
     checkpoint = checkpoint or open_checkpoint(options.model)
     check_not_quantized(checkpoint.config, checkpoint.tensors)
@@ -52,7 +53,9 @@ def open_16_bit(
         exclude=options.exclude,
         include_towers=options.include_towers,
     )
-    return checkpoint, check_complete(checkpoint, plan)
+    plan = check_complete(checkpoint, plan)
+    check_copies(checkpoint, plan)
+    return checkpoint, plan
 
 
 @dataclass(frozen=True)

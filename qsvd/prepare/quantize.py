@@ -16,7 +16,7 @@ from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split, measure_stack
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.files.atomic import file_sha256, write_text
-from qsvd.files.check import check_copies
+from qsvd.files.check import check_finite
 from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, plan_shards, plan_stacks, sizes_of
 from qsvd.files.source import Checkpoint, stack_on
 from qsvd.files.statistics import Statistics, statistics_for
@@ -249,7 +249,7 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
     checkpoint, plan = open_16_bit(options, checkpoint)
     allocation, table = None, None
     tables = tables_of(plan, options.head_bits, options.embedding_bits)
-    check_copies(checkpoint, plan, tables)
+    check_finite(checkpoint, plan)
     choice = replace(choice, codec=usual_codec(plan.weights, double_quant=options.double_quant, packed=bool(tables)))
     if options.allocation is not None:
         allocation, table = read_table(options.allocation, plan.weights, tables)

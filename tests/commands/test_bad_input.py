@@ -9,6 +9,8 @@ import safetensors.torch
 import torch
 
 from qsvd.cli import run
+from qsvd.options import Quantize
+from qsvd.prepare.quantize import prepare_quantize
 from tests.checkpoints import write_checkpoint
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -112,6 +114,29 @@ def test_a_weight_holds_nan_or_infinity(refused, model, value):
     edit(model, damage)
     sentence = refused(model, makes_folder=True)  # the values are read when their turn comes
     assert sentence == f"{model}: {Q_PROJ}: 3 of 4096 values are NaN or infinite; repair the checkpoint"
+
+
+def test_copied_tensors_hold_nan_or_infinity(refused, model):
+    def damage(tensors):
+        tensors["model.embed_tokens.weight"][7, 1:3] = float("inf")
+        tensors["model.norm.weight"][3] = float("nan")
+
+    edit(model, damage)
+    assert refused(model) == (
+        f"{model}: 2 tensors have values that are NaN or infinite: model.embed_tokens.weight (2 of 6144), "
+        "model.norm.weight (1 of 64); repair the checkpoint"
+    )
+
+
+def test_tensors_that_the_config_ties_have_other_values(refused, model):
+    tied = {"tie_word_embeddings": True}
+    edit_config(model, **tied)
+    assert refused(model) == (
+        f"{model}: model.embed_tokens.weight and lm_head.weight have other values, but config.json says that they are "
+        "one tensor; set tie_word_embeddings to false there, or remove the wrong tensor"
+    )
+    edit(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    prepare_quantize(Quantize(str(model), model / "out", rank=4))  # equal ones are not refused
 
 
 QUANTIZED = {
