@@ -62,10 +62,13 @@ class PackedConfig(QuantizationConfigMixin):
         Raises:
             BadInput: it has other keys, or values that __init__ refuses.
         """
-        if "experts" in config_dict:
+        reason = "this model has quantized experts, which transformers cannot run" if "experts" in config_dict else ""
+        if wrong := config_dict.get("misplaced"):
+            reason = f"PEFT would put the components of {listing(wrong)} on the experts, since their names are similar"
+        if reason:
             raise BadInput(
-                "this model has quantized experts, which transformers cannot run: open it with qsvd.load(OUT), or "
-                "write a 16-bit model with `qsvd export OUT --to merged --out MERGED`"
+                f"{reason}: open it with qsvd.load(OUT), or write a 16-bit model with `qsvd export OUT --to merged "
+                "--out MERGED`"
             )
         if sorted(config_dict) != ["codecs", "dtype", "quant_method"]:
             raise BadInput(

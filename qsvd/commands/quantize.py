@@ -12,8 +12,17 @@ from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.source import Checkpoint, stream
 from qsvd.files.workspace import UNFINISHED
 from qsvd.options import Quantize
-from qsvd.prepare.outputs import copied_tensor, error_change, parted_layers, planned_tables, tensors_of, write_outputs
-from qsvd.prepare.quantize import QuantizeRun, check_resources, check_room, prepare_quantize, resolve_allocation
+from qsvd.prepare.machine import check_room
+from qsvd.prepare.outputs import (
+    copied_tensor,
+    error_change,
+    misplaced_layers,
+    parted_layers,
+    planned_tables,
+    tensors_of,
+    write_outputs,
+)
+from qsvd.prepare.quantize import QuantizeRun, check_resources, prepare_quantize, resolve_allocation
 from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.errors import from_record, to_record
 from qsvd.report.next_commands import after_quantize, last_lines
@@ -65,7 +74,7 @@ def quantize_visibly(run: QuantizeRun) -> None:
     Raises:
         Interrupted: after Ctrl-C; finished weights are kept.
     """
-    if warning := parted_layers(run):
+    for warning in filter(None, (parted_layers(run), misplaced_layers(run))):
         print(warning, file=sys.stderr)
     kept = f"finished work is kept, the same command continues in {run.out}"
     with explained_disk_errors(run.out / UNFINISHED, kept), watched("weight", kept) as show:

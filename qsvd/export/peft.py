@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from qsvd.files.quantize_folder import PYTORCH
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, new_tensor, write_stream
 from qsvd.files.source import read_config
 from qsvd.plan.weights import build
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 HEADS = {  # task -> ends of the paths of the modules that PEFT expects whole in the file
     "SEQ_CLS": ("classifier", "score"),
@@ -157,27 +160,34 @@ def refuse_experts(model: TrainedModel) -> None:
         )
 
 
-def check_place(model: TrainedModel, modules: list[str]) -> None:
-    """Refuse, by BadInput, modules that PEFT takes for experts by their names (gate_proj, up_proj, down_proj, w1 ...).
+def misplaced(config: "PreTrainedConfig", modules: list[str]) -> list[str]:
+    """Return the modules that PEFT takes for experts by their names (gate_proj, up_proj, down_proj, w1 ...).
 
     It loads older adapters of experts so. PEFT itself puts its layers into the model, on the meta device.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    empty = build(read_config(model.split.folder))
-    settings = LoraConfig(r=1, target_modules=modules)
+    if not modules or "expert" not in str(config.to_dict()):
+        return []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of patterns that PEFT itself made for experts
-            filled = inject_adapter_in_model(settings, empty, low_cpu_mem_usage=True)
+            settings = LoraConfig(r=1, target_modules=modules)
+            filled = inject_adapter_in_model(settings, build(config), low_cpu_mem_usage=True)
         placed = {path for path, module in filled.named_modules() if hasattr(module, "lora_A")}
     except ValueError:  # it found none of the modules
         placed = set()
     lost = [module for module in modules if module not in placed]
-    if lost or len(placed) > len(modules):
+    return lost or (modules if len(placed) > len(modules) else [])
+
+
+def check_place(model: TrainedModel, modules: list[str]) -> None:
+    """Refuse, by BadInput, modules that PEFT takes for experts."""
+    wrong = misplaced(read_config(model.split.folder), modules)
+    if wrong:
         raise BadInput(
-            f"PEFT would put the LoRA of {listing(lost or modules)} on the experts, since their names are those of "
-            "experts; use --to merged, or train other layers (--target-modules q_proj k_proj v_proj o_proj)"
+            f"PEFT would put the LoRA of {listing(wrong)} on the experts, since their names are those of experts; use "
+            "--to merged, or train other layers (--target-modules q_proj k_proj v_proj o_proj)"
         )
 
 
@@ -193,8 +203,7 @@ def peft_adapter(
     new = [*_factors(model, adapted, dtype), *whole, *magnitudes]
     modules = model.modules()
     ranks = {modules[name]: max(rank, 1) for name, rank in adapted.items()}
-    if "expert" in (model.split.folder / "config.json").read_text(encoding="utf-8"):  # in 16 bits
-        check_place(model, [*ranks])
+    check_place(model, [*ranks])
     config = adapter_settings(ranks, kept, task, base) | {"use_dora": inventory.has_gains}
     result = PeftExport(len(ranks), max(ranks.values()), min(ranks.values()), inventory.has_gains, kept, size_of(new))
     return new, config, result

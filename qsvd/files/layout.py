@@ -6,7 +6,7 @@ A residual in NF4 has the names of bitsandbytes; one in another codec has those 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -213,11 +213,14 @@ def stored_packed(
     return StoredResidual({**found, "levels": levels}, shape, codec, codec.nesting.block_size)
 
 
-def packed_config(allocation: Allocation, dtype: torch.dtype, stacks: Mapping[str, str]) -> dict[str, Any]:
+def packed_config(
+    allocation: Allocation, dtype: torch.dtype, stacks: Mapping[str, str], misplaced: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the quantization_config of config.json for mixed bits: modules by codec, and the dtype of the weights.
 
     Args:
         stacks: The stack of experts of a module, "" if it is none. With stacks qsvd alone can load the model.
+        misplaced: Modules whose components PEFT would put on experts. With them too qsvd alone can.
     """
     codecs: dict[str, list[str]] = {}
     for module, choice in allocation.choices.items():
@@ -225,4 +228,4 @@ def packed_config(allocation: Allocation, dtype: torch.dtype, stacks: Mapping[st
             codecs.setdefault(spelling(choice.codec), []).append(module)
     named = {"quant_method": METHOD, "codecs": dict(sorted(codecs.items())), "dtype": str(dtype).removeprefix("torch.")}
     experts = [stack for stack in dict.fromkeys(stacks.values()) if stack]
-    return named | ({"experts": experts} if experts else {})
+    return named | ({"experts": experts} if experts else {}) | ({"misplaced": list(misplaced)} if misplaced else {})

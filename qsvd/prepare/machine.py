@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from qsvd.errors import BadInput, DoesNotFit, parse_size, show_size
 from qsvd.files.adapter import AdapterRecord
 from qsvd.files.pages import free_host_memory, taken_host_memory
 from qsvd.files.split_folder import SplitFolder
+from qsvd.files.workspace import check_space
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.encoder import EXACT, encoder_bytes
@@ -246,3 +248,8 @@ def _median(work: Callable[[], object]) -> float:
 def seed_of(seed: int, spec: WeightSpec) -> int:
     """Return a seed for one weight, so that neither the order nor a resumed run changes its random sketch."""
     return int.from_bytes(hashlib.sha256(f"{seed} {spec.module}".encode()).digest()[:6])
+
+
+def check_room(out: Path, num_bytes: int) -> None:
+    """Refuse, by DoesNotFit, so many bytes in a folder; the bytes that are there already count."""
+    check_space(out, num_bytes, "give --out another disk, a lower --rank or --budget, or a smaller --shard-size")

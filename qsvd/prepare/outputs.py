@@ -126,11 +126,22 @@ def _write_adapter(run: QuantizeRun, folder: OutputFolder, base: str) -> None:
 def _quantization(run: QuantizeRun) -> dict[str, Any]:
     """Return the quantization_config of config.json."""
     if not run.is_plain:
-        return packed_config(run.everything, run.compute_dtype, {spec.module: spec.stack for spec in run.weights})
+        stacks = {spec.module: spec.stack for spec in run.weights}
+        return packed_config(run.everything, run.compute_dtype, stacks, () if any(stacks.values()) else run.misplaced)
     nested, skipped = run.header.codec == "nf4+dq", list(run.skipped)
     whole, _ = joined_layers(skipped, [spec.module for spec in run.plan.weights])
     return quantization_config(
         [*skipped, *whole], double_quant=nested, dtype=run.compute_dtype, has_components=run.header.rank > 0
+    )
+
+
+def misplaced_layers(run: QuantizeRun) -> str:
+    """Return a warning if qsvd alone will open OUT because of PEFT; "" if not, or if a budget is not solved yet."""
+    if run.allocation is None or any(spec.stack for spec in run.weights) or not run.misplaced:
+        return ""
+    return (
+        f"warning: PEFT would put the components of {listing(run.misplaced)} on the experts, since their names are "
+        "similar; qsvd alone will open the folder. --exclude these layers too, or give --rank 0, for plain transformers"
     )
 
 

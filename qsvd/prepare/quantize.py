@@ -15,12 +15,13 @@ from qsvd.decompose.alternate import Recipe, split_weights
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split, measure_stack
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
+from qsvd.export.peft import misplaced
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.check import check_finite
 from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, plan_shards, plan_stacks, sizes_of
 from qsvd.files.source import Checkpoint, stack_on
 from qsvd.files.statistics import Statistics, statistics_for
-from qsvd.files.workspace import MANIFEST, UNFINISHED, check_space
+from qsvd.files.workspace import MANIFEST, UNFINISHED
 from qsvd.memory.device import device_of
 from qsvd.memory.other_tasks import plan_splitting
 from qsvd.numerics.names import spelling
@@ -52,7 +53,7 @@ from qsvd.prepare.allocate import (
     sealed,
 )
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import machine, seed_of
+from qsvd.prepare.machine import check_room, machine, seed_of
 from qsvd.prepare.models import open_16_bit
 from qsvd.records import ShowProgress, WeightError
 from qsvd.report.header import ReportHeader, codec_words
@@ -108,7 +109,12 @@ class QuantizeRun:
     @property
     def is_plain(self) -> bool:
         """Whether plain transformers loads the model, with bitsandbytes; experts need qsvd."""
-        return self.resolved.is_plain and not any(spec.stack for spec in self.plan.weights)
+        return self.resolved.is_plain and not any(spec.stack for spec in self.plan.weights) and not self.misplaced
+
+    @cached_property
+    def misplaced(self) -> list[str]:
+        """The modules whose components PEFT would put on experts in 16 bits."""
+        return misplaced(self.checkpoint.config, [m for m, choice in self.resolved.choices.items() if choice.rank])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -313,14 +319,8 @@ def check_resources(run: QuantizeRun) -> None:
     split = {source.tensor for spec in run.weights for source in spec.read_from}
     copied = sum(tensor.num_bytes for name, tensor in run.checkpoint.tensors.items() if name not in split)
     packed = sum(residual_bytes(table.codec, table.shape) for table in run.tables)
-    check_room(
-        run.out, 2 * (measuring.task.budget.num_bytes + packed) + copied
-    )  # at worst all of the budget is there twice
-
-
-def check_room(out: Path, num_bytes: int) -> None:
-    """Refuse, by DoesNotFit, so many bytes in a folder; the bytes that are there already count."""
-    check_space(out, num_bytes, "give --out another disk, a lower --rank or --budget, or a smaller --shard-size")
+    # at worst all of the budget is there twice
+    check_room(run.out, 2 * (measuring.task.budget.num_bytes + packed) + copied)
 
 
 def _recipe(options: Quantize, choice: Choice) -> Recipe:

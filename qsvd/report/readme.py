@@ -31,7 +31,7 @@ def readme(  # each is known at another place
         table: The errors, in Markdown; empty if none were measured.
     """
     opening = [_opening(header, quantization), *([f"## Quantization error\n\n{table}"] if table else [])]
-    if "experts" in quantization:
+    if _is_ours_alone(quantization):
         return _with_experts(folder, opening)
     odd = [path for path, width in widths.items() if width % BLOCK] if header.quantizer == "bitsandbytes" else []
     sections = [*opening, _code("Load", "python", _loading(header, folder, architecture))]
@@ -57,8 +57,13 @@ def readme(  # each is known at another place
     return "\n\n".join(sections) + "\n"
 
 
+def _is_ours_alone(quantization: Mapping[str, Any]) -> bool:
+    """Tell whether qsvd alone can load the model: because of its experts, or of experts that PEFT sees elsewhere."""
+    return "experts" in quantization or "misplaced" in quantization
+
+
 def _with_experts(folder: str, opening: Sequence[str]) -> str:
-    """Return the README of a model with quantized experts, which qsvd alone can load."""
+    """Return the README of a model with experts that qsvd alone can load."""
     load = ["import qsvd", "", f"model = qsvd.load({_literal(folder)})"]
     data = f"qsvd train {quote(folder)} DATA --out {quote(folder + '-run')}"
     merge = f"qsvd export {quote(folder)} --to merged --out {quote(folder + '-merged')}"
@@ -87,8 +92,17 @@ def _opening(header: ReportHeader, quantization: Mapping[str, Any]) -> str:
     is_plain = header.quantizer == "bitsandbytes"
     kind = "4-bit checkpoint" if is_plain else "mixed-precision checkpoint"
     libraries = ["transformers", *(["peft"] if header.rank else []), "bitsandbytes" if is_plain else "qsvd"]
-    if "experts" in quantization:
+    if _is_ours_alone(quantization):
         libraries = ["qsvd"]
+    if "misplaced" in quantization:
+        parts = (
+            "This folder holds a quantized model that only qsvd can open: PEFT would put the components of\n"
+            f"{listing(quantization['misplaced'])}\n"
+            "on the experts, since their names are similar. transformers, PEFT and vLLM refuse it; they load the\n"
+            "merged model. Quantized with `--rank 0`, or without these layers (`--exclude`), it opens with\n"
+            "transformers."
+        )
+    elif "experts" in quantization:
         parts = (
             "This folder holds a quantized model with quantized experts, which only qsvd can run. transformers,\n"
             "PEFT and vLLM refuse it; they load the merged model."

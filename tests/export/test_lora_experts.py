@@ -12,10 +12,12 @@ import transformers
 
 import qsvd
 from qsvd.adapters.model import split_linears
+from qsvd.commands import quantize
 from qsvd.export.trained import TrainedModel
 from qsvd.files.split_folder import SplitFolder, open_split
+from tests.adapters.results import in_float32
 from tests.checkpoints import write_checkpoint
-from tests.export.cases import assert_same_outputs, dense_model, outputs
+from tests.export.cases import IDS, assert_same_outputs, dense_model, outputs
 
 pytestmark = [
     pytest.mark.slow,
@@ -85,6 +87,13 @@ def same_tensors(*folders):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def assert_opens_whole(out, architecture):
+    ours = qsvd.load(out, device="cpu", dtype=torch.float32)(input_ids=IDS).logits
+    plain = getattr(transformers, architecture).from_pretrained(out, dtype=torch.float32)
+    theirs = in_float32(plain)(input_ids=IDS).logits
+    assert (theirs - ours).abs().max() <= 1e-5 * ours.abs().max()
+
+
 def test_trained_experts_are_refused_before_weights_are_read(quantized, tmp_path, monkeypatch):
     write_run(quantized, tmp_path / "run", ("*",))
     monkeypatch.setattr(SplitFolder, "residual", None)
@@ -102,11 +111,44 @@ def test_beside_experts_in_16_bits_a_run_is_for_peft_where_peft_puts_every_layer
         qsvd.quantize(tmp_path / "source", out=folder / "out", exclude=excluded, **options)
         write_run(folder, folder / "run", ())
     done = qsvd.export(tmp_path / "attention" / "run", out=tmp_path / "peft", to="peft")
+    assert_opens_whole(tmp_path / "attention" / "out", "Glm4MoeForCausalLM")
     assert done.checked is not None, "plain PEFT computes what was trained"
     message = r"PEFT would put the LoRA of model\.layers\.0\.mlp\..* on the experts, since"
     with pytest.raises(qsvd.BadInput, match=message):
         qsvd.export(tmp_path / "all" / "run", out=tmp_path / "refused", to="peft")
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # that PEFT itself made
+@pytest.mark.parametrize(
+    ("architecture", "options", "opens"),
+    [
+        ("MixtralForCausalLM", {"rank": 4}, True),
+        ("Glm4MoeForCausalLM", {"rank": 4}, False),
+        ("Glm4MoeForCausalLM", {"rank": 0}, True),
+        ("Glm4MoeForCausalLM", {"budget": "6bits"}, False),
+    ],
+)
+def test_out_opens_rightly_or_is_refused_with_the_reason(tmp_path, architecture, options, opens, capsys):
+    widths = {"moe_intermediate_size": 64} if "Glm" in architecture else {}  # see BLOCK in qsvd/report/readme.py
+    write_checkpoint(tmp_path / "source", architecture, dtype=torch.float32, **widths)
+    out, settings = tmp_path / "out", {"iterations": 1, "device": "cpu", "exclude": ("*.experts.*",)} | options
+    quantize.main(qsvd.Quantize(str(tmp_path / "source"), out=out, **settings))
+    text, said = (out / "README.md").read_text(), capsys.readouterr().err
+    if opens:
+        assert_opens_whole(out, architecture)
+        return
+    message = r"^PEFT would put the components of model\.layers\.0.* on the experts, .*: open it with qsvd\.load\(OUT\)"
+    with pytest.raises(qsvd.BadInput, match=message):
+        getattr(transformers, architecture).from_pretrained(out)
+    assert "from_pretrained" not in text
+    assert "only qsvd can open: PEFT would put the components" in text
+    assert ("warning: PEFT would put the components of" in said) == ("rank" in options)
+    shutil.copytree(out, tmp_path / "plain")
+    assert qsvd.load(out, device="cpu")(input_ids=IDS).logits.isfinite().all()
+    plain = getattr(transformers, architecture).from_pretrained(tmp_path / "source")
+    with pytest.warns(UserWarning, match="missing adapter keys .*experts"):
+        peft.PeftModel.from_pretrained(plain, out)
 
 
 def test_layers_that_peft_would_take_for_experts_are_refused(quantized, tmp_path):
