@@ -24,6 +24,7 @@ Span = tuple[int, int]  # characters from, to
 Tools = list[dict | Callable] | None  # JSON schemas; transformers would take functions too
 
 PROBE = "What is 7 x 8?"
+PROBE_PART = {"type": "text", "text": PROBE}
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 SPEAKERS = {  # "from" of a turn -> role of a message
@@ -120,31 +121,42 @@ class ChatTemplate:
         return self.with_tools if tools else self.plain
 
     def read(self, messages: list[Message]) -> list[Message]:
-        """Return messages as the template reads them: some, of models of images, read lists of parts and no texts."""
-        if not self.takes_parts:
-            return messages
+        """Return messages as the template reads them.
+
+        Some templates, of models of images, read lists of parts and no texts. Others read texts only, and would show
+        a list as Python writes it; its texts are joined.
+        """
         return [
-            {**message, "content": [{"type": "text", "text": message["content"]}]}
-            if isinstance(message.get("content"), str)
-            else message
+            message | {"content": self._content(message["content"])} if message.get("content") else message
             for message in messages
         ]
+
+    def _content(self, content: str | list[dict]) -> str | list[dict]:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}] if self.takes_parts else content
+        if self.reads_parts:
+            return content
+        return "".join(part["text"] for part in content)
+
+    def _shown(self, content: str | list[dict]) -> str:
+        """Return the template's text for one message with this content; "" if it cannot render it."""
+        import jinja2
+
+        try:
+            message = {"role": "user", "content": content}
+            return str(self.tokenizer.apply_chat_template([message], chat_template=self.plain, tokenize=False))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError):
+            return ""
 
     @cached_property
     def takes_parts(self) -> bool:
         """Whether the template leaves out a text, and shows the same text as a part."""
-        import jinja2
+        return PROBE not in self._shown(PROBE) and PROBE in self._shown([PROBE_PART])
 
-        def shows(content: str | list[dict]) -> bool:
-            try:
-                message = {"role": "user", "content": content}
-                return PROBE in str(
-                    self.tokenizer.apply_chat_template([message], chat_template=self.plain, tokenize=False)
-                )
-            except (jinja2.TemplateError, TypeError, ValueError, KeyError):
-                return False
-
-        return not shows(PROBE) and shows([{"type": "text", "text": PROBE}])
+    @cached_property
+    def reads_parts(self) -> bool:
+        """Whether the template shows a part as it shows the same text, or takes nothing else."""
+        return self.takes_parts or self._shown([PROBE_PART]) == self._shown(PROBE)
 
 
 class Chat(NamedTuple):

@@ -13,7 +13,7 @@ from qsvd.data.images import hears, open_processor, reads_images, tokenize_image
 from qsvd.data.read import read_pair, read_rows
 from qsvd.data.row_files import Rows
 from qsvd.data.template_names import check_tokens, read_template
-from qsvd.data.tokens import check_keeps_apart, pack, packed_dataset, tokenize
+from qsvd.data.tokens import check_keeps_apart, check_vocabulary, pack, packed_dataset, tokenize
 from qsvd.errors import BadInput
 from qsvd.options import Train
 from qsvd.plan.weights import context_length, writers
@@ -123,6 +123,7 @@ def read_run_data(options: Train, home: Home) -> RunData:
     is_pair = is_encoder_decoder(home.folder) and not train.label_names
     if train.media is not None:
         tokenizer = train.media.processor.tokenizer
+    check_vocabulary([data for data in (train, held_out) if data], tokenizer, home.folder, home.name)
     if is_pair:
         _check_pairs(options, train, held_out, tokenizer)
     packed = None
@@ -173,12 +174,9 @@ def _tokenized(options: Train, tokenizer: Any, home: Home, max_length: int) -> t
             return data, tokenize_images(others, processor, **chosen)
         return _hold_out(data, options) if options.held_out else (data, None)
     data = tokenize(examples, tokenizer, **chosen, label_names=None)
-    held_out = None
-    if others is not None:
-        held_out = tokenize(others, tokenizer, **chosen, label_names=data.label_names or None)
-    elif options.held_out:
-        data, held_out = _hold_out(data, options)
-    return data, held_out
+    if others is None:
+        return _hold_out(data, options) if options.held_out else (data, None)
+    return data, tokenize(others, tokenizer, **chosen, label_names=data.label_names or None)
 
 
 def _rows(options: Train) -> tuple[Rows, Rows | None]:

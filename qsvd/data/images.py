@@ -182,8 +182,8 @@ def _literal(examples: Examples, processor: Any) -> list[Row]:
     return [
         {
             "images": row.get("images", []),
-            "prompt": start + row["prompt"] + separator,
-            "completion": row["completion"] + end,
+            "prompt": start + row["prompt"].removeprefix(start) + separator,
+            "completion": row["completion"].removesuffix(end) + end,
         }
         for row in examples.rows
     ]

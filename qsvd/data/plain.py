@@ -1,7 +1,7 @@
 """Token ids of text without a chat template: documents, prompts with their completion, labelled texts.
 
 A text starts with the tokens that the tokenizer adds in front (usually the start token) and ends with one
-end-of-sequence token, even if the tokenizer does not add it.
+end-of-sequence token, even if the tokenizer does not add it. A text that has them already gets no second ones.
 """
 
 from collections.abc import Sequence
@@ -43,14 +43,18 @@ def documents(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_le
     first is predicted once. If the tokenizer has no end-of-sequence token, the text has none.
     """
     end_token: Any = tokenizer.eos_token_id
-    start, end = start_tokens(tokenizer), [] if end_token is None else [end_token]
-    return [_windows([*start, *tokens, *end], max_length) for tokens in encode(texts, tokenizer)]
+    end = [] if end_token is None else [end_token]
+    return [_windows(_ended(tokens, end), max_length) for tokens in prompts(texts, tokenizer)]
 
 
 def prompts(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Return the tokens of each prompt, as they are before a completion."""
     start = start_tokens(tokenizer)
-    return [[*start, *tokens] for tokens in encode(texts, tokenizer)]
+    return [tokens if tokens[: len(start)] == start else [*start, *tokens] for tokens in encode(texts, tokenizer)]
+
+
+def _ended(tokens: list[int], end: list[Any]) -> list[int]:
+    return tokens if tokens[-len(end) :] == end else [*tokens, *end]
 
 
 def pairs(given: Sequence[str], completions: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[Marked]:
@@ -72,7 +76,7 @@ def pairs(given: Sequence[str], completions: Sequence[str], tokenizer: "PreTrain
     for prompt, joined, completion in zip(prompts(given, tokenizer), whole, completions, strict=True):
         fits = joined[: len(prompt)] == prompt
         answer = joined[len(prompt) :] if fits else _continuation(completion, tokenizer)
-        trained = [*answer, tokenizer.eos_token_id]
+        trained = _ended(answer, [tokenizer.eos_token_id])
         sequences.append(Marked([*prompt, *trained], [UNTRAINED] * len(prompt) + trained))
     return sequences
 

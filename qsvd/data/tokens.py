@@ -17,7 +17,7 @@ from qsvd.data.columns import UNTRAINED, Examples, Marked, Tokenized
 from qsvd.data.masks import mark_chats, says_nothing, stop_tokens_of
 from qsvd.data.plain import tokenize_labelled
 from qsvd.data.row_files import Places, Problem, refusal
-from qsvd.errors import BadInput
+from qsvd.errors import BadInput, listing
 from qsvd.plan.language import why_mixed
 
 if TYPE_CHECKING:
@@ -213,6 +213,38 @@ def _collect(examples: Examples, kept: Sequence[tuple[int, Marked]]) -> Tokenize
         examples.places.take([index for index, _ in kept]),
         columns=examples.columns,
     )
+
+
+def check_vocabulary(read: Sequence[Tokenized], tokenizer: "PreTrainedTokenizerBase", folder: Path, name: str) -> None:
+    """Refuse tokens outside the vocabulary of a model: on a GPU they would end the process.
+
+    Args:
+        tokenizer: Its padding token must be inside, too.
+        folder: With config.json.
+        name: Of the model, for the sentence.
+
+    Raises:
+        BadInput: the sentence names the tokens and the first example that has each.
+    """
+    from transformers import AutoConfig
+
+    size = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
+    places: dict[int, str] = {}
+    for data in read:
+        for index, tokens in enumerate(data.input_ids):
+            for token in {*tokens} - places.keys():
+                if not 0 <= token < size:
+                    places[token] = data.where(index)
+    padding: Any = tokenizer.pad_token_id
+    if padding is not None and not 0 <= padding < size:
+        places.setdefault(padding, "padding")
+    if places:
+        wrong = [f"{token} ({tokenizer.convert_ids_to_tokens(token)}, {places[token]})" for token in sorted(places)]
+        raise BadInput(
+            f"{len(wrong)} tokens are outside 0..{size - 1}, the vocabulary of {name}: {listing(wrong)}; put the "
+            "model's own tokenizer into its folder, or give the 16-bit model rows for these tokens "
+            "(resize_token_embeddings) and quantize it again"
+        )
 
 
 # Packing: short sequences share a row. Each has positions of its own, from 0, by which transformers tells them apart.

@@ -23,10 +23,10 @@ from qsvd.export.trained import (
     size_of,
     take_inventory,
 )
-from qsvd.files.atomic import read_object, whole_file, write_json
+from qsvd.files.atomic import read_object, write_json
 from qsvd.files.quantize_folder import PYTORCH
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensor, read_tensor, write_stream
-from qsvd.files.source import open_checkpoint
+from qsvd.files.source import copy_files, open_checkpoint
 from qsvd.files.workspace import MANIFEST
 
 
@@ -94,9 +94,7 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
     with ExportFolder(folder, identity, most_bytes) as export:
         if not export.is_complete:
             _write_shards(folder, shards)
-            for file in copied:
-                with whole_file(folder / file.name) as target:
-                    target.write(file.read_bytes())
+            copy_files(copied, folder)
             config = read_object(model.split.folder / "config.json") | {"dtype": name} | dict(form.config_changes)
             dropped = ("quantization_config", "torch_dtype")  # the second is the older name of dtype
             write_json(folder / "config.json", {key: v for key, v in config.items() if key not in dropped})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, first_line, listing
-from qsvd.files.atomic import read_object
+from qsvd.files.atomic import read_object, whole_file
 from qsvd.files.published import CodedEntry, decoded, is_published
 from qsvd.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
 from qsvd.paths import check_checkpoint, checkpoint_folder
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the names that transformers looks for, in this order
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*", "README.md")
 NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.json", "trainer_state.json")
+NAMED_TEMPLATES = "additional_chat_templates"  # a subfolder, in which transformers keeps the template for tools
 LARGEST_COPY = 50 * 10**6  # bytes; a tokenizer file is smaller, a stray weight file larger
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for the fingerprint
 
@@ -126,6 +127,8 @@ def _snapshot(model: str, patterns: Sequence[str], revision: str | None) -> Path
 
     try:
         folder = snapshot_download(model, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        if patterns == SMALL_FILES:
+            snapshot_download(model, revision=Path(folder).name, allow_patterns=[f"{NAMED_TEMPLATES}/*.jinja"])
     except errors.GatedRepoError as error:
         raise BadInput(f"{model!r} on the hub is gated: accept its terms there, then run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
@@ -308,7 +311,17 @@ def other_files(folder: Path) -> tuple[Path, ...]:
         refused = any(path.match(pattern) for pattern in NOT_COPIED)
         return path.is_file() and wanted and not refused and path.stat().st_size <= LARGEST_COPY
 
-    return tuple(sorted(path for path in folder.iterdir() if is_copied(path)))
+    files = [*folder.iterdir(), *(folder / NAMED_TEMPLATES).glob("*.jinja")]
+    return tuple(sorted(path for path in files if is_copied(path)))
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy files, as `other_files` returns them, to the same places in another folder."""
+    for file in files:
+        place = folder / (file.parent.name if file.parent.name == NAMED_TEMPLATES else "") / file.name
+        place.parent.mkdir(exist_ok=True)
+        with whole_file(place) as opened:
+            opened.write(file.read_bytes())
 
 
 def stream(checkpoint: Checkpoint, weights: Sequence[WeightSpec]) -> Iterator[Tensor]:

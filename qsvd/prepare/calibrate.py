@@ -22,8 +22,8 @@ from qsvd.data.examples import (
 )
 from qsvd.data.images import open_processor, tokenize_images
 from qsvd.data.read import read_rows
-from qsvd.data.tokens import tokenize
-from qsvd.errors import BadInput, listing
+from qsvd.data.tokens import check_vocabulary, tokenize
+from qsvd.errors import BadInput
 from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import open_statistics
 from qsvd.files.workspace import check_same
@@ -122,12 +122,14 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
     chosen["stop_ids"] = stop_ids(checkpoint.folder)
     if examples.has_images:
         check_reads_images(plan.architecture, options.model, options.data)
-        data = tokenize_images(examples, open_processor(checkpoint.folder), **chosen)
+        processor: Any = open_processor(checkpoint.folder)
+        data, tokenizer = tokenize_images(examples, processor, **chosen), processor.tokenizer
     else:
         _check_towers(options)
         names = _labels(checkpoint, examples) if classifies else None
-        data = tokenize(examples, open_tokenizer(checkpoint.folder), **chosen, label_names=names)
-    _check_vocabulary(data.input_ids, checkpoint)
+        tokenizer = open_tokenizer(checkpoint.folder)
+        data = tokenize(examples, tokenizer, **chosen, label_names=names)
+    check_vocabulary([data], tokenizer, checkpoint.folder, checkpoint.name)
     there = len(data.input_ids)
     if there < options.examples:
         raise BadInput(
@@ -157,14 +159,3 @@ def _labels(checkpoint: Checkpoint, examples: Examples) -> tuple[str, ...]:
     if len(names) < 2:
         raise BadInput(f"{checkpoint.name} has {len(names)} class, as for regression; 2 or more are needed")
     return names
-
-
-def _check_vocabulary(sequences: list[list[int]], checkpoint: Checkpoint) -> None:
-    """Refuse tokens outside the vocabulary of the model: on a GPU they would end the process."""
-    size = checkpoint.config.get_text_config().vocab_size
-    outside = sorted({token for tokens in sequences for token in tokens if not 0 <= token < size})
-    if outside:
-        raise BadInput(
-            f"the tokenizer of {checkpoint.name} gives token {listing([str(token) for token in outside])}, outside "
-            f"0..{size - 1}, the vocabulary of its model; put the model's own tokenizer into its folder"
-        )

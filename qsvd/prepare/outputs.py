@@ -19,7 +19,7 @@ import qsvd
 from qsvd.decompose.split import Split
 from qsvd.errors import listing
 from qsvd.export.peft import adapter_settings
-from qsvd.files.atomic import whole_file, write_json, write_text
+from qsvd.files.atomic import write_json, write_text
 from qsvd.files.layout import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
@@ -32,6 +32,7 @@ from qsvd.files.layout import (
 )
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.safetensors import NewTensor, TensorEntry, read_header
+from qsvd.files.source import copy_files
 from qsvd.files.split_folder import FORMATS
 from qsvd.files.workspace import ERRORS, MANIFEST
 from qsvd.numerics.names import spelling
@@ -89,9 +90,7 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
     quantization = _quantization(run)
     write_json(run.out / "config.json", run.checkpoint.config_json | {"quantization_config": quantization})
     _write_index(run)
-    for source in run.checkpoint.other_files:
-        with whole_file(run.out / source.name) as file:
-            file.write(source.read_bytes())
+    copy_files(run.checkpoint.other_files, run.out)
     write_text(run.out / ERRORS, "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
     write_text(run.out / "report.md", to_markdown(run.header, errors) if errors else _unmeasured(run))
     if run.table is not None:

@@ -56,6 +56,8 @@ def test_the_config_is_the_sources_with_the_quantization_added(tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     (source / "tokenizer_config.json").write_text('{"odd":   "spacing"}')
     (source / "LICENSE.txt").write_text("as you like")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, double_quant=False))
     result = json.loads((out / "config.json").read_text())
     quantization = result.pop("quantization_config")
@@ -64,6 +66,7 @@ def test_the_config_is_the_sources_with_the_quantization_added(tmp_path):
     assert quantization["bnb_4bit_use_double_quant"] is False
     assert (out / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
     assert (out / "LICENSE.txt").read_text() == "as you like"
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
 def test_the_coverage_counts_the_elements_that_were_split_and_lists_what_was_left(tmp_path):

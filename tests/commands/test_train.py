@@ -486,6 +486,18 @@ def test_a_tokenizer_of_another_model_is_noticed(options, language, tmp_path, ca
     assert run([*words(replace(options, base=wrong, any_start=True)), "--resume"]) == 0
 
 
+def test_tokens_that_the_model_does_not_know_are_refused_with_their_example(options, language, tmp_path):
+    base = shutil.copytree(language, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(base)
+    data = write_rows(tmp_path / "t.jsonl", [*text_rows()[:2], {"text": "a <|im_start|>"}])
+    refused(
+        replace(options, base=str(base), data=data, held_out=0.0),
+        rf"^1 tokens are outside 0..4095, the vocabulary of {base}: 4096 \(<\|im_start\|>, {data}, line 3\); put ",
+    )
+
+
 def test_a_rate_that_is_absurd_ends_with_1_and_keeps_what_was_saved(options, capsys):
     assert run(words(replace(options, learning_rate=1e30, warmup=0.0, steps=9, save_every=1, keep=9))) == 1
     told = capsys.readouterr().err.splitlines()[-1]

@@ -189,3 +189,14 @@ def test_tools_reach_the_template_and_a_call_is_trained():
     assert tokenizer.decode(result.input_ids[0]).startswith("clock <|im_start|>user")
     assert trained_pieces(result.input_ids[0], result.labels[0], tokenizer) == ["clock()<|im_end|>"]
     assert result.input_ids[1] == tokenizer.apply_chat_template(SINGLE)["input_ids"]
+
+
+@pytest.mark.parametrize("template", [LLAMA3, CHATML_MARKED])
+def test_a_template_that_reads_texts_only_gets_the_texts_of_parts(template):
+    def parted(messages):
+        return [one | {"content": [{"type": "text", "text": part} for part in one["content"]]} for one in messages]
+
+    tokenizer = demo(template, MARKS)
+    for loss_on in ("answers", "all"):
+        ours, plain = (tokenized([{"messages": m}], tokenizer, loss_on=loss_on) for m in (parted(DOUBLE), DOUBLE))
+        assert (ours.input_ids, ours.labels) == (plain.input_ids, plain.labels)

@@ -155,3 +155,19 @@ def test_pairs_without_any_prompt_are_refused_because_all_would_be_trained():
     tokenizer.backend_tokenizer.post_processor = None
     with refused(r"t\.jsonl: 4 of 4 tokens would be trained \(100 %\).*or train on all tokens \(--loss-on all\)"):
         tokenized([{"prompt": "", "completion": "hello"}] * 2, tokenizer)
+
+
+def test_a_text_that_has_its_start_and_end_tokens_gets_no_second_ones(tokenizer):
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    marked, bare = (
+        tokenized(rows, tokenizer)
+        for rows in (
+            [{"text": f"{start}Köln{end}"}, {"text": f"{start}Köln"}, {"text": f" Köln{end}"}],
+            [{"text": "Köln"}] * 3,
+        )
+    )
+    for ids in (*marked.input_ids, *bare.input_ids):
+        assert (ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)) == (1, 1)
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    (ids, labels) = split(tokenized([{"prompt": f"{start}Köln is", "completion": f" here{end}"}], tokenizer))
+    assert (ids.count(tokenizer.bos_token_id), labels.count(tokenizer.eos_token_id)) == (1, 1)

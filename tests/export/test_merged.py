@@ -34,6 +34,8 @@ def llama(tmp_path_factory):
     folder = make_base(tmp_path_factory.mktemp("llama"))
     (folder / "out" / "tokenizer.json").write_text("{}")
     (folder / "out" / "LICENSE").write_text("free")
+    (folder / "out" / "additional_chat_templates").mkdir()
+    (folder / "out" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     return folder
 
 
@@ -74,13 +76,14 @@ def test_the_rest_of_the_base_is_copied_byte_for_byte(llama, tmp_path):
     for name in source.keys() - trained.keys():
         assert written[name].dtype == torch.bfloat16
         assert torch.equal(written[name], source[name])
-    for file in ("tokenizer.json", "LICENSE", "generation_config.json"):
+    for file in ("tokenizer.json", "LICENSE", "generation_config.json", "additional_chat_templates/tool_use.jinja"):
         assert (tmp_path / "x" / file).read_bytes() == (llama / "out" / file).read_bytes()
     config, before = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "x", llama / "source"))
     assert config == before
     names = {path.name for path in (tmp_path / "x").iterdir()}
     assert names == {"config.json", "generation_config.json", "tokenizer.json", "LICENSE", "model.safetensors"} | {
-        "qsvd_export.json"
+        "qsvd_export.json",
+        "additional_chat_templates",
     }
 
 

@@ -18,9 +18,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def hub(tmp_path, monkeypatch):
     """A hub with one model: its files lie in hub/, a download copies those asked for into the cache."""
     source, cache = tmp_path / "hub", tmp_path / "snapshots" / COMMIT
-    revisions = iter([None, COMMIT, COMMIT])  # the newest at first, and then the same one
+    revisions = iter([None, COMMIT, COMMIT, COMMIT])  # the newest at first, and then the same one
 
-    def snapshot_download(model, *, revision, allow_patterns, ignore_patterns):
+    def snapshot_download(model, *, revision, allow_patterns, ignore_patterns=()):
         assert (model, revision) == ("owner/name", next(revisions))
         for path in source.rglob("*"):
             name = path.relative_to(source).as_posix()
@@ -43,8 +43,12 @@ def test_config_tokenizer_and_safetensors_are_downloaded_and_nothing_else(hub, o
         (source / name).write_text("large")
     (source / "original").mkdir()
     (source / "original" / "params.json").write_text("{}")
+    templates = source / "additional_chat_templates"  # where transformers keeps all but the default one
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
     checkpoint = open_checkpoint("owner/name")
-    assert sorted(path.name for path in cache.iterdir()) == needed
+    assert sorted(path.name for path in cache.iterdir()) == sorted([*needed, templates.name])
+    assert checkpoint.other_files[0] == cache / templates.name / "tool_use.jinja"
     assert (checkpoint.name, checkpoint.folder, checkpoint.revision) == ("owner/name", cache, COMMIT)
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in stored.items())
 
