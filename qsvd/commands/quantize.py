@@ -2,15 +2,18 @@
 
 import math
 import sys
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
+from torch import Tensor
 
 from qsvd.commands.report import load_report, push_quantized, show_report
-from qsvd.console.progress import explained_disk_errors, watched
+from qsvd.console.progress import Stopwatch, explained_disk_errors, watched
 from qsvd.export.hub import open_repository
-from qsvd.files.quantize_folder import OutputFolder
+from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder, largest_stack
 from qsvd.files.source import Checkpoint, stream
 from qsvd.files.workspace import UNFINISHED
+from qsvd.memory.other_tasks import waiting_bytes
 from qsvd.options import Quantize
 from qsvd.prepare.machine import check_room
 from qsvd.prepare.outputs import (
@@ -23,7 +26,7 @@ from qsvd.prepare.outputs import (
     write_outputs,
 )
 from qsvd.prepare.quantize import QuantizeRun, check_resources, prepare_quantize, resolve_allocation
-from qsvd.records import Progress, ShowProgress, show_nothing
+from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
 from qsvd.report.errors import from_record, to_record
 from qsvd.report.next_commands import after_quantize, last_lines
 from qsvd.report.results import QuantizeResult
@@ -78,12 +81,11 @@ def quantize_visibly(run: QuantizeRun) -> None:
         print(warning, file=sys.stderr)
     kept = f"finished work is kept, the same command continues in {run.out}"
     with explained_disk_errors(run.out / UNFINISHED, kept), watched("weight", kept) as show:
-        is_new = quantize_run(run, show)
-    if not is_new:
-        print(f"{run.out} was complete already", file=sys.stderr)
+        times = quantize_run(run, show)
+    print(f"{run.out} was complete already" if times is None else times.line(), file=sys.stderr)
 
 
-def quantize_run(run: QuantizeRun, show: ShowProgress) -> bool:
+def quantize_run(run: QuantizeRun, show: ShowProgress) -> Stopwatch | None:
     """Do the work of a checked run: 1 resources, 2 bits and ranks, 3 weight by weight, 4 the files around them.
 
     Args:
@@ -91,43 +93,67 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> bool:
             there, to the same bytes.
 
     Returns:
-        Whether there was anything to do.
+        Where the time of 3 and 4 went; None if there was nothing to do.
     """
     check_resources(run)  # 1: before the folder is made
     with OutputFolder(run.out, run.identity) as folder:
         if folder.is_complete:
-            return False
+            return None
         if run.allocation is None:  # 2: a budget
             run = resolve_allocation(run, folder, show)
             check_resources(run)
-        split_weights(run, folder, show)  # 3
-        write_outputs(run, folder)  # 4
-    return True
+        times = Stopwatch("splitting and measuring")
+        split_weights(run, folder, show, times)  # 3
+        with times.waiting("writing"):
+            write_outputs(run, folder)  # 4
+    return times
 
 
-def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) -> None:
-    """Split what is not split yet, and write every shard that is not there."""
+def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress, times: Stopwatch) -> None:
+    """Split what is not split yet, and write every shard that is not there.
+
+    The next weights are read and the last ones are written at the same time.
+    """
     weights, finished, done, new = run.weights, 0, 0, 0
     before, after = 0.0, 0.0  # squared errors of the weights so far; sums, since there are thousands of experts
     every = [stack for stacks in run.stacks for stack in stacks]
     pending = dict.fromkeys(stack for stack in every if not all(map(folder.is_done, stack)))
-    tensors = stream(run.checkpoint, [weights[number] for stack in pending for number in stack])
-    for shard, stacks in zip(run.shards, run.stacks, strict=True):
-        is_written = (run.out / shard.file).is_file()
-        for stack in stacks:
-            if stack in pending:  # as a whole, since a weight's bytes depend on its stack
-                found = run.split([weights[number] for number in stack], tensors)
-                for number, split, error in zip(stack, *found, strict=True):
-                    if not folder.is_done(number):
-                        folder.save(number, *tensors_of(run, weights[number], split), to_record(error))
-            for number in stack:
-                error = from_record(folder.weight_record(number))
-                num_bytes = math.prod(weights[number].shape) * run.checkpoint.dtype_of(weights[number]).itemsize
-                new += num_bytes if stack in pending else 0
-                done += num_bytes
-                finished += 1
-                before, after = before + error.before.frobenius**2, after + error.after.frobenius**2
-                what = f"{finished}/{len(weights)} weights"
-                show(Progress(done, new, run.sizes.source, what, ("MB/s", 1e6), error_change(before, after)))
-        if not is_written:
-            folder.write_shard(shard.file, shard.weights, [copied_tensor(run, name) for name in shard.copied])
+    tensors = stream(run.checkpoint, [[weights[number] for number in stack] for stack in pending])
+    largest, *others = largest_stack(weights, run.stacks)
+    waiting = waiting_bytes(largest.shape, run.everything.choices[largest.module], 1 + len(others))
+    with BackgroundWriter(folder, waiting) as writer:
+        for shard, stacks in zip(run.shards, run.stacks, strict=True):
+            is_written = (run.out / shard.file).is_file()
+            for stack in stacks:
+                if stack in pending:  # as a whole, since a weight's bytes depend on its stack
+                    errors = split_stack(run, stack, tensors, writer, times)
+                else:
+                    errors = [from_record(folder.weight_record(number)) for number in stack]
+                for number, error in zip(stack, errors, strict=True):
+                    num_bytes = math.prod(weights[number].shape) * run.checkpoint.dtype_of(weights[number]).itemsize
+                    new += num_bytes if stack in pending else 0
+                    done += num_bytes
+                    finished += 1
+                    before, after = before + error.before.frobenius**2, after + error.after.frobenius**2
+                    what = f"{finished}/{len(weights)} weights"
+                    show(Progress(done, new, run.sizes.source, what, ("MB/s", 1e6), error_change(before, after)))
+            if not is_written:
+                writer.write_shard(shard.file, shard.weights, [copied_tensor(run, name) for name in shard.copied])
+        with times.waiting("writing"):
+            writer.wait()
+
+
+def split_stack(
+    run: QuantizeRun, stack: Sequence[int], tensors: Iterator[list[Tensor]], writer: BackgroundWriter, times: Stopwatch
+) -> list[WeightError]:
+    """Split the next weights that are read, measure them, and pass them to the writer; return their errors."""
+    specs = [run.weights[number] for number in stack]
+    with times.waiting("reading"):
+        weights = next(tensors)
+    splits, errors = run.split(specs, weights)
+    for number, spec, split, error in zip(stack, specs, splits, errors, strict=True):
+        if not writer.folder.is_done(number):
+            named, record = tensors_of(run, spec, split), to_record(error)
+            with times.waiting("writing"):
+                writer.save(number, *named, record)
+    return errors

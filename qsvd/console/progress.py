@@ -16,7 +16,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from qsvd.errors import Interrupted
-from qsvd.records import Progress, ShowProgress
+from qsvd.records import FAST, Progress, ShowProgress
 
 LINE_EVERY = 0.05  # of the work
 
@@ -63,6 +63,33 @@ class _Lines:
             self._shown += 1
             self._next = now.share + LINE_EVERY if self._shown > 1 else 0.0
             print(self._pace.line(now), file=sys.stderr, flush=True)
+
+
+class Stopwatch:
+    """Tells where the time of a run went: what it waited for, and the rest.
+
+    Args:
+        rest: What the run did in the rest of the time, "splitting and measuring".
+    """
+
+    def __init__(self, rest: str) -> None:
+        self._begun = time.monotonic()
+        self._waited: dict[str, float] = {}
+        self._rest = rest
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Count the time of the block as waiting for this, "reading"."""
+        begun = time.monotonic()
+        yield
+        self._waited[what] = self._waited.get(what, 0.0) + time.monotonic() - begun
+
+    def line(self) -> str:
+        """Return "Time: 73 s splitting and measuring, 12 s waiting for reading", the largest first."""
+        parts = {f"waiting for {what}": seconds for what, seconds in self._waited.items()}
+        parts |= {self._rest: time.monotonic() - self._begun - sum(self._waited.values())}
+        largest_first = sorted(parts.items(), key=lambda part: -part[1])
+        return f"Time: {', '.join(f'{seconds:.{int(seconds < FAST)}f} s {what}' for what, seconds in largest_first)}"
 
 
 class StopRequest:

@@ -9,7 +9,9 @@ finished, the shard is written from their residual files, which are then removed
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from qsvd.decompose.alternate import STACK
 from qsvd.files.layout import digest
-from qsvd.files.safetensors import NewTensor, new_tensors, read_header, write_stream
+from qsvd.files.safetensors import NewTensor, TensorEntry, new_tensors, read_header, write_stream
 from qsvd.files.source import Checkpoint
 from qsvd.files.workspace import MANIFEST, Workspace
 from qsvd.numerics.names import spelling
@@ -50,6 +52,7 @@ class Sizes:
     copied: int
     factors: int
     largest_shard: int
+    largest_copy: int  # of the tensors that are in memory while they are copied: those of safetensors are not
 
     @property
     def disk(self) -> int:
@@ -119,6 +122,13 @@ def plan_stacks(
     return sorted(stacks, key=lambda stack: shard.weights.index(stack[0]))  # about the order of the source
 
 
+def largest_stack(weights: Sequence[WeightSpec], stacks: Iterable[Sequence[tuple[int, ...]]]) -> list[WeightSpec]:
+    """Return the stack with the most elements, of those of all files; of several the first one in the model."""
+    every = sorted(stack for of_file in stacks for stack in of_file)
+    largest = max(every, key=lambda stack: len(stack) * math.prod(weights[stack[0]].shape))
+    return [weights[number] for number in largest]
+
+
 def sizes_of(
     checkpoint: Checkpoint,
     weights: Sequence[WeightSpec],
@@ -127,14 +137,16 @@ def sizes_of(
     dtype: torch.dtype,
 ) -> Sizes:
     """Count the bytes of a run."""
-    copied = sum(checkpoint.tensors[name].num_bytes for shard in shards for name in shard.copied)
+    copied = [checkpoint.tensors[name] for shard in shards for name in shard.copied]
+    copied_bytes = sum(entry.num_bytes for entry in copied)
     numbers = sum(allocation.choices[spec.module].rank * sum(spec.shape) for spec in weights)
     return Sizes(
         source=sum(_stored_bytes(checkpoint, spec) for spec in weights),
-        residual=sum(shard.num_bytes for shard in shards) - copied,
-        copied=copied,
+        residual=sum(shard.num_bytes for shard in shards) - copied_bytes,
+        copied=copied_bytes,
         factors=numbers * dtype.itemsize + 4 * HEADER_BYTES * len(weights),
         largest_shard=max(shard.num_bytes for shard in shards),
+        largest_copy=max((entry.num_bytes for entry in copied if not isinstance(entry, TensorEntry)), default=0),
     )
 
 
@@ -188,3 +200,67 @@ class OutputFolder(Workspace):
 
     def _factors(self, index: int) -> Path:
         return self.unfinished / f"{index:05d}.factors"
+
+
+class BackgroundWriter:
+    """Saves finished weights, in order, and joins them to shards, while its caller splits the next ones.
+
+    One thread saves, and another one joins a shard when its weights are saved. After an error of a weight, no later
+    weight is saved. A `with` block ends when everything is written; a block that fails leaves out the shards that are
+    not begun.
+
+    Args:
+        most_bytes: Bytes of tensors that wait for the disk. A larger weight waits alone.
+
+    Raises:
+        OSError: a file cannot be written; from any call after that, or at the end of the block.
+    """
+
+    def __init__(self, folder: OutputFolder, most_bytes: int):
+        self.folder = folder
+        self._most_bytes = most_bytes
+        self._saver, self._joiner = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._saves, self._joins = deque[tuple[Future[None], int]](), deque[Future[None]]()
+        self._last: Future[None] | None = None  # the last weight
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._joiner.shutdown(wait=False, cancel_futures=kind is not None)
+        self._saver.shutdown()
+        self._joiner.shutdown()
+        self._joins = deque(join for join in self._joins if not join.cancelled())
+        self.wait()
+
+    def save(self, index: int, residual: Mapping[str, Tensor], factors: Mapping[str, Tensor], record: object) -> None:
+        """Save a weight as OutputFolder.save does, later; return when no more than `most_bytes` wait."""
+        num_bytes = sum(tensor.nbytes for tensor in (*residual.values(), *factors.values()))
+        while self._joins and self._joins[0].done():
+            self._joins.popleft().result()
+        while self._saves and (
+            self._saves[0][0].done() or num_bytes + sum(waiting for _, waiting in self._saves) > self._most_bytes
+        ):
+            self._saves.popleft()[0].result()
+        arguments = (index, residual, factors, record)
+        self._last = self._saver.submit(_after, self._last, self.folder.save, *arguments)
+        self._saves.append((self._last, num_bytes))
+
+    def write_shard(self, file: str, indices: Sequence[int], copied: Sequence[NewTensor]) -> None:
+        """Write a shard as OutputFolder.write_shard does, after all weights that were given until now."""
+        job = (self._last, self.folder.write_shard, file, indices, copied)
+        self._joins.append(self._joiner.submit(_after, *job))
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        while self._saves:
+            self._saves.popleft()[0].result()
+        while self._joins:
+            self._joins.popleft().result()
+
+
+def _after(before: Future[None] | None, write: Callable[..., None], *arguments: Any) -> None:
+    """Write after another job; raise its error if it failed."""
+    if before is not None:
+        before.result()
+    write(*arguments)

@@ -19,7 +19,7 @@ from torch import Tensor
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.atomic import read_object, whole_file
 from qsvd.files.published import CodedEntry, decoded, is_published
-from qsvd.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
+from qsvd.files.safetensors import DTYPE_NAMES, READERS, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
 from qsvd.paths import check_checkpoint, checkpoint_folder
 from qsvd.plan.weights import Source, WeightSpec
 
@@ -324,15 +324,19 @@ def copy_files(files: Iterable[Path], folder: Path) -> None:
             opened.write(file.read_bytes())
 
 
-def stream(checkpoint: Checkpoint, weights: Sequence[WeightSpec]) -> Iterator[Tensor]:
-    """Yield the weights in order; at most two are in memory, the one yielded and the next one."""
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = [reader.submit(checkpoint.read_weight, spec) for spec in weights[:1]]
-        for number in range(len(weights)):
-            tensor = coming.pop().result()
-            coming += [reader.submit(checkpoint.read_weight, spec) for spec in weights[number + 1 : number + 2]]
-            yield tensor
-            del tensor
+def stream(checkpoint: Checkpoint, stacks: Sequence[Sequence[WeightSpec]]) -> Iterator[list[Tensor]]:
+    """Yield the weights of stacks in order; at most two stacks are in memory, the one yielded and the next one.
+
+    The weights of a stack are read at the same time, a few at once.
+    """
+    with ThreadPoolExecutor(READERS) as readers:
+        coming = [readers.submit(checkpoint.read_weight, spec) for stack in stacks[:1] for spec in stack]
+        for number in range(len(stacks)):
+            tensors = [weight.result() for weight in coming]
+            after = stacks[number + 1 : number + 2]
+            coming = [readers.submit(checkpoint.read_weight, spec) for stack in after for spec in stack]
+            yield tensors
+            del tensors
 
 
 def stack_on(device: torch.device, weights: Sequence[Tensor]) -> Tensor:

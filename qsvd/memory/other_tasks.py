@@ -44,16 +44,27 @@ def plan_quantizing(model: SplitModelPlan, device: str, limits: Limits) -> Memor
     return MemoryPlan("quantize", items_of(items, device), limits, notes)
 
 
-def plan_splitting(
-    shape: tuple[int, int], choice: Choice, device: str, limits: Limits, *, count: int = 1, weighted: bool = False
+def plan_splitting(  # noqa: PLR0913  # what is planned, and where
+    shape: tuple[int, int],
+    choice: Choice,
+    device: str,
+    limits: Limits,
+    *,
+    count: int = 1,
+    weighted: bool = False,
+    copied: int = 0,
 ) -> MemoryPlan:
     """Return the bytes in memory while a weight of this shape, the largest of its model, is quantized and measured.
 
     Args:
         count: Weights that are split together.
         weighted: Whether errors are weighted by statistics, which takes a scaled copy.
+        copied: Bytes of the largest tensor that is copied whole, while the next weights are split.
     """
-    items = _memory_items(shape, choice, device, count, COPIES + weighted)
+    items = [
+        *_memory_items(shape, choice, device, count, COPIES + weighted),
+        Item("a tensor that is copied", host=copied),
+    ]
     return MemoryPlan("quantize", items_of(items, device), limits)
 
 
@@ -65,8 +76,15 @@ def _memory_items(shape: tuple[int, int], choice: Choice, device: str, count: in
         on(device, "its residual, kept and new", 2 * count * choice.codec.num_bytes(shape)),
         on(device, "singular vectors and probes", max(count * _sketch(shape, choice.rank), _probes(shape, count))),
         Item("weights that are read", host=(2 if device == "cuda" else 1) * SIXTEEN_BITS * numbers),
+        # a GPU's results are copied before they wait
+        Item("weights that are written", host=waiting_bytes(shape, choice, count + (device == "cuda"))),
         *library_items(device),
     ]
+
+
+def waiting_bytes(shape: tuple[int, int], choice: Choice, count: int) -> int:
+    """Return the bytes of the split weights that wait until they are written: so many of this shape."""
+    return count * (choice.codec.num_bytes(shape) + SIXTEEN_BITS * choice.rank * sum(shape))
 
 
 def _sketch(shape: tuple[int, int], rank: int) -> int:

@@ -206,8 +206,8 @@ def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors
     with CostsFile(run.costs, run.identity) as kept:
         pending = {spec: ranks for spec in weights if (ranks := _ranks(run, spec, kept.measured.get(spec.module)))}
         total, left = (sum(math.prod(spec.shape) for spec in some) for some in (weights, pending))
-        new, arriving = 0, zip(pending, stream(run.checkpoint, list(pending)), strict=True)
-        for number, (spec, weight_OI) in enumerate(arriving, start=len(weights) - len(pending) + 1):
+        new, arriving = 0, zip(pending, stream(run.checkpoint, [[spec] for spec in pending]), strict=True)
+        for number, (spec, (weight_OI,)) in enumerate(arriving, start=len(weights) - len(pending) + 1):
             kept.keep(spec.module, _measure(run, spec, weight_OI, pending[spec]))
             new += math.prod(spec.shape)
             show(Progress(total - left + new, new, total, f"{number}/{len(weights)} weights measured"))

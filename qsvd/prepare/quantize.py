@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.export.peft import misplaced
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.check import check_finite
-from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, plan_shards, plan_stacks, sizes_of
+from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, largest_stack, plan_shards, plan_stacks, sizes_of
 from qsvd.files.source import Checkpoint, stack_on
 from qsvd.files.statistics import Statistics, statistics_for
 from qsvd.files.workspace import MANIFEST, UNFINISHED
@@ -216,11 +216,11 @@ class QuantizeRun:
             return PLAIN
         return self.statistics.objective(module)
 
-    def split(self, specs: Sequence[WeightSpec], tensors: Iterator[Tensor]) -> tuple[list[Split], list[WeightError]]:
-        """Split a stack of weights, the next tensors, and measure it; a DoesNotFit or a BadInput says why it cannot."""
+    def split(self, specs: Sequence[WeightSpec], weights: Sequence[Tensor]) -> tuple[list[Split], list[WeightError]]:
+        """Split a stack of weights and measure it; a DoesNotFit or a BadInput says why it cannot."""
         seeds = [seed_of(self.options.seed, spec) for spec in specs]
         objectives = [self.objective(spec.module) for spec in specs]
-        names, first, weights = [spec.module for spec in specs], specs[0], [next(tensors) for _ in specs]
+        names, first = [spec.module for spec in specs], specs[0]
         try:
             weights_SOI = stack_on(self.device, weights)
             splits = split_weights(weights_SOI, self.recipe(names[0]), seeds=seeds, objectives=objectives)
@@ -338,11 +338,10 @@ def _recipe(options: Quantize, choice: Choice) -> Recipe:
 
 def _check_memory(run: QuantizeRun) -> None:
     """Refuse a run whose largest weight cannot be split in the memory that is free."""
-    stacks = [[run.weights[n] for n in stack] for stack in sorted(stack for stacks in run.stacks for stack in stacks)]
-    largest, *others = max(stacks, key=lambda stack: len(stack) * math.prod(stack[0].shape))
+    largest, *others = largest_stack(run.weights, run.stacks)
     choice, free = run.everything.choices[largest.module], machine(run.device, run.compute_dtype).limits
-    weighted = run.options.objective == "fisher"
-    plan = plan_splitting(largest.shape, choice, run.device.type, free, count=1 + len(others), weighted=weighted)
+    count, weighted, copied = 1 + len(others), run.options.objective == "fisher", run.sizes.largest_copy
+    plan = plan_splitting(largest.shape, choice, run.device.type, free, count=count, weighted=weighted, copied=copied)
     if not plan.fits:
         raise DoesNotFit(
             f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close other programs that use it, give "

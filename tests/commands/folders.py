@@ -63,7 +63,7 @@ def start(*arguments, cwd, stderr=subprocess.PIPE):
 
 
 PROGRESS = re.compile(r" s left\n|\d+/[\d,]+ (weights|examples|answers|tokens)")
-ALWAYS = ("Training: ", "Learning rate: ", "Done: ", "Next: ")  # starts of lines on stderr
+ALWAYS = ("Training: ", "Learning rate: ", "Done: ", "Next: ", "Time: ")  # starts of lines on stderr
 
 
 def without_progress(err):

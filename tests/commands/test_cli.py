@@ -114,6 +114,7 @@ def test_the_report_is_on_stdout_and_the_progress_on_stderr(model, tmp_path, cap
     assert len(lines) > 3
     assert all(LINE.fullmatch(line) for line in lines)
     assert lines[-1].startswith("14/14 weights, ")
+    assert re.search(r"^Time: .*\d s splitting and measuring", shown.err, re.MULTILINE)
 
 
 def test_the_last_line_of_progress_states_the_reduction_of_the_whole_model(model, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -74,17 +75,24 @@ def test_an_error_that_is_still_held_does_not_keep_the_folder_locked(source, tmp
     assert held.traceback
 
 
-@pytest.mark.parametrize("number", [1, 2, 9, 30, 31])  # 28 files of 14 weights, then two shards
+@pytest.mark.parametrize(
+    ("name", "finished"),
+    [  # a part of a file, and how many weights come before; None: the next ones are split while a shard is written
+        ("00000.residual", 5),
+        ("00000.factors", 5),
+        ("00004.residual", 1),
+        ("model-", None),
+        ("adapter_model", 14),
+    ],
+)
 def test_a_disk_that_fills_up_is_one_sentence_and_the_same_command_goes_on(
-    source, tmp_path, monkeypatch, capsys, number
+    source, tmp_path, monkeypatch, capsys, name, finished
 ):
     arguments = ["quantize", str(source), "--out", "out", "--rank", "4", "--shard-size", "100KB"]
     write_stream = qsvd.files.quantize_folder.write_stream
-    written = []
 
     def until_full(path, tensors, metadata):
-        written.append(path)
-        if len(written) == number:
+        if path.name.startswith(name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_stream(path, tensors, metadata)
 
@@ -94,10 +102,12 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_same_command_goes_on(
     assert run(arguments) == 1
     *_, sentence = capsys.readouterr().err.splitlines()
     assert sentence == "qsvd: No space left on device; finished work is kept, the same command continues in out"
+    kept = len(list(Path("out/unfinished").glob("*.factors")))
+    assert finished in (kept, None)
     monkeypatch.setattr(qsvd.files.quantize_folder, "write_stream", write_stream)
     begun = interrupting(monkeypatch)
     assert run(arguments) == 0
-    assert len(begun) == 14 - len([path for path in written[:-1] if path.suffix == ".factors"])
+    assert len(begun) == 14 - kept
     (tmp_path / "roomy").mkdir()
     monkeypatch.chdir(tmp_path / "roomy")
     assert run(arguments) == 0

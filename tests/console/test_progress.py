@@ -1,12 +1,13 @@
 """Progress, and requests to stop."""
 
 import signal
+import time
 from itertools import pairwise
 
 import pytest
 
 from qsvd.console.journal import progress_of
-from qsvd.console.progress import StopRequest, display, watched
+from qsvd.console.progress import StopRequest, Stopwatch, display, watched
 from qsvd.errors import Interrupted
 from qsvd.records import Progress
 from qsvd.training.run_folder import Step
@@ -24,6 +25,16 @@ def test_a_line_counts_speed_and_time_left_by_this_runs_own_work():
 
 def test_a_line_before_any_work_of_this_run_promises_no_time():
     assert at(3, 8, new=0).line(4.0) == "3/8 weights, 0 MB/s, resumed"
+
+
+def test_where_the_time_went_adds_up_to_all_of_it(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 10.0, 30.25, 31.0, 33.5, 100.0])  # begun; reading, writing, reading; the line
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    times = Stopwatch("splitting")
+    for what in ("reading", "writing", "reading"):
+        with times.waiting(what):
+            pass
+    assert times.line() == "Time: 74 s splitting, 20 s waiting for writing, 5.5 s waiting for reading"
 
 
 def step(number):
