@@ -40,6 +40,14 @@ def loss_bytes(
     return kept, 4 * states + rows * COLUMNS * dtype.itemsize + max(work, rounded)
 
 
+def whole_loss_bytes(tokens: int, vocabulary: int, *, dtype: torch.dtype) -> int:
+    """Return the bytes of transformers' own loss, which an encoder-decoder has: of all logits at once.
+
+    In its backward pass these are the log-probabilities, their gradient and that of the logits, in the dtype of both.
+    """
+    return 3 * tokens * vocabulary * dtype.itemsize
+
+
 TOKEN = 24  # bytes: its number, its label and its mask, 64 bits each
 KEPT_RUNS = 3  # checkpoints of a run on disk: two that are kept and one that is being written
 SLICES = 3  # layer-major: gradients of the block's output, of its input, and of the parts of the input
@@ -130,7 +138,7 @@ def moments_of(model: SplitModelPlan, training: Training, unrecomputed: int = 0)
         kept = _blocks(model, replace(training, batch=replace(batch, checkpointing=False)))
         blocks = (*blocks[:-unrecomputed], *kept[-unrecomputed:])
     tokens = TOKEN * batch.tokens * batch.batch + EXACT * training.pixels
-    below = [passes * (blocks[0].around + blocks[0].input + tokens)]
+    below = [passes * (_around(model, blocks) + blocks[0].input + tokens)]
     for block in blocks:
         below.append(below[-1] + passes * block.kept)
     gradients = [total_bytes(block.parameters) for block in model.language_blocks]
@@ -163,6 +171,15 @@ def _blocks(model: SplitModelPlan, training: Training) -> tuple[BlockBytes, ...]
     return run_blocks(model, training.batch, backward)
 
 
+def _around(model: SplitModelPlan, blocks: tuple[BlockBytes, ...]) -> int:
+    """Return the bytes that blocks share. Encoder and decoder have masks each; T5 has biases from its first blocks."""
+    if not model.skeleton.model.config.is_encoder_decoder:
+        return blocks[0].around
+    pairs = [*zip(model.language_blocks, blocks, strict=True)]
+    encoder = [found.around for block, found in pairs if "decoder" not in block.path.split(".")]
+    return max(encoder, default=0) + max(found.around for found in blocks)
+
+
 def num_kept(training: Training, placement: Placement, blocks: int) -> int:
     """Return how many of the blocks keep their activations: all without checkpointing."""
     return placement.unrecomputed if training.batch.checkpointing else blocks
@@ -192,6 +209,8 @@ def _loss(model: SplitModelPlan, training: Training, hidden: int) -> int:
         return kept
     text, batch = model.text_config, training.batch
     rows = batch.batch * (training.accumulate if training.layer_major else 1)
+    if model.skeleton.model.config.is_encoder_decoder:
+        return kept + whole_loss_bytes(batch.tokens * rows, text.vocab_size, dtype=model.dtype)
     loss = loss_bytes(batch.tokens, rows, text.hidden_size, text.vocab_size, dtype=model.dtype, device=batch.device)
     return kept + sum(loss)
 

@@ -1,10 +1,16 @@
-"""The planned bytes of the loss against TRL's own function, on the CPU."""
+"""The planned bytes of the loss against TRL's own function, and transformers' own of all logits, on the CPU."""
 
 import pytest
 import torch
+import transformers
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from qsvd.memory.training import COLUMNS, loss_bytes
+import qsvd
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.start import new_record, planned_base
+from qsvd.files.split_folder import open_split
+from qsvd.memory.block_bytes import Batch
+from qsvd.memory.training import COLUMNS, Training, loss_bytes, moments_of
 from tests.memory.tracker import Tracker
 
 NEAR = 0.02  # of the peak
@@ -30,3 +36,31 @@ def test_a_gpu_needs_the_tile_and_the_gradient_twice():
     kept, peak = loss_bytes(5001, 1, 1024, 128_256, dtype=torch.bfloat16, device="cuda")
     assert peak == (4 + 2) * 5000 * 1024 + 4096 * CHUNK * 2  # exact, and rounded before the tile goes
     assert kept == 2 * 5000 * 1024 + 4 * 10 * 5000
+
+
+SEQ2SEQ = {"vocab_size": 8192, "d_model": 128, "decoder_start_token_id": 0, "pad_token_id": 0}
+HALVES = {
+    "T5": SEQ2SEQ | {"d_ff": 256, "d_kv": 32, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+    "Bart": SEQ2SEQ
+    | {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("ffn_dim", 256), ("layers", 1))}
+    | {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("T5", torch.float32), ("Bart", torch.bfloat16)])
+def test_all_logits_of_an_encoder_decoder_are_planned(tmp_path, family, dtype):
+    name, tokens = f"{family}ForConditionalGeneration", 512
+    source = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**HALVES[family]))
+    source.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    out = qsvd.quantize(tmp_path / "source", out=tmp_path / "out", rank=4, iterations=1, device="cpu").path
+    split, options = open_split(out), AdapterOptions("pissa")
+    batch = Batch(tokens, 2, is_masked=True, checkpointing=True, device="cpu")
+    plan = planned_base(split, new_record(split, options), dtype)
+    planned = max(moment.total for moment in moments_of(plan, Training(batch, 1, "adamw")))
+    model = qsvd.load(out, options=options, device="cpu", dtype=dtype).train()
+    model.activation_checkpointing_enable()
+    ids, mask = torch.randint(5, 8192, (2, tokens)), torch.ones(2, tokens, dtype=torch.long)
+    mask[1:, -3:] = 0
+    with Tracker() as tracker:
+        model(input_ids=ids, attention_mask=mask, labels=ids.clone()).loss.backward()
+    assert tracker.peak <= planned <= 1.1 * tracker.peak
