@@ -111,3 +111,24 @@ def test_the_walk_finds_the_modules_and_their_imports():
     assert {folder_of(path) for path in MODULES} >= {"numerics", "files", "commands", "cli", "options"}
     lines = {".".join(parts) for parts in imported(PACKAGE / "commands" / "quantize.py")}
     assert "qsvd.files.quantize_folder.OutputFolder" in lines
+
+
+def calls_of(name, path):
+    """The calls of a function or method in a file: what it belongs to, and its keywords."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == name:
+            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+
+
+def test_no_code_of_a_checkpoint_is_run_and_nobody_is_asked_to():
+    found = [(path, *call) for path in FILES for call in calls_of("from_pretrained", path)]
+    loaders = [
+        one for one in found if one[1].split(".")[-2].startswith(("Auto", "auto", "loader")) and one[0].stem != "demo"
+    ]
+    assert len(loaders) >= 5
+    assert [one for one in loaders if one[2].get("trust_remote_code") != "False"] == []
+
+
+def test_terminals_show_text_as_it_is():
+    consoles = [(path, words) for path in FILES for name, words in calls_of("Console", path)]
+    assert [words.get("markup") for path, words in consoles if path.parent.name != "report"] == ["False"]

@@ -217,7 +217,7 @@ def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     from accelerate import init_empty_weights
 
     folder = place.split.folder
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     delattr(config, "quantization_config")
     config.dtype = place.dtype
     config.name_or_path = _name(place)

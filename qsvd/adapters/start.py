@@ -17,6 +17,7 @@ from qsvd.adapters.methods.table import METHODS, as_recorded, check_own_options,
 from qsvd.errors import BadInput
 from qsvd.files.adapter import AdapterFolder, AdapterRecord
 from qsvd.files.safetensors import read_tensor
+from qsvd.files.source import read_config
 from qsvd.files.split_folder import SplitFolder
 from qsvd.files.statistics import Statistics
 from qsvd.memory.split_model import Skeleton, SplitModelPlan, skeleton
@@ -206,9 +207,7 @@ def planned_base(split: SplitFolder, record: AdapterRecord, dtype: torch.dtype) 
 
 def planner_of(split: SplitFolder, dtype: torch.dtype) -> Callable[[AdapterRecord], SplitModelPlan]:
     """Return a function that does the same for several records of one quantized model, which is opened once."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(split.folder, local_files_only=True)
+    config = read_config(split.folder)
     delattr(config, "quantization_config")
     config.architectures = [split.manifest["source"]["architecture"]]
     empty = skeleton(config, dtype)

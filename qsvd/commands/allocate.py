@@ -2,9 +2,7 @@
 
 import sys
 
-from rich.console import Console
-
-from qsvd.console.progress import watched
+from qsvd.console.progress import terminal, watched
 from qsvd.files.atomic import write_text
 from qsvd.files.source import Checkpoint
 from qsvd.options import Allocate
@@ -29,7 +27,7 @@ def main(options: Allocate, checkpoint: Checkpoint | None = None) -> None:
     run = prepare_allocate(options, checkpoint)
     with watched("weight", f"measured weights are kept in {run.costs}, the same command continues there") as show:
         result = write_allocation(run, show)
-    Console().print(allocation_tables(run.task, result), highlight=False)
+    terminal().print(allocation_tables(run.task, result), highlight=False)
     print(f"\n{run.out}")
     print(last_lines("an allocation", options.out, after_allocate(options)), file=sys.stderr)
 

@@ -5,6 +5,7 @@ The model need not fit in memory.
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,15 @@ from qsvd.calibrate.walk import AT, AT_BLOCKS, Probes, add_examples
 from qsvd.console.progress import quiet, watched
 from qsvd.errors import DoesNotFit
 from qsvd.files.pages import free_host_memory
-from qsvd.files.statistics import open_statistics, open_unfinished, save_unfinished, unfinished_path, write_statistics
+from qsvd.files.statistics import (
+    lock_statistics,
+    open_statistics,
+    open_unfinished,
+    save_unfinished,
+    unfinished_path,
+    write_statistics,
+)
+from qsvd.files.workspace import unlock
 from qsvd.options import Calibrate
 from qsvd.prepare.calibrate import CalibrateRun, prepare_calibrate
 from qsvd.records import Progress, ShowProgress, show_nothing
@@ -72,13 +81,17 @@ def measure(run: CalibrateRun, show: ShowProgress) -> None:
     if run.is_complete:
         return
     run.out.parent.mkdir(parents=True, exist_ok=True)
+    held = lock_statistics(run.out)
     try:
-        _measure(run, show)
+        if not replace(run).is_complete:  # another process may have written the file before the lock was free
+            _measure(run, show)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
             f"a block of {run.options.model} with its gradients does not fit on {run.device} for {_longest(run)} "
             "tokens; give a smaller --max-length, close other programs that use it, or give --device cpu"
         ) from error
+    finally:
+        unlock(held)
 
 
 def _measure(run: CalibrateRun, show: ShowProgress) -> None:

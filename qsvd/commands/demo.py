@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from qsvd.commands.quantize import quantize
 from qsvd.commands.report import show_report
 from qsvd.commands.train import train
+from qsvd.console.progress import terminal
 from qsvd.errors import BadInput
 from qsvd.evaluate.perplexity import Perplexity, perplexity_of_text
 from qsvd.files.atomic import write_text
@@ -71,7 +71,7 @@ def main(options: Demo) -> None:
         table.add_row(
             name, f"{quantized.bits:.2f}", f"{quantized.error:.4f}", f"{here.perplexity:.3f}", f"{lost:+.2f} %"
         )
-    console = Console()
+    console = terminal()
     show_report(_folder(options, ranks[-1]), worst=3)
     console.print()
     console.print(table)

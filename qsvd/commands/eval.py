@@ -5,9 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rich.console import Console
-
-from qsvd.console.progress import display, quiet
+from qsvd.console.progress import display, quiet, terminal
 from qsvd.data.encoder_decoder import sources_and_targets
 from qsvd.data.examples import is_encoder_decoder, positions, stop_ids, tokenize_speech
 from qsvd.data.images import tokenize_images
@@ -46,7 +44,7 @@ def main(options: Eval) -> None:
         print(json.dumps(evaluation_json(measured.rows, measured.how), indent=2))
     else:
         title = ", ".join(f"{name} {value}" for name, value in measured.how.items() if value is not None)
-        Console().print(evaluation_table(measured.rows, title))
+        terminal().print(evaluation_table(measured.rows, title))
 
 
 def evaluate(options: Eval, show: ShowProgress = show_nothing) -> EvalResult:

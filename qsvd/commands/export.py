@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from qsvd.adapters.load import classifier
 from qsvd.adapters.methods.table import export_refusal
@@ -30,7 +29,7 @@ from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import PeftExport, write_peft
 from qsvd.export.trained import Trained
 from qsvd.files.atomic import read_object, write_text
-from qsvd.files.source import open_checkpoint
+from qsvd.files.source import open_checkpoint, read_config
 from qsvd.files.workspace import CHAT_TEMPLATE
 from qsvd.options import Export
 from qsvd.paths import hub_id
@@ -290,12 +289,12 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
 
 def _from_transformers(opened: Opened, folder: Path) -> Any:
     """Return the 16-bit model with experts as transformers itself loads it in float32: PEFT renames layers there."""
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:  # published in FP8 or MXFP4
         config.quantization_config["dequantize"] = True
     labels, name = opened.record.labels, opened.split.manifest["source"]["architecture"]
     loader = classifier(config, labels) if labels else getattr(transformers, name)
-    return loader.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    return loader.from_pretrained(folder, config=config, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool) -> ExportResult:
@@ -328,7 +327,7 @@ def _config_changes(opened: Opened) -> dict[str, Any]:
     labels = opened.record.labels
     if not labels:
         return {}
-    config: Any = AutoConfig.from_pretrained(opened.split.folder, local_files_only=True)
+    config: Any = read_config(opened.split.folder)
     architecture = classifier(config, labels).__name__
     return {
         "architectures": [architecture],

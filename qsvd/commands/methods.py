@@ -4,11 +4,11 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.methods.table import METHODS, export_refusal
+from qsvd.console.progress import terminal
 from qsvd.options import Methods, Quantize
 
 MODEL = "Llama-3.1-8B"
@@ -51,7 +51,7 @@ def main(options: Methods) -> None:
     if options.json:
         print(json.dumps({"model": MODEL, "methods": [asdict(row) for row in rows]}, indent=2))
         return
-    Console().print(table_of(rows))
+    terminal().print(table_of(rows))
     print(f"trained: parameters, of all linear layers of {MODEL} at the default rank (*: the rank of the components)")
     print("starts as: the trained part before the first step; what is added leaves the components frozen")
     print("export: what qsvd export --to peft writes; rate: the default learning rate")

@@ -4,9 +4,7 @@ import json
 import sys
 from contextlib import nullcontext
 
-from rich.console import Console
-
-from qsvd.console.progress import display, quiet
+from qsvd.console.progress import display, quiet, terminal
 from qsvd.errors import DoesNotFit
 from qsvd.memory.duration import page_seconds, quantize_time, step_time
 from qsvd.memory.other_tasks import plan_quantizing
@@ -39,7 +37,7 @@ def main(options: Plan, run: Train | None = None) -> None:
         print(json.dumps(plan_json(options.model, found), indent=2))
     else:
         print(headline(found), flush=True)
-        Console().print(plan_tables(options.model, found))
+        terminal().print(plan_tables(options.model, found))
     if not found.fits:
         raise DoesNotFit("; ".join(found.lacking))
     if found.train is not None and options.rank != 0 and not options.json:

@@ -4,11 +4,10 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
 from torch import Tensor
 
 from qsvd.commands.report import load_report, push_quantized, show_report
-from qsvd.console.progress import Stopwatch, explained_disk_errors, watched
+from qsvd.console.progress import Stopwatch, explained_disk_errors, terminal, watched
 from qsvd.export.hub import open_repository
 from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder, largest_stack
 from qsvd.files.source import Checkpoint, stream
@@ -45,7 +44,7 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
     run = prepare_quantize(options, checkpoint)
     if options.dry_run:
         check_room(run.out, run.sizes.disk)
-        Console().print(planned_tables(run), soft_wrap=True)
+        terminal().print(planned_tables(run), soft_wrap=True)
         return
     repository = open_repository(options)
     quantize_visibly(run)

@@ -4,8 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from qsvd.console.progress import terminal
 from qsvd.errors import BadInput
 from qsvd.files.atomic import read_object
 from qsvd.files.workspace import ERRORS, MANIFEST, check_quantized
@@ -30,7 +29,7 @@ def main(options: Report) -> None:
 
 def show_report(folder: Path, *, worst: int) -> None:
     """Print the tables of a quantized model, with so many of the worst layers."""
-    Console().print(to_terminal(*load_report(folder), worst_count=worst))
+    terminal().print(to_terminal(*load_report(folder), worst_count=worst))
 
 
 def load_report(folder: Path) -> tuple[ReportHeader, list[WeightError]]:

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 
 from qsvd.adapters.model import restore
 from qsvd.commands import plan
 from qsvd.commands.quantize import quantize_run, quantize_visibly
 from qsvd.console.journal import RunRecorder, explained_errors, finish_run, held_out_loss, push_run
-from qsvd.console.progress import StopRequest, display, quiet
+from qsvd.console.progress import StopRequest, display, quiet, terminal
 from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
 from qsvd.export.hub import open_repository
@@ -44,7 +43,7 @@ def main(options: Train) -> None:
         return
     checked = prepare_training(options)
     if options.preview:
-        Console().print(preview(checked.data.train, checked.data.tokenizer), soft_wrap=True)
+        terminal().print(preview(checked.data.train, checked.data.tokenizer), soft_wrap=True)
         print(f"Next: {train_command(options)}", file=sys.stderr)
         return
     print("\n".join(checked.first_lines), file=sys.stderr)
@@ -60,7 +59,7 @@ def main(options: Train) -> None:
         summary = folder.summary
     if summary is None:
         raise Interrupted(f"interrupted; the last step is saved, the same command continues in {run.out}")
-    Console().print(training_tables(RunSummary(**summary)))
+    terminal().print(training_tables(RunSummary(**summary)))
     print(f"\n{run.out}")
     found = after_train(run.options.base, options.out, options.valid, generates=not run.data.train.label_names)
     print(last_lines("a run", options.out, found), file=sys.stderr)

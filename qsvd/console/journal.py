@@ -27,7 +27,7 @@ from qsvd.records import Progress, ShowProgress
 from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.training import RunSummary, loss_plot, run_readme
 from qsvd.training.guards import memory_advice
-from qsvd.training.run_folder import SUMMARY, RunFolder, Step, checkpoints, step_of
+from qsvd.training.run_folder import SUMMARY, RunFolder, Step, check_readable, checkpoints, step_of
 from qsvd.training.steps import best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 
 
@@ -42,6 +42,8 @@ class RunRecorder:
     def __init__(self, run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_asked: Callable[[], bool]):
         self._run, self._folder, self._show, self._is_stop_asked = run, folder, show, is_stop_asked
         self.checkpoint, self._before = resume_point(run.out, folder)
+        if self.checkpoint is not None:
+            check_readable(self.checkpoint)
         self._steps = folder.keep_steps(self._before.number if self._before else 0)
         self._started = self._opened = time.monotonic()
         self.first_step_seconds: float | None = None

@@ -21,6 +21,11 @@ from qsvd.records import FAST, Progress, ShowProgress
 LINE_EVERY = 0.05  # of the work
 
 
+def terminal(*, stderr: bool = False) -> Console:
+    """Return a console that shows text as it is: a path may hold "[/b]" or ":cat:"."""
+    return Console(stderr=stderr, markup=False, emoji=False)
+
+
 @contextmanager
 def display() -> Iterator[ShowProgress]:
     """Show progress in the form that suits stderr."""
@@ -28,7 +33,7 @@ def display() -> Iterator[ShowProgress]:
     if not sys.stderr.isatty():
         yield _Lines(pace).show
         return
-    with Bar(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+    with Bar(BarColumn(), TextColumn("{task.description}", markup=False), console=terminal(stderr=True)) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda now: bar.update(task, completed=now.share, description=pace.line(now))
 

@@ -15,6 +15,7 @@ from qsvd.data.row_files import Rows
 from qsvd.data.template_names import check_tokens, read_template
 from qsvd.data.tokens import check_keeps_apart, check_vocabulary, pack, packed_dataset, tokenize
 from qsvd.errors import BadInput
+from qsvd.files.source import read_config
 from qsvd.options import Train
 from qsvd.plan.weights import context_length, writers
 from qsvd.report.errors import short_count
@@ -77,7 +78,7 @@ def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{folder} has no tokenizer that transformers can open; copy the tokenizer files of the 16-bit model there"
@@ -106,9 +107,7 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
 
 def positions(folder: Path) -> int:
     """Return the tokens that a model can read; a recurrent one has no limit."""
-    from transformers import AutoConfig
-
-    return context_length(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return context_length(read_config(folder))
 
 
 def read_run_data(options: Train, home: Home) -> RunData:
@@ -135,9 +134,7 @@ def read_run_data(options: Train, home: Home) -> RunData:
 
 def is_encoder_decoder(folder: Path) -> bool:
     """Return whether a model has an encoder that reads and a decoder that writes."""
-    from transformers import AutoConfig
-
-    return bool(AutoConfig.from_pretrained(folder, local_files_only=True).is_encoder_decoder)
+    return bool(read_config(folder).is_encoder_decoder)
 
 
 def _check_pairs(options: Train, train: Tokenized, held_out: Tokenized | None, tokenizer: Any) -> None:
@@ -220,9 +217,7 @@ def _check_images(options: Train, examples: Examples, home: Home) -> None:
 
 def tokenize_speech(examples: Examples, folder: Path, max_length: int) -> Tokenized:
     """Return sounds and their texts as the model in a folder reads and writes them."""
-    from transformers import AutoConfig
-
-    first = AutoConfig.from_pretrained(folder, local_files_only=True).decoder_start_token_id
+    first = read_config(folder).decoder_start_token_id
     processor = open_processor(folder, of="sound")
     return encoder_decoder.tokenize_sounds(examples, processor, max_length=max_length, first_token=first)
 

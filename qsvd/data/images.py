@@ -75,7 +75,7 @@ def open_processor(folder: Path, chat_template: str | None = None, *, of: Litera
     if of == "images" and not is_vision_available():
         raise BadInput(NO_PILLOW)
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
         raise BadInput(f"the processor of {folder} needs another library: {first_line(error)}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -18,6 +18,7 @@ from qsvd.data.masks import mark_chats, says_nothing, stop_tokens_of
 from qsvd.data.plain import tokenize_labelled
 from qsvd.data.row_files import Places, Problem, refusal
 from qsvd.errors import BadInput, listing
+from qsvd.files.source import read_config
 from qsvd.plan.language import why_mixed
 
 if TYPE_CHECKING:
@@ -226,9 +227,7 @@ def check_vocabulary(read: Sequence[Tokenized], tokenizer: "PreTrainedTokenizerB
     Raises:
         BadInput: the sentence names the tokens and the first example that has each.
     """
-    from transformers import AutoConfig
-
-    size = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
+    size = read_config(folder).get_text_config().vocab_size
     places: dict[int, str] = {}
     for data in read:
         for index, tokens in enumerate(data.input_ids):
@@ -252,9 +251,7 @@ def check_vocabulary(read: Sequence[Tokenized], tokenizer: "PreTrainedTokenizerB
 
 def check_keeps_apart(folder: Path, name: str) -> None:
     """Refuse to pack for a model that mixes the sequences of a row."""
-    from transformers import AutoConfig
-
-    if reason := why_mixed(AutoConfig.from_pretrained(folder, local_files_only=True)):
+    if reason := why_mixed(read_config(folder)):
         raise BadInput(f"--packing cannot be used for {name}: {reason}; leave it out")
 
 

@@ -1,6 +1,6 @@
 """A quantized model, open for reading: residual and components of each weight, and the matrix that they make."""
 
-import json
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from qsvd.files.layout import (
     QUANT_STATE,
     RESIDUAL_PARTS,
     StoredResidual,
+    fingerprint,
     part_name,
     stored_packed,
     stored_residual,
@@ -31,6 +32,9 @@ from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import NormalFloat
 
 FORMATS = (1, 2, 3)  # of qsvd.json; in format 1 the components are in adapter/, format 3 has tables
+COPY_AGAIN = "copy the folder again, or quantize again"
+KEYS = {"fingerprint": str, "source": dict, "run": dict, "header": dict, "weights": dict}
+PARTS_OF = {"module": str, "shape": list, "role": str, "rank": int, "file": str, "residual_sha256": str}  # of a weight
 
 
 @dataclass(frozen=True)
@@ -149,12 +153,13 @@ def open_split(folder: Path) -> SplitFolder:
         BadInput: the folder is not a quantized model, lacks files, or its components belong to another model.
     """
     check_quantized(folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest["format"] not in FORMATS:
+    manifest = read_object(folder / MANIFEST, COPY_AGAIN)
+    if manifest.get("format") not in FORMATS:
         raise BadInput(
-            f"{folder / MANIFEST} has format {manifest['format']}; this version of qsvd reads 1 to {FORMATS[-1]}: "
+            f"{folder / MANIFEST} has format {manifest.get('format')}; this version of qsvd reads 1 to {FORMATS[-1]}: "
             "install a newer one"
         )
+    _check_manifest(folder / MANIFEST, manifest)
     tensors: dict[str, TensorEntry] = {}
     shards = _shards(folder, manifest)
     absent = [file for file in shards if not (folder / file).is_file()]
@@ -164,7 +169,8 @@ def open_split(folder: Path) -> SplitFolder:
         )
     for file in shards:
         tensors |= read_header(folder / file).tensors
-    if any(weight["rank"] for weight in manifest["weights"].values()):
+    has_components = (folder / ADAPTER_TENSORS).is_file()
+    if has_components or any(weight["rank"] for weight in manifest["weights"].values()):
         adapter = _components(folder)
         header = read_header(adapter)
         if header.metadata.get("qsvd_base_fingerprint") != manifest["fingerprint"]:
@@ -172,8 +178,44 @@ def open_split(folder: Path) -> SplitFolder:
                 f"{adapter} belongs to another quantized model than {folder}: its fingerprint differs; use the file "
                 "that was written with this folder"
             )
+        _check_ranks(folder / MANIFEST, manifest["weights"], header.tensors)
         tensors |= header.tensors
     return SplitFolder(folder, manifest, tensors)
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that lacks a key that is read, or whose fingerprint is not that of its weights and tables."""
+    lacking = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
+    if lacking or not isinstance(manifest.get("tables", {}), dict):
+        raise BadInput(f"{path} is damaged: it has no {listing(lacking or ['tables'])}; {COPY_AGAIN}")
+    packed = manifest["weights"] | manifest.get("tables", {})
+    broken = [
+        name
+        for name, weight in packed.items()
+        if not isinstance(weight, dict) or any(not isinstance(weight.get(key), kind) for key, kind in PARTS_OF.items())
+    ]
+    if broken:
+        needed = listing(list(PARTS_OF), limit=len(PARTS_OF))
+        raise BadInput(f"{path} is damaged: its records of {listing(broken)} lack one of {needed}; {COPY_AGAIN}")
+    modules = Counter(weight["module"] for weight in packed.values())
+    if twice := [module for module, count in modules.items() if count > 1]:
+        raise BadInput(f"{path} is damaged: it has {listing(twice)} twice; {COPY_AGAIN}")
+    if fingerprint({name: weight["residual_sha256"] for name, weight in packed.items()}) != manifest["fingerprint"]:
+        raise BadInput(f"{path} is damaged: its fingerprint is not that of its weights; {COPY_AGAIN}")
+
+
+def _check_ranks(path: Path, weights: dict[str, dict[str, Any]], stored: dict[str, TensorEntry]) -> None:
+    """Refuse weights whose components have another rank than the manifest says, or belong to no weight."""
+    needed = {}
+    for weight in weights.values():
+        prefix, (rows, columns), rank = f"{ADAPTER_PREFIX}{weight['module']}", weight["shape"], weight["rank"]
+        if rank:
+            needed[f"{prefix}.lora_A.weight"], needed[f"{prefix}.lora_B.weight"] = (rank, columns), (rows, rank)
+    found = {name: tuple(entry.shape) for name, entry in stored.items()}
+    if wrong := sorted(name for name in {*needed, *found} if needed.get(name) != found.get(name)):
+        raise BadInput(
+            f"{path} and the file of the components have other shapes for {listing(wrong)}; copy both files again"
+        )
 
 
 def _components(folder: Path) -> Path:
@@ -189,5 +231,8 @@ def _shards(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Return the names of all weight files, also of those without a split weight."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        files = read_object(index, COPY_AGAIN).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise BadInput(f"{index} is damaged: it has no weight_map; {COPY_AGAIN}")
+        return sorted({*files.values()})
     return sorted({weight["file"] for weight in (manifest["weights"] | manifest.get("tables", {})).values()})

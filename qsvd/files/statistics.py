@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch import Tensor
 
 from qsvd.decompose.candidates import CandidateErrors
@@ -176,6 +177,11 @@ def write_statistics(path: Path, tensors: Mapping[str, Tensor], *, fingerprint: 
 def unfinished_path(path: Path) -> Path:
     """Return the file in which an interrupted run keeps its sums."""
     return path.with_name(f"{path.name}.unfinished")
+
+
+def lock_statistics(path: Path) -> FileLock:
+    """Lock a file of statistics for the process that measures it; a BadInput where another process does."""
+    return lock(path.with_name(f"{path.name}.lock"), path)
 
 
 def save_unfinished(path: Path, sums: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ identity began; the identity is a JSON object of all options and inputs that the
     OUT of qsvd export              OUT/unfinished/lock    OUT/unfinished/run.json, the record   qsvd_export.json
     RUN of qsvd train               RUN/lock               RUN/run.json                          summary.json
     FILE.costs.jsonl of allocate    FILE.costs.jsonl.lock  its first line                        (stays open)
-    FILE of qsvd calibrate          (none)                 metadata of FILE.unfinished, FILE     FILE
+    FILE of qsvd calibrate          FILE.lock              metadata of FILE.unfinished, FILE     FILE
 """
 
 import json

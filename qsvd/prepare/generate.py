@@ -19,6 +19,7 @@ from qsvd.data.images import hears, open_processor, read_question, reads_images,
 from qsvd.data.masks import ends_of_turn
 from qsvd.data.media import open_each, open_images, open_sound
 from qsvd.errors import BadInput, listing
+from qsvd.files.source import read_config
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
@@ -95,9 +96,7 @@ def prepare_generate(options: Generate, prompts: Sequence[str]) -> GenerateRun:
     _check_generates(found, options)
     images, sounds, processor = _media(options, found)
     tokenizer = processor.tokenizer if processor else open_tokenizer(found.home, found.chat_template)
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(found.home, local_files_only=True)
+    config = read_config(found.home)
     ends = [] if found.chat_template is None else ends_of_turn(tokenizer)
     sampling = _sampling(options, generation_config(found.home, config), [*ends, tokenizer.eos_token_id])
     run = GenerateRun(

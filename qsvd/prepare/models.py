@@ -20,7 +20,7 @@ from qsvd.files.atomic import read_object
 from qsvd.files.check import check_complete, check_copies, check_not_quantized
 from qsvd.files.published import is_published
 from qsvd.files.safetensors import read_tensor
-from qsvd.files.source import Checkpoint, download, open_checkpoint
+from qsvd.files.source import Checkpoint, download, open_checkpoint, read_config
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import Kind, model_kind
 from qsvd.memory.items import EVERYTHING, Placement
@@ -169,7 +169,10 @@ def _dense(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tuple[
         auto: Any = transformers.AutoModelForSequenceClassification
     else:
         auto = getattr(transformers, name) if name in writers() else transformers.AutoModelForCausalLM
-    return auto.from_pretrained(found.home, dtype=dtype, local_files_only=True, output_loading_info=True)
+    read_config(found.home)  # refuses code of the checkpoint
+    return auto.from_pretrained(
+        found.home, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+    )
 
 
 def _decoded(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tuple[Any, dict[str, Any]] | None:

@@ -3,17 +3,22 @@
 A checkpoint is complete or does not exist: it is written in RUN/unfinished, then renamed to RUN/checkpoint-N.
 """
 
+import errno
 import json
 import math
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qsvd.errors import BadInput
+import torch
+
+from qsvd.errors import BadInput, first_line
 from qsvd.files.atomic import read_object, write_text
 from qsvd.files.workspace import (
     ADAPTER_RECORD,
@@ -31,6 +36,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 START = "start.json"
 STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
+TRACKED = "runs"  # the folder of TensorBoard
 KEPT = "blocks_with_activations"  # of the identity: how many blocks are not recomputed
 FREE = ("gradient_checkpointing", KEPT)  # of the identity, the first of older versions: these change no result
 BATCHES = ("batch_size", "accumulate")  # of the identity: their product is the result, but for rounding
@@ -75,10 +81,40 @@ def finish(run: Path, step: int, *, keep: int, best: int | None) -> None:
             shutil.rmtree(old)
 
 
+@contextmanager
+def written_whole(run: Path) -> Iterator[None]:
+    """Turn the RuntimeError of a torch.save that could not write, as on a full disk, into an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "iostream error")):
+            raise
+        raise OSError(errno.EIO, "a checkpoint cannot be written; is the disk full?", str(run)) from error
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if all((path / part).is_file() for part in PARTS)]
+
+
+def check_readable(checkpoint: Path) -> None:
+    """Refuse a checkpoint with a damaged part, before the model is loaded.
+
+    Raises:
+        BadInput: the sentence names the file. No code of it is run.
+    """
+    from transformers.trainer import safe_globals
+
+    otherwise = f"remove {checkpoint} to go on from the checkpoint before it, or start again"
+    read_object(checkpoint / "trainer_state.json", otherwise)
+    for part in (part for part in PARTS if part.endswith((".pt", ".pth"))):
+        try:
+            with safe_globals():
+                torch.load(checkpoint / part, map_location="cpu", weights_only=True)
+        except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            reason = first_line(error) or type(error).__name__
+            raise BadInput(f"{checkpoint / part} is damaged ({reason}); {otherwise}") from error
 
 
 def step_of(checkpoint: Path) -> int:
@@ -164,6 +200,7 @@ def check_run_folder(
         return False
     found = read_object(path, ANOTHER_FOLDER)
     if not is_saved(folder):
+        _check_own(folder, found, identity)
         return False  # it saved nothing, so nothing is lost when another run starts here
     found, identity = ({k: v for k, v in one.items() if k not in FREE} for one in (found, identity))
     if _sequences(found) == _sequences(identity):
@@ -179,6 +216,16 @@ def check_run_folder(
     if total < done:
         raise BadInput(f"{folder} has {done} steps already, more than {total}; give more --steps or --epochs")
     return True
+
+
+def _check_own(folder: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a folder without a checkpoint that has other files than a run that was stopped before its first one."""
+    if not found.keys() & identity.keys():
+        check_empty(folder, (), "qsvd train")
+    saved = {path.name for path in folder.rglob("checkpoint-*") if NAME.fullmatch(path.name)}
+    partial = {path.name for path in folder.glob("*.json*.partial")}
+    check_empty(folder, {LOCK, IDENTITY, START, STEPS, UNFINISHED, TRACKED, *saved, *partial}, "qsvd train")
+    check_empty(folder / UNFINISHED, saved, "qsvd train")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from qsvd.files.split_folder import SplitFolder
 from qsvd.training.guards import check_apart, check_start, not_finite
 from qsvd.training.lora_rite import LoraRite
 from qsvd.training.riemannian import Riemannian
-from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of
+from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of, written_whole
 from qsvd.training.settings import Settings, classifier_arguments, language_arguments
 from qsvd.training.steps import SetRate
 
@@ -181,9 +181,9 @@ class SplitTraining(Trainer):
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # into RUN/unfinished, see _get_output_dir
-        state = self.hooks.state()
-        if state:
+        with written_whole(self.run):
+            super()._save_checkpoint(model, trial)  # into RUN/unfinished, see _get_output_dir
+        if state := self.hooks.state():
             folder = self.run / UNFINISHED / f"checkpoint-{self.state.global_step}"
             write_stream(folder / HOOKS, new_tensors(state), {"format": "pt"})
         # Renamed when it is complete, so that a run that is killed here resumes from the checkpoint before it.

@@ -235,3 +235,17 @@ def test_after_too_little_disk_a_lower_rank_is_accepted_as_the_sentence_advises(
     assert "a lower --rank" in refused(model, code=3, makes_folder=True)
     monkeypatch.undo()
     assert run(["quantize", str(model), "--out", str(tmp_path / "out"), "--rank", "2"]) == 0
+
+
+@pytest.mark.parametrize("command", [["quantize", "--out"], ["eval", "--data"]])
+def test_code_in_a_checkpoint_is_neither_run_nor_asked_about(model, tmp_path, monkeypatch, capsys, command):
+    edit_config(model, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}')
+    name, flag = command
+    path = tmp_path / ("t.jsonl" if name == "eval" else "out")
+    assert run([name, str(model), flag, str(path)]) == 2
+    shown = capsys.readouterr()
+    assert "Do you wish to run" not in shown.out + shown.err
+    assert not (tmp_path / "ran").exists()

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,9 @@ from qsvd.cli import run
 from qsvd.commands import calibrate as command
 from qsvd.commands.calibrate import calibrate, measure
 from qsvd.console import progress as console
+from qsvd.errors import BadInput
 from qsvd.prepare.calibrate import prepare_calibrate
+from qsvd.records import show_nothing
 from tests.commands.calibrations import TEXTS, options_of, write_rows
 from tests.commands.folders import without_progress
 from tests.stops import StopAfter, Stopped
@@ -154,3 +157,19 @@ def test_without_a_chunk_asked_for_few_examples_can_be_lost(stories, texts, tmp_
     measure(prepare_calibrate(options), show)
     assert [now.done for now in show.seen if now.may_stop] == [3, 4]
     assert options.out.read_bytes() == whole.read_bytes()
+
+
+def test_two_processes_do_not_measure_one_file_and_a_file_that_came_meanwhile_is_kept(stories, texts, tmp_path):
+    options = options_of(stories, texts, tmp_path / "st", examples=2)
+    first, other = prepare_calibrate(options), prepare_calibrate(replace(options, seed=5))
+
+    def meanwhile(_progress):
+        with pytest.raises(BadInput, match=r"another qsvd process is writing to .*st; wait for it, or stop it"):
+            measure(other, show_nothing)
+
+    measure(first, meanwhile)
+    before = (tmp_path / "st").read_bytes()
+    with pytest.raises(BadInput, match=r"st was written with other options: .*seed 0 there, 5 now"):
+        measure(other, show_nothing)
+    assert (tmp_path / "st").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["st"]

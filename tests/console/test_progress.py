@@ -5,9 +5,10 @@ import time
 from itertools import pairwise
 
 import pytest
+from rich.table import Table
 
 from qsvd.console.journal import progress_of
-from qsvd.console.progress import StopRequest, Stopwatch, display, watched
+from qsvd.console.progress import StopRequest, Stopwatch, display, terminal, watched
 from qsvd.errors import Interrupted
 from qsvd.records import Progress
 from qsvd.training.run_folder import Step
@@ -130,3 +131,13 @@ def test_a_watched_run_stops_where_nothing_is_lost():
         show(Progress(2, 2, 9, "2/9 weights", may_stop=False))
         with pytest.raises(Interrupted, match=r"^interrupted; all is kept$"):
             show(at(3, 9))
+
+
+def test_text_is_shown_as_it_is(capsys):
+    table = Table(title="[i]a[/b]")
+    table.add_column("path")
+    table.add_row("runs[/b]/:cat:")
+    terminal().print(table)
+    shown = capsys.readouterr().out
+    assert "runs[/b]/:cat:" in shown
+    assert "[i]a[/b]" in shown

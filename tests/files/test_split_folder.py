@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 import qsvd
+from qsvd.errors import BadInput
 from qsvd.files.split_folder import open_split
 from tests.checkpoints import write_checkpoint
 
@@ -70,3 +71,41 @@ def test_an_adapter_of_another_base_is_refused(results, tmp_path):
 def test_a_folder_that_is_no_result_is_refused(results):
     with pytest.raises(ValueError, match=r"source is not a quantized model: it has no qsvd\.json"):
         open_split(results / "source")
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+DAMAGES = {
+    "no fingerprint": (lambda m: m.pop("fingerprint"), "it has no fingerprint; copy the folder again"),
+    "no weights": (lambda m: m.pop("weights"), "it has no weights; "),
+    "no format": (lambda m: m.pop("format"), "has format None; "),
+    "a weight is gone": (lambda m: m["weights"].pop(Q_PROJ), "its fingerprint is not that of its weights; "),
+    "no rank": (lambda m: m["weights"][Q_PROJ].pop("rank"), f"its records of {Q_PROJ} lack one of module, shape, "),
+    "another rank": (
+        lambda m: m["weights"][Q_PROJ].update(rank=0),
+        "have other shapes for .*0.self_attn.q_proj.lora_A",
+    ),
+    "another module": (
+        lambda m: m["weights"][Q_PROJ].update(module=NAME.removesuffix(".weight")),
+        "it has model.layers.1.mlp.down_proj twice; ",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_is_refused(results, tmp_path, damage):
+    change, sentence = DAMAGES[damage]
+    out = shutil.copytree(results / "4", tmp_path / "out")
+    manifest = json.loads((out / "qsvd.json").read_text())
+    change(manifest)
+    (out / "qsvd.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match=sentence):
+        open_split(out)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": 3}'])
+@pytest.mark.parametrize("file", ["qsvd.json", "model.safetensors.index.json"])
+def test_a_manifest_or_index_that_is_something_else_is_refused(results, tmp_path, file, text):
+    out = shutil.copytree(results / "4", tmp_path / "out")
+    (out / file).write_text(text)
+    with pytest.raises(BadInput, match=file):
+        open_split(out)

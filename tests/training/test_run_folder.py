@@ -1,10 +1,28 @@
 """RUN: who may write in it, and what was told there is told again."""
 
 import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from qsvd.training.run_folder import IDENTITY, LOCK, PARTS, START, STEPS, SUMMARY, RunFolder, Step
+from qsvd.errors import BadInput
+from qsvd.training.run_folder import (
+    IDENTITY,
+    LOCK,
+    PARTS,
+    START,
+    STEPS,
+    SUMMARY,
+    RunFolder,
+    Step,
+    check_readable,
+    written_whole,
+)
 
 ME = {"rank": 4, "map": ["a=text"], "steps": None}
 
@@ -62,6 +80,40 @@ def test_a_run_that_saved_nothing_makes_way_for_another(tmp_path, left):
     with RunFolder(tmp_path, ME | {"rank": 8}, resume=False, total=9):
         pass
     assert json.loads((tmp_path / IDENTITY).read_text())["rank"] == 8
+
+
+@pytest.mark.parametrize("other", ["README.md", "unfinished/notes.txt", None])
+def test_a_folder_of_somebody_else_that_has_a_run_json_is_not_taken(tmp_path, other):
+    with RunFolder(tmp_path, ME, resume=False, total=9):
+        pass
+    if other is None:
+        (tmp_path / IDENTITY).write_text('{"mine": 1}')
+    else:
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text("mine")
+    before = (tmp_path / IDENTITY).read_text()
+    refused(tmp_path, "is not empty and was not written by qsvd train; give --out another folder", resume=True)
+    assert (tmp_path / IDENTITY).read_text() == before
+
+
+def test_a_damaged_checkpoint_is_refused_and_none_of_its_code_is_run(tmp_path):
+    class Marker:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    save(tmp_path, 5)
+    folder = tmp_path / "checkpoint-5"
+    (folder / "trainer_state.json").write_text("{}")
+    torch.save({}, folder / "scheduler.pt")
+    torch.save({"numpy": np.random.RandomState(0).get_state(), "python": (1, 2)}, folder / "rng_state.pth")
+    torch.save({"state": torch.ones(64)}, folder / "optimizer.pt")
+    check_readable(folder)
+    whole = (folder / "optimizer.pt").read_bytes()
+    for content in (b"", whole[:300], pickle.dumps(Marker(), protocol=2)):
+        (folder / "optimizer.pt").write_bytes(content)
+        with pytest.raises(BadInput, match=r"optimizer.pt is damaged \(.*\); remove .*checkpoint-5 to go on from the"):
+            check_readable(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_complete_run_is_kept_even_without_checkpoints(tmp_path):
@@ -137,3 +189,23 @@ def test_what_is_written_is_read(tmp_path):
         run.write("start.json", {"held_out_before": None})
         assert run.summary == {"loss": 0.5}
         assert run.start == {"held_out_before": None}
+
+
+def test_a_disk_that_is_full_while_torch_saves_is_an_error_of_the_disk(tmp_path):
+    script = """
+import resource, sys, torch
+from pathlib import Path
+from qsvd.training.run_folder import written_whole
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with written_whole(Path("RUN")):
+        torch.save({"a": torch.ones(10**6)}, sys.argv[1])
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "a.pt"], capture_output=True, text=True, check=True)
+    assert done.stdout == "[Errno 5] a checkpoint cannot be written; is the disk full?: 'RUN'\n"
+    with pytest.raises(RuntimeError, match="another"), written_whole(tmp_path):
+        raise RuntimeError("another")
