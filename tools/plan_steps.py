@@ -20,6 +20,7 @@ from qsvd.files.split_folder import open_split
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Moment, Training, moments_of
+from qsvd.training.settings import limit_tiles
 from tests.memory.tracker import Tracker
 
 VOCABULARY = 4096  # of the embedded model's tokenizer
@@ -126,6 +127,7 @@ class Step:
         if self.training.batch.checkpointing:
             model.activation_checkpointing_enable()
         model.enable_input_require_grads()
+        limit_tiles(model.device)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         shape = (self.training.batch.batch, self.training.batch.tokens)
         tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))

@@ -14,9 +14,15 @@ from qsvd.plan.tensors import OptimizerBytes, optimizer_bytes, small_state, tota
 
 # Bytes of the loss: TRL's chunked log-probabilities, never all logits (kernels/chunked_logprob.py of 1.16).
 
-ROWS, COLUMNS = 4096, 32768  # of the tile of logits; it is made whole, even for a smaller vocabulary
+ROWS = {"cuda": 4096, "cpu": 256}  # of the tile of logits; on a CPU, where a tile takes most, fewer than TRL's 4096
+COLUMNS = 32768  # of the tile, which is made whole even for a smaller vocabulary
 VECTORS = 10  # float32 numbers kept for each token: maxima, sums, labels
 TILE_WORK = 29  # bytes per element that torch's operations on a tile take on a CPU; a GPU has one kernel, in place
+
+
+def is_copied(device: str, batch: int) -> bool:
+    """Return whether the loss takes a copy of the hidden states that it scores, not a view."""
+    return device == "cuda" or batch > 1
 
 
 def loss_bytes(
@@ -27,8 +33,8 @@ def loss_bytes(
     Every token but the first of each sequence is scored. A CPU uses torch's operations in place of one kernel.
     """
     scored, columns = (tokens - 1) * batch, min(vocabulary, COLUMNS)
-    rows = min(scored, ROWS)
-    copied = device == "cuda" or batch > 1  # else a view
+    rows = min(scored, ROWS[device])
+    copied = is_copied(device, batch)
     states = scored * hidden
     is_short = dtype != torch.float32
     work = 0
@@ -202,15 +208,19 @@ def _parts(peak: BlockPeak) -> tuple[int, int]:
 
 
 def _loss(model: SplitModelPlan, training: Training, hidden: int) -> int:
-    """Return the bytes of the last hidden state, the final norm's float32 copy of it, and the loss."""
-    exact = _exact(model, hidden)
-    kept = hidden + (exact if model.dtype.itemsize < 4 else 0)
+    """Return the bytes of the final norm's output, of its float32 copy of the last block's output, and of the loss.
+
+    With a loss, the output goes where the loss has a copy of it, and the last block's output where the norm has one.
+    """
+    is_short = model.dtype.itemsize < 4
+    exact = _exact(model, hidden) if is_short else 0
     if not training.has_loss or getattr(model.text_config, "vocab_size", None) is None:
-        return kept
+        return hidden + exact
     text, batch = model.text_config, training.batch
     rows = batch.batch * (training.accumulate if training.layer_major else 1)
     if model.skeleton.model.config.is_encoder_decoder:
-        return kept + whole_loss_bytes(batch.tokens * rows, text.vocab_size, dtype=model.dtype)
+        return hidden + exact + whole_loss_bytes(batch.tokens * rows, text.vocab_size, dtype=model.dtype)
+    kept = (0 if is_copied(batch.device, rows) else hidden) + exact - (hidden if is_short else 0)
     loss = loss_bytes(batch.tokens, rows, text.hidden_size, text.vocab_size, dtype=model.dtype, device=batch.device)
     return kept + sum(loss)
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qsvd.memory.training import ROWS
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import SFTConfig
@@ -125,3 +127,10 @@ def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str,
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type == "cuda",
     }
+
+
+def limit_tiles(device: torch.device) -> None:
+    """Let TRL's loss, in this process, make the logits of as many tokens at a time as are planned."""
+    from trl.kernels import chunked_logprob
+
+    chunked_logprob.TOKEN_CHUNK_SIZE = ROWS[device.type]

@@ -39,7 +39,7 @@ from qsvd.training.guards import check_apart, check_start, not_finite
 from qsvd.training.lora_rite import LoraRite
 from qsvd.training.riemannian import Riemannian
 from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of, written_whole
-from qsvd.training.settings import Settings, classifier_arguments, language_arguments
+from qsvd.training.settings import Settings, classifier_arguments, language_arguments, limit_tiles
 from qsvd.training.steps import SetRate
 
 HOOKS = "hooks.safetensors"  # of a checkpoint: the state of the method's hooks
@@ -301,8 +301,7 @@ def make_trainer(
         if isinstance(data, MediaRows):
             collator, data = partial(_batch_in, model.dtype, data), data.as_dataset()
         trainer = kind(model, arguments, data_collator=collator, train_dataset=data)
-        # A classifier's loss is the mean of its batch and ignores num_items_in_batch, so the trainer must divide by the
-        # number of batches of a step. That of an encoder-decoder is divided by the tokens of a step.
+        # A classifier's loss is the mean of its batch: the trainer must divide by the number of batches of a step.
         trainer.model_accepts_loss_kwargs = not is_classifier
     else:
         arguments = language_arguments(settings, run, model.device)
@@ -312,6 +311,7 @@ def make_trainer(
             chosen["data_collator"] = data.batch_of
         elif settings.packing:
             chosen["data_collator"] = partial(packed_batch, padding=tokenizer.pad_token_id)
+        limit_tiles(model.device)
         trainer = LanguageTrainer(model, arguments, **chosen)
         trainer.is_packed = settings.packing
     trainer.method, trainer.base, trainer.keep = METHODS[model.split_record.method], base, settings.keep

@@ -16,6 +16,7 @@ from qsvd.adapters.start import new_record, planned_base
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.training import Training, moments_of
+from qsvd.training.settings import limit_tiles
 from tests.gradients import write_gradients
 from tests.memory.counting import llama_base
 from tests.memory.tracker import Tracker
@@ -70,6 +71,7 @@ def tracked_peaks(base, method, dtype, training, kept=0):
     if parts > 1:
         divide(model, batch.batch)
     model.enable_input_require_grads()
+    limit_tiles(model.device)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     tokens = torch.randint(4096, (parts * batch.batch, batch.tokens), generator=torch.Generator().manual_seed(0))
     peaks = []

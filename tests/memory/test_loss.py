@@ -11,6 +11,7 @@ from qsvd.adapters.start import new_record, planned_base
 from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.training import COLUMNS, Training, loss_bytes, moments_of
+from qsvd.training.settings import limit_tiles
 from tests.memory.tracker import Tracker
 
 NEAR = 0.02  # of the peak
@@ -18,11 +19,14 @@ CHUNK = 32768
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "hidden", "vocabulary"), [(129, 2048, 4000), (257, 64, 40_000), (65, 512, 32_768)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary"), [(129, 2048, 4000), (257, 64, 40_000), (600, 64, 4000), (65, 512, 32_768)]
+)
 def test_the_loss_takes_what_is_planned(tokens, hidden, vocabulary, dtype):
     states = torch.randn(tokens - 1, hidden).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, hidden).to(dtype)
     targets = torch.randint(vocabulary, (tokens - 1,))
+    limit_tiles(states.device)
     with Tracker() as tracker:
         outputs = ("log_probs", "entropy", "is_top1")
         log_probs, *_ = ChunkedLogProbFunction.apply(states, weight, None, targets, 1.0, CHUNK, None, 1.0, outputs)
