@@ -15,7 +15,7 @@ from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.tables import TiedHead
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, write_adapter
-from qsvd.files.safetensors import read_tensor
+from qsvd.files.safetensors import new_tensors, read_tensor, write_stream
 from qsvd.memory.items import block_of
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def _joined(outputs: list[Any], rows: int) -> Any:
     return torch.cat(outputs)
 
 
+WEIGHTS = "model.safetensors"  # of a checkpoint of transformers' Trainer
 ADAPTER = ".adapter."  # between a module's path and the name of an adapter's parameter
 
 
@@ -113,13 +114,35 @@ class SplitModel:
             named = inner
         return named
 
-    def save_pretrained(self, save_directory: str | Path, *_: object, **__: object) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, *_: object, is_main_process: object = None, **__: object
+    ) -> None:
         """Save the adapter, a few MB; `qsvd.load(OUT, adapter=save_directory)` loads it.
 
         transformers' other arguments concern files of whole models and are ignored.
+
+        Args:
+            is_main_process: Given by transformers' Trainer. The same tensors are then in model.safetensors, too, which
+                is the file that it reads to resume a run and to load the best model.
         """
-        tensors = saved(cast("PreTrainedModel", self))
-        write_adapter(Path(save_directory), self.split_record, tensors, self.trained_template)
+        model, folder = cast("PreTrainedModel", self), Path(save_directory)
+        tensors = saved(model)
+        write_adapter(folder, self.split_record, tensors, self.trained_template)
+        if is_main_process is not None:
+            mine = {
+                name: tensor for name, tensor in model.state_dict().items() if name.replace(ADAPTER, ".") in tensors
+            }
+            write_stream(folder / WEIGHTS, new_tensors(mine), {"format": "pt"})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+        """Load tensors as torch does; frozen ones that are not among them are not missing, since OUT has them."""
+        above, model = cast("Any", super()), cast("PreTrainedModel", self)
+        found = above.load_state_dict(state_dict, *arguments, **options)
+        learned = {name for name, p in model.named_parameters() if p.requires_grad}
+        found.missing_keys[:] = [name for name in found.missing_keys if name in learned]
+        for _, linear in split_linears(model):
+            linear.adapter.forget()
+        return found
 
     def is_custom_code(self) -> bool:
         """Refuse PEFT's layers: of a loaded model, PEFT asks this (in transformers) before it adds layers.
