@@ -16,19 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from qsvd.errors import BadInput, first_line
-from qsvd.memory.experts_twin import ExpertsTwin
+from qsvd.memory.interfaces import CPU, MASKED, NO_EXPERTS, PLAIN, WHOLE, ExpertsTwin, register_attention, unpacked
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.memory.twins import (
-    MASKED,
-    NO_EXPERTS,
-    PLAIN,
-    WHOLE,
-    Decoding,
-    LinearTwin,
-    LiveBytes,
-    register_attention,
-    unpacked,
-)
+from qsvd.memory.twins import Decoding, LinearTwin, LiveBytes
 from qsvd.plan.language import example_inputs, language_model
 from qsvd.plan.weights import BUILD_ERRORS
 
@@ -192,7 +182,8 @@ def _attention(model: SplitModelPlan, batch: Batch) -> str:
     """Return the attention that the real model will have."""
     if not model.skeleton.has_fused_attention:
         return WHOLE
-    return MASKED if batch.is_masked else PLAIN
+    name = MASKED if batch.is_masked else PLAIN
+    return name + CPU if batch.device == "cpu" else name
 
 
 def _with_twins(model: SplitModelPlan, path: str, live: LiveBytes, device: str) -> nn.Module:

@@ -1,18 +1,16 @@
 """Stand-ins on the meta device that make and free the same tensors as the real layers, and compute nothing.
 
-LinearTwin stands for SplitLinear (adapters/linear.py), three kinds of attention for transformers'. LiveBytes counts.
+LinearTwin stands for SplitLinear (adapters/linear.py). LiveBytes counts.
 
 Shape suffixes: T = tokens, O = out features, I = in features, K = rank of the adapter's factors.
 """
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -254,96 +252,3 @@ class _Product(Function):
             ctx.decoding.bands(dy_TO, at_once=2)
         dx_TI.addmm_(dh_TK, down_KI.to(dy_TO.dtype))
         return dx_TI, d_up_OK, d_down_KI, d_gain_O, None, None
-
-
-# Attention for the meta device. It keeps what the fused kernels keep: q, k, v, the output and log-sum-exps.
-
-PLAIN, MASKED, WHOLE = "qsvd_plain", "qsvd_masked", "qsvd_whole"
-NO_EXPERTS = "qsvd_no_experts"
-
-
-def register_attention() -> None:
-    """Register the kinds of attention with transformers, and the masks that it makes for them.
-
-    PLAIN is for sequences of equal length, MASKED for padded or packed ones. WHOLE holds the T x T matrix, as
-    transformers' eager attention does for models that its fused kernels cannot run.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.moe import ExpertsInterface
-    from transformers.masking_utils import eager_mask, sdpa_mask
-
-    padded_mask: Any = partial(_padded, sdpa_mask)
-    masks: dict[str, Any] = {PLAIN: sdpa_mask, MASKED: padded_mask, WHOLE: eager_mask}
-    for name, mask in masks.items():
-        AttentionInterface.register(name, _whole if name == WHOLE else _fused)
-        AttentionMaskInterface.register(name, mask)
-    ExpertsInterface.register(NO_EXPERTS, _no_experts)
-
-
-def _padded(make: Callable[..., Any], **options: Any) -> Tensor:
-    """Return the mask of sequences that are padded: one of its own for each, whatever attention could do without."""
-    mask = make(**options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    return mask.contiguous()
-
-
-@contextmanager
-def unpacked() -> Iterator[None]:
-    """Let transformers look for no packed sequences, which it finds by the values of position ids."""
-    with patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None):
-        yield
-
-
-def _no_experts(module: nn.Module, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Return an output of experts that are not run: they look at the numbers of the router, and need bfloat16."""
-    del module
-    return hidden * 1.0
-
-
-def _fused(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-) -> tuple[Tensor, None]:
-    """With a mask the kernels do not group heads, and add the mask as a matrix in the dtype of the query."""
-    del module
-    bias = None
-    if attention_mask is not None:
-        key, value = _repeated(key, query), _repeated(value, query)
-        bias = query.new_empty(len(query), 1, query.shape[2], key.shape[2])
-    output = _Fused.apply(query, key, value, bias)
-    assert isinstance(output, Tensor), "apply returns what forward does"
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _whole(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    del module
-    key, value = _repeated(key, query), _repeated(value, query)
-    scores = torch.matmul(query, key.transpose(2, 3)) * 1.0
-    if options.get("softcap") is not None:
-        scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    shares = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(shares, value).transpose(1, 2).contiguous(), shares
-
-
-def _repeated(key: Tensor, query: Tensor) -> Tensor:
-    heads, groups = query.shape[1], key.shape[1]
-    return key if heads == groups else key.repeat_interleave(heads // groups, dim=1)
-
-
-class _Fused(Function):
-    """softmax(q k^T) v without the T x T matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        sequences, heads, tokens = query.shape[:3]
-        output = query.new_empty(sequences, tokens, heads, value.shape[-1]).transpose(1, 2)
-        sums = query.new_empty(sequences, heads, tokens, dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, bias, output, sums)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value = ctx.saved_tensors[:3]
-        return *(torch.empty_like(one) for one in (query, key, value)), None
