@@ -111,7 +111,8 @@ def refused(options, sentence):
         (
             {"rank": 0, "batch_size": 0, "accumulate": -1, "save_every": 0, "keep": 0, "max_length": 1},
             "a rank of 0 trains nothing: for QLoRA give --method lora, whose quantized model has rank 0; "
-            "--rank 0 is below 1; --batch-size 0 is below 1; --accumulate -1 is below 1; --save-every 0 is below 1; "
+            "--rank 0 is below 1; --batch-size 0 is neither auto nor a number of at least 1; "
+            "--accumulate -1 is below 1; --save-every 0 is below 1; "
             "--keep 0 is below 1; --max-length 1 is below 2",
         ),
         (
