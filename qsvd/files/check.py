@@ -231,13 +231,17 @@ def check_copies(checkpoint: Checkpoint, plan: ModelPlan) -> None:
 
 
 def check_finite(checkpoint: Checkpoint, plan: ModelPlan) -> None:
-    """Refuse a NaN or an infinity in a tensor of the model that is copied; those to split are checked when they are."""
+    """Refuse a NaN or an infinity in a tensor of the model that is copied; those to split are checked when they are.
+
+    A tensor of one number may be infinite: a bound that Gemma 4 clips by.
+    """
     split = {*plan.unknown, *(source.tensor for spec in plan.weights for source in spec.read_from)}
     problems = []
     for name in (name for name in checkpoint.tensors if name not in split):
         values = checkpoint.read(name)
         if not torch.isfinite(values.sum()):  # one cheap pass; finite numbers may overflow too, so that a count decides
-            count = int((~torch.isfinite(values)).sum())
+            wrong = values.isnan() if values.numel() == 1 else ~values.isfinite()
+            count = int(wrong.sum())
             problems += [f"{name} ({count} of {values.numel()})"] * bool(count)
     if problems:
         raise BadInput(

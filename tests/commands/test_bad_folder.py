@@ -19,7 +19,9 @@ def quantize(model, capsys):
         capsys.readouterr()
         code = run(["quantize", str(model), "--out", str(out), "--rank", "4", *map(str, flags)])
         lines = [
-            line for line in capsys.readouterr().err.splitlines() if not re.search(r"weights, |^Done: |^Next: ", line)
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if not re.search(r"weights, |^Time: |^Done: |^Next: ", line)
         ]
         assert len(lines) == (code != 0)
         return code, "".join(lines).removeprefix("qsvd: ")

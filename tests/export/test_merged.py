@@ -12,6 +12,7 @@ import qsvd
 from qsvd.export import merged as export_merged
 from qsvd.export.merged import MergedExport, MergedForm, write_merged
 from qsvd.export.trained import Trained
+from tests.commands.folders import files_of as bytes_of
 from tests.commands.folders import shared_model
 from tests.export.cases import (
     HALF_ULP,
@@ -152,8 +153,7 @@ def test_a_killed_run_keeps_finished_shards_and_ends_with_the_same_bytes(llama, 
         write_merged(as_model(llama / "out", trained), tmp_path / "x", MergedForm(shard_bytes=60_000))
     write_merged(as_model(llama / "out", trained), tmp_path / "x", form)
     assert [path.stat().st_mtime_ns for path in first] == times
-    bytes_of = [{path.name: path.read_bytes() for path in (tmp_path / f).iterdir()} for f in ("x", "whole")]
-    assert bytes_of[0] == bytes_of[1]
+    assert bytes_of(tmp_path / "x") == bytes_of(tmp_path / "whole")
 
 
 HEAD = {"classifier.weight": torch.linspace(-1, 1, 192).reshape(3, 64), "classifier.bias": torch.arange(3.0)}
