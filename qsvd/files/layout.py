@@ -26,6 +26,7 @@ ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 ADAPTER_PREFIX = "base_model.model."
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
 RESIDUAL_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)  # after the weight's name
+UNREAD = ("quant_map", QUANT_STATE)  # of these: known, and read by itself
 METHOD = "qsvd"  # quant_method of config.json
 PARTS = ("absmax", "absmax_codes", "offset")  # the tensors of a residual next to its codes
 Part = TypeVar("Part")

@@ -18,6 +18,7 @@ from qsvd.files.layout import (
     PARTS,
     QUANT_STATE,
     RESIDUAL_PARTS,
+    UNREAD,
     StoredResidual,
     fingerprint,
     part_name,
@@ -137,7 +138,8 @@ class SplitFolder:
                 yield from [self.tensors[name]] if dense else []
                 continue
             if name not in paged:
-                yield from (part for part in self.stored(name).parts.values() if isinstance(part, TensorEntry))
+                unread = {f"{name}.{part}" for part in UNREAD}
+                yield from (self.tensors[key] for key in self._part_names(name) if key not in unread)
             yield from self._factor_entries(name)
 
     def dense(self, name: str) -> Tensor:

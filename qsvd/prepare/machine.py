@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -141,10 +141,9 @@ def wish_of(options: TrainingOptions, old: Recorded | None = None, *, is_labelle
         old: What was chosen when the run began; None for a new run.
         is_labelled: Whether it trains a classifier, whose trainer offloads no activations.
     """
-    chosen = None if old is None else old.unrecomputed
-    number = (
-        ("auto" if chosen is None else chosen) if options.gradient_checkpointing == "auto" else 0
-    )  # "no" keeps all, see Batch.checkpointing
+    number: int | Literal["auto"] = 0  # "no" keeps all, see Batch.checkpointing
+    if options.gradient_checkpointing == "auto":
+        number = "auto" if old is None or old.unrecomputed is None else old.unrecomputed
     offload = "no" if is_labelled else options.activation_offload
     return Wish(options.resident, offload, number, None if old is None else old.batch_size)
 

@@ -288,6 +288,7 @@ def test_a_run_leaves_its_files_and_tells_its_numbers(complete, capsys):
     assert without_progress(shown.err).endswith(f"\n{folder} was complete already\n")
     assert shown.out.endswith(f"\n{folder}\n")
     assert f"{summary['held_out_before']:.4f}, {summary['held_out_after']:.4f}" in shown.out
+    assert f"{summary['first_step_seconds']:.1f} s after loading began" in shown.out
 
 
 def test_the_code_of_the_readme_loads_the_run(complete):

@@ -1,6 +1,7 @@
 """Tensors that threads read ahead, against the safetensors library."""
 
 import threading
+import time
 
 import pytest
 import safetensors.torch
@@ -37,6 +38,7 @@ def test_no_more_is_read_ahead_than_was_said_and_several_are_read_at_a_time(entr
     together = threading.Barrier(2, timeout=10)  # two reads wait for each other
 
     def noted(entry, *, pinned):
+        assert threading.current_thread() is not threading.main_thread(), "each is read before it is asked for"
         with lock:
             started.append(entry.num_bytes)
             assert sum(started) - sum(used) <= most
@@ -48,10 +50,14 @@ def test_no_more_is_read_ahead_than_was_said_and_several_are_read_at_a_time(entr
     monkeypatch.setattr(files, "AHEAD", most)
     monkeypatch.setattr(files, "read_tensor", noted)
     with ReadAhead(found) as read:
-        for entry in found:
+        for number, entry in enumerate(found, start=1):
             with lock:
                 used.append(entry.num_bytes)
             read(entry)
+            until = time.monotonic() + 10
+            while len(started) < min(number + 3, COUNT):  # as many of the largest as are read ahead
+                assert time.monotonic() < until, "reading stays ahead"
+                time.sleep(0.001)
     assert len(started) == COUNT
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.kernels import chunked_logprob
 
 from qsvd.adapters.model import trained
 from qsvd.data.columns import UNTRAINED
@@ -100,6 +101,12 @@ def test_the_loss_that_the_start_is_checked_by_is_the_mean_of_its_trained_tokens
     made = trainer(language, tmp_path, masked(all_trained=all_trained), settings())
     (batch,) = made.get_train_dataloader()
     assert made.start_loss(batch).item() == pytest.approx(expected[all_trained][0], rel=LOSS_ROUNDOFF)
+
+
+def test_the_loss_of_a_cpu_takes_few_tokens_at_a_time(language, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 4096)  # TRL's
+    trainer(language, tmp_path, sequences(), settings())
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == 256
 
 
 @pytest.mark.parametrize(("is_on", "times"), [(False, 1), (True, 2)])
