@@ -4,7 +4,7 @@ A new exception is a subclass of QsvdError with its own exit code and one line o
 only one for which the caller is to blame: an option, a file or a model that cannot be used, found before any slow work.
 Any other ValueError is a fault of qsvd.
 
-The sentences stand where the fault is found: of options and paths in prepare/check_options.py and paths.py, of numbers
+The sentences stand where the fault is found: of options and paths in prepare/check_options.py and inputs/, of numbers
 in option_types.py, of models in files/check.py, of data in data/.
 """
 

@@ -29,6 +29,7 @@ from qsvd.files.safetensors import ReadAhead, map_tensor
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.statistics import Statistics
 from qsvd.files.workspace import ADAPTER_RECORD
+from qsvd.inputs.model_files import GENERATION, from_folder, read_config_json
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.plan.rules import is_linear
@@ -213,11 +214,9 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
 
 def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     """Return the model without memory for its parameters, all frozen, and its names in the spelling of the files."""
-    import transformers
     from accelerate import init_empty_weights
 
-    folder = place.split.folder
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = read_config_json(place.split.folder)
     delattr(config, "quantization_config")
     config.dtype = place.dtype
     config.name_or_path = _name(place)
@@ -226,7 +225,7 @@ def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     with init_empty_weights(include_buffers=False):
         model = kind(config)
     if model.can_generate():
-        model.generation_config = generation_config(folder, config)
+        model.generation_config = generation_config(place.split.folder, config)
     return model.requires_grad_(False), resolve(_own_names(place.split), describe(model))
 
 
@@ -259,7 +258,7 @@ def generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return from_folder(GenerationConfig, folder, GENERATION)
     return GenerationConfig.from_model_config(config)
 
 

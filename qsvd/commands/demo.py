@@ -16,6 +16,8 @@ from qsvd.errors import BadInput
 from qsvd.evaluate.perplexity import Perplexity, perplexity_of_text
 from qsvd.files.atomic import write_text
 from qsvd.files.split_folder import open_split
+from qsvd.inputs.model_files import MODEL as MODEL_FILES
+from qsvd.inputs.model_files import TOKENIZER, from_folder
 from qsvd.options import Demo, Quantize, Train
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ def main(options: Demo) -> None:
     if not options.ranks or options.tokens < WINDOW:
         raise BadInput(f"--ranks needs at least one rank, and --tokens at least {WINDOW}, not {options.tokens}")
     text = HELD_OUT.read_text(encoding="utf-8")
-    tokens = AutoTokenizer.from_pretrained(MODEL)(text, verbose=False).input_ids[: options.tokens]
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokens = from_folder(AutoTokenizer, MODEL, TOKENIZER)(text, verbose=False).input_ids[: options.tokens]
+    model = from_folder(AutoModelForCausalLM, MODEL, MODEL_FILES, dtype=torch.float32)
     base = _perplexity(model, tokens)
     columns = ("model", "bits per weight", "error", "perplexity", "change")
     table = Table(*columns, title="Quantized model at several ranks", title_justify="left")

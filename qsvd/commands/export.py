@@ -31,8 +31,9 @@ from qsvd.export.trained import Trained
 from qsvd.files.atomic import read_object, write_text
 from qsvd.files.source import open_checkpoint, read_config
 from qsvd.files.workspace import CHAT_TEMPLATE
+from qsvd.inputs.model_files import MODEL, from_folder
+from qsvd.inputs.paths import hub_id
 from qsvd.options import Export
-from qsvd.paths import hub_id
 from qsvd.plan.language import example_inputs
 from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
@@ -294,7 +295,7 @@ def _from_transformers(opened: Opened, folder: Path) -> Any:
         config.quantization_config["dequantize"] = True
     labels, name = opened.record.labels, opened.split.manifest["source"]["architecture"]
     loader = classifier(config, labels) if labels else getattr(transformers, name)
-    return loader.from_pretrained(folder, config=config, dtype=torch.float32, trust_remote_code=False).eval()
+    return from_folder(loader, folder, MODEL, config=config, dtype=torch.float32).eval()
 
 
 def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool) -> ExportResult:
@@ -302,7 +303,7 @@ def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool)
     done = write_merged(opened.trained, out, form)
     lines = [f"{done.weights} weights merged, {done.dtype}, {done.num_bytes / 1e6:.1f} MB of weights"]
     if is_checked:
-        model: Any = opened.load().transformers_class.from_pretrained(out, dtype=torch.float32)
+        model: Any = from_folder(opened.load().transformers_class, out, MODEL, dtype=torch.float32)
         checked = check(opened, model.eval(), opened.load(), getattr(torch, done.dtype))
         lines.append(checked.line("the trained model"))
     folder = quote(str(options.out))

@@ -1,6 +1,5 @@
 """The data of a run: rows to tokens, and what is held out."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from qsvd.data.row_files import Rows
 from qsvd.data.template_names import check_tokens, read_template
 from qsvd.data.tokens import check_keeps_apart, check_vocabulary, pack, packed_dataset, tokenize
 from qsvd.errors import BadInput
+from qsvd.files.atomic import read_object
 from qsvd.files.source import read_config
+from qsvd.inputs.model_files import TOKENIZER, from_folder
 from qsvd.options import Train
 from qsvd.plan.weights import context_length, writers
 from qsvd.report.errors import short_count
@@ -70,19 +71,14 @@ class RunData:
 
 
 def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
-    """Open the tokenizer of a model's folder and give it a padding token; a BadInput where the folder has none.
+    """Open the tokenizer of a model's folder and give it a padding token; a BadInput where it cannot be opened.
 
     Args:
         chat_template: Replaces that of the tokenizer.
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{folder} has no tokenizer that transformers can open; copy the tokenizer files of the 16-bit model there"
-        ) from error
+    tokenizer = from_folder(AutoTokenizer, folder, TOKENIZER)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if tokenizer.pad_token is None:
@@ -101,8 +97,11 @@ def mapping_of(pairs: tuple[str, ...]) -> dict[str, str]:
 def stop_ids(folder: Path) -> tuple[int, ...]:
     """Return the tokens that end generation, by generation_config.json."""
     path = folder / "generation_config.json"
-    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+    ends = read_object(path).get("eos_token_id") if path.is_file() else None
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in ends):
+        raise BadInput(f"{path} is damaged: eos_token_id is {ends}, not the number of a token; download it again")
+    return tuple(ends)
 
 
 def positions(folder: Path) -> int:

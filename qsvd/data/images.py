@@ -23,6 +23,7 @@ from qsvd.data.plain import start_tokens
 from qsvd.data.row_files import refusal
 from qsvd.data.tokens import SEPARATOR, check_share, conversation, has_messages, refuse_untrained
 from qsvd.errors import BadInput, first_line
+from qsvd.inputs.model_files import from_folder, processor_of
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -74,19 +75,10 @@ def open_processor(folder: Path, chat_template: str | None = None, *, of: Litera
 
     if of == "images" and not is_vision_available():
         raise BadInput(NO_PILLOW)
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except ImportError as error:
-        raise BadInput(f"the processor of {folder} needs another library: {first_line(error)}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        processor, reason = None, f" ({first_line(error)})"
-    else:
-        reason = ""
+    part = processor_of(of)
+    processor = from_folder(AutoProcessor, folder, part)
     if not isinstance(processor, ProcessorMixin):
-        raise BadInput(
-            f"{folder} has no processor of {of} that transformers can open{reason}; copy processor_config.json or "
-            "preprocessor_config.json of the 16-bit model there"
-        )
+        raise BadInput(f"{folder} has no {part.name} that transformers can open; {part.advice}")
     tokenizer: Any = processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     if chat_template is not None:
         processor.chat_template = tokenizer.chat_template = chat_template

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qsvd.data.row_files import SUFFIXES, Places, Rows, read_file
 from qsvd.errors import BadInput, first_line, listing
-from qsvd.paths import HUB_ID
+from qsvd.inputs.paths import HUB_ID
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

@@ -8,8 +8,8 @@ from qsvd.errors import BadInput, QsvdError, first_line
 from qsvd.files.atomic import read_object, write_json
 from qsvd.files.layout import ADAPTER_CONFIG
 from qsvd.files.workspace import IDENTITY, LOCK
+from qsvd.inputs.paths import hub_id
 from qsvd.options import Export, Quantize, Train
-from qsvd.paths import hub_id
 
 HUB = "hub.json"  # of an uploaded folder: its name on the Hub
 NOT_UPLOADED = (HUB, IDENTITY, LOCK)  # nor folders: checkpoints with their optimizers, and unfinished work

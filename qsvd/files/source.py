@@ -20,7 +20,8 @@ from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.atomic import read_object, whole_file
 from qsvd.files.published import CodedEntry, decoded, is_published
 from qsvd.files.safetensors import DTYPE_NAMES, READERS, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
-from qsvd.paths import check_checkpoint, checkpoint_folder
+from qsvd.inputs.model_files import read_config_json
+from qsvd.inputs.paths import check_checkpoint, checkpoint_folder
 from qsvd.plan.weights import Source, WeightSpec
 
 if TYPE_CHECKING:
@@ -222,16 +223,9 @@ def read_config(path: Path) -> "PreTrainedConfig":
     It has no quantization_config if the model is one that is decoded while it is read.
 
     Raises:
-        BadInput: transformers refuses it; the sentence says why.
+        BadInput: transformers refuses it, or a number in it is absurd; the sentence says why.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError, StrictDataclassError) as error:
-        raise BadInput(f"transformers cannot read {file}: {first_line(error)}") from error
+    config = read_config_json(path)
     if is_published(getattr(config, "quantization_config", None)):
         delattr(config, "quantization_config")
     return config

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import read_object, write_json
-from qsvd.paths import adapter_hint, check_not_gguf, local_path
+from qsvd.inputs.paths import adapter_hint, check_not_gguf, local_path
 
 Kind = Literal["16-bit", "split", "trained"]
 

@@ -18,6 +18,7 @@ from qsvd.files.workspace import (
     check_quantized,
     model_kind,
 )
+from qsvd.inputs.paths import checkpoint_folder, local_path
 from qsvd.option_types import out_of_range
 from qsvd.options import (
     Allocate,
@@ -34,7 +35,6 @@ from qsvd.options import (
     TrainingOptions,
 )
 from qsvd.options.conflicts import conflicts
-from qsvd.paths import checkpoint_folder, local_path
 from qsvd.plan.targets import check_targets, target_names
 
 Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Methods | Plan | Quantize | Report | Train

@@ -13,7 +13,7 @@ from qsvd.adapters.methods.frozen import Frozen
 from qsvd.adapters.methods.table import METHODS, kind_of
 from qsvd.adapters.start import new_record, read_components, trained_adapter
 from qsvd.data.columns import Examples
-from qsvd.errors import BadInput, first_line, listing
+from qsvd.errors import BadInput, listing
 from qsvd.export.trained import Trained, TrainedModel
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.atomic import read_object
@@ -23,9 +23,10 @@ from qsvd.files.safetensors import read_tensor
 from qsvd.files.source import Checkpoint, download, open_checkpoint, read_config
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import Kind, model_kind
+from qsvd.inputs.model_files import MODEL, from_folder
+from qsvd.inputs.paths import local_path
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.options import Allocate, Calibrate, Quantize
-from qsvd.paths import local_path
 from qsvd.plan.weights import ModelPlan, is_classifier, plan_model, writers
 
 if TYPE_CHECKING:
@@ -151,10 +152,7 @@ def load_model(
     if found.kind != "16-bit":
         adapter = found.name if found.kind == "trained" else None
         return load(found.home, adapter=adapter, device=device, dtype=dtype, placement=placement)
-    try:
-        model, info = _decoded(found, dtype, classifier=classifier) or _dense(found, dtype, classifier=classifier)
-    except (OSError, ValueError, ImportError) as error:  # the last: a library for another form of quantization
-        raise BadInput(f"transformers cannot open {found.name}: {first_line(error)}") from error
+    model, info = _decoded(found, dtype, classifier=classifier) or _dense(found, dtype, classifier=classifier)
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise BadInput(f"{found.name} lacks {len(missing)} weights of a {type(model).__name__}: {listing(missing)}")
     return model.to(device).eval()
@@ -169,10 +167,8 @@ def _dense(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tuple[
         auto: Any = transformers.AutoModelForSequenceClassification
     else:
         auto = getattr(transformers, name) if name in writers() else transformers.AutoModelForCausalLM
-    read_config(found.home)  # refuses code of the checkpoint
-    return auto.from_pretrained(
-        found.home, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-    )
+    read_config(found.home)  # refuses absurd numbers
+    return from_folder(auto, found.home, MODEL, dtype=dtype, output_loading_info=True)
 
 
 def _decoded(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tuple[Any, dict[str, Any]] | None:
@@ -194,7 +190,7 @@ def _decoded(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tupl
         raise BadInput(f"{found.name} is not a {'classifier' if classifier else 'language model'} of transformers")
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
     model, info = classes[type(config)].from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
     model.name_or_path = str(found.home)
     if model.can_generate():

@@ -35,8 +35,8 @@ from qsvd.files.safetensors import NewTensor, TensorEntry, read_header
 from qsvd.files.source import copy_files
 from qsvd.files.split_folder import FORMATS
 from qsvd.files.workspace import ERRORS, MANIFEST
+from qsvd.inputs.paths import hub_id
 from qsvd.numerics.names import spelling
-from qsvd.paths import hub_id
 from qsvd.plan.weights import WeightSpec
 from qsvd.prepare.quantize import ALLOCATION, QuantizeRun
 from qsvd.records import WeightError

@@ -14,8 +14,8 @@ from qsvd.errors import BadInput
 from qsvd.files.adapter import open_adapter
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.workspace import ADAPTER_RECORD, ANOTHER_FOLDER, model_kind
+from qsvd.inputs.paths import hub_id
 from qsvd.options import Quantize, Train
-from qsvd.paths import hub_id
 from qsvd.plan.targets import target_names
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import train_machine

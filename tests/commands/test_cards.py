@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 import qsvd
 from qsvd.cli import run
 from qsvd.commands.train import train
-from qsvd.paths import hub_id
+from qsvd.inputs.paths import hub_id
 from tests.checkpoints import write_checkpoint
 from tests.runs import language_base, text_rows, training, write_rows
 

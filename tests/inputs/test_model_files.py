@@ -1,0 +1,96 @@
+"""Damaged files of a model's folder are refused in one sentence with the path, whatever a library makes of them."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from qsvd.adapters.load import generation_config
+from qsvd.data.examples import open_tokenizer, stop_ids
+from qsvd.demo import __file__ as demo
+from qsvd.errors import BadInput
+from qsvd.inputs.model_files import read_config_json
+
+DAMAGES = {
+    "empty": b"",
+    "binary": bytes(range(256)),
+    "list": b"[1, 2]",
+    "text": b'"text"',
+    "cut": b'{"model_type": "llama", "a": ',
+    "deep": b"[" * 100_000,
+    "deep object": b'{"a":' * 100_000,
+    "no UTF-8": b'{"a": "\xff"}',
+    "long number": b'{"vocab_size": 1' + b"0" * 5000 + b"}",
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    shutil.copytree(demo.replace("__init__.py", "model"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_damaged_files_are_named(model, name, content):
+    config = read_config_json(model)
+    (model / name).write_bytes(content)
+    read = {
+        "config.json": lambda: read_config_json(model),
+        "generation_config.json": lambda: generation_config(model, config),
+    }
+    with pytest.raises(BadInput, match=rf"^{model / name} is .{{1,300}}$"):  # one line
+        read.get(name, lambda: open_tokenizer(model))()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": 3}, {"model": {"type": "BPE", "vocab": [], "merges": 1}}, {"added_tokens": {"a": 1}}, {"decoder": "?"}],
+    ids=str,
+)
+def test_a_tokenizer_of_wrong_types_is_named(model, change):
+    file = model / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(BadInput, match=rf"transformers cannot read the tokenizer of {model} \(tokenizer.json, "):
+        open_tokenizer(model)
+
+
+def test_ends_are_numbers(model):
+    (model / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(BadInput, match=r"generation_config.json is damaged: eos_token_id is \['</s>'\]"):
+        stop_ids(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is above 2,000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0 is below 1"),
+        ({"hidden_size": 10**12}, "hidden_size 1000000000000 is above 100,000,000"),
+        ({"vocab_size": -1}, "vocab_size -1 is below 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 is below 1"),
+        ({"text_config": {"num_local_experts": 10**7}}, r"text_config\.num_local_experts 10000000 is above 10,000"),
+        ({"max_position_embeddings": 10**15}, "max_position_embeddings 1000000000000000 is above 10,000,000,000"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan is not a number"),
+        ({"intermediate_size": float("inf")}, "intermediate_size inf is above"),
+        ({"num_labels": 10**9}, "num_labels 1000000000 is above"),
+        ({"rope_scaling": json.loads("[" * 200 + "]" * 200)}, "rope_scaling is nested deeper than 50"),
+        ({"hidden_size": 0, "vocab_size": 0}, "hidden_size 0 is below 1; vocab_size 0 is below 1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_absurd_numbers_are_refused_before_anything_counts_to_them(model, change, reason):
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    begun = time.monotonic()
+    with pytest.raises(BadInput, match=rf"{file} is damaged: .*{reason}"):
+        read_config_json(model)
+    assert time.monotonic() - begun < 5
+
+
+def test_an_infinite_bound_is_no_damage(model):
+    """Mamba's configs have time_step_limit: [0, Infinity]."""
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"time_step_limit": [0.0, float("inf")]}))
+    assert read_config_json(model).num_hidden_layers > 0
