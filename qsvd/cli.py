@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import qsvd
 from qsvd.arguments import checked, flags_of, meant
-from qsvd.errors import QsvdError
+from qsvd.errors import QsvdError, one_line
 from qsvd.method_options import with_method
 from qsvd.option_file import from_names, take_config, yaml_mapping
 from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
@@ -166,5 +166,5 @@ def _name_of(options: object) -> str:
 
 
 def _fail(reason: object, code: int) -> int:
-    print(f"qsvd: {reason}", file=sys.stderr)
+    print(f"qsvd: {one_line(reason)}", file=sys.stderr)
     return code

@@ -57,6 +57,23 @@ def first_line(error: BaseException) -> str:
     return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
+# Text from outside: names, paths, data, sentences of libraries.
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # steer a terminal
+
+
+def visible(text: object) -> str:
+    """Return a text with its control characters, marks of direction and half characters as escapes: \\x1b.
+
+    Line breaks and tabs stay. A path of bytes that are not UTF-8 has half characters, which cannot be written.
+    """
+    return UNSEEN.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def one_line(text: object) -> str:
+    """Return a text as `visible` does, with escapes for its line breaks and tabs, too."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 # Sizes are written as people write them: 24GB, 24G and 24 are decimal, as on the label of a disk, 24GiB binary, as
 # drivers count.
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -1,5 +1,6 @@
 """Options from a YAML file, or from the keywords of a call in Python: their names, and each value as its type."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -69,17 +70,68 @@ def _unknown_name(name: str, types: Collection[str]) -> str:
     return f"unknown option {name!r}{near or everything}"
 
 
+MOST_BYTES = 10**6  # of a YAML text
+MOST_VALUES = 10**5  # in it, where an alias counts what it stands for
+MOST_DEPTH = 20
+
+
+def read_yaml(text: str) -> Any:
+    """Return the value of a YAML text: null, numbers, texts, lists and mappings.
+
+    Raises:
+        yaml.YAMLError: it is not valid YAML; it has a tag, a key twice, or an alias within what it stands for; or it
+            is above MOST_BYTES, MOST_VALUES or MOST_DEPTH.
+    """
+    import yaml
+
+    if len(text) > MOST_BYTES:
+        raise yaml.YAMLError(f"it has more than {MOST_BYTES:,} bytes")
+    loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0  # the first is libyaml's, and fast
+    for event in yaml.parse(text, loader):
+        starts, ends = isinstance(event, yaml.CollectionStartEvent), isinstance(event, yaml.CollectionEndEvent)
+        depth += starts - ends
+        if depth > MOST_DEPTH:
+            raise yaml.YAMLError(f"{event.start_mark}: more than {MOST_DEPTH} values within each other")
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"{event.start_mark}: the tag {event.tag} is not read")
+    root = yaml.compose(text, loader)
+    if root is not None:
+        _count(root, {})
+    return yaml.load(text, loader)  # both are safe loaders
+
+
+def _count(node: Any, sizes: dict[int, int]) -> int:
+    """Return the number of values in a YAML node; refuse too many, and a key that is there twice."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = MOST_VALUES  # for an alias within what it stands for
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter(key.value for key, _ in parts if isinstance(key, yaml.ScalarNode))
+            if keys and (twice := keys.most_common(1)[0])[1] > 1:
+                raise yaml.YAMLError(f"{node.start_mark}: {twice[0]} is there twice")
+            parts = [part for pair in parts for part in pair]
+        sizes[id(node)] = 1 + sum(_count(part, sizes) for part in parts)
+    if sizes[id(node)] > MOST_VALUES:
+        raise yaml.YAMLError(f"{node.start_mark}: more than {MOST_VALUES:,} values, or an alias without an end")
+    return sizes[id(node)]
+
+
 def yaml_mapping(file: Path) -> Mapping[Any, Any]:
     """Return the names and values of a YAML file."""
     import yaml
 
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as opened:
+            values = read_yaml(opened.read(MOST_BYTES + 1))
     except FileNotFoundError as error:
         raise BadInput(f"--config {file}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--config {file} cannot be read as a text file: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second: a date such as 2020-99-99
         raise BadInput(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
         raise BadInput(f"--config {file} must hold `name: value` lines")

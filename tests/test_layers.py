@@ -133,6 +133,10 @@ def test_no_code_of_a_checkpoint_is_run_and_nobody_is_asked_to():
     }
 
 
-def test_terminals_show_text_as_it_is():
-    consoles = [(path, words) for path in FILES for name, words in calls_of("Console", path)]
-    assert [words.get("markup") for path, words in consoles if path.parent.name != "report"] == ["False"]
+def test_text_reaches_a_terminal_by_two_functions_only():
+    """Which show markup and control characters as they are; the command line prints its own texts, too."""
+    consoles = [(path, words) for path in FILES for name, words in calls_of("_Terminal", path)]
+    assert [words.get("markup") for path, words in consoles] == ["False"]
+    assert [name_of(path) for path in FILES for name, _ in calls_of("Console", path)] == []
+    calls = [name_of(path) for path in FILES for name, _ in calls_of("print", path) if name == "print"]
+    assert sorted(set(calls)) == ["cli.py", "console/progress.py"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from qsvd.console.progress import terminal, watched
+from qsvd.console.progress import say, terminal, watched
 from qsvd.files.atomic import write_text
 from qsvd.files.source import Checkpoint
 from qsvd.options import Allocate
@@ -28,8 +28,8 @@ def main(options: Allocate, checkpoint: Checkpoint | None = None) -> None:
     with watched("weight", f"measured weights are kept in {run.costs}, the same command continues there") as show:
         result = write_allocation(run, show)
     terminal().print(allocation_tables(run.task, result), highlight=False)
-    print(f"\n{run.out}")
-    print(last_lines("an allocation", options.out, after_allocate(options)), file=sys.stderr)
+    say(f"\n{run.out}")
+    say(last_lines("an allocation", options.out, after_allocate(options)), file=sys.stderr)
 
 
 def allocate(options: Allocate, show: ShowProgress = show_nothing) -> AllocateResult:

@@ -14,7 +14,7 @@ from qsvd.calibrate.gradients import GradientSums
 from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Sums, means
 from qsvd.calibrate.walk import AT, AT_BLOCKS, Probes, add_examples
-from qsvd.console.progress import quiet, watched
+from qsvd.console.progress import quiet, say, watched
 from qsvd.errors import DoesNotFit
 from qsvd.files.pages import free_host_memory
 from qsvd.files.statistics import (
@@ -45,14 +45,14 @@ def main(options: Calibrate) -> None:
     with quiet():
         run = prepare_calibrate(options)
         if run.cut:
-            print(run.cut, file=sys.stderr)
+            say(run.cut, file=sys.stderr)
         if run.is_complete:
-            print(f"{run.out} was complete already", file=sys.stderr)
+            say(f"{run.out} was complete already", file=sys.stderr)
         unit, what = ("chunk of examples", "examples") if options.gradient_rank is None else ("block", "blocks")
         with watched(unit, f"finished {what} are kept, the same command continues for {run.out}") as show:
             measure(run, show)
-    print(run.out)
-    print(last_lines("statistics", options.out, after_calibrate(options)), file=sys.stderr)
+    say(run.out)
+    say(last_lines("statistics", options.out, after_calibrate(options)), file=sys.stderr)
 
 
 def calibrate(options: Calibrate, show: ShowProgress = show_nothing) -> CalibrateResult:

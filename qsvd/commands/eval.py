@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from qsvd.console.progress import display, quiet, terminal
+from qsvd.console.progress import display, quiet, say, terminal
 from qsvd.data.encoder_decoder import sources_and_targets
 from qsvd.data.examples import is_encoder_decoder, positions, stop_ids, tokenize_speech
 from qsvd.data.images import tokenize_images
@@ -41,7 +41,7 @@ def main(options: Eval) -> None:
     with display() as show:
         measured = evaluate(options, show)
     if options.json:
-        print(json.dumps(evaluation_json(measured.rows, measured.how), indent=2))
+        say(json.dumps(evaluation_json(measured.rows, measured.how), indent=2))
     else:
         title = ", ".join(f"{name} {value}" for name, value in measured.how.items() if value is not None)
         terminal().print(evaluation_table(measured.rows, title))

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from qsvd.adapters.load import classifier
 from qsvd.adapters.methods.table import export_refusal
 from qsvd.adapters.model import split_linears
 from qsvd.adapters.tables import unpack_tables
-from qsvd.console.progress import display, quiet
+from qsvd.console.progress import display, quiet, say
 from qsvd.errors import BadInput, parse_size
 from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
 from qsvd.export.lora import LoraExport, Target, trained_experts, write_lora
@@ -38,7 +37,7 @@ from qsvd.plan.language import example_inputs
 from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
 from qsvd.records import Progress, ShowProgress, show_nothing
-from qsvd.report.card import card_header, origin_of
+from qsvd.report.card import card_header, origin_of, shell
 from qsvd.report.next_commands import after_export, last_lines
 from qsvd.report.results import Checked, ExportResult
 from qsvd.report.serving import PLUGIN, four_bit_line, lora_flags
@@ -133,7 +132,7 @@ def main(options: Export) -> None:
     """Run `qsvd export`: 1 write, 2 check by logits, 3 print how to use the export."""
     with display() as show:
         opened, done, repository = _export(options, show)
-    print("\n".join([*done.lines, f"\n{options.out}"]))
+    say("\n".join([*done.lines, f"\n{options.out}"]))
     original = options.original or opened.split.manifest["source"]["model"]
     found = after_export(
         options.to,
@@ -143,9 +142,9 @@ def main(options: Export) -> None:
         has_components=any(opened.split.ranks.values()),
     )
     what = {"peft": "an adapter", "lora": "a LoRA", "merged": "a 16-bit model"}[options.to]
-    print(last_lines(what, options.out, found), file=sys.stderr)
+    say(last_lines(what, options.out, found), file=sys.stderr)
     if repository is not None:
-        print(_push(options, opened, repository))
+        say(_push(options, opened, repository))
 
 
 def export(options: Export, show: ShowProgress = show_nothing) -> ExportResult:
@@ -196,7 +195,7 @@ def _push(options: Export, opened: Opened, name: str) -> str:
     if options.to == "peft":
         replaced = named_base(out, base)
         if base is None:
-            print(
+            say(
                 f"adapter_config.json names the quantized model by its path, {split.folder}, because its name on the "
                 "Hub is not known: upload it with qsvd quantize --push-to-hub NAME, then run this command again",
                 file=sys.stderr,
@@ -282,8 +281,8 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
         lines.append(checked.line("the original with the trained change"))
     if opened.task == "CAUSAL_LM":
         lines += [
-            f"vLLM: vllm serve {quote(name)} {lora_flags('trained', str(options.out), done.rank)}",
-            f"llama.cpp: python convert_lora_to_gguf.py --base {quote(name)} {quote(str(options.out))}",
+            f"vLLM: vllm serve {shell(name)} {lora_flags('trained', str(options.out), done.rank)}",
+            f"llama.cpp: python convert_lora_to_gguf.py --base {shell(name)} {shell(str(options.out))}",
         ]
     return ExportResult(out, done.num_bytes, checked, tuple(lines))
 
@@ -306,7 +305,7 @@ def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool)
         model: Any = from_folder(opened.load().transformers_class, out, MODEL, dtype=torch.float32)
         checked = check(opened, model.eval(), opened.load(), getattr(torch, done.dtype))
         lines.append(checked.line("the trained model"))
-    folder = quote(str(options.out))
+    folder = shell(str(options.out))
     if opened.task == "CAUSAL_LM":
         lines += [f"vLLM: vllm serve {folder}", f"llama.cpp: python convert_hf_to_gguf.py {folder} --outtype bf16"]
     return ExportResult(out, done.num_bytes, checked, tuple(lines))

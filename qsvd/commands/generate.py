@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from transformers import TextStreamer
 
-from qsvd.console.progress import quiet
-from qsvd.errors import BadInput, Interrupted
+from qsvd.console.progress import quiet, say
+from qsvd.errors import BadInput, Interrupted, visible
 from qsvd.options import Generate
 from qsvd.prepare.generate import (
     GenerateRun,
@@ -37,12 +37,12 @@ def main(options: Generate) -> None:
         run = prepare_generate(options, (_stdin(),) if is_read else options.prompt)  # 1
         model = load_generating(run)  # 2
         torch.manual_seed(options.seed)
-        streamer = TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Shown(run.tokenizer, skip_prompt=True, skip_special_tokens=True)
         count, seconds = 0, 0.0
         for tokens in _chat(run, model, streamer) if options.chat else _answers(run, model, streamer):  # 3
             count, seconds = count + tokens[0], seconds + tokens[1]
     if count > 1 or sys.stderr.isatty():
-        print(f"{count} tokens, {count / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)  # 4
+        say(f"{count} tokens, {count / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)  # 4
 
 
 def generate(  # noqa: PLR0913  # the options of the command
@@ -118,11 +118,18 @@ def _paths(given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     return tuple(map(str, (given,) if isinstance(given, str | Path) else given))
 
 
+class _Shown(TextStreamer):
+    """Prints an answer while it is made; on a terminal with its control characters as escapes."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(visible(text) if sys.stdout.isatty() else text, stream_end)
+
+
 def _answers(run: GenerateRun, model: Any, streamer: TextStreamer) -> Iterator[tuple[int, float]]:
     """Print the answer to every prompt; yield its tokens and seconds."""
     for number, inputs in enumerate(run.prompts, start=1):
         if len(run.prompts) > 1:
-            print(f"{run.unit} {number} of {len(run.prompts)}", file=sys.stderr, flush=True)
+            say(f"{run.unit} {number} of {len(run.prompts)}", file=sys.stderr, flush=True)
         begun = time.monotonic()
         answer = _answer(run, model, inputs, streamer)
         yield len(answer), time.monotonic() - begun

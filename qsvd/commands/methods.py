@@ -8,7 +8,7 @@ from rich.table import Table
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.methods.table import METHODS, export_refusal
-from qsvd.console.progress import terminal
+from qsvd.console.progress import say, terminal
 from qsvd.options import Methods, Quantize
 
 MODEL = "Llama-3.1-8B"
@@ -49,15 +49,15 @@ def main(options: Methods) -> None:
     """Print the methods to stdout, as a table or as JSON."""
     rows = [row_of(name) for name in METHODS]
     if options.json:
-        print(json.dumps({"model": MODEL, "methods": [asdict(row) for row in rows]}, indent=2))
+        say(json.dumps({"model": MODEL, "methods": [asdict(row) for row in rows]}, indent=2))
         return
     terminal().print(table_of(rows))
-    print(f"trained: parameters, of all linear layers of {MODEL} at the default rank (*: the rank of the components)")
-    print("starts as: the trained part before the first step; what is added leaves the components frozen")
-    print("export: what qsvd export --to peft writes; rate: the default learning rate")
+    say(f"trained: parameters, of all linear layers of {MODEL} at the default rank (*: the rank of the components)")
+    say("starts as: the trained part before the first step; what is added leaves the components frozen")
+    say("export: what qsvd export --to peft writes; rate: the default learning rate")
     for (form, why), names in refusals(rows).items():
-        print(f"qsvd export --to {form} refuses {', '.join(names)}: {why}")
-    print(f"Next: {NEXT}", file=sys.stderr)
+        say(f"qsvd export --to {form} refuses {', '.join(names)}: {why}")
+    say(f"Next: {NEXT}", file=sys.stderr)
 
 
 def refusals(rows: list[MethodRow]) -> dict[tuple[str, str], list[str]]:

@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import nullcontext
 
-from qsvd.console.progress import display, quiet, terminal
+from qsvd.console.progress import display, quiet, say, terminal
 from qsvd.errors import DoesNotFit
 from qsvd.memory.duration import page_seconds, quantize_time, step_time
 from qsvd.memory.other_tasks import plan_quantizing
@@ -34,14 +34,14 @@ def main(options: Plan, run: Train | None = None) -> None:
     with display() if options.explore else nullcontext(show_nothing) as show:  # all else takes seconds
         found = plan(options, show, run)
     if options.json:
-        print(json.dumps(plan_json(options.model, found), indent=2))
+        say(json.dumps(plan_json(options.model, found), indent=2))
     else:
-        print(headline(found), flush=True)
+        say(headline(found), flush=True)
         terminal().print(plan_tables(options.model, found))
     if not found.fits:
         raise DoesNotFit("; ".join(found.lacking))
     if found.train is not None and options.rank != 0 and not options.json:
-        print(f"Next: {train_command(run or train_of(options))}", file=sys.stderr)
+        say(f"Next: {train_command(run or train_of(options))}", file=sys.stderr)
 
 
 def plan(options: Plan, show: ShowProgress = show_nothing, run: Train | None = None) -> Answer:

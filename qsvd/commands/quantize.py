@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from qsvd.commands.report import load_report, push_quantized, show_report
-from qsvd.console.progress import Stopwatch, explained_disk_errors, terminal, watched
+from qsvd.console.progress import Stopwatch, explained_disk_errors, say, terminal, watched
 from qsvd.export.hub import open_repository
 from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder, largest_stack
 from qsvd.files.source import Checkpoint, stream
@@ -49,10 +49,10 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
     repository = open_repository(options)
     quantize_visibly(run)
     show_report(run.out, worst=5)
-    print(f"\n{run.out}")
-    print(last_lines("a quantized model", options.out, after_quantize(options.out)), file=sys.stderr)
+    say(f"\n{run.out}")
+    say(last_lines("a quantized model", options.out, after_quantize(options.out)), file=sys.stderr)
     if repository is not None:
-        print(push_quantized(run.out, repository))
+        say(push_quantized(run.out, repository))
 
 
 def quantize(options: Quantize, show: ShowProgress = show_nothing) -> QuantizeResult:
@@ -77,11 +77,11 @@ def quantize_visibly(run: QuantizeRun) -> None:
         Interrupted: after Ctrl-C; finished weights are kept.
     """
     for warning in filter(None, (parted_layers(run), misplaced_layers(run))):
-        print(warning, file=sys.stderr)
+        say(warning, file=sys.stderr)
     kept = f"finished work is kept, the same command continues in {run.out}"
     with explained_disk_errors(run.out / UNFINISHED, kept), watched("weight", kept) as show:
         times = quantize_run(run, show)
-    print(f"{run.out} was complete already" if times is None else times.line(), file=sys.stderr)
+    say(f"{run.out} was complete already" if times is None else times.line(), file=sys.stderr)
 
 
 def quantize_run(run: QuantizeRun, show: ShowProgress) -> Stopwatch | None:

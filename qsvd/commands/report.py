@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from qsvd.console.progress import terminal
+from qsvd.console.progress import say, terminal
 from qsvd.errors import BadInput
 from qsvd.files.atomic import read_object
 from qsvd.files.workspace import ERRORS, MANIFEST, check_quantized
@@ -21,10 +21,10 @@ def main(options: Report) -> None:
     """Print the report to stdout, as tables or as JSON."""
     folder = options.folder.expanduser()
     if options.json:
-        print(json.dumps(to_json(*load_report(folder), worst_count=options.worst), indent=2))
+        say(json.dumps(to_json(*load_report(folder), worst_count=options.worst), indent=2))
     else:
         show_report(folder, worst=options.worst)
-        print(last_lines("a quantized model", options.folder, after_quantize(options.folder)), file=sys.stderr)
+        say(last_lines("a quantized model", options.folder, after_quantize(options.folder)), file=sys.stderr)
 
 
 def show_report(folder: Path, *, worst: int) -> None:

@@ -12,7 +12,7 @@ from qsvd.adapters.model import restore
 from qsvd.commands import plan
 from qsvd.commands.quantize import quantize_run, quantize_visibly
 from qsvd.console.journal import RunRecorder, explained_errors, finish_run, held_out_loss, push_run
-from qsvd.console.progress import StopRequest, display, quiet, terminal
+from qsvd.console.progress import StopRequest, display, quiet, say, terminal
 from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
 from qsvd.export.hub import open_repository
@@ -44,27 +44,27 @@ def main(options: Train) -> None:
     checked = prepare_training(options)
     if options.preview:
         terminal().print(preview(checked.data.train, checked.data.tokenizer), soft_wrap=True)
-        print(f"Next: {train_command(options)}", file=sys.stderr)
+        say(f"Next: {train_command(options)}", file=sys.stderr)
         return
-    print("\n".join(checked.first_lines), file=sys.stderr)
+    say("\n".join(checked.first_lines), file=sys.stderr)
     repository = open_repository(options)
     run = on_quantized(checked, quantize_visibly)
     with RunFolder(run.out, run.identity, resume=options.resume, total=run.total_steps) as folder:
         if folder.summary is not None:
-            print(f"{run.out} was complete already", file=sys.stderr)
+            say(f"{run.out} was complete already", file=sys.stderr)
         else:
-            print(f"Memory: {run.activations}", file=sys.stderr)
+            say(f"Memory: {run.activations}", file=sys.stderr)
             with StopRequest("step") as stop, display() as show, quiet():
                 train_run(run, folder, show, lambda: stop.made)
         summary = folder.summary
     if summary is None:
         raise Interrupted(f"interrupted; the last step is saved, the same command continues in {run.out}")
     terminal().print(training_tables(RunSummary(**summary)))
-    print(f"\n{run.out}")
+    say(f"\n{run.out}")
     found = after_train(run.options.base, options.out, options.valid, generates=not run.data.train.label_names)
-    print(last_lines("a run", options.out, found), file=sys.stderr)
+    say(last_lines("a run", options.out, found), file=sys.stderr)
     if repository is not None:
-        print(push_run(run, RunSummary(**summary), repository))
+        say(push_run(run, RunSummary(**summary), repository))
 
 
 def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:

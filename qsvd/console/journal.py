@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qsvd.adapters.model import moved_bytes, restore, trained
+from qsvd.console.progress import say
 from qsvd.data.encoder_decoder import sources_and_targets
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.evaluate.accuracy import accuracy, mean_loss
@@ -194,7 +195,7 @@ def push_run(run: TrainRun, summary: RunSummary, name: str) -> str:
     lines, there = [f"hf download {name} --local-dir {short}"], summary.base
     if base is None:
         note = f"Upload the quantized model too: `qsvd quantize ... --out {summary.base} --push-to-hub NAME`."
-        print(f"the quantized model of this run is not on the Hub as far as is known. {note}", file=sys.stderr)
+        say(f"the quantized model of this run is not on the Hub as far as is known. {note}", file=sys.stderr)
     else:
         there = base.rpartition("/")[2]
         lines.append(f"hf download {base} --local-dir {there}")
@@ -213,7 +214,7 @@ def write_peft_files(run: TrainRun) -> None:
         new, config, _ = peft_adapter(model, inventory, base=base, task=opened.task, dtype=torch.float32)
         write_adapter_files(run.out, new, config, {FINGERPRINT: run.split.fingerprint})
     except BadInput as error:
-        print(f"{run.out} has no files for PEFT: {error}", file=sys.stderr)
+        say(f"{run.out} has no files for PEFT: {error}", file=sys.stderr)
 
 
 @contextmanager

@@ -10,20 +10,37 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.segment import Segment
+from rich.text import Text
 
-from qsvd.errors import Interrupted
+from qsvd.errors import Interrupted, visible
 from qsvd.records import FAST, Progress, ShowProgress
 
 LINE_EVERY = 0.05  # of the work
 
 
+class _Terminal(Console):
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(visible(text), **how)
+
+
 def terminal(*, stderr: bool = False) -> Console:
-    """Return a console that shows text as it is: a path may hold "[/b]" or ":cat:"."""
-    return Console(stderr=stderr, markup=False, emoji=False)
+    """Return a console that shows text as it is: a path may hold "[/b]", ":cat:" or escape sequences."""
+    return _Terminal(stderr=stderr, markup=False, emoji=False)
+
+
+def say(text: object = "", *, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print a text, `visible`; nothing else here, but `terminal`, prints."""
+    print(visible(text), file=file, flush=flush)
 
 
 @contextmanager
@@ -67,7 +84,7 @@ class _Lines:
         if now.share >= self._next or now.done == now.total:
             self._shown += 1
             self._next = now.share + LINE_EVERY if self._shown > 1 else 0.0
-            print(self._pace.line(now), file=sys.stderr, flush=True)
+            say(self._pace.line(now), file=sys.stderr, flush=True)
 
 
 class Stopwatch:
@@ -116,7 +133,7 @@ class StopRequest:
         if self.made:
             raise KeyboardInterrupt
         self.made = True
-        print(f"stopping after this {self._unit}; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+        say(f"stopping after this {self._unit}; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
 
 @contextmanager

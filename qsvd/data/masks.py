@@ -10,7 +10,7 @@ from rich.text import Text
 from qsvd.data.chat import Chat, chat_template, render_marked
 from qsvd.data.columns import UNTRAINED, Marked, Tokenized
 from qsvd.data.plain import BATCH
-from qsvd.errors import BadInput
+from qsvd.errors import BadInput, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,11 +120,11 @@ def preview(tokenized: Tokenized, tokenizer: "PreTrainedTokenizerBase", index: i
     tokens, label = tokenized.input_ids[index], tokenized.labels[index]
     if isinstance(label, int):
         head = f"{tokenized.where(index)}: {len(tokens)} tokens, label {label} ({tokenized.label_names[label]})"
-        return Text(f"{head}\n{_decode(tokens, tokenizer)}")
+        return Text(visible(f"{head}\n{_decode(tokens, tokenizer)}"))
     trained = [one != UNTRAINED for one in label]
     share = sum(trained) / len(tokens)
     text = Text(f"{tokenized.where(index)}: {len(tokens)} tokens, {sum(trained)} trained ({share:.0%})\n")
-    for piece, is_trained in _pieces(tokens, trained, tokenizer):
+    for piece, is_trained in ((visible(piece), one) for piece, one in _pieces(tokens, trained, tokenizer)):
         text.append(f"{OPEN}{piece}{CLOSE}" if is_trained else piece, style=TRAINED if is_trained else None)
     return text
 

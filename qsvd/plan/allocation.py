@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from qsvd.errors import BadInput, listing
+from qsvd.errors import BadInput, listing, one_line
 from qsvd.numerics.codec import Codec
 from qsvd.numerics.names import codec_named, spelling
 from qsvd.numerics.nf4 import NormalFloat4
@@ -214,7 +214,7 @@ def to_text(allocation: Allocation, weights: Sequence[WeightSpec], factor_bytes:
         shown = "-" if error is None else f"{error:.4f}"
         rows.append((group, spelling(choice.codec), str(choice.rank), f"{bits:.3f}", shown))
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = [TITLE, *(f"# {remark}" for remark in allocation.remarks)]
+    lines = [TITLE, *(f"# {one_line(remark)}" for remark in allocation.remarks)]
     for row in rows:
         names = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
         numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]

@@ -51,6 +51,7 @@ def check(options: Options, *, is_open: bool = False) -> None:
     Raises:
         BadInput: the options cannot be used (the sentence names every fault), or a path cannot.
     """
+    _check_texts(options)
     wrong = out_of_range(options) + conflicts(options)
     if isinstance(options, TrainingOptions) and options.rank == 0 and wrong:
         wrong.append("a rank of 0 trains nothing: for QLoRA give --method lora, whose quantized model has rank 0")
@@ -65,6 +66,19 @@ def check(options: Options, *, is_open: bool = False) -> None:
     _check_files(options)
     _check_output(options)
     _check_hub(options)
+
+
+def _check_texts(options: Options) -> None:
+    """Refuse paths and texts that are not UTF-8: files cannot name them, and tokenizers cannot open them."""
+    wrong = []
+    for name, value in {**vars(options), "the current folder": Path.cwd()}.items():
+        for text in map(str, value if isinstance(value, tuple) else (value,)):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                wrong.append(f"{name} {text!r}")
+    if wrong:
+        raise BadInput(f"not a text in UTF-8: {'; '.join(wrong)}; give the file or folder another name")
 
 
 def _check_files(options: Options) -> None:

@@ -40,7 +40,7 @@ from qsvd.numerics.names import spelling
 from qsvd.plan.weights import WeightSpec
 from qsvd.prepare.quantize import ALLOCATION, QuantizeRun
 from qsvd.records import WeightError
-from qsvd.report.card import card_header, origin_of
+from qsvd.report.card import card_header, markdown, origin_of
 from qsvd.report.errors import from_record, to_markdown, to_record, totals_table
 from qsvd.report.readme import readme
 from qsvd.report.serving import joined_layers
@@ -170,7 +170,7 @@ def _write_index(run: QuantizeRun) -> None:
 
 
 def _unmeasured(run: QuantizeRun) -> str:
-    return f"# {run.header.model}\n\n{run.header.method}.\n\nNo weight was split, so no error was measured.\n"
+    return f"# {markdown(run.header.model)}\n\n{run.header.method}.\n\nNo weight was split, so no error was measured.\n"
 
 
 def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str, Any]:

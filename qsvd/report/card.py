@@ -1,10 +1,19 @@
-"""The YAML header of a model card, as the Hub reads it, and what the card of a 16-bit model hands on."""
+"""The YAML header of a model card, as the Hub reads it, and what the card of a 16-bit model hands on.
 
+Also text from outside, such as names and paths, as Markdown, as a word of a shell and as a text of Python.
+"""
+
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
+from qsvd.errors import one_line
+from qsvd.option_file import MOST_BYTES, read_yaml
+
+MARKS = frozenset("\\|`*_[]<>&~$#")  # of Markdown and HTML, in a line
 LICENSES = {"Apache License\nVersion 2.0": "apache-2.0", "MIT License": "mit"}  # first words of the file
 HANDED_ON = ("license", "license_name", "license_link", "pipeline_tag", "language")
 PIPELINES = {  # ending of the architecture -> the Hub's task
@@ -45,7 +54,7 @@ def origin_of(folder: Path | None, name: str | None, architecture: str) -> dict[
         architecture: Class name in transformers.
     """
     card = {} if folder is None else _metadata(folder / "README.md")
-    found = {key: card[key] for key in HANDED_ON if card.get(key)}
+    found = {key: card[key] for key in HANDED_ON if _is_short(card.get(key))}
     if "license" not in found and folder is not None and (license_ := _license(folder)):
         found["license"] = license_
     task = next((task for ending, task in PIPELINES.items() if architecture.endswith(ending)), None)
@@ -66,15 +75,24 @@ def base_of(folder: Path) -> str | None:
     return base if isinstance(base, str) else None
 
 
+def _is_short(value: object) -> bool:
+    """Return whether a value of a card is a text of one line, or a list of such texts."""
+    return bool(value) and all(
+        isinstance(one, str) and one_line(one) == one for one in (value if isinstance(value, list) else [value])
+    )
+
+
 def _metadata(path: Path) -> dict[str, Any]:
     """Return the YAML header of a card; nothing if there is none or it cannot be read."""
-    from huggingface_hub import metadata_load
     from yaml import YAMLError
 
     try:
-        return (metadata_load(path) or {}) if path.is_file() else {}
-    except (ValueError, YAMLError):
+        with path.open(encoding="utf-8") as file:
+            header = header_of(file.read(2 * MOST_BYTES))
+        found = read_yaml(header.strip().strip("-"))
+    except (OSError, ValueError, YAMLError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _license(folder: Path) -> str | None:
@@ -85,3 +103,41 @@ def _license(folder: Path) -> str | None:
             if words.startswith(" ".join(start.split())):
                 return name
     return None
+
+
+# Text from outside.
+
+
+def markdown(text: str) -> str:
+    """Return words as a piece of a line that Markdown shows as they are."""
+    return "".join(f"\\{mark}" if mark in MARKS else mark for mark in one_line(" ".join(text.split())))
+
+
+def code(text: str, *, in_table: bool = False) -> str:
+    """Return a name as code in a line of Markdown; a cell of a table ends at a | in code, too."""
+    shown = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    pad = " " if shown.startswith("`") or shown.endswith("`") else ""
+    cell = shown.replace("|", "\\|") if in_table else shown
+    return f"{fence}{pad}{cell}{pad}{fence}"
+
+
+def shell(*words: str) -> str:
+    """Return words of a command line; what cannot stand in one line is an escape of bash, $'...'."""
+    return " ".join(_word(word) for word in words)
+
+
+def _word(word: str) -> str:
+    if one_line(word) == word:
+        return quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{''.join(_escaped(one) if one_line(one) != one else one for one in plain)}'"
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode())
+
+
+def literal(text: str) -> str:
+    """Return a text of Python in double quotes, in one line."""
+    return json.dumps(text, ensure_ascii=False) if one_line(text) == text else repr(text)

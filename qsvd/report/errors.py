@@ -15,6 +15,7 @@ from rich.text import Text
 
 from qsvd.errors import BadInput
 from qsvd.records import Norms, WeightError
+from qsvd.report.card import code, markdown
 from qsvd.report.header import ReportHeader
 from qsvd.report.totals import MODEL, Total, reduction, relative, totals, worst
 
@@ -213,12 +214,12 @@ def to_markdown(header: ReportHeader, errors: Sequence[WeightError], worst_count
     """
     each = ("layer", "type", "shape", "rank", "iteration", *NORMS)
     left, unknown = (
-        "\n".join(f"- `{group.pattern}`: {group.size}" for group in groups)
+        "\n".join(f"- {code(group.pattern)}: {group.size}" for group in groups)
         for groups in (header.coverage.left, header.coverage.unknown)
     )
     sections = [
-        f"# Quantization error of {_text(header.model)}",
-        f"Method: {_text(header.method)}.",
+        f"# Quantization error of {markdown(header.model)}",
+        f"Method: {markdown(header.method)}.",
         f"Coverage: {header.reach}.",
         *(["Not quantized:", left] if left else []),
         *(["Copied, since the model has no such tensors:", unknown] if unknown else []),
@@ -229,7 +230,7 @@ def to_markdown(header: ReportHeader, errors: Sequence[WeightError], worst_count
         "## Every layer",
         _markdown_table(header, each, errors),
         "## What the columns mean",
-        NOTES.format(before=_text(header.before)).rstrip(),
+        NOTES.format(before=markdown(header.before)).rstrip(),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -244,17 +245,12 @@ def _markdown_table(header: ReportHeader, keys: Sequence[str], rows: Sequence[We
     columns = []
     for key in keys:
         column = COLUMNS[key]
-        cells = [f"`{column.cell(row)}`" if key == "layer" else column.cell(row) for row in rows]
-        head = _text(column.head.format(before=header.before))
+        cells = [code(column.cell(row), in_table=True) if key == "layer" else column.cell(row) for row in rows]
+        head = markdown(column.head.format(before=header.before))
         width = max(map(len, (head, "----", *cells)))
         rule = "-" * (width - 1) + (":" if column.is_number else "-")
         columns.append([f"{cell:{'>' if column.is_number else '<'}{width}}" for cell in (head, rule, *cells)])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns, strict=True))
-
-
-def _text(words: str) -> str:
-    """Return words from outside so that Markdown shows them as they are."""
-    return "".join(f"\\{mark}" if mark in "\\|`*_[]<>" else mark for mark in " ".join(words.split()))
 
 
 # The report for a terminal of 80 columns or more, as something that rich prints.

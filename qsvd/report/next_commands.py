@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from shlex import join, quote
 
-from qsvd.errors import show_size
+from qsvd.errors import one_line, show_size
 from qsvd.options import Allocate, Calibrate, Train
+from qsvd.report.card import shell
 from qsvd.report.readme import RESIDUAL
 
 DATA = "DATA  # DATA: a file of examples, or a Hub id"
@@ -23,12 +23,12 @@ def last_lines(what: str, path: Path, commands: Sequence[str] = ()) -> str:
     files = [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
     size = show_size(sum(file.stat().st_size for file in files))
     count = f" in {len(files):,} files" if place.is_dir() else ""
-    return "\n".join([f"Done: {path}, {what}, {size}{count}", *(f"Next: {command}" for command in commands)])
+    return "\n".join([f"Done: {one_line(path)}, {what}, {size}{count}", *(f"Next: {command}" for command in commands)])
 
 
 def after_quantize(out: Path) -> list[str]:
     """Return the command that trains a quantized model."""
-    return [f"qsvd train {quote(str(out))} --out {quote(f'{out}-run')} {DATA}"]
+    return [f"qsvd train {shell(str(out))} --out {shell(f'{out}-run')} {DATA}"]
 
 
 def after_calibrate(options: Calibrate) -> list[str]:
@@ -37,8 +37,8 @@ def after_calibrate(options: Calibrate) -> list[str]:
     train += ["--method", "lora-ga", "--rank", str(options.gradient_rank), "--gradients", str(options.out)]
     name = f"{Path(options.model).name}-quantized"
     words = ["qsvd", "quantize", options.model, "--out", name, "--budget", "2.75bits", "--objective", "fisher"]
-    quantize = join([*words, "--statistics", str(options.out), *_layers(options)])
-    return [quantize] if options.gradient_rank is None else [join(train), quantize]
+    quantize = shell(*words, "--statistics", str(options.out), *_layers(options))
+    return [quantize] if options.gradient_rank is None else [shell(*train), quantize]
 
 
 def after_allocate(options: Allocate) -> list[str]:
@@ -47,7 +47,7 @@ def after_allocate(options: Allocate) -> list[str]:
     words = ["qsvd", "quantize", options.model, "--out", name, "--allocation", str(options.out)]
     if options.objective == "fisher":
         words += ["--objective", "fisher", "--statistics", str(options.statistics)]
-    return [join([*words, *_layers(options)])]
+    return [shell(*words, *_layers(options))]
 
 
 def _layers(options: Calibrate | Allocate) -> list[str]:
@@ -67,7 +67,7 @@ def train_command(options: Train) -> str:
             words.append(f"--{'' if value else 'no-'}{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return join(words) + (f"  {DATA.partition('  ')[2]}" if options.data == "DATA" else "")
+    return shell(*words) + (f"  {DATA.partition('  ')[2]}" if options.data == "DATA" else "")
 
 
 def after_train(base: str, run: Path, valid: str | None, *, generates: bool) -> list[str]:
@@ -77,13 +77,13 @@ def after_train(base: str, run: Path, valid: str | None, *, generates: bool) -> 
         valid: Validation data, if there are some besides the training data.
         generates: Whether it is a language model.
     """
-    commands = [join(["qsvd", "generate", str(run), "--prompt", "Hello"])] if generates else []
+    commands = [shell("qsvd", "generate", str(run), "--prompt", "Hello")] if generates else []
     if valid is not None:
         models = [base, str(run)] if generates else [str(run)]
-        commands.append(join(["qsvd", "eval", *models, "--data", valid]))
+        commands.append(shell("qsvd", "eval", *models, "--data", valid))
     elif not generates:
-        commands.append(f"{join(['qsvd', 'eval', str(run), '--data'])} {DATA}")
-    return [*commands, join(["qsvd", "export", str(run), "--to", "merged", "--out", f"{run}-merged"])]
+        commands.append(f"{shell('qsvd', 'eval', str(run), '--data')} {DATA}")
+    return [*commands, shell("qsvd", "export", str(run), "--to", "merged", "--out", f"{run}-merged")]
 
 
 def after_export(form: str, out: Path, base: str, *, task: str | None, has_components: bool) -> list[str]:
@@ -107,7 +107,7 @@ def after_export(form: str, out: Path, base: str, *, task: str | None, has_compo
 def _uses_merged(out: Path, task: str | None) -> str:
     """Return the line that uses a 16-bit model."""
     if task == "CAUSAL_LM":
-        return join(["qsvd", "generate", str(out), "--prompt", "Hello"])
+        return shell("qsvd", "generate", str(out), "--prompt", "Hello")
     if task == "SEQ_CLS":
         use = f"pipeline('text-classification', {str(out)!r})('Hello')"
         return f"(Python) from transformers import pipeline; print({use})"

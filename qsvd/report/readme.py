@@ -1,11 +1,10 @@
 """OUT/README.md: what the folder holds, and commands to load, train, merge and serve it, ready to copy."""
 
-import json
 from collections.abc import Mapping, Sequence
-from shlex import quote
 from typing import Any
 
 from qsvd.errors import listing
+from qsvd.report.card import code, literal, markdown, shell
 from qsvd.report.header import ReportHeader
 from qsvd.report.serving import PLUGIN, four_bit_line, joined_layers
 
@@ -43,7 +42,7 @@ def readme(  # each is known at another place
         )
     if header.rank > 0:
         lines = _loading(header, folder, architecture)
-        train = f"model = PeftModel.from_pretrained(model, {_literal(folder)}, is_trainable=True)"
+        train = f"model = PeftModel.from_pretrained(model, {literal(folder)}, is_trainable=True)"
         sections.append(
             _code("Train", "python", ["from peft import PeftModel", *lines, train])
             + "\n\nThis trains the stored components; PEFT makes no second copy of them. Give `model` to one of TRL's\n"
@@ -64,9 +63,9 @@ def _is_ours_alone(quantization: Mapping[str, Any]) -> bool:
 
 def _with_experts(folder: str, opening: Sequence[str]) -> str:
     """Return the README of a model with experts that qsvd alone can load."""
-    load = ["import qsvd", "", f"model = qsvd.load({_literal(folder)})"]
-    data = f"qsvd train {quote(folder)} DATA --out {quote(folder + '-run')}"
-    merge = f"qsvd export {quote(folder)} --to merged --out {quote(folder + '-merged')}"
+    load = ["import qsvd", "", f"model = qsvd.load({literal(folder)})"]
+    data = f"qsvd train {shell(folder)} DATA --out {shell(folder + '-run')}"
+    merge = f"qsvd export {shell(folder)} --to merged --out {shell(folder + '-merged')}"
     sections = [*opening, _code("Load", "python", load), _code("Train", "sh", [data])]
     sections += [_code("Merge into a 16-bit model", "sh", [merge]), _code("Serve", "sh", _merged_lines(folder))]
     return "\n\n".join(sections) + "\n"
@@ -76,13 +75,13 @@ def _merge(header: ReportHeader, folder: str, architecture: str, *, is_odd: bool
     """Return how to merge; by qsvd where bitsandbytes may decode wrongly (see BLOCK)."""
     title = "Merge into a 16-bit model"
     if is_odd:
-        return _code(title, "sh", [f"qsvd export {quote(folder)} --to merged --out {quote(folder + '-merged')}"])
+        return _code(title, "sh", [f"qsvd export {shell(folder)} --to merged --out {shell(folder + '-merged')}"])
     lines = [
         *(["from peft import PeftModel"] if header.rank > 0 else []),
         *_loading(header, folder, architecture, RESIDUAL if header.rank > 0 else ""),
         "model = model.dequantize()",
-        *([f"model = PeftModel.from_pretrained(model, {_literal(folder)}).merge_and_unload()"] if header.rank else []),
-        f"model.save_pretrained({_literal(folder + '-merged')}, save_original_format=False)",
+        *([f"model = PeftModel.from_pretrained(model, {literal(folder)}).merge_and_unload()"] if header.rank else []),
+        f"model.save_pretrained({literal(folder + '-merged')}, save_original_format=False)",
     ]
     return _code(title, "python", lines)
 
@@ -120,7 +119,7 @@ def _opening(header: ReportHeader, quantization: Mapping[str, Any]) -> str:
     needed = " and ".join(filter(None, [", ".join(libraries[:-1]), libraries[-1]]))
     kept = f" {header.kept}" if header.kept else ""
     return (
-        f"# {model}, quantized by qsvd\n\n{parts}\n\n{header.method}.\n{header.reach}.{kept}\n\n"
+        f"# {markdown(model)}, quantized by qsvd\n\n{parts}\n\n{header.method}.\n{header.reach}.{kept}\n\n"
         "`report.md` lists the quantization error, `errors.jsonl` the error of every layer, `qsvd.json` the options.\n"
         f"The commands below need {needed}. Edit the path if it moves.\n"
         "`qsvd train`, `qsvd eval` and `qsvd export` take this folder too."
@@ -132,7 +131,7 @@ def _loading(header: ReportHeader, folder: str, architecture: str, more: str = "
     lines = [f"from transformers import {architecture}", ""]
     if header.quantizer == "qsvd":
         lines += ["import qsvd  # registers the quantization method with transformers", ""]
-    return [*lines, f"model = {architecture}.from_pretrained({_literal(folder)}{more})"]
+    return [*lines, f"model = {architecture}.from_pretrained({literal(folder)}{more})"]
 
 
 def _serve(header: ReportHeader, folder: str, quantization: Mapping[str, Any], modules: Sequence[str]) -> str:
@@ -146,27 +145,23 @@ def _serve(header: ReportHeader, folder: str, quantization: Mapping[str, Any], m
             f"{listing(parted)} while it loads this folder."
         )
     if header.rank == 0:
-        return _code("Serve", "sh", [PLUGIN, f"vllm serve {quote(folder)} --dtype bfloat16", *after])
+        return _code("Serve", "sh", [PLUGIN, f"vllm serve {shell(folder)} --dtype bfloat16", *after])
     name = header.model.rstrip("/").rsplit("/", 1)[-1]
     command = four_bit_line(folder, name, folder, header.rank, quantization)
     note = (
-        f"In requests to vLLM, name the model `{name}`. The model `residual-only` is the residual alone: its outputs\n"
+        f"In requests to vLLM, name the model {code(name)}. "
+        "The model `residual-only` is the residual alone: its outputs\n"
         "are wrong. Without `--hf-overrides` vLLM refuses the folder, because it would serve the residual alone."
     )
     return f"{_code('Serve', 'sh', [PLUGIN, command, *after])}\n\n{note}"
 
 
 def _merged_lines(folder: str) -> list[str]:
-    merged = quote(folder + "-merged")
+    merged = shell(folder + "-merged")
     return [
         f"vllm serve {merged}  # after merging; also on several GPUs",
         f"python convert_hf_to_gguf.py {merged} --outtype bf16  # llama.cpp, after merging",
     ]
-
-
-def _literal(text: str) -> str:
-    """Return the text as a Python string in double quotes."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _code(title: str, language: str, lines: list[str]) -> str:

@@ -7,8 +7,9 @@ From version 0.28 on vLLM reads bitsandbytes models with the package vllm-bnb-pl
 import json
 import re
 from collections.abc import Mapping, Sequence
-from shlex import quote
 from typing import Any
+
+from qsvd.report.card import shell
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # layers of vLLM
@@ -23,7 +24,7 @@ def vllm_rank(rank: int) -> int:
 def lora_flags(name: str, folder: str, rank: int) -> str:
     """Return the flags that serve the LoRA in `folder` as the model `name`."""
     module = json.dumps({"name": name, "path": folder}, ensure_ascii=False)
-    return f"--enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules {quote(module)}"
+    return f"--enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules {shell(module)}"
 
 
 def four_bit_line(base: str, name: str, folder: str, rank: int, quantization: Mapping[str, Any]) -> str:
@@ -34,8 +35,8 @@ def four_bit_line(base: str, name: str, folder: str, rank: int, quantization: Ma
     """
     served = json.dumps({"quantization_config": {**quantization, "bnb_4bit_quant_storage": "uint8"}})
     return (
-        f"vllm serve {quote(base)} --served-model-name residual-only --dtype bfloat16 "
-        f"{lora_flags(name, folder, rank)} --hf-overrides {quote(served)}"
+        f"vllm serve {shell(base)} --served-model-name residual-only --dtype bfloat16 "
+        f"{lora_flags(name, folder, rank)} --hf-overrides {shell(served)}"
     )
 
 

@@ -3,10 +3,11 @@
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from shlex import quote
 
 from rich.console import Group
 from rich.table import Table
+
+from qsvd.report.card import code, markdown, shell
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,19 @@ def run_readme(summary: RunSummary, run: str) -> str:
     Args:
         run: The folder, as the user wrote it.
     """
-    lines = "\n".join(f"| {name} | {value} |" for name, value in rows(summary))
+    lines = "\n".join(f"| {name} | {markdown(value)} |" for name, value in rows(summary))
     peft = "AutoPeftModelForSequenceClassification" if summary.classes else "AutoPeftModelForCausalLM"
     labels = f", num_labels={summary.classes}" if summary.classes else ""
     return (
         f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is the trained adapter. It works only with the\n"
-        f"quantized model in `{summary.base}`. `adapter_model.safetensors` and `adapter_config.json` are the\n"
+        f"quantized model in {code(summary.base)}. `adapter_model.safetensors` and `adapter_config.json` are the\n"
         f"same adapter for PEFT. `steps.jsonl` lists every step, `loss.png` and `loss.svg` plot the loss, and\n"
         f"`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
         f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n"
         f"```python\nfrom peft import {peft}  # without qsvd\n\n"
         f"model = {peft}.from_pretrained({run!r}{labels})\n```\n\n"
-        f"```sh\nqsvd export {quote(run)} --to peft --out {quote(run + '-peft')}  # a PEFT adapter for the residual\n"
-        f"qsvd export {quote(run)} --to merged --out {quote(run + '-merged')}  # a 16-bit model\n```\n"
+        f"```sh\nqsvd export {shell(run)} --to peft --out {shell(run + '-peft')}  # a PEFT adapter for the residual\n"
+        f"qsvd export {shell(run)} --to merged --out {shell(run + '-merged')}  # a 16-bit model\n```\n"
     )
 
 

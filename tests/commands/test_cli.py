@@ -169,3 +169,12 @@ def test_report_prints_the_same_tables_again_and_json_that_parses(model, tmp_pat
     shown = capsys.readouterr()
     assert shown.err == ""
     assert len(json.loads(shown.out)["weights"]) == 14
+
+
+def test_a_path_that_is_not_utf_8_is_refused_and_every_sentence_is_one_line(tmp_path, capsys):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")
+    assert run(["quantize", str(tmp_path), "--out", path]) == 2
+    assert run(["quantize", "a\x1b[2J\nqsvd: done", "--out", str(tmp_path / "out")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("qsvd: not a text in UTF-8: out ")
+    assert second.startswith(r"qsvd: no folder 'a\x1b[2J\nqsvd: done' here")

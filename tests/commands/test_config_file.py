@@ -1,5 +1,6 @@
 """--config FILE.yaml: flags by name; what stands on the command line wins."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from qsvd.cli import parse, run
 from qsvd.errors import BadInput
 from qsvd.options import Quantize, Report
+
+LAUGHS = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefgh"))
 
 
 @pytest.fixture
@@ -43,6 +46,11 @@ def test_what_the_file_lacks_must_be_given(config):
         parse(["quantize", "m", "--config", file])
 
 
+def test_an_alias_is_what_it_stands_for(config):
+    found = parse(["quantize", "m", "--config", config("out: o\ninclude: &a ['*.q']\nexclude: *a\n")])
+    assert found.include == found.exclude == ("*.q",)
+
+
 def test_another_command_takes_a_file_too(config):
     assert parse(["report", "there", "--config", config("worst: 3\njson: true\n")]) == Report(Path("there"), True, 3)
 
@@ -65,6 +73,15 @@ def test_another_command_takes_a_file_too(config):
         ("", "must hold `name: value` lines"),
         ("rank: [8\n", "is not valid YAML: while parsing a flow sequence"),
         ("rank: 8\n  out: x\n", "is not valid YAML: "),
+        ("rank: 8\nrank: 9\n", "line 1, column 1: rank is there twice"),
+        ("include: [{a: 1, a: 2}]\n", "line 1, column 11: a is there twice"),
+        ("rank: !!int 8\n", "line 1, column 7: the tag tag:yaml.org,2002:int is not read"),
+        ("out: !!python/name:os.system\n", "the tag tag:yaml.org,2002:python/name:os.system is not read"),
+        (LAUGHS, "more than 100,000 values"),
+        ("out: &a [*a]\n", "an alias without an end"),
+        (f"out: {'[' * 30}", "line 1, column 25: more than 20 values within each other"),
+        (f"out: {'x' * 10**6}", "it has more than 1,000,000 bytes"),
+        ("out: 2020-99-99\n", "is not valid YAML: month must be in 1..12"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(config, capsys, text, sentence):

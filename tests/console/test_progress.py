@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import pytest
 from rich.table import Table
+from rich.text import Text
 
 from qsvd.console.journal import progress_of
-from qsvd.console.progress import StopRequest, Stopwatch, display, terminal, watched
+from qsvd.console.progress import StopRequest, Stopwatch, display, say, terminal, watched
 from qsvd.errors import Interrupted
 from qsvd.records import Progress
 from qsvd.training.run_folder import Step
@@ -141,3 +142,29 @@ def test_text_is_shown_as_it_is(capsys):
     shown = capsys.readouterr().out
     assert "runs[/b]/:cat:" in shown
     assert "[i]a[/b]" in shown
+
+
+STEERS = "a\x1b[31m\r\x07\x9b2J\u202eb"
+ESCAPED = r"a\x1b[31m\r\x07\x9b2J\u202eb"
+
+
+def test_nothing_from_outside_steers_a_terminal(capsys):
+    table = Table(title=STEERS)
+    table.add_column(STEERS)
+    table.add_row(STEERS)
+    terminal().print(table, Text(STEERS), STEERS)  # rich leaves out some signs of a Text
+    say(STEERS)
+    with display() as show:
+        show(Progress(1, 1, 1, STEERS))
+    shown = capsys.readouterr()
+    assert shown.out.count(ESCAPED) == 5
+    assert ESCAPED in shown.err
+    assert [one for one in shown.out + shown.err if not one.isprintable() and one != "\n"] == []
+
+
+def test_a_terminal_with_colours_gets_those_of_the_table_only(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with (console := terminal()).capture() as captured:
+        console.print(STEERS, style="red", highlight=False)
+    assert captured.get() == f"\x1b[31m{ESCAPED}\x1b[0m\n"

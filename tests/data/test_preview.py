@@ -49,3 +49,10 @@ def test_an_example_that_is_not_there_is_refused():
     tokenizer = demo()
     with pytest.raises(ValueError, match=r"example 1 is outside 0\.\.0, the sequences of t\.jsonl$"):
         preview(tokenized([{"text": "a"}], tokenizer), tokenizer, 1)
+
+
+def test_signs_that_steer_a_terminal_are_shown_as_escapes():
+    tokenizer = demo(CHATML_MARKED, MARKS)
+    rows = [{"messages": [{"role": "user", "content": "a\x1b[2J"}, {"role": "assistant", "content": "b\r\x07"}]}]
+    shown = preview(tokenized(rows, tokenizer), tokenizer).plain
+    assert shown.endswith("<|im_start|>user\na\\x1b[2J<|im_end|>\n<|im_start|>assistant\n[[b\\r\\x07<|im_end|>]]")
