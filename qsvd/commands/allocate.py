@@ -3,12 +3,12 @@
 import sys
 
 from qsvd.console.progress import say, terminal, watched
-from qsvd.files.atomic import write_text
+from qsvd.files.atomic import Lock, write_text
 from qsvd.files.source import Checkpoint
 from qsvd.options import Allocate
 from qsvd.plan.allocation import to_text
 from qsvd.plan.solve import AllocationResult, relative
-from qsvd.prepare.allocate import AllocateRun, measure_and_solve, prepare_allocate, sealed
+from qsvd.prepare.allocate import AllocateRun, check_replaceable, measure_and_solve, prepare_allocate, sealed
 from qsvd.records import ShowProgress, show_nothing
 from qsvd.report.allocation import allocation_tables
 from qsvd.report.next_commands import after_allocate, last_lines
@@ -47,6 +47,9 @@ def allocate(options: Allocate, show: ShowProgress = show_nothing) -> AllocateRe
 
 def write_allocation(run: AllocateRun, show: ShowProgress) -> AllocationResult:
     """Do the work of a checked run: measure, solve, write the table."""
-    result = measure_and_solve(run, show)
-    write_text(run.out, sealed(to_text(result.allocation, run.task.weights, run.task.factor_bytes)))
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(run.out.with_name(f"{run.out.name}.lock"), run.out):
+        check_replaceable(run)  # another process may have written the file before the lock was free
+        result = measure_and_solve(run, show)
+        write_text(run.out, sealed(to_text(result.allocation, run.task.weights, run.task.factor_bytes)))
     return result

@@ -25,7 +25,6 @@ from qsvd.files.statistics import (
     unfinished_path,
     write_statistics,
 )
-from qsvd.files.workspace import unlock
 from qsvd.options import Calibrate
 from qsvd.prepare.calibrate import CalibrateRun, prepare_calibrate
 from qsvd.records import Progress, ShowProgress, show_nothing
@@ -81,17 +80,15 @@ def measure(run: CalibrateRun, show: ShowProgress) -> None:
     if run.is_complete:
         return
     run.out.parent.mkdir(parents=True, exist_ok=True)
-    held = lock_statistics(run.out)
     try:
-        if not replace(run).is_complete:  # another process may have written the file before the lock was free
-            _measure(run, show)
+        with lock_statistics(run.out):
+            if not replace(run).is_complete:  # another process may have written the file before the lock was free
+                _measure(run, show)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
             f"a block of {run.options.model} with its gradients does not fit on {run.device} for {_longest(run)} "
             "tokens; give a smaller --max-length, close other programs that use it, or give --device cpu"
         ) from error
-    finally:
-        unlock(held)
 
 
 def _measure(run: CalibrateRun, show: ShowProgress) -> None:

@@ -5,9 +5,10 @@ Shape suffixes: O = out features, I = in features, K = rank of one weight's trai
 """
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qsvd.files.layout import ADAPTER_PREFIX, digest, fingerprint
 from qsvd.files.safetensors import TORCH_DTYPES, NewTensor, TensorEntry
 from qsvd.files.source import Checkpoint
 from qsvd.files.split_folder import SplitFolder
-from qsvd.files.workspace import IDENTITY, LOCK, Workspace
+from qsvd.files.workspace import IDENTITY, LOCK, UNFINISHED, Workspace
 from qsvd.plan.weights import Source
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -211,12 +212,19 @@ class ExportFolder(Workspace):
     record = "qsvd_export.json"
     command = "qsvd export"
 
+    def __init__(self, folder: Path, identity: Mapping[str, Any], num_bytes: int = 0):
+        self._is_made = not folder.exists()
+        super().__init__(folder, identity, num_bytes)
+
     def __exit__(self, *_: object) -> None:
+        if self._lock is not None and self._lock.is_held:
+            left = {path.name for path in [*self.folder.iterdir(), *self.unfinished.iterdir()]}
+            if left <= {UNFINISHED, IDENTITY, LOCK}:
+                self.close()
+                if self._is_made:
+                    with suppress(OSError):  # another process begins the same export
+                        self.folder.rmdir()
         super().__exit__()
-        marks = (self.unfinished / IDENTITY, self.unfinished / LOCK)
-        if not any(path.is_file() and path not in marks for path in self.folder.rglob("*")):
-            shutil.rmtree(self.unfinished)
-            self.folder.rmdir()
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the record, then remove what only a resumed run needs."""

@@ -1,38 +1,64 @@
 """Files that are complete or do not exist: written under another name, synced to the disk, then renamed.
 
-Also the small text and JSON files themselves. Nothing here imports torch.
+Also the small text and JSON files themselves, lock files, and the removal of what qsvd wrote.
+Nothing here imports torch.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qsvd.errors import BadInput
+from qsvd.errors import BadInput, listing
+
+LOCK_MARK = b"of qsvd\n"  # the content of a lock file, by which it is known as ours
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open PATH.partial for writing; rename it to `path` when the block succeeds, remove it when the block fails.
 
+    A PATH.partial that a killed run left is removed first. A link or a folder of that name is left alone.
+
     Raises:
         OSError: the file cannot be written; it names the path.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        if partial.is_file() and not partial.is_symlink():
+            partial.unlink()
+        opened = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except FileExistsError as error:
+        reason = "is no file of qsvd's, which writes under this name before it renames the file; move it away"
+        raise OSError(error.errno, reason, str(partial)) from error
+    try:
+        with os.fdopen(opened, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a failed write does not say where
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk: a file that was renamed is then there after a power cut, too."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,3 +94,111 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Lock:
+    """A lock file that this process holds until `release`, which removes it, or until the process ends.
+
+    Two processes never hold it: the lock is that of the file which has the name, and only who holds it removes that
+    file. A process that opened it before it was removed opens the next one. Links are not followed.
+
+    Args:
+        file: The lock file; its folder exists.
+        place: What is locked, for the sentence.
+
+    Raises:
+        BadInput: another process holds the lock, or the file is not a lock file of qsvd.
+        FileNotFoundError: its folder was removed.
+    """
+
+    def __init__(self, file: Path, place: Path):
+        self._opened: int | None = None
+        self._file = file
+        while self._opened is None:
+            self._opened = self._locked(place)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it was not given back."""
+        return self._opened is not None
+
+    def release(self) -> None:
+        """Give the lock back and remove its file; do nothing if that was done."""
+        if self._opened is None:
+            return
+        self._file.unlink(missing_ok=True)  # first, while no other process can hold it
+        os.close(self._opened)
+        self._opened = None
+
+    def __del__(self) -> None:
+        if self._opened is not None:  # as when the process is killed: the file stays
+            os.close(self._opened)
+
+    def _locked(self, place: Path) -> int | None:
+        """Return the descriptor of the lock file, locked; None if another process removed the file meanwhile."""
+        opened = self._open(place)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            content = os.pread(opened, len(LOCK_MARK) + 1, 0)
+            if content not in (LOCK_MARK, b""):  # empty, if its process was killed at once
+                raise self._foreign(place)
+            if self._has_name(opened):
+                os.pwrite(opened, LOCK_MARK, 0)
+                return opened
+        except BlockingIOError as error:
+            os.close(opened)
+            raise BadInput(f"another qsvd process is writing to {place}; wait for it, or stop it") from error
+        except BaseException:
+            os.close(opened)
+            raise
+        os.close(opened)
+        return None
+
+    def _open(self, place: Path) -> int:
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            return os.open(self._file, flags, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise self._foreign(place) from error
+            raise
+
+    def _has_name(self, opened: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._file, follow_symlinks=False), os.fstat(opened))
+        except FileNotFoundError:
+            return False
+
+    def _foreign(self, place: Path) -> BadInput:
+        return BadInput(f"{self._file} is not a file of qsvd, which locks {place} by this name; move it away")
+
+
+def clear(folder: Path, names: str, keep: str = "") -> bool:
+    """Remove the files of a folder that have these names, then the folder, and return whether all of it is gone.
+
+    What has another name stays, and a line of the log names it. No link is followed.
+
+    Args:
+        names: A pattern.
+        keep: A file that stays, and the folder with it.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        others = [folder] if folder.is_symlink() or folder.exists() else []
+    else:
+        there = sorted(path for path in folder.iterdir() if path.name != keep)
+        others = [path for path in there if not re.fullmatch(names, path.name) or path.is_symlink() or path.is_dir()]
+        for path in there:
+            if path not in others:
+                path.unlink()
+        if not others and not keep:
+            folder.rmdir()
+    if others:
+        shown = listing([str(path) for path in others])
+        logging.getLogger("qsvd").warning("%s: not written by qsvd, and left there", shown)
+    return not others

@@ -160,6 +160,7 @@ class OutputFolder(Workspace):
 
     record = MANIFEST
     command = "qsvd quantize"
+    parts = r"allocation\.txt(\.costs\.jsonl(\.lock)?)?"
 
     def is_done(self, index: int) -> bool:
         """Return whether weight number `index` is finished."""

@@ -23,15 +23,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from torch import Tensor
 
 from qsvd.decompose.candidates import CandidateErrors
 from qsvd.decompose.objective import Objective, fisher
 from qsvd.errors import BadInput, listing
+from qsvd.files.atomic import Lock, whole_file
 from qsvd.files.safetensors import TensorEntry, new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint
-from qsvd.files.workspace import check_same, lock, unlock
+from qsvd.files.workspace import check_same
 from qsvd.plan.weights import WeightSpec
 
 FORMAT = "qsvd statistics 1"
@@ -179,9 +179,9 @@ def unfinished_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.unfinished")
 
 
-def lock_statistics(path: Path) -> FileLock:
+def lock_statistics(path: Path) -> Lock:
     """Lock a file of statistics for the process that measures it; a BadInput where another process does."""
-    return lock(path.with_name(f"{path.name}.lock"), path)
+    return Lock(path.with_name(f"{path.name}.lock"), path)
 
 
 def save_unfinished(path: Path, sums: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
@@ -225,18 +225,18 @@ class CostsFile:
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
         self.path = path
-        self._lock = lock(path.with_name(f"{path.name}.lock"), path)
+        self._lock = Lock(path.with_name(f"{path.name}.lock"), path)
         try:
             self.measured = self._read(identity)
         except BaseException:
-            unlock(self._lock)
+            self._lock.release()
             raise
 
     def __enter__(self) -> "CostsFile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        unlock(self._lock)
+        self._lock.release()
 
     def keep(self, module: str, measured: CandidateErrors) -> None:
         """Append one weight."""
@@ -248,10 +248,11 @@ class CostsFile:
         content = self.path.read_bytes() if self.path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
-            if content and not content.startswith(b"{"):
+            line = json.dumps(identity).encode() + b"\n"
+            if not line.startswith(content):
                 raise BadInput(f"{self.path} was not written by qsvd; give another --out")
-            self.path.unlink(missing_ok=True)
-            self._append(identity)
+            with whole_file(self.path) as file:
+                file.write(line)
             return {}
         if whole != content:
             os.truncate(self.path, len(whole))

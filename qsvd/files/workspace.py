@@ -7,23 +7,27 @@ identity began; the identity is a JSON object of all options and inputs that the
     OUT of qsvd quantize            OUT/unfinished/lock    OUT/unfinished/run.json, qsvd.json    qsvd.json
     OUT of qsvd export              OUT/unfinished/lock    OUT/unfinished/run.json, the record   qsvd_export.json
     RUN of qsvd train               RUN/lock               RUN/run.json                          summary.json
+    FILE of qsvd allocate           FILE.lock              a line in FILE                        FILE
     FILE.costs.jsonl of allocate    FILE.costs.jsonl.lock  its first line                        (stays open)
     FILE of qsvd calibrate          FILE.lock              metadata of FILE.unfinished, FILE     FILE
+
+Nothing removes a file that qsvd did not write, nor a folder that has one: `clear` removes files by their names.
 """
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-from filelock import FileLock, Timeout
+from typing import Any, ClassVar, Literal, TypeVar
 
 from qsvd.errors import BadInput, DoesNotFit
-from qsvd.files.atomic import read_object, write_json
+from qsvd.files.atomic import Lock, clear, read_object, write_json
 from qsvd.inputs.paths import adapter_hint, check_not_gguf, local_path
 
+Result = TypeVar("Result")
 Kind = Literal["16-bit", "split", "trained"]
 
 MANIFEST = "qsvd.json"  # of a quantized model: its record, written last
@@ -65,32 +69,60 @@ class Workspace:
 
     record: ClassVar[str]  # the JSON file that is written last, with the identity under "run"
     command: ClassVar[str]  # that writes such a folder
+    parts: ClassVar[str] = "$."  # a pattern of names of unfinished work, beside a file for each weight
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], num_bytes: int = 0):
         self.folder = folder
         self.unfinished = folder / UNFINISHED
         self.identity = json.loads(json.dumps(identity))
+        self._lock: Lock | None = None
         self.is_complete = self.check(folder, self.identity)
         if self.is_complete:
-            shutil.rmtree(self.unfinished, ignore_errors=True)  # a kill may have left a part of it
-            self._lock = None
+            self._clear_complete()
             return
         if num_bytes:
             check_space(folder, num_bytes, "give a folder on another disk")
-        self.unfinished.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.unfinished / LOCK, folder)
-        write_json(self.unfinished / IDENTITY, self.identity)
+        self._lock = self._locked()
+        try:
+            self.is_complete = self.check(folder, self.identity)  # again: another process may have finished it
+            if self.is_complete:
+                self.close()
+            else:
+                write_json(self.unfinished / IDENTITY, self.identity)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_: object) -> None:
-        unlock(self._lock)
+        if self._lock is not None:
+            self._lock.release()
 
     def close(self) -> None:
         """Remove what only a resumed run needs; call it when the record is written."""
-        unlock(self._lock)
-        shutil.rmtree(self.unfinished)
+        assert self._lock is not None, "the run writes"
+        clear(self.unfinished, rf"(\d{{5}}\.\w+|{IDENTITY}|{self.parts})(\.partial)?", keep=LOCK)
+        self._lock.release()
+        with suppress(OSError):  # it has files of somebody else, or another process looks whether there is work
+            self.unfinished.rmdir()
+
+    def _locked(self) -> "Lock":
+        """Make the folder and lock it; another process may remove `unfinished` in between."""
+        while True:
+            with suppress(FileNotFoundError, FileExistsError):
+                self.unfinished.mkdir(parents=True, exist_ok=True)
+                return Lock(self.unfinished / LOCK, self.folder)
+            if self.unfinished.exists() and not self.unfinished.is_dir():
+                raise BadInput(f"{self.unfinished} is not a folder; {ANOTHER_FOLDER}")
+
+    def _clear_complete(self) -> None:
+        """Remove what a kill left of the unfinished work of a complete folder, if nobody else does so."""
+        if self.unfinished.is_dir() and not self.unfinished.is_symlink():
+            with suppress(BadInput, OSError):
+                self._lock = Lock(self.unfinished / LOCK, self.folder)
+                self.close()
 
     @classmethod
     def check(cls, folder: Path, identity: Mapping[str, Any], otherwise: str = ANOTHER_FOLDER) -> bool:
@@ -99,6 +131,12 @@ class Workspace:
         Args:
             otherwise: How to use another folder.
         """
+        return settled(folder, lambda: cls._check(folder, identity, otherwise))
+
+    @classmethod
+    def _check(cls, folder: Path, identity: Mapping[str, Any], otherwise: str) -> bool:
+        if (folder / UNFINISHED).is_symlink():
+            raise BadInput(f"{folder / UNFINISHED} is a link, and {cls.command} makes a folder there; {otherwise}")
         is_complete = (folder / cls.record).is_file()
         path = folder / cls.record if is_complete else folder / UNFINISHED / IDENTITY
         if not path.is_file():
@@ -115,25 +153,29 @@ class Workspace:
         return is_complete
 
 
-def lock(file: Path, place: Path) -> FileLock:
-    """Lock `place` for this process by a lock file.
+def settled(folder: Path, check: Callable[[], Result]) -> Result:
+    """Return what a check of a folder returns; one that fails is made again if files came or went meanwhile.
 
-    Raises:
-        BadInput: another process holds the lock.
+    Another process may have written or removed files between two looks of the check.
     """
-    held = FileLock(file)
-    try:
-        held.acquire(blocking=False)
-    except Timeout as error:
-        raise BadInput(f"another qsvd process is writing to {place}; wait for it, or stop it") from error
-    return held
+    while True:
+        before = _names(folder)
+        try:
+            return check()
+        except (BadInput, FileNotFoundError):
+            if _names(folder) == before:
+                raise
 
 
-def unlock(held: FileLock | None) -> None:
-    """Release a lock and remove its file; does nothing if it is not held."""
-    if held is not None and held.is_locked:
-        Path(held.lock_file).unlink(missing_ok=True)  # first, so that it is never the file of another process
-        held.release()
+def _names(folder: Path) -> list[set[str]]:
+    """Return the names in a folder and in its folder of unfinished work."""
+    found = []
+    for place in (folder, folder / UNFINISHED):
+        try:
+            found.append(set(os.listdir(place)))
+        except OSError:
+            found.append(set())
+    return found
 
 
 def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], otherwise: str) -> None:
@@ -181,6 +223,11 @@ def check_empty(folder: Path, ignored: Iterable[str], command: str, otherwise: s
         raise BadInput(f"{folder} is not a folder; {otherwise}")
     if folder.is_dir() and {path.name for path in folder.iterdir()} - {*ignored}:
         raise BadInput(f"{folder} is not empty and was not written by {command}; {otherwise}")
+
+
+def check_begun(run: Path) -> None:
+    """Refuse a folder for a run of qsvd train that has more in it than a run that was killed at once leaves."""
+    check_empty(run, {LOCK, f"{IDENTITY}.partial"}, "qsvd train")
 
 
 def model_kind(name: str) -> Kind:

@@ -88,7 +88,7 @@ def prepare_allocate(options: Allocate, checkpoint: Checkpoint | None = None) ->
     checkpoint, plan = open_16_bit(options, checkpoint)
     statistics = statistics_for(options.objective, options.statistics, checkpoint, plan.weights)
     run = allocate_run(options, checkpoint, plan, statistics, device, options.out.expanduser())
-    _check_replaceable(run.out, checkpoint.fingerprint)
+    check_replaceable(run)
     check_measuring(run)
     return run
 
@@ -152,8 +152,9 @@ def importances(run: AllocateRun) -> tuple[Mapping[str, float] | None, tuple[str
     return {module: max(mean, min(above)) for module, mean in means.items()}, remark
 
 
-def _check_replaceable(path: Path, fingerprint: str) -> None:
+def check_replaceable(run: AllocateRun) -> None:
     """Refuse to overwrite a file that is not an unedited table of the same model."""
+    path, fingerprint = run.out, run.checkpoint.fingerprint
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -11,12 +11,12 @@ from qsvd.files.workspace import (
     ADAPTER_RECORD,
     ANOTHER_FOLDER,
     IDENTITY,
-    LOCK,
     MANIFEST,
     UNFINISHED,
-    check_empty,
+    check_begun,
     check_quantized,
     model_kind,
+    settled,
 )
 from qsvd.inputs.paths import checkpoint_folder, local_path
 from qsvd.option_types import out_of_range
@@ -243,4 +243,4 @@ def _check_run(options: Train) -> None:
     if options.resume and not is_run:
         raise BadInput(f"--resume: there is no run in {options.out} to continue; leave out --resume to start one")
     if out.is_dir() and not is_run:
-        check_empty(out, {LOCK}, "qsvd train")
+        settled(out, lambda: None if (out / IDENTITY).is_file() else check_begun(out))

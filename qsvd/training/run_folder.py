@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,17 +18,17 @@ from typing import Any
 import torch
 
 from qsvd.errors import BadInput, first_line
-from qsvd.files.atomic import read_object, write_text
+from qsvd.files.atomic import Lock, clear, read_object, sync_folder, write_text
 from qsvd.files.workspace import (
     ADAPTER_RECORD,
     ANOTHER_FOLDER,
     IDENTITY,
     LOCK,
     UNFINISHED,
+    check_begun,
     check_empty,
     check_same,
-    lock,
-    unlock,
+    settled,
 )
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -42,6 +41,11 @@ FREE = ("gradient_checkpointing", KEPT)  # of the identity, the first of older v
 BATCHES = ("batch_size", "accumulate")  # of the identity: their product is the result, but for rounding
 LENGTH = ("steps", "epochs", "early_stopping")  # of the identity: what may change when a run is resumed
 PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+PART_NAMES = (
+    rf"({'|'.join(map(re.escape, PARTS))}|(qsvd_adapter|hooks)\.safetensors)(\.partial)?"  # all of a checkpoint
+)
+NO_NAMES = "$."
+PROBE = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -66,30 +70,58 @@ class Step:
 
 
 def finish(run: Path, step: int, *, keep: int, best: int | None) -> None:
-    """Sync RUN/unfinished/checkpoint-N to the disk, rename it, and remove all but the newest `keep` and step `best`."""
-    written = run / UNFINISHED / f"checkpoint-{step}"
+    """Sync RUN/unfinished/checkpoint-N to the disk, rename it, and remove all but the newest `keep` and step `best`.
+
+    Files that qsvd did not write stay where they are.
+
+    Raises:
+        OSError: RUN/checkpoint-N has such files.
+    """
+    written, place = run / UNFINISHED / f"checkpoint-{step}", run / f"checkpoint-{step}"
     for file in [path for path in written.rglob("*") if path.is_file()]:
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
-    place = run / f"checkpoint-{step}"
-    if place.exists():
-        shutil.rmtree(place)
+    sync_folder(written)
+    if place.exists() and not clear(place, PART_NAMES):
+        raise OSError(errno.ENOTEMPTY, "has files that qsvd did not write, where it has to save; move it", str(place))
     written.rename(place)
-    shutil.rmtree(run / UNFINISHED)
     for old in checkpoints(run)[:-keep]:
         if step_of(old) != best:
-            shutil.rmtree(old)
+            _remove(old, run / UNFINISHED)
+    for left in (run / UNFINISHED).glob("checkpoint-*"):  # by a kill
+        clear(left, PART_NAMES)
+    clear(run / UNFINISHED, NO_NAMES)
+    sync_folder(run)
+
+
+def _remove(checkpoint: Path, unfinished: Path) -> None:
+    """Remove a checkpoint; one without files of somebody else is renamed first, so that no kill leaves a part of it."""
+    if all(re.fullmatch(PART_NAMES, path.name) for path in checkpoint.iterdir()):
+        checkpoint = checkpoint.rename(unfinished / checkpoint.name)
+    clear(checkpoint, PART_NAMES)
 
 
 @contextmanager
 def written_whole(run: Path) -> Iterator[None]:
-    """Turn the RuntimeError of a torch.save that could not write, as on a full disk, into an OSError."""
+    """Turn the RuntimeError of a torch.save that cannot write into the OSError of the disk.
+
+    torch does not say why it cannot. The newest file of the checkpoint, which is lost, is written on to see it.
+    """
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "iostream error")):
+        files = [path for path in (run / UNFINISHED).rglob("*") if path.is_file()]
+        if not files:
             raise
-        raise OSError(errno.EIO, "a checkpoint cannot be written; is the disk full?", str(run)) from error
+        newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+        try:
+            with newest.open("ab") as file:
+                file.write(bytes(PROBE))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as reason:
+            raise OSError(reason.errno, reason.strerror, str(newest)) from error
+        raise
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -139,18 +171,22 @@ class RunFolder:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, total: int):
         self.folder = folder
-        is_extended = check_run_folder(folder, identity, resume=resume, total=total)
+        check_run_folder(folder, identity, resume=resume, total=total)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(folder / LOCK, folder)
-        if is_extended:
-            (folder / SUMMARY).unlink(missing_ok=True)  # first: with another identity it would say that all is done
-        self.write(IDENTITY, identity)
+        self._lock = Lock(folder / LOCK, folder)
+        try:  # again: another process may have written to it before the lock was free
+            if check_run_folder(folder, identity, resume=resume, total=total):
+                (folder / SUMMARY).unlink(missing_ok=True)  # first: with another identity it says that all is done
+            self.write(IDENTITY, identity)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        unlock(self._lock)
+        self._lock.release()
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -178,8 +214,12 @@ class RunFolder:
 
     def add_step(self, step: Step) -> None:
         """Append one step."""
-        with (self.folder / STEPS).open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(asdict(step))}\n")
+        path = self.folder / STEPS
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(asdict(step))}\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
@@ -194,9 +234,15 @@ def check_run_folder(
     Args:
         unknown: Names in the identity whose values are not known yet.
     """
+    return settled(folder, lambda: _is_extended(folder, identity, resume=resume, total=total, unknown=unknown))
+
+
+def _is_extended(
+    folder: Path, identity: Mapping[str, Any], *, resume: bool, total: int, unknown: Sequence[str]
+) -> bool:
     path = folder / IDENTITY
     if not path.is_file():
-        check_empty(folder, {LOCK}, "qsvd train")
+        check_begun(folder)
         return False
     found = read_object(path, ANOTHER_FOLDER)
     if not is_saved(folder):

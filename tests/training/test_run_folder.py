@@ -18,9 +18,11 @@ from qsvd.training.run_folder import (
     START,
     STEPS,
     SUMMARY,
+    UNFINISHED,
     RunFolder,
     Step,
     check_readable,
+    finish,
     written_whole,
 )
 
@@ -52,6 +54,7 @@ def test_a_new_folder_is_made_with_its_parents_and_its_identity(tmp_path, resume
 
 def test_an_empty_folder_or_one_that_a_kill_left_locked_is_taken(tmp_path):
     (tmp_path / LOCK).touch()
+    (tmp_path / f"{IDENTITY}.partial").touch()
     with RunFolder(tmp_path, ME, resume=False, total=9):
         pass
     assert names(tmp_path) == [IDENTITY]
@@ -200,12 +203,55 @@ import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    with written_whole(Path("RUN")):
-        torch.save({"a": torch.ones(10**6)}, sys.argv[1])
+    with written_whole(Path(sys.argv[1])):
+        torch.save({"a": torch.ones(10**6)}, sys.argv[2])
 except OSError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "a.pt"], capture_output=True, text=True, check=True)
-    assert done.stdout == "[Errno 5] a checkpoint cannot be written; is the disk full?: 'RUN'\n"
+    file = tmp_path / UNFINISHED / "checkpoint-1" / "optimizer.pt"
+    file.parent.mkdir(parents=True)
+    command = [sys.executable, "-c", script, tmp_path, file]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"[Errno 27] File too large: '{file}'\n"
     with pytest.raises(RuntimeError, match="another"), written_whole(tmp_path):
         raise RuntimeError("another")
+
+
+def checkpoint(folder):
+    folder.mkdir(parents=True)
+    for part in PARTS:
+        (folder / part).touch()
+    return folder
+
+
+def test_files_of_somebody_else_in_checkpoints_stay(tmp_path, caplog):
+    old, plain = checkpoint(tmp_path / "checkpoint-1"), checkpoint(tmp_path / "checkpoint-2")
+    checkpoint(tmp_path / UNFINISHED / "checkpoint-3")
+    (old / "notes.txt").write_text("mine")
+    (tmp_path / UNFINISHED / "todo.txt").write_text("mine")
+    finish(tmp_path, 3, keep=1, best=None)
+    assert names(old) == ["notes.txt"]
+    assert not plain.exists()
+    assert names(tmp_path / "checkpoint-3") == sorted(PARTS)
+    assert names(tmp_path / UNFINISHED) == ["todo.txt"]
+    assert caplog.messages == [
+        f"{path}: not written by qsvd, and left there"
+        for path in (old / "notes.txt", tmp_path / UNFINISHED / "todo.txt")
+    ]
+
+
+def test_a_checkpoint_is_not_written_over_files_of_somebody_else(tmp_path):
+    place = checkpoint(tmp_path / "checkpoint-3")
+    (place / "notes.txt").write_text("mine")
+    checkpoint(tmp_path / UNFINISHED / "checkpoint-3")
+    with pytest.raises(OSError, match=r"has files that qsvd did not write, .*: '.*checkpoint-3'"):
+        finish(tmp_path, 3, keep=1, best=None)
+    assert names(place) == ["notes.txt"]
+
+
+def test_a_checkpoint_that_a_kill_left_half_removed_is_gone_after_the_next_one(tmp_path):
+    (tmp_path / UNFINISHED / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / UNFINISHED / "checkpoint-1" / "optimizer.pt").touch()
+    checkpoint(tmp_path / UNFINISHED / "checkpoint-3")
+    finish(tmp_path, 3, keep=1, best=None)
+    assert names(tmp_path) == ["checkpoint-3"]
