@@ -32,6 +32,10 @@ class DoesNotFit(QsvdError):
     exit_code = 3
 
 
+class NoResult(QsvdError):
+    """What was measured is NaN or infinite."""
+
+
 class TrainingStopped(QsvdError):
     """Training cannot go on: the first loss is too high, or a loss is NaN. Checkpoints are kept."""
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from qsvd.calibrate.gradients import GradientSums
 from qsvd.data.media import MediaRows
+from qsvd.errors import BadInput, listing
 from qsvd.files.statistics import LEFT, RIGHT, VALUES
 from qsvd.plan.weights import WeightSpec
 
@@ -66,6 +67,19 @@ class Sums:
         """Add the loss of one example."""
         self.values[LOSS] += loss
         self.values[EXAMPLES] += 1
+
+    def check_finite(self) -> None:
+        """Refuse sums of which nothing can be made.
+
+        Raises:
+            BadInput: a sum has a NaN or an infinity.
+        """
+        wrong = [name for name, value in self.values.items() if not value.isfinite().all()]
+        if wrong:
+            raise BadInput(
+                f"{len(wrong)} sums of gradients are NaN or infinite ({listing(wrong)}): numbers overflow; give "
+                "--dtype float32"
+            )
 
     @property
     def num_examples(self) -> int:

@@ -115,6 +115,7 @@ def _measure(run: CalibrateRun, show: ShowProgress) -> None:
         turns = 2 * model.num_blocks  # every block computes forward and backward
         for number, _ in enumerate(add_examples(model, examples, sums, probes, first=start), start=1):
             tell(start, start + len(examples) * number / turns)
+        sums.check_finite()
         save_unfinished(run.out, sums.values, run.identity)
         tell(start + len(examples), start + len(examples))
     _finish(run, sums)
@@ -146,6 +147,7 @@ def _add_all(  # each is a part of the run
     walk = add_examples(model, run.examples, sums, probes, first=0, at=at)
     for number, reached in enumerate(walk, start=2 * done + 1):
         if reached:
+            sums.check_finite()
             save_unfinished(run.out, {**sums.values, **reached}, run.identity)
         what = f"{50 * number / total:.0f} %, {int(reached.get(AT_BLOCKS, done))}/{total} blocks kept"
         loss = f"loss {sums.loss:.4f}" if sums.num_examples else ""
@@ -154,6 +156,7 @@ def _add_all(  # each is a part of the run
 
 def _finish(run: CalibrateRun, sums: Sums) -> None:
     """Write the file, then drop what only a resumed run needs."""
+    sums.check_finite()
     record = {
         "model": run.checkpoint.name,
         "revision": run.checkpoint.revision,

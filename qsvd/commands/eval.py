@@ -1,6 +1,7 @@
 """`qsvd eval`: perplexity, accuracy or exact match of several models on one data set."""
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from qsvd.data.examples import is_encoder_decoder, positions, stop_ids, tokenize
 from qsvd.data.images import tokenize_images
 from qsvd.data.masks import ends_of_turn
 from qsvd.data.tokens import question_prompts, tokenize
-from qsvd.errors import BadInput
+from qsvd.errors import BadInput, NoResult, listing
 from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.evaluate.batches import Tell
 from qsvd.evaluate.divergence import Divergence, divergence_of_documents, divergence_of_text
@@ -59,7 +60,7 @@ def evaluate(options: Eval, show: ShowProgress = show_nothing) -> EvalResult:
         rows = []
         for number, one in enumerate(run.subjects):
             shown = Shown(show, number, len(run.subjects), one.found.name)
-            rows.append(ModelScores(one.found.name, one.found.kind, _measure(one, run, shown)))
+            rows.append(ModelScores(one.found.name, one.found.kind, _finite(one, _measure(one, run, shown))))
         return EvalResult(tuple(rows), _how(run))
 
 
@@ -93,6 +94,21 @@ def _measure(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     measures = {"accuracy": _accuracy, "exact-match": _exact_match}
     is_text = run.examples.kind == "text"
     return measures.get(run.task, _perplexity if is_text else _answers)(subject, run, shown)
+
+
+def _finite(subject: Subject, values: Values) -> Values:
+    """Return the values of one model.
+
+    Raises:
+        NoResult: one is NaN or infinite.
+    """
+    wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        raise NoResult(
+            f"{subject.found.name}: {listing(wrong)}: numbers of the model are NaN or infinite, or overflow while it "
+            "runs; give --dtype float32, or check its files"
+        )
+    return values
 
 
 def _perplexity(subject: Subject, run: EvalRun, shown: Shown) -> Values:

@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 from qsvd.console.progress import quiet, say
 from qsvd.errors import BadInput, Interrupted, visible
+from qsvd.evaluate.exact_match import FiniteLogits
 from qsvd.options import Generate
 from qsvd.prepare.generate import (
     GenerateRun,
@@ -155,7 +156,9 @@ def _answer(run: GenerateRun, model: Any, inputs: Inputs, streamer: TextStreamer
         for name, value in inputs.items()
     }
     try:
-        output_NT = model.generate(**placed, generation_config=chosen, streamer=streamer)
+        output_NT = model.generate(
+            **placed, generation_config=chosen, streamer=streamer, logits_processor=[FiniteLogits()]
+        )
     except KeyboardInterrupt as error:
         if streamer is not None:
             streamer.end()

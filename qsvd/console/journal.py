@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from qsvd.adapters.model import moved_bytes, restore, trained
 from qsvd.console.progress import say
 from qsvd.data.encoder_decoder import sources_and_targets
-from qsvd.errors import BadInput, DoesNotFit
+from qsvd.errors import BadInput, DoesNotFit, TrainingStopped, listing
 from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.evaluate.written import written_loss
 from qsvd.export.hub import named_base, upload, uploaded_name
@@ -108,7 +109,21 @@ def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | Non
 
     Args:
         when: "before" or "after".
+
+    Raises:
+        TrainingStopped: the loss is NaN or infinite.
     """
+    found = _held_out_loss(run, model, when)
+    loss = found[f"held_out_{when}"]
+    if loss is not None and not isfinite(loss):
+        raise TrainingStopped(
+            f"the held-out loss is {loss}: numbers of the model are NaN or infinite, or overflow while it runs; lower "
+            "--learning-rate, give --dtype float32, or check the files of the quantized model"
+        )
+    return found
+
+
+def _held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | None]:
     found: dict[str, float | None] = {f"held_out_{when}": None, f"accuracy_{when}": None}
     data, held_out = run.data, run.data.held_out
     if held_out is None:
@@ -131,6 +146,12 @@ def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | Non
 def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunRecorder) -> None:
     """Write the adapter, pictures, README and summary; the summary last, since it says that the run is complete."""
     model, steps, libraries = trainer.model, folder.steps(), recorder.library_bytes
+    wrong = [name for name, value in trained(model).items() if not value.isfinite().all()]
+    if wrong:
+        raise TrainingStopped(
+            f"after the last step {len(wrong)} trained tensors are NaN or infinite ({listing(wrong)}); lower "
+            "--learning-rate, and give --out another folder"
+        )
     peak = recorder.peak_bytes()
     number = recorder.best or len(steps)
     if recorder.best is not None:

@@ -10,9 +10,9 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
-from qsvd.errors import BadInput, listing
+from qsvd.errors import BadInput, NoResult, listing
 from qsvd.evaluate.accuracy import Counted
 from qsvd.evaluate.batches import Model, Tell, by_length, check_ready, check_sequences, padded, tell_nobody
 
@@ -100,6 +100,18 @@ def exact_match(  # noqa: PLR0913  # each is a choice of its own
     return ExactMatch(correct, len(gold), unfinished, tuple(texts))
 
 
+class FiniteLogits(LogitsProcessor):
+    """Ends the work where the logits of an answer are NaN: the largest of them is a token all the same."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        if scores.isnan().any():
+            raise NoResult(
+                "the model's logits are NaN: numbers of it are NaN or infinite, or overflow while it runs; give "
+                "--dtype float32, or check its files"
+            )
+        return scores
+
+
 @torch.inference_mode()
 def _generate(model: Model, group: list[list[int]], ends: list[int], max_new_tokens: int) -> list[list[int]]:
     """Return token ids [N, G] after each prompt; after an end token, more end tokens follow."""
@@ -124,7 +136,8 @@ def _generate(model: Model, group: list[list[int]], ends: list[int], max_new_tok
     )
     generate = model.generate
     assert callable(generate), "models that can generate have the method"
-    output_NT = generate(input_ids=tokens_NT, attention_mask=mask_NT, generation_config=greedy)
+    inputs = {"input_ids": tokens_NT, "attention_mask": mask_NT}
+    output_NT = generate(**inputs, generation_config=greedy, logits_processor=[FiniteLogits()])
     assert isinstance(output_NT, torch.Tensor), "without return_dict_in_generate the answer is token ids"
     return output_NT[:, tokens_NT.shape[1] :].tolist()
 

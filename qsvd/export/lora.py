@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +188,22 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
                 else _reduced(model, name, paths[name], target, known.get(name))
                 for name in paths
             )
+            _check_errors(weights)
             rank = max(1, *(weight.rank for weight in weights))
             new = [*_factors(written, model, paths, rank, target.dtype), *whole]
             config = adapter_settings(dict.fromkeys(written.values(), rank), kept, target.task, target.base)
             write_adapter_files(export.folder, new, config, {SOURCE_FINGERPRINT: _source(model)["fingerprint"]})
             export.finish(asdict(LoraExport(weights, rank, target.original is not None, kept, size_of(new))))
         return _from_result(export.result())
+
+
+def _check_errors(weights: Sequence[LoraWeight]) -> None:
+    wrong = [weight.name for weight in weights if not isfinite(weight.error + weight.norm)]
+    if wrong:
+        raise BadInput(
+            f"{len(wrong)} weights of the 16-bit model have values that are NaN or infinite: {listing(wrong)}; repair "
+            "the checkpoint"
+        )
 
 
 def _source(model: TrainedModel) -> dict[str, Any]:

@@ -5,20 +5,23 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qsvd.errors import BadInput, listing
-from qsvd.files.safetensors import Entry
-from qsvd.files.source import Checkpoint
+from qsvd.files.safetensors import READERS, Entry
+from qsvd.files.source import Checkpoint, PickleEntry
 from qsvd.plan.conversions import Conversion, rows_of
 from qsvd.plan.weights import ModelPlan, Source, WeightSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+MOST_NUMBERS = 2**25  # of a tensor that are checked at once
 SPLITTABLE = ("F32", "BF16", "F16")
 QUANTIZED_NAMES = {  # checked in this order; no tensor of a 16-bit model has such a name
     "bitsandbytes": re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|\.quant_state\."),
@@ -231,23 +234,49 @@ def check_copies(checkpoint: Checkpoint, plan: ModelPlan) -> None:
 
 
 def check_finite(checkpoint: Checkpoint, plan: ModelPlan) -> None:
-    """Refuse a NaN or an infinity in a tensor of the model that is copied; those to split are checked when they are.
+    """Refuse a NaN or an infinity in a tensor of the model. All of it is read once, a few pieces at a time.
 
     A tensor of one number may be infinite: a bound that Gemma 4 clips by.
+
+    Raises:
+        BadInput: the sentence names the tensors, and how many of their numbers are wrong.
     """
-    split = {*plan.unknown, *(source.tensor for spec in plan.weights for source in spec.read_from)}
-    problems = []
-    for name in (name for name in checkpoint.tensors if name not in split):
-        values = checkpoint.read(name)
-        if not torch.isfinite(values.sum()):  # one cheap pass; finite numbers may overflow too, so that a count decides
-            wrong = values.isnan() if values.numel() == 1 else ~values.isfinite()
-            count = int(wrong.sum())
-            problems += [f"{name} ({count} of {values.numel()})"] * bool(count)
+    names = [name for name in checkpoint.tensors if name not in plan.unknown]
+    pieces = [piece for name in names for piece in _pieces(checkpoint.tensors[name])]
+    wrong = Counter[str]()
+    with ThreadPoolExecutor(READERS) as readers:
+        for piece, count in zip(pieces, readers.map(partial(_num_wrong, checkpoint), pieces), strict=True):
+            wrong[piece.tensor] += count
+    problems = [
+        f"{name} ({count} of {math.prod(checkpoint.tensors[name].shape)})" for name, count in wrong.items() if count
+    ]
     if problems:
         raise BadInput(
             f"{checkpoint.name}: {len(problems)} tensors have values that are NaN or infinite: {listing(problems)}; "
             "repair the checkpoint"
         )
+
+
+def _pieces(entry: Entry) -> list[Source]:
+    """Return a tensor as pieces of at most MOST_NUMBERS where it can be parted."""
+    size = math.prod(entry.shape)
+    if len(entry.shape) == 3:
+        return [Source(entry.name, index=index) for index in range(entry.shape[0])]
+    if len(entry.shape) != 2 or size <= MOST_NUMBERS or isinstance(entry, PickleEntry):
+        return [Source(entry.name)]
+    rows = max(1, MOST_NUMBERS // entry.shape[1])
+    return [Source(entry.name, rows=(r, min(r + rows, entry.shape[0]))) for r in range(0, entry.shape[0], rows)]
+
+
+def _num_wrong(checkpoint: Checkpoint, piece: Source) -> int:
+    """Return the number of NaN and infinities in a piece of a tensor."""
+    values = checkpoint.read_part(piece)
+    if not values.is_floating_point():
+        return 0
+    values = values.float() if values.itemsize == 1 else values
+    if torch.isfinite(values.sum()):  # one cheap pass; finite numbers may overflow too, so that a count decides
+        return 0
+    return int((values.isnan() if math.prod(checkpoint.tensors[piece.tensor].shape) == 1 else ~values.isfinite()).sum())
 
 
 def _model_name(name: str, plan: ModelPlan, transforms: list) -> tuple[str, str, Any, str]:

@@ -14,6 +14,7 @@ from qsvd.decompose.candidates import PASSES, CandidateErrors, measure_candidate
 from qsvd.decompose.objective import PLAIN
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import file_sha256
+from qsvd.files.check import check_finite
 from qsvd.files.source import Checkpoint, stream
 from qsvd.files.statistics import CostsFile, Statistics, statistics_for
 from qsvd.memory.device import device_of
@@ -90,6 +91,8 @@ def prepare_allocate(options: Allocate, checkpoint: Checkpoint | None = None) ->
     run = allocate_run(options, checkpoint, plan, statistics, device, options.out.expanduser())
     check_replaceable(run)
     check_measuring(run)
+    if not run.costs.exists():
+        check_finite(checkpoint, plan)
     return run
 
 

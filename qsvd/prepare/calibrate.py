@@ -24,8 +24,9 @@ from qsvd.data.images import open_processor, tokenize_images
 from qsvd.data.read import read_rows
 from qsvd.data.tokens import check_vocabulary, tokenize
 from qsvd.errors import BadInput
+from qsvd.files.check import check_finite
 from qsvd.files.source import Checkpoint
-from qsvd.files.statistics import open_statistics
+from qsvd.files.statistics import open_statistics, unfinished_path
 from qsvd.files.workspace import check_same
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.option_types import result_options
@@ -94,7 +95,8 @@ def prepare_calibrate(options: Calibrate) -> CalibrateRun:
     options = replace(options, max_length=length)
     examples, cut = _examples(options, checkpoint, plan)
     run = CalibrateRun(options, checkpoint, plan, examples, device, dtype_of(options.dtype, device), cut)
-    _ = run.is_complete  # refuses the file of another run
+    if not run.is_complete and not unfinished_path(run.out).exists():  # refuses the file of another run
+        check_finite(checkpoint, plan)
     return run
 
 

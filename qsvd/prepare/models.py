@@ -155,6 +155,13 @@ def load_model(
     model, info = _decoded(found, dtype, classifier=classifier) or _dense(found, dtype, classifier=classifier)
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise BadInput(f"{found.name} lacks {len(missing)} weights of a {type(model).__name__}: {listing(missing)}")
+    parameters = ((name, value) for name, value in model.named_parameters() if value.numel() > 1)
+    wrong = [name for name, value in parameters if not torch.isfinite(value.sum()) and not value.isfinite().all()]
+    if wrong:  # a sum is one cheap pass
+        raise BadInput(
+            f"{found.name}: {len(wrong)} tensors have values that are NaN or infinite: {listing(wrong)}; repair the "
+            "checkpoint"
+        )
     return model.to(device).eval()
 
 

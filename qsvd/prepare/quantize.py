@@ -241,21 +241,20 @@ class QuantizeRun:
         return allocate_run(self.options, self.checkpoint, self.plan, self.statistics, self.device, table)
 
 
-def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) -> QuantizeRun:
+def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *, is_shown: bool = False) -> QuantizeRun:
     """Open the 16-bit model, name its weights, and refuse what cannot be done.
 
     Args:
         checkpoint: An open one; None opens options.model.
+        is_shown: Whether the run is only shown. The values of the model are not read then, nor where a run goes on.
     """
     check(options, is_open=checkpoint is not None)
     is_uniform = options.budget is None and options.allocation is None  # else some weights may have components
     choice = Choice(NormalFloat4(double_quant=options.double_quant), options.rank if is_uniform else 1)
     _recipe(options, choice)  # refuses what cannot be looped
-    device = device_of(options.device)
+    device, allocation, table = device_of(options.device), None, None
     checkpoint, plan = open_16_bit(options, checkpoint)
-    allocation, table = None, None
     tables = tables_of(plan, options.head_bits, options.embedding_bits)
-    check_finite(checkpoint, plan)
     choice = replace(choice, codec=usual_codec(plan.weights, double_quant=options.double_quant, packed=bool(tables)))
     if options.allocation is not None:
         allocation, table = read_table(options.allocation, plan.weights, tables)
@@ -275,6 +274,8 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None) ->
     )
     # refuses a budget that cannot be met, or names that transformers cannot tell apart
     _ = run.measuring if allocation is None else run.skipped
+    if not (is_shown or options.dry_run or (run.out / UNFINISHED).exists() or (run.out / MANIFEST).exists()):
+        check_finite(checkpoint, plan)
     return run
 
 

@@ -54,7 +54,7 @@ def prepare_training(options: Train) -> TrainRun | FirstRun:
     source = plan_source(plan_of(options), here.dtype)
     run = run_of_16_bit(options, source, here, must_fit=True, old=recorded(options.out.expanduser()))
     is_added = not METHODS[run.method].needs_components  # the adapter has a rank of its own, and no components
-    quantizing = prepare_quantize(_quantize_options(options, 0 if is_added else source.rank))
+    quantizing = prepare_quantize(_quantize_options(options, 0 if is_added else source.rank), is_shown=options.preview)
     OutputFolder.check(quantizing.out, quantizing.identity, "give --quantized another folder")
     then = replace(
         run.options,
