@@ -1,6 +1,6 @@
 """`qsvd COMMAND`: from arguments to an options record, from the record to its command, from an error to an exit code.
 
-0 done, 1 runtime error, 2 bad input, 3 does not fit, 130 interrupted.
+0 done, 1 runtime error, 2 bad input, 3 does not fit, 4 a fault of qsvd itself, 130 interrupted.
 """
 
 import os
@@ -14,7 +14,8 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import qsvd
 from qsvd.arguments import checked, flags_of, meant
-from qsvd.errors import QsvdError, one_line
+from qsvd.console.fault import Signals, report_fault
+from qsvd.errors import Interrupted, QsvdError, first_line, one_line
 from qsvd.method_options import with_method
 from qsvd.option_file import from_names, take_config, yaml_mapping
 from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
@@ -69,25 +70,36 @@ def run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"qsvd {qsvd.__version__}")
         return 0
+    stop = Signals()
     try:
         options = parse(arguments)
         check(options)  # before the command, and torch with it, is imported
         command = import_module(f"qsvd.commands.{_name_of(options)}")
-        command.main(options)
-    except QsvdError as error:
-        return _fail(error, error.exit_code)
-    except BrokenPipeError:  # a reader such as `head` has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 1)
+        with stop:
+            command.main(options)
+            sys.stdout.flush()  # a full disk is found here, not when the interpreter ends
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except Exception as error:
-        error.add_note("This is a fault of qsvd: please report it with the lines above.")
-        raise
+    except Exception as error:  # noqa: BLE001  # whatever it is, it ends with a sentence
+        if stop.asked and not isinstance(error, Interrupted):  # in an import, one exception becomes another
+            return _fail("interrupted", 130)
+        return _ended(error, arguments)
     return 0
+
+
+def _ended(error: Exception, arguments: Sequence[str]) -> int:
+    """Say in one sentence why a command ended; return its exit code."""
+    if isinstance(error, QsvdError):
+        return _fail(error, error.exit_code)
+    if isinstance(error, BrokenPipeError):  # a reader such as `head` has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _fail(f"there is too little memory ({first_line(error)}); close other programs that use it", 3)
+    return _fail(report_fault(error, arguments), 4)
 
 
 def parse(arguments: list[str]) -> Any:

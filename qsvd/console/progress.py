@@ -131,6 +131,7 @@ class StopRequest:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         if self.made:
+            self.__exit__()  # the next one is for whoever waited before
             raise KeyboardInterrupt
         self.made = True
         say(f"stopping after this {self._unit}; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
