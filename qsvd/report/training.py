@@ -74,19 +74,16 @@ def training_tables(summary: RunSummary) -> Group:
     return Group(table, memory)
 
 
-def rows(summary: RunSummary) -> list[tuple[str, str]]:
-    """Return the rows of the first table, names and values."""
+def rows(summary: RunSummary, *, is_timed: bool = True) -> list[tuple[str, str]]:
+    """Return the rows of the first table, names and values; without times they are the same for the same run."""
     held_out = "held-out" if summary.held_out_examples is None else f"held-out ({summary.held_out_examples:,} examples)"
     found = [
         ("quantized model", summary.base),
         ("method", f"{summary.method}, {summary.optimizer}, learning rate {summary.learning_rate:g}"),
         ("trained parameters", f"{summary.trained_parameters:,}"),
         ("steps", f"{summary.steps:,}"),
-        (
-            "tokens",
-            f"{summary.tokens:,} in {summary.seconds:.0f} s, {summary.tokens / summary.seconds:,.0f} per second",
-        ),
-        *_first_step(summary),
+        ("tokens", f"{summary.tokens:,}{_speed(summary) if is_timed else ''}"),
+        *(_first_step(summary) if is_timed else []),
         ("training loss, first and last step (nats)", f"{summary.first_loss:.4f}, {summary.last_loss:.4f}"),
         (
             f"{held_out} loss, before and after (nats)",
@@ -100,6 +97,10 @@ def rows(summary: RunSummary) -> list[tuple[str, str]]:
         found.append(("adapter", f"of step {summary.best_step:,}, which has the lowest held-out loss"))
     accuracy = _pair(summary.accuracy_before, summary.accuracy_after, ".2%")
     return [*found, (f"{held_out} accuracy, before and after", accuracy)] if accuracy else found
+
+
+def _speed(summary: RunSummary) -> str:
+    return f" in {summary.seconds:.0f} s, {summary.tokens / summary.seconds:,.0f} per second"
 
 
 def _first_step(summary: RunSummary) -> list[tuple[str, str]]:
@@ -117,7 +118,7 @@ def run_readme(summary: RunSummary, run: str) -> str:
     Args:
         run: The folder, as the user wrote it.
     """
-    lines = "\n".join(f"| {name} | {markdown(value)} |" for name, value in rows(summary))
+    lines = "\n".join(f"| {name} | {markdown(value)} |" for name, value in rows(summary, is_timed=False))
     peft = "AutoPeftModelForSequenceClassification" if summary.classes else "AutoPeftModelForCausalLM"
     labels = f", num_labels={summary.classes}" if summary.classes else ""
     return (
@@ -148,6 +149,7 @@ def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], ti
         held_out: Steps after which the loss on held-out examples was measured, and this loss in nats.
         kind: "png" or "svg".
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -166,7 +168,9 @@ def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], ti
     axes.grid(alpha=0.3)
     (FigureCanvasAgg if kind == "png" else FigureCanvasSVG)(figure)
     picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=150)
+    same = {"Date": None} if kind == "svg" else {"Software": None}  # the same bytes for the same losses
+    with rc_context({"svg.hashsalt": "qsvd"}):
+        figure.savefig(picture, format=kind, dpi=150, metadata=same)
     return picture.getvalue()
 
 

@@ -69,10 +69,11 @@ class Step:
     held_out: float | None = None
 
 
-def finish(run: Path, step: int, *, keep: int, best: int | None) -> None:
-    """Sync RUN/unfinished/checkpoint-N to the disk, rename it, and remove all but the newest `keep` and step `best`.
+def finish(run: Path, step: int, *, keep: int, best: int | None, every: float = 1) -> None:
+    """Sync RUN/unfinished/checkpoint-N to the disk, rename it, and remove older ones.
 
-    Files that qsvd did not write stay where they are.
+    Left are this one, the newest `keep` whose steps divide by `every`, and that of step `best`: the same checkpoints,
+    whether the run was interrupted between them or not. Files that qsvd did not write stay where they are.
 
     Raises:
         OSError: RUN/checkpoint-N has such files.
@@ -85,11 +86,13 @@ def finish(run: Path, step: int, *, keep: int, best: int | None) -> None:
     if place.exists() and not clear(place, PART_NAMES):
         raise OSError(errno.ENOTEMPTY, "has files that qsvd did not write, where it has to save; move it", str(place))
     written.rename(place)
-    for old in checkpoints(run)[:-keep]:
-        if step_of(old) != best:
+    saved = checkpoints(run)
+    left = {step, best, *[step_of(one) for one in saved if step_of(one) % every == 0 or step_of(one) == step][-keep:]}
+    for old in saved:
+        if step_of(old) not in left:
             _remove(old, run / UNFINISHED)
-    for left in (run / UNFINISHED).glob("checkpoint-*"):  # by a kill
-        clear(left, PART_NAMES)
+    for killed in (run / UNFINISHED).glob("checkpoint-*"):
+        clear(killed, PART_NAMES)
     clear(run / UNFINISHED, NO_NAMES)
     sync_folder(run)
 

@@ -37,6 +37,7 @@ class TellSteps(TrainerCallback):
     ) -> None:
         """Report a step; transformers calls this between the end of a step and its checkpoint."""
         del args, kwargs
+        state.log_history.clear()  # it grows, and its times would make every checkpoint another one
         if logs is None or "grad_norm" not in logs:
             return  # the summary that transformers logs at the end of the run
         step = Step(

@@ -184,10 +184,10 @@ class SplitTraining(Trainer):
         with written_whole(self.run):
             super()._save_checkpoint(model, trial)  # into RUN/unfinished, see _get_output_dir
         if state := self.hooks.state():
-            folder = self.run / UNFINISHED / f"checkpoint-{self.state.global_step}"
-            write_stream(folder / HOOKS, new_tensors(state), {"format": "pt"})
+            file = self.run / UNFINISHED / f"checkpoint-{self.state.global_step}" / HOOKS
+            write_stream(file, new_tensors(state), {"format": "pt"})
         # Renamed when it is complete, so that a run that is killed here resumes from the checkpoint before it.
-        finish(self.run, self.state.global_step, keep=self.keep, best=self.best())
+        finish(self.run, self.state.global_step, keep=self.keep, best=self.best(), every=self.args.save_steps)
 
     def _get_output_dir(self, trial: Any) -> str:
         del trial

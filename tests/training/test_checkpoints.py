@@ -58,10 +58,21 @@ def test_finishing_moves_it_into_its_place_and_drops_the_oldest(tmp_path):
     assert sorted(names(tmp_path.iterdir())) == ["checkpoint-3", "checkpoint-4"]
 
 
+def test_one_of_an_interruption_goes_with_the_next_and_keeps_none_out(tmp_path):
+    for step in (2, 4, 5):  # 5: of Ctrl-C
+        write(tmp_path / f"checkpoint-{step}")
+    write(tmp_path / "unfinished" / "checkpoint-6")
+    finish(tmp_path, 6, keep=2, best=None, every=2)
+    assert names(checkpoints(tmp_path)) == ["checkpoint-4", "checkpoint-6"]
+    write(tmp_path / "unfinished" / "checkpoint-7")
+    finish(tmp_path, 7, keep=1, best=4, every=2)
+    assert names(checkpoints(tmp_path)) == ["checkpoint-4", "checkpoint-7"]
+
+
 def test_every_file_is_on_the_disk_before_the_checkpoint_is_in_its_place(tmp_path, monkeypatch):
     written, synced = tmp_path / "unfinished" / "checkpoint-4", set()
     write(written)
-    files = {path.stat().st_ino for path in written.iterdir()}
+    files = {path.stat().st_ino for path in (written, *written.iterdir())}
     monkeypatch.setattr("os.fsync", lambda number: written.exists() and synced.add(os.fstat(number).st_ino))
     finish(tmp_path, 4, keep=2, best=None)
     assert synced == files

@@ -1,0 +1,94 @@
+"""The same commands give the same bytes, in another folder and after an interruption; what differs is declared here."""
+
+import json
+import shutil
+
+import pytest
+
+from qsvd.cli import run
+from tests.commands.folders import files_of
+from tests.runs import interrupting, language_base, text_rows, training, words, write_rows
+
+pytestmark = pytest.mark.slow
+
+# What depends on the clock, on the memory of the process or on the place of OUT, by the name of the file.
+CLOCK = {"seconds", "first_step_seconds", "peak_bytes", "peak", "activations and all else", "libraries"}
+PLACE = {"base", "base_model_name_or_path"}  # an absolute path: a run and an adapter are opened from anywhere
+SINCE_RESUMED = {"moved_bytes"}
+DECLARED = {
+    "run/steps.jsonl": CLOCK,
+    "run/summary.json": CLOCK,
+    "run/qsvd_adapter.json": PLACE,
+    "run/checkpoint-2/qsvd_adapter.json": PLACE,
+    "run/checkpoint-4/qsvd_adapter.json": PLACE,
+    "run/adapter_config.json": PLACE,
+    "to-peft/adapter_config.json": PLACE,
+    "to-peft/qsvd_export.json": PLACE,
+}
+
+
+def kept(value, left_out):
+    """A value of JSON without these keys, at any depth."""
+    if isinstance(value, dict):
+        return {key: kept(item, left_out) for key, item in value.items() if key not in left_out}
+    return [kept(item, left_out) for item in value] if isinstance(value, list) else value
+
+
+def compared(folder, declared=DECLARED):
+    """Path -> content of every file, but for what is declared to differ."""
+    found = {}
+    for name, content in files_of(folder).items():
+        lines = content.decode().splitlines() if name.endswith(".jsonl") else [content]
+        found[name] = [kept(json.loads(line), declared[name]) for line in lines] if name in declared else content
+    return found
+
+
+def quantized(folder, monkeypatch):
+    """A folder with a 16-bit model and data, and OUT, made by relative paths."""
+    language_base(folder.parent / "made", rank=4)
+    folder.mkdir()
+    shutil.copytree(folder.parent / "made" / "source", folder / "model")
+    write_rows(folder / "d.jsonl", text_rows())
+    monkeypatch.chdir(folder)
+    assert run(["quantize", "model", "--out", "out", "--rank", "4", "--iterations", "1", "--device", "cpu"]) == 0
+
+
+def options(**changes):
+    chosen = {"save_every": 2, "eval_every": 2, "held_out": 0.3, "keep_best": True, "any_start": True}
+    return words(training("out", "d.jsonl", "run", **(chosen | changes)))
+
+
+def test_another_place_and_another_time_change_no_byte(tmp_path, monkeypatch):
+    for name in "ab":
+        quantized(tmp_path / name, monkeypatch)
+        assert run(options()) == 0
+        for form in ("peft", "merged", "lora"):
+            assert run(["export", "run", "--to", form, "--out", f"to-{form}"]) == 0
+        assert run(["calibrate", "model", "d.jsonl", "--out", "s", "--examples", "2", "--device", "cpu"]) == 0
+        assert (
+            run(["allocate", "model", "--budget", "3bits", "--ranks", "0", "4", "--out", "a.txt", "--device", "cpu"])
+            == 0
+        )
+        mixed = ["quantize", "model", "--out", "mixed", "--allocation", "a.txt", "--device", "cpu"]
+        assert run([*mixed, "--objective", "fisher", "--statistics", "s", "--iterations", "1"]) == 0
+    first, second = compared(tmp_path / "a"), compared(tmp_path / "b")
+    assert {"run/loss.svg", "run/loss.png", "run/README.md", "run/checkpoint-4/trainer_state.json"} <= first.keys()
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    differing = {name for name in DECLARED if compared(tmp_path / "a", {})[name] != compared(tmp_path / "b", {})[name]}
+    assert differing == DECLARED.keys(), "nothing is declared that is the same"
+
+
+def test_an_interruption_changes_no_byte_of_a_run(tmp_path, monkeypatch):
+    quantized(tmp_path / "a", monkeypatch)
+    assert run(options()) == 0
+    shutil.move("run", "straight")
+    with monkeypatch.context() as patched:
+        interrupting(patched, 1, 3)
+        assert run(options()) == 130
+        assert run(options()) == 130
+    assert run(options()) == 0
+    declared = {name.removeprefix("run/"): keys | SINCE_RESUMED for name, keys in DECLARED.items()}
+    straight, resumed = compared(tmp_path / "a" / "straight", declared), compared(tmp_path / "a" / "run", declared)
+    assert straight.keys() == resumed.keys()
+    assert [name for name in straight if straight[name] != resumed[name]] == []
