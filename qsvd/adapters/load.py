@@ -5,7 +5,7 @@ No dense weight is made. CPU memory holds one tensor at a time, and what is offl
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,21 +20,20 @@ from qsvd.adapters.model import SplitModel, keep_embeddings, restore
 from qsvd.adapters.page_cache import PagedResidual, open_pages
 from qsvd.adapters.start import check_method, gradients_of, new_record, read_weight, start_from
 from qsvd.adapters.tables import pack_table
-from qsvd.errors import BadInput, listing
+from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
-from qsvd.files.check import placed, resolve
+from qsvd.files.check import check_layers, placed, resolve
 from qsvd.files.layout import ADAPTER_TENSORS
 from qsvd.files.pages import keep_freed_memory
 from qsvd.files.safetensors import ReadAhead, map_tensor
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.statistics import Statistics
 from qsvd.files.workspace import ADAPTER_RECORD
-from qsvd.inputs.model_files import GENERATION, from_folder, read_config_json
+from qsvd.inputs.model_files import generation_config, read_config_json
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.items import EVERYTHING, Placement
-from qsvd.plan.rules import is_linear
 from qsvd.plan.targets import is_expert
-from qsvd.plan.weights import ModelPlan, build, describe
+from qsvd.plan.weights import BUILD_ERRORS, ModelPlan, build, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -223,7 +222,13 @@ def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     architecture = _class(config, place)
     kind = type(architecture.__name__, (SplitModel, architecture), {"__module__": architecture.__module__})
     with init_empty_weights(include_buffers=False):
-        model = kind(config)
+        try:
+            model = kind(config)
+        except (*BUILD_ERRORS, AssertionError) as error:
+            file = place.split.folder / "config.json"
+            raise BadInput(
+                f"transformers cannot build {architecture.__name__} from {file}: {first_line(error)}"
+            ) from error
     if model.can_generate():
         model.generation_config = generation_config(place.split.folder, config)
     return model.requires_grad_(False), resolve(_own_names(place.split), describe(model))
@@ -253,15 +258,6 @@ def _class(config: "PreTrainedConfig", place: _Place) -> Any:
     return getattr(transformers, place.split.manifest["source"]["architecture"])
 
 
-def generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
-    """Return transformers' GenerationConfig of a model's folder: its generation_config.json, else from its config."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        return from_folder(GenerationConfig, folder, GENERATION)
-    return GenerationConfig.from_model_config(config)
-
-
 def _own_names(split: SplitFolder) -> dict[str, tuple[int, ...]]:
     """Return the names of the tensors that the 16-bit model had, and their shapes."""
     parts = split.residual_names - split.weights.keys() - split.tables.keys()
@@ -274,7 +270,7 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
     if lost := [name for name in place.split.weights if name not in spelled]:
         raise BadInput(f"{plan.architecture} has no layers for {len(lost)} quantized weights: {listing(lost)}")
     split_modules = {spelled[name].removesuffix(".weight"): name for name in place.split.weights}
-    _check_linear(model, split_modules, place)
+    check_layers(model, split_modules, place.split.weights, place.split.folder)
     for path, count in Counter(path.rpartition(".")[0] for path in split_modules if is_expert(path)).items():
         open_stack(model, path, count)
     _pack_tables(model, spelled, place.split)
@@ -318,11 +314,6 @@ def _set(model: Any, name: str, tensor: Tensor) -> None:
         module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[last] = tensor
-
-
-def _check_linear(model: Any, paths: Iterable[str], place: _Place) -> None:
-    if odd := [path for path in paths if not is_expert(path) and not is_linear(model.get_submodule(path))]:
-        raise BadInput(f"{type(model).__name__} has no linear layer at {listing(odd)}: {place.split.folder} has it")
 
 
 def _split_linear(path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None) -> SplitLinear:

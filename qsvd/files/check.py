@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from qsvd.errors import BadInput, listing
 from qsvd.files.safetensors import READERS, Entry
 from qsvd.files.source import Checkpoint, PickleEntry
 from qsvd.plan.conversions import Conversion, rows_of
+from qsvd.plan.rules import is_linear
+from qsvd.plan.targets import is_expert
 from qsvd.plan.weights import ModelPlan, Source, WeightSpec
 
 if TYPE_CHECKING:
@@ -315,3 +318,20 @@ def _may_be_absent(name: str, plan: ModelPlan, present: Mapping[str, Entry]) -> 
         return True
     source = plan.tied.get(name, name)
     return any(other in present for other in (source, *(target for target, s in plan.tied.items() if s == source)))
+
+
+def check_layers(model: Any, names: Mapping[str, str], weights: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model whose config.json makes no linear layer, or one of another shape, where a weight was split.
+
+    Args:
+        names: Path of the layer -> name of its weight.
+        weights: The weights of the manifest, by name.
+        folder: Of the quantized model.
+    """
+    layers = {path: model.get_submodule(path) for path in names if not is_expert(path)}
+    if odd := [path for path, layer in layers.items() if not is_linear(layer)]:
+        raise BadInput(f"{type(model).__name__} has no linear layer at {listing(odd)}: {folder} has it")
+    shapes = {path: sorted(weights[names[path]]["shape"]) for path in layers}
+    if odd := [path for path, layer in layers.items() if sorted(layer.weight.shape) != shapes[path]]:
+        file = folder / "config.json"
+        raise BadInput(f"{file} makes {listing(odd)} of other shapes than the quantized weights; copy it again")

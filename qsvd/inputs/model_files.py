@@ -62,7 +62,10 @@ COUNTS = {
     "sizes": (re.compile(r"(size|dims?|width|channels|d_model|d_ff|d_kv|n_embd|n_inner|rank|groups|kernel)$"), 10**8),
     "lengths": (re.compile(r"(positions|position_embeddings|max_seq_len|n_ctx|window)$"), 10**10),
 }
-AT_LEAST_ONE = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "d_model", "n_embd", "n_head")
+AT_LEAST_ONE = (
+    *("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "d_model", "n_embd", "n_head"),
+    *("max_position_embeddings", "n_positions"),
+)
 MOST_DEPTH = 50  # of lists and objects in a config
 
 
@@ -77,6 +80,8 @@ def from_folder(reader: Any, folder: Path, part: Part, **options: Any) -> Any:
     Raises:
         BadInput: it refuses the files, for whatever reason; the sentence names the file that is damaged, if one is.
     """
+    if part is not CONFIG and (folder / "config.json").is_file():
+        check_config(folder / "config.json")  # transformers reads it for every part
     try:
         return reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except BaseException as error:
@@ -133,22 +138,43 @@ def read_config_json(path: Path) -> "PreTrainedConfig":
     Raises:
         BadInput: transformers refuses it, or a number in it is absurd; the sentence says why.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     file = path / "config.json" if path.is_dir() else path
-    if damaged := damaged_file(file, CONFIG):
-        raise BadInput(f"{damaged}; download it again")
-    check_numbers(file, json.loads(file.read_bytes()))
-    return from_folder(AutoConfig, path, CONFIG)
+    check_config(file)
+    config = from_folder(AutoConfig, path, CONFIG)
+    kind, wrong = type(config), ""
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        wrong = "its text_config is no config of a model"
+    elif config.is_encoder_decoder not in (False, getattr(kind, "is_encoder_decoder", True)):
+        wrong = f"is_encoder_decoder is {config.is_encoder_decoder}, and a {config.model_type} has no encoder"
+    if wrong:
+        raise BadInput(f"{file} is damaged: {wrong}; download it again")
+    return config
 
 
-def check_numbers(file: Path, table: dict[str, Any]) -> None:
-    """Refuse numbers of layers, sizes and so on that no model has, before anything counts to them.
+def generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
+    """Return transformers' GenerationConfig of a model's folder: its generation_config.json, else from its config."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return from_folder(GenerationConfig, folder, GENERATION)
+    return GenerationConfig.from_model_config(config)
+
+
+def check_config(file: Path) -> None:
+    """Refuse a config.json with numbers of layers, sizes and so on that no model has, before anything counts to them.
 
     Raises:
-        BadInput: the sentence names every one of them.
+        BadInput: the file is no JSON object, or has such numbers: the sentence names every one of them.
     """
+    if damaged := damaged_file(file, CONFIG):
+        raise BadInput(f"{damaged}; download it again")
+    table = json.loads(file.read_bytes())
     wrong = [f"{name} {value} {fault}" for name, value in _numbers(file, table, "") if (fault := _fault(name, value))]
+    classes = table.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        wrong.append(f"architectures {json.dumps(classes)} is no list of names of classes")
     if wrong:
         raise BadInput(f"{file} is damaged: {listing(wrong, separator='; ')}; download it again")
 

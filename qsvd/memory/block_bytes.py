@@ -96,7 +96,10 @@ def run_blocks(model: SplitModelPlan, batch: Batch, backward: Backward) -> tuple
 
 def _kind(model: SplitModelPlan, path: str) -> Any:
     """Return a key that is equal for blocks that need the same bytes."""
-    module = model.skeleton.model.get_submodule(path)
+    try:
+        module = model.skeleton.model.get_submodule(path)
+    except AttributeError as error:
+        raise BadInput(f"config.json makes no block {path}, which the quantized model has; copy it again") from error
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     mine = [spec for spec in model.names.weights if spec.module.startswith(f"{path}.")]
     adapters = tuple((spec.module.removeprefix(path), id(model.adapters[spec.name])) for spec in mine)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 UNSPLITTABLE = "3-D"  # several matrices in one tensor that are not a stack of experts
 POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # names in configs
-BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
+BUILD_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, OSError)
 ROLE_BY_NAME: dict[str, Role] = {  # the last part of a path in transformers -> what the layer does in its block
     **dict.fromkeys(("q_proj", "query", "query_proj", "q_lin", "q", "q_a_proj", "q_b_proj"), "q"),
     **dict.fromkeys(("k_proj", "key", "key_proj", "k_lin", "k"), "k"),
@@ -263,7 +263,7 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
             if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
                 auto = transformers.AutoModel
             return auto.from_config(config, trust_remote_code=False)
-    except BUILD_ERRORS as error:
+    except (*BUILD_ERRORS, AssertionError) as error:  # the last of torch, for a pad token outside the vocabulary
         raise BadInput(
             f"transformers {transformers.__version__} cannot build {named or 'a model'} from this config (model_type "
             f"{config.model_type!r}): {first_line(error)}; models that bring their own code are not supported"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qsvd.adapters.load import generation_config
 from qsvd.data import plain
 from qsvd.data.chat import ChatTemplate, Message, render
 from qsvd.data.encoder_decoder import end_tokens
@@ -21,6 +20,7 @@ from qsvd.data.media import open_each, open_images, open_sound
 from qsvd.errors import BadInput, listing
 from qsvd.files.source import read_config
 from qsvd.files.split_folder import open_split
+from qsvd.inputs.model_files import generation_config
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of
 from qsvd.memory.items import EVERYTHING

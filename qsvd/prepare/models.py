@@ -8,7 +8,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import dense_delta
-from qsvd.adapters.load import generation_config, load, names_of
+from qsvd.adapters.load import load, names_of
 from qsvd.adapters.methods.frozen import Frozen
 from qsvd.adapters.methods.table import METHODS, kind_of
 from qsvd.adapters.start import new_record, read_components, trained_adapter
@@ -23,7 +23,7 @@ from qsvd.files.safetensors import read_tensor
 from qsvd.files.source import Checkpoint, download, open_checkpoint, read_config
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import Kind, model_kind
-from qsvd.inputs.model_files import MODEL, from_folder
+from qsvd.inputs.model_files import MODEL, from_folder, generation_config
 from qsvd.inputs.paths import local_path
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.options import Allocate, Calibrate, Quantize

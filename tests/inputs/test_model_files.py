@@ -6,11 +6,10 @@ import time
 
 import pytest
 
-from qsvd.adapters.load import generation_config
 from qsvd.data.examples import open_tokenizer, stop_ids
 from qsvd.demo import __file__ as demo
 from qsvd.errors import BadInput
-from qsvd.inputs.model_files import read_config_json
+from qsvd.inputs.model_files import generation_config, read_config_json
 
 DAMAGES = {
     "empty": b"",
@@ -76,6 +75,9 @@ def test_ends_are_numbers(model):
         ({"intermediate_size": float("inf")}, "intermediate_size inf is above"),
         ({"num_labels": 10**9}, "num_labels 1000000000 is above"),
         ({"rope_scaling": json.loads("[" * 200 + "]" * 200)}, "rope_scaling is nested deeper than 50"),
+        ({"architectures": 3}, "architectures 3 is no list of names"),
+        ({"text_config": {}}, "its text_config is no config of a model"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True, and a llama has no encoder"),
         ({"hidden_size": 0, "vocab_size": 0}, "hidden_size 0 is below 1; vocab_size 0 is below 1"),
     ],
     ids=lambda value: str(value)[:40],
@@ -94,3 +96,11 @@ def test_an_infinite_bound_is_no_damage(model):
     file = model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"time_step_limit": [0.0, float("inf")]}))
     assert read_config_json(model).num_hidden_layers > 0
+
+
+def test_config_json_is_checked_before_transformers_reads_it_for_a_tokenizer(model):
+    """It makes a table of all classes, 10^9 here."""
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_labels": 10**9}))
+    with pytest.raises(BadInput, match="num_labels 1000000000 is above"):
+        open_tokenizer(model)
