@@ -32,6 +32,7 @@ from qsvd.options import (
     Report,
     Train,
     TrainingOptions,
+    Verify,
 )
 from qsvd.other_names import COMMANDS as OTHER_COMMANDS
 from qsvd.prepare.check_options import check
@@ -46,6 +47,7 @@ COMMANDS = {
     "eval": Eval,
     "export": Export,
     "report": Report,
+    "verify": Verify,
     "methods": Methods,
     "demo": Demo,
 }

@@ -26,6 +26,12 @@ class BadInput(QsvdError, ValueError):
     exit_code = 2
 
 
+class Damaged(BadInput):
+    """A file is not as qsvd wrote it, or was changed during a run."""
+
+    exit_code = 1
+
+
 class DoesNotFit(QsvdError):
     """There is too little disk space or memory for the work; known before it starts."""
 

@@ -1,11 +1,19 @@
 """Records without torch: norms, the error of one weight, how much of a model is split, how far a run is.
 
-This file imports no torch, so that `qsvd report` starts at once.
+`stored` makes a record of what a JSON file holds, and checks it. This file imports no torch, so that `qsvd report`
+starts at once.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from qsvd.errors import BadInput, listing
+
+MOST_FAULTS = 10  # in a sentence
+Kind = TypeVar("Kind")
 
 Role = Literal[
     "q", "k", "v", "o", "gate", "up", "down", "expert up", "expert down", "other", "embedding", "head"
@@ -135,3 +143,122 @@ ShowProgress = Callable[[Progress], None]
 def show_nothing(progress: Progress) -> None:
     """Show nothing: for callers from Python."""
     del progress
+
+
+def stored(kind: type[Kind], value: object, what: str) -> Kind:
+    """Return the `kind` that `asdict` and json turned into `value`.
+
+    Numbers are finite and at least 0, but for a field named "seed"; whole numbers may be floats where floats are due.
+
+    Args:
+        kind: A frozen dataclass whose fields are numbers, strings, booleans, tuples, mappings from strings, such
+            dataclasses, Literals of these, or None.
+        what: What the sentence of an error begins with.
+
+    Raises:
+        BadInput: value is not an object, lacks a field, has an unknown one, or a value of a wrong kind; the sentence
+            lists these.
+    """
+    if faults := list(_faults(kind, value, "")):
+        raise BadInput(f"{what}: {listing(faults, MOST_FAULTS, '; ')}")
+    return _made(kind, value)
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_measure(value: object) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and 0 <= value < math.inf)
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_whole(size) and size > 0 for size in value)
+
+
+CHECKS: dict[Any, tuple[Callable[[object], bool], str]] = {
+    Any: (lambda _: True, ""),
+    str: (lambda value: isinstance(value, str), "a string"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    NoneType: (lambda value: value is None, "null"),
+    int: (_is_whole, "a whole number of 0 or more"),
+    float: (_is_measure, "a finite number of 0 or more"),
+    tuple[int, int]: (_is_shape, "a list of two positive whole numbers"),
+}
+
+
+def _faults(kind: Any, value: Any, path: str) -> Iterator[str]:
+    """Yield a sentence for everything that keeps `value`, found at `path`, from being a `kind`."""
+    if kind in CHECKS:
+        check, words = CHECKS[kind]
+        if not check(value) and not (path.endswith("seed") and type(value) is int):
+            yield f"{path or 'the record'} is {value!r}, not {words}"
+    elif is_dataclass(kind):
+        yield from _of_fields(kind, value, path)
+    else:
+        yield from OF_ORIGINS[get_origin(kind)](get_args(kind), value, path)
+
+
+def _of_fields(kind: Any, value: Any, path: str) -> Iterator[str]:
+    if not isinstance(value, Mapping):
+        yield f"{path or 'the record'} is {value!r}, not an object"
+        return
+    hints, prefix = get_type_hints(kind), f"{path}." if path else ""
+    needed = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
+    yield from (f"{prefix}{name} is missing" for name in needed if name not in value)
+    yield from (f"{prefix}{name} is unknown" for name in value if name not in hints)
+    for name in (name for name in hints if name in value):
+        yield from _faults(hints[name], value[name], f"{prefix}{name}")
+
+
+def _of_union(kinds: Sequence[Any], value: Any, path: str) -> Iterator[str]:
+    """Yield the faults for the first kind, if value is of none of them."""
+    found = [list(_faults(kind, value, path)) for kind in kinds]
+    if [] not in found:
+        yield from found[0]
+
+
+def _of_choice(choices: Sequence[Any], value: Any, path: str) -> Iterator[str]:
+    if value not in choices:
+        yield f"{path} is {value!r}, not one of {', '.join(map(str, choices))}"
+
+
+def _of_items(kinds: Sequence[Any], value: Any, path: str) -> Iterator[str]:
+    if not isinstance(value, list | tuple):
+        yield f"{path} is {value!r}, not a list"
+        return
+    for number, item in enumerate(value):
+        yield from _faults(kinds[0], item, f"{path}[{number}]")
+
+
+def _of_mapping(kinds: Sequence[Any], value: Any, path: str) -> Iterator[str]:
+    if not isinstance(value, Mapping):
+        yield f"{path} is {value!r}, not an object"
+        return
+    for key, item in value.items():
+        yield from _faults(kinds[1], item, f"{path}.{key}")
+
+
+OF_ORIGINS: dict[Any, Callable[[Sequence[Any], Any, str], Iterator[str]]] = {
+    Union: _of_union,
+    UnionType: _of_union,
+    Literal: _of_choice,
+    tuple: _of_items,
+    Mapping: _of_mapping,
+}
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """Return a value without faults as a `kind`."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        make: Any = kind
+        return make(**{name: _made(hints[name], item) for name, item in value.items()})
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [one for one in get_args(kind) if not any(_faults(one, value, ""))]
+        return _made(kinds[0], value)
+    if get_origin(kind) is tuple:
+        return tuple(_made(get_args(kind)[0], item) for item in value)
+    if kind is float:
+        return float(value)  # some JSON writers turn 4.0 into 4
+    return value

@@ -117,7 +117,7 @@ def test_help_shows_the_options_of_the_command_with_their_defaults(command, func
 
 
 def test_every_command_has_a_function():
-    assert {*COMMANDS} - {*FUNCTIONS} <= {"generate", "report", "methods", "demo"}
+    assert {*COMMANDS} - {*FUNCTIONS} <= {"generate", "report", "verify", "methods", "demo"}
 
 
 REFUSED = {

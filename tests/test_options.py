@@ -202,6 +202,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
     },
     "methods": {"json": False},
     "report": {"folder": REQUIRED, "json": False, "worst": 10},
+    "verify": {"path": REQUIRED, "accept": False},
     "demo": {"out": Path("build/demo"), "ranks": (0, 16, 32, 64), "tokens": 20_000, "epochs": 2.0},
 }
 NOT_SHARED = (
@@ -274,6 +275,7 @@ READERS = {
     "export": ("export/hub", "prepare/models", "commands/export"),
     "methods": ("commands/methods",),
     "report": ("commands/report",),
+    "verify": ("commands/verify",),
     "demo": ("commands/demo",),
 }
 POSITIONAL = {
@@ -287,6 +289,7 @@ POSITIONAL = {
     "export": ("run",),
     "methods": (),
     "report": ("folder",),
+    "verify": ("path",),
     "demo": (),
 }
 COMPARED = {  # what version 0.1 wrote in the identity of a run, before values that are not options

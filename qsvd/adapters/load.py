@@ -24,13 +24,12 @@ from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.check import check_layers, placed, resolve
 from qsvd.files.layout import ADAPTER_TENSORS
-from qsvd.files.pages import keep_freed_memory
-from qsvd.files.safetensors import ReadAhead, map_tensor
+from qsvd.files.readers import ReadAhead
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.statistics import Statistics
 from qsvd.files.workspace import ADAPTER_RECORD
 from qsvd.inputs.model_files import generation_config, read_config_json
-from qsvd.memory.device import device_of, dtype_of
+from qsvd.memory.device import device_of, dtype_of, keep_freed_memory
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.plan.targets import is_expert
 from qsvd.plan.weights import BUILD_ERRORS, ModelPlan, build, describe
@@ -277,7 +276,7 @@ def _fill(model: Any, plan: ModelPlan, place: _Place, pages: Mapping[str, PagedR
     embedding = model.get_input_embeddings() if place.placement.embeddings_on_host else None
     names = sorted(spelled, key=lambda name: (place.split.tensors[name].file, place.split.tensors[name].start))
     on_gpu = place.device.type == "cuda"
-    with ReadAhead(place.split.entries_of(names, paged=pages, dense=on_gpu), pinned=on_gpu) as read:
+    with ReadAhead(place.split.entries_of(names, paged=pages), pinned=on_gpu) as read:
         place = replace(place, split=replace(place.split, read=read))
         for name in names:
             owner, _, last = spelled[name].rpartition(".")
@@ -325,8 +324,7 @@ def _split_linear(path: str, plan: ModelPlan, name: str, place: _Place, paged: P
 
 
 def _dense(place: _Place, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    entry = place.split.tensors[name]
-    tensor = map_tensor(entry) if place.device.type == "cpu" else place.split.read(entry)
+    tensor = place.split.read(place.split.tensors[name])
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsvd.files.pages import PageReader, trim_freed_memory
+from qsvd.files.readers import PageReader
+from qsvd.memory.device import trim_freed_memory
 from qsvd.memory.items import num_slots
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qsvd.adapters.page_buffers import DiskStore, HostStore, Slot, Store, make_slots
 from qsvd.errors import BadInput
-from qsvd.files.pages import PageReader, free_host_memory
+from qsvd.files.readers import PageReader
 from qsvd.files.split_folder import SplitFolder
+from qsvd.memory.device import free_host_memory
 from qsvd.memory.items import Placement, block_of, padded, page_bytes, resident_blocks
 from qsvd.numerics.codec import Codec, PackedBlocks, from_bytes
 

@@ -140,12 +140,12 @@ def read_weight(  # each is a choice of its own
 
     Args:
         gradients: As for `start_adapter`.
-        is_paged: Map the residual in its file and read it only if the method starts from its values.
+        is_paged: Read the residual only if the method starts from its values.
     """
     up_OR, down_RI = read_components(split, name)
     kind = _kind(split, record, name)
     if is_paged and not kind.starts_from_residual:
-        residual = split.residual(name, mapped=True)
+        residual = split.unread_residual(name)
     else:
         residual = split.residual(name).to(device)
     gradient = None

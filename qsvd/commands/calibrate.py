@@ -16,7 +16,6 @@ from qsvd.calibrate.sums import Sums, means
 from qsvd.calibrate.walk import AT, AT_BLOCKS, Probes, add_examples
 from qsvd.console.progress import quiet, say, watched
 from qsvd.errors import DoesNotFit
-from qsvd.files.pages import free_host_memory
 from qsvd.files.statistics import (
     lock_statistics,
     open_statistics,
@@ -25,6 +24,7 @@ from qsvd.files.statistics import (
     unfinished_path,
     write_statistics,
 )
+from qsvd.memory.device import free_host_memory
 from qsvd.options import Calibrate
 from qsvd.prepare.calibrate import CalibrateRun, prepare_calibrate
 from qsvd.records import Progress, ShowProgress, show_nothing
@@ -92,7 +92,7 @@ def measure(run: CalibrateRun, show: ShowProgress) -> None:
 
 
 def _measure(run: CalibrateRun, show: ShowProgress) -> None:
-    kept = open_unfinished(run.out, run.identity) or {}
+    kept = open_unfinished(run.out, run.identity, run.checkpoint.stamps) or {}
     at = {name: tensor for name, tensor in kept.items() if name.startswith(AT)}
     sums = Sums.empty(run.plan.weights, run.device, has_traces=run.options.traces > 0)
     sums.values |= {name: tensor.to(run.device) for name, tensor in kept.items() if name not in at}
@@ -116,7 +116,7 @@ def _measure(run: CalibrateRun, show: ShowProgress) -> None:
         for number, _ in enumerate(add_examples(model, examples, sums, probes, first=start), start=1):
             tell(start, start + len(examples) * number / turns)
         sums.check_finite()
-        save_unfinished(run.out, sums.values, run.identity)
+        save_unfinished(run.out, sums.values, run.identity, run.checkpoint.stamps)
         tell(start + len(examples), start + len(examples))
     _finish(run, sums)
 
@@ -148,7 +148,7 @@ def _add_all(  # each is a part of the run
     for number, reached in enumerate(walk, start=2 * done + 1):
         if reached:
             sums.check_finite()
-            save_unfinished(run.out, {**sums.values, **reached}, run.identity)
+            save_unfinished(run.out, {**sums.values, **reached}, run.identity, run.checkpoint.stamps)
         what = f"{50 * number / total:.0f} %, {int(reached.get(AT_BLOCKS, done))}/{total} blocks kept"
         loss = f"loss {sums.loss:.4f}" if sums.num_examples else ""
         show(Progress(number / 2, number / 2 - done, total, what, more=loss))

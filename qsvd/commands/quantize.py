@@ -8,10 +8,15 @@ from torch import Tensor
 
 from qsvd.commands.report import load_report, push_quantized, show_report
 from qsvd.console.progress import Stopwatch, explained_disk_errors, say, terminal, watched
+from qsvd.errors import BadInput, listing
 from qsvd.export.hub import open_repository
+from qsvd.files.atomic import changed_files, file_digest
 from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder, largest_stack
-from qsvd.files.source import Checkpoint, stream
-from qsvd.files.workspace import UNFINISHED
+from qsvd.files.readers import is_whole, stream
+from qsvd.files.safetensors import digest_of, read_header
+from qsvd.files.source import Checkpoint, place_of
+from qsvd.files.split_folder import open_split
+from qsvd.files.workspace import ANOTHER_FOLDER, UNFINISHED
 from qsvd.memory.other_tasks import waiting_bytes
 from qsvd.options import Quantize
 from qsvd.prepare.machine import check_room
@@ -97,7 +102,10 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> Stopwatch | None:
     check_resources(run)  # 1: before the folder is made
     with OutputFolder(run.out, run.identity) as folder:
         if folder.is_complete:
+            open_split(run.out)  # refuses a damaged one
             return None
+        check_source_files(run, folder)
+        drop_damaged(run, folder)
         if run.allocation is None:  # 2: a budget
             run = resolve_allocation(run, folder, show)
             check_resources(run)
@@ -142,6 +150,48 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress, ti
             writer.wait()
 
 
+def check_source_files(run: QuantizeRun, folder: OutputFolder) -> None:
+    """Compare the files of the 16-bit model with those that the run began with.
+
+    Files with other times are the same ones if the finished weights, and the tensors that were copied, are.
+
+    Raises:
+        BadInput: they are not; the sentence names files and tensors.
+    """
+    copied = {place_of(file): file_digest(file) for file in run.checkpoint.other_files}
+    known = folder.source_files
+    before = known.get("copied", copied)
+    changed = sorted(name for name in {*before, *copied} if before.get(name) != copied.get(name))
+    if changed_files(known.get("files"), run.checkpoint.stamps):
+        done = [number for number in range(len(run.weights)) if folder.is_done(number)]
+        changed += [run.weights[number].name for number in done if _is_changed(run, folder, number)]
+        for shard in run.shards:
+            if shard.copied and (run.out / shard.file).is_file():
+                written = read_header(run.out / shard.file).tensors
+                now = {name: digest_of(run.checkpoint.read(name)) for name in shard.copied}
+                changed += [name for name in now if now[name] != written[name].digest]
+    if changed:
+        raise BadInput(
+            f"{run.checkpoint.name} changed after {run.out} was begun: {listing(changed)} are different now; restore "
+            f"the files, or {ANOTHER_FOLDER}"
+        )
+    folder.keep_source_files(run.checkpoint.stamps, copied)
+
+
+def _is_changed(run: QuantizeRun, folder: OutputFolder, number: int) -> bool:
+    """Return whether a finished weight was made of other values than there are now."""
+    return folder.source_digest(number) not in ("", digest_of(run.checkpoint.read_weight(run.weights[number])))
+
+
+def drop_damaged(run: QuantizeRun, folder: OutputFolder) -> None:
+    """Remove finished shards that were damaged since, and split their weights again."""
+    for shard in run.shards:
+        path = run.out / shard.file
+        if path.is_file() and not is_whole(path):
+            folder.forget(shard.weights)
+            path.unlink()
+
+
 def split_stack(
     run: QuantizeRun, stack: Sequence[int], tensors: Iterator[list[Tensor]], writer: BackgroundWriter, times: Stopwatch
 ) -> list[WeightError]:
@@ -149,10 +199,11 @@ def split_stack(
     specs = [run.weights[number] for number in stack]
     with times.waiting("reading"):
         weights = next(tensors)
+    digests = [digest_of(weight) for weight in weights]
     splits, errors = run.split(specs, weights)
-    for number, spec, split, error in zip(stack, specs, splits, errors, strict=True):
+    for number, spec, split, error, source in zip(stack, specs, splits, errors, digests, strict=True):
         if not writer.folder.is_done(number):
             named, record = tensors_of(run, spec, split), to_record(error)
             with times.waiting("writing"):
-                writer.save(number, *named, record)
+                writer.save(number, *named, record, source)
     return errors

@@ -7,11 +7,12 @@ from pathlib import Path
 from qsvd.console.progress import say, terminal
 from qsvd.errors import BadInput
 from qsvd.files.atomic import read_object
-from qsvd.files.workspace import ERRORS, MANIFEST, check_quantized
+from qsvd.files.quantized.manifest import QUANTIZE_AGAIN, read_errors, read_manifest
+from qsvd.files.workspace import ERRORS, MANIFEST
 from qsvd.options import Report
-from qsvd.records import Coverage, LeftTensors, WeightError
+from qsvd.records import WeightError, stored
 from qsvd.report.card import header_of
-from qsvd.report.errors import from_record, to_json, to_terminal, totals_table
+from qsvd.report.errors import to_json, to_terminal, totals_table
 from qsvd.report.header import ReportHeader
 from qsvd.report.next_commands import after_quantize, last_lines
 from qsvd.report.readme import readme
@@ -38,23 +39,11 @@ def load_report(folder: Path) -> tuple[ReportHeader, list[WeightError]]:
     Raises:
         BadInput: the folder is not a complete quantized model, has random weights, or its files are damaged.
     """
-    check_quantized(folder)
-    try:
-        header = json.loads((folder / MANIFEST).read_text())["header"]
-        covered = header["coverage"]
-        groups = {key: tuple(LeftTensors(**tensors) for tensors in covered.get(key, ())) for key in ("left", "unknown")}
-        head = ReportHeader(**(header | {"coverage": Coverage(**(covered | groups))}))
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder / MANIFEST} is damaged: {error}") from error
+    manifest = read_manifest(folder)
+    head = stored(ReportHeader, manifest["header"], f"{folder / MANIFEST} is damaged")
     if head.iterations == 0:
         raise BadInput(f"{folder} was drawn at random: no weight was split, so there is no error to report")
-    errors = []
-    for number, line in enumerate((folder / ERRORS).read_text().splitlines(), start=1):
-        try:
-            errors.append(from_record(json.loads(line)))
-        except ValueError as error:
-            raise BadInput(f"{folder / ERRORS}, line {number}: {error}") from error
-    return head, errors
+    return head, read_errors(folder / ERRORS, manifest, QUANTIZE_AGAIN)
 
 
 def push_quantized(folder: Path, name: str) -> str:
@@ -62,7 +51,7 @@ def push_quantized(folder: Path, name: str) -> str:
     from qsvd.export.hub import named_base, upload  # with torch
 
     header, errors = load_report(folder)
-    manifest, config = (read_object(folder / file) for file in (MANIFEST, "config.json"))
+    manifest, config = read_manifest(folder), read_object(folder / "config.json")
     widths = {weight["module"]: weight["shape"][1] for weight in manifest["weights"].values()}
     architecture, table = manifest["source"]["architecture"], totals_table(header, errors)
     text = readme(header, name, architecture, config["quantization_config"], widths, table)

@@ -25,7 +25,7 @@ from qsvd.prepare.train import TrainRun, load_start
 from qsvd.records import ShowProgress, show_nothing
 from qsvd.report.next_commands import after_train, last_lines, train_command
 from qsvd.report.results import TrainResult
-from qsvd.report.training import RunSummary, training_tables
+from qsvd.report.training import training_tables
 from qsvd.training.liger import use_liger
 from qsvd.training.run_folder import START, RunFolder
 from qsvd.training.steps import TellSteps
@@ -59,12 +59,12 @@ def main(options: Train) -> None:
         summary = folder.summary
     if summary is None:
         raise Interrupted(f"interrupted; the last step is saved, the same command continues in {run.out}")
-    terminal().print(training_tables(RunSummary(**summary)))
+    terminal().print(training_tables(summary))
     say(f"\n{run.out}")
     found = after_train(run.options.base, options.out, options.valid, generates=not run.data.train.label_names)
     say(last_lines("a run", options.out, found), file=sys.stderr)
     if repository is not None:
-        say(push_run(run, RunSummary(**summary), repository))
+        say(push_run(run, summary, repository))
 
 
 def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
@@ -82,7 +82,7 @@ def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
             with quiet():
                 train_run(run, folder, show, lambda: False)
         assert folder.summary is not None, "nothing asks it to stop"
-        summary, losses = RunSummary(**folder.summary), tuple(step.loss for step in folder.steps())
+        summary, losses = folder.summary, tuple(step.loss for step in folder.steps())
     url = None if repository is None else push_run(run, summary, repository)
     return TrainResult(run.out, losses, summary, url=url)
 

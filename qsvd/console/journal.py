@@ -14,7 +14,7 @@ import torch
 from qsvd.adapters.model import moved_bytes, restore, trained
 from qsvd.console.progress import say
 from qsvd.data.encoder_decoder import sources_and_targets
-from qsvd.errors import BadInput, DoesNotFit, TrainingStopped, listing
+from qsvd.errors import BadInput, Damaged, DoesNotFit, TrainingStopped, listing
 from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.evaluate.written import written_loss
 from qsvd.export.hub import named_base, upload, uploaded_name
@@ -28,8 +28,9 @@ from qsvd.prepare.train import TrainRun
 from qsvd.records import Progress, ShowProgress
 from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.training import RunSummary, loss_plot, run_readme
+from qsvd.training.checkpoints import check_readable, checkpoints, step_of
 from qsvd.training.guards import memory_advice
-from qsvd.training.run_folder import SUMMARY, RunFolder, Step, check_readable, checkpoints, step_of
+from qsvd.training.run_folder import SUMMARY, RunFolder, Start, Step
 from qsvd.training.steps import best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 
 
@@ -44,8 +45,6 @@ class RunRecorder:
     def __init__(self, run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_asked: Callable[[], bool]):
         self._run, self._folder, self._show, self._is_stop_asked = run, folder, show, is_stop_asked
         self.checkpoint, self._before = resume_point(run.out, folder)
-        if self.checkpoint is not None:
-            check_readable(self.checkpoint)
         self._steps = folder.keep_steps(self._before.number if self._before else 0)
         self._started = self._opened = time.monotonic()
         self.first_step_seconds: float | None = None
@@ -98,10 +97,27 @@ def progress_of(step: Step, total: int, before: Step | None) -> Progress:
 
 
 def resume_point(run: Path, folder: RunFolder) -> tuple[Path | None, Step | None]:
-    """Return the newest whole checkpoint whose step was recorded, and that step; None and None without one."""
+    """Return the newest whole checkpoint whose step was recorded, and that step; None and None without one.
+
+    A damaged checkpoint is named, and the one before it is taken.
+
+    Raises:
+        Damaged: all checkpoints are damaged.
+    """
     steps = {step.number: step for step in folder.steps()}
-    found = [checkpoint for checkpoint in checkpoints(run) if step_of(checkpoint) in steps]
-    return (found[-1], steps[step_of(found[-1])]) if found else (None, None)
+    faults: list[str] = []
+    for checkpoint in reversed([one for one in checkpoints(run) if step_of(one) in steps]):
+        try:
+            check_readable(checkpoint, sealed=folder.is_sealed)
+        except Damaged as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            say(f"{fault}; the run goes on from {checkpoint.name}", file=sys.stderr)
+        return checkpoint, steps[step_of(checkpoint)]
+    if faults:
+        raise Damaged(f"{'; '.join(faults)}; no checkpoint before it is left: give --out another folder")
+    return None, None
 
 
 def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | None]:
@@ -179,7 +195,7 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         held_out_examples=len(run.data.held_out.input_ids) if run.data.held_out else None,
         classes=len(run.data.train.label_names),
         first_step_seconds=recorder.first_step_seconds,
-        **(folder.start or {}),
+        **asdict(folder.start or Start()),
         **_loss_after(run, model, steps[number - 1]),
     )
     measured = [(step.number, step.held_out) for step in steps if step.held_out is not None]

@@ -280,3 +280,9 @@ class _Fitter:
         scaled_SRI = self.objective.scaled_columns(down_SRI.float())
         more_SKI = svd.normal((svd.OVERSAMPLE, scaled_SRI.shape[-1]), self.generators, scaled_SRI.device)
         return torch.cat((scaled_SRI, more_SKI), dim=-2)
+
+
+def stack_on(device: torch.device, weights: Sequence[Tensor]) -> Tensor:
+    """Return weights as a stack [S, O, I] on a device; one weight that is there is not copied."""
+    moved = [weight_OI.to(device) for weight_OI in weights]
+    return torch.stack(moved) if len(moved) > 1 else moved[0][None]

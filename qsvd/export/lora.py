@@ -8,7 +8,7 @@ Shape suffixes: O = out features, I = in features, K, R, S = ranks of trained, s
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite, sqrt
 from pathlib import Path
@@ -32,11 +32,13 @@ from qsvd.export.trained import (
     take_inventory,
 )
 from qsvd.files.layout import ADAPTER_PREFIX
+from qsvd.files.quantized.manifest import read_errors
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint
 from qsvd.files.split_folder import SplitFolder
 from qsvd.files.workspace import ERRORS
 from qsvd.numerics.norms import frobenius
+from qsvd.records import stored
 
 SOURCE_FINGERPRINT = "qsvd_source_fingerprint"
 ROUNDOFF = torch.finfo(torch.float32).eps  # rounding both factors to float32 moves a product by eps |B| |A| at most
@@ -99,13 +101,8 @@ def recorded(split: SplitFolder) -> dict[str, tuple[float, float]]:
     """
     path = split.folder / ERRORS
     advice = "give the 16-bit model, to measure the error"
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist; {advice}")
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = {line["name"]: (float(line["after"]["frobenius"]), float(line["weight_frobenius"])) for line in lines}
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}); {advice}") from error
+    errors = read_errors(path, split.manifest, advice)
+    found = {error.name: (error.after.frobenius, error.weight_frobenius) for error in errors}
     missing = [weight["module"] for weight in split.weights.values() if weight["module"] not in found]
     if missing:
         raise BadInput(f"{path} lacks {len(missing)} weights ({listing(missing)}); {advice}")
@@ -194,7 +191,7 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
             config = adapter_settings(dict.fromkeys(written.values(), rank), kept, target.task, target.base)
             write_adapter_files(export.folder, new, config, {SOURCE_FINGERPRINT: _source(model)["fingerprint"]})
             export.finish(asdict(LoraExport(weights, rank, target.original is not None, kept, size_of(new))))
-        return _from_result(export.result())
+        return export.result(LoraExport)
 
 
 def _check_errors(weights: Sequence[LoraWeight]) -> None:
@@ -255,7 +252,7 @@ def _reduced(
             known = measured(model.dense(name, trained), weight_OI, up_OS, down_SI)
         record = json.dumps(asdict(LoraWeight(name, len(down_SI), *known)))
         write_stream(path, new_tensors({"B": up_OS, "A": down_SI}), {"record": record})
-    return LoraWeight(**json.loads(read_header(path).metadata["record"]))
+    return stored(LoraWeight, json.loads(read_header(path).metadata["record"]), f"{path} is damaged")
 
 
 def _experts(model: TrainedModel) -> set[str]:
@@ -316,8 +313,3 @@ def _factors(
 def _padded(path: Path, letter: str, shape: tuple[int, int]) -> Tensor:
     factor = read_tensor(read_header(path).tensors[letter])
     return pad(factor, (0, shape[1] - factor.shape[1], 0, shape[0] - factor.shape[0]))
-
-
-def _from_result(result: Mapping[str, Any]) -> LoraExport:
-    weights = tuple(LoraWeight(**weight) for weight in result["weights"])
-    return replace(LoraExport(**result), weights=weights, kept_modules=tuple(result["kept_modules"]))

@@ -25,6 +25,7 @@ from qsvd.export.trained import (
 )
 from qsvd.files.atomic import read_object, write_json
 from qsvd.files.quantize_folder import PYTORCH
+from qsvd.files.readers import is_whole
 from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, new_tensor, read_tensor, write_stream
 from qsvd.files.source import copy_files, open_checkpoint
 from qsvd.files.workspace import MANIFEST
@@ -202,9 +203,9 @@ def _shards(new: Sequence[NewTensor], most_bytes: int) -> dict[str, list[NewTens
 
 
 def _write_shards(folder: Path, shards: Mapping[str, Sequence[NewTensor]]) -> None:
-    """Write the files that are missing, and the index."""
+    """Write the files that are missing or damaged, and the index."""
     for file, tensors in shards.items():
-        if not (folder / file).is_file():
+        if not is_whole(folder / file):
             write_stream(folder / file, tensors, PYTORCH)
     if len(shards) > 1:
         weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}

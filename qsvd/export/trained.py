@@ -9,20 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, listing
-from qsvd.files.atomic import read_object, write_json
+from qsvd.files.atomic import read_record, write_record
 from qsvd.files.layout import ADAPTER_PREFIX, digest, fingerprint
+from qsvd.files.readers import check_contents, content_digest
 from qsvd.files.safetensors import TORCH_DTYPES, NewTensor, TensorEntry
 from qsvd.files.source import Checkpoint
 from qsvd.files.split_folder import SplitFolder
-from qsvd.files.workspace import IDENTITY, LOCK, UNFINISHED, Workspace
+from qsvd.files.workspace import ANOTHER_FOLDER, IDENTITY, LOCK, UNFINISHED, Workspace
 from qsvd.plan.weights import Source
+from qsvd.records import stored
 
+Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -201,8 +204,8 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return values
 
 
-FORMAT = 1
-HEADER_BYTES = 250  # of the JSON of one tensor in a header and an index, at most
+FORMAT = 2
+HEADER_BYTES = 300  # of the JSON of one tensor in a header and an index, at most
 OTHER_BYTES = 10**6  # of configs and records, at most
 
 
@@ -211,10 +214,14 @@ class ExportFolder(Workspace):
 
     record = "qsvd_export.json"
     command = "qsvd export"
+    sealed_since = FORMAT
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], num_bytes: int = 0):
         self._is_made = not folder.exists()
         super().__init__(folder, identity, num_bytes)
+        if self.is_complete:
+            files = read_record(folder / self.record, since=self.sealed_since).get("files", {})
+            check_contents(folder, files, f"that qsvd export wrote; remove {folder} to write it again, or")
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None and self._lock.is_held:
@@ -227,13 +234,19 @@ class ExportFolder(Workspace):
         super().__exit__()
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write the record, then remove what only a resumed run needs."""
-        write_json(self.folder / self.record, {"format": FORMAT, "run": self.identity, "result": result})
+        """Write the record, with the digests of all other files, then remove what only a resumed run needs."""
+        paths = [path for path in self.folder.rglob("*") if path.is_file() and self.unfinished not in path.parents]
+        files = {str(path.relative_to(self.folder)): content_digest(path) for path in sorted(paths)}
+        write_record(
+            self.folder / self.record, {"format": FORMAT, "run": self.identity, "result": result, "files": files}
+        )
         self.close()
 
-    def result(self) -> dict[str, Any]:
-        """Return what was given to `finish`."""
-        return read_object(self.folder / self.record)["result"]
+    def result(self, kind: type[Result]) -> Result:
+        """Return what was given to `finish`, of a record of this kind."""
+        path = self.folder / self.record
+        found = read_record(path, since=self.sealed_since).get("result")
+        return stored(kind, found, f"{path} is damaged ({ANOTHER_FOLDER})")
 
 
 def size_of(new: Sequence[NewTensor]) -> int:

@@ -4,7 +4,6 @@ The parameters have the names of their places in the model, "model.layers.0.self
 in the quantized model with the fingerprint of the record; the adapter is refused for another one.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,13 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from qsvd.errors import BadInput
-from qsvd.files.atomic import write_text
+from qsvd.errors import BadInput, Damaged
+from qsvd.files.atomic import COPY_AGAIN, read_record, write_record, write_text
+from qsvd.files.readers import check_contents, content_digest
 from qsvd.files.safetensors import TensorEntry, new_tensors, read_header, write_stream
-from qsvd.files.workspace import ADAPTER_RECORD, CHAT_TEMPLATE
+from qsvd.files.workspace import ADAPTER_RECORD, ADAPTER_SEALED, CHAT_TEMPLATE
+from qsvd.records import stored
 
-FORMAT = 3
-FORMATS = (1, 2, 3)  # of qsvd_adapter.json; format 1 has no target_modules, dropout and rslora, format 2 no own
+FORMAT = 4
+FORMATS = (1, 2, 3, 4)  # of qsvd_adapter.json; 1 has no target_modules, dropout and rslora, 2 no own, 3 no digests
 FIRST_ALPHA = 16.0  # of lora in format 1, if it was not given
 PARAMETERS = "qsvd_adapter.safetensors"
 FINGERPRINT = "qsvd_base_fingerprint"
@@ -41,6 +42,7 @@ class AdapterRecord:
         target_modules: Names or globs of the layers that are trained; empty is all.
         dropout, rslora: Of methods with LoRA's two factors.
         own: Options of the method's own, by name, that differ from their defaults.
+        files: Digests of the files that were written with the record, by name.
     """
 
     base: str
@@ -56,6 +58,7 @@ class AdapterRecord:
     dropout: float = 0.0
     rslora: bool = False
     own: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    files: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
     format: int = FORMAT
 
 
@@ -77,7 +80,9 @@ def write_adapter(
     if chat_template is not None:
         write_text(folder / CHAT_TEMPLATE, chat_template)
     write_stream(folder / PARAMETERS, new_tensors(parameters), {"format": "pt", FINGERPRINT: record.fingerprint})
-    write_text(folder / ADAPTER_RECORD, json.dumps(asdict(record), indent=2) + "\n")
+    names = [PARAMETERS] if chat_template is None else [PARAMETERS, CHAT_TEMPLATE]
+    files = {name: content_digest(folder / name) for name in names}
+    write_record(folder / ADAPTER_RECORD, asdict(record) | {"files": files})
 
 
 def open_adapter(folder: Path) -> AdapterFolder:
@@ -86,25 +91,10 @@ def open_adapter(folder: Path) -> AdapterFolder:
     Raises:
         BadInput: the folder holds no adapter, or its files are damaged or do not belong together.
     """
-    path = folder / ADAPTER_RECORD
-    if not path.is_file():
-        raise BadInput(
-            f"{folder} holds no trained adapter (no {ADAPTER_RECORD}); give the folder of a run of qsvd train"
-        )
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["format"] not in FORMATS:  # checked first: another format may have other fields
-            raise BadInput(
-                f"{path} has format {fields['format']}; this version of qsvd reads formats 1 to {FORMAT}: install a "
-                "newer one"
-            )
-        record = _record(fields)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged: {error}") from error
-    if record.dtype not in ("float32", "bfloat16"):
-        raise BadInput(f"{path} is damaged: dtype {record.dtype!r} is neither float32 nor bfloat16")
+    record = read_adapter_record(folder)
     if not (folder / PARAMETERS).is_file():
-        raise BadInput(f"{folder} is incomplete: {PARAMETERS} is missing")
+        raise Damaged(f"{folder} lacks {PARAMETERS}; {COPY_AGAIN}")
+    check_contents(folder, record.files, f"that was written with its {ADAPTER_RECORD}")
     header = read_header(folder / PARAMETERS)
     if header.metadata.get(FINGERPRINT) != record.fingerprint:
         raise BadInput(f"{folder / PARAMETERS} belongs to another run than {ADAPTER_RECORD}: their fingerprints differ")
@@ -113,11 +103,27 @@ def open_adapter(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, record, header.tensors, own)
 
 
-def _record(fields: Mapping[str, Any]) -> AdapterRecord:
-    """Return the record of these fields, in the newest format. KeyError and TypeError: they are not those of one."""
-    lists = {name: tuple(fields[name]) for name in ("labels", "full")}
-    lists["target_modules"] = tuple(fields.get("target_modules", ()))
-    record = AdapterRecord(**{**fields, **lists, "format": FORMAT})
+def read_adapter_record(folder: Path) -> AdapterRecord:
+    """Return the record of an adapter; raise what `open_adapter` raises for it."""
+    path = folder / ADAPTER_RECORD
+    if not path.is_file():
+        raise BadInput(
+            f"{folder} holds no trained adapter (no {ADAPTER_RECORD}); give the folder of a run of qsvd train"
+        )
+    fields = read_record(path, since=ADAPTER_SEALED)
+    if fields.get("format") not in FORMATS:  # checked first: another format may have other fields
+        raise BadInput(
+            f"{path} has format {fields.get('format')}; this version of qsvd reads formats 1 to {FORMAT}: install a "
+            "newer one"
+        )
+    return _record(path, fields)
+
+
+def _record(path: Path, fields: Mapping[str, Any]) -> AdapterRecord:
+    """Return the record of these fields, in the newest format; a BadInput where they are not those of one."""
+    record = replace(stored(AdapterRecord, fields, f"{path} is damaged"), format=FORMAT)
+    if record.dtype not in ("float32", "bfloat16"):
+        raise BadInput(f"{path} is damaged: dtype {record.dtype!r} is neither float32 nor bfloat16")
     if fields["format"] == 1 and record.method == "lora" and record.alpha is None:
         return replace(record, alpha=FIRST_ALPHA)
     return record

@@ -1,7 +1,8 @@
 """Files that are complete or do not exist: written under another name, synced to the disk, then renamed.
 
-Also the small text and JSON files themselves, lock files, and the removal of what qsvd wrote.
-Nothing here imports torch.
+Also the small text and JSON files themselves, lock files, and the removal of what qsvd wrote. A record is a JSON object
+of ours that is read back: its last field is the digest (XXH3, 128 bits) of its text with zeros in the place of the
+digest. Nothing here imports torch.
 """
 
 import errno
@@ -11,14 +12,20 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qsvd.errors import BadInput, listing
+from xxhash import xxh3_128 as new_digest
+
+from qsvd.errors import BadInput, Damaged, listing
 
 LOCK_MARK = b"of qsvd\n"  # the content of a lock file, by which it is known as ours
+COPY_AGAIN = "copy it again"  # or the folder that it is in
+Stamp = tuple[int, int]  # size of a file, and the time of its last change in ns
+SEAL = "qsvd_digest"  # the last field of a record
+NO_DIGEST = "0" * 32
 
 
 @contextmanager
@@ -83,11 +90,63 @@ def read_object(path: Path, advice: str = "download or write it again") -> dict[
     """
     try:
         table = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error}); {advice}") from error
     if not isinstance(table, dict):
         raise BadInput(f"{path} is a JSON {type(table).__name__}, not an object; {advice}")
     return table
+
+
+def record_text(value: Mapping[str, Any], *, indent: int | None = 2) -> str:
+    """Return an object as JSON with its digest and a final newline; without `indent` it is one line."""
+    text = json.dumps({**value, SEAL: NO_DIGEST}, indent=indent, ensure_ascii=False) + "\n"
+    start, _, end = text.rpartition(NO_DIGEST)
+    return f"{start}{new_digest(text.encode()).hexdigest()}{end}"
+
+
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a record."""
+    write_text(path, record_text(value))
+
+
+def read_record(path: Path, advice: str = COPY_AGAIN, *, since: int = 0) -> dict[str, Any]:
+    """Read a record.
+
+    Args:
+        advice: As for `read_object`.
+        since: The first `format` of such a file that has a digest; 0 if all have one.
+
+    Raises:
+        BadInput: the file is not a JSON object.
+        Damaged: it differs from its digest, or has lost it.
+    """
+    value = read_object(path, advice)
+    version = value.get("format", 0)
+    is_sealed = since == 0 or (type(version) is int and version >= since)
+    return unsealed(value, path.read_bytes(), str(path), advice, sealed=is_sealed)
+
+
+def unsealed(value: dict[str, Any], text: bytes, where: str, advice: str, *, sealed: bool) -> dict[str, Any]:
+    """Return an object without its digest; raise what `read_record` raises.
+
+    Args:
+        text: That it was read from.
+        where: The file, or the line in it, for the sentence.
+        sealed: Whether it must have a digest; older versions wrote none.
+    """
+    digest = value.pop(SEAL, None)
+    if digest is None and not sealed:
+        return value
+    start, _, end = text.rpartition(str(digest).encode())
+    if digest is None or digest != new_digest(start + NO_DIGEST.encode() + end).hexdigest():
+        raise Damaged(f"{where} is damaged: its digest differs; {advice}")
+    return value
+
+
+def file_digest(path: Path) -> str:
+    """Return the digest of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: new_digest()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -202,3 +261,40 @@ def clear(folder: Path, names: str, keep: str = "") -> bool:
         shown = listing([str(path) for path in others])
         logging.getLogger("qsvd").warning("%s: not written by qsvd, and left there", shown)
     return not others
+
+
+def stamp_of(found: os.stat_result) -> Stamp:
+    """Return the size of a file and the time of its last change, ns."""
+    return found.st_size, found.st_mtime_ns
+
+
+def check_stamp(path: Path, found: os.stat_result, before: Stamp) -> None:
+    """Refuse a file that was changed since it had a stamp, by Damaged."""
+    if stamp_of(found) != before:
+        raise Damaged(f"{path} was changed after this command opened it; give the command again")
+
+
+def check_source(path: Path, found: object, now: Mapping[str, Stamp], otherwise: str) -> None:
+    """Refuse to continue what was made of files of a 16-bit model that have changed since then.
+
+    Args:
+        path: What was made, for the sentence.
+        found: The stamps of the files at that time; None if an older version kept none.
+        now: Those of now, by the names of the files.
+        otherwise: What to do if the model as it is now is wanted.
+
+    Raises:
+        BadInput: the sentence names the files.
+    """
+    if changed := changed_files(found, now):
+        raise BadInput(
+            f"{listing(changed)} of the 16-bit model changed after {path} was begun; restore them with their times, or "
+            f"{otherwise}"
+        )
+
+
+def changed_files(found: object, now: Mapping[str, Stamp]) -> list[str]:
+    """Return the files of a 16-bit model whose stamps differ from the ones that were kept."""
+    if not isinstance(found, dict):
+        return []
+    return sorted(name for name in {*found, *now} if found.get(name) != list(now.get(name, ())))

@@ -90,10 +90,14 @@ def stored_residual(name: str, tensors: Mapping[str, Part], state: bytes) -> Sto
     """
     if any(key not in tensors for key in (name, f"{name}.absmax", f"{name}.{QUANT_STATE}")):
         raise BadInput(f"{name} is not an NF4 weight: it needs {name}, .absmax and .{QUANT_STATE}")
-    known = json.loads(state)
-    rows, columns = known["shape"]
     nested = f"{name}.nested_absmax" in tensors
-    codec = NormalFloat4(double_quant=nested, block_size=known["blocksize"])
+    try:
+        known = json.loads(state)
+        (rows, columns), block_size = known["shape"], known["blocksize"]
+        nested_block, offset = (known["nested_blocksize"], float(known["nested_offset"])) if nested else (None, 0.0)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"the {QUANT_STATE} of {name} is damaged: {error!r}") from error
+    codec = NormalFloat4(double_quant=nested, block_size=block_size)
     parts: dict[str, Part | bytes] = {"codes": tensors[name], "absmax": tensors[f"{name}.absmax"]}
     if not nested:
         return StoredResidual(parts, (rows, columns), codec, None)
@@ -101,10 +105,10 @@ def stored_residual(name: str, tensors: Mapping[str, Part], state: bytes) -> Sto
         "codes": tensors[name],
         "absmax_codes": tensors[f"{name}.absmax"],
         "absmax": tensors[f"{name}.nested_absmax"],
-        "offset": torch.tensor(known["nested_offset"], dtype=torch.float32).numpy().tobytes(),
+        "offset": torch.tensor(offset, dtype=torch.float32).numpy().tobytes(),
         "levels": tensors[f"{name}.nested_quant_map"],
     }
-    return StoredResidual(parts, (rows, columns), codec, known["nested_blocksize"])
+    return StoredResidual(parts, (rows, columns), codec, nested_block)
 
 
 def adapter_tensors(module: str, split: Split) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ finished, the shard is written from their residual files, which are then removed
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ import torch
 from torch import Tensor
 
 from qsvd.decompose.alternate import STACK
+from qsvd.errors import BadInput, Damaged
+from qsvd.files.atomic import Stamp, read_record, write_record
 from qsvd.files.layout import digest
+from qsvd.files.quantized.manifest import DIGESTS_SINCE
 from qsvd.files.safetensors import NewTensor, TensorEntry, new_tensors, read_header, write_stream
 from qsvd.files.source import Checkpoint
 from qsvd.files.workspace import MANIFEST, Workspace
@@ -29,8 +33,9 @@ from qsvd.plan.allocation import Allocation, residual_bytes
 from qsvd.plan.weights import WeightSpec
 
 PYTORCH = {"format": "pt"}
-HEADER_BYTES = 150  # of the JSON of one tensor in a header, at most
+HEADER_BYTES = 250  # of the JSON of one tensor in a header, with its digest, at most
 TENSORS_PER_WEIGHT = 6
+SOURCE = "source.json"  # in unfinished/: size and time of the files of the 16-bit model
 
 
 @dataclass(frozen=True)
@@ -160,41 +165,111 @@ class OutputFolder(Workspace):
 
     record = MANIFEST
     command = "qsvd quantize"
-    parts = r"allocation\.txt(\.costs\.jsonl(\.lock)?)?"
+    parts = r"source\.json|allocation\.txt(\.costs\.jsonl(\.lock)?)?"
+    sealed_since = DIGESTS_SINCE
 
     def is_done(self, index: int) -> bool:
         """Return whether weight number `index` is finished."""
         return self._factors(index).is_file()
 
-    def save(self, index: int, residual: Mapping[str, Tensor], factors: Mapping[str, Tensor], record: object) -> None:
-        """Write a finished weight; `record` is JSON-able and is returned by `weight_record`."""
-        write_stream(self._residual(index), new_tensors(residual), PYTORCH)
-        self.save_factors(index, factors, record, digest(residual))
+    def save(
+        self,
+        index: int,
+        residual: Mapping[str, Tensor],
+        factors: Mapping[str, Tensor],
+        record: object,
+        source_digest: str,
+    ) -> None:
+        """Write a finished weight.
 
-    def save_factors(self, index: int, factors: Mapping[str, Tensor], record: object, residual_sha256: str) -> None:
+        Args:
+            record: JSON-able; is returned by `weight_record`.
+            source_digest: Of the weight as it was read; is returned by `source_digest`.
+        """
+        write_stream(self._residual(index), new_tensors(residual), PYTORCH)
+        self.save_factors(index, factors, record, digest(residual), source_digest)
+
+    def save_factors(
+        self, index: int, factors: Mapping[str, Tensor], record: object, residual_sha256: str, source_digest: str = ""
+    ) -> None:
         """Write a weight as `save` does, but without its residual, which the caller writes to the shard."""
         metadata = PYTORCH | {"record": json.dumps(record), "residual_sha256": residual_sha256}
+        metadata["source_digest"] = source_digest
         write_stream(self._factors(index), new_tensors(factors), metadata)
 
     def weight_record(self, index: int) -> Any:
-        """Return the record that `save` was given."""
-        return json.loads(read_header(self._factors(index)).metadata["record"])
+        """Return the record that `save` was given; raise what `write_shard` raises."""
+        with self._again(index):
+            return json.loads(read_header(self._factors(index)).metadata["record"])
 
     def residual_sha256(self, index: int) -> str:
-        """Return the digest of the residual tensors of a weight."""
-        return read_header(self._factors(index)).metadata["residual_sha256"]
+        """Return the digest of the residual tensors of a weight; raise what `write_shard` raises."""
+        with self._again(index):
+            return read_header(self._factors(index)).metadata["residual_sha256"]
+
+    def source_digest(self, index: int) -> str:
+        """Return the digest of a weight as it was read; "" if an older version or nobody read it."""
+        with self._again(index):
+            return read_header(self._factors(index)).metadata.get("source_digest", "")
+
+    @property
+    def source_files(self) -> dict[str, Any]:
+        """What `keep_source_files` got; empty if it was not called."""
+        path = self.unfinished / SOURCE
+        return read_record(path) if path.is_file() else {}
+
+    def keep_source_files(self, stamps: Mapping[str, Stamp], copied: Mapping[str, str]) -> None:
+        """Keep what is known of the files of the 16-bit model for a run that continues.
+
+        Args:
+            stamps: Of the files with weights.
+            copied: Digests of the files that are copied at the end, by name.
+        """
+        write_record(self.unfinished / SOURCE, {"files": dict(stamps), "copied": dict(copied)})
 
     def write_shard(self, file: str, indices: Sequence[int], copied: Sequence[NewTensor]) -> None:
-        """Write finished residuals and tensors of the 16-bit model to a shard, then remove the residual files."""
-        parts = [part for index in indices for part in new_tensors(read_header(self._residual(index)).tensors)]
-        write_stream(self.folder / file, [*parts, *copied], PYTORCH)
+        """Write finished residuals and tensors of the 16-bit model to a shard, then remove the residual files.
+
+        Raises:
+            Damaged: an unfinished file differs from its digest. It is removed, so that its weight is split again.
+        """
+        parts = self._parts(indices, self._residual)
+        with self._again(*indices):
+            write_stream(self.folder / file, [*parts, *copied], PYTORCH)
         for index in indices:
             self._residual(index).unlink()
 
     def write_adapter(self, file: str, indices: Sequence[int], metadata: Mapping[str, str]) -> None:
-        """Write the components of all weights to one file."""
-        parts = [part for index in indices for part in new_tensors(read_header(self._factors(index)).tensors)]
-        write_stream(self.folder / file, parts, PYTORCH | dict(metadata))
+        """Write the components of all weights to one file; raise what `write_shard` raises."""
+        parts = self._parts(indices, self._factors)
+        with self._again(*indices):
+            write_stream(self.folder / file, parts, PYTORCH | dict(metadata))
+
+    def forget(self, indices: Iterable[int]) -> None:
+        """Remove what is kept of weights, so that they are split again."""
+        for index in indices:
+            self._factors(index).unlink(missing_ok=True)
+            self._residual(index).unlink(missing_ok=True)
+
+    def _parts(self, indices: Sequence[int], place: Callable[[int], Path]) -> list[NewTensor]:
+        parts = []
+        for index in indices:
+            with self._again(index):
+                parts += new_tensors(read_header(place(index)).tensors)
+        return parts
+
+    @contextmanager
+    def _again(self, *indices: int) -> Iterator[None]:
+        """Remove a damaged file of a weight, and say that the weight is split again."""
+        try:
+            yield
+        except BadInput as error:
+            for index in indices:
+                if any(f"{path} " in str(error) for path in (self._factors(index), self._residual(index))):
+                    self.forget([index])
+                    again = "it is removed, and the same command splits this weight again"
+                    raise Damaged(f"{str(error).partition(';')[0]}; {again}") from error
+            raise
 
     def _residual(self, index: int) -> Path:
         return self.unfinished / f"{index:05d}.residual"
@@ -234,7 +309,14 @@ class BackgroundWriter:
         self._joins = deque(join for join in self._joins if not join.cancelled())
         self.wait()
 
-    def save(self, index: int, residual: Mapping[str, Tensor], factors: Mapping[str, Tensor], record: object) -> None:
+    def save(
+        self,
+        index: int,
+        residual: Mapping[str, Tensor],
+        factors: Mapping[str, Tensor],
+        record: object,
+        source_digest: str,
+    ) -> None:
         """Save a weight as OutputFolder.save does, later; return when no more than `most_bytes` wait."""
         num_bytes = sum(tensor.nbytes for tensor in (*residual.values(), *factors.values()))
         while self._joins and self._joins[0].done():
@@ -243,7 +325,7 @@ class BackgroundWriter:
             self._saves[0][0].done() or num_bytes + sum(waiting for _, waiting in self._saves) > self._most_bytes
         ):
             self._saves.popleft()[0].result()
-        arguments = (index, residual, factors, record)
+        arguments = (index, residual, factors, record, source_digest)
         self._last = self._saver.submit(_after, self._last, self.folder.save, *arguments)
         self._saves.append((self._last, num_bytes))
 

@@ -6,23 +6,26 @@ tensor is read into its own buffer and written alone, so that the resident memor
     8 bytes   length N of the header, little endian
     N bytes   JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__" -> {str: str}
     the rest  the tensors' bytes, row-major, little endian, without holes
+
+A file that is written here has digests (XXH3, 128 bits) in its metadata: of the header, then of every tensor in the
+order of their bytes. They are compared whenever the header or a whole tensor is read. They show damage; somebody who
+changes a file on purpose can change them too.
 """
 
 import json
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-import numpy
 import torch
+from xxhash import xxh3_128 as new_digest
 
-from qsvd.errors import BadInput, listing
-from qsvd.files.atomic import whole_file
+from qsvd.errors import BadInput, Damaged, listing
+from qsvd.files.atomic import COPY_AGAIN, Stamp, check_stamp, stamp_of, whole_file
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -47,10 +50,12 @@ TORCH_DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 READERS = 4  # threads; a disk is fastest with several requests at a time
-AHEAD = 2**29  # bytes of tensors that are read and not yet used
-CHUNK_BYTES = 8 * 2**20  # copied at a time from file to file
+CHUNK_BYTES = 8 * 2**20  # read at a time
+MOST_HEADER = 10**8  # bytes, as in the safetensors library
 ALIGNMENT = 8  # the data start at a multiple of this, so that every tensor is aligned to its dtype
 METADATA = "__metadata__"
+DIGESTS = "qsvd_digests"  # in the metadata
+DIGEST = 32  # characters of one
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,13 @@ class TensorEntry(Entry):
 
     file: Path
     start: int  # offset of the first byte in the file
+    stamp: Stamp  # of the file when its header was read
+    digest: str = ""  # of its bytes; "" if the file has none
+
+    def check(self, digest: new_digest) -> None:
+        """Compare the digest of what was read; a Damaged where it differs."""
+        if self.digest and self.digest != digest.hexdigest():
+            raise Damaged(f"{self.file} is damaged at {self.name}: its digest differs; {COPY_AGAIN}")
 
     def rows(self, first: int, end: int) -> "TensorEntry":
         """Return the entry of the rows `first` to `end` - 1; they lie in one piece.
@@ -85,7 +97,9 @@ class TensorEntry(Entry):
             raise BadInput(f"{self.file}: {self.name} {list(self.shape)} has no rows {first} to {end - 1}")
         size = self.num_bytes // self.shape[0]
         shape = (end - first, *self.shape[1:])
-        return replace(self, shape=shape, start=self.start + first * size, num_bytes=(end - first) * size)
+        if shape == self.shape:
+            return self
+        return replace(self, shape=shape, start=self.start + first * size, num_bytes=(end - first) * size, digest="")
 
     def part(self, index: int | None = None, rows: tuple[int, int] | None = None) -> "TensorEntry":
         """Return the entry of one matrix of a stack, and of rows of it."""
@@ -102,6 +116,7 @@ class SafetensorsHeader:
     tensors: dict[str, TensorEntry]  # in the order of their bytes
     metadata: dict[str, str]
     raw: bytes = field(repr=False)  # the JSON text in the file
+    digest: str = ""  # of the header, which has those of the tensors; "" if the file has none
 
 
 class NewTensor(NamedTuple):
@@ -124,88 +139,75 @@ def new_tensors(sources: Mapping[str, torch.Tensor | TensorEntry]) -> list[NewTe
     return [new_tensor(name, source) for name, source in sources.items()]
 
 
-def read_header(path: Path) -> SafetensorsHeader:
+def read_header(path: Path, *, needs_digests: bool = False) -> SafetensorsHeader:
     """Read the header of a safetensors file.
+
+    Args:
+        needs_digests: Refuse a file without digests: one of ours that lost them is damaged.
 
     Raises:
         BadInput: the file breaks the format, is truncated or is too long; the sentence names it and the fault.
+        Damaged: the header differs from its digest.
     """
-    file_bytes = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if file_bytes < 8 or length > file_bytes - 8:
-            asked = f"its header should have {length} bytes" if file_bytes >= 8 else "a header starts with 8 bytes"
-            raise BadInput(f"{path} is truncated or not a safetensors file: {asked}, the file has {file_bytes}")
+        stamp = stamp_of(os.fstat(file.fileno()))
+        length, left = int.from_bytes(file.read(8), "little"), stamp[0] - 8
+        if not 0 <= length <= min(left, MOST_HEADER):
+            asked = f"its header should have {length} bytes" if left >= 0 else "a header starts with 8 bytes"
+            raise BadInput(f"{path} is truncated or not a safetensors file: {asked}, the file has {stamp[0]}")
         raw = file.read(length)
     table = _parse(path, raw)
     metadata = table.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise BadInput(f"{path} is not a safetensors file: {METADATA} must map strings to strings")
-    entries = [_entry(path, name, fields, 8 + length) for name, fields in table.items()]
+    digest, *digests = _digests(path, raw, metadata, len(table)) or [""] * (1 + len(table))
+    if needs_digests and not digest:
+        raise Damaged(f"{path} is damaged: it has lost its digests; {COPY_AGAIN}")
+    entries = [_entry(path, name, fields, 8 + length, stamp) for name, fields in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
-    _check_extent(path, entries, 8 + length, file_bytes)
-    return SafetensorsHeader({entry.name: entry for entry in entries}, metadata, raw)
+    _check_extent(path, entries, 8 + length, stamp[0])
+    tensors = {entry.name: replace(entry, digest=own) for entry, own in zip(entries, digests, strict=True)}
+    return SafetensorsHeader(tensors, metadata, raw, digest)
 
 
 def read_tensor(entry: TensorEntry, *, pinned: bool = False) -> torch.Tensor:
-    """Read a tensor into its own memory, pinned for a GPU or not; raise BadInput if the file ends too early."""
+    """Read a tensor into its own memory, pinned for a GPU or not.
+
+    Raises:
+        BadInput: the file ends too early.
+        Damaged: the tensor differs from its digest, or the file was changed since its header was read.
+    """
     flat = torch.empty(entry.num_bytes, dtype=torch.uint8, pin_memory=pinned and entry.num_bytes > 0)
     view = flat.numpy().data
-    done = 0
-    with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.start)
-        while done < entry.num_bytes:  # one call reads 2 GiB at most
-            done += _read_some(file, view[done:], entry)
+    for _ in read_pieces(entry, lambda done: view[done : done + CHUNK_BYTES]):
+        pass
     return flat.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-class ReadAhead:
-    """Tensors that threads read before they are asked for, in the order of `entries`, at most `AHEAD` bytes of them.
+def digest_of(tensor: torch.Tensor) -> str:
+    """Return the digest of the bytes of a tensor in CPU memory."""
+    return new_digest(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
-    A call returns a tensor once. One that is not read yet, or not among the entries, is read by the caller.
+
+def read_pieces(entry: TensorEntry, place: Callable[[int], memoryview]) -> Iterator[memoryview]:
+    """Read the bytes of a tensor, and yield them piece by piece; raise what `read_tensor` raises.
 
     Args:
-        pinned: Whether a GPU gets the tensors: it copies pinned memory at the speed of its link.
+        place: Returns where the bytes from an offset in the tensor on are read to.
     """
-
-    def __init__(self, entries: Iterable[TensorEntry], *, pinned: bool = False):
-        self._left = deque(entries)
-        self._pinned, self._bytes = pinned, 0
-        self._found: dict[TensorEntry, Future[torch.Tensor]] = {}
-        self._threads = ThreadPoolExecutor(READERS, "read ahead")
-        self._submit()
-
-    def __enter__(self) -> "ReadAhead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._found.clear()
-        if self._pinned:
-            torch.accelerator.memory.empty_host_cache()
-
-    def __call__(self, entry: TensorEntry) -> torch.Tensor:
-        """Return the tensor of an entry."""
-        future = self._found.pop(entry, None)
-        if future is None:
-            return read_tensor(entry, pinned=self._pinned)
-        self._bytes -= entry.num_bytes
-        self._submit()
-        return future.result()
-
-    def _submit(self) -> None:
-        while self._left and (not self._found or self._bytes + self._left[0].num_bytes <= AHEAD):
-            entry = self._left.popleft()
-            self._bytes += entry.num_bytes
-            self._found[entry] = self._threads.submit(read_tensor, entry, pinned=self._pinned)
-
-
-def map_tensor(entry: TensorEntry) -> torch.Tensor:
-    """Map a tensor: only the parts that are used are read, and changes do not reach the file."""
-    if not entry.num_bytes:
-        return read_tensor(entry)
-    place = numpy.memmap(entry.file, dtype=numpy.uint8, mode="c", offset=entry.start, shape=(entry.num_bytes,))
-    return torch.from_numpy(place).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+    done, digest = 0, new_digest()
+    with entry.file.open("rb", buffering=0) as file:
+        if not entry.digest:
+            check_stamp(entry.file, os.fstat(file.fileno()), entry.stamp)
+        file.seek(entry.start)
+        while done < entry.num_bytes:
+            view = place(done)[: entry.num_bytes - done]
+            if not (count := file.readinto(view)):
+                raise BadInput(f"{entry.file} is truncated: it ends inside {entry.name}; download or copy it again")
+            digest.update(view[:count])
+            done += count
+            yield view[:count]
+    entry.check(digest)
 
 
 def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, str]) -> None:
@@ -222,16 +224,45 @@ def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, s
     """
     ordered = sorted(tensors, key=lambda new: (-TORCH_DTYPES[new.dtype].itemsize, new.name))
     _check_new(path, ordered)
+    header, place = _header(ordered, metadata)
+    digests = []
     with whole_file(path) as file:
-        file.write(_header(ordered, metadata))
+        file.write(header)
         for new in ordered:
-            if isinstance(new.source, TensorEntry):
-                _copy(new.source, file)
-                continue
-            values = new.source if isinstance(new.source, torch.Tensor) else new.source()
-            _check_source(path, new, values)
-            file.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del values  # before the next ones are made
+            digest = new_digest()
+            for piece in _pieces(path, new):
+                digest.update(piece)
+                file.write(piece)
+            digests.append(digest.hexdigest())
+        filled = header[:place] + "".join(digests).encode() + header[place + DIGEST * len(digests) :]
+        file.seek(place - DIGEST)
+        file.write(new_digest(filled[8:]).hexdigest().encode() + filled[place : place + DIGEST * len(digests)])
+
+
+def _pieces(path: Path, new: NewTensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor to write."""
+    if isinstance(new.source, TensorEntry):
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, new.source.num_bytes)))
+        yield from read_pieces(new.source, lambda _: buffer)
+        return
+    values = new.source if isinstance(new.source, torch.Tensor) else new.source()
+    _check_source(path, new, values)
+    yield values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _digests(path: Path, raw: bytes, metadata: dict[str, str], count: int) -> list[str]:
+    """Take the digests out of the metadata, compare that of the header, and return all; [] without any."""
+    if (text := metadata.pop(DIGESTS, None)) is None:
+        return []
+    is_whole = len(text) == DIGEST * (1 + count)
+    if not is_whole or text[:DIGEST] != new_digest(raw.replace(text.encode(), _cleared(text))).hexdigest():
+        raise Damaged(f"{path} is damaged: its header differs from its digest; {COPY_AGAIN}")
+    return [text[start : start + DIGEST] for start in range(0, len(text), DIGEST)]
+
+
+def _cleared(text: str) -> bytes:
+    """Return digests as they were when that of the header was computed: its own place has zeros."""
+    return b"0" * DIGEST + text[DIGEST:].encode()
 
 
 def _parse(path: Path, raw: bytes) -> dict:
@@ -243,14 +274,14 @@ def _parse(path: Path, raw: bytes) -> dict:
 
     try:
         table = json.loads(raw, object_pairs_hook=no_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not a safetensors file: its header is not valid JSON ({error})") from error
     if not isinstance(table, dict):
         raise BadInput(f"{path} is not a safetensors file: its header is a JSON {type(table).__name__}, not an object")
     return table
 
 
-def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntry:
+def _entry(path: Path, name: str, fields: object, data_start: int, stamp: Stamp) -> TensorEntry:
     match fields:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
             isinstance(size, int) and size >= 0 for size in shape
@@ -263,7 +294,7 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntr
     num_bytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
     if end - begin != num_bytes:
         raise BadInput(f"{path} has a wrong header: {name}, {dtype} {shape}, has {end - begin} bytes, not {num_bytes}")
-    return TensorEntry(name, dtype, tuple(shape), num_bytes, path, data_start + begin)
+    return TensorEntry(name, dtype, tuple(shape), num_bytes, path, data_start + begin, stamp)
 
 
 def _check_extent(path: Path, entries: Sequence[TensorEntry], data_start: int, file_bytes: int) -> None:
@@ -299,28 +330,15 @@ def _check_source(path: Path, new: NewTensor, source: TensorEntry | torch.Tensor
         raise BadInput(f"{path}: {new.name} is stated as {stated}, but its source is {found}")
 
 
-def _header(ordered: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
-    """Return the length and the JSON, padded with spaces as the format allows."""
-    table: dict[str, object] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
+def _header(ordered: Sequence[NewTensor], metadata: dict[str, str]) -> tuple[bytes, int]:
+    """Return the length and the JSON, padded with spaces as the format allows, and where the tensors' digests begin."""
+    known = {DIGESTS: "0" * DIGEST * (1 + len(ordered))}
+    table: dict[str, object] = {METADATA: {**known, **dict(sorted(metadata.items()))}}
     end = 0
     for new in ordered:
         begin, end = end, end + math.prod(new.shape) * TORCH_DTYPES[new.dtype].itemsize
         table[new.name] = {"dtype": new.dtype, "shape": list(new.shape), "data_offsets": [begin, end]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _copy(entry: TensorEntry, target: BinaryIO) -> None:
-    buffer, left = memoryview(bytearray(min(CHUNK_BYTES, entry.num_bytes))), entry.num_bytes
-    with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.start)
-        while left:
-            count = _read_some(file, buffer[:left], entry)
-            left -= target.write(buffer[:count])
-
-
-def _read_some(file: RawIOBase, view: memoryview, entry: TensorEntry) -> int:
-    if not (count := file.readinto(view)):
-        raise BadInput(f"{entry.file} is truncated: it ends inside {entry.name}; download or copy it again")
-    return count
+    start = f'{{"{METADATA}":{{"{DIGESTS}":"'
+    return len(text).to_bytes(8, "little") + text, 8 + len(start) + DIGEST

@@ -7,8 +7,7 @@ published in FP8 or MXFP4 are 16-bit models from here on: `published` decodes th
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, first_line, listing
-from qsvd.files.atomic import read_object, whole_file
+from qsvd.files.atomic import Stamp, check_stamp, read_object, stamp_of, whole_file
 from qsvd.files.published import CodedEntry, decoded, is_published
-from qsvd.files.safetensors import DTYPE_NAMES, READERS, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
+from qsvd.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, Entry, TensorEntry, read_header, read_tensor
 from qsvd.inputs.model_files import read_config_json
 from qsvd.inputs.paths import check_checkpoint, checkpoint_folder
 from qsvd.plan.weights import Source, WeightSpec
@@ -40,20 +39,22 @@ class PickleEntry(Entry):
     """A tensor in a pytorch_model.bin, found by its name."""
 
     file: Path
+    stamp: Stamp
 
 
 def _read_pickle_header(path: Path) -> dict[str, PickleEntry]:
-    entries = {}
+    entries, stamp = {}, stamp_of(path.stat())
     for name, tensor in _load_pickle(path).items():
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
             raise BadInput(f"{path}: {name} is not a dense tensor; save the model's state_dict as safetensors")
         num_bytes = tensor.numel() * tensor.element_size()
-        entries[name] = PickleEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), num_bytes, path)
+        entries[name] = PickleEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), num_bytes, path, stamp)
     return entries
 
 
 def _read_pickled(entry: PickleEntry, part: Source) -> Tensor:
     """Read a part of a tensor into its own memory. The file is mapped only while the part is copied."""
+    check_stamp(entry.file, entry.file.stat(), entry.stamp)
     values = _load_pickle(entry.file)[entry.name]
     if part.index is not None:
         values = values[part.index]
@@ -154,6 +155,7 @@ class Checkpoint:
     tensors: Mapping[str, Entry] = field(repr=False)
     other_files: tuple[Path, ...]  # tokenizer, generation and chat template files, to copy to the output
     fingerprint: str  # SHA-256 of config.json and of every weight file's header, size and a sample of its bytes
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, repr=False)  # of these files
 
     def read(self, name: str) -> Tensor:
         """Read a tensor into its own CPU memory, in the dtype and shape of its entry."""
@@ -214,6 +216,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         tensors=tensors,
         other_files=other_files(folder),
         fingerprint=digest.hexdigest(),
+        stamps={file: stamp_of((folder / file).stat()) for file in ("config.json", *sorted(seen))},
     )
 
 
@@ -309,31 +312,15 @@ def other_files(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(path for path in files if is_copied(path)))
 
 
+def place_of(file: Path) -> str:
+    """Return where a file of `other_files` is in its folder."""
+    return f"{NAMED_TEMPLATES}/{file.name}" if file.parent.name == NAMED_TEMPLATES else file.name
+
+
 def copy_files(files: Iterable[Path], folder: Path) -> None:
     """Copy files, as `other_files` returns them, to the same places in another folder."""
     for file in files:
-        place = folder / (file.parent.name if file.parent.name == NAMED_TEMPLATES else "") / file.name
+        place = folder / place_of(file)
         place.parent.mkdir(exist_ok=True)
         with whole_file(place) as opened:
             opened.write(file.read_bytes())
-
-
-def stream(checkpoint: Checkpoint, stacks: Sequence[Sequence[WeightSpec]]) -> Iterator[list[Tensor]]:
-    """Yield the weights of stacks in order; at most two stacks are in memory, the one yielded and the next one.
-
-    The weights of a stack are read at the same time, a few at once.
-    """
-    with ThreadPoolExecutor(READERS) as readers:
-        coming = [readers.submit(checkpoint.read_weight, spec) for stack in stacks[:1] for spec in stack]
-        for number in range(len(stacks)):
-            tensors = [weight.result() for weight in coming]
-            after = stacks[number + 1 : number + 2]
-            coming = [readers.submit(checkpoint.read_weight, spec) for stack in after for spec in stack]
-            yield tensors
-            del tensors
-
-
-def stack_on(device: torch.device, weights: Sequence[Tensor]) -> Tensor:
-    """Return weights as a stack [S, O, I] on a device; one weight that is there is not copied."""
-    moved = [weight_OI.to(device) for weight_OI in weights]
-    return torch.stack(moved) if len(moved) > 1 else moved[0][None]

@@ -1,16 +1,16 @@
 """A quantized model, open for reading: residual and components of each weight, and the matrix that they make."""
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qsvd.errors import BadInput, listing
+from qsvd.errors import BadInput, Damaged, listing
 from qsvd.files.atomic import read_object
 from qsvd.files.layout import (
     ADAPTER_PREFIX,
@@ -25,17 +25,16 @@ from qsvd.files.layout import (
     stored_packed,
     stored_residual,
 )
-from qsvd.files.safetensors import TensorEntry, map_tensor, read_header, read_tensor
-from qsvd.files.workspace import MANIFEST, check_quantized
+from qsvd.files.quantized.manifest import QUANTIZE_AGAIN, read_manifest
+from qsvd.files.readers import check_contents
+from qsvd.files.safetensors import TORCH_DTYPES, TensorEntry, read_header, read_tensor
+from qsvd.files.workspace import MANIFEST
 from qsvd.numerics.codec import Codec, PackedBlocks
 from qsvd.numerics.names import codec_named
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import NormalFloat
 
-FORMATS = (1, 2, 3)  # of qsvd.json; in format 1 the components are in adapter/, format 3 has tables
-COPY_AGAIN = "copy the folder again, or quantize again"
-KEYS = {"fingerprint": str, "source": dict, "run": dict, "header": dict, "weights": dict}
-PARTS_OF = {"module": str, "shape": list, "role": str, "rank": int, "file": str, "residual_sha256": str}  # of a weight
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,30 @@ class SplitFolder:
         """Return the digest of all residuals."""
         return self.manifest["fingerprint"]
 
-    def residual(self, name: str, *, mapped: bool = False) -> PackedBlocks:
-        """Read Q of one weight or table; with `mapped`, its bytes are read when they are used."""
-        return self.stored(name).read(map_tensor if mapped else self.read)
+    def residual(self, name: str) -> PackedBlocks:
+        """Read Q of one weight or table."""
+        return self.stored(name).read(self.read)
+
+    def unread_residual(self, name: str) -> PackedBlocks:
+        """Return Q of one weight without its bytes, on the meta device."""
+        return self.stored(name).read(_unread)
 
     def stored(self, name: str) -> StoredResidual[TensorEntry]:
         """Return the entries of the parts of Q of one weight or table."""
-        codec, entries = self.codec(name), {key: self.tensors[key] for key in self._part_names(name)}
+        codec, entries = self.codec(name), {key: self.tensors[key] for key in self.part_names(name)}
+        rows, columns = self._packed[name]["shape"]
         if isinstance(codec, NormalFloat):
-            rows, columns = self._packed[name]["shape"]
-            return stored_packed(name, entries, (rows, columns), codec)
-        state = entries.get(f"{name}.{QUANT_STATE}")
-        return stored_residual(name, entries, b"" if state is None else read_tensor(state).numpy().tobytes())
+            found = stored_packed(name, entries, (rows, columns), codec)
+        else:
+            state = entries.get(f"{name}.{QUANT_STATE}")
+            found = stored_residual(name, entries, b"" if state is None else read_tensor(state).numpy().tobytes())
+        sizes = {part: len(e) if isinstance(e, bytes) else e.num_bytes for part, e in found.parts.items()}
+        if found.shape != (rows, columns) or sizes != codec.parts(found.shape):
+            raise BadInput(
+                f"{self.folder / MANIFEST} is damaged: the tensors of {name} are not those of a {rows} x {columns} "
+                f"matrix in {codec.name}; {QUANTIZE_AGAIN}"
+            )
+        return found
 
     def codec(self, name: str) -> Codec:
         """Return the codec of one residual. Models of version 0.1.0 name none and have one codec for all."""
@@ -104,9 +115,10 @@ class SplitFolder:
     @cached_property
     def residual_names(self) -> frozenset[str]:
         """Return the names of all tensors that are part of a residual."""
-        return frozenset(part for name in self._packed for part in self._part_names(name))
+        return frozenset(part for name in self._packed for part in self.part_names(name))
 
-    def _part_names(self, name: str) -> list[str]:
+    def part_names(self, name: str) -> list[str]:
+        """Return the names of the tensors of one residual."""
         if isinstance(self.codec(name), NormalFloat):
             keys = (name, *(part_name(name, part) for part in PARTS))
         else:
@@ -126,20 +138,19 @@ class SplitFolder:
         prefix = f"{ADAPTER_PREFIX}{self.weights[name]['module']}"
         return [self.tensors[f"{prefix}.lora_{letter}.weight"] for letter in "BA"]
 
-    def entries_of(self, names: Iterable[str], *, paged: Container[str], dense: bool) -> Iterator[TensorEntry]:
+    def entries_of(self, names: Iterable[str], *, paged: Container[str]) -> Iterator[TensorEntry]:
         """Yield what is read of tensors of the 16-bit model, in the order in which it is read.
 
         Args:
             paged: Weights whose residuals are read later.
-            dense: Whether tensors that are not quantized are read, too.
         """
         for name in names:
             if name not in self._packed:
-                yield from [self.tensors[name]] if dense else []
+                yield self.tensors[name]
                 continue
             if name not in paged:
                 unread = {f"{name}.{part}" for part in UNREAD}
-                yield from (self.tensors[key] for key in self._part_names(name) if key not in unread)
+                yield from (self.tensors[key] for key in self.part_names(name) if key not in unread)
             yield from self._factor_entries(name)
 
     def dense(self, name: str) -> Tensor:
@@ -148,20 +159,25 @@ class SplitFolder:
         return dense_OI if factors is None else dense_OI.addmm_(factors[0].float(), factors[1].float())
 
 
+def _accept(folder: Path) -> str:
+    return f"qsvd verify {quote(str(folder))} --accept, if you changed it"
+
+
+def _unread(entry: TensorEntry) -> Tensor:
+    return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")
+
+
 def open_split(folder: Path) -> SplitFolder:
     """Open a quantized model.
 
     Raises:
         BadInput: the folder is not a quantized model, lacks files, or its components belong to another model.
     """
-    check_quantized(folder)
-    manifest = read_object(folder / MANIFEST, COPY_AGAIN)
-    if manifest.get("format") not in FORMATS:
-        raise BadInput(
-            f"{folder / MANIFEST} has format {manifest.get('format')}; this version of qsvd reads 1 to {FORMATS[-1]}: "
-            "install a newer one"
-        )
-    _check_manifest(folder / MANIFEST, manifest)
+    manifest = read_manifest(folder)
+    packed = manifest["weights"] | manifest.get("tables", {})
+    if fingerprint({name: weight["residual_sha256"] for name, weight in packed.items()}) != manifest["fingerprint"]:
+        raise Damaged(f"{folder / MANIFEST} is damaged: its fingerprint is not that of its weights; {QUANTIZE_AGAIN}")
+    check_contents(folder, manifest.get("files", {}), f"that qsvd quantize wrote ({_accept(folder)})")
     tensors: dict[str, TensorEntry] = {}
     shards = _shards(folder, manifest)
     absent = [file for file in shards if not (folder / file).is_file()]
@@ -183,27 +199,6 @@ def open_split(folder: Path) -> SplitFolder:
         _check_ranks(folder / MANIFEST, manifest["weights"], header.tensors)
         tensors |= header.tensors
     return SplitFolder(folder, manifest, tensors)
-
-
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a manifest that lacks a key that is read, or whose fingerprint is not that of its weights and tables."""
-    lacking = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
-    if lacking or not isinstance(manifest.get("tables", {}), dict):
-        raise BadInput(f"{path} is damaged: it has no {listing(lacking or ['tables'])}; {COPY_AGAIN}")
-    packed = manifest["weights"] | manifest.get("tables", {})
-    broken = [
-        name
-        for name, weight in packed.items()
-        if not isinstance(weight, dict) or any(not isinstance(weight.get(key), kind) for key, kind in PARTS_OF.items())
-    ]
-    if broken:
-        needed = listing(list(PARTS_OF), limit=len(PARTS_OF))
-        raise BadInput(f"{path} is damaged: its records of {listing(broken)} lack one of {needed}; {COPY_AGAIN}")
-    modules = Counter(weight["module"] for weight in packed.values())
-    if twice := [module for module, count in modules.items() if count > 1]:
-        raise BadInput(f"{path} is damaged: it has {listing(twice)} twice; {COPY_AGAIN}")
-    if fingerprint({name: weight["residual_sha256"] for name, weight in packed.items()}) != manifest["fingerprint"]:
-        raise BadInput(f"{path} is damaged: its fingerprint is not that of its weights; {COPY_AGAIN}")
 
 
 def _check_ranks(path: Path, weights: dict[str, dict[str, Any]], stored: dict[str, TensorEntry]) -> None:
@@ -231,10 +226,10 @@ def _components(folder: Path) -> Path:
 
 def _shards(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Return the names of all weight files, also of those without a split weight."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        files = read_object(index, COPY_AGAIN).get("weight_map")
+        files = read_object(index, QUANTIZE_AGAIN).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise BadInput(f"{index} is damaged: it has no weight_map; {COPY_AGAIN}")
+            raise BadInput(f"{index} is damaged: it has no weight_map; {QUANTIZE_AGAIN}")
         return sorted({*files.values()})
     return sorted({weight["file"] for weight in (manifest["weights"] | manifest.get("tables", {})).values()})

@@ -27,16 +27,18 @@ from torch import Tensor
 
 from qsvd.decompose.candidates import CandidateErrors
 from qsvd.decompose.objective import Objective, fisher
-from qsvd.errors import BadInput, listing
-from qsvd.files.atomic import Lock, whole_file
-from qsvd.files.safetensors import TensorEntry, new_tensors, read_header, read_tensor, write_stream
+from qsvd.errors import BadInput, Damaged, listing
+from qsvd.files.atomic import SEAL, Lock, Stamp, check_source, record_text, unsealed, whole_file
+from qsvd.files.safetensors import SafetensorsHeader, TensorEntry, new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint
 from qsvd.files.workspace import check_same
 from qsvd.plan.weights import WeightSpec
+from qsvd.records import stored
 
-FORMAT = "qsvd statistics 1"
-UNFINISHED_FORMAT = "qsvd unfinished statistics 1"
+FORMATS = ("qsvd statistics 1", "qsvd statistics 2")  # since the second one with digests
+UNFINISHED_FORMATS = ("qsvd unfinished statistics 1", "qsvd unfinished statistics 2")
 ROWS, COLUMNS, TRACE = "rows", "columns", "trace"
+OTHER_FILE = "remove the file, or give --out another file"
 LEFT, VALUES, RIGHT = "gradient_left", "gradient_values", "gradient_right"
 
 
@@ -121,9 +123,7 @@ def open_statistics(path: Path) -> Statistics:
     """
     if not path.is_file():
         raise BadInput(f"{path} does not exist; qsvd calibrate MODEL DATA --out {path} makes it")
-    header = read_header(path)
-    if header.metadata.get("format") != FORMAT:
-        raise BadInput(f"{path} was not written by qsvd calibrate (format {header.metadata.get('format')!r})")
+    header = _header(path, FORMATS, "give another file")
     modules = tuple(sorted(name.removesuffix(f".{ROWS}") for name in header.tensors if name.endswith(f".{ROWS}")))
     wanted = [f"{module}.{part}" for module in modules for part in (ROWS, COLUMNS)]
     entries = [header.tensors.get(name) for name in wanted]
@@ -136,6 +136,17 @@ def open_statistics(path: Path) -> Statistics:
     except (KeyError, ValueError) as error:
         raise BadInput(f"{path} is damaged: its metadata lack {error}; run qsvd calibrate again") from error
     return Statistics(path, fingerprint, modules, record, header.tensors)
+
+
+def _header(path: Path, formats: Sequence[str], otherwise: str) -> SafetensorsHeader:
+    """Read the header of a file of ours; of the newest format it has digests."""
+    header = read_header(path)
+    found = header.metadata.get("format")
+    if found not in formats:
+        raise BadInput(f"{path} was not written by qsvd calibrate (format {found!r}); {otherwise}")
+    if found == formats[-1] and not header.digest:
+        raise Damaged(f"{path} is damaged: it has lost its digests; run qsvd calibrate again")
+    return header
 
 
 def check_statistics(statistics: Statistics, fingerprint: str, modules: Sequence[str]) -> None:
@@ -170,7 +181,7 @@ def write_statistics(path: Path, tensors: Mapping[str, Tensor], *, fingerprint: 
         fingerprint: `Checkpoint.fingerprint` of the 16-bit model.
         record: How they were made, JSON-able.
     """
-    metadata = {"format": FORMAT, "fingerprint": fingerprint, "record": json.dumps(record, sort_keys=True)}
+    metadata = {"format": FORMATS[-1], "fingerprint": fingerprint, "record": json.dumps(record, sort_keys=True)}
     write_stream(path, new_tensors(tensors), metadata)
 
 
@@ -184,13 +195,16 @@ def lock_statistics(path: Path) -> Lock:
     return Lock(path.with_name(f"{path.name}.lock"), path)
 
 
-def save_unfinished(path: Path, sums: Mapping[str, Tensor], identity: Mapping[str, Any]) -> None:
-    """Write the sums of a run; `path` is the file of its result."""
-    metadata = {"format": UNFINISHED_FORMAT, "identity": json.dumps(identity, sort_keys=True)}
+def save_unfinished(
+    path: Path, sums: Mapping[str, Tensor], identity: Mapping[str, Any], stamps: Mapping[str, Stamp]
+) -> None:
+    """Write the sums of a run; `path` is the file of its result, `stamps` are those of the 16-bit model."""
+    metadata = {"format": UNFINISHED_FORMATS[-1], "identity": json.dumps(identity, sort_keys=True)}
+    metadata["source_files"] = json.dumps(stamps)
     write_stream(unfinished_path(path), new_tensors(sums), metadata)
 
 
-def open_unfinished(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
+def open_unfinished(path: Path, identity: Mapping[str, Any], stamps: Mapping[str, Stamp]) -> dict[str, Tensor] | None:
     """Read the sums of an earlier run with the same identity; return None if there are none.
 
     Raises:
@@ -199,11 +213,14 @@ def open_unfinished(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor
     unfinished = unfinished_path(path)
     if not unfinished.exists():
         return None
-    header = read_header(unfinished)
-    if header.metadata.get("format") != UNFINISHED_FORMAT:
-        raise BadInput(f"{unfinished} was not written by qsvd calibrate; move it, or give --out another file")
-    found = json.loads(header.metadata["identity"])
-    check_same(unfinished, found, identity, "remove the file, or give --out another file")
+    header = _header(unfinished, UNFINISHED_FORMATS, "move it, or give --out another file")
+    try:
+        found = json.loads(header.metadata["identity"])
+        files = json.loads(header.metadata.get("source_files", "null"))
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"{unfinished} is damaged: its metadata lack {error}; remove it to start again") from error
+    check_same(unfinished, found, identity, OTHER_FILE)
+    check_source(unfinished, files, stamps, OTHER_FILE)
     return {name: read_tensor(entry) for name, entry in header.tensors.items()}
 
 
@@ -215,6 +232,7 @@ class CostsFile:
     Args:
         path: Made if it does not exist, or left by a run with the same `identity`.
         identity: What the measurements depend on, JSON-able.
+        stamps: Those of the files of the 16-bit model.
 
     Every measured weight is in `measured`, by module.
 
@@ -223,8 +241,8 @@ class CostsFile:
             to it.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, identity: Mapping[str, Any], stamps: Mapping[str, Stamp]):
+        self.path, self._stamps = path, stamps
         self._lock = Lock(path.with_name(f"{path.name}.lock"), path)
         try:
             self.measured = self._read(identity)
@@ -248,7 +266,7 @@ class CostsFile:
         content = self.path.read_bytes() if self.path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
-            line = json.dumps(identity).encode() + b"\n"
+            line = record_text({**identity, "source_files": self._stamps}, indent=None).encode()
             if not line.startswith(content):
                 raise BadInput(f"{self.path} was not written by qsvd; give another --out")
             with whole_file(self.path) as file:
@@ -256,38 +274,37 @@ class CostsFile:
             return {}
         if whole != content:
             os.truncate(self.path, len(whole))
+        first, *lines = whole.splitlines(keepends=True)
+        again = "delete the file, or give another --out"
+        found = self._line(1, first, again, sealed=False)
+        files = found.pop("source_files", None)
+        check_same(self.path, found, identity, again)
+        check_source(self.path, files, self._stamps, again)
+        is_sealed = SEAL.encode() in first
         measured = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                if number == 1:
-                    check_same(self.path, record, identity, "delete the file, or give another --out")
-                else:
-                    module = record.pop("module")
-                    measured[module] = _from_record(record)
-            except BadInput:
-                raise
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise BadInput(
-                    f"line {number} of {self.path} is damaged; delete the file, or give another --out"
-                ) from error
+        for number, line in enumerate(lines, start=2):
+            again = "delete the line, its weight is measured again"
+            record = self._line(number, line, again, sealed=is_sealed)
+            module = str(record.pop("module", ""))
+            what = f"line {number} of {self.path} is damaged ({again})"
+            measured[module] = stored(CandidateErrors, record, what)
         return measured
+
+    def _line(self, number: int, line: bytes, advice: str, *, sealed: bool) -> dict[str, Any]:
+        where = f"line {number} of {self.path}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{where} is damaged: it is not valid JSON; {advice}") from error
+        if not isinstance(record, dict):
+            raise BadInput(f"{where} is damaged: it is not an object; {advice}")
+        return unsealed(record, line, where, advice, sealed=sealed)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with self.path.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
+            file.write(record_text(record, indent=None).encode())
             file.flush()
             os.fsync(file.fileno())
-
-
-def _from_record(record: Mapping[str, Any]) -> CandidateErrors:
-    return CandidateErrors(
-        ranks=tuple(record["ranks"]),
-        squares=tuple(tuple(map(float, row)) for row in record["squares"]),
-        norm=float(record["norm"]),
-        values=tuple(map(float, record["values"])),
-        nuclear=float(record["nuclear"]),
-    )
 
 
 def statistics_for(

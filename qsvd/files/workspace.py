@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from qsvd.errors import BadInput, DoesNotFit
-from qsvd.files.atomic import Lock, clear, read_object, write_json
+from qsvd.files.atomic import Lock, clear, read_record, write_record
 from qsvd.inputs.paths import adapter_hint, check_not_gguf, local_path
 
 Result = TypeVar("Result")
@@ -32,6 +32,7 @@ Kind = Literal["16-bit", "split", "trained"]
 
 MANIFEST = "qsvd.json"  # of a quantized model: its record, written last
 ADAPTER_RECORD = "qsvd_adapter.json"  # of an adapter: how it was made, and on which quantized model
+ADAPTER_SEALED = 4  # the first format of that record with digests
 CHAT_TEMPLATE = "chat_template.jinja"
 ERRORS = "errors.jsonl"  # of a quantized model: the error of every weight, a JSON object a line
 UNFINISHED = "unfinished"  # the folder of all that only a resumed run needs
@@ -70,6 +71,7 @@ class Workspace:
     record: ClassVar[str]  # the JSON file that is written last, with the identity under "run"
     command: ClassVar[str]  # that writes such a folder
     parts: ClassVar[str] = "$."  # a pattern of names of unfinished work, beside a file for each weight
+    sealed_since: ClassVar[int] = 1  # the first format of the record with a digest
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], num_bytes: int = 0):
         self.folder = folder
@@ -88,7 +90,7 @@ class Workspace:
             if self.is_complete:
                 self.close()
             else:
-                write_json(self.unfinished / IDENTITY, self.identity)
+                write_record(self.unfinished / IDENTITY, self.identity)
         except BaseException:
             self._lock.release()
             raise
@@ -144,7 +146,7 @@ class Workspace:
             check_empty(folder, {UNFINISHED}, cls.command, otherwise)
             check_empty(folder / UNFINISHED, {LOCK, f"{IDENTITY}.partial"}, cls.command, otherwise)
             return False
-        found = read_object(path, otherwise)
+        found = read_record(path, otherwise, since=cls.sealed_since if is_complete else 1)
         if is_complete:
             found = found.get("run")
         if not isinstance(found, dict):
@@ -247,19 +249,6 @@ def model_kind(name: str) -> Kind:
     hint = adapter_hint(folder) or "give the folder of a model, or a Hub id"
     known = "a 16-bit model (config.json), a quantized model (qsvd.json) or a run of qsvd train"
     raise BadInput(f"{name} is not {known}; {hint}")
-
-
-def check_quantized(folder: Path) -> None:
-    """Check that a folder is a complete quantized model.
-
-    Raises:
-        BadInput: qsvd quantize has not finished it, or did not write it.
-    """
-    if (folder / MANIFEST).is_file():
-        return
-    if (folder / UNFINISHED).is_dir():
-        raise BadInput(f"{folder} is not finished; run the same qsvd quantize command again to complete it")
-    raise BadInput(f"{folder} is not a quantized model: it has no {MANIFEST}; qsvd quantize MODEL --out OUT makes one")
 
 
 def check_space(folder: Path, num_bytes: int, otherwise: str) -> None:

@@ -1,4 +1,4 @@
-"""The options of the eleven commands: each one's flag, default, help text, range and group, written once.
+"""The options of the twelve commands: each one's flag, default, help text, range and group, written once.
 
 qsvd/option_types.py says what the marks mean. The first line of a docstring is shown by `qsvd --help`.
 """
@@ -15,3 +15,4 @@ from qsvd.options.using import Export as Export
 from qsvd.options.using import Generate as Generate
 from qsvd.options.using import Methods as Methods
 from qsvd.options.using import Report as Report
+from qsvd.options.using import Verify as Verify

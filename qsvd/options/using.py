@@ -132,6 +132,16 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """Check that the files of a model, a run or an export are as qsvd wrote them."""
+
+    path: Annotated[Path, POSITIONAL, Help("A folder that qsvd wrote, or a file of it.", "DIR")]
+    accept: Annotated[
+        bool, Help("For a quantized model: accept config and tokenizer files that you changed as they are now.")
+    ] = False
+
+
+@dataclass(frozen=True)
 class Methods:
     """List the methods of qsvd train: trained parameters, start, export, learning rate, paper."""
 

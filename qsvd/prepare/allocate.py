@@ -15,7 +15,8 @@ from qsvd.decompose.objective import PLAIN
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import file_sha256
 from qsvd.files.check import check_finite
-from qsvd.files.source import Checkpoint, stream
+from qsvd.files.readers import stream
+from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import CostsFile, Statistics, statistics_for
 from qsvd.memory.device import device_of
 from qsvd.numerics.names import codec_named
@@ -207,7 +208,7 @@ def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors
     """Return the errors of every weight, from the file of measurements or measured now; of a stack some experts are."""
     weights = _measured_ones(run.task.weights)
     run.costs.parent.mkdir(parents=True, exist_ok=True)
-    with CostsFile(run.costs, run.identity) as kept:
+    with CostsFile(run.costs, run.identity, run.checkpoint.stamps) as kept:
         pending = {spec: ranks for spec in weights if (ranks := _ranks(run, spec, kept.measured.get(spec.module)))}
         total, left = (sum(math.prod(spec.shape) for spec in some) for some in (weights, pending))
         new, arriving = 0, zip(pending, stream(run.checkpoint, [[spec] for spec in pending]), strict=True)

@@ -6,15 +6,16 @@ from pathlib import Path
 from qsvd.data.read import local_data
 from qsvd.data.template_names import read_template
 from qsvd.errors import BadInput, listing, parse_size
-from qsvd.files.atomic import read_object
+from qsvd.files.atomic import read_record
+from qsvd.files.quantized.manifest import check_quantized, read_manifest
 from qsvd.files.workspace import (
     ADAPTER_RECORD,
+    ADAPTER_SEALED,
     ANOTHER_FOLDER,
     IDENTITY,
     MANIFEST,
     UNFINISHED,
     check_begun,
-    check_quantized,
     model_kind,
     settled,
 )
@@ -33,11 +34,12 @@ from qsvd.options import (
     Report,
     Train,
     TrainingOptions,
+    Verify,
 )
 from qsvd.options.conflicts import conflicts
 from qsvd.plan.targets import check_targets, target_names
 
-Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Methods | Plan | Quantize | Report | Train
+Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Methods | Plan | Quantize | Report | Train | Verify
 
 LEAST_SHARD = 10**5  # bytes of one output file
 
@@ -147,7 +149,7 @@ def _check_reported(folder: Path) -> None:
     if not folder.expanduser().exists():
         raise BadInput(f"no folder {folder} here; give a quantized model, which qsvd quantize or qsvd train wrote")
     if (folder.expanduser() / ADAPTER_RECORD).is_file():
-        base = read_object(folder.expanduser() / ADAPTER_RECORD).get("base", "OUT")
+        base = read_record(folder.expanduser() / ADAPTER_RECORD, since=ADAPTER_SEALED).get("base", "OUT")
         raise BadInput(
             f"{folder} is a run of qsvd train, described in {folder / 'README.md'}; for the quantization error give "
             f"its quantized model: qsvd report {base}"
@@ -199,7 +201,7 @@ def _check_targets(options: Options) -> None:
     if isinstance(options, Train | Plan) and options.target_modules:
         manifest = Path(options.model if isinstance(options, Plan) else options.base).expanduser() / MANIFEST
         if manifest.is_file():
-            weights = read_object(manifest)["weights"].values()
+            weights = read_manifest(manifest.parent)["weights"].values()
             modules = [weight["module"] for weight in weights if not weight.get("tower")]
             check_targets(target_names(options.target_modules), modules)
 

@@ -14,11 +14,10 @@ import torch
 from qsvd.adapters.start import planned_base
 from qsvd.errors import BadInput, DoesNotFit, parse_size, show_size
 from qsvd.files.adapter import AdapterRecord
-from qsvd.files.pages import free_host_memory, taken_host_memory
 from qsvd.files.split_folder import SplitFolder
 from qsvd.files.workspace import check_space
 from qsvd.memory.block_bytes import Batch
-from qsvd.memory.device import device_of, dtype_of
+from qsvd.memory.device import device_of, dtype_of, free_host_memory, taken_host_memory
 from qsvd.memory.encoder import EXACT, encoder_bytes
 from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, block_of, on
 from qsvd.memory.placement import Placed, Wish, can_fit, fastest_batches, longest, place, place_serving

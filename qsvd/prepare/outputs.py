@@ -19,7 +19,7 @@ import qsvd
 from qsvd.decompose.split import Split
 from qsvd.errors import listing
 from qsvd.export.peft import adapter_settings
-from qsvd.files.atomic import write_json, write_text
+from qsvd.files.atomic import write_json, write_record, write_text
 from qsvd.files.layout import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
@@ -31,9 +31,11 @@ from qsvd.files.layout import (
     residual_tensors,
 )
 from qsvd.files.quantize_folder import OutputFolder
+from qsvd.files.quantized.manifest import FORMATS
+from qsvd.files.readers import content_digest
 from qsvd.files.safetensors import NewTensor, TensorEntry, read_header
-from qsvd.files.source import copy_files
-from qsvd.files.split_folder import FORMATS
+from qsvd.files.source import copy_files, place_of
+from qsvd.files.split_folder import INDEX
 from qsvd.files.workspace import ERRORS, MANIFEST
 from qsvd.inputs.paths import hub_id
 from qsvd.numerics.names import spelling
@@ -82,6 +84,7 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
     A weight whose record is null was drawn, not split: it has no error, and the report says so.
     """
     digests = {spec.name: folder.residual_sha256(number) for number, spec in enumerate(run.weights)}
+    sources = {spec.name: folder.source_digest(number) for number, spec in enumerate(run.weights)}
     base = fingerprint(digests)
     records = [folder.weight_record(number) for number in range(len(run.weights))]
     errors = [from_record(record) for record in records if record is not None]
@@ -96,7 +99,7 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
     if run.table is not None:
         write_text(run.out / ALLOCATION, run.table)
     write_text(run.out / "README.md", _card(run, quantization, errors))
-    write_json(run.out / MANIFEST, _manifest(run, digests, base))
+    write_record(run.out / MANIFEST, _manifest(run, digests, sources, base))
     folder.close()
 
 
@@ -166,14 +169,14 @@ def _write_index(run: QuantizeRun) -> None:
     weight_map = {name: file for file, header in headers.items() for name in header.tensors}
     total = sum(entry.num_bytes for header in headers.values() for entry in header.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(run.out / "model.safetensors.index.json", index)
+    write_json(run.out / INDEX, index)
 
 
 def _unmeasured(run: QuantizeRun) -> str:
     return f"# {markdown(run.header.model)}\n\n{run.header.method}.\n\nNo weight was split, so no error was measured.\n"
 
 
-def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str, Any]:
+def _manifest(run: QuantizeRun, digests: dict[str, str], sources: dict[str, str], base: str) -> dict[str, Any]:
     file_of = {number: shard.file for shard in run.shards for number in shard.weights}
     weights = {
         spec.name: {
@@ -184,6 +187,7 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
             "rank": run.everything.choices[spec.module].rank,
             "file": file_of[number],
             "residual_sha256": digests[spec.name],
+            "source_digest": sources[spec.name],
         }
         | ({"tower": True} if spec.is_tower else {})
         | _origin(run, spec)
@@ -192,7 +196,7 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
     tables = {table.name: weights.pop(table.name) for table in run.tables}
     checkpoint = run.checkpoint
     return {
-        "format": FORMATS[2 if tables else 1],  # a reader of format 2 would take the codes for numbers
+        "format": FORMATS[-1],
         "fingerprint": base,
         "source": {
             "model": checkpoint.name,
@@ -204,7 +208,15 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], base: str) -> dict[str,
         "versions": {"qsvd": qsvd.__version__} | {name: version(name) for name in LIBRARIES},
         "header": asdict(run.header),
         "weights": weights,
+        "files": {name: content_digest(run.out / name) for name in _read_back(run)},
     } | ({"tables": tables} if tables else {})
+
+
+def _read_back(run: QuantizeRun) -> list[str]:
+    """Return the files of OUT that qsvd and the libraries read, by their places in it."""
+    names = ["config.json", ERRORS, *(shard.file for shard in run.shards), INDEX, ADAPTER_TENSORS, ADAPTER_CONFIG]
+    names += [place_of(file) for file in run.checkpoint.other_files if not file.name.startswith(("LICENSE", "NOTICE"))]
+    return [name for name in names if (run.out / name).is_file()]
 
 
 def _origin(run: QuantizeRun, spec: WeightSpec) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from qsvd.adapters.methods.table import METHODS, default_method
 from qsvd.adapters.start import new_record, planned, planner_of
 from qsvd.data.examples import MOST_LENGTH, Home, read_run_data
 from qsvd.errors import BadInput, parse_size
-from qsvd.files.pages import free_host_memory
 from qsvd.files.source import download_config, read_config, small_files
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import MANIFEST
-from qsvd.memory.device import device_of, dtype_of
+from qsvd.memory.device import device_of, dtype_of, free_host_memory
 from qsvd.memory.duration import GPU, Rate, Speed
 from qsvd.memory.items import Limits
 from qsvd.memory.placement import Wish

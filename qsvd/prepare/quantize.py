@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsvd.decompose.alternate import Recipe, split_weights
+from qsvd.decompose.alternate import Recipe, split_weights, stack_on
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split, measure_stack
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
@@ -19,7 +19,7 @@ from qsvd.export.peft import misplaced
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.check import check_finite
 from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, largest_stack, plan_shards, plan_stacks, sizes_of
-from qsvd.files.source import Checkpoint, stack_on
+from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import Statistics, statistics_for
 from qsvd.files.workspace import MANIFEST, UNFINISHED
 from qsvd.memory.device import device_of

@@ -11,7 +11,7 @@ import torch
 from qsvd.adapters.gradients import open_gradients
 from qsvd.adapters.methods.table import METHODS
 from qsvd.errors import BadInput
-from qsvd.files.adapter import open_adapter
+from qsvd.files.adapter import read_adapter_record
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.workspace import ADAPTER_RECORD, ANOTHER_FOLDER, model_kind
 from qsvd.inputs.paths import hub_id
@@ -22,7 +22,8 @@ from qsvd.prepare.machine import train_machine
 from qsvd.prepare.plan import plan_of, plan_source, run_of_16_bit
 from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
 from qsvd.prepare.train import PlannedRun, TrainRun, adapter_options_of, prepare_train
-from qsvd.training.run_folder import check_run_folder, checkpoints, is_saved, recorded
+from qsvd.training.checkpoints import checkpoints
+from qsvd.training.run_folder import check_run_folder, is_saved, recorded
 
 UNKNOWN = ("alpha", "base_fingerprint")  # of the identity of a run, before its quantized model is complete
 
@@ -80,7 +81,7 @@ def _check_base(run: FirstRun) -> None:
     """Refuse a folder with a run on another quantized model, which is still there."""
     for folder in (run.out, *checkpoints(run.out)):
         if (folder / ADAPTER_RECORD).is_file():
-            base = open_adapter(folder).record.base
+            base = read_adapter_record(folder).base
             if Path(base).exists() and Path(base) != run.quantizing.out.resolve():
                 raise BadInput(
                     f"{run.out} holds a run on {base}; give the same options to continue, or {ANOTHER_FOLDER}"

@@ -25,9 +25,7 @@ from qsvd.files.adapter import (
     check_base,
     open_adapter,
 )
-from qsvd.files.atomic import read_object
 from qsvd.files.split_folder import SplitFolder, open_split
-from qsvd.files.workspace import IDENTITY
 from qsvd.memory.placement import Placed
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training, num_kept, show_activations
@@ -49,7 +47,7 @@ from qsvd.prepare.machine import (
 )
 from qsvd.report.errors import short_count
 from qsvd.training.liger import said_of_liger
-from qsvd.training.run_folder import KEPT, Recorded, is_saved, recorded
+from qsvd.training.run_folder import KEPT, Recorded, is_saved, read_identity, recorded
 from qsvd.training.settings import Settings
 
 SMALL, SMALL_RATE = 10**9, 1e-3  # weights of a small model, and the lowest of the best rates measured for such models
@@ -346,5 +344,4 @@ def _digest_of_gradients(options: Train) -> str | None:
     """Return the digest of the file of gradients, or that of the run where the file is gone."""
     file: Path | None = getattr(options, "gradients", None)
     found = None if file is None else gradients_digest(file.expanduser())
-    path = options.out.expanduser() / IDENTITY
-    return found or (read_object(path).get("gradients") if path.is_file() else None)
+    return found or (read_identity(options.out.expanduser()) or {}).get("gradients")

@@ -3,18 +3,16 @@
 Markdown and terminal tables are made of the same columns, COLUMNS.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast, get_type_hints
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qsvd.errors import BadInput
-from qsvd.records import Norms, WeightError
+from qsvd.records import Norms, WeightError, stored
 from qsvd.report.card import code, markdown
 from qsvd.report.header import ReportHeader
 from qsvd.report.totals import MODEL, Total, reduction, relative, totals, worst
@@ -29,53 +27,9 @@ def from_record(record: object) -> WeightError:
     """Return the error that to_record turned into `record`.
 
     Raises:
-        BadInput: record is not an object, lacks a field, has an unknown one, or a value of a wrong kind; the message
-            lists all of these.
+        BadInput: record is not that of an error; see `stored`.
     """
-    faults = list(_faults(record, WeightError))
-    if faults:
-        raise BadInput(f"not a record of a weight's error: {'; '.join(faults)}")
-    values = dict(cast(Mapping[str, Any], record))
-    values["shape"] = tuple(values["shape"])
-    for side in ("before", "after"):
-        values[side] = Norms(**{name: float(value) for name, value in values[side].items()})
-    for name in ("bits", "weight_frobenius"):
-        values[name] = float(values[name])  # some JSON writers turn 4.0 into 4
-    return WeightError(**values)
-
-
-def _faults(value: object, kind: type, path: str = "") -> Iterator[str]:
-    """Yield a sentence for everything that keeps `value`, found at `path`, from being a `kind`."""
-    if not isinstance(value, Mapping):
-        yield f"{path.rstrip('.') or 'the record'} is {value!r}, not an object"
-        return
-    hints = get_type_hints(kind)
-    yield from (f"{path}{name} is missing" for name in hints if name not in value)
-    yield from (f"{path}{name} is unknown" for name in value if name not in hints)
-    for name in (name for name in hints if name in value):
-        if hints[name] is Norms:
-            yield from _faults(value[name], Norms, f"{path}{name}.")
-        elif not _CHECKS[hints[name]][0](value[name]):
-            yield f"{path}{name} is {value[name]!r}, not {_CHECKS[hints[name]][1]}"
-
-
-def _is_whole(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is_whole(size) and size > 0 for size in value)
-
-
-_CHECKS: dict[Any, tuple[Callable[[object], bool], str]] = {
-    str: (lambda value: isinstance(value, str), "a string"),
-    int: (_is_whole, "a whole number of 0 or more"),
-    float: (
-        lambda value: _is_whole(value) or (isinstance(value, float) and 0 <= value < math.inf),
-        "a finite number of 0 or more",
-    ),
-    tuple[int, int]: (_is_shape, "a list of two positive whole numbers"),
-}
+    return stored(WeightError, record, "not a record of a weight's error")
 
 
 # Numbers as the cells of a table.

@@ -1,26 +1,22 @@
-"""RUN, the folder of one training run: its lock and identity, its checkpoints and its steps.
+"""RUN, the folder of one training run: its lock, its identity and its steps."""
 
-A checkpoint is complete or does not exist: it is written in RUN/unfinished, then renamed to RUN/checkpoint-N.
-"""
-
-import errno
 import json
 import math
-import os
-import pickle
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qsvd.errors import BadInput, first_line
-from qsvd.files.atomic import Lock, clear, read_object, sync_folder, write_text
+from qsvd.errors import BadInput
+from qsvd.files.atomic import (
+    Lock,
+    read_record,
+    record_text,
+    unsealed,
+    write_record,
+    write_text,
+)
 from qsvd.files.workspace import (
-    ADAPTER_RECORD,
     ANOTHER_FOLDER,
     IDENTITY,
     LOCK,
@@ -30,8 +26,10 @@ from qsvd.files.workspace import (
     check_same,
     settled,
 )
+from qsvd.records import stored
+from qsvd.report.training import RunSummary
+from qsvd.training.checkpoints import NAME, checkpoints
 
-NAME = re.compile(r"checkpoint-(\d+)")
 START = "start.json"
 STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
@@ -40,12 +38,7 @@ KEPT = "blocks_with_activations"  # of the identity: how many blocks are not rec
 FREE = ("gradient_checkpointing", KEPT)  # of the identity, the first of older versions: these change no result
 BATCHES = ("batch_size", "accumulate")  # of the identity: their product is the result, but for rounding
 LENGTH = ("steps", "epochs", "early_stopping")  # of the identity: what may change when a run is resumed
-PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-PART_NAMES = (
-    rf"({'|'.join(map(re.escape, PARTS))}|(qsvd_adapter|hooks)\.safetensors)(\.partial)?"  # all of a checkpoint
-)
-NO_NAMES = "$."
-PROBE = 2**20  # bytes
+FORMAT = 4  # of run.json; since then its files have digests
 
 
 @dataclass(frozen=True)
@@ -69,92 +62,12 @@ class Step:
     held_out: float | None = None
 
 
-def finish(run: Path, step: int, *, keep: int, best: int | None, every: float = 1) -> None:
-    """Sync RUN/unfinished/checkpoint-N to the disk, rename it, and remove older ones.
+@dataclass(frozen=True)
+class Start:
+    """What start.json holds: loss and accuracy on the held-out examples before the first step; None without them."""
 
-    Left are this one, the newest `keep` whose steps divide by `every`, and that of step `best`: the same checkpoints,
-    whether the run was interrupted between them or not. Files that qsvd did not write stay where they are.
-
-    Raises:
-        OSError: RUN/checkpoint-N has such files.
-    """
-    written, place = run / UNFINISHED / f"checkpoint-{step}", run / f"checkpoint-{step}"
-    for file in [path for path in written.rglob("*") if path.is_file()]:
-        with file.open("rb+") as opened:
-            os.fsync(opened.fileno())
-    sync_folder(written)
-    if place.exists() and not clear(place, PART_NAMES):
-        raise OSError(errno.ENOTEMPTY, "has files that qsvd did not write, where it has to save; move it", str(place))
-    written.rename(place)
-    saved = checkpoints(run)
-    left = {step, best, *[step_of(one) for one in saved if step_of(one) % every == 0 or step_of(one) == step][-keep:]}
-    for old in saved:
-        if step_of(old) not in left:
-            _remove(old, run / UNFINISHED)
-    for killed in (run / UNFINISHED).glob("checkpoint-*"):
-        clear(killed, PART_NAMES)
-    clear(run / UNFINISHED, NO_NAMES)
-    sync_folder(run)
-
-
-def _remove(checkpoint: Path, unfinished: Path) -> None:
-    """Remove a checkpoint; one without files of somebody else is renamed first, so that no kill leaves a part of it."""
-    if all(re.fullmatch(PART_NAMES, path.name) for path in checkpoint.iterdir()):
-        checkpoint = checkpoint.rename(unfinished / checkpoint.name)
-    clear(checkpoint, PART_NAMES)
-
-
-@contextmanager
-def written_whole(run: Path) -> Iterator[None]:
-    """Turn the RuntimeError of a torch.save that cannot write into the OSError of the disk.
-
-    torch does not say why it cannot. The newest file of the checkpoint, which is lost, is written on to see it.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        files = [path for path in (run / UNFINISHED).rglob("*") if path.is_file()]
-        if not files:
-            raise
-        newest = max(files, key=lambda path: path.stat().st_mtime_ns)
-        try:
-            with newest.open("ab") as file:
-                file.write(bytes(PROBE))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as reason:
-            raise OSError(reason.errno, reason.strerror, str(newest)) from error
-        raise
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if all((path / part).is_file() for part in PARTS)]
-
-
-def check_readable(checkpoint: Path) -> None:
-    """Refuse a checkpoint with a damaged part, before the model is loaded.
-
-    Raises:
-        BadInput: the sentence names the file. No code of it is run.
-    """
-    from transformers.trainer import safe_globals
-
-    otherwise = f"remove {checkpoint} to go on from the checkpoint before it, or start again"
-    read_object(checkpoint / "trainer_state.json", otherwise)
-    for part in (part for part in PARTS if part.endswith((".pt", ".pth"))):
-        try:
-            with safe_globals():
-                torch.load(checkpoint / part, map_location="cpu", weights_only=True)
-        except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            reason = first_line(error) or type(error).__name__
-            raise BadInput(f"{checkpoint / part} is damaged ({reason}); {otherwise}") from error
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step after which a checkpoint was written."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    held_out_before: float | None = None
+    accuracy_before: float | None = None
 
 
 class RunFolder:
@@ -180,7 +93,8 @@ class RunFolder:
         try:  # again: another process may have written to it before the lock was free
             if check_run_folder(folder, identity, resume=resume, total=total):
                 (folder / SUMMARY).unlink(missing_ok=True)  # first: with another identity it says that all is done
-            self.write(IDENTITY, identity)
+            self.is_sealed = "format" in (read_identity(folder) or {"format": FORMAT})
+            self.write(IDENTITY, ({"format": FORMAT} if self.is_sealed else {}) | dict(identity))
         except BaseException:
             self._lock.release()
             raise
@@ -192,27 +106,30 @@ class RunFolder:
         self._lock.release()
 
     @property
-    def summary(self) -> dict[str, Any] | None:
+    def summary(self) -> RunSummary | None:
         """Return summary.json; None if the run is not complete."""
-        return self._json(SUMMARY)
+        found = self._json(SUMMARY)
+        what = f"{self.folder / SUMMARY} is damaged ({ANOTHER_FOLDER})"
+        return None if found is None else stored(RunSummary, found, what)
 
     @property
-    def start(self) -> dict[str, Any] | None:
+    def start(self) -> Start | None:
         """Return start.json, what was measured before the first step; None if it was not measured yet."""
-        return self._json(START)
+        found = self._json(START)
+        return None if found is None else stored(Start, found, f"{self.folder / START} is damaged ({ANOTHER_FOLDER})")
 
-    def write(self, name: str, value: object) -> None:
-        """Write a JSON file."""
-        write_text(self.folder / name, json.dumps(value, indent=2) + "\n")
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a record."""
+        write_record(self.folder / name, value)
 
     def steps(self) -> list[Step]:
         """Return all steps so far; see `read_steps`."""
-        return read_steps(self.folder)
+        return read_steps(self.folder, sealed=self.is_sealed)
 
     def keep_steps(self, last: int) -> list[Step]:
         """Remove the steps after `last`, which a resumed run repeats; return the others."""
         kept = [step for step in self.steps() if step.number <= last]
-        write_text(self.folder / STEPS, "".join(f"{json.dumps(asdict(step))}\n" for step in kept))
+        write_text(self.folder / STEPS, "".join(self._line(step) for step in kept))
         return kept
 
     def add_step(self, step: Step) -> None:
@@ -220,13 +137,16 @@ class RunFolder:
         path = self.folder / STEPS
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(asdict(step))}\n")
+                file.write(self._line(step))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
+    def _line(self, step: Step) -> str:
+        return record_text(asdict(step), indent=None)
+
     def _json(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
-        return read_object(path, ANOTHER_FOLDER) if path.is_file() else None
+        return read_record(path, ANOTHER_FOLDER, since=0 if self.is_sealed else 1) if path.is_file() else None
 
 
 def check_run_folder(
@@ -243,11 +163,11 @@ def check_run_folder(
 def _is_extended(
     folder: Path, identity: Mapping[str, Any], *, resume: bool, total: int, unknown: Sequence[str]
 ) -> bool:
-    path = folder / IDENTITY
-    if not path.is_file():
+    found = read_identity(folder)
+    if found is None:
         check_begun(folder)
         return False
-    found = read_object(path, ANOTHER_FOLDER)
+    is_sealed = found.pop("format", None) is not None
     if not is_saved(folder):
         _check_own(folder, found, identity)
         return False  # it saved nothing, so nothing is lost when another run starts here
@@ -261,7 +181,7 @@ def _is_extended(
         return False
     if not resume:
         check_same(folder, found, identity, f"--resume for more steps, or {ANOTHER_FOLDER}")
-    done = max((step.number for step in read_steps(folder)), default=0)
+    done = max((step.number for step in read_steps(folder, sealed=is_sealed)), default=0)
     if total < done:
         raise BadInput(f"{folder} has {done} steps already, more than {total}; give more --steps or --epochs")
     return True
@@ -292,17 +212,18 @@ class Recorded:
 
 def recorded(folder: Path) -> Recorded | None:
     """Return what a run that goes on has chosen; None for a new run."""
-    path = folder / IDENTITY
-    if not (path.is_file() and is_saved(folder)):
+    found = read_identity(folder) if is_saved(folder) else None
+    if found is None:
         return None
-    found = read_object(path, ANOTHER_FOLDER)
     first = 0 if found.get("gradient_checkpointing") else None  # older versions recorded True for none
-    return Recorded(found.get(KEPT, first), found.get("batch_size"))
+    chosen = {"unrecomputed": found.get(KEPT, first), "batch_size": found.get("batch_size")}
+    return stored(Recorded, chosen, f"{folder / IDENTITY} is damaged ({ANOTHER_FOLDER})")
 
 
-def _sequences(identity: Mapping[str, Any]) -> int:
-    """Return how many sequences a step has."""
-    return math.prod(identity.get(name, 1) for name in BATCHES)
+def _sequences(identity: Mapping[str, Any]) -> object:
+    """Return how many sequences a step has; in a damaged record something else."""
+    numbers = [identity.get(name, 1) for name in BATCHES]
+    return math.prod(numbers) if all(type(number) is int for number in numbers) else numbers
 
 
 def is_saved(folder: Path) -> bool:
@@ -310,8 +231,29 @@ def is_saved(folder: Path) -> bool:
     return bool(checkpoints(folder)) or (folder / SUMMARY).is_file()
 
 
-def read_steps(folder: Path) -> list[Step]:
-    """Return all steps so far, without a last line that a kill left incomplete."""
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """Return run.json; None if there is none."""
+    path = folder / IDENTITY
+    return read_record(path, ANOTHER_FOLDER, since=FORMAT) if path.is_file() else None
+
+
+def read_steps(folder: Path, *, sealed: bool) -> list[Step]:
+    """Return all steps so far, without a last line that a kill left incomplete.
+
+    Raises:
+        BadInput: a line is not a step.
+        Damaged: a line differs from its digest.
+    """
     path = folder / STEPS
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [Step(**json.loads(line)) for line in lines]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        where = f"line {number} of {path}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{where} is not valid JSON; {ANOTHER_FOLDER}") from error
+        if isinstance(fields, dict):
+            fields = unsealed(fields, line + b"\n", where, ANOTHER_FOLDER, sealed=sealed)
+        steps.append(stored(Step, fields, f"{where} is damaged ({ANOTHER_FOLDER})"))
+    return steps

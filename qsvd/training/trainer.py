@@ -35,10 +35,10 @@ from qsvd.errors import BadInput
 from qsvd.files.adapter import open_adapter
 from qsvd.files.safetensors import new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.split_folder import SplitFolder
+from qsvd.training.checkpoints import UNFINISHED, checkpoints, finish, step_of, written_whole
 from qsvd.training.guards import check_apart, check_start, not_finite
 from qsvd.training.lora_rite import LoraRite
 from qsvd.training.riemannian import Riemannian
-from qsvd.training.run_folder import UNFINISHED, checkpoints, finish, step_of, written_whole
 from qsvd.training.settings import Settings, classifier_arguments, language_arguments, limit_tiles
 from qsvd.training.steps import SetRate
 

@@ -13,7 +13,7 @@ from qsvd.adapters import page_cache as paging
 from qsvd.adapters.model import split_linears, trained
 from qsvd.adapters.page_buffers import Arena, HostStore, Store
 from qsvd.adapters.page_cache import PageCache, next_pages
-from qsvd.files.pages import PageReader
+from qsvd.files.readers import PageReader
 from qsvd.files.safetensors import NewTensor, read_header, write_stream
 from qsvd.memory.items import Placement
 from tests.adapters.results import IDS, split_checkpoint

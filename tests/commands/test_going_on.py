@@ -13,7 +13,7 @@ from qsvd.commands.train import train
 from qsvd.data.examples import first_lines
 from qsvd.errors import BadInput, Interrupted
 from qsvd.prepare.quantize_first import prepare_training
-from qsvd.training.run_folder import checkpoints
+from qsvd.training.checkpoints import checkpoints
 from tests.adapters.results import in_float32
 from tests.runs import (
     TEXTS,

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 
+from qsvd.errors import Damaged
 from qsvd.files import adapter as adapter_folder
 from qsvd.files.adapter import AdapterRecord, check_base, open_adapter, write_adapter
 from qsvd.files.safetensors import read_tensor
+from tests.sealed import opened, reseal
 
 RECORD = AdapterRecord(
     base="/models/base",
@@ -42,22 +45,27 @@ def folder(tmp_path):
 
 def rewrite(folder, **changed):
     """Change fields of the record; None takes one away."""
-    path = folder / "qsvd_adapter.json"
-    fields = json.loads(path.read_text(encoding="utf-8")) | changed
-    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+
+    def change(fields):
+        fields |= changed
+        for name in [name for name, value in changed.items() if value is None]:
+            del fields[name]
+
+    reseal(folder / "qsvd_adapter.json", change)
 
 
 def test_safetensors_and_json_read_what_was_written(folder):
     assert {path.name for path in folder.iterdir()} == {"qsvd_adapter.json", "qsvd_adapter.safetensors"}
-    fields = json.loads((folder / "qsvd_adapter.json").read_text(encoding="utf-8"))
+    fields = opened(folder / "qsvd_adapter.json")
     assert fields == dataclasses.asdict(RECORD) | {
         "labels": ["no", "yes, dé"],
         "full": ["score.weight"],
         "target_modules": [],
-        "format": 3,
+        "format": 4,
+        "files": fields["files"],
     }
     with safetensors.safe_open(folder / "qsvd_adapter.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "qsvd_base_fingerprint": RECORD.fingerprint}
+        assert file.metadata().items() >= {"format": "pt", "qsvd_base_fingerprint": RECORD.fingerprint}.items()
     found = safetensors.torch.load_file(folder / "qsvd_adapter.safetensors")
     written = parameters()
     assert set(found) == set(written)
@@ -105,54 +113,58 @@ def test_a_folder_without_an_adapter_is_refused(folder):
 
 def test_a_record_without_its_parameters_is_refused(folder):
     (folder / "qsvd_adapter.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"is incomplete: qsvd_adapter\.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"lacks qsvd_adapter\.safetensors; copy it again"):
         open_adapter(folder)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", '"x"', '{"format": 1}', '{"format": 1, "labels": [], "full": []}', b"\xff\xfe"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "null",
+        '"x"',
+        "[" * 10**5,
+        '{"format": 1}',
+        '{"format": 1, "labels": [], "full": []}',
+        b"\xff\xfe",
+    ],
 )
 def test_a_damaged_record_is_refused(folder, text):
     (folder / "qsvd_adapter.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=r"qsvd_adapter\.json is damaged: "):
+    with pytest.raises(ValueError, match=r"qsvd_adapter\.json is (damaged|not valid JSON|a JSON|has format None)"):
         open_adapter(folder)
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"method": None}, "'method'"),
-        ({"labels": None}, "'labels'"),
-        ({"full": 3}, "'int' object is not iterable"),
-        ({"format": None}, "'format'"),
-        ({"colour": "red"}, "'colour'"),
+        ({"method": None}, "damaged: method is missing$"),
+        ({"full": 3, "rank": -1}, "damaged: rank is -1, not a whole number of 0 or more; full is 3, not a list$"),
+        ({"format": None}, "has format None; this version"),
+        ({"colour": "red"}, "damaged: colour is unknown$"),
+        ({"dtype": "auto"}, "damaged: dtype 'auto' is neither float32 nor bfloat16$"),
     ],
 )
 def test_a_record_with_other_fields_is_refused(folder, changed, said):
     rewrite(folder, **changed)
-    with pytest.raises(ValueError, match=rf"qsvd_adapter\.json is damaged: .*{said}"):
-        open_adapter(folder)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "auto", 32])
-def test_a_dtype_that_no_adapter_has_is_refused(folder, dtype):
-    rewrite(folder, dtype=dtype)
-    with pytest.raises(ValueError, match=rf"is damaged: dtype {dtype!r} is neither float32 nor bfloat16"):
+    with pytest.raises(ValueError, match=rf"qsvd_adapter\.json.*{said}"):
         open_adapter(folder)
 
 
 def test_another_format_is_named_whatever_else_it_has(folder):
-    rewrite(folder, format=4, colour="red", method=None)
-    with pytest.raises(ValueError, match=r"json has format 4; this version of qsvd reads formats 1 to 3"):
+    rewrite(folder, format=5, colour="red", method=None)
+    with pytest.raises(ValueError, match=r"json has format 5; this version of qsvd reads formats 1 to 4"):
         open_adapter(folder)
 
 
 def test_format_1_is_read_and_its_default_alpha_of_lora_was_16(folder):
     """As version 0.1.0 wrote it: with a scale of 16 / rank, whatever the rank."""
-    new = dict.fromkeys(("target_modules", "dropout", "rslora"))
-    rewrite(folder, format=1, method="lora", alpha=None, **new)
-    path = folder / "qsvd_adapter.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha": None}))
+    fields = opened(folder / "qsvd_adapter.json") | {"format": 1, "method": "lora", "alpha": None}
+    old = {name: fields[name] for name in fields if name not in ("target_modules", "dropout", "rslora", "own", "files")}
+    (folder / "qsvd_adapter.json").write_text(json.dumps(old))
     record = open_adapter(folder).record
     assert (record.alpha, record.target_modules, record.dropout, record.rslora) == (16, (), 0, False)
 
@@ -160,7 +172,31 @@ def test_format_1_is_read_and_its_default_alpha_of_lora_was_16(folder):
 @pytest.mark.parametrize("metadata", [None, {"format": "pt", "qsvd_base_fingerprint": "00"}])
 def test_parameters_of_another_run_are_refused(folder, metadata):
     safetensors.torch.save_file({"a": torch.ones(1)}, folder / "qsvd_adapter.safetensors", metadata=metadata)
+    with pytest.raises(Damaged, match="has lost its digests"):
+        open_adapter(folder)
+    rewrite(folder, format=3, files=None)  # of an older version
     with pytest.raises(ValueError, match=r"safetensors belongs to another run than qsvd_adapter\.json: their"):
+        open_adapter(folder)
+
+
+def test_parameters_of_another_run_on_the_same_model_are_refused(folder, tmp_path):
+    write_adapter(tmp_path / "other", RECORD, {name: value + 1 for name, value in parameters().items()})
+    shutil.copy(tmp_path / "other" / "qsvd_adapter.safetensors", folder)
+    said = (
+        r"checkpoint: qsvd_adapter\.safetensors is not the file that was written with its qsvd_adapter\.json; copy it"
+    )
+    with pytest.raises(Damaged, match=said):
+        open_adapter(folder)
+
+
+def test_a_template_of_another_run_is_refused(folder):
+    write_adapter(folder, RECORD, parameters(), "{{ messages }}")
+    assert open_adapter(folder).chat_template == "{{ messages }}"
+    (folder / "chat_template.jinja").write_text("{{ message }}")
+    with pytest.raises(Damaged, match=r"chat_template\.jinja is not the file"):
+        open_adapter(folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(Damaged, match=r"lacks chat_template\.jinja; copy it again"):
         open_adapter(folder)
 
 

@@ -26,8 +26,9 @@ class HeldFolder:
             raise OSError(errno.ENOSPC, "No space left")
         self.done.append(job)
 
-    def save(self, index, residual, factors, record):
-        assert (residual, factors, record) == ({"r": TENSOR}, {"f": TENSOR}, f"record {index}")
+    def save(self, index, residual, factors, record, source_digest):
+        given = (residual, factors, record, source_digest)
+        assert given == ({"r": TENSOR}, {"f": TENSOR}, f"record {index}", "s")
         self.write(index)
 
     def write_shard(self, file, indices, copied):
@@ -40,7 +41,7 @@ class HeldFolder:
 
 
 def save(writer, index):
-    writer.save(index, {"r": TENSOR}, {"f": TENSOR}, f"record {index}")
+    writer.save(index, {"r": TENSOR}, {"f": TENSOR}, f"record {index}", "s")
 
 
 def begin(work, *arguments):

@@ -231,7 +231,7 @@ def test_resolving_twice_gives_the_same():
 def entries(**dtypes):
     """Name -> entry; "__" in a keyword stands for "."."""
     named = {name.replace("__", "."): dtype for name, dtype in dtypes.items()}
-    return {name: TensorEntry(name, dtype, (8, 8), 64, None, 0) for name, dtype in named.items()}
+    return {name: TensorEntry(name, dtype, (8, 8), 64, None, 0, (0, 0)) for name, dtype in named.items()}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from qsvd.files.pages import PageReader
+from qsvd.files.readers import PageReader
 from qsvd.files.safetensors import TensorEntry
 
 CONTENT = bytes(random.Random(0).randbytes(5000))
@@ -23,7 +23,7 @@ def shards(tmp_path):
 
 
 def piece(file, start, num_bytes):
-    return TensorEntry(f"{file.name}.{start}", "U8", (num_bytes,), num_bytes, file, start)
+    return TensorEntry(f"{file.name}.{start}", "U8", (num_bytes,), num_bytes, file, start, (0, 0))
 
 
 def room(num_bytes):

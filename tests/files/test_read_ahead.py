@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 
 from qsvd.errors import BadInput
-from qsvd.files import safetensors as files
-from qsvd.files.safetensors import ReadAhead, read_header, read_tensor
+from qsvd.files import readers as files
+from qsvd.files.readers import ReadAhead
+from qsvd.files.safetensors import new_tensors, read_header, read_tensor, write_stream
 
 COUNT = 40
 
@@ -62,8 +63,11 @@ def test_no_more_is_read_ahead_than_was_said_and_several_are_read_at_a_time(entr
 
 
 def test_a_fault_is_raised_where_its_tensor_is_used_and_leaving_early_waits_for_nothing(entries):
-    _, found = entries
-    with found[0].file.open("rb+") as file:
+    tensors, found = entries
+    path = found[0].file.with_name("ours.safetensors")
+    write_stream(path, new_tensors(tensors), {})
+    found = list(read_header(path).tensors.values())
+    with path.open("rb+") as file:
         file.truncate(found[-1].start + 1)
     with ReadAhead(found) as read:
         for entry in found[:-1]:

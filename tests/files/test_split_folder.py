@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 
 import qsvd
-from qsvd.errors import BadInput
+from qsvd.errors import BadInput, Damaged
 from qsvd.files.split_folder import open_split
 from tests.checkpoints import write_checkpoint
+from tests.sealed import reseal, without_digests
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 PREFIX = "base_model.model.model.layers.1.mlp.down_proj"
@@ -57,7 +58,7 @@ def test_rank_0_has_no_factors_and_its_dense_matrix_is_the_residual(results):
 
 
 def test_an_adapter_of_another_base_is_refused(results, tmp_path):
-    out = shutil.copytree(results / "4", tmp_path / "out")
+    out = without_digests(shutil.copytree(results / "4", tmp_path / "out"))
     path = out / "adapter_model.safetensors"
     adapter = safetensors.torch.load_file(path)
     safetensors.torch.save_file(adapter, path, metadata={"format": "pt", "qsvd_base_fingerprint": "0" * 64})
@@ -75,15 +76,20 @@ def test_a_folder_that_is_no_result_is_refused(results):
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 DAMAGES = {
-    "no fingerprint": (lambda m: m.pop("fingerprint"), "it has no fingerprint; copy the folder again"),
-    "no weights": (lambda m: m.pop("weights"), "it has no weights; "),
+    "no fingerprint": (
+        lambda m: m.pop("fingerprint"),
+        r"is damaged \(copy .*, or quantize again\): fingerprint is missing$",
+    ),
+    "no weights": (lambda m: m.pop("weights"), "weights is missing$"),
     "no format": (lambda m: m.pop("format"), "has format None; "),
     "a weight is gone": (lambda m: m["weights"].pop(Q_PROJ), "its fingerprint is not that of its weights; "),
-    "no rank": (lambda m: m["weights"][Q_PROJ].pop("rank"), f"its records of {Q_PROJ} lack one of module, shape, "),
+    "no rank": (lambda m: m["weights"][Q_PROJ].pop("rank"), f"weights.{Q_PROJ}.rank is missing$"),
     "another rank": (
         lambda m: m["weights"][Q_PROJ].update(rank=0),
         "have other shapes for .*0.self_attn.q_proj.lora_A",
     ),
+    "a rank above the size": (lambda m: m["weights"][Q_PROJ].update(rank=65), f"the ranks of {Q_PROJ} are above"),
+    "another shape": (lambda m: m["weights"][Q_PROJ].update(shape=[64]), "shape is .64., not a list of two positive"),
     "another module": (
         lambda m: m["weights"][Q_PROJ].update(module=NAME.removesuffix(".weight")),
         "it has model.layers.1.mlp.down_proj twice; ",
@@ -95,9 +101,11 @@ DAMAGES = {
 def test_a_damaged_manifest_is_refused(results, tmp_path, damage):
     change, sentence = DAMAGES[damage]
     out = shutil.copytree(results / "4", tmp_path / "out")
-    manifest = json.loads((out / "qsvd.json").read_text())
-    change(manifest)
-    (out / "qsvd.json").write_text(json.dumps(manifest))
+    plain = shutil.copytree(out, tmp_path / "plain")
+    (plain / "qsvd.json").write_text(json.dumps({**json.loads((out / "qsvd.json").read_text()), "header": {}}))
+    with pytest.raises(Damaged, match=r"qsvd\.json is damaged: its digest differs; copy the folder again"):
+        open_split(plain)
+    reseal(out / "qsvd.json", change)
     with pytest.raises(BadInput, match=sentence):
         open_split(out)
 
@@ -105,7 +113,7 @@ def test_a_damaged_manifest_is_refused(results, tmp_path, damage):
 @pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": 3}'])
 @pytest.mark.parametrize("file", ["qsvd.json", "model.safetensors.index.json"])
 def test_a_manifest_or_index_that_is_something_else_is_refused(results, tmp_path, file, text):
-    out = shutil.copytree(results / "4", tmp_path / "out")
+    out = without_digests(shutil.copytree(results / "4", tmp_path / "out"))
     (out / file).write_text(text)
     with pytest.raises(BadInput, match=file):
         open_split(out)

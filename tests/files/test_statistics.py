@@ -19,6 +19,7 @@ from qsvd.files.statistics import (
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 FINGERPRINT = "3f" * 32
 RECORD = {"model": "some/model", "examples": 4, "loss": 1.25, "run": {"seed": 0}}
+STAMPS = {"model.safetensors": (1, 2)}
 
 
 def tensors(*, traces=True):
@@ -53,7 +54,7 @@ def test_other_libraries_read_it(path):
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors().items())
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["format"] == "qsvd statistics 1"
+    assert metadata["format"] == "qsvd statistics 2"
     assert metadata["fingerprint"] == FINGERPRINT
     assert json.loads(metadata["record"]) == RECORD
 
@@ -100,7 +101,7 @@ def test_what_is_no_file_of_statistics_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"absent does not exist; qsvd calibrate MODEL DATA --out .*/absent makes it$"):
         open_statistics(tmp_path / "absent")
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "model", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model was not written by qsvd calibrate \(format 'pt'\)$"):
+    with pytest.raises(ValueError, match=r"model was not written by qsvd calibrate \(format 'pt'\); give another"):
         open_statistics(tmp_path / "model")
     some = {name: tensor for name, tensor in tensors().items() if name != f"{DOWN}.columns"}
     write_statistics(tmp_path / "part", some, fingerprint=FINGERPRINT, record=RECORD)
@@ -113,16 +114,18 @@ def test_what_is_no_file_of_statistics_is_refused(tmp_path):
 
 def test_unfinished_sums_come_back_for_the_same_run_alone(tmp_path):
     out, sums = tmp_path / "s.safetensors", {"q.rows": torch.arange(3, dtype=torch.float64) / 7}
-    assert open_unfinished(out, {"seed": 0}) is None
-    save_unfinished(out, sums, {"seed": 0, "traces": 2})
+    assert open_unfinished(out, {"seed": 0}, STAMPS) is None
+    save_unfinished(out, sums, {"seed": 0, "traces": 2}, STAMPS)
     assert unfinished_path(out).name == "s.safetensors.unfinished"
-    assert torch.equal(open_unfinished(out, {"traces": 2, "seed": 0})["q.rows"], sums["q.rows"])
+    assert torch.equal(open_unfinished(out, {"traces": 2, "seed": 0}, STAMPS)["q.rows"], sums["q.rows"])
     sentence = (
         r"unfinished was written with other options: seed 0 there, 1 now; give the same options to continue, or "
         r"remove the file, or give --out another file$"
     )
+    with pytest.raises(ValueError, match=r"^model.safetensors of the 16-bit model changed after .*finished was begun"):
+        open_unfinished(out, {"seed": 0, "traces": 2}, {"model.safetensors": (1, 3)})
     with pytest.raises(ValueError, match=sentence):
-        open_unfinished(out, {"seed": 1, "traces": 2})
+        open_unfinished(out, {"seed": 1, "traces": 2}, STAMPS)
     write_statistics(unfinished_path(out), tensors(), fingerprint=FINGERPRINT, record=RECORD)
-    with pytest.raises(ValueError, match=r"was not written by qsvd calibrate; move it, or give --out another file$"):
-        open_unfinished(out, {"seed": 0, "traces": 2})
+    with pytest.raises(ValueError, match=r"was not written by qsvd calibrate \(.*\); move it, or give --out another"):
+        open_unfinished(out, {"seed": 0, "traces": 2}, STAMPS)

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from qsvd.files.source import open_checkpoint, stream
+from qsvd.files.readers import stream
+from qsvd.files.source import open_checkpoint
 from qsvd.plan.weights import WeightSpec
 from tests.checkpoints import write_checkpoint
 

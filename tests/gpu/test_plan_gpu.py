@@ -12,7 +12,7 @@ from _pytest.mark import ParameterSet
 
 from qsvd.commands.demo import FINE_TUNING, MODEL
 from qsvd.commands.train import train
-from qsvd.files.pages import taken_host_memory
+from qsvd.memory.device import taken_host_memory
 from qsvd.options import Train
 
 pytestmark = [

@@ -7,7 +7,8 @@ import pytest
 import qsvd.commands.train
 import qsvd.training.trainer
 from qsvd.commands.train import train
-from qsvd.training.run_folder import RunFolder, checkpoints
+from qsvd.training.checkpoints import checkpoints
+from qsvd.training.run_folder import RunFolder
 from tests.runs import outcome, steps_of, training
 from tests.stops import killed
 

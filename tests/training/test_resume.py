@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from qsvd.cli import run
 from qsvd.commands.train import train
-from qsvd.training.run_folder import checkpoints
+from qsvd.training.checkpoints import checkpoints
 from qsvd.training.settings import OPTIMIZERS
 from tests.commands.folders import finished, start
 from tests.commands.test_resume import wait_for
@@ -144,17 +144,39 @@ def untold(folder):
     (folder / "steps.jsonl").write_text(lines[0])
 
 
+def flipped(part):
+    def flip(folder):
+        path = folder / "checkpoint-2" / part
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+
+    return flip
+
+
 def nothing_saved(folder):
     for number in (1, 2):
         shutil.rmtree(folder / f"checkpoint-{number}")
 
 
+no_digests = without("qsvd_files.json")
+
+
 @pytest.mark.parametrize(
     "damage",
-    [without("optimizer.pt"), without("qsvd_adapter.json"), unfinished, torn, untold, nothing_saved],
-    ids=["no optimizer", "no record", "unfinished", "torn line", "no line", "no checkpoint"],
+    [
+        pytest.param(without("optimizer.pt"), id="no optimizer"),
+        pytest.param(without("qsvd_adapter.json"), id="no record"),
+        pytest.param(unfinished, id="unfinished"),
+        pytest.param(torn, id="torn line"),
+        pytest.param(untold, id="no line"),
+        pytest.param(nothing_saved, id="no checkpoint"),
+        pytest.param(flipped("optimizer.pt"), id="other optimizer"),
+        pytest.param(flipped("qsvd_adapter.safetensors"), id="other parameters"),
+        pytest.param(no_digests, id="no digests"),
+    ],
 )
-def test_what_a_kill_leaves_behind_is_passed_over(language, texts, undisturbed, tmp_path, damage):
+def test_what_a_kill_or_a_disk_leaves_behind_is_passed_over(language, texts, undisturbed, tmp_path, damage, capsys):
     """The run was killed after its second step, and some damage was done."""
     options = training(language, texts, tmp_path / "run", steps=3, save_every=1, keep=3)
     options.out.mkdir()
@@ -165,6 +187,19 @@ def test_what_a_kill_leaves_behind_is_passed_over(language, texts, undisturbed, 
     damage(options.out)
     assert run([*words(options), "--resume"]) == 0
     assert outcome(options.out) == outcome(undisturbed)
+    told = "checkpoint-2" in capsys.readouterr().err
+    assert told == (damage.__name__ == "flip" or damage is no_digests)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so(language, texts, undisturbed, tmp_path, capsys):
+    options = training(language, texts, tmp_path / "run", steps=3, save_every=1, keep=3)
+    shutil.copytree(
+        undisturbed, options.out, ignore=shutil.ignore_patterns("summary.json", "checkpoint-1", "checkpoint-3")
+    )
+    flipped("rng_state.pth")(options.out)
+    assert run([*words(options), "--resume"]) == 1
+    said = f"{options.out}/checkpoint-2/rng_state.pth is damaged: its digest differs; no checkpoint before it is left"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,27 +4,17 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qsvd.errors import BadInput
-from qsvd.training.run_folder import (
-    IDENTITY,
-    LOCK,
-    PARTS,
-    START,
-    STEPS,
-    SUMMARY,
-    UNFINISHED,
-    RunFolder,
-    Step,
-    check_readable,
-    finish,
-    written_whole,
-)
+from qsvd.errors import BadInput, Damaged
+from qsvd.training.checkpoints import PARTS, check_readable, finish, written_whole
+from qsvd.training.run_folder import IDENTITY, LOCK, START, STEPS, SUMMARY, UNFINISHED, RunFolder, Start, Step
+from tests.sealed import opened, reseal
 
 ME = {"rank": 4, "map": ["a=text"], "steps": None}
 
@@ -49,7 +39,7 @@ def test_a_new_folder_is_made_with_its_parents_and_its_identity(tmp_path, resume
         assert names(folder) == [LOCK, IDENTITY]
         assert (run.summary, run.start, run.steps()) == (None, None, [])
     assert names(folder) == [IDENTITY]
-    assert json.loads((folder / IDENTITY).read_text()) == ME
+    assert opened(folder / IDENTITY) == ME | {"format": 4}
 
 
 def test_an_empty_folder_or_one_that_a_kill_left_locked_is_taken(tmp_path):
@@ -110,12 +100,12 @@ def test_a_damaged_checkpoint_is_refused_and_none_of_its_code_is_run(tmp_path):
     torch.save({}, folder / "scheduler.pt")
     torch.save({"numpy": np.random.RandomState(0).get_state(), "python": (1, 2)}, folder / "rng_state.pth")
     torch.save({"state": torch.ones(64)}, folder / "optimizer.pt")
-    check_readable(folder)
+    check_readable(folder, sealed=False)
     whole = (folder / "optimizer.pt").read_bytes()
     for content in (b"", whole[:300], pickle.dumps(Marker(), protocol=2)):
         (folder / "optimizer.pt").write_bytes(content)
-        with pytest.raises(BadInput, match=r"optimizer.pt is damaged \(.*\); remove .*checkpoint-5 to go on from the"):
-            check_readable(folder)
+        with pytest.raises(BadInput, match=r"optimizer.pt is damaged \(.*\)$"):
+            check_readable(folder, sealed=False)
     assert not (tmp_path / "ran").exists()
 
 
@@ -186,19 +176,47 @@ def test_steps_that_are_made_again_are_forgotten(tmp_path):
         assert run.keep_steps(0) == run.steps() == []
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_what_is_written_is_read_and_what_was_changed_is_refused(tmp_path):
     with RunFolder(tmp_path, ME, resume=False, total=9) as run:
-        run.write(SUMMARY, {"loss": 0.5})
-        run.write("start.json", {"held_out_before": None})
-        assert run.summary == {"loss": 0.5}
-        assert run.start == {"held_out_before": None}
+        run.write(START, {"held_out_before": None, "accuracy_before": 0.5})
+        assert run.start == Start(None, 0.5)
+        (tmp_path / START).write_text((tmp_path / START).read_text().replace("0.5", "0.6"))
+        with pytest.raises(Damaged, match=r"start\.json is damaged: its digest differs; give --out another folder$"):
+            _ = run.start
+        reseal(tmp_path / START, lambda fields: fields.update(accuracy_before="x", other=1))
+        fault = "other is unknown; accuracy_before is 'x', not a finite number of 0 or more"
+        with pytest.raises(BadInput, match=fault):
+            _ = run.start
+        run.add_step(step(1))
+        (tmp_path / STEPS).write_text((tmp_path / STEPS).read_text().replace('"loss": 1.0', '"loss": 2.0'))
+        with pytest.raises(Damaged, match=r"line 1 of .*steps\.jsonl is damaged: its digest differs"):
+            run.steps()
+
+
+def test_a_run_of_an_older_version_without_digests_goes_on_without(tmp_path):
+    save(tmp_path, 5)
+    (tmp_path / IDENTITY).write_text(json.dumps(ME))
+    (tmp_path / START).write_text('{"held_out_before": 2}')
+    (tmp_path / STEPS).write_text(json.dumps(asdict(step(1))) + "\n")
+    with RunFolder(tmp_path, ME, resume=False, total=9) as run:
+        assert (run.start, run.steps()) == (Start(2.0), [step(1)])
+        run.add_step(step(2))
+    assert "format" not in json.loads((tmp_path / IDENTITY).read_text())
+    with RunFolder(tmp_path, ME, resume=False, total=9) as run:
+        assert run.steps() == [step(1), step(2)]
+    (tmp_path / STEPS).write_text('{"number": -1}\n')
+    with (
+        RunFolder(tmp_path, ME, resume=False, total=9) as run,
+        pytest.raises(BadInput, match=r"line 1 of .*loss is missing"),
+    ):
+        run.steps()
 
 
 def test_a_disk_that_is_full_while_torch_saves_is_an_error_of_the_disk(tmp_path):
     script = """
 import resource, sys, torch
 from pathlib import Path
-from qsvd.training.run_folder import written_whole
+from qsvd.training.checkpoints import written_whole
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -232,7 +250,7 @@ def test_files_of_somebody_else_in_checkpoints_stay(tmp_path, caplog):
     finish(tmp_path, 3, keep=1, best=None)
     assert names(old) == ["notes.txt"]
     assert not plain.exists()
-    assert names(tmp_path / "checkpoint-3") == sorted(PARTS)
+    assert names(tmp_path / "checkpoint-3") == sorted([*PARTS, "qsvd_files.json"])
     assert names(tmp_path / UNFINISHED) == ["todo.txt"]
     assert caplog.messages == [
         f"{path}: not written by qsvd, and left there"

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from qsvd.files import pages as host_memory
-from qsvd.files.pages import free_host_memory, keep_freed_memory, trim_freed_memory
+from qsvd.memory import device as host_memory
+from qsvd.memory.device import free_host_memory, keep_freed_memory, trim_freed_memory
 
 AVAILABLE = 10**12
 NO_LIMIT_V1 = "9223372036854771712"  # what version 1 writes where there is none

@@ -1,0 +1,1 @@
+"""OUT, a quantized model."""
