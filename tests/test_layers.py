@@ -133,6 +133,19 @@ def test_no_code_of_a_checkpoint_is_run_and_nobody_is_asked_to():
     }
 
 
+def test_pickles_are_tensors_and_plain_values_only():
+    loads = [(name_of(path), *call) for path in FILES for call in calls_of("load", path)]
+    torches = [words for _, name, words in loads if name == "torch.load"]
+    assert len(torches) >= 2
+    assert {words.get("weights_only") for words in torches} == {"True"}
+    others = {"pickle.load", "pickle.loads", "np.load", "numpy.load", "marshal.loads", "joblib.load", "dill.load"}
+    words = ("load", "loads", "Unpickler", "eval", "exec", "system", "Popen", "check_output", "load_from_disk")
+    found = [(name_of(path), call[0]) for path in FILES for word in words for call in calls_of(word, path)]
+    code = {"eval", "exec", "os.system", "pickle.Unpickler", "subprocess.Popen", "datasets.load_from_disk"}
+    assert [one for one in found if one[1] in others | code] == []
+    assert [name_of(path) for path in FILES if ("subprocess",) in imported(path)] == []
+
+
 def test_text_reaches_a_terminal_by_two_functions_only():
     """Which show markup and control characters as they are; the command line prints its own texts, too."""
     consoles = [(path, words) for path in FILES for name, words in calls_of("_Terminal", path)]

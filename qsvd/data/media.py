@@ -127,8 +127,9 @@ def open_image(source: Source, folder: Path) -> Any:
     from transformers.image_utils import load_image
 
     name = _shown(source, "an image that is given as bytes")
+    Image.init()
     try:
-        with Image.open(_file(source, folder)) as image:
+        with Image.open(_file(source, folder), formats=[one for one in FORMATS if one in Image.OPEN]) as image:
             return load_image(image)
     except FileNotFoundError as error:
         raise BadInput(f"no such file: {folder / name}") from error
@@ -156,6 +157,7 @@ def open_each(sources: Sequence[Source], opener: Callable[[Source], Any]) -> lis
     return opened
 
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # EPS runs Ghostscript
 NO_PILLOW = "images need the library Pillow: pip install 'qsvd[images]'"
 
 

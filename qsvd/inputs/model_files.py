@@ -162,8 +162,21 @@ def generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
     return GenerationConfig.from_model_config(config)
 
 
+def _kernels(table: Any) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a config, and of configs in it, that name a kernel of the Hub: attn_implementation "a/b"."""
+    if isinstance(table, list):
+        for item in table:
+            yield from _kernels(item)
+    if isinstance(table, dict):
+        for key, value in table.items():
+            chosen = [*value.values()] if isinstance(value, dict) else [value]
+            if key.removesuffix("_internal").endswith("_implementation"):
+                yield from ((key, one) for one in chosen if isinstance(one, str) and "/" in one)
+            yield from _kernels(value)
+
+
 def check_config(file: Path) -> None:
-    """Refuse a config.json with numbers of layers, sizes and so on that no model has, before anything counts to them.
+    """Refuse a config.json that names code, or has numbers of layers, sizes and so on that no model has.
 
     Raises:
         BadInput: the file is no JSON object, or has such numbers: the sentence names every one of them.
@@ -171,6 +184,11 @@ def check_config(file: Path) -> None:
     if damaged := damaged_file(file, CONFIG):
         raise BadInput(f"{damaged}; download it again")
     table = json.loads(file.read_bytes())
+    if kernels := [f"{name} {value!r}" for name, value in _kernels(table)]:
+        raise BadInput(
+            f"{file} chooses code of the Hub, which transformers would download and run: {listing(kernels)}; remove "
+            "these keys"
+        )
     wrong = [f"{name} {value} {fault}" for name, value in _numbers(file, table, "") if (fault := _fault(name, value))]
     classes = table.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):

@@ -56,12 +56,17 @@ def check_checkpoint(folder: Path) -> None:
     """Check that a folder looks like a 16-bit model.
 
     Raises:
-        BadInput: it has no config.json, or holds GGUF files only.
+        BadInput: it has no config.json, holds GGUF files only, or holds an adapter of PEFT, too.
     """
     check_not_gguf(folder)
     if not (folder / "config.json").is_file():
         hint = adapter_hint(folder) or "give the folder of a transformers model"
         raise BadInput(f"no config.json in {folder}; {hint}")
+    if (folder / "adapter_config.json").is_file() and not (folder / "qsvd.json").is_file():
+        raise BadInput(
+            f"{folder} holds a 16-bit model and an adapter of PEFT (adapter_config.json), which would not be read: "
+            "merge the two, or move the files of the adapter to a folder of their own"
+        )
 
 
 def check_not_gguf(folder: Path) -> None:

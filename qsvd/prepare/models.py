@@ -24,7 +24,7 @@ from qsvd.files.source import Checkpoint, download, open_checkpoint, read_config
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import Kind, model_kind
 from qsvd.inputs.model_files import MODEL, from_folder, generation_config
-from qsvd.inputs.paths import local_path
+from qsvd.inputs.paths import check_checkpoint, local_path
 from qsvd.memory.items import EVERYTHING, Placement
 from qsvd.options import Allocate, Calibrate, Quantize
 from qsvd.plan.weights import ModelPlan, is_classifier, plan_model, writers
@@ -174,7 +174,8 @@ def _dense(found: NamedModel, dtype: torch.dtype, *, classifier: bool) -> tuple[
         auto: Any = transformers.AutoModelForSequenceClassification
     else:
         auto = getattr(transformers, name) if name in writers() else transformers.AutoModelForCausalLM
-    read_config(found.home)  # refuses absurd numbers
+    check_checkpoint(found.home)
+    read_config(found.home)  # refuses absurd numbers, and kernels of the Hub
     return from_folder(auto, found.home, MODEL, dtype=dtype, output_loading_info=True)
 
 

@@ -186,6 +186,7 @@ WRONG = [
     (said(images=["none.png"]), "no such file: .*none.png"),
     (said(images=["rows.jsonl"]), "rows.jsonl is not an image that Pillow can read"),
     (said(images=["cut.png"]), "cut.png is not an image that Pillow can read"),
+    (said(images=["page.eps"]), "page.eps is not an image that Pillow can read: cannot identify"),  # by Ghostscript
     (said(images=["https://example.org/a.png"]), "on the web: download it"),
     (said(images=["data:image/png;base64,?"]), "an image is not base64"),
     (said(parts({"type": "image"}, QUESTION), images=["a.png"] * 2), "places for 1 images, and there are 2"),
@@ -204,6 +205,7 @@ WRONG = [
 def test_an_example_that_cannot_be_used_is_named_by_its_line(tmp_path, llava, row, sentence):
     picture(tmp_path / "a.png", 1)
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    Image.open(tmp_path / "a.png").convert("RGB").save(tmp_path / "page.eps")
     with pytest.raises(BadInput, match=rf"rows.jsonl.*line 2 .*({sentence})"):
         tokenized(write_lines(tmp_path / "rows.jsonl", [said(images="a.png"), row]), llava)
 

@@ -65,7 +65,7 @@ def test_small_files_beside_the_weights_are_listed(tmp_path):
         "spiece.model",
         "tokenizer.json",
     ]
-    left = ["README.md", ".hidden.json", "model.onnx", "training_args.bin", "adapter_config.json", "notes.py"]
+    left = ["README.md", ".hidden.json", "model.onnx", "training_args.bin", "notes.py"]
     for name in (*copied, *left):
         (tmp_path / name).write_text("{}")
     with (tmp_path / "huge.json").open("wb") as file:

@@ -6,10 +6,16 @@ import time
 
 import pytest
 
+from qsvd.cli import run
+from qsvd.data.columns import recognise
 from qsvd.data.examples import open_tokenizer, stop_ids
+from qsvd.data.row_files import Places, Rows
+from qsvd.data.tokens import tokenize
 from qsvd.demo import __file__ as demo
 from qsvd.errors import BadInput
 from qsvd.inputs.model_files import generation_config, read_config_json
+from tests.data.templates import MARKS
+from tests.data.templates import demo as demo_tokenizer
 
 DAMAGES = {
     "empty": b"",
@@ -104,3 +110,42 @@ def test_config_json_is_checked_before_transformers_reads_it_for_a_tokenizer(mod
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_labels": 10**9}))
     with pytest.raises(BadInput, match="num_labels 1000000000 is above"):
         open_tokenizer(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": "paged|owner/kernel:f"},
+        {"experts_implementation": {"": "owner/kernel"}},
+        {"text_config": {"attn_implementation": "owner/kernel@main"}},
+        {"_attn_implementation_internal": {"vision_config": "owner/kernel"}},
+    ],
+    ids=str,
+)
+def test_a_config_cannot_choose_code_of_the_hub(model, change):
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"attn_implementation": "eager"}))
+    assert read_config_json(model)._attn_implementation == "eager"
+    file.write_text(json.dumps(config | change))
+    with pytest.raises(BadInput, match=r"config.json chooses code of the Hub, .* '[^']*owner/kernel[^']*'; remove"):
+        read_config_json(model)
+
+
+@pytest.mark.parametrize("command", ["quantize MODEL --out OUT", "eval MODEL --data DATA", "generate MODEL -p x"])
+def test_a_folder_with_an_adapter_beside_the_model_is_refused(model, tmp_path, capsys, command):
+    """transformers would add it, and quantize leave it out."""
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/other"}')
+    (tmp_path / "d.jsonl").write_text('{"text": "Once upon a time."}\n')
+    words = {"MODEL": str(model), "OUT": str(tmp_path / "out"), "DATA": str(tmp_path / "d.jsonl")}
+    assert run([words.get(word, word) for word in command.split()]) == 2
+    assert f"{model} holds a 16-bit model and an adapter of PEFT (adapter_config.json), " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reach", ["''.__class__.__mro__", "cycler.__init__.__globals__.os.getcwd()"])
+def test_templates_are_rendered_in_a_sandbox(reach):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    examples = recognise(Rows(rows, Places("t.jsonl", "line", [1])), {})
+    with pytest.raises(BadInput, match=r"line 1.*unsafe"):
+        tokenize(examples, demo_tokenizer(f"{{{{ {reach} }}}}", MARKS), max_length=64)
