@@ -16,7 +16,7 @@ from qsvd.data.tokens import check_keeps_apart, check_vocabulary, pack, packed_d
 from qsvd.errors import BadInput
 from qsvd.files.atomic import read_object
 from qsvd.files.source import read_config
-from qsvd.inputs.model_files import TOKENIZER, from_folder
+from qsvd.inputs.model_files import GENERATION, TOKENIZER, check_ids, damaged_file, from_folder
 from qsvd.options import Train
 from qsvd.plan.weights import context_length, writers
 from qsvd.report.errors import short_count
@@ -79,6 +79,9 @@ def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = from_folder(AutoTokenizer, folder, TOKENIZER)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        length = tokenizer.model_max_length
+        raise BadInput(f"the tokenizer of {folder} is damaged: model_max_length is {length!r}; {TOKENIZER.advice}")
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if tokenizer.pad_token is None:
@@ -97,11 +100,11 @@ def mapping_of(pairs: tuple[str, ...]) -> dict[str, str]:
 def stop_ids(folder: Path) -> tuple[int, ...]:
     """Return the tokens that end generation, by generation_config.json."""
     path = folder / "generation_config.json"
-    ends = read_object(path).get("eos_token_id") if path.is_file() else None
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(end) is int for end in ends):
-        raise BadInput(f"{path} is damaged: eos_token_id is {ends}, not the number of a token; download it again")
-    return tuple(ends)
+    if not path.is_file():
+        return ()
+    if damaged := damaged_file(folder, GENERATION):
+        raise BadInput(f"{damaged}; download it again")
+    return tuple(check_ids(path, "eos_token_id", read_object(path).get("eos_token_id")))
 
 
 def positions(folder: Path) -> int:

@@ -66,6 +66,7 @@ AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "d_model", "n_embd", "n_head"),
     *("max_position_embeddings", "n_positions"),
 )
+MOST_ID = 10**9  # of a token
 MOST_DEPTH = 50  # of lists and objects in a config
 
 
@@ -157,9 +158,21 @@ def generation_config(folder: Path, config: "PreTrainedConfig") -> Any:
     """Return transformers' GenerationConfig of a model's folder: its generation_config.json, else from its config."""
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
-        return from_folder(GenerationConfig, folder, GENERATION)
-    return GenerationConfig.from_model_config(config)
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return GenerationConfig.from_model_config(config)
+    found = from_folder(GenerationConfig, folder, GENERATION)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        check_ids(path, name, getattr(found, name))
+    return found
+
+
+def check_ids(path: Path, name: str, value: Any) -> list[int]:
+    """Return the tokens of a field of a generation_config.json, none for null; refuse what is no token by BadInput."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(number) is int and abs(number) < MOST_ID for number in ids):
+        raise BadInput(f"{path} is damaged: {name} is {value}, not the number of a token; download it again")
+    return ids
 
 
 def _kernels(table: Any) -> Iterator[tuple[str, str]]:

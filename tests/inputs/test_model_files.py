@@ -61,10 +61,26 @@ def test_a_tokenizer_of_wrong_types_is_named(model, change):
         open_tokenizer(model)
 
 
-def test_ends_are_numbers(model):
-    (model / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
-    with pytest.raises(BadInput, match=r"generation_config.json is damaged: eos_token_id is \['</s>'\]"):
+@pytest.mark.parametrize("value", ['["</s>"]', "1e400", "1" + "0" * 30, "true", '{"a": 1}'])
+def test_ends_are_numbers(model, value):
+    config = read_config_json(model)
+    (model / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    for read in (lambda: stop_ids(model), lambda: generation_config(model, config)):
+        with pytest.raises(BadInput, match=r"generation_config.json is damaged: eos_token_id is .*, not the number"):
+            read()
+
+
+def test_generation_settings_that_are_no_json_are_named_in_training_too(model):
+    (model / "generation_config.json").write_bytes(DAMAGES["deep"])
+    with pytest.raises(BadInput, match=r"generation_config.json is not valid JSON \(maximum recursion depth"):
         stop_ids(model)
+
+
+def test_the_longest_text_of_a_tokenizer_is_a_number(model):
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(BadInput, match="is damaged: model_max_length is 'long'"):
+        open_tokenizer(model)
 
 
 @pytest.mark.parametrize(
