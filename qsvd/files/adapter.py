@@ -94,7 +94,7 @@ def open_adapter(folder: Path) -> AdapterFolder:
     record = read_adapter_record(folder)
     if not (folder / PARAMETERS).is_file():
         raise Damaged(f"{folder} lacks {PARAMETERS}; {COPY_AGAIN}")
-    check_contents(folder, record.files, f"that was written with its {ADAPTER_RECORD}")
+    check_contents(folder, record.files, "qsvd train")
     header = read_header(folder / PARAMETERS)
     if header.metadata.get(FINGERPRINT) != record.fingerprint:
         raise BadInput(f"{folder / PARAMETERS} belongs to another run than {ADAPTER_RECORD}: their fingerprints differ")

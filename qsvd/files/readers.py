@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, Damaged, listing
-from qsvd.files.atomic import COPY_AGAIN, file_digest
+from qsvd.files.atomic import file_digest
 from qsvd.files.safetensors import (
     CHUNK_BYTES,
     READERS,
@@ -135,20 +135,22 @@ def content_digest(path: Path) -> str:
     return read_header(path, needs_digests=True).digest if path.suffix == ".safetensors" else file_digest(path)
 
 
-def check_contents(folder: Path, digests: Mapping[str, str], origin: str) -> None:
+def check_contents(folder: Path, digests: Mapping[str, str], writer: str, otherwise: str = "") -> None:
     """Refuse a folder that lacks one of these files, or has another one; of files with tensors the headers are read.
 
     Args:
         digests: By the places of the files in the folder.
-        origin: Which files they should be, for the sentence, "that qsvd quantize wrote".
+        writer: The command that wrote the folder.
+        otherwise: What else to do, for the sentence.
 
     Raises:
         Damaged: the sentence names the files.
     """
     if absent := [name for name in digests if not (folder / name).is_file()]:
-        raise Damaged(f"{folder} lacks {listing(absent)}; {COPY_AGAIN}")
+        raise Damaged(f"{folder} lacks {listing(absent)}, which {writer} wrote; copy the folder again")
     if changed := [name for name, digest in digests.items() if content_digest(folder / name) != digest]:
-        raise Damaged(f"{folder}: {listing(changed)} is not the file {origin}; {COPY_AGAIN}")
+        advice = f"copy the folder again{f', or {otherwise}' if otherwise else ''}"
+        raise Damaged(f"{listing(changed)} in {folder} differ from what {writer} wrote; {advice}")
 
 
 def check_tensors(path: Path) -> SafetensorsHeader:

@@ -159,10 +159,6 @@ class SplitFolder:
         return dense_OI if factors is None else dense_OI.addmm_(factors[0].float(), factors[1].float())
 
 
-def _accept(folder: Path) -> str:
-    return f"qsvd verify {quote(str(folder))} --accept, if you changed it"
-
-
 def _unread(entry: TensorEntry) -> Tensor:
     return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")
 
@@ -177,7 +173,8 @@ def open_split(folder: Path) -> SplitFolder:
     packed = manifest["weights"] | manifest.get("tables", {})
     if fingerprint({name: weight["residual_sha256"] for name, weight in packed.items()}) != manifest["fingerprint"]:
         raise Damaged(f"{folder / MANIFEST} is damaged: its fingerprint is not that of its weights; {QUANTIZE_AGAIN}")
-    check_contents(folder, manifest.get("files", {}), f"that qsvd quantize wrote ({_accept(folder)})")
+    accept = f"give qsvd verify {quote(str(folder))} --accept if you changed them"
+    check_contents(folder, manifest.get("files", {}), "qsvd quantize", accept)
     tensors: dict[str, TensorEntry] = {}
     shards = _shards(folder, manifest)
     absent = [file for file in shards if not (folder / file).is_file()]

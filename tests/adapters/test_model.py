@@ -13,6 +13,7 @@ from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import SplitModel, split_linears, trained
 from tests.adapters.results import IDS, modules_of, outputs, split_checkpoint
 from tests.gradients import write_gradients
+from tests.sealed import reseal
 
 PARAMETERS = {
     "pissa": ("up", "down"),
@@ -50,8 +51,10 @@ def rewritten(folder, change):
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = safetensors.torch.load_file(path)
+    del metadata["qsvd_digests"]
     change(tensors)
     safetensors.torch.save_file(tensors, path, metadata=metadata)
+    reseal(folder / "qsvd_adapter.json", lambda record: record.pop("files"))
     return folder
 
 
@@ -174,8 +177,7 @@ def test_an_adapter_says_itself_what_it_is(out, tmp_path, given):
 
 def test_an_adapter_of_a_method_that_there_is_not_is_refused(out, tmp_path):
     qsvd.load(out).save_pretrained(tmp_path / "run")
-    path = tmp_path / "run" / "qsvd_adapter.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"method": "dore"}))
+    reseal(tmp_path / "run" / "qsvd_adapter.json", lambda record: record.update(method="dore"))
     with pytest.raises(ValueError, match="method 'dore' is not one of pissa, lora, edora"):
         qsvd.load(out, adapter=tmp_path / "run")
 

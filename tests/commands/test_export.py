@@ -21,6 +21,7 @@ from tests.commands.folders import files_of, tensors_of, without_progress
 from tests.commands.trained_runs import LABELS, factors_of, trained_weights, write_run
 from tests.export.cases import make_base, residual
 from tests.runs import language_base, text_rows, training, write_rows
+from tests.sealed import reseal
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,6 +75,7 @@ def write_swapped(model, folder, form):
     first, second = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
     tensors[first], tensors[second] = tensors[second], tensors[first]
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    reseal(folder / "qsvd_export.json", lambda record: record.pop("files"))
     return done
 
 

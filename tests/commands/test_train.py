@@ -18,7 +18,7 @@ from qsvd.adapters.methods.lora import Lora
 from qsvd.adapters.methods.table import METHODS
 from qsvd.cli import parse, run
 from qsvd.commands.train import train
-from qsvd.errors import BadInput
+from qsvd.errors import BadInput, Damaged
 from qsvd.prepare.train import prepare_train
 from qsvd.training.run_folder import RunFolder
 from tests.commands.folders import files_of, without_progress
@@ -36,6 +36,7 @@ from tests.runs import (
     words,
     write_rows,
 )
+from tests.sealed import without_digests
 
 FILES = {
     "README.md",
@@ -215,6 +216,9 @@ def test_held_out_examples_of_another_kind_are_refused(options, labelled):
 def test_a_base_without_a_tokenizer_is_refused(options, language, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(language, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(Damaged, match=r"bare lacks tokenizer.json, tokenizer_config.json, which"):
+        train(replace(options, base=bare))
+    without_digests(bare)
     refused(replace(options, base=bare), r"bare has no tokenizer that transformers can open; copy the tokenizer files")
 
 
@@ -471,7 +475,7 @@ def test_a_method_that_starts_elsewhere_is_stopped_unless_told_otherwise(options
 
 def test_a_tokenizer_of_another_model_is_noticed(options, language, tmp_path, capsys):
     wrong = tmp_path / "wrong"
-    shutil.copytree(language, wrong)
+    without_digests(shutil.copytree(language, wrong))
     tokenizer = json.loads((wrong / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     last, special = len(vocabulary) - 1, {token["id"] for token in tokenizer["added_tokens"]}
@@ -489,7 +493,7 @@ def test_a_tokenizer_of_another_model_is_noticed(options, language, tmp_path, ca
 
 
 def test_tokens_that_the_model_does_not_know_are_refused_with_their_example(options, language, tmp_path):
-    base = shutil.copytree(language, tmp_path / "base")
+    base = without_digests(shutil.copytree(language, tmp_path / "base"))
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
     tokenizer.save_pretrained(base)
