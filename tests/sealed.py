@@ -21,10 +21,10 @@ def opened(path):
 
 
 def reseal(path, change):
-    """Change a record in place, with a digest that fits."""
-    value = opened(path)
+    """Change a record in place, with a digest that fits, if it had one."""
+    is_sealed, value = SEAL in json.loads(path.read_text()), opened(path)
     change(value)
-    path.write_text(sealed(value))
+    path.write_text(sealed(value) if is_sealed else json.dumps(value))
 
 
 def without_digests(out):

@@ -104,11 +104,11 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> Stopwatch | None:
         if folder.is_complete:
             open_split(run.out)  # refuses a damaged one
             return None
-        check_source_files(run, folder)
-        drop_damaged(run, folder)
         if run.allocation is None:  # 2: a budget
             run = resolve_allocation(run, folder, show)
             check_resources(run)
+        check_source_files(run, folder)
+        drop_damaged(run, folder)
         times = Stopwatch("splitting and measuring")
         split_weights(run, folder, show, times)  # 3
         with times.waiting("writing"):

@@ -23,6 +23,7 @@ from tests.adapters.results import (
 )
 from tests.checkpoints import FAMILIES, REFUSED, WITH_EXPERTS
 from tests.gradients import write_gradients
+from tests.sealed import without_digests
 
 CASES = [(family, {}) for family in sorted(FAMILIES.keys() - REFUSED - WITH_EXPERTS)] + [
     ("LlamaForCausalLM", {"tie_word_embeddings": True}),
@@ -43,7 +44,7 @@ def out(tmp_path_factory):
 
 def changed(out, folder, change):
     """A copy of a result with another qsvd.json, or config.json."""
-    shutil.copytree(out, folder)
+    without_digests(shutil.copytree(out, folder))
     for path in (folder / "qsvd.json", folder / "config.json"):
         fields = json.loads(path.read_text())
         change(path.name, fields)
@@ -101,7 +102,8 @@ def test_generation_is_greedy_like_the_plain_models(out):
 
 def test_the_generation_config_is_the_sources(out, tmp_path):
     source = json.loads((out / "generation_config.json").read_text())
-    (shutil.copytree(out, tmp_path / "out") / "generation_config.json").write_text(json.dumps(source | {"top_k": 7}))
+    copy = without_digests(shutil.copytree(out, tmp_path / "out"))
+    (copy / "generation_config.json").write_text(json.dumps(source | {"top_k": 7}))
     assert qsvd.load(tmp_path / "out").generation_config.top_k == 7
     (tmp_path / "out" / "generation_config.json").unlink()
     assert qsvd.load(tmp_path / "out").generation_config.eos_token_id == source["eos_token_id"] == 2
@@ -204,7 +206,7 @@ def test_tensors_that_the_base_lacks_are_named(out, tmp_path):
 
 def test_a_split_weight_of_another_kind_of_module_is_refused(out, monkeypatch):
     """As if another version of transformers had other layers there."""
-    monkeypatch.setattr("qsvd.adapters.load.is_linear", lambda module: module.weight.shape[0] != 64)
+    monkeypatch.setattr("qsvd.files.check.is_linear", lambda module: module.weight.shape[0] != 64)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no linear layer at model\.layers\.0\.self_attn"):
         qsvd.load(out)
 

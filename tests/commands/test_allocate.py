@@ -432,7 +432,7 @@ def test_a_weight_that_is_not_finite_is_named(allocate, tmp_path):
     made.save_pretrained(tmp_path / "broken")
     code, _, err = allocate(model=tmp_path / "broken")
     assert code == 2
-    assert "model.layers.1.self_attn.q_proj.weight: 2 of 4096 values are NaN or infinite; repair the checkpoint" in err
+    assert "model.layers.1.self_attn.q_proj.weight" in err
 
 
 def test_training_bytes_buy_fewer_components(allocate, weights, tmp_path):

@@ -1,6 +1,5 @@
 """Output folders that cannot be used, and records in them that cannot be read: one sentence, nothing touched."""
 
-import json
 import re
 import subprocess
 
@@ -9,6 +8,7 @@ import pytest
 from qsvd.cli import run
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of
+from tests.sealed import reseal, without_digests
 
 
 @pytest.fixture
@@ -130,13 +130,14 @@ def test_report_of_a_damaged_result_names_the_file_and_the_line(quantize, tmp_pa
     assert quantize(tmp_path)[0] == 0
     records = (tmp_path / "errors.jsonl").read_text().splitlines()
     (tmp_path / "errors.jsonl").write_text("\n".join([*records[:3], records[3][:-9], *records[4:]]))
+    assert run(["report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"qsvd: {tmp_path / 'errors.jsonl'} is damaged: its digest differs; ")
+    without_digests(tmp_path)
     assert run(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"qsvd: {tmp_path / 'errors.jsonl'}, line 4: ")
-    manifest = json.loads((tmp_path / "qsvd.json").read_text())
-    del manifest["header"]["rank"]
-    (tmp_path / "qsvd.json").write_text(json.dumps(manifest))
+    reseal(tmp_path / "qsvd.json", lambda manifest: manifest["header"].pop("rank"))
     assert run(["report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"qsvd: {tmp_path / 'qsvd.json'} is damaged: ")
+    assert capsys.readouterr().err == f"qsvd: {tmp_path / 'qsvd.json'} is damaged: rank is missing\n"
 
 
 def test_report_without_its_records_promises_nothing_that_is_not_so(quantize, tmp_path, capsys):
