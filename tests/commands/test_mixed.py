@@ -128,7 +128,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(out):
         name: content for name, content in files_of(out).items() if name.endswith((".safetensors", "allocation.txt"))
     }
     assert kept.items() <= files_of(options.out).items()
-    assert len(kept) == 3
+    assert len(kept) == 4
 
 
 def exported(source, form, folder, capsys):

@@ -16,6 +16,7 @@ from qsvd.adapters.model import trained
 from tests.adapters.results import IDS, in_float32, split_checkpoint
 from tests.checkpoints import write_checkpoint
 from tests.runs import TEXTS, language_base
+from tests.sealed import reseal, without_digests
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT, TRL: old name
@@ -82,8 +83,7 @@ def test_components_of_version_0_1_0_are_read_from_their_folder(tmp_path):
     (out / "adapter").mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (out / name).rename(out / "adapter" / name)
-    manifest = json.loads((out / "qsvd.json").read_text())
-    (out / "qsvd.json").write_text(json.dumps(manifest | {"format": 1}))
+    reseal(without_digests(out) / "qsvd.json", lambda manifest: manifest.update(format=1))
     assert torch.equal(logits(qsvd.load(out)), expected)
 
 
@@ -91,11 +91,10 @@ def test_components_of_version_0_1_0_are_read_from_their_folder(tmp_path):
 def test_what_cannot_be_read_whole_is_refused(tmp_path, file):
     out = split_checkpoint(tmp_path)
     if file == "format":
-        manifest = json.loads((out / "qsvd.json").read_text())
-        (out / "qsvd.json").write_text(json.dumps(manifest | {"format": 4}))
+        reseal(out / "qsvd.json", lambda manifest: manifest.update(format=5))
     else:
         (out / file).unlink()
-    with pytest.raises(ValueError, match=r"has format 4; .* install a newer" if file == "format" else f"lacks {file}"):
+    with pytest.raises(ValueError, match=r"has format 5; .* install a newer" if file == "format" else f"lacks {file}"):
         qsvd.load(out)
 
 

@@ -15,6 +15,7 @@ from qsvd.data.columns import UNTRAINED
 from qsvd.errors import BadInput
 from qsvd.prepare.train import prepare_train
 from tests.runs import interrupting, outcome, steps_of, training, words
+from tests.sealed import without_digests
 from tests.vision import KINDS, SIDE, chats, dense, picture, quantized, write_chats, write_lines
 
 pytestmark = pytest.mark.slow
@@ -151,7 +152,7 @@ def test_a_text_model_and_a_folder_without_a_processor_refuse_images(bases, tmp_
     with pytest.raises(BadInput, match=r"has images, which .*, a LlamaForCausalLM, does not read"):
         qsvd.evaluate(str(language), data=data, device="cpu")
     bare = tmp_path / "bare"
-    shutil.copytree(bases["llava"], bare)
+    without_digests(shutil.copytree(bases["llava"], bare))
     (bare / "processor_config.json").unlink()
     with pytest.raises(BadInput, match="has no processor of images"):
         train(training(bare, data, tmp_path / "run", **LEARNS))
