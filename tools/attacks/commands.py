@@ -125,12 +125,14 @@ def _quantizing() -> list[Command]:
 
 def _training() -> list[Command]:
     train, more = f"train OUT data.jsonl --out RUN {RUN}", f"--resume {RUN}".replace("--steps 6", "--steps 8")
+    whole = f"train tiny data.jsonl --out NEW --quantized Q --rank 4 --steps 3 --save-every 1 {SHORT}"
     lora = "train MIXED data.jsonl --method lora --rank 4"
     gradients = f"--method lora-ga --gradients stats.safetensors --rank 4 --steps 1 {SHORT}"
     both, mixed = _same("OUT", "data.jsonl"), _same("MIXED", "data.jsonl")
     new, run = ("NEW",), ("RUN",)
     return [
         Command("train", f"train OUT data.jsonl --out NEW --steps 2 {SHORT}", both, new, DATA),
+        Command("train 16-bit", whole, _same(*SOURCE), ("NEW", "Q"), SOURCE),
         Command("train mixed", f"{lora} --out NEW --steps 1 {SHORT}", mixed, new, DATA),
         Command("train on", train, both | {"RUN": "RUN-stopped"}, run, OWN, OLD),
         Command("train lora on", f"{lora} --out RUN {RUN}", mixed | {"RUN": "LORA-stopped"}, run, OWN, OLD),

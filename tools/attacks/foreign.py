@@ -46,6 +46,8 @@ def put_foreign(place: Path, command: Command, right: Mapping[str, str], random:
         top.symlink_to(photo.parent.name)
         return Foreign("the output is a link to a folder with a file", frozenset({top}), frozenset({top, photo}))
     one = _place(place, command, right, random)
+    if way in ("file", "json", "folder") and _may_be_left_over(one, place, command, right):
+        one = one.with_name(f"{one.name}.bak")
     one.parent.mkdir(parents=True, exist_ok=True)
     if way in ("link", "dangling"):
         one.symlink_to(os.path.relpath(photo, one.parent) if way == "link" else "nowhere-at-all")
@@ -68,3 +70,10 @@ def _place(place: Path, command: Command, right: Mapping[str, str], random: Rand
         if random.random() < 0.4:
             one = one.with_name(f"{one.name}.partial")
     return one.with_name(f"{one.name}.bak") if one.exists() else one
+
+
+def _may_be_left_over(one: Path, place: Path, command: Command, right: Mapping[str, str]) -> bool:
+    """Return whether a file at this place may be of an earlier run of the command, which was killed."""
+    if one.name.endswith((".partial", ".lock")) or one.name == "lock":
+        return True
+    return str(one.relative_to(place)) in right and command.out[0] in command.inputs

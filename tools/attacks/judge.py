@@ -37,11 +37,13 @@ class Right:
     """What a command does without a mutation: what it prints, if it writes nothing, and what it leaves of its own.
 
     Args:
+        seconds: How long it takes.
         unstable: Files that are other ones in every run.
     """
 
     out: str
     files: Listing
+    seconds: float = 0.0
     unstable: frozenset[str] = frozenset()
 
 
@@ -133,10 +135,11 @@ class Attack:
         if ended.code in REFUSALS and "Traceback" not in ended.err:
             return self._refusal(said)
         if ended.code != 0:
-            return "traceback", _raised(ended)
+            return "traceback", raised(ended)
         if NOT_FINITE.search(ended.out) and not NOT_FINITE.search(self.right.out):
             return "silent", "a result that is not finite, and exit code 0"
-        kept = [*self.added, *([self.target] if matches(self.target, self.command.kept) else [])]
+        old = [name for name in self.before if matches(name, self.command.kept)]
+        kept = [*self.added, *(name for name in old if after.get(name) == self.before[name])]
         wrong = difference(self.command, self.right, result_of(self.command, place, ended, after, self.added), kept)
         if not wrong:
             return "right", ""
@@ -158,7 +161,7 @@ class Attack:
         return "refused", ours[0]
 
 
-def _raised(ended: Ended) -> str:
+def raised(ended: Ended) -> str:
     """Return the last exception in a traceback, and the last line of qsvd that it went through."""
     raised = [found[0] for found in RAISED.finditer(ended.err)] or (ended.err.strip().splitlines() or [""])
     places = WHERE.findall(ended.err)
@@ -173,7 +176,7 @@ def result_of(command: Command, place: Path, ended: Ended, after: Listing, other
         for name, found in after.items()
         if matches(name, command.out) and name not in others and found != "folder"
     }
-    return Right("" if command.out else ended.out.replace(str(place), "PLACE"), files)
+    return Right("" if command.out else ended.out.replace(str(place), "PLACE"), files, ended.seconds)
 
 
 def difference(command: Command, right: Right, found: Right, kept: Collection[str] = ()) -> str:

@@ -18,7 +18,7 @@ from attacks.commands import CODECS, CPU, QUANTIZE, RUN, SHARDS, STATISTICS
 from attacks.forks import make_place, start
 
 BLOCKS = 2  # of the embedded model
-WIDTH = 64  # rows and columns of every matrix are cut to a quarter
+PART = 4  # rows and columns of every matrix are cut to a quarter
 LIMIT = 120.0  # seconds for each command that makes a subject
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}A: {% generation %}{{ m['content'] + eos_token }}"
@@ -60,8 +60,24 @@ class Kill:
         return watched
 
 
+def make_large(folder: Path) -> Path:
+    """Make subjects of the whole embedded model, with which commands write some megabytes; return their folder."""
+    subjects, place = folder / "large", folder / "made"
+    if not (subjects / "done").exists():
+        shutil.rmtree(subjects, ignore_errors=True)
+        subjects.mkdir(parents=True)
+        write_model(subjects / "tiny", seed=0, blocks=4, part=1)
+        write_data(subjects)
+        maker = Maker(subjects, place)
+        (subjects / "empty").mkdir()
+        maker.make(f"quantize tiny --out OUT --rank 16 {CPU}", "OUT")
+        maker.make(f"train OUT data.jsonl --out RUN {RUN}", "RUN")
+        (subjects / "done").touch()
+    return subjects
+
+
 def make_subjects(folder: Path) -> Path:
-    """Make all subjects in a folder; return it. What was made there before is used again."""
+    """Make all subjects in a folder; return theirs. What was made there before is used again."""
     subjects, place = folder / "subjects", folder / "made"
     if (subjects / "done").exists():
         return subjects
@@ -124,11 +140,12 @@ class Maker:
             raise RuntimeError(f"qsvd {words} ended with {ended.code}, not {wanted}: {ended.err[-2000:]}")
 
 
-def write_model(folder: Path, seed: int) -> None:
-    """Write the first blocks of the embedded model, cut to a quarter of its width, in two shards.
+def write_model(folder: Path, seed: int, blocks: int = BLOCKS, part: int = PART) -> None:
+    """Write the first blocks of the embedded model, cut to a part of its width, in two shards.
 
     Args:
         seed: 0 for the model's own values; other seeds add noise.
+        part: What the number of rows and of columns is divided by.
     """
     import safetensors.torch
     import torch
@@ -139,13 +156,13 @@ def write_model(folder: Path, seed: int) -> None:
     for path in MODEL.glob("*.json"):
         shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text())
-    changes = {"num_hidden_layers": BLOCKS, "hidden_size": WIDTH, "head_dim": 8, "intermediate_size": 3 * WIDTH}
-    (folder / "config.json").write_text(json.dumps(config | changes, indent=2))
+    changes = {name: config[name] // part for name in ("hidden_size", "head_dim", "intermediate_size")}
+    (folder / "config.json").write_text(json.dumps(config | changes | {"num_hidden_layers": blocks}, indent=2))
     generator, shards = torch.Generator().manual_seed(seed), ({}, {})
     for name, tensor in safetensors.torch.load_file(MODEL / "model.safetensors").items():
-        if ".layers." in name and int(name.split(".")[2]) >= BLOCKS:
+        if ".layers." in name and int(name.split(".")[2]) >= blocks:
             continue
-        kept = tensor[tuple(slice(size if size == config["vocab_size"] else size // 4) for size in tensor.shape)]
+        kept = tensor[tuple(slice(size if size == config["vocab_size"] else size // part) for size in tensor.shape)]
         noise = torch.randn(kept.shape, generator=generator) * (0.01 if seed else 0)
         shards[".layers." in name][name] = (kept + noise).to(torch.bfloat16).contiguous()
     files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
