@@ -68,16 +68,17 @@ def _other_numbers(old: list[int], random: Random) -> object:
 
 
 def swapped_tensors(path: Path, random: Random) -> str | None:
-    """Give two tensors of one shape each other's names."""
-    pairs, body = _read(path)
-    tensors = {name: dict(fields) for name, fields in pairs if name != METADATA}
-    kinds = {name: (fields["dtype"], fields["shape"]) for name, fields in tensors.items()}
+    """Give two tensors of one shape each other's bytes."""
+    head, body, tensors = _parts(path)
+    kinds = {name: (one["dtype"], one["shape"]) for name, one in tensors.items()}
     couples = [(one, other) for one in kinds for other in kinds if one < other and kinds[one] == kinds[other]]
     if not couples:
         return None
     one, other = random.choice(couples)
-    names = {one: other, other: one}
-    _write(path, _object([(names.get(name, name), fields) for name, fields in pairs]).encode(), body)
+    (first, end), (second, last) = (tensors[name]["data_offsets"] for name in (one, other))
+    content = bytearray(body)
+    content[first:end], content[second:last] = body[second:last], body[first:end]
+    path.write_bytes(head + content)
     return f"{one} and {other} are swapped"
 
 
@@ -102,17 +103,25 @@ def metadata(path: Path, random: Random) -> str:
 
 def not_finite(path: Path, random: Random) -> str | None:
     """Write a NaN, an infinity or a huge number into a tensor of floats."""
-    pairs, body = _read(path)
-    tensors = [(name, dict(fields)) for name, fields in pairs if name != METADATA]
-    floats = [(name, one) for name, one in tensors if one["dtype"] in FLOATS and len({*one["data_offsets"]}) == 2]
+    head, body, tensors = _parts(path)
+    floats = [name for name, one in tensors.items() if one["dtype"] in FLOATS and len({*one["data_offsets"]}) == 2]
     if not floats:
         return None
-    name, fields = random.choice(floats)
-    size, values = FLOATS[fields["dtype"]]
-    start, end = fields["data_offsets"]
+    name = random.choice(floats)
+    size, values = FLOATS[tensors[name]["dtype"]]
+    start, end = tensors[name]["data_offsets"]
     place, value = start + size * random.randrange((end - start) // size), random.choice(values)
-    _write(path, _object(pairs).encode(), body[:place] + value + body[place + size :])
+    path.write_bytes(head + body[:place] + value + body[place + size :])
     return f"{value!r} in {name}"
+
+
+def _parts(path: Path) -> tuple[bytes, bytes, dict[str, Any]]:
+    """Return the length and the header, the tensors' bytes, and the header's tensors."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    table = json.loads(content[8:end])
+    table.pop(METADATA, None)
+    return content[:end], content[end:], table
 
 
 def _read(path: Path) -> tuple[Pairs, bytes]:
