@@ -234,8 +234,12 @@ class ExportFolder(Workspace):
         super().__exit__()
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write the record, with the digests of all other files, then remove what only a resumed run needs."""
-        paths = [path for path in self.folder.rglob("*") if path.is_file() and self.unfinished not in path.parents]
+        """Write the record, with the digests of all other files, then remove what only a resumed run needs.
+
+        What ends in .partial, and links, are not of an export.
+        """
+        there = [path for path in self.folder.rglob("*") if path.is_file() and self.unfinished not in path.parents]
+        paths = [path for path in there if path.suffix != ".partial" and not path.is_symlink()]
         files = {str(path.relative_to(self.folder)): content_digest(path) for path in sorted(paths)}
         write_record(
             self.folder / self.record, {"format": FORMAT, "run": self.identity, "result": result, "files": files}

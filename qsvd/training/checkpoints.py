@@ -36,6 +36,16 @@ class CheckpointFiles:
     files: Mapping[str, str]
 
 
+def make_way(place: Path) -> None:
+    """Remove what a killed run has left where a checkpoint is written.
+
+    Raises:
+        OSError: there are files that qsvd did not write.
+    """
+    if os.path.lexists(place) and not clear(place, PART_NAMES):
+        raise OSError(errno.ENOTEMPTY, "has files that qsvd did not write, where it has to save; move it", str(place))
+
+
 def finish(run: Path, step: int, *, keep: int, best: int | None, every: float = 1) -> None:
     """Sync RUN/unfinished/checkpoint-N to the disk, rename it, and remove older ones.
 
@@ -54,8 +64,7 @@ def finish(run: Path, step: int, *, keep: int, best: int | None, every: float = 
     digests = {str(file.relative_to(written)): file_digest(file) for file in files}
     write_record(written / DIGESTS, {"format": 1, "files": digests})
     sync_folder(written)
-    if place.exists() and not clear(place, PART_NAMES):
-        raise OSError(errno.ENOTEMPTY, "has files that qsvd did not write, where it has to save; move it", str(place))
+    make_way(place)
     written.rename(place)
     saved = checkpoints(run)
     left = {step, best, *[step_of(one) for one in saved if step_of(one) % every == 0 or step_of(one) == step][-keep:]}
@@ -76,13 +85,15 @@ def _remove(checkpoint: Path, unfinished: Path) -> None:
 
 
 @contextmanager
-def written_whole(run: Path) -> Iterator[None]:
-    """Turn the RuntimeError of a torch.save that cannot write into the OSError of the disk.
+def written_whole(run: Path, step: int) -> Iterator[Path]:
+    """Make way for a checkpoint and yield its folder; turn a RuntimeError of torch.save into the OSError of the disk.
 
-    torch does not say why it cannot. The newest file of the checkpoint, which is lost, is written on to see it.
+    torch does not say why it cannot write. The newest file of the checkpoint, which is lost, is written on to see it.
     """
+    place = run / UNFINISHED / f"checkpoint-{step}"
+    make_way(place)
     try:
-        yield
+        yield place
     except RuntimeError as error:
         files = [path for path in (run / UNFINISHED).rglob("*") if path.is_file()]
         if not files:

@@ -181,11 +181,10 @@ class SplitTraining(Trainer):
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with written_whole(self.run):
+        with written_whole(self.run, self.state.global_step) as place:
             super()._save_checkpoint(model, trial)  # into RUN/unfinished, see _get_output_dir
         if state := self.hooks.state():
-            file = self.run / UNFINISHED / f"checkpoint-{self.state.global_step}" / HOOKS
-            write_stream(file, new_tensors(state), {"format": "pt"})
+            write_stream(place / HOOKS, new_tensors(state), {"format": "pt"})
         # Renamed when it is complete, so that a run that is killed here resumes from the checkpoint before it.
         finish(self.run, self.state.global_step, keep=self.keep, best=self.best(), every=self.args.save_steps)
 

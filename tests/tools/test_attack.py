@@ -24,8 +24,7 @@ def attack(*arguments):
 @pytest.mark.apart
 @pytest.mark.slow
 def test_mutated_files_are_refused_or_change_nothing():
-    numbers = [str(number) for number in range(20) if number not in (3, 11)]
-    ended = attack("--only", *numbers)
+    ended = attack("--only", *map(str, range(24)))
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
     assert "\n0 faults." in ended.stdout
     assert " refused: " in ended.stdout

@@ -1,12 +1,13 @@
 """Checkpoints are whole or passed over, hold no more than what resuming needs, and only the newest stay."""
 
+import json
 import os
 import shutil
 
 import pytest
 import torch
 
-from qsvd.training.checkpoints import PARTS, checkpoints, finish, step_of
+from qsvd.training.checkpoints import PARTS, checkpoints, finish, make_way, step_of
 from tests.runs import TRAINED, sequences, settings, trainer
 
 FILES = {
@@ -49,6 +50,19 @@ def test_other_names_are_no_checkpoints(tmp_path):
         write(tmp_path / name)
     assert checkpoints(tmp_path) == []
     assert checkpoints(tmp_path / "nothing") == []
+
+
+def test_what_a_killed_run_has_left_makes_way_and_files_of_others_do_not(tmp_path):
+    write(tmp_path / "checkpoint-4", [*PARTS, "qsvd_files.json", "optimizer.pt.partial"])
+    make_way(tmp_path / "checkpoint-4")
+    make_way(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "checkpoint-4", ["photo.jpg"])
+    with pytest.raises(OSError, match="qsvd did not write"):
+        make_way(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-5").symlink_to("checkpoint-4")
+    with pytest.raises(OSError, match="qsvd did not write"):
+        make_way(tmp_path / "checkpoint-5")
 
 
 def test_finishing_moves_it_into_its_place_and_drops_the_oldest(tmp_path):
@@ -106,10 +120,12 @@ def test_a_checkpoint_and_the_end_of_the_run_are_the_same_adapter(language, tmp_
 
 
 def test_an_interrupted_save_is_written_again(language, tmp_path):
-    write(tmp_path / "unfinished" / "checkpoint-2", [*PARTS, "model.safetensors"])
+    write(tmp_path / "unfinished" / "checkpoint-2", [*PARTS, TRAINED, "qsvd_files.json"])
     trainer(language, tmp_path, sequences(), settings(steps=2)).train()
     assert names(tmp_path.iterdir()) == ["checkpoint-2"]
     assert torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    digests = json.loads((tmp_path / "checkpoint-2" / "qsvd_files.json").read_text())["files"]
+    assert digests.keys() == FILES - {"qsvd_files.json"}
 
 
 def test_a_checkpoint_of_another_model_is_refused(language, tmp_path):

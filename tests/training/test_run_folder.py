@@ -221,7 +221,7 @@ import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    with written_whole(Path(sys.argv[1])):
+    with written_whole(Path(sys.argv[1]), 2):
         torch.save({"a": torch.ones(10**6)}, sys.argv[2])
 except OSError as error:
     print(error)
@@ -231,7 +231,7 @@ except OSError as error:
     command = [sys.executable, "-c", script, tmp_path, file]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"[Errno 27] File too large: '{file}'\n"
-    with pytest.raises(RuntimeError, match="another"), written_whole(tmp_path):
+    with pytest.raises(RuntimeError, match="another"), written_whole(tmp_path, 2):
         raise RuntimeError("another")
 
 

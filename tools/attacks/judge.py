@@ -18,6 +18,7 @@ REFUSALS = (1, 2, 3)
 FOREIGN = "foreign"  # instead of the name of a file: files of somebody else in the output
 WEIGHTS = {".safetensors": 6, ".factors": 1, ".residual": 1, ".json": 3, ".jsonl": 3, ".pt": 3, ".pth": 2}
 WEIGHT = 4  # of other files that are read
+LISTS = ("NEW/qsvd_export.json",)  # that name all files of a folder, of others too
 NAMES = {  # of what is named by its digest in an identity
     "data.jsonl": ("data",),
     "RUN": ("run",),
@@ -139,7 +140,8 @@ class Attack:
         if NOT_FINITE.search(ended.out) and not NOT_FINITE.search(self.right.out):
             return "silent", "a result that is not finite, and exit code 0"
         old = [name for name in self.before if matches(name, self.command.kept)]
-        kept = [*self.added, *(name for name in old if after.get(name) == self.before[name])]
+        lists = LISTS if self.target == FOREIGN else ()
+        kept = [*self.added, *lists, *(name for name in old if after.get(name) == self.before[name])]
         wrong = difference(self.command, self.right, result_of(self.command, place, ended, after, self.added), kept)
         if not wrong:
             return "right", ""
