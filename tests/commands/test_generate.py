@@ -98,11 +98,14 @@ def test_several_prompts_have_an_answer_each(models, generate):
 
 
 class Stops(io.StringIO):
-    """A stdout that presses Ctrl-C when it has the second word."""
+    """A stdout that presses Ctrl-C when it has the second word, once: the next one would end the process."""
+
+    is_pressed = False
 
     def write(self, text):
         done = super().write(text)
-        if self.getvalue().count(" ") == 2:
+        if self.getvalue().count(" ") == 2 and not self.is_pressed:
+            self.is_pressed = True
             signal.raise_signal(signal.SIGINT)
         return done
 
