@@ -1,7 +1,7 @@
 """What is refused before an export is begun, and the folder that it is written into."""
 
-import json
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 from qsvd.errors import DoesNotFit
 from qsvd.export.trained import ExportFolder, Trained, check_dtype, rounded, take_inventory
 from tests.export.cases import as_model, dense, files_of, make_base, perturbed, roundoff
+from tests.sealed import opened
 
 RUN = {"to": "merged", "labels": {0: "a"}}
 
@@ -140,6 +141,11 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@dataclass(frozen=True)
+class Done:
+    n: int
+
+
 def test_an_empty_folder_and_what_a_kill_left_in_its_first_moment_are_taken(tmp_path):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "lock").touch()
@@ -149,7 +155,7 @@ def test_an_empty_folder_and_what_a_kill_left_in_its_first_moment_are_taken(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["qsvd_export.json"]
     with ExportFolder(tmp_path, RUN, 10**18) as export:
         assert export.is_complete
-        assert export.result() == {"n": 1}
+        assert export.result(Done) == Done(1)
 
 
 def test_what_a_kill_at_the_very_end_left_goes(tmp_path):
@@ -167,7 +173,7 @@ def test_a_failed_export_leaves_what_is_finished_and_otherwise_nothing(tmp_path)
     assert not (tmp_path / "x").exists()
     with ExportFolder(tmp_path / "x", RUN, 0) as export:
         (export.folder / "part").touch()
-    assert json.loads((tmp_path / "x" / "unfinished" / "run.json").read_text()) == RUN | {"labels": {"0": "a"}}
+    assert opened(tmp_path / "x" / "unfinished" / "run.json") == RUN | {"labels": {"0": "a"}}
     with pytest.raises(
         ValueError, match='x was written with other options: to "merged" there, "lora" now; give the same options'
     ):
