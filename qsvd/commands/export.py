@@ -28,6 +28,7 @@ from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import PeftExport, write_peft
 from qsvd.export.trained import Trained
 from qsvd.files.atomic import read_object, write_text
+from qsvd.files.readers import check_tensors
 from qsvd.files.source import open_checkpoint, read_config
 from qsvd.files.workspace import CHAT_TEMPLATE
 from qsvd.inputs.model_files import MODEL, from_folder
@@ -172,18 +173,28 @@ def _export(options: Export, show: ShowProgress) -> tuple[Opened, ExportResult, 
     opened = counted(opened, PASSES[options.to] + (CHECKS[options.to] if is_checked else 0), show)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name
-        if options.to == "peft":
-            done = _peft(options, opened, dtype or torch.float32, is_checked)
-        elif options.to == "lora":
-            done = _lora(options, opened, dtype or torch.float32, is_checked)
-        else:
-            done = _merged(options, opened, MergedForm(dtype, shard_bytes, _config_changes(opened)), is_checked)
+        try:
+            done = _written(options, opened, dtype, shard_bytes, is_checked)
+        except BadInput:
+            for path in sorted(options.out.expanduser().glob("*.safetensors")):
+                check_tensors(path)  # a file that was damaged since it was written says so
+            raise
     if opened.adapter is not None and opened.adapter.chat_template is not None:
         write_text(options.out.expanduser() / CHAT_TEMPLATE, opened.adapter.chat_template)
     if options.check and not is_checked:
         unchecked = "not checked by logits: the model does not fit in memory as float32"
         done = replace(done, lines=(*done.lines, unchecked))
     return opened, done, repository
+
+
+def _written(
+    options: Export, opened: Opened, dtype: torch.dtype | None, shard_bytes: int, is_checked: bool
+) -> ExportResult:
+    if options.to == "peft":
+        return _peft(options, opened, dtype or torch.float32, is_checked)
+    if options.to == "lora":
+        return _lora(options, opened, dtype or torch.float32, is_checked)
+    return _merged(options, opened, MergedForm(dtype, shard_bytes, _config_changes(opened)), is_checked)
 
 
 def _push(options: Export, opened: Opened, name: str) -> str:

@@ -25,6 +25,7 @@ from qsvd.options import Verify
 from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.training.checkpoints import DIGESTS
 from qsvd.training.run_folder import FORMAT as RUN_FORMAT
+from qsvd.training.run_folder import SUMMARY
 
 MOST_FAULTS = 20  # in the sentence
 SEALED_SINCE = {  # the formats of our records that have digests
@@ -180,6 +181,8 @@ def _faults_of_folder(top: Path, found: Checked) -> Iterator[str]:
                 yield from _residual_faults(split)
         if (top / ADAPTER_RECORD).is_file():
             open_adapter(top)
+            if (top / IDENTITY).is_file() and not (top / SUMMARY).is_file():
+                yield f"{top} lacks {SUMMARY}: it is not finished; give the same qsvd train command again"
     except BadInput as error:
         yield str(error)
 

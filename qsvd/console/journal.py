@@ -30,7 +30,7 @@ from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.training import RunSummary, loss_plot, run_readme
 from qsvd.training.checkpoints import check_readable, checkpoints, step_of
 from qsvd.training.guards import memory_advice
-from qsvd.training.run_folder import SUMMARY, RunFolder, Start, Step
+from qsvd.training.run_folder import RunFolder, Start, Step
 from qsvd.training.steps import best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 
 
@@ -205,7 +205,7 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         with whole_file(run.out / f"loss.{kind}") as file:
             file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
     write_text(run.out / "README.md", _card(run, summary) + run_readme(summary, str(run.options.out)))
-    folder.write(SUMMARY, asdict(summary))
+    folder.finish(summary)
 
 
 def _loss_after(run: TrainRun, model: Any, step: Step) -> dict[str, float | None]:

@@ -16,7 +16,9 @@ from qsvd.files.atomic import (
     write_record,
     write_text,
 )
+from qsvd.files.readers import content_digest
 from qsvd.files.workspace import (
+    ADAPTER_RECORD,
     ANOTHER_FOLDER,
     IDENTITY,
     LOCK,
@@ -33,6 +35,8 @@ from qsvd.training.checkpoints import NAME, checkpoints
 START = "start.json"
 STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
+FILES = "files"  # of the summary: the digests of these files, if they are there
+LAST = (IDENTITY, START, STEPS, ADAPTER_RECORD, "qsvd_adapter.safetensors", "adapter_model.safetensors")
 TRACKED = "runs"  # the folder of TensorBoard
 KEPT = "blocks_with_activations"  # of the identity: how many blocks are not recomputed
 FREE = ("gradient_checkpointing", KEPT)  # of the identity, the first of older versions: these change no result
@@ -110,7 +114,9 @@ class RunFolder:
         """Return summary.json; None if the run is not complete."""
         found = self._json(SUMMARY)
         what = f"{self.folder / SUMMARY} is damaged ({ANOTHER_FOLDER})"
-        return None if found is None else stored(RunSummary, found, what)
+        if found is None:
+            return None
+        return stored(RunSummary, {name: value for name, value in found.items() if name != FILES}, what)
 
     @property
     def start(self) -> Start | None:
@@ -121,6 +127,11 @@ class RunFolder:
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a record."""
         write_record(self.folder / name, value)
+
+    def finish(self, summary: RunSummary) -> None:
+        """Write the summary, with the digests of the files that the run has written before: it is complete."""
+        there = [name for name in LAST if (self.folder / name).is_file()]
+        self.write(SUMMARY, asdict(summary) | {FILES: {name: content_digest(self.folder / name) for name in there}})
 
     def steps(self) -> list[Step]:
         """Return all steps so far; see `read_steps`."""

@@ -15,15 +15,18 @@ pytestmark = pytest.mark.slow
 CLOCK = {"seconds", "first_step_seconds", "peak_bytes", "peak", "activations and all else", "libraries"}
 PLACE = {"base", "base_model_name_or_path"}  # an absolute path: a run and an adapter are opened from anywhere
 SINCE_RESUMED = {"moved_bytes"}
+OWN = {"qsvd_digest"}  # of a record with such values; the digests of these files in other records differ, too
 DECLARED = {
-    "run/steps.jsonl": CLOCK,
-    "run/summary.json": CLOCK,
-    "run/qsvd_adapter.json": PLACE,
-    "run/checkpoint-2/qsvd_adapter.json": PLACE,
-    "run/checkpoint-4/qsvd_adapter.json": PLACE,
+    "run/steps.jsonl": CLOCK | OWN,
+    "run/summary.json": CLOCK | OWN | {"steps.jsonl", "qsvd_adapter.json"},
+    "run/qsvd_adapter.json": PLACE | OWN,
+    "run/checkpoint-2/qsvd_adapter.json": PLACE | OWN,
+    "run/checkpoint-2/qsvd_files.json": OWN | {"qsvd_adapter.json"},
+    "run/checkpoint-4/qsvd_adapter.json": PLACE | OWN,
+    "run/checkpoint-4/qsvd_files.json": OWN | {"qsvd_adapter.json"},
     "run/adapter_config.json": PLACE,
     "to-peft/adapter_config.json": PLACE,
-    "to-peft/qsvd_export.json": PLACE,
+    "to-peft/qsvd_export.json": PLACE | OWN | {"adapter_config.json"},
 }
 
 

@@ -29,8 +29,8 @@ def kills(campaign: Campaign, numbers: Sequence[int]) -> Iterator[Found]:
     """Kill commands at random moments, run them again and compare with what an undisturbed run leaves."""
     named = {command.name: command for command in campaign.commands}
     killed = [named[name] for name in KILLED]
-    for command in killed[: len(numbers)]:
-        campaign.right(command)
+    for number in numbers[: len(killed)]:
+        campaign.right(killed[number % len(killed)])
 
     def work(number: int, place: Path) -> Found:
         random, command = Random(f"{campaign.seed} kill {number}"), killed[number % len(killed)]

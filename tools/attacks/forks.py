@@ -216,7 +216,7 @@ def make_place(place: Path, subjects: Path, inputs: Mapping[str, str]) -> None:
     Args:
         inputs: Name in the place -> name of the subject.
     """
-    for path in (*logs(place), place):
+    for path in (*logs(place), place.with_name(f"{place.name}.copy"), place):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     place.mkdir(parents=True)
@@ -266,7 +266,7 @@ def _without_declared(content: bytes) -> bytes:
         tables = [json.loads(text) for text in texts]
         kept = [{name: value for name, value in table.items() if name not in DECLARED} for table in tables]
         return json.dumps(kept).encode()
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return content
 
 

@@ -12,7 +12,7 @@ from attacks.foreign import put_foreign
 from attacks.forks import Ended, Listing, Running, listing, make_place, matches, start, walk
 from attacks.pickles import CODE_RAN
 
-GOOD = ("refused", "right", "other input")
+GOOD = ("refused", "right", "told", "other input")
 BAD = ("unnamed", "silent", "hang", "traceback", "lost")
 REFUSALS = (1, 2, 3)
 FOREIGN = "foreign"  # instead of the name of a file: files of somebody else in the output
@@ -24,7 +24,7 @@ NAMES = {  # of what is named by its digest in an identity
     "RUN": ("run",),
     "OUT": ("quantized model",),
     "MIXED": ("quantized model",),
-    "tiny": ("16-bit model", "another model"),
+    "tiny": ("16-bit model", "another model", "tokens"),
     "stats.safetensors": ("statistics", "gradients"),
     "template.jinja": ("chat template",),
 }
@@ -106,11 +106,15 @@ class Attack:
                 {str(path.relative_to(place)) for path in paths} for paths in (found.kept, found.added)
             )
         else:
-            self.how = self._mutate(place / self.target)
+            self.how = self._mutate(place, place / self.target)
         self.before = listing(place)
         return start(self.command.words.split(), place, limit=limit, is_bound=self.how == UNREADABLE)
 
-    def _mutate(self, path: Path) -> str:
+    def _mutate(self, place: Path, path: Path) -> str:
+        if self.random.random() < 0.02:
+            copy = path.rename(place.with_name(f"{place.name}.copy"))
+            path.symlink_to(copy)
+            return "a link, to a copy"
         if self.random.random() < 0.1:
             others = sorted(other for other in self.subjects.rglob(path.name) if other.is_file())
             if said := swapped_with(path, others, self.random):
@@ -132,20 +136,26 @@ class Attack:
             return "lost", ", ".join(lost)
         if ended.is_late:
             return "hang", f"{ended.seconds:.0f} s"
-        said = ended.err.strip().splitlines() or [""]
         if ended.code in REFUSALS and "Traceback" not in ended.err:
-            return self._refusal(said)
+            return self._refusal(ended.err.strip().splitlines() or [""])
         if ended.code != 0:
             return "traceback", raised(ended)
         if NOT_FINITE.search(ended.out) and not NOT_FINITE.search(self.right.out):
             return "silent", "a result that is not finite, and exit code 0"
+        return self._result(place, ended, after)
+
+    def _result(self, place: Path, ended: Ended, after: Listing) -> tuple[str, str]:
         old = [name for name in self.before if matches(name, self.command.kept)]
         lists = LISTS if self.target == FOREIGN else ()
         kept = [*self.added, *lists, *(name for name in old if after.get(name) == self.before[name])]
         wrong = difference(self.command, self.right, result_of(self.command, place, ended, after, self.added), kept)
         if not wrong:
             return "right", ""
-        return ("other input", "") if matches(self.target, self.command.chosen) else ("silent", wrong)
+        if matches(self.target, self.command.chosen):
+            return "other input", ""
+        said = [line for line in ended.err.splitlines() if "damaged" in line or "lacks" in line]
+        line = next((line for line in said if self.target in line or self.target.rpartition("/")[0] in line), "")
+        return ("told", line) if line else ("silent", wrong)
 
     def _lost(self, after: Listing) -> list[str]:
         own = {name for name in self.before if matches(name, self.command.out)} - self.protected
@@ -192,7 +202,7 @@ def difference(command: Command, right: Right, found: Right, kept: Collection[st
         different = next((f"{one.strip()} and {other.strip()}" for one, other in lines if one != other), "length")
         return f"prints something else: {different[:200]}"
     names = sorted(name for name in {*right.files, *found.files} if right.files.get(name) != found.files.get(name))
-    names = [name for name in names if not matches(name, [*right.unstable, *kept]) and not name.endswith(".moved")]
+    names = [name for name in names if not matches(name, [*right.unstable, *kept])]
     if not command.out or not names:
         return ""
     return "other files: " + ", ".join(names[:6])
