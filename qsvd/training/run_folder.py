@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qsvd.errors import BadInput
+from qsvd.errors import BadInput, Damaged
 from qsvd.files.atomic import (
     Lock,
     read_record,
@@ -253,7 +253,7 @@ def read_steps(folder: Path, *, sealed: bool) -> list[Step]:
 
     Raises:
         BadInput: a line is not a step.
-        Damaged: a line differs from its digest.
+        Damaged: a line differs from its digest, or is missing.
     """
     path = folder / STEPS
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
@@ -266,5 +266,8 @@ def read_steps(folder: Path, *, sealed: bool) -> list[Step]:
             raise BadInput(f"{where} is not valid JSON; {ANOTHER_FOLDER}") from error
         if isinstance(fields, dict):
             fields = unsealed(fields, line + b"\n", where, ANOTHER_FOLDER, sealed=sealed)
-        steps.append(stored(Step, fields, f"{where} is damaged ({ANOTHER_FOLDER})"))
+        step = stored(Step, fields, f"{where} is damaged ({ANOTHER_FOLDER})")
+        if step.number != number:
+            raise Damaged(f"{where} is step {step.number}, not step {number}: a line is missing; {ANOTHER_FOLDER}")
+        steps.append(step)
     return steps

@@ -191,6 +191,10 @@ def test_what_is_written_is_read_and_what_was_changed_is_refused(tmp_path):
         (tmp_path / STEPS).write_text((tmp_path / STEPS).read_text().replace('"loss": 1.0', '"loss": 2.0'))
         with pytest.raises(Damaged, match=r"line 1 of .*steps\.jsonl is damaged: its digest differs"):
             run.steps()
+        (tmp_path / STEPS).unlink()
+        run.add_step(step(2))
+        with pytest.raises(Damaged, match=r"line 1 of .*steps\.jsonl is step 2, not step 1: a line is missing"):
+            run.steps()
 
 
 def test_a_run_of_an_older_version_without_digests_goes_on_without(tmp_path):
