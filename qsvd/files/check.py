@@ -1,6 +1,7 @@
 """Compare a checkpoint with its config, and refuse quantized models, by names, shapes and dtypes of the tensors."""
 
 import copy
+import logging
 import math
 import re
 from collections import Counter
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MOST_NUMBERS = 2**25  # of a tensor that are checked at once
+MOST_UNTOLD = 20e9  # bytes that are checked without a line: some seconds
 SPLITTABLE = ("F32", "BF16", "F16")
 QUANTIZED_NAMES = {  # checked in this order; no tensor of a 16-bit model has such a name
     "bitsandbytes": re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|\.quant_state\."),
@@ -245,6 +247,10 @@ def check_finite(checkpoint: Checkpoint, plan: ModelPlan) -> None:
         BadInput: the sentence names the tensors, and how many of their numbers are wrong.
     """
     names = [name for name in checkpoint.tensors if name not in plan.unknown]
+    if (total := sum(checkpoint.tensors[name].num_bytes for name in names)) > MOST_UNTOLD:
+        logging.getLogger("qsvd").warning(
+            "%s: first, %.0f GB are read once to find NaN and infinity", checkpoint.name, total / 1e9
+        )
     pieces = [piece for name in names for piece in _pieces(checkpoint.tensors[name])]
     wrong = Counter[str]()
     with ThreadPoolExecutor(READERS) as readers:
