@@ -109,8 +109,13 @@ class SplitFolder:
     @cached_property
     def stored_dtype(self) -> torch.dtype:
         """Return the dtype that most of the weights had in the 16-bit model."""
-        quantization = read_object(self.folder / "config.json")["quantization_config"]
-        return getattr(torch, quantization.get("dtype") or quantization["bnb_4bit_compute_dtype"])
+        path = self.folder / "config.json"
+        quantization = read_object(path).get("quantization_config")
+        found = quantization if isinstance(quantization, dict) else {}
+        dtype = getattr(torch, str(found.get("dtype") or found.get("bnb_4bit_compute_dtype")), None)
+        if not isinstance(dtype, torch.dtype):
+            raise Damaged(f"{path} is damaged: quantization_config has no dtype; {QUANTIZE_AGAIN}")
+        return dtype
 
     @cached_property
     def residual_names(self) -> frozenset[str]:

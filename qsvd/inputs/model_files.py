@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from qsvd.errors import BadInput, first_line, listing
@@ -206,6 +207,8 @@ def check_config(file: Path) -> None:
     classes = table.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         wrong.append(f"architectures {json.dumps(classes)} is no list of names of classes")
+    if not isinstance(table.get("quantization_config"), (dict, NoneType)):
+        wrong.append("quantization_config is no object")
     if wrong:
         raise BadInput(f"{file} is damaged: {listing(wrong, separator='; ')}; download it again")
 

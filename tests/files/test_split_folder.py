@@ -117,3 +117,11 @@ def test_a_manifest_or_index_that_is_something_else_is_refused(results, tmp_path
     (out / file).write_text(text)
     with pytest.raises(BadInput, match=file):
         open_split(out)
+
+
+@pytest.mark.parametrize("config", [[], {"quant_method": "bitsandbytes"}, {"bnb_4bit_compute_dtype": "float99"}])
+def test_a_config_without_the_dtype_of_the_weights_is_refused(results, tmp_path, config):
+    out = without_digests(shutil.copytree(results / "4", tmp_path / "out"))
+    reseal(out / "config.json", lambda fields: fields.update(quantization_config=config))
+    with pytest.raises(Damaged, match=r"config\.json is damaged: quantization_config has no dtype"):
+        _ = open_split(out).stored_dtype

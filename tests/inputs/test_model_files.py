@@ -97,6 +97,7 @@ def test_the_longest_text_of_a_tokenizer_is_a_number(model):
         ({"intermediate_size": float("inf")}, "intermediate_size inf is above"),
         ({"num_labels": 10**9}, "num_labels 1000000000 is above"),
         ({"rope_scaling": json.loads("[" * 200 + "]" * 200)}, "rope_scaling is nested deeper than 50"),
+        ({"quantization_config": []}, "quantization_config is no object"),
         ({"architectures": 3}, "architectures 3 is no list of names"),
         ({"text_config": {}}, "its text_config is no config of a model"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder is True, and a llama has no encoder"),
