@@ -24,6 +24,7 @@ from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
 from qsvd.files.check import check_layers, placed, resolve
 from qsvd.files.layout import ADAPTER_TENSORS
+from qsvd.files.quantized.padding import padding_of
 from qsvd.files.readers import ReadAhead
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.statistics import Statistics
@@ -38,8 +39,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def classifier(config: "PreTrainedConfig", labels: tuple[str, ...]) -> Any:
+def classifier(config: "PreTrainedConfig", labels: tuple[str, ...], folder: Path) -> Any:
     """Return transformers' class of a sequence classifier for this config, and write the labels into the config.
+
+    Args:
+        folder: Of the config and the tokenizer.
 
     Raises:
         BadInput: transformers has none for this type of model.
@@ -52,8 +56,9 @@ def classifier(config: "PreTrainedConfig", labels: tuple[str, ...]) -> Any:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    text = config.get_text_config()
+    if text.pad_token_id is None and (padding := padding_of(folder)):  # of an older quantized model
+        text.pad_token_id = padding[1]
     return mapping[type(config)]
 
 
@@ -253,7 +258,7 @@ def _class(config: "PreTrainedConfig", place: _Place) -> Any:
     import transformers
 
     if place.record.labels:
-        return classifier(config, place.record.labels)
+        return classifier(config, place.record.labels, place.split.folder)
     return getattr(transformers, place.split.manifest["source"]["architecture"])
 
 

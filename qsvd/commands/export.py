@@ -304,7 +304,7 @@ def _from_transformers(opened: Opened, folder: Path) -> Any:
     if getattr(config, "quantization_config", None) is not None:  # published in FP8 or MXFP4
         config.quantization_config["dequantize"] = True
     labels, name = opened.record.labels, opened.split.manifest["source"]["architecture"]
-    loader = classifier(config, labels) if labels else getattr(transformers, name)
+    loader = classifier(config, labels, folder) if labels else getattr(transformers, name)
     return from_folder(loader, folder, MODEL, config=config, dtype=torch.float32).eval()
 
 
@@ -339,11 +339,11 @@ def _config_changes(opened: Opened) -> dict[str, Any]:
     if not labels:
         return {}
     config: Any = read_config(opened.split.folder)
-    architecture = classifier(config, labels).__name__
+    architecture = classifier(config, labels, opened.split.folder).__name__
     return {
         "architectures": [architecture],
         "id2label": {str(number): label for number, label in config.id2label.items()},
         "label2id": config.label2id,
         "problem_type": config.problem_type,
-        "pad_token_id": config.pad_token_id,  # decoders find the end of a text by it
+        "pad_token_id": config.get_text_config().pad_token_id,  # decoders find the end of a text by it
     }

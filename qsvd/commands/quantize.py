@@ -12,6 +12,7 @@ from qsvd.errors import BadInput, listing
 from qsvd.export.hub import open_repository
 from qsvd.files.atomic import changed_files, file_digest
 from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder, largest_stack
+from qsvd.files.quantized.padding import padding_of
 from qsvd.files.readers import is_whole, stream
 from qsvd.files.safetensors import digest_of, read_header
 from qsvd.files.source import Checkpoint, place_of
@@ -108,11 +109,12 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> Stopwatch | None:
             run = resolve_allocation(run, folder, show)
             check_resources(run)
         check_source_files(run, folder)
+        padding = padding_of(run.checkpoint.folder)
         drop_damaged(run, folder)
         times = Stopwatch("splitting and measuring")
         split_weights(run, folder, show, times)  # 3
         with times.waiting("writing"):
-            write_outputs(run, folder)  # 4
+            write_outputs(run, folder, padding)  # 4
     return times
 
 

@@ -148,7 +148,6 @@ def _held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | No
     batch, pad, segments = run.settings.batch_size, data.tokenizer.pad_token_id, held_out.token_types
     examples: list[Any] = list(zip(held_out.input_ids, held_out.labels, strict=True))
     if data.train.label_names:
-        model.config.pad_token_id = pad  # decoders find the end of a text by it
         measured = accuracy(model, examples, pad_token=pad, batch=batch, segments=segments)
         return {f"held_out_{when}": measured.nats, f"accuracy_{when}": measured.share}
     collate = None if held_out.media is None else held_out.media.batch

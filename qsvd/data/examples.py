@@ -15,6 +15,7 @@ from qsvd.data.template_names import check_tokens, read_template
 from qsvd.data.tokens import check_keeps_apart, check_vocabulary, pack, packed_dataset, tokenize
 from qsvd.errors import BadInput
 from qsvd.files.atomic import read_object
+from qsvd.files.quantized.padding import set_padding
 from qsvd.files.source import read_config
 from qsvd.inputs.model_files import GENERATION, TOKENIZER, check_ids, damaged_file, from_folder
 from qsvd.options import Train
@@ -71,7 +72,7 @@ class RunData:
 
 
 def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
-    """Open the tokenizer of a model's folder and give it a padding token; a BadInput where it cannot be opened.
+    """Open the tokenizer of a model's folder, with the padding token of the model; a BadInput where it cannot be.
 
     Args:
         chat_template: Replaces that of the tokenizer.
@@ -84,8 +85,7 @@ def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
         raise BadInput(f"the tokenizer of {folder} is damaged: model_max_length is {length!r}; {TOKENIZER.advice}")
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    set_padding(tokenizer, folder)
     return tokenizer
 
 

@@ -23,6 +23,7 @@ from qsvd.data.plain import start_tokens
 from qsvd.data.row_files import refusal
 from qsvd.data.tokens import SEPARATOR, check_share, conversation, has_messages, refuse_untrained
 from qsvd.errors import BadInput, first_line
+from qsvd.files.quantized.padding import set_padding
 from qsvd.inputs.model_files import from_folder, processor_of
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ def open_processor(folder: Path, chat_template: str | None = None, *, of: Litera
     tokenizer: Any = processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     if chat_template is not None:
         processor.chat_template = tokenizer.chat_template = chat_template
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    set_padding(tokenizer, folder)
     return processor
 
 

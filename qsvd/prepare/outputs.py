@@ -32,6 +32,7 @@ from qsvd.files.layout import (
 )
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.quantized.manifest import FORMATS
+from qsvd.files.quantized.padding import with_padding, write_padding
 from qsvd.files.readers import content_digest
 from qsvd.files.safetensors import NewTensor, TensorEntry, read_header
 from qsvd.files.source import copy_files, place_of
@@ -78,10 +79,13 @@ def error_change(before: float, after: float) -> str:
     return f"error {percent:+.1f} % by components"
 
 
-def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
+def write_outputs(run: QuantizeRun, folder: OutputFolder, padding: tuple[str, int] | None = None) -> None:
     """Write the files of a complete quantized model, then delete the folder of unfinished work. May run again.
 
     A weight whose record is null was drawn, not split: it has no error, and the report says so.
+
+    Args:
+        padding: The padding token and its number, which every reader of the model is told; None changes nothing.
     """
     digests = {spec.name: folder.residual_sha256(number) for number, spec in enumerate(run.weights)}
     sources = {spec.name: folder.source_digest(number) for number, spec in enumerate(run.weights)}
@@ -91,9 +95,11 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder) -> None:
     if run.header.rank > 0:
         _write_adapter(run, folder, base)
     quantization = _quantization(run)
-    write_json(run.out / "config.json", run.checkpoint.config_json | {"quantization_config": quantization})
+    config = with_padding(run.checkpoint.config_json, padding)
+    write_json(run.out / "config.json", config | {"quantization_config": quantization})
     _write_index(run)
     copy_files(run.checkpoint.other_files, run.out)
+    write_padding(run.out, padding)
     write_text(run.out / ERRORS, "".join(f"{json.dumps(to_record(error))}\n" for error in errors))
     write_text(run.out / "report.md", to_markdown(run.header, errors) if errors else _unmeasured(run))
     if run.table is not None:
