@@ -23,9 +23,9 @@ from qsvd.files.workspace import (
 )
 from qsvd.options import Verify
 from qsvd.records import Progress, ShowProgress, show_nothing
-from qsvd.training.checkpoints import DIGESTS
+from qsvd.training.checkpoints import DIGESTS, NAME
 from qsvd.training.run_folder import FORMAT as RUN_FORMAT
-from qsvd.training.run_folder import SUMMARY
+from qsvd.training.run_folder import START, SUMMARY
 
 MOST_FAULTS = 20  # in the sentence
 SEALED_SINCE = {  # the formats of our records that have digests
@@ -83,6 +83,8 @@ def check(top: Path, show: ShowProgress = show_nothing) -> Checked:
     """Check one file, or all files below a folder."""
     paths = [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file())
     total, done, found = sum(path.stat().st_size for path in paths), 0, Checked()
+    broken = [path for path in top.rglob("*") if path.is_symlink() and not path.exists()]
+    found.faults += [f"{path} is a link to a file that is not there" for path in broken]
     for number, path in enumerate(paths, start=1):
         try:
             _check_file(path, found)
@@ -134,8 +136,18 @@ def _check_record(path: Path, found: Checked) -> None:
     record = read_record(path, since=SEALED_SINCE.get(path.name, 0))
     found.files.add(path)
     files = record.get("files")
+    if path.name == IDENTITY and record.get("format", 0) >= RUN_FORMAT:
+        found.faults += _faults_of_run(path.parent)
     if isinstance(files, dict):
         _check_named(path, files, found)
+
+
+def _faults_of_run(folder: Path) -> Iterator[str]:
+    """Yield what has lost its digest in a run with digests."""
+    records = [path for name in (START, SUMMARY) if (path := folder / name).is_file()]
+    yield from (f"{path} is damaged: it has no digest" for path in records if SEAL.encode() not in path.read_bytes())
+    saved = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    yield from (f"{path} lacks {DIGESTS}" for path in saved if not (path / DIGESTS).exists())
 
 
 def _check_lines(path: Path, found: Checked) -> None:

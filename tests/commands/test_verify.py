@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     return top
 
 
-RECORDS = {"summary.json", "qsvd_export.json", "qsvd.json", "qsvd_files.json"}  # no other file names them
+RECORDS = {"summary.json", "qsvd_export.json", "qsvd.json"}  # no other file names them
 NEVER_READ = {"README.md", "report.md", "loss.png", "loss.svg", "allocation.txt"}  # by qsvd, after they were written
 OTHERS = {"adapter_config.json", "training_args.bin"}  # PEFT's, of a run or an export; written by transformers
 
@@ -53,7 +53,8 @@ def test_a_changed_byte_of_any_file_is_found(folder, tmp_path, capsys):
             path.unlink()
             is_named = path.name not in RECORDS
             assert (run(["verify", str(copy)]), path) == (int(is_named), path)
-            assert not is_named or f"{path} is missing" in capsys.readouterr().err
+            said = capsys.readouterr().err
+            assert not is_named or f"{path} is missing" in said or f"{path.parent} lacks {path.name}" in said
             path.write_bytes(content)
     assert run(["verify", str(copy)]) == 0
 
@@ -63,6 +64,19 @@ def test_a_run_without_its_summary_or_with_an_adapter_of_another_file_is_found(f
     shutil.copyfile(folder / "out" / "adapter_model.safetensors", copy / "adapter_model.safetensors")
     assert run(["verify", str(copy)]) == 1
     assert "adapter_model.safetensors is not the file that was written with summary.json" in capsys.readouterr().err
+    shutil.copyfile(folder / "run" / "adapter_model.safetensors", copy / "adapter_model.safetensors")
+    summary, checkpoint = (copy / "summary.json").read_text(), next(copy.glob("checkpoint-*"))
+    (copy / "summary.json").write_text("[" * 10**5)
+    (checkpoint / "qsvd_files.json").rename(copy / "elsewhere")
+    assert run(["verify", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"{copy}/summary.json is damaged: it has no digest; {checkpoint} lacks qsvd_files.json" in said
+    (checkpoint / "qsvd_files.json").symlink_to("nowhere")
+    (copy / "summary.json").write_text(summary)
+    assert run(["verify", str(copy)]) == 1
+    assert f"{checkpoint}/qsvd_files.json is a link to a file that is not there" in capsys.readouterr().err
+    (copy / "elsewhere").replace(checkpoint / "qsvd_files.json")
+    assert run(["verify", str(copy)]) == 0
     (copy / "summary.json").unlink()
     assert run(["verify", str(copy)]) == 1
     assert f"{copy} lacks summary.json: it is not finished" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def put_foreign(place: Path, command: Command, right: Mapping[str, str], random:
         top.symlink_to(photo.parent.name)
         return Foreign("the output is a link to a folder with a file", frozenset({top}), frozenset({top, photo}))
     one = _place(place, command, right, random)
-    if way in ("file", "json", "folder") and _may_be_left_over(one, place, command, right):
+    if way in ("file", "json", "folder", "all") and _may_be_left_over(one, place, command, right):
         one = one.with_name(f"{one.name}.bak")
     one.parent.mkdir(parents=True, exist_ok=True)
     if way in ("link", "dangling"):
