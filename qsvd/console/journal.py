@@ -30,7 +30,7 @@ from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.training import RunSummary, loss_plot, run_readme
 from qsvd.training.checkpoints import check_readable, checkpoints, step_of
 from qsvd.training.guards import memory_advice
-from qsvd.training.run_folder import RunFolder, Start, Step
+from qsvd.training.run_folder import STEPS, RunFolder, Start, Step
 from qsvd.training.steps import best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 
 
@@ -99,14 +99,17 @@ def progress_of(step: Step, total: int, before: Step | None) -> Progress:
 def resume_point(run: Path, folder: RunFolder) -> tuple[Path | None, Step | None]:
     """Return the newest whole checkpoint whose step was recorded, and that step; None and None without one.
 
-    A damaged checkpoint is named, and the one before it is taken.
+    A checkpoint that is damaged, or whose step was not recorded, is named, and the one before it is taken.
 
     Raises:
-        Damaged: all checkpoints are damaged.
+        Damaged: there are checkpoints, and none can be taken.
     """
     steps = {step.number: step for step in folder.steps()}
     faults: list[str] = []
-    for checkpoint in reversed([one for one in checkpoints(run) if step_of(one) in steps]):
+    for checkpoint in reversed(checkpoints(run)):
+        if step_of(checkpoint) not in steps:
+            faults.append(f"{folder.folder / STEPS} lacks the step of {checkpoint.name}")
+            continue
         try:
             check_readable(checkpoint, sealed=folder.is_sealed)
         except Damaged as error:
@@ -116,7 +119,7 @@ def resume_point(run: Path, folder: RunFolder) -> tuple[Path | None, Step | None
             say(f"{fault}; the run goes on from {checkpoint.name}", file=sys.stderr)
         return checkpoint, steps[step_of(checkpoint)]
     if faults:
-        raise Damaged(f"{'; '.join(faults)}; no checkpoint before it is left: give --out another folder")
+        raise Damaged(f"{'; '.join(faults)}; no other checkpoint is left: give --out another folder")
     return None, None
 
 

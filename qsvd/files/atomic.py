@@ -137,7 +137,7 @@ def unsealed(value: dict[str, Any], text: bytes, where: str, advice: str, *, sea
     digest = value.pop(SEAL, None)
     if digest is None and not sealed:
         return value
-    start, _, end = text.rpartition(str(digest).encode())
+    start, _, end = text.rpartition(str(digest).encode("utf-8", "replace"))
     if digest is None or digest != new_digest(start + NO_DIGEST.encode() + end).hexdigest():
         raise Damaged(f"{where} is damaged: its digest differs; {advice}")
     return value

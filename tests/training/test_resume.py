@@ -188,7 +188,7 @@ def test_what_a_kill_or_a_disk_leaves_behind_is_passed_over(language, texts, und
     assert run([*words(options), "--resume"]) == 0
     assert outcome(options.out) == outcome(undisturbed)
     told = "checkpoint-2" in capsys.readouterr().err
-    assert told == (damage.__name__ == "flip" or damage is no_digests)
+    assert told == (damage.__name__ in ("flip", "untold") or damage is no_digests)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_so(language, texts, undisturbed, tmp_path, capsys):
@@ -198,8 +198,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(language, texts, undist
     )
     flipped("rng_state.pth")(options.out)
     assert run([*words(options), "--resume"]) == 1
-    said = f"{options.out}/checkpoint-2/rng_state.pth is damaged: its digest differs; no checkpoint before it is left"
+    said = f"{options.out}/checkpoint-2/rng_state.pth is damaged: its digest differs; no other checkpoint is left"
     assert said in capsys.readouterr().err
+    (options.out / "steps.jsonl").write_text("")
+    assert run([*words(options), "--resume"]) == 1
+    assert f"{options.out}/steps.jsonl lacks the step of checkpoint-2; no other" in capsys.readouterr().err
 
 
 @pytest.mark.slow
