@@ -7,9 +7,9 @@ import xxhash
 SEAL = "qsvd_digest"
 
 
-def sealed(value, indent=None):
+def sealed(value, indent=None, end=""):
     """JSON whose last field is the digest of the text with zeros in its place (docs/format.md)."""
-    text = json.dumps({**value, SEAL: "0" * 32}, indent=indent)
+    text = json.dumps({**value, SEAL: "0" * 32}, indent=indent) + end
     start, _, end = text.rpartition("0" * 32)
     return start + xxhash.xxh3_128(text.encode()).hexdigest() + end
 

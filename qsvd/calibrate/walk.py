@@ -200,8 +200,8 @@ def _loss(model: StreamedModel, track: _Track) -> float:
     loss = track.example.loss(logits)
     if not torch.isfinite(loss):
         raise BadInput(
-            f"the loss of an example is {float(loss.detach())}: numbers of the model overflow in {model.dtype}; give "
-            "--dtype float32, or check the model"
+            f"{model.checkpoint.name}: the loss of an example is {float(loss.detach())}: numbers overflow in "
+            f"{model.dtype}; give --dtype float32, or check the model"
         )
     gradient, *strays = torch.autograd.grad(loss, (hidden, *others), create_graph=bool(tangents), allow_unused=True)
     if any(stray is not None for stray in strays):

@@ -10,7 +10,7 @@ from qsvd.errors import BadInput, Damaged, listing, show_size
 from qsvd.export.trained import ExportFolder
 from qsvd.files.adapter import open_adapter
 from qsvd.files.atomic import COPY_AGAIN, SEAL, file_digest, read_record, unsealed, write_record
-from qsvd.files.layout import digest
+from qsvd.files.layout import ADAPTER_CONFIG, ADAPTER_TENSORS, digest
 from qsvd.files.quantized.manifest import DIGESTS_SINCE, QUANTIZE_AGAIN, read_manifest
 from qsvd.files.readers import check_tensors, content_digest
 from qsvd.files.safetensors import read_tensor
@@ -147,6 +147,8 @@ def _faults_of_run(folder: Path) -> Iterator[str]:
     records = [path for name in (START, SUMMARY) if (path := folder / name).is_file()]
     yield from (f"{path} is damaged: it has no digest" for path in records if SEAL.encode() not in path.read_bytes())
     saved = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    if (folder / SUMMARY).exists() and (folder / ADAPTER_TENSORS).exists() and not (folder / ADAPTER_CONFIG).exists():
+        yield f"{folder} lacks {ADAPTER_CONFIG}"
     yield from (f"{path} lacks {DIGESTS}" for path in saved if not (path / DIGESTS).exists())
 
 

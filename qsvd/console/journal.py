@@ -28,9 +28,9 @@ from qsvd.prepare.train import TrainRun
 from qsvd.records import Progress, ShowProgress
 from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.training import RunSummary, loss_plot, run_readme
-from qsvd.training.checkpoints import check_readable, checkpoints, step_of
+from qsvd.training.checkpoints import STEPS, all_checkpoints, check_readable, checkpoints, step_of
 from qsvd.training.guards import memory_advice
-from qsvd.training.run_folder import STEPS, RunFolder, Start, Step
+from qsvd.training.run_folder import RunFolder, Start, Step
 from qsvd.training.steps import best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 
 
@@ -106,7 +106,10 @@ def resume_point(run: Path, folder: RunFolder) -> tuple[Path | None, Step | None
     """
     steps = {step.number: step for step in folder.steps()}
     faults: list[str] = []
-    for checkpoint in reversed(checkpoints(run)):
+    for checkpoint, lacking in reversed(all_checkpoints(run)):
+        if lacking:
+            faults.append(f"{checkpoint} lacks {listing(lacking)}")
+            continue
         if step_of(checkpoint) not in steps:
             faults.append(f"{folder.folder / STEPS} lacks the step of {checkpoint.name}")
             continue

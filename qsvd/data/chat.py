@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qsvd.errors import BadInput, listing
+from qsvd.data.template_names import RAISED
+from qsvd.errors import BadInput, first_line, listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +146,7 @@ class ChatTemplate:
         try:
             message = {"role": "user", "content": content}
             return str(self.tokenizer.apply_chat_template([message], chat_template=self.plain, tokenize=False))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError):
+        except (*RAISED, jinja2.TemplateError):
             return ""
 
     @cached_property
@@ -194,8 +195,8 @@ def render(template: ChatTemplate, messages: list[Message], tools: Tools = None,
             add_generation_prompt=begin,
             tokenize=False,
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise BadInput(f"the chat template cannot render it: {error}") from error
+    except (*RAISED, jinja2.TemplateError) as error:
+        raise BadInput(f"the chat template cannot render it: {first_line(error)}") from error
     assert isinstance(text, str), "without tokenize, one conversation is one text"
     for number, message in enumerate(messages, start=1):
         lost = next((said for said in _asked(message) if said not in text), None)
@@ -250,7 +251,7 @@ def _template_of_trl(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
     try:
         return get_training_chat_template(tokenizer)
-    except (ValueError, TypeError, KeyError, jinja2.TemplateError):  # it tries tool calls, which some templates refuse
+    except (*RAISED, jinja2.TemplateError):  # it tries tool calls, which some templates refuse
         return None
 
 

@@ -21,6 +21,7 @@ from qsvd.data.masks import check_end, says_nothing, stop_tokens_of
 from qsvd.data.media import NO_PILLOW, MediaRows
 from qsvd.data.plain import start_tokens
 from qsvd.data.row_files import refusal
+from qsvd.data.template_names import RAISED
 from qsvd.data.tokens import SEPARATOR, check_share, conversation, has_messages, refuse_untrained
 from qsvd.errors import BadInput, first_line
 from qsvd.files.quantized.padding import set_padding
@@ -28,8 +29,6 @@ from qsvd.inputs.model_files import from_folder, processor_of
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
-
-REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, StopIteration)  # of processors
 
 
 def reads_images(architecture: str) -> bool:
@@ -202,7 +201,7 @@ def _template_of_trl(processor: Any) -> str | None:
 
     try:
         return get_training_chat_template(processor)
-    except (ValueError, TypeError, KeyError, jinja2.TemplateError):
+    except (*RAISED, jinja2.TemplateError):
         return None
 
 
@@ -232,7 +231,7 @@ def digested(examples: Examples, data: MediaRows, read: Callable[[int], dict[str
     for index in range(len(data)):
         try:
             batch = read(index)
-        except (*REFUSALS, jinja2.TemplateError) as error:
+        except (*RAISED, jinja2.TemplateError) as error:
             problems.append((examples.places.short(index), first_line(error)))
             continue
         digest, seen = hashlib.sha256(), [value for value in batch.values() if value.is_floating_point()]
@@ -299,7 +298,7 @@ def read_question(
         if sounds:
             given |= {"audio": [*sounds], "sampling_rate": processor.feature_extractor.sampling_rate}
         return dict(processor(text=[text], return_tensors="pt", add_special_tokens=False, **given))
-    except (*REFUSALS, jinja2.TemplateError) as error:
+    except (*RAISED, jinja2.TemplateError) as error:
         flag = "--audio" if sounds else "--image"
         raise BadInput(f"{flag}: the processor cannot read the prompt: {first_line(error)}") from error
 

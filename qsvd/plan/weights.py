@@ -265,8 +265,8 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
             return auto.from_config(config, trust_remote_code=False)
     except (*BUILD_ERRORS, AssertionError) as error:  # the last of torch, for a pad token outside the vocabulary
         raise BadInput(
-            f"transformers {transformers.__version__} cannot build {named or 'a model'} from this config (model_type "
-            f"{config.model_type!r}): {first_line(error)}; models that bring their own code are not supported"
+            f"transformers {transformers.__version__} cannot build {named or 'a model'} of {config.name_or_path} "
+            f"({config.model_type!r}): {first_line(error)}; models that bring their own code are not supported"
         ) from error
 
 

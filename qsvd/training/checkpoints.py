@@ -4,6 +4,7 @@ A checkpoint is complete or does not exist: it is written in RUN/unfinished, the
 """
 
 import errno
+import json
 import os
 import pickle
 import re
@@ -15,12 +16,14 @@ from pathlib import Path
 import torch
 
 from qsvd.errors import BadInput, Damaged, first_line
-from qsvd.files.atomic import clear, file_digest, read_object, read_record, sync_folder, write_record
+from qsvd.files.atomic import clear, file_digest, new_digest, read_object, read_record, sync_folder, write_record
 from qsvd.files.workspace import ADAPTER_RECORD, UNFINISHED
 from qsvd.records import stored
 
 NAME = re.compile(r"checkpoint-(\d+)")
 PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+STEPS = "steps.jsonl"
+RESULTS = ("number", "loss", "grad_norm", "learning_rate", "tokens", "held_out")  # of a line: the same in a repeat
 DIGESTS = "qsvd_files.json"  # of a checkpoint: the digests of its files
 # all files of a checkpoint
 PART_NAMES = rf"({'|'.join(map(re.escape, (*PARTS, DIGESTS)))}|(qsvd_adapter|hooks)\.safetensors)(\.partial)?"
@@ -30,10 +33,11 @@ PROBE = 2**20  # bytes
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """What qsvd_files.json of a checkpoint holds: the digests of its other files, by their places."""
+    """What qsvd_files.json of a checkpoint holds: digests of its other files by place, and of all steps so far."""
 
     format: int
     files: Mapping[str, str]
+    steps: str = ""
 
 
 def make_way(place: Path) -> None:
@@ -62,7 +66,7 @@ def finish(run: Path, step: int, *, keep: int, best: int | None, every: float = 
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
     digests = {str(file.relative_to(written)): file_digest(file) for file in files}
-    write_record(written / DIGESTS, {"format": 1, "files": digests})
+    write_record(written / DIGESTS, {"format": 1, "files": digests, "steps": _steps_digest(run, step)})
     sync_folder(written)
     make_way(place)
     written.rename(place)
@@ -111,12 +115,18 @@ def written_whole(run: Path, step: int) -> Iterator[Path]:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
+    return [path for path, lacking in all_checkpoints(run) if not lacking]
+
+
+def all_checkpoints(run: Path) -> list[tuple[Path, list[str]]]:
+    """Return the checkpoints of a run, oldest first, and the parts that each lacks; without any part it is none."""
     found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if all((path / part).is_file() for part in PARTS)]
+    lacking = [(path, [part for part in PARTS if not (path / part).is_file()]) for _, path in sorted(found)]
+    return [(path, parts) for path, parts in lacking if len(parts) < len(PARTS)]
 
 
 def check_readable(checkpoint: Path, *, sealed: bool) -> None:
-    """Refuse a checkpoint with a damaged part, before the model is loaded.
+    """Refuse a checkpoint with a damaged part, or of other steps than steps.jsonl has, before the model is loaded.
 
     Args:
         sealed: Whether it must have digests; those of older versions have none, and torch tries to read them.
@@ -145,12 +155,22 @@ def check_readable(checkpoint: Path, *, sealed: bool) -> None:
 def _check_digests(checkpoint: Path) -> None:
     if not (checkpoint / DIGESTS).is_file():
         raise Damaged(f"{checkpoint} lacks {DIGESTS}")
-    found = stored(CheckpointFiles, read_record(checkpoint / DIGESTS), f"{checkpoint / DIGESTS} is damaged").files
-    for name, digest in found.items():
+    found = stored(CheckpointFiles, read_record(checkpoint / DIGESTS), f"{checkpoint / DIGESTS} is damaged")
+    if found.steps not in ("", _steps_digest(checkpoint.parent, step_of(checkpoint))):
+        raise Damaged(f"{checkpoint.parent / STEPS} is not the one that {checkpoint.name} was written with")
+    for name, digest in found.files.items():
         if not (checkpoint / name).is_file():
             raise Damaged(f"{checkpoint} lacks {name}")
         if file_digest(checkpoint / name) != digest:
             raise Damaged(f"{checkpoint / name} is damaged: its digest differs")
+
+
+def _steps_digest(run: Path, last: int) -> str:
+    """Return the digest of what steps.jsonl says of the steps until `last`, without times and memory."""
+    path = run / STEPS
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    steps = [json.loads(line) for line in lines[:last]]  # checked by read_steps
+    return new_digest(json.dumps([[step[name] for name in RESULTS] for step in steps]).encode()).hexdigest()
 
 
 def step_of(checkpoint: Path) -> int:

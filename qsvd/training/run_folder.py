@@ -30,10 +30,9 @@ from qsvd.files.workspace import (
 )
 from qsvd.records import stored
 from qsvd.report.training import RunSummary
-from qsvd.training.checkpoints import NAME, checkpoints
+from qsvd.training.checkpoints import NAME, STEPS, checkpoints
 
 START = "start.json"
-STEPS = "steps.jsonl"
 SUMMARY = "summary.json"
 FILES = "files"  # of the summary: the digests of these files, if they are there
 LAST = (IDENTITY, START, STEPS, ADAPTER_RECORD, "qsvd_adapter.safetensors", "adapter_model.safetensors")

@@ -234,7 +234,7 @@ def test_a_config_that_no_class_takes_is_refused():
 
     with pytest.raises(
         ValueError,
-        match=r"cannot build AlienLM from this config \(model_type 'alien'\): Unrecognized .*; models that bring",
+        match=r"cannot build AlienLM of .* \('alien'\): Unrecognized .*; models that bring",
     ):
         plan_model(Alien(architectures=["AlienLM"]))
 
