@@ -147,11 +147,8 @@ def _faults_of_run(folder: Path) -> Iterator[str]:
     records = [path for name in (START, SUMMARY) if (path := folder / name).is_file()]
     yield from (f"{path} is damaged: it has no digest" for path in records if SEAL.encode() not in path.read_bytes())
     saved = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
-    if (
-        (folder / SUMMARY).is_file()
-        and (folder / ADAPTER_TENSORS).is_file()
-        and not (folder / ADAPTER_CONFIG).is_file()
-    ):
+    is_complete = all((folder / name).is_file() for name in (SUMMARY, ADAPTER_TENSORS))
+    if is_complete and not (folder / ADAPTER_CONFIG).is_file():
         yield f"{folder} lacks {ADAPTER_CONFIG}"
     yield from (f"{path} lacks {DIGESTS}" for path in saved if not (path / DIGESTS).is_file())
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qsvd.data.template_names import RAISED
+from qsvd.data.template_names import RAISED, check_length
 from qsvd.errors import BadInput, first_line, listing
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ def render(template: ChatTemplate, messages: list[Message], tools: Tools = None,
     except (*RAISED, jinja2.TemplateError) as error:
         raise BadInput(f"the chat template cannot render it: {first_line(error)}") from error
     assert isinstance(text, str), "without tokenize, one conversation is one text"
+    check_length(text)
     for number, message in enumerate(messages, start=1):
         lost = next((said for said in _asked(message) if said not in text), None)
         if lost is not None:

@@ -21,7 +21,7 @@ from qsvd.data.masks import check_end, says_nothing, stop_tokens_of
 from qsvd.data.media import NO_PILLOW, MediaRows
 from qsvd.data.plain import start_tokens
 from qsvd.data.row_files import refusal
-from qsvd.data.template_names import RAISED
+from qsvd.data.template_names import RAISED, check_length
 from qsvd.data.tokens import SEPARATOR, check_share, conversation, has_messages, refuse_untrained
 from qsvd.errors import BadInput, first_line
 from qsvd.files.quantized.padding import set_padding
@@ -262,7 +262,9 @@ def _rendered(
         first = next(number for number, message in enumerate(shown) if message["role"] == "user")
         heard = [{"type": "audio", "audio": "there"}] * sounds  # templates look for the type or the key
         shown[first] = shown[first] | {"content": [*heard, *shown[first]["content"]]}
-    return processor.apply_chat_template(shown, tokenize=False, add_generation_prompt=begin)
+    text = processor.apply_chat_template(shown, tokenize=False, add_generation_prompt=begin)
+    check_length(text)
+    return text
 
 
 def _check_places(text: str, there: int, processor: Any, of: Literal["image", "audio"] = "image") -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RAISED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, StopIteration)  # by
 # templates and processors, which are programs of others; jinja2.TemplateError beside them
+MOST_CHARACTERS = 10**7  # of a conversation
 TOKENS: dict[str, tuple[str, ...]] = {  # name -> tokens that the template writes and a tokenizer must have
     "alpaca": (),
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -47,6 +48,12 @@ def read_template(name: str) -> str:
     if not text.strip():
         raise BadInput(f"--chat-template {name} is empty")
     return text
+
+
+def check_length(text: str) -> None:
+    """Refuse a rendered conversation that no model reads, and whose tokens would take minutes, by BadInput."""
+    if len(text) > MOST_CHARACTERS:
+        raise BadInput(f"the chat template makes {len(text):,} characters of it; at most {MOST_CHARACTERS:,} are read")
 
 
 def check_tokens(name: str, tokenizer: "PreTrainedTokenizerBase") -> None:

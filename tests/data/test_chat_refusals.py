@@ -81,6 +81,13 @@ def test_what_the_template_refuses_is_named():
     strict = "{{ raise_exception('No system role') if messages[0].role == 'system' }}" + CHATML
     with refused(r"1 unusable example: line 2 \(the chat template cannot render it: No system role\)"):
         tokenized([{"messages": SINGLE}, {"messages": DOUBLE}], demo(strict, MARKS))
+    for wild, said in (
+        ("{{ range(10**9) | list }}", r"cannot render it: Range too big"),
+        ("{{ 1 // 0 }}", r"cannot render it: (integer )?division"),
+        ("{{ 'x' * 10**8 }}", r"makes 100,000,\d+ characters of it; at most 10,000,000 are read"),
+    ):
+        with refused(rf"line 1 \(the chat template {said}"):
+            tokenized([{"messages": SINGLE}], demo(CHATML + wild, MARKS))
     with refused(r"line 1 \(the first message is the assistant's, so the start of its turn cannot be found\)"):
         tokenized([{"messages": SINGLE[1:]}], demo(CHATML, MARKS))
 
