@@ -156,13 +156,13 @@ def _check_digests(checkpoint: Path) -> None:
     if not (checkpoint / DIGESTS).is_file():
         raise Damaged(f"{checkpoint} lacks {DIGESTS}")
     found = stored(CheckpointFiles, read_record(checkpoint / DIGESTS), f"{checkpoint / DIGESTS} is damaged")
-    if found.steps not in ("", _steps_digest(checkpoint.parent, step_of(checkpoint))):
-        raise Damaged(f"{checkpoint.parent / STEPS} is not the one that {checkpoint.name} was written with")
     for name, digest in found.files.items():
         if not (checkpoint / name).is_file():
             raise Damaged(f"{checkpoint} lacks {name}")
         if file_digest(checkpoint / name) != digest:
             raise Damaged(f"{checkpoint / name} is damaged: its digest differs")
+    if found.steps not in ("", _steps_digest(checkpoint.parent, step_of(checkpoint))):
+        raise Damaged(f"{checkpoint.parent / STEPS} is damaged: {checkpoint} was written after other steps")
 
 
 def _steps_digest(run: Path, last: int) -> str:
