@@ -137,9 +137,9 @@ def unsealed(value: dict[str, Any], text: bytes, where: str, advice: str, *, sea
     digest = value.pop(SEAL, None)
     if digest is None and not sealed:
         return value
-    is_one = isinstance(digest, str) and len(digest) == len(NO_DIGEST)
-    start, _, end = text.rpartition(digest.encode("utf-8", "replace") if is_one else b"-")
-    if not is_one or digest != new_digest(start + NO_DIGEST.encode() + end).hexdigest():
+    found = digest.encode("utf-8", "replace") if isinstance(digest, str) and digest else b"-"
+    start, _, end = text.rpartition(found)
+    if digest != new_digest(start + NO_DIGEST.encode() + end).hexdigest():
         raise Damaged(f"{where} is damaged: its digest differs; {advice}")
     return value
 

@@ -183,7 +183,7 @@ def test_what_is_written_is_read_and_what_was_changed_is_refused(tmp_path):
         (tmp_path / START).write_text((tmp_path / START).read_text().replace("0.5", "0.6"))
         with pytest.raises(Damaged, match=r"start\.json is damaged: its digest differs; give --out another folder$"):
             _ = run.start
-        for digest in ('"\\ud800"', '""', "3", "null", f'"{"\\ud800" * 32}"'):
+        for digest in ('"\\ud800"', '""', "3", "null"):
             (tmp_path / START).write_text(f'{{"accuracy_before": 0.5, "qsvd_digest": {digest}}}')
             with pytest.raises(Damaged, match=r"start\.json is damaged: its digest differs"):
                 _ = run.start

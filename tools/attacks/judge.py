@@ -24,6 +24,7 @@ NAMES = {  # of what is named by its digest in an identity
     "RUN": ("run",),
     "OUT": ("quantized model",),
     "MIXED": ("quantized model",),
+    "data.jsonl": ("examples as tokens",),
     "tiny": ("16-bit model", "another model", "tokens"),
     "stats.safetensors": ("statistics", "gradients"),
     "template.jinja": ("chat template",),
