@@ -20,12 +20,11 @@ WEIGHTS = {".safetensors": 6, ".factors": 1, ".residual": 1, ".json": 3, ".jsonl
 WEIGHT = 4  # of other files that are read
 LISTS = ("NEW/qsvd_export.json",)  # that name all files of a folder, of others too
 NAMES = {  # of what is named by its digest in an identity
-    "data.jsonl": ("data",),
+    "data.jsonl": ("data", "examples as tokens"),
     "RUN": ("run",),
     "OUT": ("quantized model",),
     "MIXED": ("quantized model",),
-    "data.jsonl": ("examples as tokens",),
-    "tiny": ("16-bit model", "another model", "tokens"),
+    "tiny": ("16-bit model", "another model", "tokens", "gradient norm of step"),  # a model may overflow
     "stats.safetensors": ("statistics", "gradients"),
     "template.jinja": ("chat template",),
 }
