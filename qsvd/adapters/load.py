@@ -57,7 +57,7 @@ def classifier(config: "PreTrainedConfig", labels: tuple[str, ...], folder: Path
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
     text = config.get_text_config()
-    if text.pad_token_id is None and (padding := padding_of(folder)):  # of an older quantized model
+    if text.pad_token_id is None and (padding := padding_of(folder, config.to_dict())):  # of an older quantized model
         text.pad_token_id = padding[1]
     return mapping[type(config)]
 

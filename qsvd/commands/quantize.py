@@ -109,13 +109,21 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> Stopwatch | None:
             run = resolve_allocation(run, folder, show)
             check_resources(run)
         check_source_files(run, folder)
-        padding = padding_of(run.checkpoint.folder)
+        padding = _padding(run.checkpoint)
         drop_damaged(run, folder)
         times = Stopwatch("splitting and measuring")
         split_weights(run, folder, show, times)  # 3
         with times.waiting("writing"):
             write_outputs(run, folder, padding)  # 4
     return times
+
+
+def _padding(checkpoint: Checkpoint) -> tuple[str, int] | None:
+    """Return the padding token of a model whose tokenizer is copied."""
+    home = next(
+        (file.parent for file in checkpoint.other_files if file.name.startswith("tokenizer")), checkpoint.folder
+    )
+    return padding_of(home, checkpoint.config_json)
 
 
 def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress, times: Stopwatch) -> None:

@@ -15,7 +15,7 @@ from qsvd.data.template_names import check_tokens, read_template
 from qsvd.data.tokens import check_keeps_apart, check_vocabulary, pack, packed_dataset, tokenize
 from qsvd.errors import BadInput
 from qsvd.files.atomic import read_object
-from qsvd.files.quantized.padding import set_padding
+from qsvd.files.quantized.padding import config_of, set_padding
 from qsvd.files.source import read_config
 from qsvd.inputs.model_files import GENERATION, TOKENIZER, check_ids, damaged_file, from_folder
 from qsvd.options import Train
@@ -85,7 +85,7 @@ def open_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
         raise BadInput(f"the tokenizer of {folder} is damaged: model_max_length is {length!r}; {TOKENIZER.advice}")
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    set_padding(tokenizer, folder)
+    set_padding(tokenizer, config_of(folder))
     return tokenizer
 
 

@@ -24,7 +24,7 @@ from qsvd.data.row_files import refusal
 from qsvd.data.template_names import RAISED, check_length
 from qsvd.data.tokens import SEPARATOR, check_share, conversation, has_messages, refuse_untrained
 from qsvd.errors import BadInput, first_line
-from qsvd.files.quantized.padding import set_padding
+from qsvd.files.quantized.padding import config_of, set_padding
 from qsvd.inputs.model_files import from_folder, processor_of
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def open_processor(folder: Path, chat_template: str | None = None, *, of: Litera
     tokenizer: Any = processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     if chat_template is not None:
         processor.chat_template = tokenizer.chat_template = chat_template
-    set_padding(tokenizer, folder)
+    set_padding(tokenizer, config_of(folder))
     return processor
 
 

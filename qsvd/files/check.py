@@ -241,12 +241,13 @@ def check_copies(checkpoint: Checkpoint, plan: ModelPlan) -> None:
 def check_finite(checkpoint: Checkpoint, plan: ModelPlan) -> None:
     """Refuse a NaN or an infinity in a tensor of the model. All of it is read once, a few pieces at a time.
 
-    A tensor of one number may be infinite: a bound that Gemma 4 clips by.
+    A tensor of one number may be infinite: a bound that Gemma 4 clips by. Values that are drawn, not read from files,
+    are not looked at.
 
     Raises:
         BadInput: the sentence names the tensors, and how many of their numbers are wrong.
     """
-    names = [name for name in checkpoint.tensors if name not in plan.unknown]
+    names = [name for name in checkpoint.tensors if name not in plan.unknown and checkpoint.stamps]
     if (total := sum(checkpoint.tensors[name].num_bytes for name in names)) > MOST_UNTOLD:
         logging.getLogger("qsvd").warning(
             "%s: first, %.0f GB are read once to find NaN and infinity", checkpoint.name, total / 1e9

@@ -11,20 +11,20 @@ from typing import Any
 
 from qsvd.errors import BadInput
 from qsvd.files.atomic import read_object, write_json
-from qsvd.inputs.model_files import TOKENIZER, check_config, damaged_file, from_folder
+from qsvd.inputs.model_files import TOKENIZER, damaged_file, from_folder
 
 FIELD = "pad_token"
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # that name the token
 WITHOUT = "%s; the model is quantized all the same, but qsvd train and eval refuse it like that"
 
 
-def set_padding(tokenizer: Any, folder: Path) -> None:
+def set_padding(tokenizer: Any, config: dict[str, Any]) -> None:
     """Give a tokenizer the padding token of a model, or none where there is none.
 
     It is the first that the model has a row for: that of config.json if it is a special token and no end token, since
     encoders count positions by it; the tokenizer's own; that of config.json; the end token; the unknown token.
     """
-    config = _text_config(read_object(folder / "config.json")) if (folder / "config.json").is_file() else {}
+    config = _text_config(config)
     rows, stated, ends = config.get("vocab_size"), config.get("pad_token_id"), config.get("eos_token_id")
     is_special = type(stated) is int and stated in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     from_config = tokenizer.convert_ids_to_tokens(stated) if is_special else None
@@ -37,10 +37,14 @@ def set_padding(tokenizer: Any, folder: Path) -> None:
     tokenizer.pad_token = None
 
 
-def padding_of(folder: Path | None) -> tuple[str, int] | None:
-    """Return the padding token of a 16-bit model and its number; None without a tokenizer, or where it has none.
+def padding_of(folder: Path | None, config: dict[str, Any]) -> tuple[str, int] | None:
+    """Return the padding token of a model and its number; None without a tokenizer, or where it has none.
 
     A tokenizer that transformers cannot open is named in the log.
+
+    Args:
+        folder: Of the tokenizer.
+        config: What config.json of the model says.
 
     Raises:
         BadInput: a file of the tokenizer is damaged.
@@ -54,10 +58,9 @@ def padding_of(folder: Path | None) -> tuple[str, int] | None:
     try:
         tokenizer = from_folder(AutoTokenizer, folder, TOKENIZER)
     except BadInput as error:
-        check_config(folder / "config.json")  # its own sentence
         logging.getLogger("qsvd").warning(WITHOUT, error)
         return None
-    set_padding(tokenizer, folder)
+    set_padding(tokenizer, config)
     return None if tokenizer.pad_token is None else (str(tokenizer.pad_token), tokenizer.pad_token_id)
 
 
@@ -81,6 +84,12 @@ def write_padding(folder: Path, padding: tuple[str, int] | None) -> None:
         found = named.get("content") if isinstance(named, dict) else named
         if found != padding[0] and (name == TOKENIZER_FILES[0] or FIELD in table):
             write_json(path, table | {FIELD: padding[0]})
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """Return what config.json of a folder says; nothing if there is none."""
+    path = folder / "config.json"
+    return read_object(path) if path.is_file() else {}
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
