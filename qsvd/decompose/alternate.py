@@ -16,6 +16,10 @@ from the plain split, every fit is of the scaled matrix and scaled back, and the
 quantizer ignores the weights, so that a loop of weighted fits alone can end with a larger weighted error than the plain
 split. Starting from the plain split prevents that.
 
+With scales="mse" the codec's scales are those of least squared error. With rounding="feedback" (rounding.py) the loop
+goes on from its best split, and quantizes against what the factors will absorb; that split stays the result if no later
+one is better.
+
 Small matrices of one shape are split in stacks, so that a GPU is busy: each has its own draws, errors and last pass.
 
 Shape suffixes: S = matrices of a stack, O = out features, I = in features, R = rank, K = sketch columns.
@@ -29,6 +33,7 @@ import torch
 from torch import Tensor
 
 from qsvd.decompose.objective import PLAIN, Objective, stacked
+from qsvd.decompose.rounding import round_nearest, round_with_feedback
 from qsvd.decompose.split import Split
 from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
@@ -52,6 +57,10 @@ class Recipe:
         end: What each pass ends with. "svd" fits the factors to the quantization error of the same pass; "quantize"
             keeps the factors that the residual was made with (QPiSSA as published).
         stop: "rise" ends the loop when the error rises, "never" runs all iterations.
+        scales: "absmax" takes the largest magnitude of each block, as the papers do, and bitsandbytes' bits; "mse" the
+            scale of least squared error.
+        rounding: "nearest" or "feedback", which has scales of its own and needs scales="mse".
+        sweeps: Of coordinate descent after each feedback.
         exact: Use full SVDs instead of randomized ones.
         dtype: Dtype of the stored factors.
 
@@ -65,18 +74,26 @@ class Recipe:
     order: Literal["svd", "quantize"] = "svd"
     end: Literal["svd", "quantize"] = "svd"
     stop: Literal["rise", "never"] = "rise"
+    scales: Literal["absmax", "mse"] = "absmax"
+    rounding: Literal["nearest", "feedback"] = "nearest"
+    sweeps: int = 1
     exact: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self):
         either = ("svd", "quantize")
-        for name, allowed in (("order", either), ("end", either), ("stop", ("rise", "never"))):
+        choices = {"order": either, "end": either, "stop": ("rise", "never")}
+        for name, allowed in (choices | {"scales": ("absmax", "mse"), "rounding": ("nearest", "feedback")}).items():
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.rank < 0:
             raise BadInput(f"rank {self.rank} is negative; 0 is plain quantization, more adds principal components")
         if self.iterations < 1:
             raise BadInput(f"{self.iterations} iterations leave nothing to store; at least 1 is needed")
+        if self.rounding == "feedback" and self.scales == "absmax":
+            raise BadInput("rounding 'feedback' chooses scales of its own; it needs scales 'mse'")
+        if self.sweeps < 1:
+            raise BadInput(f"{self.sweeps} sweeps; at least 1 is needed")
         if self.order == "quantize" and self.end == "quantize" and self.iterations == 1 and self.rank > 0:
             raise BadInput(
                 "order 'quantize' with end 'quantize' needs at least 2 iterations: after 1 the factors are still zero"
@@ -137,7 +154,20 @@ def split_weights(
         found = _best(_weighted_iterates(some_SOI, fitter, [splits[number] for number in weighted]), fitter)
         for number, split in zip(weighted, found, strict=True):
             splits[number] = split
+    if recipe.rounding == "feedback":
+        for number, objective in enumerate(objectives):
+            fitter = _Fitter(recipe, stacked([objective.to(device)], shape), [generators[number]], feeds_back=True)
+            (found,) = _best(_fed_back_iterates(weights_SOI[number][None], fitter, splits[number]), fitter)
+            splits[number] = _continued(splits[number], found)
     return splits
+
+
+def _continued(before: Split, found: Split) -> Split:
+    """Return the better of a split and what the loop made of it, with the history of both."""
+    history = (*before.history, *found.history[1:])
+    if found.iteration == 1:
+        return replace(before, history=history)
+    return replace(found, iteration=len(before.history) + found.iteration - 1, history=history)
 
 
 def check_finite(weight_OI: Tensor) -> None:
@@ -175,6 +205,16 @@ def _weighted_iterates(weights_SOI: Tensor, fitter: "_Fitter", plain: Sequence[S
         yield from _passes(weights_SOI, fitter, factors, left_SOI, recipe.iterations)
 
 
+def _fed_back_iterates(weights_SOI: Tensor, fitter: "_Fitter", before: Split) -> Iterator[_Iterate]:
+    """Yield a split by nearest codes, then the iterates of the loop with feedback from there."""
+    factors = _Factors(before.up_OR[None], before.down_RI[None], None)
+    left_SOI = _left(weights_SOI, [before.residual], torch.empty_like(weights_SOI))
+    yield [before.residual], factors, left_SOI
+    passes = fitter.recipe.iterations if fitter.recipe.rank > 0 else 1
+    rows_SKI = fitter.subspace(factors.down_SRI) if fitter.recipe.rank > 0 else None
+    yield from _passes(weights_SOI, fitter, replace(factors, rows_SKI=rows_SKI), left_SOI, passes)
+
+
 def _passes(
     weights_SOI: Tensor, fitter: "_Fitter", factors: _Factors, work_SOI: Tensor, passes: int
 ) -> Iterator[_Iterate]:
@@ -185,7 +225,7 @@ def _passes(
         if recipe.end == "quantize" and number > 0:
             factors = fitter.fit(work_SOI, factors.rows_SKI)
         torch.baddbmm(weights_SOI, factors.up_SOR.float(), factors.down_SRI.float(), alpha=-1, out=work_SOI)
-        residuals = [recipe.codec.encode(one_OI) for one_OI in work_SOI]
+        residuals = [fitter.encode(*one) for one in zip(work_SOI, factors.down_SRI, strict=True)]
         work_SOI = _left(weights_SOI, residuals, work_SOI)
         if recipe.end == "svd":
             factors = fitter.fit(work_SOI, factors.rows_SKI)
@@ -237,11 +277,24 @@ def _distances(left_SOI: Tensor, factors: _Factors, objective: Objective) -> lis
 
 @dataclass(frozen=True)
 class _Fitter:
-    """What every fit of a stack uses: the recipe, the weights of its errors, and the draws of random sketches."""
+    """What every pass of a stack uses: the recipe, the weights of its errors, and the draws of random sketches.
+
+    Args:
+        feeds_back: Whether residuals are rounded with feedback; then the stack has one matrix.
+    """
 
     recipe: Recipe
     objective: Objective
     generators: Sequence[torch.Generator]
+    feeds_back: bool = False
+
+    def encode(self, matrix_OI: Tensor, down_RI: Tensor) -> PackedBlocks:
+        """Return what is left for the residual, quantized."""
+        recipe, columns_I = self.recipe, self.objective.columns_I
+        if self.feeds_back:
+            columns_I = None if columns_I is None else columns_I[0]
+            return round_with_feedback(matrix_OI, recipe.codec, down_RI.float(), columns_I, sweeps=recipe.sweeps)
+        return round_nearest(matrix_OI, recipe.codec) if recipe.scales == "mse" else recipe.codec.encode(matrix_OI)
 
     def zeros(self, weights_SOI: Tensor) -> _Factors:
         """Return the factors before the first fit."""

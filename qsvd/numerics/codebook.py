@@ -132,8 +132,17 @@ def _indices(packed: numpy.ndarray, bits: int) -> numpy.ndarray:
     return numpy.stack((first << 4 | middle >> 4, (middle & 15) << 8 | last), axis=1)
 
 
-def fitted(blocks_BE: Tensor, largest_B: Tensor, bits: int) -> Tensor:
-    """Return the scale of each block with the least error of those that are tried, float32 [B], at least 0.
+def fitted(
+    blocks_BE: Tensor,
+    largest_B: Tensor,
+    bits: int,
+    *,
+    weights_BE: Tensor | None = None,
+    signed: bool = False,
+    refits: int = 0,
+    shares: tuple[float, ...] = SHARES,
+) -> Tensor:
+    """Return the scale of each block with the least error of those that are tried, float32 [B].
 
     For each share of the largest magnitude, codes are chosen, and then the best scale for these codes. The scale of a
     block of zeros is 0.
@@ -142,16 +151,28 @@ def fitted(blocks_BE: Tensor, largest_B: Tensor, bits: int) -> Tensor:
         blocks_BE: float32, finite.
         largest_B: The largest magnitude of each block.
         bits: Bits of a code.
+        weights_BE: Weights of the squared errors, not negative, of a shape that broadcasts; None is 1.
+        signed: Whether scales may be negative, which mirrors the levels; else they are at least 0.
+        refits: How often codes are chosen again for the best scale, and the scale for these codes (Lloyd, 1982).
+        shares: Of the largest magnitude, that are tried.
     """
-    levels_L = levels(bits, blocks_BE.device)
     parts_BE = blocks_BE / largest_B.clamp(min=codec.SMALLEST_SCALE)[:, None]
     best_B, most_B = torch.ones_like(largest_B), torch.zeros_like(largest_B)
-    for share in SHARES:
-        codes = nearest((parts_BE / share).view(-1), bits)
-        chosen_BE = levels_L[codes.int()].view(parts_BE.shape)
-        product_B, squares_B = (parts_BE * chosen_BE).sum(dim=1), chosen_BE.square().sum(dim=1)
-        scale_B = product_B / squares_B.clamp(min=codec.SMALLEST_SCALE)
-        gain_B = product_B * scale_B  # how much this scale lowers the squared error below that of zeros
+    tries = [torch.full_like(best_B, sign * share) for share in shares for sign in ((1, -1) if signed else (1,))]
+    for number in range(len(tries) + refits):
+        tried_B = tries[number] if number < len(tries) else best_B
+        scale_B, gain_B = _refitted(parts_BE, tried_B, bits, weights_BE)
         best_B = torch.where(gain_B > most_B, scale_B, best_B)
         most_B = torch.maximum(gain_B, most_B)
     return best_B * largest_B
+
+
+def _refitted(parts_BE: Tensor, tried_B: Tensor, bits: int, weights_BE: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Choose codes for some scales; return the best scales for these codes, and how much they lower the squared error
+    below that of zeros."""
+    codes = nearest((parts_BE / tried_B[:, None]).view(-1), bits)
+    chosen_BE = levels(bits, parts_BE.device)[codes.int()].view(parts_BE.shape)
+    weighted_BE = chosen_BE if weights_BE is None else chosen_BE * weights_BE
+    product_B, squares_B = (parts_BE * weighted_BE).sum(dim=1), (chosen_BE * weighted_BE).sum(dim=1)
+    scale_B = product_B / squares_B.clamp(min=codec.SMALLEST_SCALE)
+    return scale_B, product_B * scale_B

@@ -219,6 +219,20 @@ class Codec(ABC):
         """Return the PackedBlocks.num_bytes of an [O, I] matrix."""
         return sum(size for name, size in self.parts(shape).items() if name != "levels")
 
+    @abstractmethod
+    def stored_scales(self, scales_B: Tensor) -> Tensor | NestedScales:
+        """Return float32 scales of a matrix as they are stored: in another dtype, or quantized again."""
+
+    @property
+    def has_signed_scales(self) -> bool:
+        """Whether a scale may be negative, which mirrors the levels. Nested scales lie close together, so they are not.
+        """
+        return self.nested is None
+
+    def packed(self, codes_N: Tensor, scales: Tensor | NestedScales, shape: tuple[int, int]) -> PackedBlocks:
+        """Return a matrix of these codes, uint8, and stored scales."""
+        return PackedBlocks(pack(codes_N, self.bits, filler=2 ** (self.bits - 1) - 1), scales, shape, self)
+
     def check_encodable(self, matrix_OI: Tensor) -> None:
         """Raise ValueError unless the dtype and the number of dimensions are those that `encode` takes."""
         if matrix_OI.ndim != 2 or matrix_OI.dtype not in FLOATS:

@@ -73,7 +73,10 @@ class NormalFloat4(Codec):
         if not finite:
             raise ValueError(f"{self.name} cannot encode a matrix that holds a NaN or an infinity")
         shape = (matrix_OI.shape[0], matrix_OI.shape[1])
-        return PackedBlocks(codes, nest(scales) if self.double_quant else scales, shape, self)
+        return PackedBlocks(codes, self.stored_scales(scales), shape, self)
+
+    def stored_scales(self, scales_B: Tensor) -> Tensor | NestedScales:
+        return nest(scales_B) if self.double_quant else scales_B
 
     def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
         if packed.codes.is_cuda or prod(packed.shape) % self.block_size:

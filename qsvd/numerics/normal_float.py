@@ -136,7 +136,7 @@ class NormalFloat(Codec):
             for run, blocks, _ in self._runs(flat_N):
                 largest = largest_B[blocks]
                 scales_B[blocks] = codebook.fitted(flat_N[run].float().view(len(largest), -1), largest, self.bits)
-        scales = self._stored(scales_B)
+        scales = self.stored_scales(scales_B)
         codes = self._codes(flat_N, codec.plain_scales(scales).float())
         return PackedBlocks(codes, scales, (matrix_OI.shape[0], matrix_OI.shape[1]), self)
 
@@ -171,8 +171,7 @@ class NormalFloat(Codec):
             torch.amax(flat_N[run].float().view(len(largest), -1).abs(), dim=1, out=largest)
         return largest_B
 
-    def _stored(self, scales_B: Tensor) -> Tensor | NestedScales:
-        """Convert float32 scales to what is stored."""
+    def stored_scales(self, scales_B: Tensor) -> Tensor | NestedScales:
         if self.nesting is not None:
             return self.nesting.encode(scales_B)
         stored_B = scales_B.to(self.scale_dtype)
