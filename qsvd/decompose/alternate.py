@@ -59,7 +59,7 @@ class Recipe:
         stop: "rise" ends the loop when the error rises, "never" runs all iterations.
         scales: "absmax" takes the largest magnitude of each block, as the papers do, and bitsandbytes' bits; "mse" the
             scale of least squared error.
-        rounding: "nearest" or "feedback", which has scales of its own and needs scales="mse".
+        rounding: "nearest", or "feedback", which has scales of its own, like "mse".
         sweeps: Of coordinate descent after each feedback.
         exact: Use full SVDs instead of randomized ones.
         dtype: Dtype of the stored factors.
@@ -90,8 +90,6 @@ class Recipe:
             raise BadInput(f"rank {self.rank} is negative; 0 is plain quantization, more adds principal components")
         if self.iterations < 1:
             raise BadInput(f"{self.iterations} iterations leave nothing to store; at least 1 is needed")
-        if self.rounding == "feedback" and self.scales == "absmax":
-            raise BadInput("rounding 'feedback' chooses scales of its own; it needs scales 'mse'")
         if self.sweeps < 1:
             raise BadInput(f"{self.sweeps} sweeps; at least 1 is needed")
         if self.order == "quantize" and self.end == "quantize" and self.iterations == 1 and self.rank > 0:
@@ -294,7 +292,8 @@ class _Fitter:
         if self.feeds_back:
             columns_I = None if columns_I is None else columns_I[0]
             return round_with_feedback(matrix_OI, recipe.codec, down_RI.float(), columns_I, sweeps=recipe.sweeps)
-        return round_nearest(matrix_OI, recipe.codec) if recipe.scales == "mse" else recipe.codec.encode(matrix_OI)
+        fits_scales = recipe.scales == "mse" or recipe.rounding == "feedback"
+        return round_nearest(matrix_OI, recipe.codec) if fits_scales else recipe.codec.encode(matrix_OI)
 
     def zeros(self, weights_SOI: Tensor) -> _Factors:
         """Return the factors before the first fit."""

@@ -14,6 +14,7 @@ Shape suffixes: O = out features, I = in features, B = blocks, E = elements of o
 C = blocks of a row, J = columns of a tile. Matrices are worked on as [I, O]: a column is then contiguous.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -34,7 +35,7 @@ SHARES = {  # bits -> shares of the largest magnitude that are tried as scales; 
     8: WIDE,
 }
 DAMPING = {2: 0.1, 3: 0.03, 4: 0.01, 8: 0.01}  # bits -> share of the mean of M's diagonal that is added to it
-MORE_DAMPING = 10.0  # where the Cholesky factorization fails
+LEAST_DAMPING, MORE_DAMPING = 1e-6, 10.0  # of the mean, and times the last one, where the factorization fails
 RUN = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements whose scales are chosen at a time
 
 
@@ -49,8 +50,11 @@ def round_nearest(matrix_OI: Tensor, codec: Codec, columns_I: Tensor | None = No
     blocks_BE = _in_blocks(matrix_OI.reshape(-1), codec.block_size)
     scales = codec.stored_scales(_scales(blocks_BE, codec, columns_I, shape[1]))
     inverse_B = _inverse(plain_scales(scales).float())
-    codes_N = codebook.nearest((blocks_BE * inverse_B[:, None]).view(-1), codec.bits)[: matrix_OI.numel()]
-    return codec.packed(codes_N, scales, shape)
+    codes_BE = torch.empty(blocks_BE.shape, dtype=torch.uint8, device=blocks_BE.device)
+    for run in _runs(blocks_BE):
+        scaled_BE = blocks_BE[run] * inverse_B[run, None]
+        codes_BE[run] = codebook.nearest(scaled_BE.view(-1), codec.bits).view(scaled_BE.shape)
+    return codec.packed(codes_BE.view(-1)[: matrix_OI.numel()], scales, shape)
 
 
 def round_with_feedback(
@@ -66,14 +70,14 @@ def round_with_feedback(
     """
     moment_II = deflated(down_RI, columns_I, damping=DAMPING[codec.bits])
     squares_I = None if columns_I is None else columns_I.square()
-    state = _State.start(target_OI, codec, squares_I)
-    _feed_back(state, moment_II)
+    state = State.start(target_OI, codec, squares_I)
+    feed_back(state, moment_II)
     for _ in range(sweeps):
-        _sweep(state, moment_II, refits=state.is_aligned)
+        sweep(state, moment_II, refits=state.is_aligned)
     stored = codec.stored_scales(state.scales_in_order())
     is_rounded = state.set_scales(plain_scales(stored).float())
     if is_rounded:  # the codes were chosen for other scales
-        _sweep(state, moment_II, refits=False)
+        sweep(state, moment_II, refits=False)
     return codec.packed(state.codes_IO.t().reshape(-1), stored, (target_OI.shape[0], target_OI.shape[1]))
 
 
@@ -94,20 +98,22 @@ def deflated(down_RI: Tensor, columns_I: Tensor | None, *, damping: float) -> Te
 
 def upper_factor(moment_II: Tensor) -> Tensor:
     """Return U, upper triangular, with M^-1 = U^T U: the inverse of the Cholesky factor of M from its last row up."""
-    damping = 0.0
+    damping, mean = 0.0, float(moment_II.diagonal().mean())
     while True:
         flipped_II = moment_II.flip(0, 1)
         flipped_II.diagonal().add_(damping)
         lower_II, info = torch.linalg.cholesky_ex(flipped_II)
+        del flipped_II
         if int(info) == 0:
             break
-        damping = max(damping * MORE_DAMPING, 1e-6 * float(moment_II.diagonal().mean()))
+        damping = max(damping * MORE_DAMPING, LEAST_DAMPING * mean)
     upper_II = lower_II.flip(0, 1)
+    del lower_II
     return torch.linalg.solve_triangular(upper_II, torch.eye(len(upper_II), device=upper_II.device), upper=True)
 
 
 @dataclass
-class _State:
+class State:
     """A matrix whose codes and scales are being chosen.
 
     Args:
@@ -125,7 +131,7 @@ class _State:
     weights_I: Tensor | None
 
     @classmethod
-    def start(cls, target_OI: Tensor, codec: Codec, weights_I: Tensor | None) -> "_State":
+    def start(cls, target_OI: Tensor, codec: Codec, weights_I: Tensor | None) -> "State":
         """Return the state before the first column; blocks that cross rows have their scales already."""
         (rows, columns), size = target_OI.shape, codec.block_size
         target_IO = target_OI.t().contiguous()
@@ -190,7 +196,7 @@ class _State:
         return not torch.equal(before_CO, self.scales_CO)
 
 
-def _feed_back(state: _State, moment_II: Tensor) -> None:
+def feed_back(state: State, moment_II: Tensor) -> None:
     """Round the columns in order; the error of each is moved onto the later ones."""
     upper_II = upper_factor(moment_II)
     work_IO = state.target_IO.clone()
@@ -209,7 +215,7 @@ def _feed_back(state: _State, moment_II: Tensor) -> None:
         work_IO[last:].addmm_(upper_II[first:last, last:].t(), moved_JO, alpha=-1)
 
 
-def _sweep(state: _State, moment_II: Tensor, *, refits: bool) -> None:
+def sweep(state: State, moment_II: Tensor, *, refits: bool) -> None:
     """Give each column the codes that are best given all others, and then each block of scales its best scales."""
     columns, left_IO = len(moment_II), state.left_IO
     for first in range(0, columns, state.tile):
@@ -229,7 +235,7 @@ def _sweep(state: _State, moment_II: Tensor, *, refits: bool) -> None:
             _refit_scales(state, own_JJ, pull_JO, first, last)
 
 
-def _refit_scales(state: _State, own_JJ: Tensor, pull_JO: Tensor, first: int, last: int) -> None:
+def _refit_scales(state: State, own_JJ: Tensor, pull_JO: Tensor, first: int, last: int) -> None:
     """Give the blocks of a tile their best scales for their codes, one after another.
 
     Args:
@@ -256,22 +262,25 @@ def _in_blocks(flat_N: Tensor, block_size: int) -> Tensor:
 def _scales(blocks_BE: Tensor, codec: Codec, weights_I: Tensor | None, columns: int) -> Tensor:
     """Return the scales of least weighted squared error, float32 [B]."""
     scales_B = torch.empty(len(blocks_BE), device=blocks_BE.device)
-    size = codec.block_size
-    step = max(RUN[blocks_BE.device.type] // size, 1)
-    for first in range(0, len(blocks_BE), step):
-        parts_BE = blocks_BE[first : first + step]
-        weights_BE = None
+    for run in _runs(blocks_BE):
+        parts_BE, weights_BE = blocks_BE[run], None
         if weights_I is not None:
-            places = torch.arange(first * size, first * size + parts_BE.numel(), device=parts_BE.device)
+            first = run.start * codec.block_size
+            places = torch.arange(first, first + parts_BE.numel(), device=parts_BE.device)
             weights_BE = weights_I[places % columns].view(parts_BE.shape)
-        scales_B[first : first + step] = _fitted(parts_BE, codec, weights_BE)
+        scales_B[run] = _fitted(parts_BE, codec, weights_BE)
     return scales_B
 
 
+def _runs(blocks_BE: Tensor) -> Iterator[slice]:
+    """Yield blocks that are worked on together."""
+    step = max(RUN[blocks_BE.device.type] // blocks_BE.shape[1], 1)
+    yield from (slice(first, first + step) for first in range(0, len(blocks_BE), step))
+
+
 def _fitted(blocks_BE: Tensor, codec: Codec, weights_BE: Tensor | None) -> Tensor:
-    bits, signed = codec.bits, codec.has_signed_scales
-    chosen = {"weights_BE": weights_BE, "signed": signed, "refits": REFITS, "shares": SHARES[bits]}
-    return codebook.fitted(blocks_BE, blocks_BE.abs().amax(dim=1), bits, **chosen)
+    search = codebook.Search(SHARES[codec.bits], codec.has_signed_scales, REFITS)
+    return codebook.fitted(blocks_BE, blocks_BE.abs().amax(dim=1), codec.bits, search, weights_BE)
 
 
 def _of_numbers(scales_B: Tensor, size: int, rows: int, columns: int) -> Tensor:
@@ -282,5 +291,3 @@ def _of_numbers(scales_B: Tensor, size: int, rows: int, columns: int) -> Tensor:
 def _inverse(scales_B: Tensor) -> Tensor:
     """Return 1 / scale; 0 for a scale of zero, whose numbers take the code of zero."""
     return torch.where(scales_B == 0, 0, 1 / scales_B)
-
-

@@ -15,6 +15,7 @@ from qsvd.plan.allocation import Choice
 from qsvd.plan.tensors import total_bytes
 
 COPIES = 2  # float32 matrices at once: the weight, and the weight minus its residual or components
+FEEDBACK_COPIES, MOMENTS = 4, 5  # target, what is left, what is rounded next, and codes as indices; M and its factors
 SKETCHES = 4  # tall float32 matrices at once in the randomized SVD
 SHARD = 5 * 10**9  # bytes of an output file
 
@@ -52,6 +53,7 @@ def plan_splitting(  # noqa: PLR0913  # what is planned, and where
     *,
     count: int = 1,
     weighted: bool = False,
+    feeds_back: bool = False,
     copied: int = 0,
 ) -> MemoryPlan:
     """Return the bytes in memory while a weight of this shape, the largest of its model, is quantized and measured.
@@ -59,10 +61,12 @@ def plan_splitting(  # noqa: PLR0913  # what is planned, and where
     Args:
         count: Weights that are split together.
         weighted: Whether errors are weighted by statistics, which takes a scaled copy.
+        feeds_back: Whether residuals are rounded with error feedback, one matrix after another.
         copied: Bytes of the largest tensor that is copied whole, while the next weights are split.
     """
     items = [
         *_memory_items(shape, choice, device, count, COPIES + weighted),
+        on(device, "error feedback", _feedback_bytes(shape) if feeds_back else 0),
         Item("a tensor that is copied", host=copied),
     ]
     return MemoryPlan("quantize", items_of(items, device), limits)
@@ -80,6 +84,11 @@ def _memory_items(shape: tuple[int, int], choice: Choice, device: str, count: in
         Item("weights that are written", host=waiting_bytes(shape, choice, count + (device == "cuda"))),
         *library_items(device),
     ]
+
+
+def _feedback_bytes(shape: tuple[int, int]) -> int:
+    """Return the bytes of the copies of a matrix, its codes, and second moments and their factors."""
+    return 4 * FEEDBACK_COPIES * math.prod(shape) + 2 * math.prod(shape) + 4 * MOMENTS * shape[1] ** 2
 
 
 def waiting_bytes(shape: tuple[int, int], choice: Choice, count: int) -> int:

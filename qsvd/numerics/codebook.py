@@ -6,6 +6,7 @@ any number of bits. `fitted` chooses block scales that leave less error than the
 Shape suffixes: B = blocks, E = elements of one block, N = elements, L = levels.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy
@@ -21,7 +22,24 @@ NF4_LEVELS = (  # bitsandbytes' table; it differs from `constructed` in twelve l
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-SHARES = (1.0, 0.85, 0.7, 0.55, 0.42)  # of the largest magnitude; twice as many gain half a percent
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a block's scale is searched.
+
+    Args:
+        shares: Shares of the largest magnitude that are tried.
+        signed: Whether scales may be negative, which mirrors the levels; else they are at least 0.
+        refits: How often codes are chosen again for the best scale, and the scale for these codes (Lloyd, 1982).
+    """
+
+    shares: tuple[float, ...]
+    signed: bool = False
+    refits: int = 0
+
+
+FEW = Search((1.0, 0.85, 0.7, 0.55, 0.42))  # twice as many gain half a percent
 
 
 @cache
@@ -133,14 +151,7 @@ def _indices(packed: numpy.ndarray, bits: int) -> numpy.ndarray:
 
 
 def fitted(
-    blocks_BE: Tensor,
-    largest_B: Tensor,
-    bits: int,
-    *,
-    weights_BE: Tensor | None = None,
-    signed: bool = False,
-    refits: int = 0,
-    shares: tuple[float, ...] = SHARES,
+    blocks_BE: Tensor, largest_B: Tensor, bits: int, search: Search = FEW, weights_BE: Tensor | None = None
 ) -> Tensor:
     """Return the scale of each block with the least error of those that are tried, float32 [B].
 
@@ -151,16 +162,15 @@ def fitted(
         blocks_BE: float32, finite.
         largest_B: The largest magnitude of each block.
         bits: Bits of a code.
+        search: What is tried.
         weights_BE: Weights of the squared errors, not negative, of a shape that broadcasts; None is 1.
-        signed: Whether scales may be negative, which mirrors the levels; else they are at least 0.
-        refits: How often codes are chosen again for the best scale, and the scale for these codes (Lloyd, 1982).
-        shares: Of the largest magnitude, that are tried.
     """
     parts_BE = blocks_BE / largest_B.clamp(min=codec.SMALLEST_SCALE)[:, None]
     best_B, most_B = torch.ones_like(largest_B), torch.zeros_like(largest_B)
-    tries = [torch.full_like(best_B, sign * share) for share in shares for sign in ((1, -1) if signed else (1,))]
-    for number in range(len(tries) + refits):
-        tried_B = tries[number] if number < len(tries) else best_B
+    signs = (1, -1) if search.signed else (1,)
+    tries = [sign * share for share in search.shares for sign in signs]
+    for tried in (*tries, *[None] * search.refits):
+        tried_B = best_B if tried is None else torch.full_like(best_B, tried)
         scale_B, gain_B = _refitted(parts_BE, tried_B, bits, weights_BE)
         best_B = torch.where(gain_B > most_B, scale_B, best_B)
         most_B = torch.maximum(gain_B, most_B)

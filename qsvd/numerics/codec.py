@@ -219,14 +219,13 @@ class Codec(ABC):
         """Return the PackedBlocks.num_bytes of an [O, I] matrix."""
         return sum(size for name, size in self.parts(shape).items() if name != "levels")
 
-    @abstractmethod
     def stored_scales(self, scales_B: Tensor) -> Tensor | NestedScales:
         """Return float32 scales of a matrix as they are stored: in another dtype, or quantized again."""
+        return scales_B.to(self.scale_dtype)
 
     @property
     def has_signed_scales(self) -> bool:
-        """Whether a scale may be negative, which mirrors the levels. Nested scales lie close together, so they are not.
-        """
+        """Whether a scale may be negative, which mirrors the levels: not if it is nested, as scales then lie close."""
         return self.nested is None
 
     def packed(self, codes_N: Tensor, scales: Tensor | NestedScales, shape: tuple[int, int]) -> PackedBlocks:

@@ -130,6 +130,12 @@ class Quantize:
     order: Annotated[Step, Help("First step: svd (QPiSSA, LQ-LoRA) or quantize (LoftQ).")] = "svd"
     end: Annotated[Step, Help("Last step of each iteration; quantize is QPiSSA as published.")] = "svd"
     stop: Annotated[Literal["rise", "never"], Help("rise: stop when the error rises; never: all iterations.")] = "rise"
+    scales: Annotated[
+        Literal["absmax", "mse"], ADDED, Help("Scales of least error (mse), or largest magnitudes as in the papers.")
+    ] = "absmax"
+    rounding: Annotated[
+        Literal["nearest", "feedback"], ADDED, Help("feedback: errors go where components remove them. Slower.")
+    ] = "nearest"
     svd: Annotated[Literal["randomized", "exact"], Help("exact is slow above a few thousand rows.")] = "randomized"
     dtype: StoredDtype = "bfloat16"
     double_quant: DoubleQuant = True

@@ -203,6 +203,7 @@ class QuantizeRun:
             residual_bits=None if is_plain else residual_bits(self.everything, self.weights),
             quantizer="bitsandbytes" if self.is_plain else "qsvd",
             objective="fisher" if options.objective == "fisher" else "plain",
+            rounding=options.rounding if options.rounding == "feedback" else options.scales,
         )
 
     def recipe(self, module: str) -> Recipe:
@@ -325,24 +326,18 @@ def check_resources(run: QuantizeRun) -> None:
 
 
 def _recipe(options: Quantize, choice: Choice) -> Recipe:
-    return Recipe(
-        codec=choice.codec,
-        rank=choice.rank,
-        iterations=options.iterations,
-        order=options.order,
-        end=options.end,
-        stop=options.stop,
-        exact=options.svd == "exact",
-        dtype=getattr(torch, options.dtype),
-    )
+    same = {name: getattr(options, name) for name in ("iterations", "order", "end", "stop", "scales", "rounding")}
+    dtype = getattr(torch, options.dtype)
+    return Recipe(choice.codec, choice.rank, exact=options.svd == "exact", dtype=dtype, **same)
 
 
 def _check_memory(run: QuantizeRun) -> None:
     """Refuse a run whose largest weight cannot be split in the memory that is free."""
     largest, *others = largest_stack(run.weights, run.stacks)
     choice, free = run.everything.choices[largest.module], machine(run.device, run.compute_dtype).limits
-    count, weighted, copied = 1 + len(others), run.options.objective == "fisher", run.sizes.largest_copy
-    plan = plan_splitting(largest.shape, choice, run.device.type, free, count=count, weighted=weighted, copied=copied)
+    count, copied, options = 1 + len(others), run.sizes.largest_copy, run.options
+    more = {"weighted": options.objective == "fisher", "feeds_back": options.rounding == "feedback"}
+    plan = plan_splitting(largest.shape, choice, run.device.type, free, count=count, copied=copied, **more)
     if not plan.fits:
         raise DoesNotFit(
             f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close other programs that use it, give "

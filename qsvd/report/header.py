@@ -10,6 +10,8 @@ from qsvd.records import Coverage, LeftTensors
 if TYPE_CHECKING:
     from qsvd.numerics.codec import Codec
 
+ROUNDINGS = {"absmax": "", "mse": ", scales of least error", "feedback": ", rounded with error feedback"}
+
 
 @dataclass(frozen=True)
 class ReportHeader:
@@ -24,6 +26,7 @@ class ReportHeader:
         residual_bits: Bits of the residuals for each element of the weights; None if one codec says it.
         quantizer: The library that loads the residual into transformers.
         objective: What the splits minimise, "plain" or "fisher".
+        rounding: How residuals are rounded: "absmax" or "mse", by the scales of nearest codes, or "feedback".
     """
 
     model: str
@@ -37,6 +40,7 @@ class ReportHeader:
     residual_bits: float | None = None
     quantizer: str = "bitsandbytes"
     objective: str = "plain"
+    rounding: str = "absmax"
 
     @property
     def _codecs(self) -> str:
@@ -54,7 +58,7 @@ class ReportHeader:
         if self.residual_bits is not None:
             bits = f" of {self.residual_bits:.3f} bits per element"
         if self.iterations > 0 and self.rank == 0:
-            return f"{codec}{bits} without components (rank 0)"
+            return f"{codec}{bits} without components (rank 0){ROUNDINGS[self.rounding]}"
         ranks = f"rank {self.rank}"
         if self.least_rank not in (None, self.rank):
             ranks = f"ranks {self.least_rank} to {self.rank}"
@@ -63,7 +67,7 @@ class ReportHeader:
             return f"{parts}, all drawn at random"
         iterations = "1 iteration" if self.iterations == 1 else f"up to {self.iterations} iterations"
         weighted = ", weighted by Fisher information" if self.objective == "fisher" else ""
-        return f"{parts}; {self.order} first, {iterations}, ending with {self.end}{weighted}"
+        return f"{parts}; {self.order} first, {iterations}, ending with {self.end}{weighted}{ROUNDINGS[self.rounding]}"
 
     @property
     def reach(self) -> str:
