@@ -68,6 +68,8 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "order": "svd",
         "end": "svd",
         "stop": "rise",
+        "scales": "absmax",
+        "rounding": "nearest",
         "svd": "randomized",
         "dtype": "bfloat16",
         "double_quant": True,
@@ -351,6 +353,8 @@ COMPARED = {  # what version 0.1 wrote in the identity of a run, before values t
     "allocate": {"codecs": [], "ranks": [], "dtype": "bfloat16", "device": "auto", "seed": 0},
 }
 ADDED = {
+    ("quantize", "scales"),
+    ("quantize", "rounding"),
     ("train", name)
     for name in (
         "target_modules",

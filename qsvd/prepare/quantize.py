@@ -326,9 +326,9 @@ def check_resources(run: QuantizeRun) -> None:
 
 
 def _recipe(options: Quantize, choice: Choice) -> Recipe:
-    same = {name: getattr(options, name) for name in ("iterations", "order", "end", "stop", "scales", "rounding")}
+    loop = (options.iterations, options.order, options.end, options.stop, options.scales, options.rounding)
     dtype = getattr(torch, options.dtype)
-    return Recipe(choice.codec, choice.rank, exact=options.svd == "exact", dtype=dtype, **same)
+    return Recipe(choice.codec, choice.rank, *loop, exact=options.svd == "exact", dtype=dtype)
 
 
 def _check_memory(run: QuantizeRun) -> None:
