@@ -353,8 +353,6 @@ COMPARED = {  # what version 0.1 wrote in the identity of a run, before values t
     "allocate": {"codecs": [], "ranks": [], "dtype": "bfloat16", "device": "auto", "seed": 0},
 }
 ADDED = {
-    ("quantize", "scales"),
-    ("quantize", "rounding"),
     ("train", name)
     for name in (
         "target_modules",
@@ -369,6 +367,8 @@ ADDED = {
 } | {
     ("calibrate", "gradient_rank"),
     ("quantize", "expert_rank"),
+    ("quantize", "scales"),
+    ("quantize", "rounding"),
     ("quantize", "include_towers"),
     ("calibrate", "include_towers"),
     ("quantize", "head_bits"),
