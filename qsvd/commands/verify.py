@@ -18,12 +18,13 @@ from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import (
     ADAPTER_RECORD,
     ADAPTER_SEALED,
+    ERRORS,
     IDENTITY,
     MANIFEST,
 )
 from qsvd.options import Verify
 from qsvd.records import Progress, ShowProgress, show_nothing
-from qsvd.training.checkpoints import DIGESTS, NAME
+from qsvd.training.checkpoints import DIGESTS, NAME, STEPS
 from qsvd.training.run_folder import FORMAT as RUN_FORMAT
 from qsvd.training.run_folder import START, SUMMARY
 
@@ -154,11 +155,15 @@ def _faults_of_run(folder: Path) -> Iterator[str]:
 
 
 def _check_lines(path: Path, found: Checked) -> None:
+    if path.name == ERRORS and path.with_name("config.json").is_file() and not path.with_name(MANIFEST).is_file():
+        found.faults.append(f"{path.parent} lacks {MANIFEST}")
     lines = path.read_bytes().splitlines(keepends=True)
     if not lines or SEAL.encode() not in lines[0]:
         found.plain.add(path)
         return
     found.files.add(path)
+    if path.name == STEPS and not path.with_name(IDENTITY).is_file():
+        found.faults.append(f"{path.parent} lacks {IDENTITY}")
     for number, line in enumerate(lines, start=1):
         try:
             fields = json.loads(line)

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     return top
 
 
-RECORDS = {"summary.json", "qsvd_export.json", "qsvd.json"}  # no other file names them
+RECORDS = {"summary.json", "qsvd_export.json"}  # no other file names them
 NEVER_READ = {"README.md", "report.md", "loss.png", "loss.svg", "allocation.txt"}  # by qsvd, after they were written
 OTHERS = {"adapter_config.json", "training_args.bin"}  # PEFT's, of a run or an export; written by transformers
 

@@ -84,12 +84,9 @@ def _folder(path: Path, random: Random) -> str:
 
 
 def _link(path: Path, random: Random) -> str:
-    how = random.choice(["broken", "to itself", "to a copy", "to /dev/null"])
-    copy = path.with_name(f"{path.name}.moved")
-    os.rename(path, copy)
-    path.symlink_to(
-        {"broken": "nowhere", "to itself": path.name, "to a copy": copy.name, "to /dev/null": "/dev/null"}[how]
-    )
+    how = random.choice(["broken", "to itself", "to /dev/null"])
+    path.unlink()
+    path.symlink_to({"broken": "nowhere", "to itself": path.name, "to /dev/null": "/dev/null"}[how])
     return f"a link, {how}"
 
 

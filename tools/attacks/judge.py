@@ -147,7 +147,7 @@ class Attack:
     def _result(self, place: Path, ended: Ended, after: Listing) -> tuple[str, str]:
         old = [name for name in self.before if matches(name, self.command.kept)]
         lists = LISTS if self.target == FOREIGN else ()
-        links = [name for name in after if name.endswith(".moved") or (place / name).is_symlink()]  # of the mutation
+        links = [name for name in after if (place / name).is_symlink()]  # of the mutation
         kept = [*self.added, *lists, *links, *(name for name in old if after.get(name) == self.before[name])]
         wrong = difference(self.command, self.right, result_of(self.command, place, ended, after, self.added), kept)
         if not wrong:
