@@ -42,6 +42,17 @@ def test_the_distance_reported_is_that_of_what_is_stored(order, end):
     )
 
 
+@pytest.mark.parametrize("columns", [640, 600])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_feedback_ends_where_it_ends_on_a_cpu(double_quant, columns):
+    weight, codec = weight_of((300, columns)), NormalFloat4(double_quant=double_quant)
+    fed = Recipe(codec, 16, 3, rounding="feedback")
+    found, expected = (min(split_weight(one, fed).history) for one in (weight.cuda(), weight))
+    assert found == pytest.approx(expected, rel=0.01)
+    nearest = min(split_weight(weight.cuda(), Recipe(codec, 16, 3, scales="mse")).history)
+    assert found <= nearest * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(("order", "end"), [("svd", "svd"), ("svd", "quantize"), ("quantize", "svd")])
 def test_the_error_is_one_that_the_cpu_might_have_reached(order, end, double_quant):
