@@ -29,6 +29,7 @@ from qsvd.decompose.candidates import CandidateErrors
 from qsvd.decompose.objective import Objective, fisher
 from qsvd.errors import BadInput, Damaged, listing
 from qsvd.files.atomic import SEAL, Lock, Stamp, check_source, record_text, unsealed, whole_file
+from qsvd.files.readers import check_tensors
 from qsvd.files.safetensors import SafetensorsHeader, TensorEntry, new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.source import Checkpoint
 from qsvd.files.workspace import check_same
@@ -314,10 +315,12 @@ def statistics_for(
 
     Raises:
         BadInput: they are those of another model, or have no traces for the Hessian.
+        Damaged: a tensor differs from its digest.
     """
     if file is None:
         return None
     statistics = open_statistics(file.expanduser())
+    check_tensors(statistics.path)  # of gradients, too: the result names the whole file by its digest
     modules = [spec.module for spec in weights]
     check_statistics(statistics, checkpoint.fingerprint, modules)
     wrong = []

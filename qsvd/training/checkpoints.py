@@ -22,7 +22,7 @@ from qsvd.records import stored
 
 NAME = re.compile(r"checkpoint-(\d+)")
 PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-STEPS = "steps.jsonl"
+START, STEPS = "start.json", "steps.jsonl"
 RESULTS = ("number", "loss", "grad_norm", "learning_rate", "tokens", "held_out")  # of a line: the same in a repeat
 DIGESTS = "qsvd_files.json"  # of a checkpoint: the digests of its files
 # all files of a checkpoint
@@ -38,6 +38,7 @@ class CheckpointFiles:
     format: int
     files: Mapping[str, str]
     steps: str = ""
+    start: str = ""
 
 
 def make_way(place: Path) -> None:
@@ -66,7 +67,7 @@ def finish(run: Path, step: int, *, keep: int, best: int | None, every: float = 
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
     digests = {str(file.relative_to(written)): file_digest(file) for file in files}
-    write_record(written / DIGESTS, {"format": 1, "files": digests, "steps": _steps_digest(run, step)})
+    write_record(written / DIGESTS, {"format": 1, "files": digests, **_before(run, step)})
     sync_folder(written)
     make_way(place)
     written.rename(place)
@@ -161,16 +162,21 @@ def _check_digests(checkpoint: Path) -> None:
             raise Damaged(f"{checkpoint} lacks {name}")
         if file_digest(checkpoint / name) != digest:
             raise Damaged(f"{checkpoint / name} is damaged: its digest differs")
-    if found.steps not in ("", _steps_digest(checkpoint.parent, step_of(checkpoint))):
-        raise Damaged(f"{checkpoint.parent / STEPS} is damaged: {checkpoint} was written after other steps")
+    run, now = checkpoint.parent, _before(checkpoint.parent, step_of(checkpoint))
+    if found.steps not in ("", now["steps"]):
+        raise Damaged(f"{run / STEPS} is damaged: {checkpoint} was written after other steps")
+    if now["start"] and found.start not in ("", now["start"]):
+        raise Damaged(f"{run / START} is damaged: {checkpoint} was written after another one")
 
 
-def _steps_digest(run: Path, last: int) -> str:
-    """Return the digest of what steps.jsonl says of the steps until `last`, without times and memory."""
+def _before(run: Path, last: int) -> dict[str, str]:
+    """Return digests of start.json, if it is there, and of the steps until `last`, without times and memory."""
     path = run / STEPS
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     steps = [json.loads(line) for line in lines[:last]]  # checked by read_steps
-    return new_digest(json.dumps([[step[name] for name in RESULTS] for step in steps]).encode()).hexdigest()
+    results = json.dumps([[step[name] for name in RESULTS] for step in steps])
+    start = file_digest(run / START) if (run / START).is_file() else ""
+    return {"steps": new_digest(results.encode()).hexdigest(), "start": start}
 
 
 def step_of(checkpoint: Path) -> int:

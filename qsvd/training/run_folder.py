@@ -30,9 +30,8 @@ from qsvd.files.workspace import (
 )
 from qsvd.records import stored
 from qsvd.report.training import RunSummary
-from qsvd.training.checkpoints import NAME, STEPS, checkpoints
+from qsvd.training.checkpoints import NAME, START, STEPS, checkpoints
 
-START = "start.json"
 SUMMARY = "summary.json"
 FILES = "files"  # of the summary: the digests of these files, if they are there
 LAST = (IDENTITY, START, STEPS, ADAPTER_RECORD, "qsvd_adapter.safetensors", "adapter_model.safetensors")
