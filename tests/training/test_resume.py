@@ -17,7 +17,7 @@ from tests.commands.folders import finished, start
 from tests.commands.test_resume import wait_for
 from tests.gradients import write_gradients
 from tests.runs import TRAINED, interrupting, labelled_rows, outcome, steps_of, training, words, write_rows
-from tests.sealed import sealed
+from tests.sealed import reseal, sealed
 
 LEAST_8_BIT = 4096  # elements; bitsandbytes' min_8bit_size
 LARGE = 12  # of 14 trained matrices; the other two are those of 128 outputs
@@ -206,6 +206,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(language, texts, undist
     shutil.copytree(
         undisturbed, options.out, ignore=shutil.ignore_patterns("summary.json", "checkpoint-1", "checkpoint-3")
     )
+    start = (options.out / "start.json").read_text()
+    reseal(options.out / "start.json", lambda fields: fields.update(held_out_before=1.0))  # of another run
+    assert run([*words(options), "--resume"]) == 1
+    assert f"{options.out}/start.json is damaged: {options.out}/checkpoint-2 was written" in capsys.readouterr().err
+    (options.out / "start.json").write_text(start)
     flipped("rng_state.pth")(options.out)
     assert run([*words(options), "--resume"]) == 1
     said = f"{options.out}/checkpoint-2/rng_state.pth is damaged: its digest differs; no other checkpoint is left"
