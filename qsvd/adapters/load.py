@@ -57,10 +57,10 @@ def classifier(config: "PreTrainedConfig", labels: tuple[str, ...], folder: Path
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
     text = config.get_text_config()
-    if text.pad_token_id is None:  # an older quantized model, or one without a tokenizer
-        end = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
-        padding = padding_of(folder, config.to_dict())
-        text.pad_token_id = end if padding is None else padding[1]
+    if padding := padding_of(folder, config.to_dict()):  # config.json of older quantized models may say another one
+        text.pad_token_id = padding[1]
+    elif text.pad_token_id is None:  # without a tokenizer
+        text.pad_token_id = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
     return mapping[type(config)]
 
 

@@ -26,9 +26,8 @@ from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
 from qsvd.export.lora import LoraExport, Target, trained_experts, write_lora
 from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import PeftExport, write_peft
-from qsvd.export.trained import Trained
+from qsvd.export.trained import Trained, naming_damage
 from qsvd.files.atomic import read_object, write_text
-from qsvd.files.readers import check_tensors
 from qsvd.files.source import open_checkpoint, read_config
 from qsvd.files.workspace import CHAT_TEMPLATE
 from qsvd.inputs.model_files import MODEL, from_folder
@@ -173,28 +172,18 @@ def _export(options: Export, show: ShowProgress) -> tuple[Opened, ExportResult, 
     opened = counted(opened, PASSES[options.to] + (CHECKS[options.to] if is_checked else 0), show)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name
-        try:
-            done = _written(options, opened, dtype, shard_bytes, is_checked)
-        except BadInput:
-            for path in sorted(options.out.expanduser().glob("*.safetensors")):
-                check_tensors(path)  # a file that was damaged since it was written says so
-            raise
+        if options.to == "peft":
+            done = _peft(options, opened, dtype or torch.float32, is_checked)
+        elif options.to == "lora":
+            done = _lora(options, opened, dtype or torch.float32, is_checked)
+        else:
+            done = _merged(options, opened, MergedForm(dtype, shard_bytes, _config_changes(opened)), is_checked)
     if opened.adapter is not None and opened.adapter.chat_template is not None:
         write_text(options.out.expanduser() / CHAT_TEMPLATE, opened.adapter.chat_template)
     if options.check and not is_checked:
         unchecked = "not checked by logits: the model does not fit in memory as float32"
         done = replace(done, lines=(*done.lines, unchecked))
     return opened, done, repository
-
-
-def _written(
-    options: Export, opened: Opened, dtype: torch.dtype | None, shard_bytes: int, is_checked: bool
-) -> ExportResult:
-    if options.to == "peft":
-        return _peft(options, opened, dtype or torch.float32, is_checked)
-    if options.to == "lora":
-        return _lora(options, opened, dtype or torch.float32, is_checked)
-    return _merged(options, opened, MergedForm(dtype, shard_bytes, _config_changes(opened)), is_checked)
 
 
 def _push(options: Export, opened: Opened, name: str) -> str:
@@ -249,8 +238,9 @@ def _peft(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
     lines = [f"{kind} of rank {done.rank} for {done.weights} weights, {done.num_bytes / 1e6:.1f} MB, for {base} only"]
     if is_checked:
         residual = plain(opened, lambda name: opened.split.residual(name).decode())
-        checked = check(opened, with_adapter(residual, out), opened.load(), dtype)
-        lines.append(checked.line("the trained model"))
+        with naming_damage(out):
+            checked = check(opened, with_adapter(residual, out), opened.load(), dtype)
+            lines.append(checked.line("the trained model"))
     return ExportResult(out, done.num_bytes, checked, (*lines, *_peft_serving(options, opened, done)))
 
 
@@ -288,8 +278,9 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
             exact = _from_transformers(opened, original.folder or Path(name))
         else:
             exact = plain(opened, lambda weight: opened.trained.original_weight(original, weight).float())
-        checked = check(opened, with_adapter(exact, out), expected, dtype)
-        lines.append(checked.line("the original with the trained change"))
+        with naming_damage(out):
+            checked = check(opened, with_adapter(exact, out), expected, dtype)
+            lines.append(checked.line("the original with the trained change"))
     if opened.task == "CAUSAL_LM":
         lines += [
             f"vLLM: vllm serve {shell(name)} {lora_flags('trained', str(options.out), done.rank)}",
@@ -313,9 +304,10 @@ def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool)
     done = write_merged(opened.trained, out, form)
     lines = [f"{done.weights} weights merged, {done.dtype}, {done.num_bytes / 1e6:.1f} MB of weights"]
     if is_checked:
-        model: Any = from_folder(opened.load().transformers_class, out, MODEL, dtype=torch.float32)
-        checked = check(opened, model.eval(), opened.load(), getattr(torch, done.dtype))
-        lines.append(checked.line("the trained model"))
+        with naming_damage(out):
+            model: Any = from_folder(opened.load().transformers_class, out, MODEL, dtype=torch.float32)
+            checked = check(opened, model.eval(), opened.load(), getattr(torch, done.dtype))
+            lines.append(checked.line("the trained model"))
     folder = shell(str(options.out))
     if opened.task == "CAUSAL_LM":
         lines += [f"vLLM: vllm serve {folder}", f"llama.cpp: python convert_hf_to_gguf.py {folder} --outtype bf16"]

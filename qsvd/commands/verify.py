@@ -82,9 +82,9 @@ def main(options: Verify) -> None:
 
 def check(top: Path, show: ShowProgress = show_nothing) -> Checked:
     """Check one file, or all files below a folder."""
-    paths = [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file())
+    there = [top] if top.is_file() else sorted(top.rglob("*"))
+    paths, broken = [p for p in there if p.is_file()], [p for p in there if p.is_symlink() and not p.exists()]
     total, done, found = sum(path.stat().st_size for path in paths), 0, Checked()
-    broken = [path for path in top.rglob("*") if path.is_symlink() and not path.exists()]
     found.faults += [f"{path} is a link to a file that is not there" for path in broken]
     for number, path in enumerate(paths, start=1):
         try:
@@ -137,7 +137,7 @@ def _check_record(path: Path, found: Checked) -> None:
     record = read_record(path, since=SEALED_SINCE.get(path.name, 0))
     found.files.add(path)
     files = record.get("files")
-    if path.name == IDENTITY and record.get("format", 0) >= RUN_FORMAT:
+    if path.name == IDENTITY and "format" in record:  # older ones have none, and no digests
         found.faults += _faults_of_run(path.parent)
     if isinstance(files, dict):
         _check_named(path, files, found)

@@ -13,8 +13,8 @@ from qsvd.errors import BadInput, listing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RAISED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, StopIteration)  # by
-# templates and processors, which are programs of others; jinja2.TemplateError beside them
+# by templates and processors, which are programs of others; jinja2.TemplateError beside them
+RAISED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, StopIteration)
 MOST_CHARACTERS = 10**7  # of a conversation
 TOKENS: dict[str, tuple[str, ...]] = {  # name -> tokens that the template writes and a tokenizer must have
     "alpaca": (),

@@ -57,12 +57,12 @@ class Recipe:
         end: What each pass ends with. "svd" fits the factors to the quantization error of the same pass; "quantize"
             keeps the factors that the residual was made with (QPiSSA as published).
         stop: "rise" ends the loop when the error rises, "never" runs all iterations.
+        exact: Use full SVDs instead of randomized ones.
+        dtype: Dtype of the stored factors.
         scales: "absmax" takes the largest magnitude of each block, as the papers do, and bitsandbytes' bits; "mse" the
             scale of least squared error.
         rounding: "nearest", or "feedback", which has scales of its own, like "mse".
         sweeps: Of coordinate descent after each feedback.
-        exact: Use full SVDs instead of randomized ones.
-        dtype: Dtype of the stored factors.
 
     Raises:
         BadInput: an argument has another value, or no pass would fit the factors.
@@ -74,11 +74,11 @@ class Recipe:
     order: Literal["svd", "quantize"] = "svd"
     end: Literal["svd", "quantize"] = "svd"
     stop: Literal["rise", "never"] = "rise"
+    exact: bool = False
+    dtype: torch.dtype = torch.bfloat16
     scales: Literal["absmax", "mse"] = "absmax"
     rounding: Literal["nearest", "feedback"] = "nearest"
     sweeps: int = 1
-    exact: bool = False
-    dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self):
         either = ("svd", "quantize")

@@ -83,7 +83,6 @@ def round_with_feedback(
 
 def deflated(down_RI: Tensor, columns_I: Tensor | None, *, damping: float) -> Tensor:
     """Return the second moment of what the factors leave, float32 [I, I], with damping."""
-    size = down_RI.shape[1]
     scaled_RI = down_RI if columns_I is None else down_RI * columns_I
     span_IR = torch.linalg.qr(scaled_RI.t())[0]
     moment_II = -(span_IR @ span_IR.t())
@@ -92,7 +91,6 @@ def deflated(down_RI: Tensor, columns_I: Tensor | None, *, damping: float) -> Te
         moment_II.mul_(columns_I).mul_(columns_I[:, None])
     mean = float(columns_I.square().mean()) if columns_I is not None else 1.0
     moment_II.diagonal().add_(damping * mean)
-    assert moment_II.shape == (size, size), "one row and one column for each input"
     return moment_II
 
 

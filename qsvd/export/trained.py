@@ -5,8 +5,8 @@ Shape suffixes: O = out features, I = in features, K = rank of one weight's trai
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from torch import Tensor
 from qsvd.errors import BadInput, listing
 from qsvd.files.atomic import read_record, write_record
 from qsvd.files.layout import ADAPTER_PREFIX, digest, fingerprint
-from qsvd.files.readers import check_contents, content_digest
+from qsvd.files.readers import check_contents, check_tensors, content_digest
 from qsvd.files.safetensors import TORCH_DTYPES, NewTensor, TensorEntry
 from qsvd.files.source import Checkpoint
 from qsvd.files.split_folder import SplitFolder
@@ -251,6 +251,21 @@ class ExportFolder(Workspace):
         path = self.folder / self.record
         found = read_record(path, since=self.sealed_since).get("result")
         return stored(kind, found, f"{path} is damaged ({ANOTHER_FOLDER})")
+
+
+@contextmanager
+def naming_damage(folder: Path) -> Iterator[None]:
+    """Where files of an export do not say what they should, say which of them were damaged since they were written.
+
+    Raises:
+        Damaged: a tensor in the folder differs from its digest.
+    """
+    try:
+        yield
+    except BadInput:
+        for path in sorted(folder.glob("*.safetensors")):
+            check_tensors(path)
+        raise
 
 
 def size_of(new: Sequence[NewTensor]) -> int:

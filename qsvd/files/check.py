@@ -247,7 +247,9 @@ def check_finite(checkpoint: Checkpoint, plan: ModelPlan) -> None:
     Raises:
         BadInput: the sentence names the tensors, and how many of their numbers are wrong.
     """
-    names = [name for name in checkpoint.tensors if name not in plan.unknown and checkpoint.stamps]
+    if not checkpoint.stamps:
+        return
+    names = [name for name in checkpoint.tensors if name not in plan.unknown]
     if (total := sum(checkpoint.tensors[name].num_bytes for name in names)) > MOST_UNTOLD:
         logging.getLogger("qsvd").warning(
             "%s: first, %.0f GB are read once to find NaN and infinity", checkpoint.name, total / 1e9

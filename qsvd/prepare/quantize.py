@@ -326,9 +326,9 @@ def check_resources(run: QuantizeRun) -> None:
 
 
 def _recipe(options: Quantize, choice: Choice) -> Recipe:
-    loop = (options.iterations, options.order, options.end, options.stop, options.scales, options.rounding)
+    loop = (options.iterations, options.order, options.end, options.stop, options.svd == "exact")
     dtype = getattr(torch, options.dtype)
-    return Recipe(choice.codec, choice.rank, *loop, exact=options.svd == "exact", dtype=dtype)
+    return Recipe(choice.codec, choice.rank, *loop, dtype, scales=options.scales, rounding=options.rounding)
 
 
 def _check_memory(run: QuantizeRun) -> None:

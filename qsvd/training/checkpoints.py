@@ -63,7 +63,7 @@ def finish(run: Path, step: int, *, keep: int, best: int | None, every: float = 
     """
     written, place = run / UNFINISHED / f"checkpoint-{step}", run / f"checkpoint-{step}"
     files = sorted(path for path in written.rglob("*") if path.is_file())
-    for file in (*files, *run.glob("*.jsonl")):  # a checkpoint without its step in steps.jsonl would not be taken
+    for file in (*files, *run.glob(STEPS)):  # a checkpoint is not taken if its step is not in steps.jsonl
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
     digests = {str(file.relative_to(written)): file_digest(file) for file in files}

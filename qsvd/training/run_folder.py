@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qsvd.errors import BadInput, Damaged
+from qsvd.files.adapter import PARAMETERS
 from qsvd.files.atomic import (
     Lock,
     read_record,
@@ -16,6 +17,7 @@ from qsvd.files.atomic import (
     write_record,
     write_text,
 )
+from qsvd.files.layout import ADAPTER_TENSORS
 from qsvd.files.readers import content_digest
 from qsvd.files.workspace import (
     ADAPTER_RECORD,
@@ -34,7 +36,7 @@ from qsvd.training.checkpoints import NAME, START, STEPS, checkpoints
 
 SUMMARY = "summary.json"
 FILES = "files"  # of the summary: the digests of these files, if they are there
-LAST = (IDENTITY, START, STEPS, ADAPTER_RECORD, "qsvd_adapter.safetensors", "adapter_model.safetensors")
+LAST = (IDENTITY, START, STEPS, ADAPTER_RECORD, PARAMETERS, ADAPTER_TENSORS)
 TRACKED = "runs"  # the folder of TensorBoard
 KEPT = "blocks_with_activations"  # of the identity: how many blocks are not recomputed
 FREE = ("gradient_checkpointing", KEPT)  # of the identity, the first of older versions: these change no result

@@ -76,6 +76,5 @@ def test_a_base_of_twice_the_memory_trains_and_is_measured(bases):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(number) for number in work(bases[1], ALL)], done.stderr
     assert done.returncode != 0
-    assert re.search(
-        "allocate memory|start new thread|MemoryError|bad_alloc", done.stderr
-    )  # threads that read have stacks
+    kinds = "allocate memory|start new thread|MemoryError|bad_alloc"  # threads that read have stacks
+    assert re.search(kinds, done.stderr)

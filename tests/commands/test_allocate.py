@@ -339,6 +339,16 @@ def test_measurements_by_other_statistics_are_refused(allocate, statistics):
     assert "was written with other options: statistics " in err
 
 
+def test_damage_in_a_part_of_the_statistics_that_the_objective_does_not_read_is_named(allocate, weights, statistics):
+    path, name = statistics(), f"{weights[3].module}.trace"
+    content = bytearray(path.read_bytes())
+    data = 8 + int.from_bytes(content[:8], "little")
+    content[data + json.loads(content[8:data])[name]["data_offsets"][0]] ^= 1
+    path.write_bytes(content)
+    code, _, err = allocate("--objective", "fisher", "--statistics", path, budget="3.2bits")
+    assert (code, f"{path} is damaged at {name}" in err) == (1, True), err
+
+
 def test_traces_that_are_not_above_zero_count_as_the_least_that_is(allocate, tmp_path, statistics):
     allocate("--objective", "hessian", "--statistics", statistics(least=-5.0), budget="2.9bits")
     assert "# traces: 2 of 14 are not above zero and count as the least that is" in (tmp_path / "table.txt").read_text()

@@ -101,6 +101,17 @@ def test_a_wrong_export_is_found_wrong_every_time(made, tmp_path, export, monkey
     assert "checked" not in said
 
 
+@pytest.mark.parametrize(("form", "file"), [("peft", "adapter_model"), ("lora", "adapter_model"), ("merged", "model")])
+def test_a_tensor_of_a_finished_export_that_was_damaged_is_named(made, tmp_path, export, form, file):
+    assert export(made.folder / "run", form, tmp_path / "out")[0] == 0
+    path = tmp_path / "out" / f"{file}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x7F  # exponent bits
+    path.write_bytes(content)
+    code, _, err = export(made.folder / "run", form, tmp_path / "out")
+    assert (code, err.startswith(f"qsvd: {path} is damaged at ")) == (1, True), err
+
+
 def test_a_check_that_does_not_fit_is_said(made, tmp_path, export, monkeypatch):
     monkeypatch.setattr(check_export, "_available_bytes", lambda: 1000)
     code, said, err = export(made.folder / "run", "peft", tmp_path / "out")

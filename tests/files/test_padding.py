@@ -11,6 +11,7 @@ from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.data.examples import open_tokenizer
 from tests.runs import TEXTS, labelled_rows, language_base, training, words, write_rows
+from tests.sealed import without_digests
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
@@ -78,6 +79,15 @@ def test_classifiers_of_a_model_without_padding_read_the_same_class_in_every_pro
         together = model(**batch).logits
         alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS[:4]])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_an_older_quantized_model_whose_config_pads_with_an_end_token_trains_and_measures_a_classifier(tmp_path):
+    out = without_digests(language_base(tmp_path))
+    changed(out, config={"pad_token_id": 1}, tokenizer={})  # the tokenizer has <|pad|>
+    data, run_folder = write_rows(tmp_path / "d.jsonl", labelled_rows()), str(tmp_path / "run")
+    assert run(words(training(out, data, run_folder, steps=2, task="classification", held_out=0.3))) == 0
+    assert run(["export", run_folder, "--to", "merged", "--out", str(tmp_path / "merged")]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "merged").pad_token_id == 2
 
 
 def test_a_damaged_tokenizer_is_named_before_the_work_and_an_unknown_one_in_the_log(tmp_path, caplog, capsys):

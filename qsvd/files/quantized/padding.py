@@ -4,7 +4,7 @@ Classifiers of decoders read the class at the last token that is not this one, s
 other program that opens the model have to agree on it.
 """
 
-import json
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def with_padding(config: dict[str, Any], padding: tuple[str, int] | None) -> dic
     """Return the text of config.json, as a table, with the number of the padding token."""
     if padding is None or _text_config(config).get(f"{FIELD}_id") == padding[1]:
         return config
-    changed = json.loads(json.dumps(config))
+    changed = copy.deepcopy(config)
     _text_config(changed)[f"{FIELD}_id"] = padding[1]
     return changed
 
