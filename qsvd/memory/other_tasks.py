@@ -15,7 +15,6 @@ from qsvd.plan.allocation import Choice
 from qsvd.plan.tensors import total_bytes
 
 COPIES = 2  # float32 matrices at once: the weight, and the weight minus its residual or components
-FEEDBACK_COPIES, MOMENTS = 4, 5  # target, what is left, what is rounded next, and codes as indices; M and its factors
 SKETCHES = 4  # tall float32 matrices at once in the randomized SVD
 SHARD = 5 * 10**9  # bytes of an output file
 
@@ -87,8 +86,10 @@ def _memory_items(shape: tuple[int, int], choice: Choice, device: str, count: in
 
 
 def _feedback_bytes(shape: tuple[int, int]) -> int:
-    """Return the bytes of the copies of a matrix, its codes, and second moments and their factors."""
-    return 4 * FEEDBACK_COPIES * math.prod(shape) + 2 * math.prod(shape) + 4 * MOMENTS * shape[1] ** 2
+    """Return the bytes of the codes, and of float32 copies of a matrix beside second moments and their factors: two
+    beside four while the factor is made, three beside two while columns are rounded."""
+    numbers, moment = math.prod(shape), shape[1] ** 2
+    return numbers + 4 * max(2 * numbers + 4 * moment, 3 * numbers + 2 * moment)
 
 
 def waiting_bytes(shape: tuple[int, int], choice: Choice, count: int) -> int:

@@ -82,6 +82,18 @@ def test_a_run_without_its_summary_or_with_an_adapter_of_another_file_is_found(f
     assert f"{copy} lacks summary.json: it is not finished" in capsys.readouterr().err
 
 
+def test_what_no_record_names_is_missed_in_a_run(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder / "run", tmp_path / "run")
+    (copy / "adapter_config.json").rename(tmp_path / "elsewhere")
+    assert run(["verify", str(copy)]) == 1
+    assert f"{copy} lacks adapter_config.json" in capsys.readouterr().err
+    (tmp_path / "elsewhere").replace(copy / "adapter_config.json")
+    for name in ("summary.json", "run.json"):  # as a run that is not finished
+        (copy / name).unlink()
+    assert run(["verify", str(tmp_path)]) == 1
+    assert f"{copy} lacks run.json" in capsys.readouterr().err
+
+
 def test_one_file_is_checked_alone_and_what_others_wrote_is_not(folder, tmp_path, capsys):
     assert run(["verify", str(folder / "out" / "model.safetensors")]) == 0
     assert "1 files (" in capsys.readouterr().out

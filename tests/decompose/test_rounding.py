@@ -147,6 +147,7 @@ def test_feedback_is_never_worse_than_nearest_and_better_with_components(name, r
     fed = split_weight(weight_OI, Recipe(codec, rank, 3, rounding="feedback"))
     assert fed.history[: len(nearest.history)] == nearest.history
     assert min(fed.history) <= min(nearest.history)
+    assert fed.history[fed.iteration - 1] == min(fed.history)
     found = numpy.linalg.norm(fed.error(weight_OI).double())
     assert found == pytest.approx(min(fed.history), rel=1e-5)
     if rank == 8 and columns == 256:  # else blocks cross rows
@@ -183,6 +184,21 @@ def test_unusual_weights_are_split(name, change):
     split = split_weight(weight_OI, Recipe(codec, 8, 2, rounding="feedback"))
     assert torch.isfinite(split.error(weight_OI)).all()
     assert min(split.history) <= split_weight(weight_OI, Recipe(codec, 8, 2, scales="mse")).history[0]
+
+
+def test_codes_are_chosen_for_the_scales_that_are_stored():
+    weight_OI, codec, columns = matrix(48, 256), codec_named("nf2-32-8x256"), 256
+    down_RI = torch.from_numpy(numpy.random.default_rng(3).standard_normal((8, columns)).astype(numpy.float32))
+    packed = round_with_feedback(weight_OI, codec, down_RI)
+    span_IR = numpy.linalg.qr(down_RI.double().numpy().T)[0]
+    moment_II = 1.1 * numpy.eye(columns) - span_IR @ span_IR.T
+    scale_O = packed.scales.decode().view(48, -1)[:, -1].double().numpy()
+    decoded_OI = packed.decode().double().numpy()
+    pull_OI = (weight_OI.double().numpy() - decoded_OI) @ moment_II
+    wanted_O = decoded_OI[:, -1] + pull_OI[:, -1] / moment_II[-1, -1]  # the column that was chosen last
+    steps_OL = numpy.abs(wanted_O[:, None] - numpy.outer(scale_O, codebook.levels(2).double().numpy()))
+    chosen_O = numpy.abs(wanted_O - decoded_OI[:, -1])
+    assert (chosen_O <= steps_OL.min(axis=1) + 1e-5).all()
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

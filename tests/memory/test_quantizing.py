@@ -22,10 +22,10 @@ NEAR = 0.15  # of the peak: the plan bounds short-lived pieces of the encoder an
 CODEC = NormalFloat4(double_quant=True)
 
 
-def peak_of_splitting(shape, rank, objective=PLAIN, count=1):
+def peak_of_splitting(shape, rank, objective=PLAIN, count=1, **how):
     weights, same = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).bfloat16(), (0,) * count
     with Tracker() as tracker:
-        recipe, objectives = Recipe(CODEC, rank=rank, iterations=2), (objective,) * count
+        recipe, objectives = Recipe(CODEC, rank=rank, **{"iterations": 2, **how}), (objective,) * count
         splits = split_weights(weights, recipe, seeds=same, objectives=objectives)
         measure_stack(weights, splits, names="w" * count, role="q", seeds=same)
     return tracker.peak + weights.nbytes
@@ -65,6 +65,12 @@ def test_a_weighted_split_takes_the_copy_that_is_planned():
     rows, columns = (torch.rand(size, generator=torch.Generator().manual_seed(size)) + 0.5 for size in shape)
     plan = plan_splitting(shape, Choice(CODEC, 32), "cpu", Limits(), weighted=True)
     assert beside(plan) == pytest.approx(peak_of_splitting(shape, 32, Objective(rows, columns)), rel=NEAR)
+
+
+@pytest.mark.parametrize("shape", [(2048, 640), (640, 2048)])
+def test_error_feedback_takes_what_is_planned(shape):
+    plan = plan_splitting(shape, Choice(CODEC, 32), "cpu", Limits(), feeds_back=True)
+    assert beside(plan) == pytest.approx(peak_of_splitting(shape, 32, rounding="feedback", iterations=1), rel=NEAR)
 
 
 def test_a_stack_takes_what_is_planned(monkeypatch):
