@@ -6,6 +6,7 @@ No dense weight is made. CPU memory holds one tensor at a time, and what is offl
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,10 @@ def classifier(config: "PreTrainedConfig", labels: tuple[str, ...], folder: Path
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
     text = config.get_text_config()
-    if padding := padding_of(folder, config.to_dict()):  # config.json of older quantized models may say another one
+    padding = None
+    with suppress(BadInput):  # who needs the tokenizer says what is wrong with it
+        padding = padding_of(folder, config.to_dict())
+    if padding is not None:  # config.json of older quantized models may say another one
         text.pad_token_id = padding[1]
     elif text.pad_token_id is None:  # without a tokenizer
         text.pad_token_id = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id

@@ -1,5 +1,6 @@
 """`qsvd quantize`: one weight after another from the 16-bit model into OUT, then the files around them."""
 
+import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from qsvd.files.safetensors import digest_of, read_header
 from qsvd.files.source import Checkpoint, place_of
 from qsvd.files.split_folder import open_split
 from qsvd.files.workspace import ANOTHER_FOLDER, UNFINISHED
+from qsvd.inputs.model_files import TOKENIZER, damaged_file
 from qsvd.memory.other_tasks import waiting_bytes
 from qsvd.options import Quantize
 from qsvd.prepare.machine import check_room
@@ -36,6 +38,8 @@ from qsvd.report.errors import from_record, to_record
 from qsvd.report.next_commands import after_quantize, last_lines
 from qsvd.report.results import QuantizeResult
 from qsvd.report.totals import totals
+
+WITHOUT_TOKENIZER = "%s; the model is quantized all the same, but qsvd train and eval refuse it like that"
 
 
 def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
@@ -119,11 +123,20 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> Stopwatch | None:
 
 
 def _padding(checkpoint: Checkpoint) -> tuple[str, int] | None:
-    """Return the padding token of a model whose tokenizer is copied."""
-    home = next(
-        (file.parent for file in checkpoint.other_files if file.name.startswith("tokenizer")), checkpoint.folder
-    )
-    return padding_of(home, checkpoint.config_json)
+    """Return the padding token of a model whose tokenizer is copied; a tokenizer of another library is named.
+
+    Raises:
+        BadInput: a file of the tokenizer is damaged.
+    """
+    homes = [file.parent for file in checkpoint.other_files if file.name.startswith("tokenizer")]
+    home = homes[0] if homes else checkpoint.folder
+    if home is not None and (damaged := damaged_file(home, TOKENIZER)):
+        raise BadInput(f"{damaged}; download it again, or copy it from where it is whole")
+    try:
+        return padding_of(home, checkpoint.config_json)
+    except BadInput as error:
+        logging.getLogger("qsvd").warning(WITHOUT_TOKENIZER, error)
+        return None
 
 
 def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress, times: Stopwatch) -> None:

@@ -5,17 +5,14 @@ other program that opens the model have to agree on it.
 """
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
-from qsvd.errors import BadInput
 from qsvd.files.atomic import read_object, write_json
-from qsvd.inputs.model_files import TOKENIZER, damaged_file, from_folder
+from qsvd.inputs.model_files import TOKENIZER, from_folder
 
 FIELD = "pad_token"
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # that name the token
-WITHOUT = "%s; the model is quantized all the same, but qsvd train and eval refuse it like that"
 
 
 def set_padding(tokenizer: Any, config: dict[str, Any]) -> None:
@@ -40,26 +37,18 @@ def set_padding(tokenizer: Any, config: dict[str, Any]) -> None:
 def padding_of(folder: Path | None, config: dict[str, Any]) -> tuple[str, int] | None:
     """Return the padding token of a model and its number; None without a tokenizer, or where it has none.
 
-    A tokenizer that transformers cannot open is named in the log.
-
     Args:
         folder: Of the tokenizer.
         config: What config.json of the model says.
 
     Raises:
-        BadInput: a file of the tokenizer is damaged.
+        BadInput: transformers cannot open the tokenizer.
     """
     from transformers import AutoTokenizer
 
     if folder is None or not any(path.is_file() for name in TOKENIZER.files for path in folder.glob(name)):
         return None
-    if damaged := damaged_file(folder, TOKENIZER):
-        raise BadInput(f"{damaged}; download it again, or copy it from where it is whole")
-    try:
-        tokenizer = from_folder(AutoTokenizer, folder, TOKENIZER)
-    except BadInput as error:
-        logging.getLogger("qsvd").warning(WITHOUT, error)
-        return None
+    tokenizer = from_folder(AutoTokenizer, folder, TOKENIZER)
     set_padding(tokenizer, config)
     return None if tokenizer.pad_token is None else (str(tokenizer.pad_token), tokenizer.pad_token_id)
 
