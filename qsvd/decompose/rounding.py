@@ -53,7 +53,7 @@ def round_nearest(matrix_OI: Tensor, codec: Codec, columns_I: Tensor | None = No
     codes_BE = torch.empty(blocks_BE.shape, dtype=torch.uint8, device=blocks_BE.device)
     for run in _runs(blocks_BE):
         scaled_BE = blocks_BE[run] * inverse_B[run, None]
-        codes_BE[run] = codebook.nearest(scaled_BE.view(-1), codec.bits).view(scaled_BE.shape)
+        codes_BE[run] = codec.nearest(scaled_BE.view(-1)).view(scaled_BE.shape)
     return codec.packed(codes_BE.view(-1)[: matrix_OI.numel()], scales, shape)
 
 
@@ -164,13 +164,13 @@ class State:
     def round_column(self, column: int, wanted_O: Tensor) -> Tensor:
         """Choose the nearest codes for a column; return what they decode to."""
         scale_O = self.scales_CO[column // self.run]
-        codes_O = codebook.nearest(wanted_O * _inverse(scale_O), self.codec.bits)
+        codes_O = self.codec.nearest(wanted_O * _inverse(scale_O))
         self.codes_IO[column] = codes_O
-        return codebook.levels(self.codec.bits, scale_O.device)[codes_O.int()] * scale_O
+        return self.codec.levels(scale_O.device)[codes_O.int()] * scale_O
 
     def levels_of(self, columns: slice) -> Tensor:
         """Return the levels of the codes of some columns, float32."""
-        return codebook.levels(self.codec.bits, self.codes_IO.device)[self.codes_IO[columns].int()]
+        return self.codec.levels(self.codes_IO.device)[self.codes_IO[columns].int()]
 
     def scales_in_order(self) -> Tensor:
         """Return the scales of all blocks in the order of the matrix [B]."""
@@ -278,7 +278,8 @@ def _runs(blocks_BE: Tensor) -> Iterator[slice]:
 
 def _fitted(blocks_BE: Tensor, codec: Codec, weights_BE: Tensor | None) -> Tensor:
     search = codebook.Search(SHARES[codec.bits], codec.has_signed_scales, REFITS)
-    return codebook.fitted(blocks_BE, blocks_BE.abs().amax(dim=1), codec.bits, search, weights_BE)
+    largest_B = blocks_BE.abs().amax(dim=1) / codec.reach
+    return codebook.fitted(blocks_BE, largest_B, codec, search, weights_BE)
 
 
 def _of_numbers(scales_B: Tensor, size: int, rows: int, columns: int) -> Tensor:
