@@ -290,7 +290,7 @@ def _allocation_of(
     budget = options.budget
     if budget is not None:
         return cache(partial(assumed, weights, budget))
-    codec = usual_codec(weights, double_quant=options.double_quant, packed=bool(tables))
+    codec = usual_codec(weights, double_quant=options.double_quant, packed=bool(tables), name=options.codec)
     return lambda rank: uniform(weights, Choice(codec, rank), options.expert_rank)
 
 

@@ -31,6 +31,7 @@ from qsvd.options import Quantize
 from qsvd.plan.allocation import (
     Allocation,
     Choice,
+    Layout,
     Table,
     check_ranks,
     from_text,
@@ -107,9 +108,10 @@ class QuantizeRun:
         return with_tables(self.resolved, self.tables)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether plain transformers loads the model, with bitsandbytes; experts need qsvd."""
-        return self.resolved.is_plain and not any(spec.stack for spec in self.plan.weights) and not self.misplaced
+    def quantizer(self) -> Layout:
+        """The library with which transformers loads the model; experts need qsvd."""
+        is_ours = any(spec.stack for spec in self.plan.weights) or self.misplaced
+        return "qsvd" if is_ours else self.resolved.layout
 
     @cached_property
     def misplaced(self) -> list[str]:
@@ -165,15 +167,19 @@ class QuantizeRun:
 
     @cached_property
     def skipped(self) -> tuple[str, ...]:
-        """The linear layers that transformers must not make 4-bit, where bitsandbytes decodes, and heads to be added.
+        """The linear layers that another library must not make 4-bit, if it decodes, and heads that may be added.
 
         Raises:
             BadInput: transformers' matching would also skip a weight that is split, or convert one that is not.
         """
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        if not self.is_plain:
+        if self.quantizer == "qsvd":
             return ()
+        if self.quantizer == "compressed-tensors":  # it compares whole names, and a class with a head adds a prefix
+            left, prefix = self.plan.left_linears, f"{self.plan.base_prefix}."
+            is_bare = not any(spec.module.startswith(prefix) for spec in self.plan.weights)
+            return tuple(dict.fromkeys((*left, *(f"{prefix}{path}" for path in left if is_bare), *HEADS)))
         split = [spec.module for spec in self.plan.weights]
         heads = [head for head in HEADS if all(should_convert_module(path, [head]) for path in split)]
         skipped = list(dict.fromkeys((*self.plan.left_linears, *heads)))
@@ -188,7 +194,8 @@ class QuantizeRun:
     @property
     def header(self) -> ReportHeader:
         """The head of the reports."""
-        options, choices, is_plain = self.options, self.everything.choices.values(), self.resolved.is_plain
+        options, choices = self.options, self.everything.choices.values()
+        has_one_codec = self.resolved.layout != "qsvd"
         ranks = [choice.rank for choice in self.resolved.choices.values()]
         quantized = replace(self.plan, weights=self.weights)
         return ReportHeader(
@@ -200,8 +207,8 @@ class QuantizeRun:
             end=options.end,
             coverage=coverage(quantized, {name: self.checkpoint.tensors[name].shape for name in self.plan.unknown}),
             least_rank=min(ranks),
-            residual_bits=None if is_plain else residual_bits(self.everything, self.weights),
-            quantizer="bitsandbytes" if self.is_plain else "qsvd",
+            residual_bits=None if has_one_codec else residual_bits(self.everything, self.weights),
+            quantizer=self.quantizer,
             objective="fisher" if options.objective == "fisher" else "plain",
             rounding=options.rounding if options.rounding == "feedback" else options.scales,
         )
@@ -256,7 +263,8 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *,
     device, allocation, table = device_of(options.device), None, None
     checkpoint, plan = open_16_bit(options, checkpoint)
     tables = tables_of(plan, options.head_bits, options.embedding_bits)
-    choice = replace(choice, codec=usual_codec(plan.weights, double_quant=options.double_quant, packed=bool(tables)))
+    codec = usual_codec(plan.weights, double_quant=options.double_quant, packed=bool(tables), name=options.codec)
+    choice = replace(choice, codec=codec)
     if options.allocation is not None:
         allocation, table = read_table(options.allocation, plan.weights, tables)
     elif is_uniform:
