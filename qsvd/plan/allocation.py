@@ -18,7 +18,7 @@ from torch import nn
 
 from qsvd.errors import BadInput, listing, one_line
 from qsvd.numerics.codec import Codec
-from qsvd.numerics.int4 import Int4
+from qsvd.numerics.int4 import GROUPS, Int4
 from qsvd.numerics.names import codec_named, spelling
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.plan.weights import ModelPlan, WeightSpec
@@ -291,17 +291,22 @@ def holding_problems(codecs: Mapping[str, Codec], weights: Sequence[WeightSpec])
     for kind, library in ((NormalFloat4, "bitsandbytes"), (Int4, "compressed-tensors")):
         if wrong := [group for group in groups if isinstance(codecs[group], kind)]:
             problems.append(f"{library} does not replace {listing(wrong)}; use nf4-64-8x256 for all weights")
-    odd: dict[str, str] = {}
+    return problems + _odd_groups(codecs, weights)
+
+
+def _odd_groups(codecs: Mapping[str, Codec], weights: Sequence[WeightSpec]) -> list[str]:
+    odd: dict[str, int] = {}
     for spec in weights:
         codec, columns = codecs[spec.group], spec.shape[1]
         if isinstance(codec, Int4) and not codec.fits(columns):
-            odd[spec.group] = f"{spec.group} ({columns} inputs)"
-    if odd:
-        problems.append(
-            f"groups of {' or '.join(sorted({codecs[group].name for group in odd}))} do not divide the inputs of "
-            f"{len(odd)} layers: {listing([*odd.values()])}; use smaller groups, or --exclude these layers"
-        )
-    return problems
+            odd[spec.group] = columns
+    if not odd:
+        return []
+    named = listing([f"{group} ({columns} inputs)" for group, columns in odd.items()])
+    smaller = [f"int4-{group}" for group in GROUPS if not any(columns % group for columns in odd.values())]
+    advice = f"use {smaller[-1]}, or --exclude these layers" if smaller else "--exclude these layers"
+    codec = next(iter(codecs[group].name for group in odd))
+    return [f"groups of {codec} do not divide the inputs of {len(odd)} layers: {named}; {advice}"]
 
 
 def _choice(cells: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Choice:

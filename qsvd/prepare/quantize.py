@@ -19,6 +19,7 @@ from qsvd.export.peft import misplaced
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.check import check_finite
 from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, largest_stack, plan_shards, plan_stacks, sizes_of
+from qsvd.files.quantized.compressed import ignored_layers
 from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import Statistics, statistics_for
 from qsvd.files.workspace import MANIFEST, UNFINISHED
@@ -110,8 +111,7 @@ class QuantizeRun:
     @property
     def quantizer(self) -> Layout:
         """The library with which transformers loads the model; experts need qsvd."""
-        is_ours = any(spec.stack for spec in self.plan.weights) or self.misplaced
-        return "qsvd" if is_ours else self.resolved.layout
+        return "qsvd" if self.misplaced or any(spec.stack for spec in self.plan.weights) else self.resolved.layout
 
     @cached_property
     def misplaced(self) -> list[str]:
@@ -176,10 +176,8 @@ class QuantizeRun:
 
         if self.quantizer == "qsvd":
             return ()
-        if self.quantizer == "compressed-tensors":  # it compares whole names, and a class with a head adds a prefix
-            left, prefix = self.plan.left_linears, f"{self.plan.base_prefix}."
-            is_bare = not any(spec.module.startswith(prefix) for spec in self.plan.weights)
-            return tuple(dict.fromkeys((*left, *(f"{prefix}{path}" for path in left if is_bare), *HEADS)))
+        if self.quantizer == "compressed-tensors":
+            return ignored_layers(self.plan, HEADS)
         split = [spec.module for spec in self.plan.weights]
         heads = [head for head in HEADS if all(should_convert_module(path, [head]) for path in split)]
         skipped = list(dict.fromkeys((*self.plan.left_linears, *heads)))
@@ -195,7 +193,6 @@ class QuantizeRun:
     def header(self) -> ReportHeader:
         """The head of the reports."""
         options, choices = self.options, self.everything.choices.values()
-        has_one_codec = self.resolved.layout != "qsvd"
         ranks = [choice.rank for choice in self.resolved.choices.values()]
         quantized = replace(self.plan, weights=self.weights)
         return ReportHeader(
@@ -207,7 +204,7 @@ class QuantizeRun:
             end=options.end,
             coverage=coverage(quantized, {name: self.checkpoint.tensors[name].shape for name in self.plan.unknown}),
             least_rank=min(ranks),
-            residual_bits=None if has_one_codec else residual_bits(self.everything, self.weights),
+            residual_bits=residual_bits(self.everything, self.weights) if self.resolved.layout == "qsvd" else None,
             quantizer=self.quantizer,
             objective="fisher" if options.objective == "fisher" else "plain",
             rounding=options.rounding if options.rounding == "feedback" else options.scales,

@@ -14,6 +14,7 @@ from qsvd.errors import BadInput, listing
 from qsvd.files.layout import StoredResidual
 from qsvd.numerics.codec import PackedBlocks
 from qsvd.numerics.int4 import Int4
+from qsvd.plan.weights import ModelPlan
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 CODES, SCALES, SHAPE = "_packed", "_scale", "_shape"  # after the weight's name
@@ -57,6 +58,16 @@ def stored_compressed(
         raise BadInput(f"{name} is not an {codec.name} weight: {listing(files)} is missing")
     parts: dict[str, Part | bytes] = {part: tensors[key] for part, key in found.items()}
     return StoredResidual(parts, shape, codec, None)
+
+
+def ignored_layers(plan: ModelPlan, heads: Sequence[str]) -> tuple[str, ...]:
+    """Return the paths of the linear layers that stay in 16 bits, and of heads that another class may add.
+
+    Names are compared whole, so that layers of a bare model are also named as in a class with a head.
+    """
+    left, prefix = plan.left_linears, f"{plan.base_prefix}."
+    is_bare = not any(spec.module.startswith(prefix) for spec in plan.weights)
+    return tuple(dict.fromkeys((*left, *(f"{prefix}{path}" for path in left if is_bare), *heads)))
 
 
 def compressed_config(codec: Int4, left_linears: Sequence[str]) -> dict[str, Any]:
