@@ -19,6 +19,7 @@ from qsvd.option_types import (
     EmbeddingBits,
     Exclude,
     ExpertRank,
+    Format,
     Group,
     HeadBits,
     Help,
@@ -138,6 +139,7 @@ class Quantize:
     ] = "nearest"
     svd: Annotated[Literal["randomized", "exact"], Help("exact is slow above a few thousand rows.")] = "randomized"
     dtype: StoredDtype = "bfloat16"
+    codec: Format = "nf4"
     double_quant: DoubleQuant = True
     head_bits: HeadBits = None
     embedding_bits: EmbeddingBits = None

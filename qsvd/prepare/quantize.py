@@ -19,6 +19,7 @@ from qsvd.export.peft import misplaced
 from qsvd.files.atomic import file_sha256, write_text
 from qsvd.files.check import check_finite
 from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, largest_stack, plan_shards, plan_stacks, sizes_of
+from qsvd.files.quantized.compressed import ignored_layers
 from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import Statistics, statistics_for
 from qsvd.files.workspace import MANIFEST, UNFINISHED
@@ -31,6 +32,7 @@ from qsvd.options import Quantize
 from qsvd.plan.allocation import (
     Allocation,
     Choice,
+    Layout,
     Table,
     check_ranks,
     from_text,
@@ -107,9 +109,9 @@ class QuantizeRun:
         return with_tables(self.resolved, self.tables)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether plain transformers loads the model, with bitsandbytes; experts need qsvd."""
-        return self.resolved.is_plain and not any(spec.stack for spec in self.plan.weights) and not self.misplaced
+    def quantizer(self) -> Layout:
+        """The library with which transformers loads the model; experts need qsvd."""
+        return "qsvd" if self.misplaced or any(spec.stack for spec in self.plan.weights) else self.resolved.layout
 
     @cached_property
     def misplaced(self) -> list[str]:
@@ -165,15 +167,17 @@ class QuantizeRun:
 
     @cached_property
     def skipped(self) -> tuple[str, ...]:
-        """The linear layers that transformers must not make 4-bit, where bitsandbytes decodes, and heads to be added.
+        """The linear layers that another library must not make 4-bit, if it decodes, and heads that may be added.
 
         Raises:
             BadInput: transformers' matching would also skip a weight that is split, or convert one that is not.
         """
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        if not self.is_plain:
+        if self.quantizer == "qsvd":
             return ()
+        if self.quantizer == "compressed-tensors":
+            return ignored_layers(self.plan, HEADS)
         split = [spec.module for spec in self.plan.weights]
         heads = [head for head in HEADS if all(should_convert_module(path, [head]) for path in split)]
         skipped = list(dict.fromkeys((*self.plan.left_linears, *heads)))
@@ -188,7 +192,7 @@ class QuantizeRun:
     @property
     def header(self) -> ReportHeader:
         """The head of the reports."""
-        options, choices, is_plain = self.options, self.everything.choices.values(), self.resolved.is_plain
+        options, choices = self.options, self.everything.choices.values()
         ranks = [choice.rank for choice in self.resolved.choices.values()]
         quantized = replace(self.plan, weights=self.weights)
         return ReportHeader(
@@ -200,8 +204,8 @@ class QuantizeRun:
             end=options.end,
             coverage=coverage(quantized, {name: self.checkpoint.tensors[name].shape for name in self.plan.unknown}),
             least_rank=min(ranks),
-            residual_bits=None if is_plain else residual_bits(self.everything, self.weights),
-            quantizer="bitsandbytes" if self.is_plain else "qsvd",
+            residual_bits=residual_bits(self.everything, self.weights) if self.resolved.layout == "qsvd" else None,
+            quantizer=self.quantizer,
             objective="fisher" if options.objective == "fisher" else "plain",
             rounding=options.rounding if options.rounding == "feedback" else options.scales,
         )
@@ -256,7 +260,8 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *,
     device, allocation, table = device_of(options.device), None, None
     checkpoint, plan = open_16_bit(options, checkpoint)
     tables = tables_of(plan, options.head_bits, options.embedding_bits)
-    choice = replace(choice, codec=usual_codec(plan.weights, double_quant=options.double_quant, packed=bool(tables)))
+    codec = usual_codec(plan.weights, double_quant=options.double_quant, packed=bool(tables), name=options.codec)
+    choice = replace(choice, codec=codec)
     if options.allocation is not None:
         allocation, table = read_table(options.allocation, plan.weights, tables)
     elif is_uniform:
