@@ -55,7 +55,7 @@ from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import seed_of
 from qsvd.prepare.models import open_16_bit
 from qsvd.prepare.quantizing.calibration import open_walk, texts_of
-from qsvd.records import WeightError
+from qsvd.records import WeightedError, WeightError
 from qsvd.report.header import ReportHeader, codec_words
 
 ALLOCATION = "allocation.txt"  # in OUT, and in its folder of unfinished work
@@ -215,6 +215,8 @@ class QuantizeRun:
             residual_bits=residual_bits(self.everything, self.weights) if self.resolved.layout == "qsvd" else None,
             quantizer=self.quantizer,
             objective="fisher" if options.objective == "fisher" else "plain",
+            sensitivity=options.sensitivity or "",
+            texts=len(self.examples),
             rounding="feedback" if options.rounding == "feedback" else options.scales or "absmax",
         )
 
@@ -238,7 +240,10 @@ class QuantizeRun:
         try:
             weights_SOI = stack_on(self.device, weights)
             splits = split_weights(weights_SOI, self.recipe(names[0]), seeds=seeds, objectives=objectives)
-            return splits, measure_stack(weights_SOI, splits, names=names, role=first.role, seeds=seeds)
+            errors = measure_stack(weights_SOI, splits, names=names, role=first.role, seeds=seeds)
+            feeds_back = self.options.rounding == "feedback"
+            found = zip(weights_SOI, splits, errors, objectives, strict=True)
+            return splits, [_weighted(*one, feeds_back=feeds_back) for one in found]
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(
                 f"{first.name} {list(first.shape)} needs about {16 * len(specs) * weights[0].numel() / 1e9:.1f} GB on "
@@ -300,6 +305,21 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *,
     if not (is_shown or options.dry_run or (run.out / UNFINISHED).exists() or (run.out / MANIFEST).exists()):
         check_finite(checkpoint, plan)
     return run
+
+
+def _weighted(
+    weight_OI: Tensor, split: Split, error: WeightError, objective: Objective | Moments, *, feeds_back: bool
+) -> WeightError:
+    """Add the relative errors in the norm of second moments, if they weighted the split."""
+    if not isinstance(objective, Moments):
+        return error
+    weight_OI, objective = weight_OI.float(), objective.to(weight_OI.device)
+    alone_OI = split.residual.codec.encode(weight_OI).decode().neg_().add_(weight_OI)
+    nothing = weight_OI.new_zeros(1, len(weight_OI), 0), weight_OI.new_zeros(1, 0, weight_OI.shape[1])
+    parts = (alone_OI, split.error(weight_OI), weight_OI)
+    before, after, whole = (float(objective.squares(part[None], *nothing)) ** 0.5 for part in parts)
+    ratios = [part / whole if whole else 0.0 for part in (before, after)]
+    return replace(error, weighted=WeightedError(*ratios, kept_nearest=feeds_back and split.iteration == 1))
 
 
 def _recipe(options: Quantize, choice: Choice) -> Recipe:
