@@ -140,7 +140,7 @@ class Progress:
             seconds: Time of the new work; None if it cannot tell the speed yet.
         """
         seconds = seconds if self.seconds is None else self.seconds
-        if seconds is None:
+        if seconds is None or self.done == 0:
             return ", ".join(filter(None, [self.what, self.more]))
         speed = self.new / max(seconds, 1e-9)
         parts = [self.what]
