@@ -74,7 +74,7 @@ class Int4(Codec):
         codes_BE = torch.empty(blocks_BE.shape, dtype=torch.uint8, device=matrix_OI.device)
         for run in self._runs(blocks_BE):
             part_BE = blocks_BE[run].float()
-            scales_B[run] = self.stored_scales(part_BE.abs().amax(dim=1) / HALF_RANGE)
+            scales_B[run] = part_BE.abs().amax(dim=1) / HALF_RANGE
             divisor_B = scales_B[run].float().clamp(min=SMALLEST_SCALE)
             codes_BE[run] = self.nearest(part_BE / divisor_B[:, None])
         if not torch.isfinite(scales_B).all():

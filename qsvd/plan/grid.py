@@ -90,8 +90,8 @@ def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Seq
         except BadInput as error:
             wrong.append(f"--codecs: {error}")
     if not wrong:
-        codecs = [codec_named(name) for name in names]
-        problems = mixing_problems(codecs) or holding_problems({spec.group: codecs[0] for spec in weights}, weights)
+        found = [codec_named(name) for name in names]
+        problems = mixing_problems(found) or holding_problems({spec.group: found[0] for spec in weights}, weights)
         wrong = [f"--codecs: {problem}" for problem in problems]
     limit = max(min(spec.shape) for spec in weights)
     outside = [str(one) for one in sorted({*ranks}) if not 0 <= one <= limit]
