@@ -50,7 +50,7 @@ def _conflicts_of_quantize(options: Quantize) -> list[str]:
             "--dry-run cannot show the result of a --budget before the layers are measured: run qsvd allocate, or "
             "qsvd plan --budget for the sizes alone"
         ]
-    wrong = []
+    wrong = _conflicts_of_texts(options)
     if options.budget is None and options.allocator != "both":
         wrong.append(f"--allocator {options.allocator} needs a --budget")
     if options.budget is None and options.objective == "hessian":
@@ -79,6 +79,23 @@ def _conflicts_of_codec(options: TrainingOptions | Quantize) -> list[str]:
         for flag, is_given in others.items()
         if is_given
     ]
+
+
+def _conflicts_of_texts(options: Quantize) -> list[str]:
+    if options.calibrate is None:
+        wrong = ["--quality best needs texts: give --calibrate DATA"] if options.quality == "best" else []
+        given = {
+            "--sensitivity": options.sensitivity is not None,
+            "--examples": options.examples != Quantize.examples,
+            "--max-length": options.max_length is not None,
+        }
+        return wrong + [f"{flag} needs --calibrate DATA" for flag, is_given in given.items() if is_given]
+    wrong = []
+    if options.quality == "fast":
+        wrong.append("--quality fast uses no texts: leave out --calibrate, or give --quality good")
+    if options.objective == "fisher":
+        wrong.append("--calibrate and --objective fisher both weight errors: give one of them")
+    return wrong
 
 
 def _conflicts_of_objective(options: Quantize | Allocate) -> list[str]:

@@ -85,7 +85,7 @@ def _check_texts(options: Options) -> None:
 
 def _check_files(options: Options) -> None:
     """Refuse files of options that cannot be read."""
-    for source in (getattr(options, "data", None), getattr(options, "valid", None)):
+    for source in (getattr(options, name, None) for name in ("data", "valid", "calibrate")):
         if source is not None:
             local_data(source)
     table: Path | None = getattr(options, "allocation", None)
