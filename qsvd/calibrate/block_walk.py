@@ -140,6 +140,8 @@ class InputWalk(BlockWalk):
         path = self.order[self._at]
         weights = self.model.read_block(path)
         for spec in self.model.weights(path):
+            if spec.module not in self._taken:  # measured, not split
+                continue
             spec, dense_OI = self._taken.pop(spec.module)
             is_transposed = any(source.is_transposed for source in spec.sources) and not spec.stack
             split = dense_OI().to(self.model.device, self.model.dtype)

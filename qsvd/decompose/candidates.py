@@ -11,19 +11,20 @@ Shape suffixes: O = out features, I = in features, R = rank, K = sketch columns.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qsvd.decompose.alternate import FIRST_PASSES, check_finite
+from qsvd.decompose.alternate import FIRST_PASSES, Recipe, check_finite, split_weight
+from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import PLAIN, Objective
+from qsvd.decompose.rounding import round_nearest
 from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
 from qsvd.numerics.codec import Codec
 
 PASSES = 2  # of each candidate; a third one changes the cost of the chosen candidates by a percent at most
-ROWS = 256  # measured at a time
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class _Weight:
 
     weight_OI: Tensor
     work_OI: Tensor
-    objective: Objective
+    objective: Objective | Moments
     dtype: torch.dtype
+    scales: str
 
 
 def measure_candidates(
@@ -60,8 +62,8 @@ def measure_candidates(
     codecs: Sequence[Codec],
     ranks: Sequence[int],
     *,
-    objective: Objective = PLAIN,
-    dtype: torch.dtype = torch.bfloat16,
+    objective: Objective | Moments = PLAIN,
+    like: Recipe | None = None,
     seed: int = 0,
 ) -> CandidateErrors:
     """Return the errors of every codec at every rank; it holds at most three more float32 matrices of the same size.
@@ -71,7 +73,9 @@ def measure_candidates(
         codecs: Any number of codecs.
         ranks: Rising, 0..min(O, I); 0 is the codec alone.
         objective: How errors are weighted, on any device.
-        dtype: Dtype of the stored factors.
+        like: Dtype of the stored factors, scales and rounding; None has those of a Recipe by default. With feedback,
+            the lowest and the highest rank of each codec are split as they would be; errors of the ranks between are
+            those of nearest codes, times the ratio of both, interpolated.
         seed: Seed of the random sketch and of the probes of a nuclear norm.
 
     Raises:
@@ -89,14 +93,34 @@ def measure_candidates(
     norm = norms.frobenius(scaled_OI) ** 2
     top, nuclear = _spectrum(scaled_OI, ranks[-1], generator)
     del scaled_OI
-    weight = _Weight(weight_OI, torch.empty_like(weight_OI), objective, dtype)
+    like = like or Recipe(codecs[0], 0)
+    weight = _Weight(weight_OI, torch.empty_like(weight_OI), objective, like.dtype, like.scales)
     target_OI = torch.empty_like(weight_OI)
     squares = []
     for rank in ranks:
         up_OR, down_RI = _stored(weight, top.left_OK[:, :rank] * top.values_K[:rank], top.right_KI[:rank])
         torch.addmm(weight_OI, up_OR, down_RI, alpha=-1, out=target_OI)
         squares.append(tuple(_square_of(weight, codec, target_OI, top.right_KI[:rank].mT) for codec in codecs))
+    if like.rounding == "feedback":
+        squares = _fed_back(weight, [replace(like, codec=codec) for codec in codecs], ranks, squares, seed)
     return CandidateErrors(tuple(ranks), tuple(squares), norm, tuple(top.values_K[: ranks[-1]].tolist()), nuclear)
+
+
+def _fed_back(
+    weight: _Weight, recipes: Sequence[Recipe], ranks: Sequence[int], squares: list[tuple[float, ...]], seed: int
+) -> list[tuple[float, ...]]:
+    """Return the errors with feedback; see `measure_candidates`."""
+    found = []
+    for number, recipe in enumerate(recipes):
+        ratios = []
+        for rank, nearest in ((ranks[0], squares[0][number]), (ranks[-1], squares[-1][number])):
+            one = replace(recipe, rank=rank, iterations=1)
+            split = split_weight(weight.weight_OI, one, seed=seed, objective=weight.objective)
+            ratios.append(min(split.history) ** 2 / nearest if nearest else 1.0)
+        first, last = ratios
+        places = [place / max(len(ranks) - 1, 1) for place in range(len(ranks))]
+        found.append([each[number] * (first + (last - first) * at) for each, at in zip(squares, places, strict=True)])
+    return list(zip(*found, strict=True))
 
 
 def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[svd.TopSVD, float]:
@@ -120,7 +144,8 @@ def _square_of(weight: _Weight, codec: Codec, target_OI: Tensor, basis_IR: Tenso
     """
     squares = []
     for _ in range(PASSES):
-        codec.encode(target_OI).decode(out=weight.work_OI)
+        packed = codec.encode(target_OI) if weight.scales == "absmax" else round_nearest(target_OI, codec)
+        packed.decode(out=weight.work_OI)
         torch.sub(weight.weight_OI, weight.work_OI, out=weight.work_OI)  # W - Q
         if basis_IR.shape[1] == 0:
             return _square(weight)
@@ -137,18 +162,14 @@ def _square_of(weight: _Weight, codec: Codec, target_OI: Tensor, basis_IR: Tenso
 def _refitted(weight: _Weight, basis_IR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return factors of `work_OI` as they are stored, by one half-step of subspace iteration, and the next basis.
 
-    The matrix to decompose is diag(rows) M diag(columns); the thin matrices are scaled, so that M is not copied.
+    The matrix to decompose is L^T M R, with the objective's L and R; the thin matrices are multiplied, so that M is not
+    copied.
     """
-    rows, columns = weight.objective.rows_O, weight.objective.columns_I
-    left_OR = svd.orthonormal(_times(rows, weight.work_OI @ _times(columns, basis_IR)))
-    right_IR = _times(columns, weight.work_OI.mT @ _times(rows, left_OR))
+    objective, work_OI = weight.objective, weight.work_OI
+    left_OR = svd.orthonormal(objective.left_times(work_OI @ objective.times_right(basis_IR)))
+    right_IR = objective.right_times(work_OI.mT @ objective.times_left(left_OR))
     up_OR, down_RI = _stored(weight, left_OR, right_IR.mT)
     return up_OR, down_RI, svd.orthonormal(right_IR)
-
-
-def _times(weights_N: Tensor | None, tall_NR: Tensor) -> Tensor:
-    """Return diag(weights) tall."""
-    return tall_NR if weights_N is None else tall_NR * weights_N[:, None]
 
 
 def _stored(weight: _Weight, left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,6 +179,6 @@ def _stored(weight: _Weight, left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor,
 
 
 def _square(weight: _Weight) -> float:
-    """Return the squared norm of `work_OI` by the objective, computed for a few rows at a time."""
-    parts = (slice(start, start + ROWS) for start in range(0, weight.work_OI.shape[0], ROWS))
-    return sum(norms.frobenius(weight.objective.of_rows(rows).scaled(weight.work_OI[rows])) ** 2 for rows in parts)
+    """Return the squared norm of `work_OI` by the objective."""
+    (rows, columns), new = weight.work_OI.shape, weight.work_OI.new_empty
+    return float(weight.objective.squares(weight.work_OI[None], new(1, rows, 0), new(1, 0, columns)))
