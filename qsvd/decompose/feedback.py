@@ -2,14 +2,16 @@
 
 The error of a row e is e M e^T, with M the second moment of what errors meet. Error feedback (GPTQ, arXiv:2210.17323;
 LDLQ of QuIP, arXiv:2307.13304) rounds the columns in order, and moves each column's error onto the later ones: with
-M^-1 = U^T U, U upper triangular, column k changes by -e_j U_jk / U_jj. Sweeps of coordinate descent follow: each column
+M = S S^T, S upper triangular, column k changes by e_j S_jk / S_kk. Sweeps of coordinate descent follow: each column
 gets the codes that are best given all others, and each block of scales its best scales, so that no step makes the error
 larger. row_feedback.py does the same where rows meet each other, too.
 
-Shape suffixes: O = out features, I = in features, E = elements of one block, C = blocks of a row, J = columns of a
-tile, B = blocks. Matrices are worked on as [I, O]: a column is then contiguous.
+Shape suffixes: O = out features, I = in features, E = elements of one block, C = blocks of a row, J, K = columns of a
+tile, G = rows of a group, P = pairs of a tile and a group, B = blocks. Matrices are worked on as
+[I, O]: a column is then contiguous.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -19,12 +21,12 @@ from torch import Tensor
 from qsvd.decompose.scales import fitted, in_blocks, inverse, of_numbers, scales_of
 from qsvd.numerics.codec import SMALLEST_SCALE, Codec
 
-TILE = 128  # columns whose errors are moved onto the later ones by one matrix product
-LEAST_DAMPING, MORE_DAMPING = 1e-6, 10.0  # of the mean, and times the last one, where the factorization fails
+TILE = 64  # columns whose errors are moved onto the later ones by one matrix product
+LEAST_DAMPING, MORE_DAMPING, MOST_DAMPING = 1e-6, 10.0, 1e6  # of the mean, times the last one, and our fault
 
 
 def upper_factor(moment_II: Tensor) -> Tensor:
-    """Return U, upper triangular, with M^-1 = U^T U: the inverse of the Cholesky factor of M from its last row up."""
+    """Return S, upper triangular, with M = S S^T: the Cholesky factor of M from its last row up."""
     damping, mean = 0.0, float(moment_II.diagonal().mean())
     while True:
         flipped_II = moment_II.flip(0, 1)
@@ -32,11 +34,9 @@ def upper_factor(moment_II: Tensor) -> Tensor:
         lower_II, info = torch.linalg.cholesky_ex(flipped_II)
         del flipped_II
         if int(info) == 0:
-            break
+            return lower_II.flip(0, 1)
         damping = max(damping * MORE_DAMPING, LEAST_DAMPING * mean)
-    upper_II = lower_II.flip(0, 1)
-    del lower_II
-    return torch.linalg.solve_triangular(upper_II, torch.eye(len(upper_II), device=upper_II.device), upper=True)
+        assert 0 < damping < MOST_DAMPING * mean, "a finite matrix with a large diagonal has a factor"
 
 
 @dataclass
@@ -85,11 +85,6 @@ class State:
         """Columns of a tile: whole blocks."""
         return max(TILE, self.run)
 
-    def choosescales_of(self, column: int, part_EO: Tensor) -> None:
-        """Choose the scales of the blocks that begin at a column, for what the columns have to hold now."""
-        weights_E = None if self.weights_I is None else self.weights_I[column : column + self.run]
-        self.scales_CO[column // self.run] = fitted(part_EO.t().contiguous(), self.codec, weights_E)
-
     def round_column(self, column: int, wanted_O: Tensor) -> Tensor:
         """Choose the nearest codes for a column; return what they decode to."""
         scale_O = self.scales_CO[column // self.run]
@@ -135,21 +130,100 @@ class State:
 
 def feed_back(state: State, moment_II: Tensor) -> None:
     """Round the columns in order; the error of each is moved onto the later ones."""
+    feed_back_groups(state, moment_II, None, state.target_IO.shape[1])
+
+
+def feed_back_groups(state: State, moment_II: Tensor, moves_OO: Tensor | None, group: int) -> None:
+    """Round a matrix with feedback over the columns of each group of rows, and over the groups.
+
+    The groups go through the tiles of columns one tile apart, so that many pairs of a group and a tile are worked on at
+    once: a pair needs the errors of earlier groups at its columns, and of its group at earlier columns.
+
+    Args:
+        moves_OO: What the error of a row adds to each row of a later group; None if there is one group.
+    """
+    columns, rows = state.target_IO.shape
     upper_II = upper_factor(moment_II)
-    work_IO = state.target_IO.clone()
-    columns = len(work_IO)
-    for first in range(0, columns, state.tile):
-        last = min(first + state.tile, columns)
-        moved_JO = torch.empty_like(work_IO[first:last])
-        for column in range(first, last):
-            if state.is_aligned and column % state.run == 0:
-                state.choosescales_of(column, work_IO[column : column + state.run])
-            wanted_O = work_IO[column]
-            rounded_O = state.round_column(column, wanted_O)
-            torch.sub(state.target_IO[column], rounded_O, out=state.left_IO[column])
-            moved_O = torch.div(wanted_O - rounded_O, upper_II[column, column], out=moved_JO[column - first])
-            work_IO[column + 1 : last].addr_(upper_II[column, column + 1 : last], moved_O, alpha=-1)
-        work_IO[last:].addmm_(upper_II[first:last, last:].t(), moved_JO, alpha=-1)
+    upper_II /= upper_II.diagonal().clone()  # what the error of a column adds to each later one
+    # errors of what groups wanted
+    fed_IO = state.left_IO if moves_OO is None else torch.empty_like(state.left_IO)
+    tiles = [slice(first, min(first + state.tile, columns)) for first in range(0, columns, state.tile)]
+    groups = [slice(first, min(first + group, rows)) for first in range(0, rows, group)]
+    for wave in range(len(tiles) + len(groups) - 1):
+        pairs = [(tiles[wave - at], here) for at, here in enumerate(groups) if 0 <= wave - at < len(tiles)]
+        tile_JPG = state.target_IO.new_zeros(state.tile, len(pairs), group)
+        pulled_JPG = torch.zeros_like(tile_JPG)
+        for at, pair in enumerate(pairs):
+            (tile, here), target_JG = pair, state.target_IO[pair]
+            if moves_OO is not None and here.start > 0:
+                target_JG = torch.addmm(target_JG, state.left_IO[tile, : here.start], moves_OO[: here.start, here])
+            place = (slice(target_JG.shape[0]), at, slice(target_JG.shape[1]))
+            tile_JPG[place] = target_JG
+            pulled_JPG[place] = torch.addmm(target_JG, upper_II[: tile.start, tile].mT, fed_IO[: tile.start, here])
+        values_JPG = _round_tiles(state, pairs, upper_II, tile_JPG, pulled_JPG)
+        for at, pair in enumerate(pairs):
+            place = (slice(pair[0].stop - pair[0].start), at, slice(pair[1].stop - pair[1].start))
+            state.left_IO[pair] = state.target_IO[pair] - values_JPG[place]
+            if moves_OO is not None:
+                fed_IO[pair] = tile_JPG[place] - values_JPG[place]
+
+
+def _round_tiles(
+    state: State, pairs: Sequence[tuple[slice, slice]], upper_II: Tensor, tile_JPG: Tensor, pulled_JPG: Tensor
+) -> Tensor:
+    """Choose the codes and scales of tiles, column by column; return what they decode to [J, P, G].
+
+    Args:
+        pairs: The columns and rows of each tile.
+        tile_JPG, pulled_JPG: What is rounded, without and with feedback from earlier columns; zeros beyond the matrix.
+    """
+    codec, (size, _, group) = state.codec, tile_JPG.shape
+    moves_JKP = tile_JPG.new_zeros(size, size, len(pairs))
+    for at, (tile, _) in enumerate(pairs):
+        width = tile.stop - tile.start
+        moves_JKP[:width, :width, at] = upper_II[tile, tile]
+    scales_CPG = _known_scales(state, pairs, group)
+    codes_JPG = torch.empty(tile_JPG.shape, dtype=torch.uint8, device=tile_JPG.device)
+    values_JPG, levels = torch.empty_like(tile_JPG), codec.levels(tile_JPG.device)
+    inverse_PG = scales_CPG[0]
+    for at in range(size):
+        scale_PG = scales_CPG[at // state.run]
+        if at % state.run == 0:
+            if state.is_aligned:
+                scale_PG.copy_(_best_scales(state, pairs, at, pulled_JPG[at : at + state.run]))
+            inverse_PG = inverse(scale_PG)
+        codes_JPG[at] = codec.nearest((pulled_JPG[at] * inverse_PG).view(-1)).view(scale_PG.shape)
+        torch.mul(levels[codes_JPG[at].int()], scale_PG, out=values_JPG[at])
+        error_PG = tile_JPG[at] - values_JPG[at]
+        pulled_JPG[at + 1 :].addcmul_(moves_JKP[at, at + 1 :, :, None], error_PG)
+    for at, (tile, here) in enumerate(pairs):
+        width, height = tile.stop - tile.start, here.stop - here.start
+        state.codes_IO[tile, here] = codes_JPG[:width, at, :height]
+        blocks = slice(tile.start // state.run, tile.stop // state.run)
+        state.scales_CO[blocks, here] = scales_CPG[: width // state.run, at, :height]
+    return values_JPG
+
+
+def _known_scales(state: State, pairs: Sequence[tuple[slice, slice]], group: int) -> Tensor:
+    """Return the scales of tiles [C, P, G]; zeros where they are still to be chosen."""
+    scales_CPG = state.scales_CO.new_zeros(state.tile // state.run, len(pairs), group)
+    for at, (tile, here) in enumerate(pairs if not state.is_aligned else ()):
+        scales_CPG[: tile.stop - tile.start, at, : here.stop - here.start] = state.scales_CO[tile, here]
+    return scales_CPG
+
+
+def _best_scales(state: State, pairs: Sequence[tuple[slice, slice]], at: int, part_EPG: Tensor) -> Tensor:
+    """Return the best scales of the blocks that begin at a column of each tile [P, G]."""
+    size, count, group = part_EPG.shape
+    weights_BE = None
+    if state.weights_I is not None:
+        weights_PE = part_EPG.new_ones(count, size)
+        for number, (tile, _) in enumerate(pairs):
+            known_E = state.weights_I[tile.start + at : tile.stop][:size]
+            weights_PE[number, : len(known_E)] = known_E
+        weights_BE = weights_PE.repeat_interleave(group, dim=0)
+    blocks_BE = part_EPG.permute(1, 2, 0).reshape(-1, size).contiguous()
+    return fitted(blocks_BE, state.codec, weights_BE).view(count, group)
 
 
 def sweep(state: State, moment_II: Tensor, *, refits: bool) -> None:

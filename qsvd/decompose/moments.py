@@ -18,10 +18,13 @@ from torch import Tensor
 
 from qsvd.decompose.objective import Metric
 from qsvd.errors import BadInput
+from qsvd.numerics.codec import SMALLEST_SCALE
+from qsvd.numerics.norms import squares
+from qsvd.numerics.svd import Product
 
 INPUT_DAMPING, OUTPUT_DAMPING = 0.01, 0.1  # shares of the mean of the diagonal that are added to it
 MORE_DAMPING, MOST_DAMPING = 10.0, 1e6  # times the last one where a factorization fails, and where that is our fault
-BAND = 1024  # rows or columns measured at a time
+BAND = 512  # rows or columns measured at a time
 
 
 @dataclass(frozen=True)
@@ -58,29 +61,28 @@ class Moments:
             raise BadInput(f"the moments are those of {' and '.join(wrong)} of a {shape} matrix")
 
     @cached_property
-    def input_root_II(self) -> Tensor:
-        """L_i, lower triangular."""
-        return _root(self.inputs_II, INPUT_DAMPING)
+    def inputs(self) -> "_Side":
+        """H with damping, and L_i."""
+        return _Side.of(self.inputs_II, INPUT_DAMPING)
 
     @cached_property
-    def output_root_OO(self) -> Tensor | None:
-        """L_o, lower triangular; None without G."""
-        return None if self.outputs_OO is None else _root(self.outputs_OO, OUTPUT_DAMPING)
+    def outputs(self) -> "_Side | None":
+        """G with damping, and L_o; None without G."""
+        return None if self.outputs_OO is None else _Side.of(self.outputs_OO, OUTPUT_DAMPING)
 
-    def scaled(self, matrix_SOI: Tensor) -> Tensor:
-        """Return L_o^T M L_i, float32."""
-        scaled_SOI = matrix_SOI @ self.input_root_II
-        return scaled_SOI if self.output_root_OO is None else self.output_root_OO.mT @ scaled_SOI
+    def scaled(self, matrix_SOI: Tensor) -> Product:
+        """Return L_o^T M L_i."""
+        return Product(matrix_SOI, self.inputs.root_NN, None if self.outputs is None else self.outputs.root_NN)
 
     def scaled_columns(self, matrix_SRI: Tensor) -> Tensor:
         """Return M L_i, float32."""
-        return matrix_SRI @ self.input_root_II
+        return matrix_SRI @ self.inputs.root_NN
 
     def unscaled(self, up_SOR: Tensor, down_SRI: Tensor) -> tuple[Tensor, Tensor]:
         """Return L_o^-T up and down L_i^-1, float32."""
-        down_SRI = torch.linalg.solve_triangular(self.input_root_II, down_SRI, upper=False, left=False)
-        if self.output_root_OO is not None:
-            up_SOR = torch.linalg.solve_triangular(self.output_root_OO.mT, up_SOR, upper=True)
+        down_SRI = torch.linalg.solve_triangular(self.inputs.root_NN, down_SRI, upper=False, left=False)
+        if self.outputs is not None:
+            up_SOR = torch.linalg.solve_triangular(self.outputs.root_NN.mT, up_SOR, upper=True)
         return up_SOR, down_SRI
 
     def times_right(self, tall_IR: Tensor) -> Tensor:
@@ -106,23 +108,22 @@ class Moments:
 
     def squares(self, left_SOI: Tensor, up_SOR: Tensor, down_SRI: Tensor) -> Tensor:
         """Return || L_o^T (left - up down) L_i ||_F^2, float64 [S]."""
-        down_SRI = self.scaled_columns(down_SRI)
-        scaled_SOI = torch.empty_like(left_SOI)
-        for first in range(0, left_SOI.shape[-2], BAND):
-            rows = (..., slice(first, first + BAND), slice(None))
-            torch.baddbmm(left_SOI[rows] @ self.input_root_II, up_SOR[rows], down_SRI, alpha=-1, out=scaled_SOI[rows])
-        if self.output_root_OO is None:
-            return scaled_SOI.square().sum(dim=(-2, -1), dtype=torch.float64)
-        bands = (self.output_root_OO.mT @ band_SOJ for band_SOJ in scaled_SOI.split(BAND, dim=-1))
-        return torch.stack([one.square().sum(dim=(-2, -1), dtype=torch.float64) for one in bands]).sum(dim=0)
+        error_SOI = torch.baddbmm(left_SOI, up_SOR, down_SRI, alpha=-1)
+        squares_S = torch.zeros(len(error_SOI), dtype=torch.float64, device=error_SOI.device)
+        for first in range(0, error_SOI.shape[-1], BAND):  # the roots are triangular
+            scaled_SOJ = error_SOI[..., first:] @ self.inputs.root_NN[first:, first : first + BAND]
+            if self.outputs is None:
+                squares_S += squares(scaled_SOJ)
+                continue
+            root_OO = self.outputs.root_NN
+            for row in range(0, len(root_OO), BAND):
+                squares_S += squares(root_OO[row:, row : row + BAND].mT @ scaled_SOJ[:, row:])
+        return squares_S
 
     def metric(self, up_OR: Tensor, down_RI: Tensor, damping: float) -> Metric:
         """Return what errors meet that factors near these do not absorb; see Metric."""
-        inputs_II = _deflated(self.input_root_II, down_RI.mT, damping)
-        outputs_OO = None if self.output_root_OO is None else _deflated(self.output_root_OO, up_OR, damping)
-        return Metric(
-            inputs_II, outputs_OO, self.inputs_II.diagonal().clamp(min=0) + INPUT_DAMPING * _mean(self.inputs_II)
-        )
+        outputs_OO = None if self.outputs is None else self.outputs.deflated(up_OR, damping)
+        return Metric(self.inputs.deflated(down_RI.mT, damping), outputs_OO, self.inputs.diagonal_N)
 
     def to(self, device: torch.device) -> "Moments":
         """Return a copy on another device."""
@@ -130,32 +131,55 @@ class Moments:
         return Moments(self.inputs_II.to(device), outputs_OO)
 
 
-def _deflated(root_NN: Tensor, factors_NR: Tensor, damping: float) -> Tensor:
-    """Return L (I - V V^T) L^T with damping; the columns of V are an orthonormal basis of those of L^T factors."""
-    span_NR = torch.linalg.qr(root_NN.mT @ factors_NR)[0]
-    seen_NR = root_NN @ span_NR
-    moment_NN = torch.addmm(root_NN @ root_NN.mT, seen_NR, seen_NR.mT, alpha=-1)
-    moment_NN.diagonal().add_(damping)  # the mean of the diagonal of L L^T is about 1
-    return moment_NN
+@dataclass(frozen=True)
+class _Side:
+    """A moment divided by the mean of its diagonal, with damping: L L^T = moment / mean + share * identity.
+
+    Args:
+        given_NN: The moment, as it was given.
+        mean: Of its diagonal; 0 stands for the identity.
+        share: What is added to the diagonal; more where numbers are too far apart for a factorization.
+        root_NN: L, lower triangular.
+    """
+
+    given_NN: Tensor
+    mean: float
+    share: float
+    root_NN: Tensor
+
+    @classmethod
+    def of(cls, given_NN: Tensor, share: float) -> "_Side":
+        """Return a moment with at least this share of damping."""
+        mean = float(given_NN.diagonal().double().mean())
+        mean = mean if mean > SMALLEST_SCALE else 0.0
+        while True:
+            root_NN, info = torch.linalg.cholesky_ex(_damped(given_NN, mean, share))
+            if int(info) == 0:
+                return cls(given_NN, mean, share, root_NN)
+            share *= MORE_DAMPING
+            assert share < MOST_DAMPING, "a matrix with a large diagonal has a factor"
+
+    @property
+    def diagonal_N(self) -> Tensor:
+        """The diagonal of L L^T."""
+        return self.root_NN.square().sum(dim=1)
+
+    def deflated(self, factors_NR: Tensor, damping: float) -> Tensor:
+        """Return L (I - V V^T) L^T with damping; the columns of V are an orthonormal basis of those of L^T factors."""
+        span_NR = torch.linalg.qr(self.root_NN.mT @ factors_NR)[0]
+        seen_NR = self.root_NN @ span_NR
+        moment_NN = _damped(self.given_NN, self.mean, self.share).addmm_(seen_NR, seen_NR.mT, alpha=-1)
+        moment_NN.diagonal().add_(damping)  # the mean of the diagonal of L L^T is about 1
+        return moment_NN
 
 
-def _root(moment_NN: Tensor, share: float) -> Tensor:
-    """Return the Cholesky factor of a moment, scaled and with damping; more damping where numbers are too far apart."""
-    mean = _mean(moment_NN)
-    if mean <= 0:
-        return torch.eye(len(moment_NN), device=moment_NN.device)
-    while True:
-        damped_NN = moment_NN / mean
-        damped_NN.diagonal().add_(share)
-        root_NN, info = torch.linalg.cholesky_ex(damped_NN)
-        if int(info) == 0:
-            return root_NN
-        share *= MORE_DAMPING
-        assert share < MOST_DAMPING, "a matrix with a large diagonal has a factor"
-
-
-def _mean(moment_NN: Tensor) -> float:
-    return float(moment_NN.diagonal().double().mean())
+def _damped(given_NN: Tensor, mean: float, share: float) -> Tensor:
+    """Return a moment divided by the mean of its diagonal, with damping; the identity where the mean is 0."""
+    if mean == 0:
+        return torch.eye(len(given_NN), device=given_NN.device)
+    damped_NN = given_NN / mean
+    damped_NN.diagonal().add_(share)
+    return damped_NN
 
 
 def _problem(moment: Tensor | None) -> str:

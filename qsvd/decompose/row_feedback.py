@@ -1,8 +1,8 @@
 """Error feedback and coordinate descent where rows meet each other, too: tr(M_O E M_I E^T).
 
 The rows are rounded in groups, each with feedback over its columns (feedback.py). Then the error of the group is moved
-onto the rows that follow: with M_O^-1 = U^T U, U upper triangular, group g moves the later rows l by
--(U_gg^-1 U_gl)^T E_g, which is the best change for rows that need not be rounded. It is error feedback against the
+onto the rows that follow: with M_O = S S^T, S upper triangular, group g moves the rows of a later group l by
+(S_gl S_ll^-1)^T E_g, so that they are at their best if they need not be rounded. It is error feedback against the
 Kronecker product of both moments, but for the rows inside of a group.
 
 Coordinate descent takes one column of some rows at a time. Rows that are changed at once meet each other, so that their
@@ -16,7 +16,7 @@ one block.
 import torch
 from torch import Tensor
 
-from qsvd.decompose.feedback import State, feed_back, upper_factor
+from qsvd.decompose.feedback import State, feed_back_groups, upper_factor
 from qsvd.decompose.scales import inverse
 from qsvd.numerics.codec import SMALLEST_SCALE
 
@@ -28,19 +28,13 @@ RIDGE = 1e-6  # of the mean diagonal, where scales are refitted
 
 def feed_back_rows(state: State, inputs_II: Tensor, outputs_OO: Tensor) -> None:
     """Round a matrix in groups of rows; the error of each is moved onto the later ones."""
-    upper_OO = upper_factor(outputs_OO)
-    target_IO, rows = state.target_IO, len(outputs_OO)
-    state.target_IO = target_IO.clone()
-    for first in range(0, rows, GROUP):
-        here, later = slice(first, first + GROUP), slice(first + GROUP, rows)
-        part = state.rows(here)
-        feed_back(part, inputs_II)
-        state.put(here, part)
-        if later.start < rows:
-            move_GL = torch.linalg.solve_triangular(upper_OO[here, here], upper_OO[here, later], upper=True)
-            state.target_IO[:, later].addmm_(part.left_IO, move_GL, alpha=-1)
-    state.target_IO = target_IO
-    state.set_scales(state.scales_in_order())  # computes what is left of the target as it was given
+    moves_OO = upper_factor(outputs_OO)
+    for first in range(0, len(moves_OO), GROUP):
+        here = slice(first, first + GROUP)
+        moves_OO[:first, here] = torch.linalg.solve_triangular(
+            moves_OO[here, here], moves_OO[:first, here], upper=True, left=False
+        )
+    feed_back_groups(state, inputs_II, moves_OO, GROUP)
 
 
 def sweep_rows(state: State, inputs_II: Tensor, outputs_OO: Tensor, *, refits: bool) -> None:

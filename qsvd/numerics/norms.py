@@ -19,6 +19,7 @@ STEPS = (8, 16, 32, 64)  # of Lanczos, after which the estimate is checked; nois
 CLOSE = 0.003  # relative change over a doubling of the steps; the error that remains is about a third of it
 ENDED = 1e-5  # a step this short relative to the spectrum is float32 roundoff: the probe has no further direction
 NOISE = 1e-6  # nodes this far below the largest are float32 roundoff, which the square root would magnify
+LEAST, MOST = 1e-15, 1e18  # lengths of rows whose squares float32 holds
 PROBES = 16  # in one batch
 MOST_BATCHES = 16
 CLOSE_ENOUGH = 0.006  # relative standard error at which no further batch is drawn; three of them are less than 2 %
@@ -31,7 +32,10 @@ def frobenius(matrix: Tensor) -> float:
 
 def squares(matrix: Tensor) -> Tensor:
     """Return the squared Frobenius norms of float32 matrices [..., O, I], in float64."""
-    return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(dim=-1)
+    lengths = torch.linalg.vector_norm(matrix, dim=-1)
+    if lengths.numel() and not (float(lengths.min()) > LEAST and float(lengths.max()) < MOST):
+        lengths = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float64)  # float32 has no such squares
+    return lengths.double().square().sum(dim=-1)
 
 
 def norms(error_OI: Tensor, generator: torch.Generator) -> Norms:

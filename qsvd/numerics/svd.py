@@ -37,15 +37,51 @@ class TopSVD:
         return up_OR.to(dtype), (root_R[..., None] * self.right_KI[..., :rank, :]).to(dtype)
 
 
-def exact_svd(matrix_OI: Tensor, rank: int) -> TopSVD:
+@dataclass(frozen=True)
+class Product:
+    """before^T M after, which thin matrices are multiplied with while it is not computed itself.
+
+    Args:
+        matrix_OI: float32 [..., O, I].
+        after_II, before_OO: None is the identity.
+    """
+
+    matrix_OI: Tensor
+    after_II: Tensor | None
+    before_OO: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.matrix_OI.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix_OI.device
+
+    @property
+    def mT(self) -> "Product":  # as that of a Tensor
+        return Product(self.matrix_OI.mT, self.before_OO, self.after_II)
+
+    def __matmul__(self, thin_IK: Tensor) -> Tensor:
+        found_OK = self.matrix_OI @ (thin_IK if self.after_II is None else self.after_II @ thin_IK)
+        return found_OK if self.before_OO is None else self.before_OO.mT @ found_OK
+
+    def computed(self) -> Tensor:
+        """Return it as one matrix."""
+        scaled_OI = self.matrix_OI if self.after_II is None else self.matrix_OI @ self.after_II
+        return scaled_OI if self.before_OO is None else self.before_OO.mT @ scaled_OI
+
+
+def exact_svd(matrix_OI: Tensor | Product, rank: int) -> TopSVD:
     """Return the leading `rank` singular triples of a float32 [O, I] matrix by LAPACK or cuSOLVER."""
     _check_rank(matrix_OI, rank)
-    left, values, right = torch.linalg.svd(matrix_OI, full_matrices=False)
+    whole_OI = matrix_OI.computed() if isinstance(matrix_OI, Product) else matrix_OI
+    left, values, right = torch.linalg.svd(whole_OI, full_matrices=False)
     return TopSVD(left[..., :rank], values[..., :rank], right[..., :rank, :])
 
 
 def randomized_svd(
-    matrix_OI: Tensor,
+    matrix_OI: Tensor | Product,
     rank: int,
     *,
     passes: int,
@@ -127,7 +163,7 @@ def _cholesky_qr(tall: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve_triangular(upper, tall, upper=True, left=False), info
 
 
-def _check_rank(matrix_OI: Tensor, rank: int) -> None:
+def _check_rank(matrix_OI: Tensor | Product, rank: int) -> None:
     shape = tuple(matrix_OI.shape[-2:])
     if not 1 <= rank <= min(shape):
         raise ValueError(f"rank {rank} is outside 1..{min(shape)}, the ranks of a {shape} matrix")
