@@ -24,6 +24,7 @@ from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
 from qsvd.numerics.codec import Codec
 
+ROWS = 256  # measured at a time
 PASSES = 2  # of each candidate; a third one changes the cost of the chosen candidates by a percent at most
 
 
@@ -89,7 +90,9 @@ def measure_candidates(
     check_finite(weight_OI)
     generator = torch.Generator(weight_OI.device).manual_seed(seed)
     weight_OI, objective = weight_OI.float().contiguous(), objective.to(weight_OI.device)
-    scaled_OI = objective.scaled(weight_OI)
+    found = objective.scaled(weight_OI)
+    scaled_OI = found.computed() if isinstance(found, svd.Product) else found
+    del found
     norm = norms.frobenius(scaled_OI) ** 2
     top, nuclear = _spectrum(scaled_OI, ranks[-1], generator)
     del scaled_OI
@@ -162,14 +165,24 @@ def _square_of(weight: _Weight, codec: Codec, target_OI: Tensor, basis_IR: Tenso
 def _refitted(weight: _Weight, basis_IR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return factors of `work_OI` as they are stored, by one half-step of subspace iteration, and the next basis.
 
-    The matrix to decompose is L^T M R, with the objective's L and R; the thin matrices are multiplied, so that M is not
-    copied.
+    The scaled matrix is not computed: thin matrices are multiplied with its parts.
     """
     objective, work_OI = weight.objective, weight.work_OI
-    left_OR = svd.orthonormal(objective.left_times(work_OI @ objective.times_right(basis_IR)))
-    right_IR = objective.right_times(work_OI.mT @ objective.times_left(left_OR))
+    if isinstance(objective, Moments):
+        scaled_OI = objective.scaled(work_OI)
+        left_OR = svd.orthonormal(scaled_OI @ basis_IR)
+        right_IR = scaled_OI.mT @ left_OR
+    else:
+        rows, columns = objective.rows_O, objective.columns_I
+        left_OR = svd.orthonormal(_times(rows, work_OI @ _times(columns, basis_IR)))
+        right_IR = _times(columns, work_OI.mT @ _times(rows, left_OR))
     up_OR, down_RI = _stored(weight, left_OR, right_IR.mT)
     return up_OR, down_RI, svd.orthonormal(right_IR)
+
+
+def _times(weights_N: Tensor | None, tall_NR: Tensor) -> Tensor:
+    """Return diag(weights) tall."""
+    return tall_NR if weights_N is None else tall_NR * weights_N[:, None]
 
 
 def _stored(weight: _Weight, left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,6 +192,10 @@ def _stored(weight: _Weight, left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor,
 
 
 def _square(weight: _Weight) -> float:
-    """Return the squared norm of `work_OI` by the objective."""
-    (rows, columns), new = weight.work_OI.shape, weight.work_OI.new_empty
-    return float(weight.objective.squares(weight.work_OI[None], new(1, rows, 0), new(1, 0, columns)))
+    """Return the squared norm of `work_OI` by the objective, computed for a few rows at a time where rows are apart."""
+    objective, work_OI = weight.objective, weight.work_OI
+    if isinstance(objective, Moments):
+        (rows, columns), new = work_OI.shape, work_OI.new_empty
+        return float(objective.squares(work_OI[None], new(1, rows, 0), new(1, 0, columns)))
+    parts = (slice(start, start + ROWS) for start in range(0, work_OI.shape[0], ROWS))
+    return sum(norms.frobenius(objective.of_rows(rows).scaled(work_OI[rows])) ** 2 for rows in parts)

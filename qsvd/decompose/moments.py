@@ -85,26 +85,10 @@ class Moments:
             up_SOR = torch.linalg.solve_triangular(self.outputs.root_NN.mT, up_SOR, upper=True)
         return up_SOR, down_SRI
 
-    def times_right(self, tall_IR: Tensor) -> Tensor:
-        """Return L_i tall."""
-        return self.input_root_II @ tall_IR
-
-    def right_times(self, tall_IR: Tensor) -> Tensor:
-        """Return L_i^T tall."""
-        return self.input_root_II.mT @ tall_IR
-
-    def times_left(self, tall_OR: Tensor) -> Tensor:
-        """Return L_o tall."""
-        return tall_OR if self.output_root_OO is None else self.output_root_OO @ tall_OR
-
-    def left_times(self, tall_OR: Tensor) -> Tensor:
-        """Return L_o^T tall."""
-        return tall_OR if self.output_root_OO is None else self.output_root_OO.mT @ tall_OR
-
     @property
     def magnitude(self) -> float:
         """The product of the means of both diagonals, which errors are divided by: with G they compare layers."""
-        return _mean(self.inputs_II) * (1.0 if self.outputs_OO is None else _mean(self.outputs_OO))
+        return self.inputs.mean * (1.0 if self.outputs is None else self.outputs.mean)
 
     def squares(self, left_SOI: Tensor, up_SOR: Tensor, down_SRI: Tensor) -> Tensor:
         """Return || L_o^T (left - up down) L_i ||_F^2, float64 [S]."""

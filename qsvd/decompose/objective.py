@@ -93,16 +93,6 @@ class Objective:
             up_OR = up_OR / self.rows_O[..., None]
         return up_OR, down_RI if self.columns_I is None else down_RI / self.columns_I[..., None, :]
 
-    def times_right(self, tall_IR: Tensor) -> Tensor:
-        """Return diag(columns) tall."""
-        return tall_IR if self.columns_I is None else tall_IR * self.columns_I[:, None]
-
-    def times_left(self, tall_OR: Tensor) -> Tensor:
-        """Return diag(rows) tall."""
-        return tall_OR if self.rows_O is None else tall_OR * self.rows_O[:, None]
-
-    right_times, left_times = times_right, times_left  # a diagonal is its transpose
-
     def squares(self, left_SOI: Tensor, up_SOR: Tensor, down_SRI: Tensor) -> Tensor:
         """Return || diag(rows) (left - up down) diag(columns) ||_F^2, float64 [S], by a few rows at a time."""
         squares_S = torch.zeros(len(left_SOI), dtype=torch.float64, device=left_SOI.device)

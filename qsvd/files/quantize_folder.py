@@ -193,8 +193,7 @@ class OutputFolder(Workspace):
     ) -> None:
         """Write a weight as `save` does, but without its residual, which the caller writes to the shard."""
         metadata = {"record": json.dumps(record), "residual_sha256": residual_sha256, "source_digest": source_digest}
-        metadata = PYTORCH | metadata
-        write_stream(self._factors(index), new_tensors(factors), metadata)
+        write_stream(self._factors(index), new_tensors(factors), PYTORCH | metadata)
 
     def weight_record(self, index: int) -> Any:
         """Return the record that `save` was given; raise what `write_shard` raises."""
@@ -214,9 +213,11 @@ class OutputFolder(Workspace):
     def entries(self, index: int, shard: str) -> dict[str, TensorEntry]:
         """Return the tensors of a finished weight, whose residual may be in its shard; raise as `write_shard` does."""
         with self._again(index):
-            kept = self._residual(index)
-            residual = read_header(kept if kept.is_file() else self.folder / shard).tensors
-            return residual | read_header(self._factors(index)).tensors
+            files = (
+                self._residual(index) if self._residual(index).is_file() else self.folder / shard,
+                self._factors(index),
+            )
+            return {name: entry for file in files for name, entry in read_header(file).tensors.items()}
 
     @property
     def source_files(self) -> dict[str, Any]:
@@ -246,9 +247,8 @@ class OutputFolder(Workspace):
 
     def write_adapter(self, file: str, indices: Sequence[int], metadata: Mapping[str, str]) -> None:
         """Write the components of all weights to one file; raise what `write_shard` raises."""
-        parts = self._parts(indices, self._factors)
         with self._again(*indices):
-            write_stream(self.folder / file, parts, PYTORCH | dict(metadata))
+            write_stream(self.folder / file, self._parts(indices, self._factors), PYTORCH | dict(metadata))
 
     def forget(self, indices: Iterable[int]) -> None:
         """Remove what is kept of weights, so that they are split again."""
@@ -336,8 +336,7 @@ class BackgroundWriter:
 
     def write_shard(self, file: str, indices: Sequence[int], copied: Sequence[NewTensor]) -> None:
         """Write a shard as OutputFolder.write_shard does, after all weights that were given until now."""
-        job = (self._last, self.folder.write_shard, file, indices, copied)
-        self._joins.append(self._joiner.submit(_after, *job))
+        self._joins.append(self._joiner.submit(_after, self._last, self.folder.write_shard, file, indices, copied))
 
     def wait(self) -> None:
         """Return when everything is written."""
