@@ -14,7 +14,7 @@ from qsvd.console.progress import Stopwatch, explained_disk_errors, say, termina
 from qsvd.errors import BadInput, listing
 from qsvd.export.hub import open_repository
 from qsvd.files.atomic import changed_files, file_digest
-from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder, largest_stack
+from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder
 from qsvd.files.quantized.padding import padding_of
 from qsvd.files.readers import is_whole, stream
 from qsvd.files.safetensors import digest_of, read_header
@@ -159,7 +159,7 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress, ti
         turns.sort(key=lambda stack: walk.place(run.weights[stack[0]]))
     pending = [stack for stack in turns if not done.issuperset(stack)]  # as a whole, since bytes depend on the stack
     tensors = stream(run.checkpoint, [[run.weights[number] for number in stack] for stack in pending])
-    largest, *others = largest_stack(run.weights, run.stacks)
+    largest, *others = run.largest_stack
     waiting = waiting_bytes(largest.shape, run.everything.choices[largest.module], 1 + len(others))
     left = {shard.file: set(shard.weights) for shard in run.shards if not (run.out / shard.file).is_file()}
     with BackgroundWriter(folder, waiting) as writer:

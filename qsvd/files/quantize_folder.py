@@ -127,12 +127,6 @@ def plan_stacks(
     return sorted(stacks, key=lambda stack: shard.weights.index(stack[0]))  # about the order of the source
 
 
-def largest_stack(weights: Sequence[WeightSpec], stacks: Iterable[Sequence[tuple[int, ...]]]) -> list[WeightSpec]:
-    """Return the stack with the most elements, of those of all files; of several the first one in the model."""
-    every = sorted(stack for of_file in stacks for stack in of_file)
-    return [weights[n] for n in max(every, key=lambda stack: len(stack) * math.prod(weights[stack[0]].shape))]
-
-
 def sizes_of(
     checkpoint: Checkpoint,
     weights: Sequence[WeightSpec],
@@ -213,11 +207,9 @@ class OutputFolder(Workspace):
     def entries(self, index: int, shard: str) -> dict[str, TensorEntry]:
         """Return the tensors of a finished weight, whose residual may be in its shard; raise as `write_shard` does."""
         with self._again(index):
-            files = (
-                self._residual(index) if self._residual(index).is_file() else self.folder / shard,
-                self._factors(index),
-            )
-            return {name: entry for file in files for name, entry in read_header(file).tensors.items()}
+            kept = self._residual(index)
+            residual = read_header(kept if kept.is_file() else self.folder / shard).tensors
+            return {**residual, **read_header(self._factors(index)).tensors}
 
     @property
     def source_files(self) -> dict[str, Any]:

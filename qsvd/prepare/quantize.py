@@ -168,6 +168,13 @@ class QuantizeRun:
             return [[(number,) for number in shard.weights] for shard in self.shards]
         return [plan_stacks(self.checkpoint, self.weights, self.everything, s, self.device.type) for s in self.shards]
 
+    @property
+    def largest_stack(self) -> list[WeightSpec]:
+        """The stack with the most elements; of several the first one in the model."""
+        every = sorted(stack for stacks in self.stacks for stack in stacks)
+        largest = max(every, key=lambda stack: len(stack) * math.prod(self.weights[stack[0]].shape))
+        return [self.weights[number] for number in largest]
+
     @cached_property
     def sizes(self) -> Sizes:
         """The bytes that the run reads and writes."""

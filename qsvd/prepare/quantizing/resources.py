@@ -5,7 +5,7 @@ from functools import partial
 
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import write_text
-from qsvd.files.quantize_folder import OutputFolder, largest_stack
+from qsvd.files.quantize_folder import OutputFolder
 from qsvd.files.workspace import MANIFEST
 from qsvd.memory.other_tasks import plan_splitting
 from qsvd.plan.allocation import from_text, residual_bytes, to_text
@@ -68,7 +68,7 @@ def check_resources(run: QuantizeRun) -> None:
 
 def _check_memory(run: QuantizeRun) -> None:
     """Refuse a run whose largest weight cannot be split in the memory that is free."""
-    largest, *others = largest_stack(run.weights, run.stacks)
+    largest, *others = run.largest_stack
     choice, free = run.everything.choices[largest.module], machine(run.device, run.compute_dtype).limits
     count, copied, options = 1 + len(others), run.sizes.largest_copy, run.options
     more = {"weighted": options.objective == "fisher", "feeds_back": options.rounding == "feedback"}
