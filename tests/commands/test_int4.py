@@ -8,10 +8,13 @@ import transformers
 from safetensors.torch import load_file
 
 import qsvd
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.start import new_record, planner_of
 from qsvd.cli import run as command
 from qsvd.errors import BadInput
 from qsvd.files.split_folder import open_split
 from qsvd.memory.items import Placement
+from qsvd.plan.allocation import residual_bytes
 from tests.checkpoints import write_checkpoint
 
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -77,6 +80,16 @@ def test_qsvd_loads_it_whole_and_offloaded(source, out):
     for pages in ("host", "disk"):
         placed = qsvd.load(out, device="cpu", placement=Placement(resident=0, pages=pages))
         assert torch.equal(logits(placed), found)
+
+
+def test_the_planner_counts_the_bytes_that_are_loaded_and_stored(out):
+    split = open_split(out)
+    planned = planner_of(split, torch.bfloat16)(new_record(split, AdapterOptions()))
+    loaded = [split.residual(name).num_bytes for name in split.weights]
+    assert sum(block.codes + block.scales for block in planned.blocks) == sum(loaded)
+    tensors = load_file(out / "model.safetensors")
+    stored = [tensor.nbytes for name, tensor in tensors.items() if "_proj.weight" in name]
+    assert sum(residual_bytes(split.codec(name), tuple(w["shape"])) for name, w in split.weights.items()) == sum(stored)
 
 
 def test_the_merged_export_has_the_dtype_of_the_source_and_its_outputs(source, out, tmp_path):
