@@ -1,10 +1,10 @@
 """int4 of qsvd and GPTQ of llm-compressor (W4A16) on one model: same groups, same text, both read back and compared.
 
-    python tools/gptq_contest.py MODEL TEXT --out DIR --group 64 --gptq OTHER/bin/python
+    python tools/gptq_contest.py MODEL TEXT OUT --group 64 --gptq OTHER/bin/python
 
 prints for each: KL divergence from the 16-bit model, perplexity, bytes of weights and components, seconds. The first
-part of TEXT is for calibration, the last for the measure. --gptq names a Python that has llm-compressor, which needs
-other versions of libraries, and tyro; without it qsvd is measured alone. In --options, {data} is the file with the calibration
+part of TEXT is for calibration, the last for the measure. --gptq names a Python with llm-compressor and tyro, since it
+needs other versions of libraries; without it qsvd is measured alone. In --options, {data} is the file with calibration
 texts. Needs compressed-tensors here.
 """
 
@@ -127,7 +127,7 @@ def main(contest: Contest) -> None:
     exact = log_probabilities(loaded(contest.model), rows)
     seconds: dict[str, tuple[Path, float]] = {}
     if contest.gptq is not None:
-        command = [str(contest.gptq), __file__, contest.model, str(contest.text), "--out", str(contest.out)]
+        command = [str(contest.gptq), __file__, contest.model, str(contest.text), str(contest.out)]
         command += ["--only", "gptq", "--group", str(contest.group), "--examples", str(contest.examples)]
         done = subprocess.run(
             [*command, "--length", str(contest.length)], check=True, stdout=subprocess.PIPE, text=True

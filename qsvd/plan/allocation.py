@@ -280,17 +280,19 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
 def holding_problems(codecs: Mapping[str, Codec], weights: Sequence[WeightSpec]) -> list[str]:
     """Say which weights a codec cannot hold.
 
-    bitsandbytes and compressed-tensors do not replace layers that are not plain nn.Linear, and groups of the latter
-    divide the inputs of a layer.
+    bitsandbytes and compressed-tensors do not replace subclasses of nn.Linear, nor the latter GPT-2's Conv1D. Its
+    groups divide the inputs of a layer.
 
     Args:
         codecs: By the group of the weight.
     """
     problems = []
     groups = dict.fromkeys(spec.group for spec in weights if not spec.is_plain)
-    for kind, library in ((NormalFloat4, "bitsandbytes"), (Int4, "compressed-tensors")):
-        if wrong := [group for group in groups if isinstance(codecs[group], kind)]:
-            problems.append(f"{library} does not replace {listing(wrong)}; use nf4-64-8x256 for all weights")
+    if wrong := [group for group in groups if isinstance(codecs[group], NormalFloat4)]:
+        problems.append(f"bitsandbytes does not replace {listing(wrong)}; use nf4-64-8x256 for all weights")
+    others = dict.fromkeys(spec.group for spec in weights if not spec.stack and spec.read_from[0].is_transposed)
+    if wrong := [group for group in groups | others if isinstance(codecs[group], Int4)]:
+        problems.append(f"compressed-tensors does not replace {listing(wrong)}; use another codec, or --exclude them")
     return problems + _odd_groups(codecs, weights)
 
 

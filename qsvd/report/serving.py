@@ -36,7 +36,7 @@ def four_bit_line(base: str, name: str, folder: str, rank: int, quantization: Ma
     """
     line = f"vllm serve {shell(base)} --served-model-name residual-only --dtype bfloat16 "
     line += lora_flags(name, folder, rank)
-    if quantization["quant_method"] == COMPRESSED:
+    if quantization.get("quant_method") == COMPRESSED:
         return line
     served = json.dumps({"quantization_config": {**quantization, "bnb_4bit_quant_storage": "uint8"}})
     return f"{line} --hf-overrides {shell(served)}"

@@ -8,10 +8,13 @@ import transformers
 from safetensors.torch import load_file
 
 import qsvd
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.start import new_record, planner_of
 from qsvd.cli import run as command
 from qsvd.errors import BadInput
 from qsvd.files.split_folder import open_split
 from qsvd.memory.items import Placement
+from qsvd.plan.allocation import residual_bytes
 from tests.checkpoints import write_checkpoint
 
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -79,6 +82,16 @@ def test_qsvd_loads_it_whole_and_offloaded(source, out):
         assert torch.equal(logits(placed), found)
 
 
+def test_the_planner_counts_the_bytes_that_are_loaded_and_stored(out):
+    split = open_split(out)
+    planned = planner_of(split, torch.bfloat16)(new_record(split, AdapterOptions()))
+    loaded = [split.residual(name).num_bytes for name in split.weights]
+    assert sum(block.codes + block.scales for block in planned.blocks) == sum(loaded)
+    tensors = load_file(out / "model.safetensors")
+    stored = [tensor.nbytes for name, tensor in tensors.items() if "_proj.weight" in name]
+    assert sum(residual_bytes(split.codec(name), tuple(w["shape"])) for name, w in split.weights.items()) == sum(stored)
+
+
 def test_the_merged_export_has_the_dtype_of_the_source_and_its_outputs(source, out, tmp_path):
     assert command(["export", str(out), "--to", "merged", "--out", str(tmp_path / "merged")]) == 0
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -131,6 +144,17 @@ def test_what_does_not_go_together_is_refused(source, tmp_path, case):
     options, sentence = REFUSED[case]
     with pytest.raises(BadInput, match=sentence):
         qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=8, **options))
+
+
+def test_transposed_layers_are_refused_and_experts_are_for_qsvd_alone(tmp_path):
+    write_checkpoint(tmp_path / "gpt2", "GPT2LMHeadModel")
+    with pytest.raises(BadInput, match=r"compressed-tensors does not replace transformer[.]h[.]0[.]attn"):
+        qsvd.quantize(qsvd.Quantize(str(tmp_path / "gpt2"), out=tmp_path / "out", rank=4, codec="int4-32"))
+    write_checkpoint(tmp_path / "mixtral", "MixtralForCausalLM")
+    made = qsvd.quantize(qsvd.Quantize(str(tmp_path / "mixtral"), out=tmp_path / "moe", rank=4, codec="int4-32"))
+    assert json.loads((made / "config.json").read_text())["quantization_config"]["quant_method"] == "qsvd"
+    exact = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral", dtype=torch.float32)
+    assert off(logits(qsvd.load(made, device="cpu")), logits(exact)) < 0.2
 
 
 def test_layers_without_whole_groups_can_be_excluded(source, tmp_path):
