@@ -267,7 +267,7 @@ def _best(iterates: Iterable[_Iterate], fitter: "_Fitter") -> list[Split]:
         for number, (history, distance) in enumerate(zip(histories, distances, strict=True)):
             if fitter.recipe.stop == "rise" and _has_risen(history):
                 continue
-            # of equal errors the first is kept: a later one is not better
+            # of equal errors the first is kept: a later one is not better, nor is one that is not finite
             if not history or distance < min(history):
                 up_OR, down_RI = factors.up_SOR[number], factors.down_SRI[number]
                 best[number] = Split(residuals[number], up_OR, down_RI, len(history) + 1, ())
@@ -278,7 +278,7 @@ def _best(iterates: Iterable[_Iterate], fitter: "_Fitter") -> list[Split]:
 
 
 def _has_risen(history: Sequence[float]) -> bool:
-    return len(history) > 1 and history[-1] > history[-2]
+    return len(history) > 1 and not history[-1] <= history[-2]  # nor is NaN
 
 
 @dataclass(frozen=True)

@@ -96,12 +96,12 @@ class State:
         """Return the levels of the codes of some columns, float32."""
         return self.codec.levels(self.codes_IO.device)[self.codes_IO[columns].int()]
 
-    def rows(self, rows: slice) -> "State":
+    def rows(self, rows: Tensor) -> "State":
         """Return the state of some rows, in copies; `put` takes it back."""
         parts = (self.target_IO, self.left_IO, self.codes_IO, self.scales_CO)
-        return State(self.codec, *(part[:, rows].contiguous() for part in parts), self.weights_I)
+        return State(self.codec, *(part[:, rows] for part in parts), self.weights_I)
 
-    def put(self, rows: slice, part: "State") -> None:
+    def put(self, rows: Tensor, part: "State") -> None:
         """Take over what was chosen for some rows; their target stays as it was."""
         self.codes_IO[:, rows], self.scales_CO[:, rows] = part.codes_IO, part.scales_CO
         self.left_IO[:, rows] = part.left_IO

@@ -11,6 +11,8 @@ H = I, too.
 Shape suffixes: O = out features, I = in features, B = blocks, E = elements of one block.
 """
 
+from math import frexp
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from qsvd.decompose.scales import in_blocks, inverse, runs_of, scales_of
 from qsvd.numerics.codec import Codec, PackedBlocks, plain_scales
 
 DAMPING = {2: 0.1, 3: 0.03, 4: 0.01, 8: 0.01}  # bits -> share of the mean of a moment's diagonal that is added to it
+
+MOST_EXPONENT = 120  # of a unit that float32 can be divided by
 
 
 def round_nearest(matrix_OI: Tensor, codec: Codec, columns_I: Tensor | None = None) -> PackedBlocks:
@@ -44,23 +48,37 @@ def round_nearest(matrix_OI: Tensor, codec: Codec, columns_I: Tensor | None = No
 def round_with_feedback(target_OI: Tensor, codec: Codec, metric: Metric, *, sweeps: int = 1) -> PackedBlocks:
     """Encode a matrix with error feedback against what factors cannot absorb, and sweeps of coordinate descent.
 
+    Where that leads to scales that cannot be stored, codes are the nearest ones.
+
     Args:
         target_OI: float32 [O, I], finite: W - B A.
         metric: The error that is lowered.
         sweeps: At least 1.
     """
     state = State.start(target_OI, codec, metric.columns_I)
+    unit = _unit(state.target_IO)  # squares of very large and very small numbers are no float32
+    for part in (state.target_IO, state.scales_CO):
+        part /= unit
     if metric.outputs_OO is None:
         feed_back(state, metric.inputs_II)
     else:
         feed_back_rows(state, metric.inputs_II, metric.outputs_OO)
     for _ in range(sweeps):
         _sweep(state, metric, refits=state.is_aligned)
-    stored = codec.stored_scales(state.scales_in_order())
-    is_rounded = state.set_scales(plain_scales(stored).float())
+    scales_B = state.scales_in_order() * unit
+    if not (scales_B.abs() <= torch.finfo(codec.scale_dtype).max).all():  # nor is a NaN
+        return round_nearest(target_OI, codec, metric.columns_I)
+    stored = codec.stored_scales(scales_B)
+    is_rounded = state.set_scales(plain_scales(stored).float() / unit)
     if is_rounded:  # the codes were chosen for other scales
         _sweep(state, metric, refits=False)
     return codec.packed(state.codes_IO.t().reshape(-1), stored, (target_OI.shape[0], target_OI.shape[1]))
+
+
+def _unit(matrix: Tensor) -> float:
+    """Return a power of two near the largest magnitude; 1 for zeros."""
+    _, exponent = frexp(float(matrix.abs().amax()))
+    return 2.0 ** max(min(exponent, MOST_EXPONENT), -MOST_EXPONENT)
 
 
 def _sweep(state: State, metric: Metric, *, refits: bool) -> None:

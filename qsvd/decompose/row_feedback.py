@@ -13,6 +13,9 @@ Shape suffixes: O = out features, I = in features, G = rows worked on together, 
 one block.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -41,9 +44,10 @@ def sweep_rows(state: State, inputs_II: Tensor, outputs_OO: Tensor, *, refits: b
     """Give each column of some rows the codes that are best given all others, and then each block its best scales."""
     columns, rows = state.target_IO.shape
     for first in range(0, rows, ROWS):
-        here = slice(first, min(first + ROWS, rows))
-        pull_IG = inputs_II @ (state.left_IO @ outputs_OO[:, here])
-        part, own_GG = state.rows(here), outputs_OO[here, here].contiguous()
+        order_G = torch.arange(first, min(first + ROWS, rows), device=outputs_OO.device)
+        here_G = torch.cat([order_G[part::PARTS] for part in range(PARTS)])  # rows of a part lie side by side
+        pull_IG = inputs_II @ (state.left_IO @ outputs_OO[:, here_G])
+        part, own_GG = state.rows(here_G), outputs_OO[here_G[:, None], here_G]
         for start in range(0, columns, state.tile):
             tile = slice(start, min(start + state.tile, columns))
             moved_JG = _change_codes(part, tile, pull_IG[tile], inputs_II[tile, tile], own_GG)
@@ -51,7 +55,7 @@ def sweep_rows(state: State, inputs_II: Tensor, outputs_OO: Tensor, *, refits: b
                 pull_IG[tile].addmm_(inputs_II[tile, tile].triu(1), moved_JG, alpha=-1)
                 moved_JG += _refit_scales(part, tile, pull_IG[tile], inputs_II[tile, tile], own_GG)
             pull_IG[tile.stop :].addmm_(inputs_II[tile.stop :, tile], moved_JG, alpha=-1)
-        state.put(here, part)
+        state.put(here_G, part)
 
 
 def _change_codes(part: State, tile: slice, pull_JG: Tensor, own_JJ: Tensor, own_GG: Tensor) -> Tensor:
@@ -61,25 +65,34 @@ def _change_codes(part: State, tile: slice, pull_JG: Tensor, own_JJ: Tensor, own
         pull_JG: M_I (T - Q) M_O at the tile; it is kept up to date for the columns that follow.
     """
     moved_JG = torch.zeros_like(pull_JG)
-    diagonal_G = own_GG.diagonal()
-    for at, column in enumerate(range(tile.start, tile.stop)):
-        curve = own_JJ[at, at]
-        for first in range(PARTS):
-            some = slice(first, None, PARTS)
-            old_P = part.target_IO[column, some] - part.left_IO[column, some]
-            pull_P, scale_P = pull_JG[at, some], part.scales_CO[column // part.run, some]
-            wanted_P = torch.addcdiv(old_P, pull_P, diagonal_G[some] * curve)
-            codes_P = part.codec.nearest(wanted_P * inverse(scale_P))
-            change_P = part.codec.levels(scale_P.device)[codes_P.int()] * scale_P - old_P
-            moved_G = own_GG[:, some] @ change_P
-            lowers = 2 * (change_P @ pull_P) > curve * (change_P @ moved_G[some])
-            moved_G *= lowers
-            part.left_IO[column, some] -= change_P * lowers
-            part.codes_IO[column, some] = torch.where(lowers, codes_P, part.codes_IO[column, some])
-            pull_JG[at].sub_(moved_G * curve)
-            moved_JG[at] += moved_G
+    levels, ends = part.codec.levels(own_GG.device), [0]
+    for first in range(PARTS):
+        ends.append(ends[-1] + len(range(first, len(own_GG), PARTS)))
+    parts = [slice(*both) for both in pairwise(ends)]
+    own_PG, reach_P = [own_GG[one] for one in parts], [1 / own_GG.diagonal()[one] for one in parts]
+    values_JG, codes_JG = part.target_IO[tile] - part.left_IO[tile], part.codes_IO[tile]
+    for at, (curve, scale_G) in enumerate(_curves_and_scales(part, tile, own_JJ)):
+        inverse_G, slope_G = inverse(scale_G), pull_JG[at] / curve
+        for here, own_RG, reach_R in zip(parts, own_PG, reach_P, strict=True):
+            old_R, slope_R = values_JG[at, here], slope_G[here]
+            codes_R = part.codec.nearest(torch.addcmul(old_R, slope_R, reach_R).mul_(inverse_G[here]))
+            change_R = levels[codes_R.int()].mul_(scale_G[here]).sub_(old_R)
+            moved_G = change_R @ own_RG
+            lowers = change_R @ torch.sub(slope_R, moved_G[here], alpha=0.5) > 0
+            old_R.addcmul_(change_R, lowers)
+            torch.where(lowers, codes_R, codes_JG[at, here], out=codes_JG[at, here])
+            slope_G.addcmul_(moved_G, lowers, value=-1)
+            moved_JG[at].addcmul_(moved_G, lowers)
+        torch.mul(slope_G, curve, out=pull_JG[at])
         pull_JG[at + 1 :].addr_(own_JJ[at + 1 :, at], moved_JG[at], alpha=-1)
+    torch.sub(part.target_IO[tile], values_JG, out=part.left_IO[tile])
     return moved_JG
+
+
+def _curves_and_scales(part: State, tile: slice, own_JJ: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the diagonal number of M_I and the scales of each column of a tile."""
+    for column, curve in zip(range(tile.start, tile.stop), own_JJ.diagonal(), strict=True):
+        yield curve, part.scales_CO[column // part.run]
 
 
 def _refit_scales(part: State, tile: slice, pull_JG: Tensor, own_JJ: Tensor, own_GG: Tensor) -> Tensor:

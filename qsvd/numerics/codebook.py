@@ -16,6 +16,7 @@ from torch import Tensor
 from qsvd.numerics import codec
 
 CPU = torch.device("cpu")
+FEW_VALUES = 1000  # for which one call that searches takes less time than many that compare
 NF4_LEVELS = (  # bitsandbytes' table; it differs from `constructed` in twelve levels, by up to 1.8e-7
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -79,7 +80,7 @@ def nearest(scaled_N: Tensor, bits: int) -> Tensor:
     Args:
         scaled_N: float32, without a NaN; values outside -1..1 take the first or the last code.
     """
-    if scaled_N.is_cuda:
+    if scaled_N.is_cuda or len(scaled_N) < FEW_VALUES:
         return torch.bucketize(scaled_N, boundaries(bits, scaled_N.device), out_int32=True).to(torch.uint8)
     if bits == 8:
         return torch.from_numpy(_by_table(scaled_N))
