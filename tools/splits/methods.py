@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -14,7 +16,6 @@ from splits import published
 from splits.published import Method, Parts, Weight, finer
 from torch import Tensor
 
-from qsvd.decompose import objective
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.numerics.codec import Codec
@@ -23,7 +24,7 @@ from qsvd.numerics.names import codec_named
 CODECS = {4: "nf4", 3: "nf3-64-fp16", 2: "nf2-32-fp16"}
 ITERATIONS = 5
 FEW = 2  # alternations with large matrices
-HAS_MOMENTS = hasattr(objective, "Moments")
+HAS_MOMENTS = find_spec("qsvd.decompose.moments") is not None
 Statistics = Literal["no data", "H", "H and G"]
 
 
@@ -68,7 +69,8 @@ def objective_of(weight: Weight, statistics: Statistics) -> Objective:
     if statistics == "no data":
         return PLAIN
     outputs_OO = weight.outputs_OO.float() if statistics == "H and G" else None
-    return objective.Moments(weight.inputs_II.float(), outputs_OO)
+    moments = import_module("qsvd.decompose.moments")
+    return moments.Moments(weight.inputs_II.float(), outputs_OO)
 
 
 def caldera_few(weight: Weight, codec: Codec, rank: int) -> Parts:

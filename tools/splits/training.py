@@ -26,7 +26,7 @@ from qsvd.commands.demo import MODEL, fine_tuning_data
 
 RANK, SEEDS = 16, (0, 1, 2)
 TEST_SHARE = 0.2  # of the text to train on, its end
-LENGTH = ("--steps", 30, "--batch-size", 4, "--accumulate", 1, "--max-length", 256)
+LENGTH = ("--steps", 24, "--batch-size", 4, "--accumulate", 1, "--max-length", 256)
 FIXED = ("--no-gradient-checkpointing", "--device", "cpu", "--save-every", 10**6)
 LORA = ("--method", "lora", "--rank", RANK, "--alpha", RANK)
 PISSA = ("--method", "pissa")
@@ -115,7 +115,11 @@ def best_rate(table: Table, keys: Row) -> float:
 
 def loss(model: object, text: Path) -> float:
     """Return nats a token, as qsvd eval measures them."""
-    return math.log(json.loads(qsvd("eval", model, "--data", text, "--json"))["models"][0]["perplexity"])
+    return math.log(
+        json.loads(qsvd("eval", model, "--data", text, "--window", 256, "--stride", 256, "--json"))["models"][0][
+            "perplexity"
+        ]
+    )
 
 
 def qsvd(*words: object) -> str:
