@@ -26,6 +26,26 @@ from splits.published import Weight
 from splits.rows import Row, Table, cells, markdown
 from tyro.conf import arg
 
+HEAD = """\
+- **Format:** all methods write the same blocks and levels: nf4 with float32 scales for 64 weights; nf3-64-fp16;
+  nf2-32-fp16. Components have 16 bits. "Half the block size" spends bytes on scales instead of components.
+- **Methods of the literature** are our implementations of the papers' formulas, in float64 (in float32 for the large
+  random matrices), with the largest magnitudes as scales. LQ-LoRA has the Fisher information by rows and columns.
+  "CLoQ-like" is GPTQ and the exact components of its error in the norm of H. "CALDERA-like" alternates GPTQ and such
+  components, starts from the components of W, and keeps its best pass; it has neither the Hadamard transform nor the
+  lattice codebook of the paper.
+- **Errors** are relative, means over the layers. Frobenius: ||E|| / ||W||. Output: sqrt(tr(E H E^T) / tr(W H W^T)),
+  H = E[x x^T] of the inputs of the 16-bit model. H and G: sqrt(tr(G E H E^T) / tr(G W H W^T)), G = E[g g^T] of the
+  gradients at the outputs, of the loss with labels drawn from the model's predictions. minilm-l6 has no loss: there g
+  is the gradient of the final hidden states times Gaussian noise, which gives the Gauss-Newton matrix of their squared
+  error.
+- **Whole model:** all linear layers of the blocks replaced; on held-out text. KL divergence is from the 16-bit model,
+  in nats a token.
+- **Texts:** stories260K: 70 stories to calibrate, 30 held out. Embedded model (demo): a novel to calibrate, three other
+  novels held out. minilm-l6: training and development sentences of SST-2.
+- **Seconds** are those of the process, with other work on the machine; qsvd's are float32. They show orders of
+  magnitude only.
+"""
 SHARE = 4  # of the width of a model: the largest rank
 
 
@@ -67,7 +87,7 @@ def main() -> None:
             compare(options, name, models)
     names = ("torch", "transformers", "bitsandbytes")
     head = f"{platform.machine()} CPU, one thread; {', '.join(f'{name} {version(name)}' for name in names)}\n"
-    parts = [head, *tables(models.rows), synthetic.tables(large.rows), training.tables(trained.rows)]
+    parts = [head, HEAD, *tables(models.rows), synthetic.tables(large.rows), training.tables(trained.rows)]
     (options.folder / "tables.md").write_text("\n".join(part for part in parts if part), encoding="utf-8")
     print(options.folder / "tables.md")
 

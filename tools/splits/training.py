@@ -115,11 +115,9 @@ def best_rate(table: Table, keys: Row) -> float:
 
 def loss(model: object, text: Path) -> float:
     """Return nats a token, as qsvd eval measures them."""
-    return math.log(
-        json.loads(qsvd("eval", model, "--data", text, "--window", 256, "--stride", 256, "--json"))["models"][0][
-            "perplexity"
-        ]
-    )
+    words = ("--window", 256, "--stride", 256, "--json")
+    found = json.loads(qsvd("eval", model, "--data", text, *words))
+    return math.log(found["models"][0]["perplexity"])
 
 
 def qsvd(*words: object) -> str:
