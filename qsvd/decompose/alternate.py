@@ -17,8 +17,8 @@ quantizer ignores the weights, so that a loop of weighted fits alone can end wit
 split. Starting from the plain split prevents that.
 
 With scales="mse" the codec's scales are those of least squared error. With rounding="feedback" (rounding.py) the loop
-goes on from its best split, and quantizes against what the factors will absorb; that split stays the result if no later
-one is better.
+goes on, and quantizes against what the factors will absorb; its best split by nearest codes stays the result if no
+later one is better. With moments of inputs and gradients (moments.py) it goes on from the best factors of W.
 
 Small matrices of one shape are split in stacks, so that a GPU is busy: each has its own draws, errors and last pass.
 
@@ -32,16 +32,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import PLAIN, Objective, stacked
-from qsvd.decompose.rounding import round_nearest, round_with_feedback
+from qsvd.decompose.rounding import DAMPING, round_nearest, round_with_feedback
 from qsvd.decompose.split import Split
 from qsvd.errors import BadInput
-from qsvd.numerics import norms, svd
+from qsvd.numerics import svd
 from qsvd.numerics.codec import FLOATS, Codec, PackedBlocks
 
 FIRST_PASSES = 5  # over W, from a random sketch: within 0.1 % of the error that full SVDs lead to
 LATER_PASSES = 1  # over W - Q, from the subspace of the fit before
-ROWS = 1024  # measured at a time
 STACK = {"cpu": 1, "cuda": 1 << 26}  # elements of the largest stack: 256 MB of float32; on a CPU stacks are not faster
 
 
@@ -98,7 +98,7 @@ class Recipe:
             )
 
 
-def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0, objective: Objective = PLAIN) -> Split:
+def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0, objective: Objective | Moments = PLAIN) -> Split:
     """Return the best split of one weight that the recipe finds.
 
     Args:
@@ -116,7 +116,7 @@ def split_weight(weight_OI: Tensor, recipe: Recipe, *, seed: int = 0, objective:
 
 
 def split_weights(
-    weights_SOI: Tensor, recipe: Recipe, *, seeds: Sequence[int], objectives: Sequence[Objective]
+    weights_SOI: Tensor, recipe: Recipe, *, seeds: Sequence[int], objectives: Sequence[Objective | Moments]
 ) -> list[Split]:
     """Return the best splits of a stack of weights, each as `split_weight` finds it alone but for float32 rounding.
 
@@ -142,22 +142,37 @@ def split_weights(
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     fitter = _Fitter(recipe, PLAIN, generators)
     factors = fitter.fit(weights_SOI) if recipe.order == "svd" else fitter.zeros(weights_SOI)
-    passes = recipe.iterations if recipe.rank > 0 else 1  # without factors every pass gives the same
+    feeds_back, passes = recipe.rounding == "feedback", recipe.iterations
+    if recipe.rank == 0 or (feeds_back and all(isinstance(objective, Moments) for objective in objectives)):
+        passes = 1  # without factors every pass gives the same; with moments the passes with feedback do the work
     splits = _best(_passes(weights_SOI, fitter, factors, torch.empty_like(weights_SOI), passes), fitter)
-    weighted = [number for number, objective in enumerate(objectives) if not objective.is_plain]
-    if weighted:
-        objective = stacked([objectives[number].to(device) for number in weighted], shape)
-        fitter = _Fitter(recipe, objective, [generators[number] for number in weighted])
-        some_SOI = weights_SOI if len(weighted) == len(splits) else weights_SOI[weighted]
-        found = _best(_weighted_iterates(some_SOI, fitter, [splits[number] for number in weighted]), fitter)
-        for number, split in zip(weighted, found, strict=True):
+    for some in _weighted_together(objectives, feeds_back):
+        objective = _stacked([objectives[number].to(device) for number in some], shape)
+        fitter = _Fitter(recipe, objective, [generators[number] for number in some])
+        some_SOI = weights_SOI if len(some) == len(splits) else weights_SOI[some]
+        found = _best(_weighted_iterates(some_SOI, fitter, [splits[number] for number in some]), fitter)
+        for number, split in zip(some, found, strict=True):
             splits[number] = split
-    if recipe.rounding == "feedback":
-        for number, objective in enumerate(objectives):
-            fitter = _Fitter(recipe, stacked([objective.to(device)], shape), [generators[number]], feeds_back=True)
-            (found,) = _best(_fed_back_iterates(weights_SOI[number][None], fitter, splits[number]), fitter)
-            splits[number] = _continued(splits[number], found)
+    for number, objective in enumerate(objectives if feeds_back else ()):
+        fitter = _Fitter(recipe, _stacked([objective.to(device)], shape), [generators[number]], feeds_back=True)
+        (found,) = _best(_fed_back_iterates(weights_SOI[number][None], fitter, splits[number]), fitter)
+        # the plain loop has another norm than moments
+        splits[number] = found if isinstance(objective, Moments) else _continued(splits[number], found)
     return splits
+
+
+def _stacked(objectives: Sequence[Objective | Moments], shape: tuple[int, int]) -> Objective | Moments:
+    """Return the objective of a stack; moments are those of one matrix."""
+    if isinstance(objectives[0], Moments):
+        return objectives[0]
+    return stacked([one for one in objectives if isinstance(one, Objective)], shape)
+
+
+def _weighted_together(objectives: Sequence[Objective | Moments], feeds_back: bool) -> list[list[int]]:
+    """Return the numbers of the weights whose loop with nearest codes is weighted; moments weight one at a time."""
+    alone = [number for number, objective in enumerate(objectives) if isinstance(objective, Moments)]
+    weighted = [n for n, objective in enumerate(objectives) if n not in alone and not objective.is_plain]
+    return ([weighted] if weighted else []) + ([] if feeds_back else [[number] for number in alone])
 
 
 def _continued(before: Split, found: Split) -> Split:
@@ -204,13 +219,16 @@ def _weighted_iterates(weights_SOI: Tensor, fitter: "_Fitter", plain: Sequence[S
 
 
 def _fed_back_iterates(weights_SOI: Tensor, fitter: "_Fitter", before: Split) -> Iterator[_Iterate]:
-    """Yield a split by nearest codes, then the iterates of the loop with feedback from there."""
+    """Yield a split by nearest codes, then the iterates of the loop with feedback."""
     factors = _Factors(before.up_OR[None], before.down_RI[None], None)
     left_SOI = _left(weights_SOI, [before.residual], torch.empty_like(weights_SOI))
     yield [before.residual], factors, left_SOI
     passes = fitter.recipe.iterations if fitter.recipe.rank > 0 else 1
-    rows_SKI = fitter.subspace(factors.down_SRI) if fitter.recipe.rank > 0 else None
-    yield from _passes(weights_SOI, fitter, replace(factors, rows_SKI=rows_SKI), left_SOI, passes)
+    if isinstance(fitter.objective, Moments):
+        factors = fitter.fit(weights_SOI)
+    elif fitter.recipe.rank > 0:
+        factors = replace(factors, rows_SKI=fitter.subspace(factors.down_SRI))
+    yield from _passes(weights_SOI, fitter, factors, left_SOI, passes)
 
 
 def _passes(
@@ -223,7 +241,7 @@ def _passes(
         if recipe.end == "quantize" and number > 0:
             factors = fitter.fit(work_SOI, factors.rows_SKI)
         torch.baddbmm(weights_SOI, factors.up_SOR.float(), factors.down_SRI.float(), alpha=-1, out=work_SOI)
-        residuals = [fitter.encode(*one) for one in zip(work_SOI, factors.down_SRI, strict=True)]
+        residuals = [fitter.encode(*one) for one in zip(work_SOI, factors.up_SOR, factors.down_SRI, strict=True)]
         work_SOI = _left(weights_SOI, residuals, work_SOI)
         if recipe.end == "svd":
             factors = fitter.fit(work_SOI, factors.rows_SKI)
@@ -243,7 +261,8 @@ def _best(iterates: Iterable[_Iterate], fitter: "_Fitter") -> list[Split]:
     best: dict[int, Split] = {}
     histories: list[list[float]] = []
     for residuals, factors, left_SOI in iterates:
-        distances = _distances(left_SOI, factors, fitter.objective)
+        squares_S = fitter.objective.squares(left_SOI, factors.up_SOR.float(), factors.down_SRI.float())
+        distances = squares_S.sqrt().tolist()
         histories = histories or [[] for _ in distances]
         for number, (history, distance) in enumerate(zip(histories, distances, strict=True)):
             if fitter.recipe.stop == "rise" and _has_risen(history):
@@ -262,17 +281,6 @@ def _has_risen(history: Sequence[float]) -> bool:
     return len(history) > 1 and history[-1] > history[-2]
 
 
-def _distances(left_SOI: Tensor, factors: _Factors, objective: Objective) -> list[float]:
-    """Return || diag(rows) (W - Q - up down) diag(columns) ||_F of each weight, computed for a few rows at a time."""
-    down_SRI = factors.down_SRI.float()
-    squares_S = torch.zeros(len(left_SOI), dtype=torch.float64, device=left_SOI.device)
-    for start in range(0, left_SOI.shape[1], ROWS):
-        rows = slice(start, start + ROWS)
-        error_SOI = torch.baddbmm(left_SOI[:, rows], factors.up_SOR[:, rows].float(), down_SRI, alpha=-1)
-        squares_S += norms.squares(objective.of_rows(rows).scaled(error_SOI))
-    return squares_S.sqrt().tolist()
-
-
 @dataclass(frozen=True)
 class _Fitter:
     """What every pass of a stack uses: the recipe, the weights of its errors, and the draws of random sketches.
@@ -282,16 +290,16 @@ class _Fitter:
     """
 
     recipe: Recipe
-    objective: Objective
+    objective: Objective | Moments
     generators: Sequence[torch.Generator]
     feeds_back: bool = False
 
-    def encode(self, matrix_OI: Tensor, down_RI: Tensor) -> PackedBlocks:
+    def encode(self, matrix_OI: Tensor, up_OR: Tensor, down_RI: Tensor) -> PackedBlocks:
         """Return what is left for the residual, quantized."""
-        recipe, columns_I = self.recipe, self.objective.columns_I
+        recipe = self.recipe
         if self.feeds_back:
-            columns_I = None if columns_I is None else columns_I[0]
-            return round_with_feedback(matrix_OI, recipe.codec, down_RI.float(), columns_I, sweeps=recipe.sweeps)
+            metric = self.objective.metric(up_OR.float(), down_RI.float(), DAMPING[recipe.codec.bits])
+            return round_with_feedback(matrix_OI, recipe.codec, metric, sweeps=recipe.sweeps)
         fits_scales = recipe.scales == "mse" or recipe.rounding == "feedback"
         return round_nearest(matrix_OI, recipe.codec) if fits_scales else recipe.codec.encode(matrix_OI)
 

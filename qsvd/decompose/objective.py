@@ -4,7 +4,7 @@ LQ-LoRA (arXiv:2311.12023, section 3.3) weights the squared error of every numbe
 F_ij, approximated by its row and column means, so that rows and columns can be scaled before the SVD and back after it:
 F_ij ~ mean_j F_ij * mean_i F_ij / mean F.
 
-Shape suffixes: O = out features, I = in features.
+Shape suffixes: S = matrices of a stack, O = out features, I = in features, R = rank.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,28 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput
+from qsvd.numerics import norms
 
 FLOOR = 1e-6  # of the mean, the least moment: rows that no example used keep a small weight, so that no error is free
 SIDES = ("rows", "columns")
+ROWS = 1024  # measured at a time
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The error that error feedback lowers: tr(M_O E M_I E^T).
+
+    The moments leave out what factors that are fitted after the rounding remove from E, and have damping.
+
+    Args:
+        inputs_II: M_I, float32, positive definite.
+        outputs_OO: M_O; None is the identity: rows do not meet each other.
+        columns_I: Weights of the squared errors of the columns, for the choice of scales; None is 1.
+    """
+
+    inputs_II: Tensor
+    outputs_OO: Tensor | None = None
+    columns_I: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,30 @@ class Objective:
         if self.rows_O is not None:
             up_OR = up_OR / self.rows_O[..., None]
         return up_OR, down_RI if self.columns_I is None else down_RI / self.columns_I[..., None, :]
+
+    def squares(self, left_SOI: Tensor, up_SOR: Tensor, down_SRI: Tensor) -> Tensor:
+        """Return || diag(rows) (left - up down) diag(columns) ||_F^2, float64 [S], by a few rows at a time."""
+        squares_S = torch.zeros(len(left_SOI), dtype=torch.float64, device=left_SOI.device)
+        for start in range(0, left_SOI.shape[1], ROWS):
+            rows = slice(start, start + ROWS)
+            error_SOI = torch.baddbmm(left_SOI[:, rows], up_SOR[:, rows], down_SRI, alpha=-1)
+            squares_S += norms.squares(self.of_rows(rows).scaled(error_SOI))
+        return squares_S
+
+    def metric(self, up_OR: Tensor, down_RI: Tensor, damping: float) -> Metric:
+        """Return what errors meet that factors near these do not absorb; the weights of rows do not change it."""
+        del up_OR
+        columns_I = None if self.columns_I is None else self.columns_I[0]
+        span_IR = torch.linalg.qr(self.scaled_columns(down_RI[None])[0].mT)[0]
+        moment_II = -(span_IR @ span_IR.mT)
+        moment_II.diagonal().add_(1)
+        if columns_I is None:
+            moment_II.diagonal().add_(damping)
+            return Metric(moment_II)
+        moment_II.mul_(columns_I).mul_(columns_I[:, None])
+        squares_I = columns_I.square()
+        moment_II.diagonal().add_(damping * float(squares_I.mean()))
+        return Metric(moment_II, None, squares_I)
 
     def of_rows(self, rows: slice) -> "Objective":
         """Return the objective of a matrix of these rows alone."""

@@ -151,7 +151,7 @@ def _indices(packed: numpy.ndarray, bits: int) -> numpy.ndarray:
 
 
 def fitted(
-    blocks_BE: Tensor, largest_B: Tensor, bits: int, search: Search = FEW, weights_BE: Tensor | None = None
+    blocks_BE: Tensor, largest_B: Tensor, of: codec.Codec, search: Search = FEW, weights_BE: Tensor | None = None
 ) -> Tensor:
     """Return the scale of each block with the least error of those that are tried, float32 [B].
 
@@ -160,8 +160,8 @@ def fitted(
 
     Args:
         blocks_BE: float32, finite.
-        largest_B: The largest magnitude of each block.
-        bits: Bits of a code.
+        largest_B: The largest magnitude of each block, divided by the `reach` of the codec.
+        of: The codec whose levels are used.
         search: What is tried.
         weights_BE: Weights of the squared errors, not negative, of a shape that broadcasts; None is 1.
     """
@@ -171,17 +171,17 @@ def fitted(
     tries = [sign * share for share in search.shares for sign in signs]
     for tried in (*tries, *[None] * search.refits):
         tried_B = best_B if tried is None else torch.full_like(best_B, tried)
-        scale_B, gain_B = _refitted(parts_BE, tried_B, bits, weights_BE)
+        scale_B, gain_B = _refitted(parts_BE, tried_B, of, weights_BE)
         best_B = torch.where(gain_B > most_B, scale_B, best_B)
         most_B = torch.maximum(gain_B, most_B)
     return best_B * largest_B
 
 
-def _refitted(parts_BE: Tensor, tried_B: Tensor, bits: int, weights_BE: Tensor | None) -> tuple[Tensor, Tensor]:
+def _refitted(parts_BE: Tensor, tried_B: Tensor, of: codec.Codec, weights_BE: Tensor | None) -> tuple[Tensor, Tensor]:
     """Choose codes for some scales; return the best scales for these codes, and how much they lower the squared error
     below that of zeros."""
-    codes = nearest((parts_BE / tried_B[:, None]).view(-1), bits)
-    chosen_BE = levels(bits, parts_BE.device)[codes.int()].view(parts_BE.shape)
+    codes = of.nearest((parts_BE / tried_B[:, None]).view(-1))
+    chosen_BE = of.levels(parts_BE.device)[codes.int()].view(parts_BE.shape)
     weighted_BE = chosen_BE if weights_BE is None else chosen_BE * weights_BE
     product_B, squares_B = (parts_BE * weighted_BE).sum(dim=1), (chosen_BE * weighted_BE).sum(dim=1)
     scale_B = product_B / squares_B.clamp(min=codec.SMALLEST_SCALE)

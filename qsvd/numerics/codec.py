@@ -176,6 +176,7 @@ class Codec(ABC):
     bits: int = 4  # of a code
     scale_dtype: torch.dtype = torch.float32  # of scales that are not nested
     nested: tuple[int, int] | None = None  # bits of a scale that is quantized again, and scales that share one absmax
+    reach: float = 1.0  # the magnitude up to which the levels reach with both signs
 
     @classmethod
     def from_name(cls, name: str) -> "Codec | None":
@@ -222,6 +223,18 @@ class Codec(ABC):
     def stored_scales(self, scales_B: Tensor) -> Tensor | NestedScales:
         """Return float32 scales of a matrix as they are stored: in another dtype, or quantized again."""
         return scales_B.to(self.scale_dtype)
+
+    def levels(self, device: torch.device) -> Tensor:
+        """Return the numbers that codes stand for, times their scale, float32 [2^bits], ascending."""
+        raise NotImplementedError
+
+    def nearest(self, scaled_N: Tensor) -> Tensor:
+        """Return the code of the nearest level of each value, uint8 [N].
+
+        Args:
+            scaled_N: float32, without a NaN; values beyond the levels take the first or the last code.
+        """
+        raise NotImplementedError
 
     @property
     def has_signed_scales(self) -> bool:

@@ -78,6 +78,12 @@ class NormalFloat4(Codec):
     def stored_scales(self, scales_B: Tensor) -> Tensor | NestedScales:
         return nest(scales_B) if self.double_quant else scales_B
 
+    def levels(self, device: torch.device) -> Tensor:
+        return codebook.levels(4, device)
+
+    def nearest(self, scaled_N: Tensor) -> Tensor:
+        return codebook.nearest(scaled_N, 4)
+
     def decode(self, packed: PackedBlocks, dtype: torch.dtype) -> Tensor:
         if packed.codes.is_cuda or prod(packed.shape) % self.block_size:
             return super().decode(packed, dtype)

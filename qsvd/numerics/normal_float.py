@@ -135,7 +135,7 @@ class NormalFloat(Codec):
             scales_B = torch.empty_like(largest_B)
             for run, blocks, _ in self._runs(flat_N):
                 largest = largest_B[blocks]
-                scales_B[blocks] = codebook.fitted(flat_N[run].float().view(len(largest), -1), largest, self.bits)
+                scales_B[blocks] = codebook.fitted(flat_N[run].float().view(len(largest), -1), largest, self)
         scales = self.stored_scales(scales_B)
         codes = self._codes(flat_N, codec.plain_scales(scales).float())
         return PackedBlocks(codes, scales, (matrix_OI.shape[0], matrix_OI.shape[1]), self)
@@ -149,6 +149,12 @@ class NormalFloat(Codec):
             out_BE = out_N[run].view(scales_B[blocks].numel(), -1)
             levels_N = codebook.look_up(packed.codes[part], self.bits, out_BE.numel())
             torch.mul(levels_N.view(out_BE.shape), scales_B[blocks, None], out=out_BE)
+
+    def levels(self, device: torch.device) -> Tensor:
+        return codebook.levels(self.bits, device)
+
+    def nearest(self, scaled_N: Tensor) -> Tensor:
+        return codebook.nearest(scaled_N, self.bits)
 
     def _runs(self, flat_N: Tensor) -> Iterator[tuple[slice, slice, slice]]:
         """Yield elements, their blocks and the bytes of their codes, in runs of whole blocks; a short block is last."""

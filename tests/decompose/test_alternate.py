@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.decompose import alternate
+from qsvd.decompose import objective
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks
 from qsvd.numerics.nf4 import NormalFloat4
@@ -136,7 +136,7 @@ def test_of_equal_passes_the_first_is_kept_and_equality_is_no_rise(stop):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("order", "end"), [("svd", "quantize"), ("quantize", "svd"), ("svd", "svd")])
 def test_the_distance_reported_is_that_of_what_is_stored(order, end, dtype, double_quant, monkeypatch):
-    monkeypatch.setattr(alternate, "ROWS", 89)  # so that a single row is left for the last share
+    monkeypatch.setattr(objective, "ROWS", 89)  # so that a single row is left for the last share
     weight = weight_of((90, 70))
     recipe = Recipe(NormalFloat4(double_quant=double_quant), 8, 4, order, end, dtype=dtype)
     split = split_weight(torch.from_numpy(weight), recipe)

@@ -11,8 +11,9 @@ import transformers
 
 from qsvd.cli import run
 from qsvd.decompose.alternate import Recipe, split_weight
-from qsvd.decompose.objective import Objective
-from qsvd.decompose.rounding import State, feed_back, round_nearest, round_with_feedback, sweep
+from qsvd.decompose.feedback import State, feed_back, sweep
+from qsvd.decompose.objective import PLAIN, Objective
+from qsvd.decompose.rounding import round_nearest, round_with_feedback
 from qsvd.numerics import codebook
 from qsvd.numerics.names import codec_named
 from tests.runs import language_base
@@ -189,7 +190,7 @@ def test_unusual_weights_are_split(name, change):
 def test_codes_are_chosen_for_the_scales_that_are_stored():
     weight_OI, codec, columns = matrix(48, 256), codec_named("nf2-32-8x256"), 256
     down_RI = torch.from_numpy(numpy.random.default_rng(3).standard_normal((8, columns)).astype(numpy.float32))
-    packed = round_with_feedback(weight_OI, codec, down_RI)
+    packed = round_with_feedback(weight_OI, codec, PLAIN.metric(None, down_RI, 0.1))
     span_IR = numpy.linalg.qr(down_RI.double().numpy().T)[0]
     moment_II = 1.1 * numpy.eye(columns) - span_IR @ span_IR.T
     scale_O = packed.scales.decode().view(48, -1)[:, -1].double().numpy()
@@ -205,7 +206,7 @@ def test_codes_are_chosen_for_the_scales_that_are_stored():
 def test_bitsandbytes_decodes_what_was_chosen(double_quant):
     weight_OI = matrix(32, 256)
     codec = codec_named("nf4+dq" if double_quant else "nf4")
-    packed = round_with_feedback(weight_OI, codec, torch.zeros(1, 256))
+    packed = round_with_feedback(weight_OI, codec, PLAIN.metric(None, torch.zeros(1, 256), 0.01))
     scales_B = packed.scales.decode() if double_quant else packed.scales
     assert double_quant or (scales_B < 0).any(), "some blocks are mirrored"
     state = bitsandbytes.functional.QuantState(

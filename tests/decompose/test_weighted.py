@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from qsvd.decompose import alternate
+from qsvd.decompose import objective as objectives
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.objective import Objective, fisher
 from qsvd.numerics.codec import Codec, PackedBlocks
@@ -131,7 +131,7 @@ def test_a_sketched_fit_that_goes_on_from_the_plain_factors_reaches_the_optimum(
 
 
 def test_the_distance_is_weighted_in_every_share_of_rows(monkeypatch):
-    monkeypatch.setattr(alternate, "ROWS", 89)  # so that a single row is left for the last share
+    monkeypatch.setattr(objectives, "ROWS", 89)  # so that a single row is left for the last share
     weight, objective = torch.from_numpy(reference.decaying(90, 70, power=0.5)), objective_of((90, 70))
     split = split_weight(weight, Recipe(NF4, 4, 2), objective=objective)
     assert min(split.history) == pytest.approx(weighted(objective, error_of(weight, split)), rel=ROUNDOFF)

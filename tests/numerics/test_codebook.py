@@ -125,7 +125,7 @@ def test_the_error_is_nearly_the_least_and_never_above_that_of_the_largest_magni
     blocks = noise.sign() * noise.abs() ** power
     largest = blocks.abs().amax(dim=1)
     exact = blocks.double().numpy()
-    found = errors(exact, fitted(blocks, largest, bits).double().numpy(), bits)
+    found = errors(exact, fitted(blocks, largest, NormalFloat(bits=bits)).double().numpy(), bits)
     plain = errors(exact, largest.double().numpy(), bits)
     assert (found <= plain * (1 + ROUNDOFF) + ROUNDOFF).all()
     assert found.sum() < plain.sum() * 0.97
