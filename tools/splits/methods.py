@@ -7,8 +7,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -17,6 +15,7 @@ from splits.published import Method, Parts, Weight, finer
 from torch import Tensor
 
 from qsvd.decompose.alternate import Recipe, split_weight
+from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.numerics.codec import Codec
 from qsvd.numerics.names import codec_named
@@ -24,7 +23,6 @@ from qsvd.numerics.names import codec_named
 CODECS = {4: "nf4", 3: "nf3-64-fp16", 2: "nf2-32-fp16"}
 ITERATIONS = 5
 FEW = 2  # alternations with large matrices
-HAS_MOMENTS = find_spec("qsvd.decompose.moments") is not None
 Statistics = Literal["no data", "H", "H and G"]
 
 
@@ -64,13 +62,12 @@ def ours(statistics: Statistics) -> Method:
     return run
 
 
-def objective_of(weight: Weight, statistics: Statistics) -> Objective:
+def objective_of(weight: Weight, statistics: Statistics) -> Objective | Moments:
     """Return qsvd's objective with no statistics, with H, or with H and G."""
     if statistics == "no data":
         return PLAIN
     outputs_OO = weight.outputs_OO.float() if statistics == "H and G" else None
-    moments = import_module("qsvd.decompose.moments")
-    return moments.Moments(weight.inputs_II.float(), outputs_OO)
+    return Moments(weight.inputs_II.float(), outputs_OO)
 
 
 def caldera_few(weight: Weight, codec: Codec, rank: int) -> Parts:
@@ -80,7 +77,8 @@ def caldera_few(weight: Weight, codec: Codec, rank: int) -> Parts:
 
 OURS = (
     Entry("qsvd, no data", ours("no data"), "all"),
-    *((Entry("qsvd, H", ours("H"), "all"), Entry("qsvd, H and G", ours("H and G"), "all")) if HAS_MOMENTS else ()),
+    Entry("qsvd, H", ours("H"), "all"),
+    Entry("qsvd, H and G", ours("H and G"), "all"),
 )
 ENTRIES = (
     Entry("NF (QLoRA)", published.qlora, "zero"),
