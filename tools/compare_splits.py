@@ -21,7 +21,7 @@ import torch
 import tyro
 from splits import synthetic, training
 from splits.methods import CODECS, ENTRIES, Entry, Measure, apply
-from splits.models import TEXTS, Statistics, Subject
+from splits.models import TEXTS, Sequences, Statistics, Subject
 from splits.published import Weight
 from splits.rows import Row, Table, cells, markdown
 from tyro.conf import arg
@@ -108,6 +108,10 @@ def compare(options: Options, name: str, table: Table) -> None:
         return
     tell(name, "statistics")
     subject = Subject(name, options.shared)
+    if not table.has(kind="reference", model=name):
+        tokens = {"calibration": total(subject.calibration), "held out": total(subject.held_out)}
+        found = asdict(subject.quality({}))
+        table.add([{"kind": "reference", "model": name, "method": "16 bits", **tokens, **found}])
     calibration = subject.statistics(subject.calibration, options.seed)
     held_out = subject.statistics(subject.held_out, options.seed + 1)
     weights = {
@@ -129,6 +133,11 @@ def compare(options: Options, name: str, table: Table) -> None:
         row = {"kind": "model", **keys, **over_layers(rows), **asdict(subject.quality(replaced))}
         table.add([*rows, row])
         tell(*keys.values(), *(f"{head} {shown}" for head, shown in cells(row).items()))
+
+
+def total(sequences: Sequences) -> int:
+    """Return the number of tokens."""
+    return sum(map(len, sequences))
 
 
 def measure_of(weight: Weight, calibration: Statistics, held_out: Statistics) -> Measure:
@@ -164,7 +173,15 @@ def tables(rows: list[Row]) -> Iterator[str]:
             some.sort(key=lambda row: (row["rank"], order.index(row["method"])))
             if some:
                 yield f"## {model}, {bits} bits ({CODECS[bits]})\n"
+                yield from (described(row) for row in rows if row["kind"] == "reference" and row["model"] == model)
                 yield markdown(some, ("rank", "method"))
+
+
+def described(row: Row) -> str:
+    """Return a paragraph on the 16-bit model and its texts."""
+    texts = f"{row['calibration']:,} tokens to calibrate, {row['held out']:,} held out"
+    quality = "" if row["perplexity"] is None else f"; perplexity of the 16-bit model {row['perplexity']:.3f}"
+    return f"{texts}{quality}.\n"
 
 
 if __name__ == "__main__":
