@@ -130,8 +130,7 @@ def plan_stacks(
 def largest_stack(weights: Sequence[WeightSpec], stacks: Iterable[Sequence[tuple[int, ...]]]) -> list[WeightSpec]:
     """Return the stack with the most elements, of those of all files; of several the first one in the model."""
     every = sorted(stack for of_file in stacks for stack in of_file)
-    largest = max(every, key=lambda stack: len(stack) * math.prod(weights[stack[0]].shape))
-    return [weights[number] for number in largest]
+    return [weights[n] for n in max(every, key=lambda stack: len(stack) * math.prod(weights[stack[0]].shape))]
 
 
 def sizes_of(
@@ -193,8 +192,8 @@ class OutputFolder(Workspace):
         self, index: int, factors: Mapping[str, Tensor], record: object, residual_sha256: str, source_digest: str = ""
     ) -> None:
         """Write a weight as `save` does, but without its residual, which the caller writes to the shard."""
-        metadata = PYTORCH | {"record": json.dumps(record), "residual_sha256": residual_sha256}
-        metadata["source_digest"] = source_digest
+        metadata = {"record": json.dumps(record), "residual_sha256": residual_sha256, "source_digest": source_digest}
+        metadata = PYTORCH | metadata
         write_stream(self._factors(index), new_tensors(factors), metadata)
 
     def weight_record(self, index: int) -> Any:
@@ -211,6 +210,13 @@ class OutputFolder(Workspace):
         """Return the digest of a weight as it was read; "" if an older version or nobody read it."""
         with self._again(index):
             return read_header(self._factors(index)).metadata.get("source_digest", "")
+
+    def entries(self, index: int, shard: str) -> dict[str, TensorEntry]:
+        """Return the tensors of a finished weight, whose residual may be in its shard; raise as `write_shard` does."""
+        with self._again(index):
+            kept = self._residual(index)
+            residual = read_header(kept if kept.is_file() else self.folder / shard).tensors
+            return residual | read_header(self._factors(index)).tensors
 
     @property
     def source_files(self) -> dict[str, Any]:
@@ -233,9 +239,8 @@ class OutputFolder(Workspace):
         Raises:
             Damaged: an unfinished file differs from its digest. It is removed, so that its weight is split again.
         """
-        parts = self._parts(indices, self._residual)
         with self._again(*indices):
-            write_stream(self.folder / file, [*parts, *copied], PYTORCH)
+            write_stream(self.folder / file, [*self._parts(indices, self._residual), *copied], PYTORCH)
         for index in indices:
             self._residual(index).unlink()
 

@@ -187,6 +187,7 @@ def _check_quantizing(options: TrainingOptions, name: str) -> None:
         "--allocation": options.allocation is not None,
         "--expert-rank": options.expert_rank is not None,
         "--include-towers": options.include_towers,
+        "--codec": options.codec != "nf4",
         "--no-double-quant": not options.double_quant,
         "--head-bits": options.head_bits is not None,
         "--embedding-bits": options.embedding_bits is not None,
