@@ -28,6 +28,7 @@ RANK, SEEDS = 16, (0, 1, 2)
 TEST_SHARE = 0.2  # of the text to train on, its end
 LENGTH = ("--steps", 24, "--batch-size", 4, "--accumulate", 1, "--max-length", 256)
 FIXED = ("--no-gradient-checkpointing", "--device", "cpu", "--save-every", 10**6)
+CALIBRATION = ("--max-length", 256)
 LORA = ("--method", "lora", "--rank", RANK, "--alpha", RANK)
 PISSA = ("--method", "pissa")
 Words = Sequence[object]
@@ -35,18 +36,24 @@ Words = Sequence[object]
 
 @dataclass(frozen=True)
 class Start:
-    """A quantized model to train from: rank, options of qsvd quantize and of qsvd train, and learning rates."""
+    """A quantized model to train from: rank, options of qsvd quantize and of qsvd train, and learning rates.
+
+    Args:
+        is_calibrated: Whether it is quantized with the text to train on.
+    """
 
     rank: int
     quantize: Words
     train: Words
     rates: tuple[float, ...]
+    is_calibrated: bool = False
 
 
 STARTS = {
     "NF, LoRA": Start(0, (), LORA, (3e-3, 1e-2, 2e-2)),
     "QPiSSA-5": Start(RANK, ("--order", "svd", "--end", "quantize", "--iterations", 5), PISSA, (1e-3, 3e-3, 6e-3)),
-    "qsvd, no data": Start(RANK, ("--rounding", "feedback"), PISSA, (1e-3, 3e-3, 6e-3)),
+    "qsvd, no data": Start(RANK, ("--quality", "good"), PISSA, (1e-3, 3e-3, 6e-3)),
+    "qsvd, H and G": Start(RANK, ("--quality", "best"), PISSA, (1e-3, 3e-3, 6e-3), is_calibrated=True),
 }
 
 
@@ -60,7 +67,7 @@ def compare(table: Table, folder: Path, tell: Callable[..., None]) -> None:
             base = folder / f"{width}-{name.replace(', ', '-').replace(' ', '-')}"
             keys = {"method": name, "width": width}
             if not table.has(**keys, kind="base"):
-                make_base(base, width, start)
+                make_base(base, width, start, data)
                 table.add([{**keys, "kind": "base", "before": loss(base, data / "test.txt")}])
             runs = [(rate, SEEDS[0]) for rate in start.rates]
             for rate, seed in runs:
@@ -80,7 +87,7 @@ def texts(folder: Path) -> Path:
     return folder
 
 
-def make_base(base: Path, width: int, start: Start) -> None:
+def make_base(base: Path, width: int, start: Start, data: Path) -> None:
     """Quantize the embedded model, all layers with one codec and rank."""
     shutil.rmtree(base, ignore_errors=True)
     allocation = base.with_suffix(".txt")
@@ -89,7 +96,9 @@ def make_base(base: Path, width: int, start: Start) -> None:
         for layer in linear_layers(AutoModelForCausalLM.from_pretrained(MODEL))
     )
     allocation.write_text("".join(("# qsvd allocation\n", "weight codec rank\n", *lines)), encoding="utf-8")
-    qsvd("quantize", MODEL, "--out", base, "--allocation", allocation, "--device", "cpu", *start.quantize)
+    calibration = ("--calibrate", data / "train.txt", *CALIBRATION) if start.is_calibrated else ()
+    words = (*start.quantize, *calibration)
+    qsvd("quantize", MODEL, "--out", base, "--allocation", allocation, "--device", "cpu", *words)
 
 
 def train(table: Table, keys: Row, base: Path, data: Path, rate: float, seed: int) -> None:
