@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from qsvd.errors import BadInput as BadInput
     from qsvd.errors import DoesNotFit as DoesNotFit
     from qsvd.memory.items import Placement as Placement
+    from qsvd.numerics.int4 import Int4 as Int4
     from qsvd.numerics.nf4 import NormalFloat4 as NormalFloat4
     from qsvd.numerics.normal_float import Nesting as Nesting
     from qsvd.numerics.normal_float import NormalFloat as NormalFloat
@@ -61,6 +62,7 @@ _HOMES = {
     "Recipe": "qsvd.decompose.alternate",
     "Split": "qsvd.decompose.split",
     "measure": "qsvd.decompose.split",
+    "Int4": "qsvd.numerics.int4",
     "NormalFloat4": "qsvd.numerics.nf4",
     "NormalFloat": "qsvd.numerics.normal_float",
     "Nesting": "qsvd.numerics.normal_float",

@@ -137,7 +137,14 @@ EmbeddingBits = Annotated[
     Literal[8] | None, ADDED, Help("Bits of the token embedding. Default: it stays in 16 bits.", "8")
 ]
 ExpertRank = Annotated[int | None, at_least(0), Help("Components per expert. Default: --rank, at most 16.")]
-DoubleQuant = Annotated[bool, Help("Quantize the scales to 8 bits: 4.13 bits per weight in total instead of 4.5.")]
+Format = Annotated[
+    Literal["nf4", "int4-128", "int4-64", "int4-32"],
+    ADDED,
+    Help("Format of the 4-bit weights: nf4 (bitsandbytes), or int4 in groups (compressed-tensors, read by vLLM)."),
+]
+DoubleQuant = Annotated[
+    bool, Help("Quantize the scales of nf4 to 8 bits: 4.13 bits per weight in total instead of 4.5.")
+]
 StoredDtype = Annotated[Literal["bfloat16", "float16", "float32"], Help("Dtype of the stored components.")]
 ComputeDtype = Annotated[
     Literal["auto", "bfloat16", "float32"], Help("Compute dtype. auto: bfloat16 on a GPU, float32 on a CPU.")

@@ -34,11 +34,24 @@ class Norms:
 
 
 @dataclass(frozen=True)
+class WeightedError:
+    """Relative errors of one weight in the norm of second moments, sqrt(tr(G E H E^T) / tr(G W H W^T)).
+
+    kept_nearest says that error feedback was not better than nearest codes, which were kept.
+    """
+
+    before: float
+    after: float
+    kept_nearest: bool
+
+
+@dataclass(frozen=True)
 class WeightError:
     """The error of one weight W [out, in]: `before` of codec(W) alone, `after` of the stored split.
 
     bits counts everything that is stored for the split, factors included, per element of W.
-    weight_frobenius is ||W||_F; a Frobenius error over it is the relative error.
+    weight_frobenius is ||W||_F; a Frobenius error over it is the relative error. weighted is there if second moments
+    weighted the split.
     """
 
     name: str
@@ -50,6 +63,7 @@ class WeightError:
     weight_frobenius: float
     before: Norms
     after: Norms
+    weighted: WeightedError | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ class Progress:
             seconds: Time of the new work; None if it cannot tell the speed yet.
         """
         seconds = seconds if self.seconds is None else self.seconds
-        if seconds is None:
+        if seconds is None or self.done == 0:
             return ", ".join(filter(None, [self.what, self.more]))
         speed = self.new / max(seconds, 1e-9)
         parts = [self.what]

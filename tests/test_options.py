@@ -72,6 +72,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "rounding": "nearest",
         "svd": "randomized",
         "dtype": "bfloat16",
+        "codec": "nf4",
         "double_quant": True,
         "head_bits": None,
         "embedding_bits": None,
@@ -106,6 +107,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "allocation": None,
         "expert_rank": None,
         "include_towers": False,
+        "codec": "nf4",
         "double_quant": True,
         "head_bits": None,
         "embedding_bits": None,
@@ -372,6 +374,7 @@ ADDED = {
     ("quantize", "include_towers"),
     ("calibrate", "include_towers"),
     ("quantize", "head_bits"),
+    ("quantize", "codec"),
     ("quantize", "embedding_bits"),
 }  # since: compared if they are given
 OUTSIDE = {  # option -> values outside its range, and the words for them

@@ -30,7 +30,8 @@ from qsvd.numerics.codec import PackedBlocks
 from qsvd.options import Quantize
 from qsvd.plan.weights import Source, plan_model
 from qsvd.prepare.outputs import copied_tensor, write_outputs
-from qsvd.prepare.quantize import QuantizeRun, check_resources, prepare_quantize
+from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
+from qsvd.prepare.quantizing.resources import check_resources
 
 BLOCK = re.compile(r"(.*?\.\d+)\.")  # "model.layers.7" of a tensor's name
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -64,6 +64,10 @@ class StreamedModel:
         """Return their names inside the block."""
         return tuple(f"{spec.module.removeprefix(f'{path}.')}.weight" for spec in self.weights(path))
 
+    def block(self, path: str) -> nn.Module:
+        """Return the module of a block, without its tensors."""
+        return self._empty[path]
+
     def read_block(self, path: str) -> dict[str, Tensor]:
         """Read all tensors of one block to the device; return them by their names inside the block."""
         return {name.removeprefix(f"{path}."): tensor for name, tensor in self._read(self._names[path]).items()}

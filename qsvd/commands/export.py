@@ -40,7 +40,7 @@ from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.card import card_header, origin_of, shell
 from qsvd.report.next_commands import after_export, last_lines
 from qsvd.report.results import Checked, ExportResult
-from qsvd.report.serving import PLUGIN, four_bit_line, lora_flags
+from qsvd.report.serving import COMPRESSED, PLUGIN, four_bit_line, lora_flags
 
 BATCH, LENGTH = 2, 32  # of the random tokens
 COPIES = 4  # float32 models that are in memory at the same time, at most
@@ -253,11 +253,12 @@ def _peft_serving(options: Export, opened: Opened, done: PeftExport) -> list[str
     if opened.split.manifest["header"].get("quantizer", "bitsandbytes") == "qsvd":
         return ["mixed bits: PEFT loads it after import qsvd; use --to merged for vLLM and llama.cpp"]
     quantization = read_object(opened.split.folder / "config.json")["quantization_config"]
+    is_compressed = quantization["quant_method"] == COMPRESSED
     return [
-        f"vLLM: {PLUGIN}",
+        *([] if is_compressed else [f"vLLM: {PLUGIN}"]),
         four_bit_line(str(opened.split.folder), "trained", str(options.out), done.rank, quantization),
         "in requests, name the model trained; the model residual-only gives wrong outputs",
-        "llama.cpp does not read bitsandbytes models: use --to merged for it",
+        f"llama.cpp does not read {quantization['quant_method']} models: use --to merged for it",
     ]
 
 

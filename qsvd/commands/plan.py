@@ -10,7 +10,8 @@ from qsvd.memory.duration import page_seconds, quantize_time, step_time
 from qsvd.memory.other_tasks import plan_quantizing
 from qsvd.memory.placement import Cell, Reach, advice, explore, highest, longest, place, place_serving
 from qsvd.memory.split_model import SplitModelPlan
-from qsvd.options import Plan, Quantize, Train
+from qsvd.options import Plan, Train
+from qsvd.options.quantizing import NEAREST_PASSES
 from qsvd.prepare.plan import PlanJob, prepare_plan, train_of
 from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.next_commands import train_command
@@ -55,7 +56,7 @@ def answer(job: PlanJob, show: ShowProgress = show_nothing) -> Answer:
     model = job.model
     tasks = job.tasks
     batch, accumulate = job.training.batch, job.training.accumulate
-    time = quantize_time(model, Quantize.iterations, job.speed)
+    time = quantize_time(model, NEAREST_PASSES, job.speed)
     quantize = QuantizeAnswer(plan_quantizing(model, batch.device, job.limits), time)
     return Answer(
         quantize=quantize if "quantize" in tasks else None,

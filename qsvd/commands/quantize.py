@@ -4,23 +4,26 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
+from qsvd.calibrate.block_walk import BlockWalk
 from qsvd.commands.report import load_report, push_quantized, show_report
 from qsvd.console.progress import Stopwatch, explained_disk_errors, say, terminal, watched
 from qsvd.errors import BadInput, listing
 from qsvd.export.hub import open_repository
 from qsvd.files.atomic import changed_files, file_digest
-from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder, largest_stack
+from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder
 from qsvd.files.quantized.padding import padding_of
 from qsvd.files.readers import is_whole, stream
 from qsvd.files.safetensors import digest_of, read_header
 from qsvd.files.source import Checkpoint, place_of
-from qsvd.files.split_folder import open_split
+from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import ANOTHER_FOLDER, UNFINISHED
 from qsvd.inputs.model_files import TOKENIZER, damaged_file
 from qsvd.memory.other_tasks import waiting_bytes
+from qsvd.numerics.names import spelling
 from qsvd.options import Quantize
 from qsvd.prepare.machine import check_room
 from qsvd.prepare.outputs import (
@@ -32,7 +35,8 @@ from qsvd.prepare.outputs import (
     tensors_of,
     write_outputs,
 )
-from qsvd.prepare.quantize import QuantizeRun, check_resources, prepare_quantize, resolve_allocation
+from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
+from qsvd.prepare.quantizing.resources import check_resources, resolve_allocation
 from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
 from qsvd.report.errors import from_record, to_record
 from qsvd.report.next_commands import after_quantize, last_lines
@@ -86,7 +90,7 @@ def quantize_visibly(run: QuantizeRun) -> None:
     Raises:
         Interrupted: after Ctrl-C; finished weights are kept.
     """
-    for warning in filter(None, (parted_layers(run), misplaced_layers(run))):
+    for warning in filter(None, (run.cut, parted_layers(run), misplaced_layers(run))):
         say(warning, file=sys.stderr)
     kept = f"finished work is kept, the same command continues in {run.out}"
     with explained_disk_errors(run.out / UNFINISHED, kept), watched("weight", kept) as show:
@@ -142,35 +146,92 @@ def _padding(checkpoint: Checkpoint) -> tuple[str, int] | None:
 def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress, times: Stopwatch) -> None:
     """Split what is not split yet, and write every shard that is not there.
 
-    The next weights are read and the last ones are written at the same time.
+    The next weights are read and the last ones are written at the same time. With --calibrate the weights come in the
+    order of the walk over the blocks, else in the order of the files.
     """
-    weights, finished, done, new = run.weights, 0, 0, 0
-    before, after = 0.0, 0.0  # squared errors of the weights so far; sums, since there are thousands of experts
-    every = [stack for stacks in run.stacks for stack in stacks]
-    pending = dict.fromkeys(stack for stack in every if not all(map(folder.is_done, stack)))
-    tensors = stream(run.checkpoint, [[weights[number] for number in stack] for stack in pending])
-    largest, *others = largest_stack(weights, run.stacks)
+    done = {number for number in range(len(run.weights)) if folder.is_done(number)}
+    tally = Tally(run, show, frozenset(done))
+    turns = [stack for stacks in run.stacks for stack in stacks]
+    has_more = any(not done.issuperset(stack) for stack in turns)
+    with times.waiting("calibrating"):
+        walk = run.open_walk(tally.tell) if run.examples and has_more else None
+    if walk is not None:
+        turns.sort(key=lambda stack: walk.place(run.weights[stack[0]]))
+    pending = [stack for stack in turns if not done.issuperset(stack)]  # as a whole, since bytes depend on the stack
+    tensors = stream(run.checkpoint, [[run.weights[number] for number in stack] for stack in pending])
+    largest, *others = run.largest_stack
     waiting = waiting_bytes(largest.shape, run.everything.choices[largest.module], 1 + len(others))
+    left = {shard.file: set(shard.weights) for shard in run.shards if not (run.out / shard.file).is_file()}
     with BackgroundWriter(folder, waiting) as writer:
-        for shard, stacks in zip(run.shards, run.stacks, strict=True):
-            is_written = (run.out / shard.file).is_file()
-            for stack in stacks:
-                if stack in pending:  # as a whole, since a weight's bytes depend on its stack
-                    errors = split_stack(run, stack, tensors, writer, times)
-                else:
-                    errors = [from_record(folder.weight_record(number)) for number in stack]
-                for number, error in zip(stack, errors, strict=True):
-                    num_bytes = math.prod(weights[number].shape) * run.checkpoint.dtype_of(weights[number]).itemsize
-                    new += num_bytes if stack in pending else 0
-                    done += num_bytes
-                    finished += 1
-                    before, after = before + error.before.frobenius**2, after + error.after.frobenius**2
-                    what = f"{finished}/{len(weights)} weights"
-                    show(Progress(done, new, run.sizes.source, what, ("MB/s", 1e6), error_change(before, after)))
-            if not is_written:
-                writer.write_shard(shard.file, shard.weights, [copied_tensor(run, name) for name in shard.copied])
+        _join_shards(run, left, (), writer)
+        for stack in turns:
+            if not done.issuperset(stack):
+                errors = split_stack(run, stack, tensors, writer, times, walk)
+            else:
+                errors = [from_record(folder.weight_record(number)) for number in stack]
+                if walk is not None:
+                    walk.take(run.weights[stack[0]], partial(_dense, run, folder, stack[0]))
+            tally.add(stack, errors)
+            _join_shards(run, left, stack, writer)
         with times.waiting("writing"):
             writer.wait()
+
+
+def _join_shards(
+    run: QuantizeRun, left: dict[str, set[int]], finished: Sequence[int], writer: BackgroundWriter
+) -> None:
+    """Write the shards whose last weight is finished; `left` has the weights that the others wait for."""
+    for shard in run.shards:
+        if shard.file in left:
+            left[shard.file].difference_update(finished)
+            if not left[shard.file]:
+                del left[shard.file]
+                writer.write_shard(shard.file, shard.weights, [copied_tensor(run, name) for name in shard.copied])
+
+
+def _dense(run: QuantizeRun, folder: OutputFolder, number: int) -> Tensor:
+    """Read Q + B A of a weight that an earlier run finished, float32 [O, I]."""
+    spec = run.weights[number]
+    file = next(shard.file for shard in run.shards if number in shard.weights)
+    choice = run.everything.choices[spec.module]
+    known = {"module": spec.module, "shape": spec.shape, "codec": spelling(choice.codec), "rank": choice.rank}
+    return SplitFolder(run.out, {"weights": {spec.name: known}}, folder.entries(number, file)).dense(spec.name)
+
+
+class Tally:
+    """The weights that are finished, and their errors; shown after each."""
+
+    def __init__(self, run: QuantizeRun, show: ShowProgress, done: frozenset[int]):
+        self._run, self._show, self._done = run, show, done
+        self._finished, self._bytes, self._new = 0, 0, 0
+        self._before, self._after = 0.0, 0.0  # squared errors; sums, since there are thousands of experts
+
+    def add(self, stack: Sequence[int], errors: Sequence[WeightError]) -> None:
+        """Count the weights of a stack, of which some may have been finished by an earlier run."""
+        for number, error in zip(stack, errors, strict=True):
+            spec = self._run.weights[number]
+            num_bytes = math.prod(spec.shape) * self._run.checkpoint.dtype_of(spec).itemsize
+            self._new += 0 if self._done.issuperset(stack) else num_bytes
+            self._bytes += num_bytes
+            self._finished += 1
+            self._before += error.before.frobenius**2
+            self._after += error.after.frobenius**2
+            self.tell("")
+
+    def tell(self, more: str) -> None:
+        """Show how far the run is, with words on what it does now."""
+        what = f"{self._finished}/{len(self._run.weights)} weights"
+        change = error_change(self._before, self._after) if self._finished else ""
+        self._show(
+            Progress(
+                self._bytes,
+                self._new,
+                self._run.sizes.source,
+                f"{what}, {more}" if more else what,
+                ("MB/s", 1e6),
+                change,
+            )
+        )
 
 
 def check_source_files(run: QuantizeRun, folder: OutputFolder) -> None:
@@ -216,14 +277,23 @@ def drop_damaged(run: QuantizeRun, folder: OutputFolder) -> None:
 
 
 def split_stack(
-    run: QuantizeRun, stack: Sequence[int], tensors: Iterator[list[Tensor]], writer: BackgroundWriter, times: Stopwatch
+    run: QuantizeRun,
+    stack: Sequence[int],
+    tensors: Iterator[list[Tensor]],
+    writer: BackgroundWriter,
+    times: Stopwatch,
+    walk: BlockWalk | None,
 ) -> list[WeightError]:
     """Split the next weights that are read, measure them, and pass them to the writer; return their errors."""
     specs = [run.weights[number] for number in stack]
+    with times.waiting("calibrating"):
+        objectives = [walk.objective(spec) if walk else run.objective(spec.module) for spec in specs]
     with times.waiting("reading"):
         weights = next(tensors)
     digests = [digest_of(weight) for weight in weights]
-    splits, errors = run.split(specs, weights)
+    splits, errors = run.split(specs, weights, objectives)
+    if walk is not None:
+        walk.take(specs[0], splits[0].dense)
     for number, spec, split, error, source in zip(stack, specs, splits, errors, digests, strict=True):
         if not writer.folder.is_done(number):
             named, record = tensors_of(run, spec, split), to_record(error)

@@ -11,19 +11,21 @@ Shape suffixes: O = out features, I = in features, R = rank, K = sketch columns.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qsvd.decompose.alternate import FIRST_PASSES, check_finite
+from qsvd.decompose.alternate import FIRST_PASSES, Recipe, check_finite, split_weight
+from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import PLAIN, Objective
+from qsvd.decompose.rounding import round_nearest
 from qsvd.errors import BadInput
 from qsvd.numerics import norms, svd
 from qsvd.numerics.codec import Codec
 
-PASSES = 2  # of each candidate; a third one changes the cost of the chosen candidates by a percent at most
 ROWS = 256  # measured at a time
+PASSES = 2  # of each candidate; a third one changes the cost of the chosen candidates by a percent at most
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class _Weight:
 
     weight_OI: Tensor
     work_OI: Tensor
-    objective: Objective
+    objective: Objective | Moments
     dtype: torch.dtype
+    scales: str
 
 
 def measure_candidates(
@@ -60,8 +63,8 @@ def measure_candidates(
     codecs: Sequence[Codec],
     ranks: Sequence[int],
     *,
-    objective: Objective = PLAIN,
-    dtype: torch.dtype = torch.bfloat16,
+    objective: Objective | Moments = PLAIN,
+    like: Recipe | None = None,
     seed: int = 0,
 ) -> CandidateErrors:
     """Return the errors of every codec at every rank; it holds at most three more float32 matrices of the same size.
@@ -71,7 +74,9 @@ def measure_candidates(
         codecs: Any number of codecs.
         ranks: Rising, 0..min(O, I); 0 is the codec alone.
         objective: How errors are weighted, on any device.
-        dtype: Dtype of the stored factors.
+        like: Dtype of the stored factors, scales and rounding; None has those of a Recipe by default. With feedback,
+            the lowest and the highest rank of each codec are split as they would be; errors of the ranks between are
+            those of nearest codes, times the ratio of both, interpolated.
         seed: Seed of the random sketch and of the probes of a nuclear norm.
 
     Raises:
@@ -85,18 +90,40 @@ def measure_candidates(
     check_finite(weight_OI)
     generator = torch.Generator(weight_OI.device).manual_seed(seed)
     weight_OI, objective = weight_OI.float().contiguous(), objective.to(weight_OI.device)
-    scaled_OI = objective.scaled(weight_OI)
+    found = objective.scaled(weight_OI)
+    scaled_OI = found.computed() if isinstance(found, svd.Product) else found
+    del found
     norm = norms.frobenius(scaled_OI) ** 2
     top, nuclear = _spectrum(scaled_OI, ranks[-1], generator)
     del scaled_OI
-    weight = _Weight(weight_OI, torch.empty_like(weight_OI), objective, dtype)
+    like = like or Recipe(codecs[0], 0)
+    weight = _Weight(weight_OI, torch.empty_like(weight_OI), objective, like.dtype, like.scales)
     target_OI = torch.empty_like(weight_OI)
     squares = []
     for rank in ranks:
         up_OR, down_RI = _stored(weight, top.left_OK[:, :rank] * top.values_K[:rank], top.right_KI[:rank])
         torch.addmm(weight_OI, up_OR, down_RI, alpha=-1, out=target_OI)
         squares.append(tuple(_square_of(weight, codec, target_OI, top.right_KI[:rank].mT) for codec in codecs))
+    if like.rounding == "feedback":
+        squares = _fed_back(weight, [replace(like, codec=codec) for codec in codecs], ranks, squares, seed)
     return CandidateErrors(tuple(ranks), tuple(squares), norm, tuple(top.values_K[: ranks[-1]].tolist()), nuclear)
+
+
+def _fed_back(
+    weight: _Weight, recipes: Sequence[Recipe], ranks: Sequence[int], squares: list[tuple[float, ...]], seed: int
+) -> list[tuple[float, ...]]:
+    """Return the errors with feedback; see `measure_candidates`."""
+    found = []
+    for number, recipe in enumerate(recipes):
+        ratios = []
+        for rank, nearest in ((ranks[0], squares[0][number]), (ranks[-1], squares[-1][number])):
+            one = replace(recipe, rank=rank, iterations=1)
+            split = split_weight(weight.weight_OI, one, seed=seed, objective=weight.objective)
+            ratios.append(min(split.history) ** 2 / nearest if nearest else 1.0)
+        first, last = ratios
+        places = [place / max(len(ranks) - 1, 1) for place in range(len(ranks))]
+        found.append([each[number] * (first + (last - first) * at) for each, at in zip(squares, places, strict=True)])
+    return list(zip(*found, strict=True))
 
 
 def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[svd.TopSVD, float]:
@@ -120,7 +147,8 @@ def _square_of(weight: _Weight, codec: Codec, target_OI: Tensor, basis_IR: Tenso
     """
     squares = []
     for _ in range(PASSES):
-        codec.encode(target_OI).decode(out=weight.work_OI)
+        packed = codec.encode(target_OI) if weight.scales == "absmax" else round_nearest(target_OI, codec)
+        packed.decode(out=weight.work_OI)
         torch.sub(weight.weight_OI, weight.work_OI, out=weight.work_OI)  # W - Q
         if basis_IR.shape[1] == 0:
             return _square(weight)
@@ -137,11 +165,17 @@ def _square_of(weight: _Weight, codec: Codec, target_OI: Tensor, basis_IR: Tenso
 def _refitted(weight: _Weight, basis_IR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return factors of `work_OI` as they are stored, by one half-step of subspace iteration, and the next basis.
 
-    The matrix to decompose is diag(rows) M diag(columns); the thin matrices are scaled, so that M is not copied.
+    The scaled matrix is not computed: thin matrices are multiplied with its parts.
     """
-    rows, columns = weight.objective.rows_O, weight.objective.columns_I
-    left_OR = svd.orthonormal(_times(rows, weight.work_OI @ _times(columns, basis_IR)))
-    right_IR = _times(columns, weight.work_OI.mT @ _times(rows, left_OR))
+    objective, work_OI = weight.objective, weight.work_OI
+    if isinstance(objective, Moments):
+        scaled_OI = objective.scaled(work_OI)
+        left_OR = svd.orthonormal(scaled_OI @ basis_IR)
+        right_IR = scaled_OI.mT @ left_OR
+    else:
+        rows, columns = objective.rows_O, objective.columns_I
+        left_OR = svd.orthonormal(_times(rows, work_OI @ _times(columns, basis_IR)))
+        right_IR = _times(columns, work_OI.mT @ _times(rows, left_OR))
     up_OR, down_RI = _stored(weight, left_OR, right_IR.mT)
     return up_OR, down_RI, svd.orthonormal(right_IR)
 
@@ -158,6 +192,10 @@ def _stored(weight: _Weight, left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor,
 
 
 def _square(weight: _Weight) -> float:
-    """Return the squared norm of `work_OI` by the objective, computed for a few rows at a time."""
-    parts = (slice(start, start + ROWS) for start in range(0, weight.work_OI.shape[0], ROWS))
-    return sum(norms.frobenius(weight.objective.of_rows(rows).scaled(weight.work_OI[rows])) ** 2 for rows in parts)
+    """Return the squared norm of `work_OI` by the objective, computed for a few rows at a time where rows are apart."""
+    objective, work_OI = weight.objective, weight.work_OI
+    if isinstance(objective, Moments):
+        (rows, columns), new = work_OI.shape, work_OI.new_empty
+        return float(objective.squares(work_OI[None], new(1, rows, 0), new(1, 0, columns)))
+    parts = (slice(start, start + ROWS) for start in range(0, work_OI.shape[0], ROWS))
+    return sum(norms.frobenius(objective.of_rows(rows).scaled(work_OI[rows])) ** 2 for rows in parts)

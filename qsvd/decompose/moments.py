@@ -85,6 +85,11 @@ class Moments:
             up_SOR = torch.linalg.solve_triangular(self.outputs.root_NN.mT, up_SOR, upper=True)
         return up_SOR, down_SRI
 
+    @property
+    def magnitude(self) -> float:
+        """The product of the means of both diagonals, which errors are divided by: with G they compare layers."""
+        return self.inputs.mean * (1.0 if self.outputs is None else self.outputs.mean)
+
     def squares(self, left_SOI: Tensor, up_SOR: Tensor, down_SRI: Tensor) -> Tensor:
         """Return || L_o^T (left - up down) L_i ||_F^2, float64 [S]."""
         error_SOI = torch.baddbmm(left_SOI, up_SOR, down_SRI, alpha=-1)

@@ -41,6 +41,10 @@ class Split:
     def num_bytes(self) -> int:
         return self.residual.num_bytes + self.up_OR.nbytes + self.down_RI.nbytes
 
+    def dense(self) -> Tensor:
+        """Return Q + B A, float32 [O, I]."""
+        return self.residual.decode().addmm_(self.up_OR.float(), self.down_RI.float())
+
     def error(self, weight_OI: Tensor, out_OI: Tensor | None = None) -> Tensor:
         """Return W - Q - B A, float32 [O, I], for a float32 W; in `out_OI` if it is given."""
         error_OI = self.residual.decode(out=out_OI)

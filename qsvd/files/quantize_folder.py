@@ -127,13 +127,6 @@ def plan_stacks(
     return sorted(stacks, key=lambda stack: shard.weights.index(stack[0]))  # about the order of the source
 
 
-def largest_stack(weights: Sequence[WeightSpec], stacks: Iterable[Sequence[tuple[int, ...]]]) -> list[WeightSpec]:
-    """Return the stack with the most elements, of those of all files; of several the first one in the model."""
-    every = sorted(stack for of_file in stacks for stack in of_file)
-    largest = max(every, key=lambda stack: len(stack) * math.prod(weights[stack[0]].shape))
-    return [weights[number] for number in largest]
-
-
 def sizes_of(
     checkpoint: Checkpoint,
     weights: Sequence[WeightSpec],
@@ -193,9 +186,8 @@ class OutputFolder(Workspace):
         self, index: int, factors: Mapping[str, Tensor], record: object, residual_sha256: str, source_digest: str = ""
     ) -> None:
         """Write a weight as `save` does, but without its residual, which the caller writes to the shard."""
-        metadata = PYTORCH | {"record": json.dumps(record), "residual_sha256": residual_sha256}
-        metadata["source_digest"] = source_digest
-        write_stream(self._factors(index), new_tensors(factors), metadata)
+        metadata = {"record": json.dumps(record), "residual_sha256": residual_sha256, "source_digest": source_digest}
+        write_stream(self._factors(index), new_tensors(factors), PYTORCH | metadata)
 
     def weight_record(self, index: int) -> Any:
         """Return the record that `save` was given; raise what `write_shard` raises."""
@@ -211,6 +203,13 @@ class OutputFolder(Workspace):
         """Return the digest of a weight as it was read; "" if an older version or nobody read it."""
         with self._again(index):
             return read_header(self._factors(index)).metadata.get("source_digest", "")
+
+    def entries(self, index: int, shard: str) -> dict[str, TensorEntry]:
+        """Return the tensors of a finished weight, whose residual may be in its shard; raise as `write_shard` does."""
+        with self._again(index):
+            kept = self._residual(index)
+            residual = read_header(kept if kept.is_file() else self.folder / shard).tensors
+            return {**residual, **read_header(self._factors(index)).tensors}
 
     @property
     def source_files(self) -> dict[str, Any]:
@@ -233,17 +232,15 @@ class OutputFolder(Workspace):
         Raises:
             Damaged: an unfinished file differs from its digest. It is removed, so that its weight is split again.
         """
-        parts = self._parts(indices, self._residual)
         with self._again(*indices):
-            write_stream(self.folder / file, [*parts, *copied], PYTORCH)
+            write_stream(self.folder / file, [*self._parts(indices, self._residual), *copied], PYTORCH)
         for index in indices:
             self._residual(index).unlink()
 
     def write_adapter(self, file: str, indices: Sequence[int], metadata: Mapping[str, str]) -> None:
         """Write the components of all weights to one file; raise what `write_shard` raises."""
-        parts = self._parts(indices, self._factors)
         with self._again(*indices):
-            write_stream(self.folder / file, parts, PYTORCH | dict(metadata))
+            write_stream(self.folder / file, self._parts(indices, self._factors), PYTORCH | dict(metadata))
 
     def forget(self, indices: Iterable[int]) -> None:
         """Remove what is kept of weights, so that they are split again."""
@@ -331,8 +328,7 @@ class BackgroundWriter:
 
     def write_shard(self, file: str, indices: Sequence[int], copied: Sequence[NewTensor]) -> None:
         """Write a shard as OutputFolder.write_shard does, after all weights that were given until now."""
-        job = (self._last, self.folder.write_shard, file, indices, copied)
-        self._joins.append(self._joiner.submit(_after, *job))
+        self._joins.append(self._joiner.submit(_after, self._last, self.folder.write_shard, file, indices, copied))
 
     def wait(self) -> None:
         """Return when everything is written."""

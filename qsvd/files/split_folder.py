@@ -25,11 +25,13 @@ from qsvd.files.layout import (
     stored_packed,
     stored_residual,
 )
+from qsvd.files.quantized import compressed
 from qsvd.files.quantized.manifest import QUANTIZE_AGAIN, read_manifest
 from qsvd.files.readers import check_contents
 from qsvd.files.safetensors import TORCH_DTYPES, TensorEntry, read_header, read_tensor
 from qsvd.files.workspace import MANIFEST
 from qsvd.numerics.codec import Codec, PackedBlocks
+from qsvd.numerics.int4 import Int4
 from qsvd.numerics.names import codec_named
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import NormalFloat
@@ -87,7 +89,9 @@ class SplitFolder:
         """Return the entries of the parts of Q of one weight or table."""
         codec, entries = self.codec(name), {key: self.tensors[key] for key in self.part_names(name)}
         rows, columns = self._packed[name]["shape"]
-        if isinstance(codec, NormalFloat):
+        if isinstance(codec, Int4):
+            found = compressed.stored_compressed(name, entries, (rows, columns), codec)
+        elif isinstance(codec, NormalFloat):
             found = stored_packed(name, entries, (rows, columns), codec)
         else:
             state = entries.get(f"{name}.{QUANT_STATE}")
@@ -112,7 +116,8 @@ class SplitFolder:
         path = self.folder / "config.json"
         quantization = read_object(path).get("quantization_config")
         found = quantization if isinstance(quantization, dict) else {}
-        dtype = getattr(torch, str(found.get("dtype") or found.get("bnb_4bit_compute_dtype")), None)
+        named = self.manifest.get("dtype") or found.get("dtype") or found.get("bnb_4bit_compute_dtype")
+        dtype = getattr(torch, str(named), None)
         if not isinstance(dtype, torch.dtype):
             raise Damaged(f"{path} is damaged: quantization_config has no dtype; {QUANTIZE_AGAIN}")
         return dtype
@@ -124,7 +129,9 @@ class SplitFolder:
 
     def part_names(self, name: str) -> list[str]:
         """Return the names of the tensors of one residual."""
-        if isinstance(self.codec(name), NormalFloat):
+        if isinstance(self.codec(name), Int4):
+            keys = compressed.part_names(name)
+        elif isinstance(self.codec(name), NormalFloat):
             keys = (name, *(part_name(name, part) for part in PARTS))
         else:
             keys = (name, *(f"{name}.{part}" for part in RESIDUAL_PARTS))
@@ -154,7 +161,7 @@ class SplitFolder:
                 yield self.tensors[name]
                 continue
             if name not in paged:
-                unread = {f"{name}.{part}" for part in UNREAD}
+                unread = {name + compressed.SHAPE, *(f"{name}.{part}" for part in UNREAD)}
                 yield from (self.tensors[key] for key in self.part_names(name) if key not in unread)
             yield from self._factor_entries(name)
 
@@ -189,6 +196,7 @@ def open_split(folder: Path) -> SplitFolder:
         )
     for file in shards:
         tensors |= read_header(folder / file).tensors
+    tensors = compressed.renamed(tensors, packed)
     has_components = (folder / ADAPTER_TENSORS).is_file()
     if has_components or any(weight["rank"] for weight in manifest["weights"].values()):
         adapter = _components(folder)

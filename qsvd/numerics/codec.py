@@ -1,7 +1,7 @@
 """The interface of a block quantizer: a matrix becomes codes of 2, 3, 4 or 8 bits and one scale per block, and back.
 
-Codes are packed bit after bit, the first code in the highest bits of the first byte. The codecs are NormalFloat4
-(nf4.py) and NormalFloat (normal_float.py); names.py finds them by name.
+Codes are packed bit after bit, the first code in the highest bits of the first byte, but in Int4. The codecs are
+NormalFloat4 (nf4.py), NormalFloat (normal_float.py) and Int4 (int4.py); names.py finds them by name.
 
 Shape suffixes: O = out features, I = in features, B = blocks, N = codes, G = groups, C = codes of one group.
 """
@@ -82,7 +82,7 @@ class PackedBlocks:
     """A quantized matrix [O, I].
 
     Args:
-        codes: uint8 [ceil(O * I * bits / 8)], row-major.
+        codes: uint8 [ceil(O * I * bits / 8)], row-major, in the codec's order of bits.
         scales: [blocks] in the codec's scale_dtype, or nested.
         shape: (O, I).
         codec: The codec that encoded the matrix and decodes it.
@@ -177,6 +177,7 @@ class Codec(ABC):
     scale_dtype: torch.dtype = torch.float32  # of scales that are not nested
     nested: tuple[int, int] | None = None  # bits of a scale that is quantized again, and scales that share one absmax
     reach: float = 1.0  # the magnitude up to which the levels reach with both signs
+    low_first: bool = False  # whether the first code of a byte has the low bits; of codes of 4 bits alone
 
     @classmethod
     def from_name(cls, name: str) -> "Codec | None":

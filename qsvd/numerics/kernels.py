@@ -1,4 +1,4 @@
-"""NormalFloat and bitsandbytes' NF4 on CUDA in Triton: decode in one kernel, encode NormalFloat in two.
+"""The codecs on CUDA in Triton: decode in one kernel, encode NormalFloat in two.
 
 The bits are those of torch's operations, and of bitsandbytes' kernels. A program works on groups of 8 codes, which fill
 `bits` whole bytes at any width; a group lies within one block. Only normal_float.py imports this file, if Triton is
@@ -39,8 +39,10 @@ def decode_into(packed: PackedBlocks, out_N: Tensor) -> None:
         "BLOCK": packed.codec.block_size,
         "SCALE_BITS": nested.levels.numel().bit_length() - 1 if nested else 0,
         "SCALE_BLOCK": nested.block_size if nested else 0,
+        "LOW_FIRST": int(packed.codec.low_first),
     }
-    tensors = (out_N, _words(packed.codes) if bits == 4 else packed.codes, codebook.levels(bits, out_N.device), *given)
+    codes, levels = _words(packed.codes) if bits == 4 else packed.codes, packed.codec.levels(out_N.device)
+    tensors = (out_N, codes, levels, *given)
     sizes = (out_N.numel(), packed.codes.numel(), given[0].numel())
     _launch(_decode, -(-out_N.numel() // (8 * GROUPS)), (*tensors, *sizes), kinds | {"ROWS": GROUPS})
 
@@ -101,12 +103,13 @@ def _decode(  # noqa: PLR0913  # tensors are pointers here, each with its own ar
     BLOCK: tl.constexpr,
     SCALE_BITS: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
+    LOW_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Write out[n] = levels[codes[n]] * scales[n // BLOCK]; with SCALE_BITS, scales are codes of those bits."""
     group_G = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at_GC = group_G[:, None] * 8 + tl.arange(0, 8)[None, :]
-    code_GC = _unpacked(codes, group_G, num_bytes, BITS)
+    code_GC = _unpacked(codes, group_G, num_bytes, BITS, LOW_FIRST)
     block_G = group_G * 8 // BLOCK
     is_in_G = group_G * 8 < num_elements
     if SCALE_BITS == 0:
@@ -120,9 +123,9 @@ def _decode(  # noqa: PLR0913  # tensors are pointers here, each with its own ar
 
 
 @triton.jit
-def _unpacked(codes, group_G, num_bytes, BITS: tl.constexpr):
-    """Return the codes of groups, int32 [G, 8]; 0 after the last byte."""
-    place_C = tl.arange(0, 8)
+def _unpacked(codes, group_G, num_bytes, BITS: tl.constexpr, LOW_FIRST: tl.constexpr):
+    """Return the codes of groups, int32 [G, 8]; 0 after the last byte. LOW_FIRST: a byte has its first code last."""
+    place_C = tl.arange(0, 8) ^ LOW_FIRST
     if BITS == 8:
         at_GC = group_G[:, None] * 8 + place_C[None, :]
         code_GC = tl.load(codes + at_GC, mask=at_GC < num_bytes, other=0).to(tl.int32)

@@ -26,6 +26,8 @@ def conflicts(options: object) -> list[str]:
         and options.budget is not None
     ):
         wrong.append("--budget and --allocation both set the bits of each layer: give one of them")
+    if isinstance(options, TrainingOptions | Quantize):
+        wrong += _conflicts_of_codec(options)
     if isinstance(options, Quantize | Allocate):
         wrong += _conflicts_of_objective(options)
     kinds: Any = {Quantize: _conflicts_of_quantize, Calibrate: _conflicts_of_calibrate, Eval: _conflicts_of_eval}
@@ -48,11 +50,51 @@ def _conflicts_of_quantize(options: Quantize) -> list[str]:
             "--dry-run cannot show the result of a --budget before the layers are measured: run qsvd allocate, or "
             "qsvd plan --budget for the sizes alone"
         ]
-    wrong = []
+    wrong = _conflicts_of_texts(options)
     if options.budget is None and options.allocator != "both":
         wrong.append(f"--allocator {options.allocator} needs a --budget")
     if options.budget is None and options.objective == "hessian":
         wrong.append("--objective hessian needs a --budget: it weights whole layers")
+    return wrong
+
+
+def _conflicts_of_codec(options: TrainingOptions | Quantize) -> list[str]:
+    if options.codec == "nf4":
+        return []
+    others = {
+        "--budget": options.budget is not None,
+        "--allocation": options.allocation is not None,
+        "--head-bits": options.head_bits is not None,
+        "--embedding-bits": options.embedding_bits is not None,
+        "--no-double-quant": not options.double_quant,
+    }
+    why = {
+        "--budget": "sets the format of each layer",
+        "--allocation": "sets the format of each layer",
+        "--no-double-quant": "is for nf4",
+    }
+    usual = "needs qsvd's own format, which vLLM does not read"
+    return [
+        f"--codec {options.codec} cannot be used with {flag}, which {why.get(flag, usual)}: leave out one of them"
+        for flag, is_given in others.items()
+        if is_given
+    ]
+
+
+def _conflicts_of_texts(options: Quantize) -> list[str]:
+    if options.calibrate is None:
+        wrong = ["--quality best needs texts: give --calibrate DATA"] if options.quality == "best" else []
+        given = {
+            "--sensitivity": options.sensitivity is not None,
+            "--examples": options.examples != Quantize.examples,
+            "--max-length": options.max_length is not None,
+        }
+        return wrong + [f"{flag} needs --calibrate DATA" for flag, is_given in given.items() if is_given]
+    wrong = []
+    if options.quality == "fast":
+        wrong.append("--quality fast uses no texts: leave out --calibrate, or give --quality good")
+    if options.objective == "fisher":
+        wrong.append("--calibrate and --objective fisher both weight errors: give one of them")
     return wrong
 
 

@@ -1,6 +1,6 @@
 """The options of the commands that make a quantized model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +19,7 @@ from qsvd.option_types import (
     EmbeddingBits,
     Exclude,
     ExpertRank,
+    Format,
     Group,
     HeadBits,
     Help,
@@ -38,6 +39,8 @@ from qsvd.option_types import (
     StoredDtype,
     at_least,
 )
+
+NEAREST_PASSES, FEEDBACK_PASSES = 5, 2  # iterations by default
 
 
 @dataclass(frozen=True)
@@ -126,21 +129,51 @@ class Quantize:
 
     rank: Annotated[int, Group("method"), at_least(0), Help("Components per layer; 0 is plain NF4 (QLoRA).")] = 64
     expert_rank: Annotated[ExpertRank, ADDED] = None
-    iterations: Annotated[int, at_least(1), Help("Maximum iterations; the best one is kept.")] = 5
+    quality: Annotated[
+        Literal["fast", "good", "best"] | None,
+        SAME_RESULT,
+        Help("fast: as in the papers; good: error feedback; best: with --calibrate. Default: fast, with data best."),
+    ] = None
+    iterations: Annotated[
+        int | None, at_least(1), Help("Maximum iterations; the best one is kept. Default: 5, with feedback 2.")
+    ] = None
     order: Annotated[Step, Help("First step: svd (QPiSSA, LQ-LoRA) or quantize (LoftQ).")] = "svd"
     end: Annotated[Step, Help("Last step of each iteration; quantize is QPiSSA as published.")] = "svd"
     stop: Annotated[Literal["rise", "never"], Help("rise: stop when the error rises; never: all iterations.")] = "rise"
     scales: Annotated[
-        Literal["absmax", "mse"], ADDED, Help("Scales of least error (mse), or largest magnitudes as in the papers.")
-    ] = "absmax"
+        Literal["absmax", "mse"] | None,
+        ADDED,
+        Help("Largest magnitudes (absmax) or scales of least error (mse). Default: by --quality."),
+    ] = None
     rounding: Annotated[
-        Literal["nearest", "feedback"], ADDED, Help("feedback: errors go where components remove them. Slower.")
-    ] = "nearest"
+        Literal["nearest", "feedback"] | None,
+        ADDED,
+        Help("feedback: errors go where components remove them. Default: by --quality."),
+    ] = None
     svd: Annotated[Literal["randomized", "exact"], Help("exact is slow above a few thousand rows.")] = "randomized"
     dtype: StoredDtype = "bfloat16"
+    codec: Format = "nf4"
     double_quant: DoubleQuant = True
     head_bits: HeadBits = None
     embedding_bits: EmbeddingBits = None
+
+    calibrate: Annotated[
+        str | None,
+        SAME_RESULT,
+        Group("calibration"),
+        Help("Texts that errors are weighted by: what qsvd train reads, or a text file.", "DATA"),
+    ] = None
+    sensitivity: Annotated[
+        Literal["inputs", "both"] | None,
+        ADDED,
+        Help(
+            "What errors are weighted by: inputs of layers, or gradients too. Default: both, with quality good inputs."
+        ),
+    ] = None
+    examples: Annotated[int, ADDED, at_least(1), Help("Number of texts, drawn by --seed.")] = 128
+    max_length: Annotated[MaxLength, ADDED] = None
+    map: Annotated[Map, SAME_RESULT] = ()
+    split: Annotated[DataSplit, SAME_RESULT] = "train"
 
     budget: Annotated[
         str | None,
@@ -158,7 +191,23 @@ class Quantize:
 
     shard_size: Annotated[ShardSize, Group("run")] = "5GB"
     device: Device = "auto"
-    seed: Annotated[Seed, Help("Random seed (SVD sketches).")] = 0
+    seed: Annotated[Seed, Help("Random seed (SVD sketches, choice of texts, labels).")] = 0
     push_to_hub: Annotated[PushToHub, SAME_RESULT] = None
     public: Annotated[Public, SAME_RESULT] = False
     dry_run: Annotated[bool, SAME_RESULT, PRINTS, Help("Print options, layers and sizes, and stop.")] = False
+
+
+def with_quality(options: Quantize) -> Quantize:
+    """Return the options with what --quality leaves open: iterations, scales, rounding and sensitivity."""
+    has_data = options.calibrate is not None
+    quality = options.quality or ("best" if has_data else "fast")
+    rounding = options.rounding or ("nearest" if quality == "fast" else "feedback")
+    feeds_back = rounding == "feedback"
+    return replace(
+        options,
+        quality=quality,
+        rounding=rounding,
+        scales=options.scales or ("mse" if feeds_back or has_data else "absmax"),
+        iterations=options.iterations or (FEEDBACK_PASSES if feeds_back else NEAREST_PASSES),
+        sensitivity=options.sensitivity or (None if not has_data else "both" if quality == "best" else "inputs"),
+    )

@@ -24,6 +24,7 @@ from qsvd.option_types import (
     DoubleQuant,
     EmbeddingBits,
     ExpertRank,
+    Format,
     Group,
     HeadBits,
     Help,
@@ -86,6 +87,7 @@ class TrainingOptions:
     allocation: Annotated[Allocation, SAME_RESULT] = None
     expert_rank: Annotated[ExpertRank, SAME_RESULT] = None
     include_towers: Annotated[IncludeTowers, SAME_RESULT] = False
+    codec: Annotated[Format, SAME_RESULT] = "nf4"
     double_quant: Annotated[DoubleQuant, SAME_RESULT] = True
     head_bits: Annotated[HeadBits, SAME_RESULT] = None
     embedding_bits: Annotated[EmbeddingBits, SAME_RESULT] = None

@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from qsvd.errors import BadInput, listing, one_line
 from qsvd.numerics.codec import Codec
+from qsvd.numerics.int4 import GROUPS, Int4
 from qsvd.numerics.names import codec_named, spelling
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.plan.weights import ModelPlan, WeightSpec
@@ -28,7 +29,9 @@ EXPERT_RANK = 16  # of the components of an expert, unless another is asked for
 LEVELS_BYTES, NESTED_LEVELS_BYTES = 64, 1024  # float32 tables that bitsandbytes stores with every weight
 TABLE_CODECS = {8: "nf8-64-8x256", 4: "nf4-64-8x256"}  # of the embedding and the head, by bits
 STATE_BYTES = 320  # most bytes of the JSON of one weight's quantization state
+SHAPE_BYTES = 16  # of weight_shape, which compressed-tensors stores with every weight
 COLUMNS = ("weight", "codec", "rank", "bits", "error")
+Layout = Literal["bitsandbytes", "compressed-tensors", "qsvd"]
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,19 @@ class Allocation:
     remarks: Sequence[str] = ()
 
     @cached_property
-    def is_plain(self) -> bool:
-        """Whether all residuals are bitsandbytes' NF4 of one kind, which loads without qsvd."""
-        codecs = {choice.codec for choice in self.choices.values()}
-        return len({codec.name for codec in codecs}) == 1 and all(isinstance(codec, NormalFloat4) for codec in codecs)
+    def layout(self) -> Layout:
+        """Whose tensors the residuals are stored as: the first two load without qsvd, and have one codec for all."""
+        codecs = {choice.codec.name: choice.codec for choice in self.choices.values()}
+        codec = next(iter(codecs.values())) if len(codecs) == 1 else None
+        if isinstance(codec, NormalFloat4):
+            return "bitsandbytes"
+        return "compressed-tensors" if isinstance(codec, Int4) else "qsvd"
 
 
 def residual_bytes(codec: Codec, shape: tuple[int, int]) -> int:
     """Return the bytes of an [O, I] residual in a file: for bitsandbytes' NF4, with tables and JSON, an upper bound."""
+    if isinstance(codec, Int4):
+        return codec.num_bytes(shape) + SHAPE_BYTES
     if not isinstance(codec, NormalFloat4):
         return codec.num_bytes(shape)
     tables = LEVELS_BYTES + (NESTED_LEVELS_BYTES if codec.double_quant else 0)
@@ -114,12 +122,21 @@ def with_tables(allocation: Allocation, tables: Sequence[Table]) -> Allocation:
     return Allocation({**allocation.choices, **choices}, allocation.errors, allocation.remarks)
 
 
-def usual_codec(weights: Sequence[WeightSpec], *, double_quant: bool, packed: bool = False) -> Codec:
-    """Return the codec without a budget: bitsandbytes' NF4, or the same in qsvd's layout.
+def usual_codec(weights: Sequence[WeightSpec], *, double_quant: bool, packed: bool = False, name: str = "nf4") -> Codec:
+    """Return the codec without a budget: bitsandbytes' NF4, or the same in qsvd's layout; or the one that is named.
 
     Args:
         packed: Whether another part of the model needs qsvd's layout; so do layers that are not plain.
+        name: The option --codec.
+
+    Raises:
+        BadInput: the named codec cannot hold a weight.
     """
+    if name != "nf4":
+        codec = codec_named(name)
+        if wrong := holding_problems({spec.group: codec for spec in weights}, weights):
+            raise BadInput(f"--codec {name}: {listing(wrong, separator='; ')}")
+        return codec
     if not packed and all(spec.is_plain for spec in weights):
         return NormalFloat4(double_quant=double_quant)
     return codec_named("nf4-64-8x256" if double_quant else "nf4-64-fp32")
@@ -253,17 +270,45 @@ def from_text(text: str, weights: Sequence[WeightSpec], where: str) -> Allocatio
     if missing:
         wrong.append(f"{len(missing)} weights have no line: {listing(missing)}")
     if not wrong:
-        wrong = mixing_problems(choice.codec for choice in choices.values()) or _plain_problems(choices, weights)
+        codecs = {group: choice.codec for group, choice in choices.items()}
+        wrong = mixing_problems(codecs.values()) or holding_problems(codecs, weights)
     if wrong:
         raise BadInput(f"{where} cannot be used: {listing(wrong, 3, separator='; ')}")
     return Allocation({spec.module: choices[spec.group] for spec in weights}, remarks=remarks)
 
 
-def _plain_problems(choices: Mapping[str, Choice], weights: Sequence[WeightSpec]) -> list[str]:
-    """Say which weights bitsandbytes' NF4 cannot hold, because transformers does not put its layer in their place."""
+def holding_problems(codecs: Mapping[str, Codec], weights: Sequence[WeightSpec]) -> list[str]:
+    """Say which weights a codec cannot hold.
+
+    bitsandbytes and compressed-tensors do not replace subclasses of nn.Linear, nor the latter GPT-2's Conv1D. Its
+    groups divide the inputs of a layer.
+
+    Args:
+        codecs: By the group of the weight.
+    """
+    problems = []
     groups = dict.fromkeys(spec.group for spec in weights if not spec.is_plain)
-    wrong = [group for group in groups if isinstance(choices[group].codec, NormalFloat4)]
-    return [f"bitsandbytes does not replace {listing(wrong)}; use nf4-64-8x256 for all weights"] if wrong else []
+    if wrong := [group for group in groups if isinstance(codecs[group], NormalFloat4)]:
+        problems.append(f"bitsandbytes does not replace {listing(wrong)}; use nf4-64-8x256 for all weights")
+    others = dict.fromkeys(spec.group for spec in weights if not spec.stack and spec.read_from[0].is_transposed)
+    if wrong := [group for group in groups | others if isinstance(codecs[group], Int4)]:
+        problems.append(f"compressed-tensors does not replace {listing(wrong)}; use another codec, or --exclude them")
+    return problems + _odd_groups(codecs, weights)
+
+
+def _odd_groups(codecs: Mapping[str, Codec], weights: Sequence[WeightSpec]) -> list[str]:
+    odd: dict[str, int] = {}
+    for spec in weights:
+        codec, columns = codecs[spec.group], spec.shape[1]
+        if isinstance(codec, Int4) and not codec.fits(columns):
+            odd[spec.group] = columns
+    if not odd:
+        return []
+    named = listing([f"{group} ({columns} inputs)" for group, columns in odd.items()])
+    smaller = [f"int4-{group}" for group in GROUPS if not any(columns % group for columns in odd.values())]
+    advice = f"use {smaller[-1]}, or --exclude these layers" if smaller else "--exclude these layers"
+    codec = next(iter(codecs[group].name for group in odd))
+    return [f"groups of {codec} do not divide the inputs of {len(odd)} layers: {named}; {advice}"]
 
 
 def _choice(cells: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Choice:
@@ -280,10 +325,11 @@ def _choice(cells: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Choi
 
 
 def mixing_problems(codecs: Iterable[Codec]) -> list[str]:
-    """Say which codecs cannot be in one model: bitsandbytes' NF4 has its own file layout, so that it must be alone."""
-    names = {codec.name: isinstance(codec, NormalFloat4) for codec in codecs}
-    alone = sorted(name for name, is_plain in names.items() if is_plain)
-    if not alone or len(names) == 1:
+    """Say which codecs cannot be in one model: those of other libraries have their layout, so that they are alone."""
+    kinds = {NormalFloat4: "bitsandbytes", Int4: "compressed-tensors"}
+    names = {codec.name: kinds.get(type(codec), "") for codec in codecs}
+    if len(names) == 1 or not any(names.values()):
         return []
-    names_alone = " and ".join(alone)
-    return [f"{names_alone} (bitsandbytes) cannot be mixed with other codecs; use one for all, or nf4-64-8x256 instead"]
+    named = {library: sorted(name for name in names if names[name] == library) for library in kinds.values()}
+    alone = " and ".join(f"{' and '.join(codecs)} ({library})" for library, codecs in named.items() if codecs)
+    return [f"{alone} cannot be mixed with other codecs; use one for all, or nf4-64-8x256 instead"]

@@ -12,7 +12,7 @@ import torch
 
 from qsvd.errors import BadInput, listing
 from qsvd.numerics.names import codec_named
-from qsvd.plan.allocation import Choice, mixing_problems, residual_bytes
+from qsvd.plan.allocation import Choice, holding_problems, mixing_problems, residual_bytes
 from qsvd.plan.tensors import TensorShape, optimizer_bytes, total_bytes
 from qsvd.plan.weights import WeightSpec
 
@@ -90,7 +90,9 @@ def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Seq
         except BadInput as error:
             wrong.append(f"--codecs: {error}")
     if not wrong:
-        wrong = [f"--codecs: {problem}" for problem in mixing_problems(map(codec_named, names))]
+        found = [codec_named(name) for name in names]
+        problems = mixing_problems(found) or holding_problems({spec.group: found[0] for spec in weights}, weights)
+        wrong = [f"--codecs: {problem}" for problem in problems]
     limit = max(min(spec.shape) for spec in weights)
     outside = [str(one) for one in sorted({*ranks}) if not 0 <= one <= limit]
     if outside:

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsvd.calibrate.block_walk import BlockWalk
+from qsvd.decompose.alternate import Recipe
 from qsvd.decompose.candidates import PASSES, CandidateErrors, measure_candidates
-from qsvd.decompose.objective import PLAIN
+from qsvd.decompose.moments import Moments
+from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import file_sha256
 from qsvd.files.check import check_finite
@@ -43,6 +46,7 @@ class AllocateRun:
 
     Args:
         out: The table. Measurements are kept next to it.
+        texts: Digest of the texts of --calibrate; "" without it.
     """
 
     options: Allocate | Quantize
@@ -51,6 +55,7 @@ class AllocateRun:
     statistics: Statistics | None
     device: torch.device
     out: Path
+    texts: str = ""
 
     @property
     def costs(self) -> Path:
@@ -61,6 +66,25 @@ class AllocateRun:
     def is_fisher(self) -> bool:
         """Whether rows and columns are weighted while candidates are measured."""
         return self.options.objective == "fisher"
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What `qsvd quantize` changes of the measurements; empty as in version 0.1."""
+        options = self.options
+        if isinstance(options, Allocate):
+            return {}
+        usual = {"scales": "absmax", "rounding": "nearest", "sensitivity": None, "texts": ""}
+        found = {name: getattr(options, name, self.texts) for name in usual}
+        return {name: value for name, value in found.items() if value != usual[name]}
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether errors of layers are compared as they are: with gradients they are changes of the loss."""
+        return self.how.get("sensitivity") == "both"
+
+    def objective(self, spec: WeightSpec) -> Objective:
+        """Return how the errors of a weight are weighted by statistics."""
+        return self.statistics.objective(spec.module) if self.is_fisher and self.statistics else PLAIN
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -76,7 +100,7 @@ class AllocateRun:
             "dtype": options.dtype,
             "device": self.device.type,
             "seed": options.seed,
-        }
+        } | self.how
 
 
 def prepare_allocate(options: Allocate, checkpoint: Checkpoint | None = None) -> AllocateRun:
@@ -187,11 +211,15 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def measure_and_solve(run: AllocateRun, show: ShowProgress) -> AllocationResult:
-    """Measure the weights that are not measured yet, then solve; the allocation has its remarks."""
+def measure_and_solve(run: AllocateRun, show: ShowProgress, walk: BlockWalk | None = None) -> AllocationResult:
+    """Measure the weights that are not measured yet, then solve; the allocation has its remarks.
+
+    Args:
+        walk: Over the blocks of the 16-bit model, with --calibrate.
+    """
     counts_with, remarks = importances(run)
-    measured = _measured(run, show)
-    if run.options.objective == "relative":
+    measured = _measured(run, show, walk)
+    if run.options.objective == "relative" and not run.compares_layers:
         counts_with = over_norms(run.task.weights, measured)
     options = run.options
     result = solve(run.task, options.allocator, measured, counts_with)
@@ -204,16 +232,19 @@ def measure_and_solve(run: AllocateRun, show: ShowProgress) -> AllocationResult:
     return replace(result, allocation=replace(result.allocation, remarks=head + remarks))
 
 
-def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors]:
+def _measured(run: AllocateRun, show: ShowProgress, walk: BlockWalk | None) -> dict[str, CandidateErrors]:
     """Return the errors of every weight, from the file of measurements or measured now; of a stack some experts are."""
     weights = _measured_ones(run.task.weights)
     run.costs.parent.mkdir(parents=True, exist_ok=True)
     with CostsFile(run.costs, run.identity, run.checkpoint.stamps) as kept:
         pending = {spec: ranks for spec in weights if (ranks := _ranks(run, spec, kept.measured.get(spec.module)))}
+        if walk is not None:
+            pending = {spec: pending[spec] for spec in sorted(pending, key=walk.place)}
         total, left = (sum(math.prod(spec.shape) for spec in some) for some in (weights, pending))
         new, arriving = 0, zip(pending, stream(run.checkpoint, [[spec] for spec in pending]), strict=True)
         for number, (spec, (weight_OI,)) in enumerate(arriving, start=len(weights) - len(pending) + 1):
-            kept.keep(spec.module, _measure(run, spec, weight_OI, pending[spec]))
+            objective = run.objective(spec) if walk is None else walk.objective(spec)
+            kept.keep(spec.module, _measure(run, spec, weight_OI, pending[spec], objective))
             new += math.prod(spec.shape)
             show(Progress(total - left + new, new, total, f"{number}/{len(weights)} weights measured"))
         return _for_all(run.task.weights, weights, kept.measured)
@@ -250,18 +281,19 @@ def _ranks(run: AllocateRun, spec: WeightSpec, found: CandidateErrors | None) ->
     return () if ranks == known else ranks
 
 
-def _measure(run: AllocateRun, spec: WeightSpec, weight_OI: Tensor, ranks: Sequence[int]) -> CandidateErrors:
-    grid = run.task.grid
-    objective = run.statistics.objective(spec.module) if run.is_fisher and run.statistics else PLAIN
+def _measure(
+    run: AllocateRun, spec: WeightSpec, weight_OI: Tensor, ranks: Sequence[int], objective: Objective | Moments
+) -> CandidateErrors:
+    codecs, how = [codec_named(name) for name in run.task.grid.codecs], run.how
+    more = {name: how[name] for name in ("scales", "rounding") if name in how}
+    like = Recipe(codecs[0], 0, dtype=getattr(torch, run.options.dtype), **more)
+    seed = seed_of(run.options.seed, spec)
     try:
-        return measure_candidates(
-            weight_OI.to(run.device),
-            [codec_named(name) for name in grid.codecs],
-            ranks,
-            objective=objective,
-            dtype=getattr(torch, run.options.dtype),
-            seed=seed_of(run.options.seed, spec),
-        )
+        found = measure_candidates(weight_OI.to(run.device), codecs, ranks, objective=objective, like=like, seed=seed)
+        if not (run.compares_layers and isinstance(objective, Moments)):
+            return found
+        squares = tuple(tuple(objective.magnitude * square for square in of_rank) for of_rank in found.squares)
+        return replace(found, squares=squares, norm=objective.magnitude * found.norm)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
             f"{spec.name} {list(spec.shape)} does not fit on {run.device}; close other programs that use it, or give "

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -56,20 +57,11 @@ class CalibrateRun:
     @property
     def identity(self) -> dict[str, Any]:
         """What the bytes of the file depend on."""
-        sequences = [
-            [
-                list(one.input_ids),
-                one.target,
-                one.segments,
-                *([one.images[0].digests[one.images[1]]] if one.images else []),
-            ]
-            for one in self.examples
-        ]
         return result_options(self.options) | {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "source_fingerprint": self.checkpoint.fingerprint,
-            "tokens_sha256": hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),
+            "tokens_sha256": tokens_digest(self.examples),
         }
 
     @cached_property
@@ -86,6 +78,20 @@ class CalibrateRun:
         return sum(len(example.input_ids) for example in self.examples)
 
 
+def tokens_digest(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 digest of the tokens, labels and images of examples."""
+    sequences = [
+        [
+            list(one.input_ids),
+            one.target,
+            one.segments,
+            *([one.images[0].digests[one.images[1]]] if one.images else []),
+        ]
+        for one in examples
+    ]
+    return hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
+
+
 def prepare_calibrate(options: Calibrate) -> CalibrateRun:
     """Open the 16-bit model and the data, tokenize, and refuse what cannot be calibrated."""
     check(options)
@@ -93,19 +99,25 @@ def prepare_calibrate(options: Calibrate) -> CalibrateRun:
     checkpoint, plan = open_16_bit(options)
     length = checked_length(options.max_length, context_length(checkpoint.config), options.model)
     options = replace(options, max_length=length)
-    examples, cut = _examples(options, checkpoint, plan)
+    examples, cut = draw_examples(options, checkpoint, plan)
     run = CalibrateRun(options, checkpoint, plan, examples, device, dtype_of(options.dtype, device), cut)
     if not run.is_complete and not unfinished_path(run.out).exists():  # refuses the file of another run
         check_finite(checkpoint, plan)
     return run
 
 
-def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[tuple[Example, ...], str]:
-    """Return as many examples as are asked for, in the order of the data, and a sentence on those that were cut."""
+def draw_examples(
+    options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan, *, has_loss: bool = True
+) -> tuple[tuple[Example, ...], str]:
+    """Return as many examples as are asked for, in the order of the data, and a sentence on those that were cut.
+
+    Args:
+        has_loss: Whether the loss on the examples is computed; else any model that reads texts takes any texts.
+    """
     assert checkpoint.folder is not None, "opened from files"
     assert options.max_length is not None, "chosen by now"
     classifies = is_classifier(plan.architecture)
-    if not classifies and plan.architecture not in writers():
+    if has_loss and not classifies and plan.architecture not in writers():
         raise BadInput(
             f"{options.model} is a {plan.architecture}, which has no loss on texts or labels; give a language model "
             f"(...ForCausalLM) or a classifier (...ForSequenceClassification)"
@@ -114,7 +126,7 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
     check_hears(plan.architecture, options.model, examples)
     if examples.kind == "speech":
         raise BadInput(f"{options.model} is an encoder-decoder model of sound, which qsvd calibrate does not measure")
-    if classifies != (examples.kind == "labelled"):
+    if classifies != (examples.kind == "labelled") and (has_loss or not classifies):
         wanted = "labelled texts" if classifies else "texts, chats or completions"
         raise BadInput(
             f"{options.data} holds {examples.kind} examples, and {options.model} is a {plan.architecture}, which "
@@ -128,7 +140,7 @@ def _examples(options: Calibrate, checkpoint: Checkpoint, plan: ModelPlan) -> tu
         data, tokenizer = tokenize_images(examples, processor, **chosen), processor.tokenizer
     else:
         _check_towers(options)
-        names = _labels(checkpoint, examples) if classifies else None
+        names = _labels(checkpoint, examples) if examples.kind == "labelled" else None
         tokenizer = open_tokenizer(checkpoint.folder)
         data = tokenize(examples, tokenizer, **chosen, label_names=names)
     check_vocabulary([data], tokenizer, checkpoint.folder, checkpoint.name)

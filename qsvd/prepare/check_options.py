@@ -85,7 +85,7 @@ def _check_texts(options: Options) -> None:
 
 def _check_files(options: Options) -> None:
     """Refuse files of options that cannot be read."""
-    for source in (getattr(options, "data", None), getattr(options, "valid", None)):
+    for source in (getattr(options, name, None) for name in ("data", "valid", "calibrate")):
         if source is not None:
             local_data(source)
     table: Path | None = getattr(options, "allocation", None)
@@ -187,6 +187,7 @@ def _check_quantizing(options: TrainingOptions, name: str) -> None:
         "--allocation": options.allocation is not None,
         "--expert-rank": options.expert_rank is not None,
         "--include-towers": options.include_towers,
+        "--codec": options.codec != "nf4",
         "--no-double-quant": not options.double_quant,
         "--head-bits": options.head_bits is not None,
         "--embedding-bits": options.embedding_bits is not None,

@@ -31,6 +31,7 @@ from qsvd.files.layout import (
     residual_tensors,
 )
 from qsvd.files.quantize_folder import OutputFolder
+from qsvd.files.quantized.compressed import compressed_config, compressed_tensors
 from qsvd.files.quantized.manifest import FORMATS
 from qsvd.files.quantized.padding import with_padding, write_padding
 from qsvd.files.readers import content_digest
@@ -39,6 +40,7 @@ from qsvd.files.source import copy_files, place_of
 from qsvd.files.split_folder import INDEX
 from qsvd.files.workspace import ERRORS, MANIFEST
 from qsvd.inputs.paths import hub_id
+from qsvd.numerics.int4 import Int4
 from qsvd.numerics.names import spelling
 from qsvd.plan.weights import WeightSpec
 from qsvd.prepare.quantize import ALLOCATION, QuantizeRun
@@ -57,7 +59,9 @@ TASKS = {  # PEFT's task_type; for classifiers none, since PEFT would look for a
 
 def tensors_of(run: QuantizeRun, spec: WeightSpec, split: Split) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors of residual and components under their names in the files, on the CPU."""
-    if run.resolved.is_plain:
+    if run.resolved.layout == "compressed-tensors":
+        residual = compressed_tensors(spec.name, split.residual)
+    elif run.resolved.layout == "bitsandbytes":
         residual = residual_tensors(spec.name, split.residual, run.compute_dtype)
     else:
         residual = packed_tensors(spec.name, split.residual)
@@ -111,9 +115,9 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder, padding: tuple[str, in
 
 def _card(run: QuantizeRun, quantization: dict[str, Any], errors: list[WeightError]) -> str:
     """Return OUT/README.md: a model card."""
-    source, architecture, is_plain = run.checkpoint, run.plan.architecture, run.is_plain
+    source, architecture, library = run.checkpoint, run.plan.architecture, run.quantizer
     origin = origin_of(source.folder, hub_id(source.name, source.revision), architecture)
-    tags = ["quantization", *(["4-bit", "bitsandbytes"] if is_plain else ["mixed-precision"])]
+    tags = ["quantization", *(["4-bit", library] if library != "qsvd" else ["mixed-precision"])]
     widths, table = {spec.module: spec.shape[1] for spec in run.plan.weights}, ""
     if errors:
         table = totals_table(run.header, errors)
@@ -133,9 +137,13 @@ def _write_adapter(run: QuantizeRun, folder: OutputFolder, base: str) -> None:
 
 def _quantization(run: QuantizeRun) -> dict[str, Any]:
     """Return the quantization_config of config.json."""
-    if not run.is_plain:
+    if run.quantizer == "qsvd":
         stacks = {spec.module: spec.stack for spec in run.weights}
         return packed_config(run.everything, run.compute_dtype, stacks, () if any(stacks.values()) else run.misplaced)
+    if run.quantizer == "compressed-tensors":
+        codec = next(iter(run.resolved.choices.values())).codec
+        assert isinstance(codec, Int4), "the layout says so"
+        return compressed_config(codec, run.skipped)
     nested, skipped = run.header.codec == "nf4+dq", list(run.skipped)
     whole, _ = joined_layers(skipped, [spec.module for spec in run.plan.weights])
     return quantization_config(
@@ -155,15 +163,15 @@ def misplaced_layers(run: QuantizeRun) -> str:
 
 def parted_layers(run: QuantizeRun) -> str:
     """Return a warning if vLLM will change a layer that stays in 16 bits; "" if it does not."""
-    if run.allocation is None or not run.is_plain or not run.plan.architecture.endswith("ForCausalLM"):
+    if run.allocation is None or run.quantizer == "qsvd" or not run.plan.architecture.endswith("ForCausalLM"):
         return ""
     _, parted = joined_layers(run.skipped, [spec.module for spec in run.plan.weights])
     if not parted:
         return ""
+    does = "quantizes that part while it loads the model" if run.quantizer == "bitsandbytes" else "refuses the model"
     return (
         f"warning: --include or --exclude leaves a part of {listing(parted)} in 16 bits; vLLM computes the parts as "
-        "one layer and quantizes that part while it loads the model. Choose all parts or none (q, k and v; gate and "
-        "up), or serve the merged model"
+        f"one layer and {does}. Choose all parts or none (q, k and v; gate and up), or serve the merged model"
     )
 
 
@@ -215,7 +223,14 @@ def _manifest(run: QuantizeRun, digests: dict[str, str], sources: dict[str, str]
         "header": asdict(run.header),
         "weights": weights,
         "files": {name: content_digest(run.out / name) for name in _read_back(run)},
-    } | ({"tables": tables} if tables else {})
+    } | _more(run, tables)
+
+
+def _more(run: QuantizeRun, tables: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the manifest that not every model has."""
+    has_no_place = run.resolved.layout == "compressed-tensors"
+    dtype = {"dtype": str(run.compute_dtype).removeprefix("torch.")} if has_no_place else {}
+    return dtype | ({"tables": tables} if tables else {})
 
 
 def _read_back(run: QuantizeRun) -> list[str]:

@@ -246,7 +246,7 @@ def _of_config(options: Plan, config: "PreTrainedConfig", adapter: AdapterOption
         if is_fixed or options.budget is not None:
             why = "the rank in --allocation" if is_fixed else f"the highest rank in --budget {options.budget}"
         raise BadInput(f"--rank {rank} is {'not' if is_fixed else 'above'} {most_rank}, {why}")
-    notes = _notes(options, stacks, adapter.method if is_plain else None) + _share(names, tables)
+    notes = _notes(options, stacks, adapter.method if is_plain else None) + _share(names, tables, options.codec)
     chosen = most_rank if is_fixed else rank
     return PlanSource(make, chosen, most_rank, is_fixed, notes, names.architecture)
 
@@ -263,7 +263,7 @@ def _notes(options: Plan, stacks: Sequence[str], plain: str | None) -> tuple[str
     return notes
 
 
-def _share(names: ModelPlan, tables: Sequence[Table]) -> tuple[str, ...]:
+def _share(names: ModelPlan, tables: Sequence[Table], codec: str) -> tuple[str, ...]:
     """Say how much of a model is quantized, and what makes it more, if it is less than MUCH."""
     share = coverage(replace(names, weights=(*names.weights, *tables))).share
     if share >= MUCH:
@@ -272,7 +272,8 @@ def _share(names: ModelPlan, tables: Sequence[Table]) -> tuple[str, ...]:
     for head_bits, embedding_bits in ((8, 8), (None, 8), (8, None)):
         with suppress(BadInput):  # it has none that can be quantized
             every = every or tables_of(names, head_bits, embedding_bits)
-    more = [table.role for table in every if table.role not in {one.role for one in tables}]
+    known = {one.role for one in tables}
+    more = [table.role for table in every if table.role not in known and codec == "nf4"]  # int4 leaves them
     said = f"{100 * share:.1f} % of the elements of the model are quantized"
     if not more:
         return (f"{said}; the rest stays in 16 bits.",)
@@ -290,7 +291,7 @@ def _allocation_of(
     budget = options.budget
     if budget is not None:
         return cache(partial(assumed, weights, budget))
-    codec = usual_codec(weights, double_quant=options.double_quant, packed=bool(tables))
+    codec = usual_codec(weights, double_quant=options.double_quant, packed=bool(tables), name=options.codec)
     return lambda rank: uniform(weights, Choice(codec, rank), options.expert_rank)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,33 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsvd.calibrate.block_walk import BlockWalk
+from qsvd.calibrate.sums import Example
 from qsvd.decompose.alternate import Recipe, split_weights, stack_on
+from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import Split, measure_stack
 from qsvd.errors import BadInput, DoesNotFit, listing, parse_size
 from qsvd.export.peft import misplaced
-from qsvd.files.atomic import file_sha256, write_text
+from qsvd.files.atomic import file_sha256
 from qsvd.files.check import check_finite
-from qsvd.files.quantize_folder import OutputFolder, Shard, Sizes, largest_stack, plan_shards, plan_stacks, sizes_of
+from qsvd.files.quantize_folder import Shard, Sizes, plan_shards, plan_stacks, sizes_of
+from qsvd.files.quantized.compressed import ignored_layers
 from qsvd.files.source import Checkpoint
 from qsvd.files.statistics import Statistics, statistics_for
 from qsvd.files.workspace import MANIFEST, UNFINISHED
 from qsvd.memory.device import device_of
-from qsvd.memory.other_tasks import plan_splitting
 from qsvd.numerics.names import spelling
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.option_types import result_options
 from qsvd.options import Quantize
+from qsvd.options.quantizing import with_quality
 from qsvd.plan.allocation import (
     Allocation,
     Choice,
+    Layout,
     Table,
     check_ranks,
-    from_text,
     residual_bits,
-    residual_bytes,
     tables_of,
-    to_text,
     uniform,
     usual_codec,
     with_tables,
@@ -46,18 +48,15 @@ from qsvd.plan.weights import ModelPlan, WeightSpec, coverage
 from qsvd.prepare.allocate import (
     AllocateRun,
     allocate_run,
-    check_measuring,
-    is_sealed,
-    measure_and_solve,
     read_table,
-    sealed,
 )
+from qsvd.prepare.calibrate import tokens_digest
 from qsvd.prepare.check_options import check
-from qsvd.prepare.machine import check_room, machine, seed_of
+from qsvd.prepare.machine import seed_of
 from qsvd.prepare.models import open_16_bit
-from qsvd.records import ShowProgress, WeightError
+from qsvd.prepare.quantizing.calibration import open_walk, texts_of
+from qsvd.records import WeightedError, WeightError
 from qsvd.report.header import ReportHeader, codec_words
-from qsvd.report.planning import lack
 
 ALLOCATION = "allocation.txt"  # in OUT, and in its folder of unfinished work
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")  # trained anew on a quantized model, so never 4-bit
@@ -73,6 +72,8 @@ class QuantizeRun:
         allocation: Codec and rank of every weight; None until `resolve_allocation` has spent the budget.
         table: The text of an allocation table; None where all weights get the same codec and rank.
         tables: The embedding and the head, if they are quantized too.
+        examples: The texts of --calibrate.
+        cut: A sentence on texts that were cut, or nothing.
     """
 
     options: Quantize
@@ -84,6 +85,8 @@ class QuantizeRun:
     allocation: Allocation | None
     table: str | None
     tables: tuple[Table, ...] = ()
+    examples: tuple[Example, ...] = ()
+    cut: str = ""
 
     @property
     def out(self) -> Path:
@@ -107,9 +110,9 @@ class QuantizeRun:
         return with_tables(self.resolved, self.tables)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether plain transformers loads the model, with bitsandbytes; experts need qsvd."""
-        return self.resolved.is_plain and not any(spec.stack for spec in self.plan.weights) and not self.misplaced
+    def quantizer(self) -> Layout:
+        """The library with which transformers loads the model; experts need qsvd."""
+        return "qsvd" if self.misplaced or any(spec.stack for spec in self.plan.weights) else self.resolved.layout
 
     @cached_property
     def misplaced(self) -> list[str]:
@@ -133,12 +136,17 @@ class QuantizeRun:
     def identity(self) -> dict[str, Any]:
         """What the bytes of the output depend on."""
         options = result_options(self.options)
+        for name, value in {"scales": "absmax", "rounding": "nearest"}.items():  # what runs of version 0.1 had
+            if options[name] == value:
+                del options[name]
         if self.options.budget is None:
             del options["budget"], options["allocator"]
             if self.statistics is None:
                 del options["objective"]
         if self.statistics is not None:
             options["statistics"] = file_sha256(self.statistics.path)
+        if self.examples:
+            options["tokens_sha256"] = tokens_digest(self.examples)
         options["shard_size"] = self.shard_bytes
         if self.options.allocation is not None:
             choices = self.resolved.choices
@@ -155,8 +163,17 @@ class QuantizeRun:
 
     @cached_property
     def stacks(self) -> list[list[tuple[int, ...]]]:
-        """The numbers of the weights that are split together, for each output file."""
+        """The numbers of the weights that are split together, for each output file; with --calibrate each alone."""
+        if self.examples:
+            return [[(number,) for number in shard.weights] for shard in self.shards]
         return [plan_stacks(self.checkpoint, self.weights, self.everything, s, self.device.type) for s in self.shards]
+
+    @property
+    def largest_stack(self) -> list[WeightSpec]:
+        """The stack with the most elements; of several the first one in the model."""
+        every = sorted(stack for stacks in self.stacks for stack in stacks)
+        largest = max(every, key=lambda stack: len(stack) * math.prod(self.weights[stack[0]].shape))
+        return [self.weights[number] for number in largest]
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -165,15 +182,17 @@ class QuantizeRun:
 
     @cached_property
     def skipped(self) -> tuple[str, ...]:
-        """The linear layers that transformers must not make 4-bit, where bitsandbytes decodes, and heads to be added.
+        """The linear layers that another library must not make 4-bit, if it decodes, and heads that may be added.
 
         Raises:
             BadInput: transformers' matching would also skip a weight that is split, or convert one that is not.
         """
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        if not self.is_plain:
+        if self.quantizer == "qsvd":
             return ()
+        if self.quantizer == "compressed-tensors":
+            return ignored_layers(self.plan, HEADS)
         split = [spec.module for spec in self.plan.weights]
         heads = [head for head in HEADS if all(should_convert_module(path, [head]) for path in split)]
         skipped = list(dict.fromkeys((*self.plan.left_linears, *heads)))
@@ -188,7 +207,7 @@ class QuantizeRun:
     @property
     def header(self) -> ReportHeader:
         """The head of the reports."""
-        options, choices, is_plain = self.options, self.everything.choices.values(), self.resolved.is_plain
+        options, choices = self.options, self.everything.choices.values()
         ranks = [choice.rank for choice in self.resolved.choices.values()]
         quantized = replace(self.plan, weights=self.weights)
         return ReportHeader(
@@ -196,14 +215,16 @@ class QuantizeRun:
             codec=codec_words([choice.codec for choice in choices]),
             rank=max(ranks),
             order=options.order,
-            iterations=options.iterations,
+            iterations=options.iterations or 0,
             end=options.end,
             coverage=coverage(quantized, {name: self.checkpoint.tensors[name].shape for name in self.plan.unknown}),
             least_rank=min(ranks),
-            residual_bits=None if is_plain else residual_bits(self.everything, self.weights),
-            quantizer="bitsandbytes" if self.is_plain else "qsvd",
+            residual_bits=residual_bits(self.everything, self.weights) if self.resolved.layout == "qsvd" else None,
+            quantizer=self.quantizer,
             objective="fisher" if options.objective == "fisher" else "plain",
-            rounding=options.rounding if options.rounding == "feedback" else options.scales,
+            sensitivity=options.sensitivity or "",
+            texts=len(self.examples),
+            rounding="feedback" if options.rounding == "feedback" else options.scales or "absmax",
         )
 
     def recipe(self, module: str) -> Recipe:
@@ -217,15 +238,19 @@ class QuantizeRun:
             return PLAIN
         return self.statistics.objective(module)
 
-    def split(self, specs: Sequence[WeightSpec], weights: Sequence[Tensor]) -> tuple[list[Split], list[WeightError]]:
+    def split(
+        self, specs: Sequence[WeightSpec], weights: Sequence[Tensor], objectives: Sequence[Objective | Moments]
+    ) -> tuple[list[Split], list[WeightError]]:
         """Split a stack of weights and measure it; a DoesNotFit or a BadInput says why it cannot."""
         seeds = [seed_of(self.options.seed, spec) for spec in specs]
-        objectives = [self.objective(spec.module) for spec in specs]
         names, first = [spec.module for spec in specs], specs[0]
         try:
             weights_SOI = stack_on(self.device, weights)
             splits = split_weights(weights_SOI, self.recipe(names[0]), seeds=seeds, objectives=objectives)
-            return splits, measure_stack(weights_SOI, splits, names=names, role=first.role, seeds=seeds)
+            errors = measure_stack(weights_SOI, splits, names=names, role=first.role, seeds=seeds)
+            feeds_back = self.options.rounding == "feedback"
+            found = zip(weights_SOI, splits, errors, objectives, strict=True)
+            return splits, [_weighted(*one, feeds_back=feeds_back) for one in found]
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(
                 f"{first.name} {list(first.shape)} needs about {16 * len(specs) * weights[0].numel() / 1e9:.1f} GB on "
@@ -235,11 +260,16 @@ class QuantizeRun:
             bad = [spec for spec, one in zip(specs, weights, strict=True) if not torch.isfinite(one).all()] or [first]
             raise BadInput(f"{self.checkpoint.name}: {bad[0].name}: {error}; repair the checkpoint") from error
 
+    def open_walk(self, show: Callable[[str], None]) -> BlockWalk:
+        """Return the walk over the blocks that gives the moments of --calibrate; see `open_walk` of calibration.py."""
+        return open_walk(self.options, self.examples, self.checkpoint, self.plan, self.device, show)
+
     @cached_property
     def measuring(self) -> AllocateRun:
         """The run that spends the budget; its files are in the folder of unfinished work."""
         table = self.out / UNFINISHED / ALLOCATION
-        return allocate_run(self.options, self.checkpoint, self.plan, self.statistics, self.device, table)
+        run = allocate_run(self.options, self.checkpoint, self.plan, self.statistics, self.device, table)
+        return replace(run, texts=tokens_digest(self.examples) if self.examples else "")
 
 
 def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *, is_shown: bool = False) -> QuantizeRun:
@@ -250,18 +280,21 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *,
         is_shown: Whether the run is only shown. The values of the model are not read then, nor where a run goes on.
     """
     check(options, is_open=checkpoint is not None)
+    options = with_quality(options)
     is_uniform = options.budget is None and options.allocation is None  # else some weights may have components
     choice = Choice(NormalFloat4(double_quant=options.double_quant), options.rank if is_uniform else 1)
     _recipe(options, choice)  # refuses what cannot be looped
     device, allocation, table = device_of(options.device), None, None
     checkpoint, plan = open_16_bit(options, checkpoint)
     tables = tables_of(plan, options.head_bits, options.embedding_bits)
-    choice = replace(choice, codec=usual_codec(plan.weights, double_quant=options.double_quant, packed=bool(tables)))
+    codec = usual_codec(plan.weights, double_quant=options.double_quant, packed=bool(tables), name=options.codec)
+    choice = replace(choice, codec=codec)
     if options.allocation is not None:
         allocation, table = read_table(options.allocation, plan.weights, tables)
     elif is_uniform:
         allocation = uniform(plan.weights, choice, options.expert_rank)
         check_ranks(allocation, plan.weights)
+    examples, cut = texts_of(options, checkpoint, plan)
     run = QuantizeRun(
         options=options,
         checkpoint=checkpoint,
@@ -272,6 +305,8 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *,
         allocation=allocation,
         table=table,
         tables=tables,
+        examples=examples,
+        cut=cut,
     )
     # refuses a budget that cannot be met, or names that transformers cannot tell apart
     _ = run.measuring if allocation is None else run.skipped
@@ -280,66 +315,25 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *,
     return run
 
 
-def resolve_allocation(run: QuantizeRun, folder: OutputFolder, show: ShowProgress) -> QuantizeRun:
-    """Return a run with a --budget with its allocation: the weights are measured, then the budget is solved.
-
-    Measurements, and the table that is solved, stay in the folder: a run that was stopped continues with the same
-    table.
-
-    Args:
-        folder: The folder of the quantized model, not complete.
-        show: Is called after every measured weight. What it raises ends the work; measured weights stay.
-
-    Raises:
-        BadInput: the budget cannot be met, or the solved table was edited.
-    """
-    kept = folder.unfinished / ALLOCATION
-    if not kept.is_file():
-        measuring = run.measuring
-        allocation = measure_and_solve(measuring, show).allocation
-        write_text(kept, sealed(to_text(allocation, run.plan.weights, measuring.task.factor_bytes)))
-    text = kept.read_text(encoding="utf-8")
-    if not is_sealed(text):
-        raise BadInput(
-            f"{kept} was edited, and weights may be split already by what it said before; copy it, and give the copy "
-            "as --allocation with another --out"
-        )
-    return replace(run, allocation=from_text(text, run.plan.weights, str(kept)), table=text)
-
-
-def check_resources(run: QuantizeRun) -> None:
-    """Refuse, by DoesNotFit, what exceeds memory or disk. A complete quantized model needs nothing more."""
-    if (run.out / MANIFEST).is_file():
-        return
-    if run.allocation is not None:
-        _check_memory(run)
-        check_room(run.out, run.sizes.disk)
-        return
-    measuring = run.measuring
-    if not measuring.out.is_file():  # an earlier run measured the weights and solved the budget
-        check_measuring(measuring)
-    split = {source.tensor for spec in run.weights for source in spec.read_from}
-    copied = sum(tensor.num_bytes for name, tensor in run.checkpoint.tensors.items() if name not in split)
-    packed = sum(residual_bytes(table.codec, table.shape) for table in run.tables)
-    # at worst all of the budget is there twice
-    check_room(run.out, 2 * (measuring.task.budget.num_bytes + packed) + copied)
+def _weighted(
+    weight_OI: Tensor, split: Split, error: WeightError, objective: Objective | Moments, *, feeds_back: bool
+) -> WeightError:
+    """Add the relative errors in the norm of second moments, if they weighted the split."""
+    if not isinstance(objective, Moments):
+        return error
+    weight_OI, objective = weight_OI.float(), objective.to(weight_OI.device)
+    alone_OI = split.residual.codec.encode(weight_OI).decode().neg_().add_(weight_OI)
+    nothing = weight_OI.new_zeros(1, len(weight_OI), 0), weight_OI.new_zeros(1, 0, weight_OI.shape[1])
+    parts = (alone_OI, split.error(weight_OI), weight_OI)
+    before, after, whole = (float(objective.squares(part[None], *nothing)) ** 0.5 for part in parts)
+    ratios = [part / whole if whole else 0.0 for part in (before, after)]
+    return replace(error, weighted=WeightedError(*ratios, kept_nearest=feeds_back and split.iteration == 1))
 
 
 def _recipe(options: Quantize, choice: Choice) -> Recipe:
+    assert options.iterations is not None, "with_quality was called"
+    assert options.scales is not None, "with_quality was called"
+    assert options.rounding is not None, "with_quality was called"
     loop = (options.iterations, options.order, options.end, options.stop, options.svd == "exact")
     dtype = getattr(torch, options.dtype)
     return Recipe(choice.codec, choice.rank, *loop, dtype, scales=options.scales, rounding=options.rounding)
-
-
-def _check_memory(run: QuantizeRun) -> None:
-    """Refuse a run whose largest weight cannot be split in the memory that is free."""
-    largest, *others = largest_stack(run.weights, run.stacks)
-    choice, free = run.everything.choices[largest.module], machine(run.device, run.compute_dtype).limits
-    count, copied, options = 1 + len(others), run.sizes.largest_copy, run.options
-    more = {"weighted": options.objective == "fisher", "feeds_back": options.rounding == "feedback"}
-    plan = plan_splitting(largest.shape, choice, run.device.type, free, count=count, copied=copied, **more)
-    if not plan.fits:
-        raise DoesNotFit(
-            f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close other programs that use it, give "
-            f"another --device, or {'leave it in 16 bits' if largest in run.tables else '--exclude the weight'}"
-        )

@@ -64,6 +64,7 @@ def prepare_training(options: Train) -> TrainRun | FirstRun:
         budget=None,
         allocation=None,
         include_towers=False,
+        codec="nf4",
         double_quant=True,
         head_bits=None,
         embedding_bits=None,
@@ -115,6 +116,7 @@ def _quantize_options(options: Train, rank: int) -> Quantize:
         rank=rank,
         expert_rank=options.expert_rank,
         include_towers=options.include_towers,
+        codec=options.codec,
         double_quant=options.double_quant,
         head_bits=options.head_bits,
         embedding_bits=options.embedding_bits,
@@ -130,7 +132,7 @@ def _quantize_options(options: Train, rank: int) -> Quantize:
 def _folder(options: Train, rank: int) -> Path:
     """Return OUT next to RUN, such as Qwen3-0.6B-nf4-r64."""
     name = hub_id(options.base, None) or os.path.abspath(Path(options.base).expanduser())
-    model, bits = Path(name).name, "nf4" if options.double_quant else "nf4-plain"
+    model, bits = Path(name).name, options.codec if options.double_quant else f"{options.codec}-plain"
     if options.allocation is not None:
         return options.out.parent / f"{model}-{options.allocation.stem}{_variant(options)}"
     if options.budget is not None:

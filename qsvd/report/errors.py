@@ -5,6 +5,7 @@ Markdown and terminal tables are made of the same columns, COLUMNS.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import sqrt
 from typing import Any
 
 from rich import box
@@ -12,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qsvd.errors import listing
 from qsvd.records import Norms, WeightError, stored
 from qsvd.report.card import code, markdown
 from qsvd.report.header import ReportHeader
@@ -20,7 +22,8 @@ from qsvd.report.totals import MODEL, Total, reduction, relative, totals, worst
 
 def to_record(error: WeightError) -> dict[str, Any]:
     """Return the error as dicts, lists, strings and numbers; json writes its floats without loss."""
-    return asdict(error) | {"shape": list(error.shape)}
+    record = asdict(error) | {"shape": list(error.shape)}
+    return record if error.weighted else {name: value for name, value in record.items() if name != "weighted"}
 
 
 def from_record(record: object) -> WeightError:
@@ -137,6 +140,23 @@ def _nuclear(norms: Norms) -> str:
     return estimate(norms.nuclear, norms.nuclear_error)
 
 
+def weighted_in_words(header: ReportHeader, errors: Sequence[WeightError]) -> str:
+    """Return the weighted error of the model, and the layers that kept nearest codes, in sentences; "" without it."""
+    known = [(error.name.removesuffix(".weight"), error.weighted) for error in errors if error.weighted is not None]
+    if not known:
+        return ""
+    squares = (sum(getattr(weighted, part) ** 2 for _, weighted in known) for part in ("before", "after"))
+    before, after = (number(sqrt(square / len(known))) for square in squares)
+    words = (
+        f"Relative error weighted by {header.weighted_by}, root mean square over {len(known):,} layers: {before} by "
+        f"{header.before}, {after} with components."
+    )
+    kept = [name for name, weighted in known if weighted.kept_nearest]
+    if kept:
+        words += f" Error feedback was not better in {len(kept):,} of them, which keep nearest codes: {listing(kept)}."
+    return words
+
+
 # The report as Markdown: the same records give the same bytes.
 
 
@@ -175,6 +195,7 @@ def to_markdown(header: ReportHeader, errors: Sequence[WeightError], worst_count
         f"# Quantization error of {markdown(header.model)}",
         f"Method: {markdown(header.method)}.",
         f"Coverage: {header.reach}.",
+        *([markdown(weighted)] if (weighted := weighted_in_words(header, errors)) else []),
         *(["Not quantized:", left] if left else []),
         *(["Copied, since the model has no such tensors:", unknown] if unknown else []),
         "## By layer type",
@@ -226,6 +247,7 @@ def to_terminal(header: ReportHeader, errors: Sequence[WeightError], worst_count
         *([Text(f"Copied, since the model has no such tensors: {header.remainder}")] if header.remainder else []),
         *(Text(""), _rich_table("Error by layer type", header, types, by_type)),
         *(Text(""), _whole_model(header, by_type[-1])),
+        *((Text(""), Text(weighted)) if (weighted := weighted_in_words(header, errors)) else ()),
     ]
     if worst_count:
         found = worst(errors, worst_count)

@@ -26,6 +26,8 @@ class ReportHeader:
         residual_bits: Bits of the residuals for each element of the weights; None if one codec says it.
         quantizer: The library that loads the residual into transformers.
         objective: What the splits minimise, "plain" or "fisher".
+        sensitivity: What errors are weighted by: "inputs", or "both": gradients, too; "" without texts.
+        texts: Number of texts of the calibration.
         rounding: How residuals are rounded: "absmax" or "mse", by the scales of nearest codes, or "feedback".
     """
 
@@ -41,6 +43,8 @@ class ReportHeader:
     quantizer: str = "bitsandbytes"
     objective: str = "plain"
     rounding: str = "absmax"
+    sensitivity: str = ""
+    texts: int = 0
 
     @property
     def _codecs(self) -> str:
@@ -58,7 +62,8 @@ class ReportHeader:
         if self.residual_bits is not None:
             bits = f" of {self.residual_bits:.3f} bits per element"
         if self.iterations > 0 and self.rank == 0:
-            return f"{codec}{bits} without components (rank 0){ROUNDINGS[self.rounding]}"
+            weighted = f", weighted by {self.weighted_by}" if self.sensitivity else ""
+            return f"{codec}{bits} without components (rank 0){weighted}{ROUNDINGS[self.rounding]}"
         ranks = f"rank {self.rank}"
         if self.least_rank not in (None, self.rank):
             ranks = f"ranks {self.least_rank} to {self.rank}"
@@ -67,7 +72,14 @@ class ReportHeader:
             return f"{parts}, all drawn at random"
         iterations = "1 iteration" if self.iterations == 1 else f"up to {self.iterations} iterations"
         weighted = ", weighted by Fisher information" if self.objective == "fisher" else ""
+        weighted = f", weighted by {self.weighted_by}" if self.sensitivity else weighted
         return f"{parts}; {self.order} first, {iterations}, ending with {self.end}{weighted}{ROUNDINGS[self.rounding]}"
+
+    @property
+    def weighted_by(self) -> str:
+        """What weights errors, in words: "inputs and gradients of 128 texts"."""
+        moments = "inputs and gradients" if self.sensitivity == "both" else "inputs"
+        return f"{moments} of {self.texts:,} {'text' if self.texts == 1 else 'texts'}"
 
     @property
     def reach(self) -> str:

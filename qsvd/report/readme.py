@@ -6,7 +6,7 @@ from typing import Any
 from qsvd.errors import listing
 from qsvd.report.card import code, literal, markdown, shell
 from qsvd.report.header import ReportHeader
-from qsvd.report.serving import PLUGIN, four_bit_line, joined_layers
+from qsvd.report.serving import COMPRESSED, PLUGIN, four_bit_line, joined_layers
 
 BLOCK = 64  # bitsandbytes 0.50.2 on AVX-512 CPUs takes every row for whole blocks of this size
 RESIDUAL = ', adapter_kwargs={"subfolder": "none"}'  # of from_pretrained: the model without the adapter next to it
@@ -50,7 +50,8 @@ def readme(  # each is known at another place
             "replaces the components by a new LoRA, and the outputs are wrong. Use a smaller learning rate than for a\n"
             "LoRA that starts at zero."
         )
-    sections.append(_merge(header, folder, architecture, is_odd=bool(odd)))
+    needs_qsvd = bool(odd) or header.quantizer == COMPRESSED  # which transformers loads, and does not decode
+    sections.append(_merge(header, folder, architecture, needs_qsvd=needs_qsvd))
     if architecture.endswith("ForCausalLM"):
         sections.append(_serve(header, folder, quantization, [*widths]))
     return "\n\n".join(sections) + "\n"
@@ -71,10 +72,10 @@ def _with_experts(folder: str, opening: Sequence[str]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _merge(header: ReportHeader, folder: str, architecture: str, *, is_odd: bool) -> str:
-    """Return how to merge; by qsvd where bitsandbytes may decode wrongly (see BLOCK)."""
+def _merge(header: ReportHeader, folder: str, architecture: str, *, needs_qsvd: bool) -> str:
+    """Return how to merge; by qsvd where other libraries cannot, or bitsandbytes may decode wrongly (see BLOCK)."""
     title = "Merge into a 16-bit model"
-    if is_odd:
+    if needs_qsvd:
         return _code(title, "sh", [f"qsvd export {shell(folder)} --to merged --out {shell(folder + '-merged')}"])
     lines = [
         *(["from peft import PeftModel"] if header.rank > 0 else []),
@@ -88,9 +89,8 @@ def _merge(header: ReportHeader, folder: str, architecture: str, *, is_odd: bool
 
 def _opening(header: ReportHeader, quantization: Mapping[str, Any]) -> str:
     model = header.model.rstrip("/").rsplit("/", 1)[-1]
-    is_plain = header.quantizer == "bitsandbytes"
-    kind = "4-bit checkpoint" if is_plain else "mixed-precision checkpoint"
-    libraries = ["transformers", *(["peft"] if header.rank else []), "bitsandbytes" if is_plain else "qsvd"]
+    kind = "mixed-precision checkpoint" if header.quantizer == "qsvd" else "4-bit checkpoint"
+    libraries = ["transformers", *(["peft"] if header.rank else []), header.quantizer]
     if _is_ours_alone(quantization):
         libraries = ["qsvd"]
     if "misplaced" in quantization:
@@ -138,22 +138,27 @@ def _serve(header: ReportHeader, folder: str, quantization: Mapping[str, Any], m
     after = _merged_lines(folder)
     if header.quantizer == "qsvd":  # vLLM does not have the method
         return _code("Serve", "sh", after)
-    _, parted = joined_layers(quantization["llm_int8_skip_modules"], modules)
+    is_compressed = header.quantizer == COMPRESSED
+    _, parted = joined_layers(quantization["ignore" if is_compressed else "llm_int8_skip_modules"], modules)
     if parted:
-        return (
-            f"{_code('Serve', 'sh', after)}\n\nServe the merged model: vLLM would quantize the 16-bit part of\n"
-            f"{listing(parted)} while it loads this folder."
-        )
+        why = "would quantize the 16-bit part of\n{} while it loads this folder."
+        if is_compressed:
+            why = "refuses this folder, since parts of\n{} are quantized and others are not."
+        return f"{_code('Serve', 'sh', after)}\n\nServe the merged model: vLLM {why.format(listing(parted))}"
+    before = [] if is_compressed else [PLUGIN]
     if header.rank == 0:
-        return _code("Serve", "sh", [PLUGIN, f"vllm serve {shell(folder)} --dtype bfloat16", *after])
+        return _code("Serve", "sh", [*before, f"vllm serve {shell(folder)} --dtype bfloat16", *after])
     name = header.model.rstrip("/").rsplit("/", 1)[-1]
     command = four_bit_line(folder, name, folder, header.rank, quantization)
     note = (
         f"In requests to vLLM, name the model {code(name)}. "
-        "The model `residual-only` is the residual alone: its outputs\n"
-        "are wrong. Without `--hf-overrides` vLLM refuses the folder, because it would serve the residual alone."
+        "The model `residual-only` is the residual alone: its outputs\nare wrong. "
     )
-    return f"{_code('Serve', 'sh', [PLUGIN, command, *after])}\n\n{note}"
+    if is_compressed:
+        note += "Do not serve the folder without the options for the adapter: the outputs are wrong."
+    else:
+        note += "Without `--hf-overrides` vLLM refuses the folder, because it would serve the residual alone."
+    return f"{_code('Serve', 'sh', [*before, command, *after])}\n\n{note}"
 
 
 def _merged_lines(folder: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Commands that serve what qsvd writes with vLLM.
 
-From version 0.28 on vLLM reads bitsandbytes models with the package vllm-bnb-plugin. Read in vLLM 0.32.0 and plugin
-0.0.3; not run by the tests.
+vLLM reads compressed-tensors models by itself, and from version 0.28 on bitsandbytes models with the package
+vllm-bnb-plugin. Read in vLLM 0.32.0 and plugin 0.0.3; not run by the tests.
 """
 
 import json
@@ -13,6 +13,7 @@ from qsvd.report.card import shell
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # layers of vLLM
+COMPRESSED = "compressed-tensors"  # quant_method of config.json
 PLUGIN = "pip install vllm-bnb-plugin  # vLLM reads bitsandbytes models with it, on one GPU"
 
 
@@ -30,21 +31,23 @@ def lora_flags(name: str, folder: str, rank: int) -> str:
 def four_bit_line(base: str, name: str, folder: str, rank: int, quantization: Mapping[str, Any]) -> str:
     """Return the command that serves the residual in `base` with the LoRA in `folder`.
 
-    `quantization` is the quantization_config of the base. The line replaces its bnb_4bit_quant_storage, which makes
-    vLLM refuse the residual alone (files/layout.py); requests must name the model `name`.
+    `quantization` is the quantization_config of the base. Of bitsandbytes' the line replaces bnb_4bit_quant_storage,
+    which makes vLLM refuse the residual alone (files/layout.py); requests must name the model `name`.
     """
+    line = f"vllm serve {shell(base)} --served-model-name residual-only --dtype bfloat16 "
+    line += lora_flags(name, folder, rank)
+    if quantization.get("quant_method") == COMPRESSED:
+        return line
     served = json.dumps({"quantization_config": {**quantization, "bnb_4bit_quant_storage": "uint8"}})
-    return (
-        f"vllm serve {shell(base)} --served-model-name residual-only --dtype bfloat16 "
-        f"{lora_flags(name, folder, rank)} --hf-overrides {shell(served)}"
-    )
+    return f"{line} --hf-overrides {shell(served)}"
 
 
 def joined_layers(left: Sequence[str], quantized: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the joined layers of vLLM that stay in 16 bits, and those of which a part is quantized and a part is not.
 
     vLLM computes q, k and v as one layer, and gate and up as one. Its plugin compares the names of the joined layers
-    with llm_int8_skip_modules, and quantizes while loading what these names do not cover.
+    with llm_int8_skip_modules, and quantizes while loading what these names do not cover. Of a compressed-tensors model
+    it refuses a joined layer of which a part alone is quantized.
 
     Args:
         left: Paths of the linear layers that stay in 16 bits.

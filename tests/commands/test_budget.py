@@ -228,7 +228,7 @@ def test_damaged_statistics_are_refused_before_any_work(source, statistics, tmp_
 def test_a_budget_that_the_disk_does_not_hold_is_refused_before_measuring(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr("qsvd.prepare.quantize.measure_and_solve", None)
+    monkeypatch.setattr("qsvd.prepare.quantizing.resources.measure_and_solve", None)
     with pytest.raises(DoesNotFit, match="GB more disk space"):
         qsvd.quantize(options(source, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qsvd.decompose.alternate import Recipe
 from qsvd.decompose.candidates import measure_candidates
 from qsvd.decompose.objective import Objective
 from qsvd.numerics.names import codec_named
@@ -21,8 +22,8 @@ FORESEEN = {2: 0.10, 16: 0.10}  # of what five full passes end with; by rank
 
 
 def measured(matrix, ranks, codecs=NF4, **options):
-    options = {"dtype": torch.float32} | options
-    return measure_candidates(torch.from_numpy(matrix), codecs, ranks, **options)
+    like = Recipe(codecs[0], 0, dtype=options.pop("dtype", torch.float32))
+    return measure_candidates(torch.from_numpy(matrix), codecs, ranks, like=like, **options)
 
 
 def passes(matrix, rank, rows=None, columns=None, count=2):

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from qsvd.numerics import kernels, nf4
 from qsvd.numerics.codec import NestedScales
+from qsvd.numerics.int4 import Int4
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import BLOCK_SIZES, SMALLEST_SCALE, Nesting, NormalFloat
 from tests import reference
@@ -26,6 +27,7 @@ SCALES = (
 )
 SHAPES = ((1, 1), (7, 9), (5, 100), (129, 133))  # short last blocks and bytes; five programs in the last
 NF4 = (*((shape, 64) for shape in (*SHAPES, (300, 128))), ((8, 100), 32), ((11, 700), 4096))
+INT4 = ((32, (7, 96)), (64, (129, 192)), (128, (5, 128)))  # group and shape; five programs in the second
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POINTERS = {
     torch.uint8: "*u8",
@@ -88,6 +90,17 @@ def nf4_right(codec, shape, seed):
         assert torch.equal(band.decode(out=torch.empty(band.shape)), decoded[rows])
 
 
+def int4_right():
+    """Also from codes that are not aligned, which the kernel reads byte by byte; the number of comparisons."""
+    for group, shape in INT4:
+        decoded_right(Int4(group), shape, group)
+        packed = Int4(group).encode(matrix(shape, group))
+        shifted, out = replace(packed, codes=torch.cat((packed.codes[:2], packed.codes))[2:]), torch.empty(shape)
+        kernels.decode_into(shifted, out.view(-1))
+        assert torch.equal(out, packed.decode())
+    return len(INT4)
+
+
 def encoded_right(codec, shape, seed):
     for dtype in DTYPES:
         flat = matrix(shape, seed).to(dtype).view(-1)
@@ -110,7 +123,7 @@ def boundaries_go_down(bits):
 
 def interpret():
     """Every width with every kind of scale, block and shape in turns; the number of comparisons."""
-    count = 0
+    count = int4_right()
     for bits in BITS:
         for number, scales in enumerate(SCALES):
             codec = NormalFloat(bits=bits, block_size=BLOCK_SIZES[(number + bits) % 4], scales=scales)
@@ -177,6 +190,8 @@ def compiled():
         text = kernels._decode.found[-1]
         assert "ld.global.v4.b32" in text, "codes are loaded in pieces of 16 bytes"
         assert "st.global.b" not in text, "and 16 bytes are stored at a time"
+    kernels.decode_into(Int4(32).encode(matrix((8, 96), 0)), torch.empty(768, dtype=torch.bfloat16))
+    assert "ld.global.v4.b32" in kernels._decode.found[-1]
     found = [*kernels._decode.found, *kernels._encode.found, *kernels._largest.found]
     assert not [text for text in found if "fma" in text or ".ftz" in text]
     assert all("cvt.rn.bf16" in text for text in kernels._decode.found)

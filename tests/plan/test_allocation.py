@@ -108,7 +108,7 @@ def test_one_message_has_all_problems():
 
 def test_the_two_codecs_of_bitsandbytes_do_not_mix_and_either_can_be_alone():
     lines = [f"{spec.module} nf4+dq 4" for spec in WEIGHTS]
-    assert from_text("\n".join(lines), WEIGHTS, "FILE").is_plain
+    assert from_text("\n".join(lines), WEIGHTS, "FILE").layout == "bitsandbytes"
     lines[0] = f"{WEIGHTS[0].module} nf4 4"
     with pytest.raises(ValueError, match=r"nf4 and nf4\+dq \(bitsandbytes\) cannot be mixed"):
         from_text("\n".join(lines), WEIGHTS, "FILE")

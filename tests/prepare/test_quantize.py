@@ -16,7 +16,8 @@ from qsvd.commands.quantize import quantize_run
 from qsvd.decompose.alternate import STACK
 from qsvd.errors import DoesNotFit
 from qsvd.plan.weights import Source, plan_model
-from qsvd.prepare.quantize import check_resources, prepare_quantize
+from qsvd.prepare.quantize import prepare_quantize
+from qsvd.prepare.quantizing.resources import check_resources
 from qsvd.records import show_nothing
 from tests.checkpoints import write_checkpoint
 

@@ -58,6 +58,7 @@ class ManifestRecord:
     weights: Mapping[str, WeightRecord]
     tables: Mapping[str, WeightRecord] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = ""  # of most weights in the 16-bit model, where config.json has no place for it
 
 
 def check_quantized(folder: Path) -> None:

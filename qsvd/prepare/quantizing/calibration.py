@@ -1,0 +1,74 @@
+"""The texts that `qsvd quantize --calibrate` weights errors by, and the walk over the blocks on them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qsvd.calibrate.block_walk import BlockWalk, GradientWalk, InputWalk
+from qsvd.calibrate.streamed import StreamedModel
+from qsvd.calibrate.sums import Example
+from qsvd.data.examples import checked_length
+from qsvd.errors import BadInput, DoesNotFit
+from qsvd.files.source import Checkpoint
+from qsvd.memory.device import dtype_of, free_host_memory
+from qsvd.options import Calibrate, Quantize
+from qsvd.plan.weights import ModelPlan, context_length, is_classifier, writers
+from qsvd.prepare.calibrate import draw_examples
+
+HOST_SHARE = 0.5  # of the free CPU memory, for the hidden states of the texts
+
+
+def texts_of(options: Quantize, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[tuple[Example, ...], str]:
+    """Return the texts of --calibrate, none without it, and a sentence on those that were cut.
+
+    Raises:
+        BadInput: the data cannot be read, or the model has no loss to take gradients of.
+    """
+    if options.calibrate is None:
+        return (), ""
+    if options.sensitivity == "both" and not (is_classifier(plan.architecture) or plan.architecture in writers()):
+        raise BadInput(
+            f"{options.model} is a {plan.architecture}, which has no loss to take gradients of: give --sensitivity "
+            "inputs"
+        )
+    length = checked_length(options.max_length, context_length(checkpoint.config), options.model)
+    asked = Calibrate(
+        options.model,
+        options.calibrate,
+        Path(),
+        examples=options.examples,
+        max_length=length,
+        loss_on="all",
+        map=options.map,
+        split=options.split,
+        seed=options.seed,
+    )
+    return draw_examples(asked, checkpoint, plan, has_loss=False)
+
+
+def open_walk(
+    options: Quantize,
+    examples: tuple[Example, ...],
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    device: torch.device,
+    show: Callable[[str], None],
+) -> BlockWalk:
+    """Return the walk over the blocks; texts run through the model as far as it needs that now.
+
+    Raises:
+        DoesNotFit: the hidden states of the texts need more than the CPU memory.
+    """
+    model = StreamedModel(checkpoint, plan, device, dtype_of("auto", device), twice=False)
+    tokens = sum(len(example.input_ids) for example in examples)
+    states = tokens * checkpoint.config.get_text_config().hidden_size * model.dtype.itemsize
+    free = int(HOST_SHARE * free_host_memory())
+    if states > free:
+        raise DoesNotFit(
+            f"the hidden states of {len(examples)} texts of {tokens} tokens need {states / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are half of the free CPU memory; give fewer --examples or a smaller --max-length"
+        )
+    if options.sensitivity == "inputs":
+        return InputWalk(model, examples, show)
+    return GradientWalk(model, examples, show, seed=options.seed, most_bytes=free)
