@@ -50,7 +50,7 @@ def readme(  # each is known at another place
             "replaces the components by a new LoRA, and the outputs are wrong. Use a smaller learning rate than for a\n"
             "LoRA that starts at zero."
         )
-    needs_qsvd = bool(odd) or header.quantizer == COMPRESSED  # which transformers loads, and does not decode
+    needs_qsvd = bool(odd) or header.quantizer == COMPRESSED  # whose dense weights keep its config in transformers
     sections.append(_merge(header, folder, architecture, needs_qsvd=needs_qsvd))
     if architecture.endswith("ForCausalLM"):
         sections.append(_serve(header, folder, quantization, [*widths]))
