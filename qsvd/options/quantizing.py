@@ -40,7 +40,7 @@ from qsvd.option_types import (
     at_least,
 )
 
-NEAREST_PASSES, FEEDBACK_PASSES = 5, 2  # iterations by default
+NEAREST_PASSES, FEEDBACK_PASSES, BEST_PASSES = 5, 2, 4  # iterations by default
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Quantize:
         Help("fast: as in the papers; good: error feedback; best: with --calibrate. Default: fast, with data best."),
     ] = None
     iterations: Annotated[
-        int | None, at_least(1), Help("Maximum iterations; the best one is kept. Default: 5, with feedback 2.")
+        int | None, at_least(1), Help("Maximum iterations; the best one is kept. Default: fast 5, good 2, best 4.")
     ] = None
     order: Annotated[Step, Help("First step: svd (QPiSSA, LQ-LoRA) or quantize (LoftQ).")] = "svd"
     end: Annotated[Step, Help("Last step of each iteration; quantize is QPiSSA as published.")] = "svd"
@@ -203,11 +203,12 @@ def with_quality(options: Quantize) -> Quantize:
     quality = options.quality or ("best" if has_data else "fast")
     rounding = options.rounding or ("nearest" if quality == "fast" else "feedback")
     feeds_back = rounding == "feedback"
+    passes = (BEST_PASSES if quality == "best" else FEEDBACK_PASSES) if feeds_back else NEAREST_PASSES
     return replace(
         options,
         quality=quality,
         rounding=rounding,
         scales=options.scales or ("mse" if feeds_back or has_data else "absmax"),
-        iterations=options.iterations or (FEEDBACK_PASSES if feeds_back else NEAREST_PASSES),
+        iterations=options.iterations or passes,
         sensitivity=options.sensitivity or (None if not has_data else "both" if quality == "best" else "inputs"),
     )
