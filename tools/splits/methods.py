@@ -51,7 +51,7 @@ class Entry:
 
 
 def ours(statistics: Statistics) -> Method:
-    """Return qsvd's own split by error feedback, with the iterations of --quality good (no data, H) and best (H and G), as a method of the comparison."""
+    """Return qsvd's own split by error feedback, with the iterations of --quality good, or best (H and G)."""
 
     def run(weight: Weight, codec: Codec, rank: int) -> Parts:
         passes = BEST_PASSES if statistics == "H and G" else FEEDBACK_PASSES
