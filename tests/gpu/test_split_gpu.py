@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from qsvd.decompose.alternate import Recipe, split_weight, split_weights
+from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import PLAIN
 from qsvd.decompose.split import measure, measure_stack
 from qsvd.numerics import norms
@@ -51,6 +52,19 @@ def test_feedback_ends_where_it_ends_on_a_cpu(double_quant, columns):
     assert found == pytest.approx(expected, rel=0.01)
     nearest = min(split_weight(weight.cuda(), Recipe(codec, 16, 3, scales="mse")).history)
     assert found <= nearest * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_split_with_moments_ends_where_it_ends_on_a_cpu(double_quant, has_gradients):
+    weight, draw = weight_of((300, 640)), torch.Generator().manual_seed(0)
+    inputs, gradients = (torch.randn(2000, size, generator=draw) * torch.rand(size) for size in (640, 300))
+    moments = Moments(inputs.mT @ inputs, gradients.mT @ gradients if has_gradients else None)
+    fed = Recipe(NormalFloat4(double_quant=double_quant), 16, 2, rounding="feedback")
+    found, expected = (split_weight(one, fed, objective=moments) for one in (weight.cuda(), weight))
+    assert found.residual.codes.is_cuda
+    assert min(found.history) == pytest.approx(min(expected.history), rel=0.02)
+    assert min(found.history) < 0.9 * found.history[0]
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
