@@ -58,6 +58,8 @@ class BlockWalk(ABC):
         self._tracks = []
         for example in examples:
             hidden, calls = model.record(example.inputs(model.device))
+            if not self._tracks:
+                model.check_called_once(example.inputs(model.device), hidden.to(model.device))
             self._tracks.append(_Track(example, calls, hidden))
         forward = [call.path for call in self._tracks[0].calls]
         self.order = forward[::-1] if self.is_backward else forward

@@ -115,6 +115,16 @@ class StreamedModel:
         tape = Tape(self.num_blocks, hidden, self._returns, keep=False)
         return self._run(inputs, tape).logits, tape.passed[:-1]
 
+    def check_called_once(self, inputs: Mapping[str, Tensor], hidden: Tensor) -> None:
+        """Raise BadInput if the model calls a block again after the last one, as models with shared layers do.
+
+        Args:
+            inputs: As for `record`.
+            hidden: In the shape of the output of the last block, on the device.
+        """
+        assert self._returns is not None, "record() was called before"
+        self._run(inputs, Tape(self.num_blocks, hidden, self._returns, keep=False))
+
     @property
     def tower_weights(self) -> dict[str, Tensor]:
         """The weights that need statistics of the encoders of images, by their names in the model."""

@@ -89,7 +89,9 @@ def test_error_feedback_leaves_less_of_what_the_factors_cannot_absorb():
     def left(packed):
         return np.linalg.norm((decoded(packed) - weight.double().numpy()) @ rest)
 
-    assert left(round_with_feedback(weight, codec, PLAIN.metric(down, down, 0.01))) < 0.98 * left(round_nearest(weight, codec))
+    assert left(round_with_feedback(weight, codec, PLAIN.metric(down, down, 0.01))) < 0.98 * left(
+        round_nearest(weight, codec)
+    )
 
 
 def test_names_and_refusals():

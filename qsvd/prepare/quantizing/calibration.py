@@ -23,10 +23,15 @@ def texts_of(options: Quantize, checkpoint: Checkpoint, plan: ModelPlan) -> tupl
     """Return the texts of --calibrate, none without it, and a sentence on those that were cut.
 
     Raises:
-        BadInput: the data cannot be read, or the model has no loss to take gradients of.
+        BadInput: the data cannot be read, the model has no loss to take gradients of, or it is an encoder-decoder.
     """
     if options.calibrate is None:
         return (), ""
+    if checkpoint.config.is_encoder_decoder:
+        raise BadInput(
+            f"{options.model} is an encoder-decoder model, which --calibrate does not measure; leave it out, and give "
+            "--quality good for error feedback without data"
+        )
     if options.sensitivity == "both" and not (is_classifier(plan.architecture) or plan.architecture in writers()):
         raise BadInput(
             f"{options.model} is a {plan.architecture}, which has no loss to take gradients of: give --sensitivity "
