@@ -90,11 +90,12 @@ class State:
         scale_O = self.scales_CO[column // self.run]
         codes_O = self.codec.nearest(wanted_O * inverse(scale_O))
         self.codes_IO[column] = codes_O
-        return self.codec.levels(scale_O.device)[codes_O.int()] * scale_O
+        return self.codec.values(codes_O) * scale_O
 
     def levels_of(self, columns: slice) -> Tensor:
         """Return the levels of the codes of some columns, float32."""
-        return self.codec.levels(self.codes_IO.device)[self.codes_IO[columns].int()]
+        codes_JO = self.codes_IO[columns]
+        return self.codec.values(codes_JO.reshape(-1)).view(codes_JO.shape)
 
     def rows(self, rows: Tensor) -> "State":
         """Return the state of some rows, in copies; `put` takes it back."""
@@ -184,7 +185,7 @@ def _round_tiles(
         moves_JKP[:width, :width, at] = upper_II[tile, tile]
     scales_CPG = _known_scales(state, pairs, group)
     codes_JPG = torch.empty(tile_JPG.shape, dtype=torch.uint8, device=tile_JPG.device)
-    values_JPG, levels = torch.empty_like(tile_JPG), codec.levels(tile_JPG.device)
+    values_JPG = torch.empty_like(tile_JPG)
     inverse_PG = scales_CPG[0]
     for at in range(size):
         scale_PG = scales_CPG[at // state.run]
@@ -192,8 +193,9 @@ def _round_tiles(
             if state.is_aligned:
                 scale_PG.copy_(_best_scales(state, pairs, at, pulled_JPG[at : at + state.run]))
             inverse_PG = inverse(scale_PG)
-        codes_JPG[at] = codec.nearest((pulled_JPG[at] * inverse_PG).view(-1)).view(scale_PG.shape)
-        torch.mul(levels[codes_JPG[at].int()], scale_PG, out=values_JPG[at])
+        codes_N = codec.nearest((pulled_JPG[at] * inverse_PG).view(-1))
+        codes_JPG[at] = codes_N.view(scale_PG.shape)
+        torch.mul(codec.values(codes_N).view(scale_PG.shape), scale_PG, out=values_JPG[at])
         error_PG = tile_JPG[at] - values_JPG[at]
         pulled_JPG[at + 1 :].addcmul_(moves_JKP[at, at + 1 :, :, None], error_PG)
     for at, (tile, here) in enumerate(pairs):

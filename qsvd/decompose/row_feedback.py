@@ -62,8 +62,7 @@ def _change_codes(part: State, tile: slice, pull_JG: Tensor, own_JJ: Tensor, own
     Args:
         pull_JG: M_I (T - Q) M_O at the tile; it is kept up to date for the columns that follow.
     """
-    moved_JG, levels = torch.empty_like(pull_JG), part.codec.levels(own_GG.device)
-    values_JG = part.target_IO[tile] - part.left_IO[tile]
+    moved_JG, values_JG = torch.empty_like(pull_JG), part.target_IO[tile] - part.left_IO[tile]
     sizes = [len(range(first, len(own_GG), PARTS)) for first in range(PARTS)]
     own_PG, reach_P = own_GG.split(sizes), own_GG.diagonal().reciprocal().split(sizes)
     for at, column in enumerate(range(tile.start, tile.stop)):
@@ -75,7 +74,7 @@ def _change_codes(part: State, tile: slice, pull_JG: Tensor, own_JJ: Tensor, own
         for here in range(PARTS):
             wanted_R = torch.addcmul(old_P[here], slope_P[here], reach_P[here]).mul_(inverse_P[here])
             codes_R = part.codec.nearest(wanted_R)
-            values_R = levels[codes_R.int()].mul_(scale_P[here])
+            values_R = part.codec.values(codes_R).mul_(scale_P[here])
             change_R = values_R - old_P[here]
             moved_G = change_R @ own_PG[here]
             if float(change_R @ torch.sub(slope_P[here], moved_G.split(sizes)[here], alpha=0.5)) > 0:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Literal
 
 from qsvd.decompose.alternate import STACK
 from qsvd.memory.block_bytes import Batch, run_blocks
@@ -14,6 +15,7 @@ from qsvd.numerics.svd import OVERSAMPLE, OVERSAMPLE_SHARE
 from qsvd.plan.allocation import Choice
 from qsvd.plan.tensors import total_bytes
 
+Weighing = Literal["none", "inputs", "both"]  # whose second moments weight errors: those of gradients, too
 COPIES = 2  # float32 matrices at once: the weight, and the weight minus its residual or components
 SKETCHES = 4  # tall float32 matrices at once in the randomized SVD
 SHARD = 5 * 10**9  # bytes of an output file
@@ -53,6 +55,7 @@ def plan_splitting(  # noqa: PLR0913  # what is planned, and where
     count: int = 1,
     weighted: bool = False,
     feeds_back: bool = False,
+    moments: Weighing = "none",
     copied: int = 0,
 ) -> MemoryPlan:
     """Return the bytes in memory while a weight of this shape, the largest of its model, is quantized and measured.
@@ -61,11 +64,13 @@ def plan_splitting(  # noqa: PLR0913  # what is planned, and where
         count: Weights that are split together.
         weighted: Whether errors are weighted by statistics, which takes a scaled copy.
         feeds_back: Whether residuals are rounded with error feedback, one matrix after another.
+        moments: Whose second moments weight the errors.
         copied: Bytes of the largest tensor that is copied whole, while the next weights are split.
     """
     items = [
         *_memory_items(shape, choice, device, count, COPIES + weighted),
-        on(device, "error feedback", _feedback_bytes(shape) if feeds_back else 0),
+        on(device, "error feedback", _feedback_bytes(shape, choice, count) if feeds_back else 0),
+        on(device, "second moments", _moments_bytes(shape, moments, feeds_back=feeds_back)),
         Item("a tensor that is copied", host=copied),
     ]
     return MemoryPlan("quantize", items_of(items, device), limits)
@@ -77,7 +82,7 @@ def _memory_items(shape: tuple[int, int], choice: Choice, device: str, count: in
         on(device, "largest weight, as it is stored", SIXTEEN_BITS * numbers),
         on(device, "float32 copies of it", 4 * copies * numbers),
         on(device, "its residual, kept and new", 2 * count * choice.codec.num_bytes(shape)),
-        on(device, "singular vectors and probes", max(count * _sketch(shape, choice.rank), _probes(shape, count))),
+        on(device, "singular vectors and probes", _vectors_bytes(shape, choice, count)),
         Item("weights that are read", host=(2 if device == "cuda" else 1) * SIXTEEN_BITS * numbers),
         # a GPU's results are copied before they wait
         Item("weights that are written", host=waiting_bytes(shape, choice, count + (device == "cuda"))),
@@ -85,11 +90,30 @@ def _memory_items(shape: tuple[int, int], choice: Choice, device: str, count: in
     ]
 
 
-def _feedback_bytes(shape: tuple[int, int]) -> int:
-    """Return the bytes of the codes, and of float32 copies of a matrix beside second moments and their factors: two
-    beside four while the factor is made, three beside two while columns are rounded."""
+def _feedback_bytes(shape: tuple[int, int], choice: Choice, count: int) -> int:
+    """Return the bytes of the codes, and of two float32 copies of a matrix beside a second moment and its factor, which
+    is there twice while it is made; without those of singular vectors and probes, which are gone by then."""
     numbers, moment = math.prod(shape), shape[1] ** 2
-    return numbers + 4 * max(2 * numbers + 4 * moment, 3 * numbers + 2 * moment)
+    return max(numbers + 4 * (2 * numbers + 3 * moment) - _vectors_bytes(shape, choice, count), 0)
+
+
+def _vectors_bytes(shape: tuple[int, int], choice: Choice, count: int) -> int:
+    return max(count * _sketch(shape, choice.rank), _probes(shape, count))
+
+
+def _moments_bytes(shape: tuple[int, int], moments: Weighing, *, feeds_back: bool) -> int:
+    """Return what the second moments of inputs and gradients take more, float32: each as it was given and its root.
+
+    While a root is made, or an error is measured, there is one more matrix. In the rounding there are what errors of
+    rows meet, its factor, and a third copy of the matrix.
+    """
+    if moments == "none":
+        return 0
+    sides = (shape[1] ** 2,) if moments == "inputs" else (shape[1] ** 2, shape[0] ** 2)
+    kept, numbers = 2 * sum(sides), math.prod(shape)
+    if not feeds_back:
+        return 4 * (kept + max(numbers, *sides))
+    return 4 * (kept + (2 * sides[1] + max(numbers - sides[0], 0) if moments == "both" else 0))
 
 
 def waiting_bytes(shape: tuple[int, int], choice: Choice, count: int) -> int:

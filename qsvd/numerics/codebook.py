@@ -182,7 +182,7 @@ def _refitted(parts_BE: Tensor, tried_B: Tensor, of: codec.Codec, weights_BE: Te
     """Choose codes for some scales; return the best scales for these codes, and how much they lower the squared error
     below that of zeros."""
     codes = of.nearest((parts_BE / tried_B[:, None]).view(-1))
-    chosen_BE = of.levels(parts_BE.device)[codes.int()].view(parts_BE.shape)
+    chosen_BE = of.values(codes).view(parts_BE.shape)
     weighted_BE = chosen_BE if weights_BE is None else chosen_BE * weights_BE
     product_B, squares_B = (parts_BE * weighted_BE).sum(dim=1), (chosen_BE * weighted_BE).sum(dim=1)
     scale_B = product_B / squares_B.clamp(min=codec.SMALLEST_SCALE)

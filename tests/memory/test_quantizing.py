@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.start import planned
 from qsvd.decompose.alternate import STACK, Recipe, split_weights
+from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.split import measure_stack
 from qsvd.memory.items import Limits
@@ -67,10 +68,24 @@ def test_a_weighted_split_takes_the_copy_that_is_planned():
     assert beside(plan) == pytest.approx(peak_of_splitting(shape, 32, Objective(rows, columns)), rel=NEAR)
 
 
-@pytest.mark.parametrize("shape", [(2048, 640), (640, 2048)])
+@pytest.mark.parametrize("shape", [(1536, 512), (512, 1536)])
 def test_error_feedback_takes_what_is_planned(shape):
     plan = plan_splitting(shape, Choice(CODEC, 32), "cpu", Limits(), feeds_back=True)
     assert beside(plan) == pytest.approx(peak_of_splitting(shape, 32, rounding="feedback", iterations=1), rel=NEAR)
+
+
+@pytest.mark.parametrize("shape", [(1536, 512), (512, 1536)])
+@pytest.mark.parametrize("rounding", ["feedback", "nearest"])
+@pytest.mark.parametrize("sides", ["inputs", "both"])
+def test_moments_take_what_is_planned(shape, rounding, sides):
+    inputs_II, outputs_OO = (torch.eye(size) + 0.1 for size in reversed(shape))
+    moments, given = Moments(inputs_II), inputs_II.nbytes
+    if sides == "both":
+        moments, given = Moments(inputs_II, outputs_OO), given + outputs_OO.nbytes
+    feeds_back = rounding == "feedback"
+    plan = plan_splitting(shape, Choice(CODEC, 32), "cpu", Limits(), feeds_back=feeds_back, moments=sides)
+    peak = given + peak_of_splitting(shape, 32, moments, rounding=rounding, iterations=1)
+    assert beside(plan) == pytest.approx(peak, rel=NEAR)
 
 
 def test_a_stack_takes_what_is_planned(monkeypatch):
