@@ -9,6 +9,7 @@ An option is a field of a frozen dataclass, `name: Annotated[type, mark, ...] = 
     APPEND                        the flag may be given several times, with one value each
     SAME_RESULT                   the value does not affect the result: `result_options` leaves the option out
     ADDED                         newer than version 0.1: left out at its default, so that older runs resume
+    AddedAs("nearest")            newer than version 0.1, which did this
     PRINTS                        the option says what is printed: functions in Python, which print nothing, refuse it
 """
 
@@ -44,6 +45,13 @@ class Mark:
     """Property of an option."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class AddedAs:
+    """Property of an option that is newer than version 0.1: the value that version 0.1 would have had."""
+
+    value: str
 
 
 POSITIONAL = Mark("positional")
@@ -87,7 +95,9 @@ def result_options(options: "DataclassInstance") -> dict[str, Any]:
     """Return the options that the stored result depends on, as values of JSON: a tuple becomes a list."""
     marks, defaults = marks_of(type(options)), {field.name: field.default for field in fields(options)}
     values = {name: getattr(options, name) for name in marks if SAME_RESULT not in marks[name]}
-    kept = {name: value for name, value in values.items() if ADDED not in marks[name] or value != defaults[name]}
+    usual = {name: next((mark.value for mark in marks[name] if isinstance(mark, AddedAs)), None) for name in values}
+    added = {name: defaults[name] for name in values if ADDED in marks[name]} | {n: v for n, v in usual.items() if v}
+    kept = {name: value for name, value in values.items() if name not in added or value != added[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 

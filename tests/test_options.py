@@ -14,6 +14,7 @@ import pytest
 import qsvd
 from qsvd.cli import COMMANDS, parse
 from qsvd.option_types import SAME_RESULT, Range, marks_of, out_of_range, result_options
+from qsvd.options.quantizing import with_quality
 from qsvd.training.settings import Settings
 
 PACKAGE = Path(qsvd.__file__).parent
@@ -64,18 +65,25 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "out": REQUIRED,
         "rank": 64,
         "expert_rank": None,
-        "iterations": 5,
+        "quality": None,
+        "iterations": None,
         "order": "svd",
         "end": "svd",
         "stop": "rise",
-        "scales": "absmax",
-        "rounding": "nearest",
+        "scales": None,
+        "rounding": None,
         "svd": "randomized",
         "dtype": "bfloat16",
         "codec": "nf4",
         "double_quant": True,
         "head_bits": None,
         "embedding_bits": None,
+        "calibrate": None,
+        "sensitivity": None,
+        "examples": 128,
+        "max_length": None,
+        "map": (),
+        "split": "train",
         "budget": None,
         "allocator": "both",
         "objective": "relative",
@@ -252,7 +260,9 @@ READERS = {
         "prepare/models",
         "prepare/check_options",
         "options/conflicts",
+        "options/quantizing",
         "prepare/quantize",
+        "prepare/quantizing/calibration",
         "prepare/allocate",
         "prepare/outputs",
         "commands/quantize",
@@ -371,6 +381,9 @@ ADDED = {
     ("quantize", "expert_rank"),
     ("quantize", "scales"),
     ("quantize", "rounding"),
+    ("quantize", "sensitivity"),
+    ("quantize", "examples"),
+    ("quantize", "max_length"),
     ("quantize", "include_towers"),
     ("calibrate", "include_towers"),
     ("quantize", "head_bits"),
@@ -398,6 +411,8 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("train", "expert_rank"): ([-1], "is below 0"),
     ("plan", "expert_rank"): ([-1], "is below 0"),
     ("quantize", "iterations"): ([0], "is below 1"),
+    ("quantize", "examples"): ([0], "is below 1"),
+    ("quantize", "max_length"): ([1], "is below 2"),
     ("train", "rank"): ([0], "is below 1"),
     ("train", "eval_every"): ([0], "is below 1"),
     ("train", "early_stopping"): ([0], "is below 1"),
@@ -536,7 +551,8 @@ def test_the_help_has_a_box_for_each_group(capsys):
 def example(command):
     """A record with its defaults; what has none is a word."""
     record = COMMANDS[command]
-    return record(**{field.name: "x" for field in fields(record) if field.default is MISSING})
+    found = record(**{field.name: "x" for field in fields(record) if field.default is MISSING})
+    return with_quality(found) if command == "quantize" else found
 
 
 def other(value):

@@ -56,6 +56,7 @@ def plan_splitting(  # noqa: PLR0913  # what is planned, and where
     weighted: bool = False,
     feeds_back: bool = False,
     moments: Weighing = "none",
+    block: int = 0,
     copied: int = 0,
 ) -> MemoryPlan:
     """Return the bytes in memory while a weight of this shape, the largest of its model, is quantized and measured.
@@ -65,12 +66,14 @@ def plan_splitting(  # noqa: PLR0913  # what is planned, and where
         weighted: Whether errors are weighted by statistics, which takes a scaled copy.
         feeds_back: Whether residuals are rounded with error feedback, one matrix after another.
         moments: Whose second moments weight the errors.
+        block: Bytes of the largest block and of the statistics of its layers.
         copied: Bytes of the largest tensor that is copied whole, while the next weights are split.
     """
     items = [
         *_memory_items(shape, choice, device, count, COPIES + weighted),
         on(device, "error feedback", _feedback_bytes(shape, choice, count) if feeds_back else 0),
         on(device, "second moments", _moments_bytes(shape, moments, feeds_back=feeds_back)),
+        on(device, "a block and the statistics of its layers", block),
         Item("a tensor that is copied", host=copied),
     ]
     return MemoryPlan("quantize", items_of(items, device), limits)

@@ -9,6 +9,7 @@ from qsvd.option_types import (
     PRINTS,
     SAME_RESULT,
     SECONDS,
+    AddedAs,
     Allocation,
     Allocator,
     ComputeDtype,
@@ -142,12 +143,12 @@ class Quantize:
     stop: Annotated[Literal["rise", "never"], Help("rise: stop when the error rises; never: all iterations.")] = "rise"
     scales: Annotated[
         Literal["absmax", "mse"] | None,
-        ADDED,
+        AddedAs("absmax"),
         Help("Largest magnitudes (absmax) or scales of least error (mse). Default: by --quality."),
     ] = None
     rounding: Annotated[
         Literal["nearest", "feedback"] | None,
-        ADDED,
+        AddedAs("nearest"),
         Help("feedback: errors go where components remove them. Default: by --quality."),
     ] = None
     svd: Annotated[Literal["randomized", "exact"], Help("exact is slow above a few thousand rows.")] = "randomized"

@@ -136,9 +136,6 @@ class QuantizeRun:
     def identity(self) -> dict[str, Any]:
         """What the bytes of the output depend on."""
         options = result_options(self.options)
-        for name, value in {"scales": "absmax", "rounding": "nearest"}.items():  # what runs of version 0.1 had
-            if options[name] == value:
-                del options[name]
         if self.options.budget is None:
             del options["budget"], options["allocator"]
             if self.statistics is None:

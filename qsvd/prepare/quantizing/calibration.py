@@ -1,5 +1,6 @@
 """The texts that `qsvd quantize --calibrate` weights errors by, and the walk over the blocks on them."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from qsvd.data.examples import checked_length
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.source import Checkpoint
 from qsvd.memory.device import dtype_of, free_host_memory
+from qsvd.memory.items import block_of
 from qsvd.options import Calibrate, Quantize
 from qsvd.plan.weights import ModelPlan, context_length, is_classifier, writers
 from qsvd.prepare.calibrate import draw_examples
 
+SHARED_INPUT = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate up", "up": "gate up"}  # roles with one moment
 HOST_SHARE = 0.5  # of the free CPU memory, for the hidden states of the texts
 
 
@@ -77,3 +80,18 @@ def open_walk(
     if options.sensitivity == "inputs":
         return InputWalk(model, examples, show)
     return GradientWalk(model, examples, show, seed=options.seed, most_bytes=free)
+
+
+def block_bytes(options: Quantize, plan: ModelPlan, device: torch.device) -> int:
+    """Return the bytes on the device of the largest block and of the second moments of its layers; 0 without texts."""
+    if options.calibrate is None:
+        return 0
+    weights, moments = Counter[str](), dict[str, dict[str, int]]()
+    for spec in plan.weights:
+        block, (rows, columns) = block_of(spec.module), spec.shape
+        weights[block] += rows * columns * dtype_of("auto", device).itemsize
+        sides = moments.setdefault(block, {})
+        sides[SHARED_INPUT.get(spec.role, spec.module)] = 4 * columns**2
+        if options.sensitivity == "both":
+            sides[f"{spec.module} outputs"] = 4 * rows**2
+    return max(weights[block] + sum(sides.values()) for block, sides in moments.items())

@@ -12,6 +12,7 @@ from qsvd.plan.allocation import from_text, residual_bytes, to_text
 from qsvd.prepare.allocate import check_measuring, is_sealed, measure_and_solve, sealed
 from qsvd.prepare.machine import check_room, machine
 from qsvd.prepare.quantize import ALLOCATION, QuantizeRun
+from qsvd.prepare.quantizing.calibration import block_bytes
 from qsvd.records import Progress, ShowProgress
 from qsvd.report.planning import lack
 
@@ -71,8 +72,18 @@ def _check_memory(run: QuantizeRun) -> None:
     largest, *others = run.largest_stack
     choice, free = run.everything.choices[largest.module], machine(run.device, run.compute_dtype).limits
     count, copied, options = 1 + len(others), run.sizes.largest_copy, run.options
-    more = {"weighted": options.objective == "fisher", "feeds_back": options.rounding == "feedback"}
-    plan = plan_splitting(largest.shape, choice, run.device.type, free, count=count, copied=copied, **more)
+    plan = plan_splitting(
+        largest.shape,
+        choice,
+        run.device.type,
+        free,
+        count=count,
+        weighted=options.objective == "fisher",
+        feeds_back=options.rounding == "feedback",
+        moments=options.sensitivity or "none",
+        block=block_bytes(options, run.plan, run.device),
+        copied=copied,
+    )
     if not plan.fits:
         raise DoesNotFit(
             f"{lack(plan)} to split {largest.name} {list(largest.shape)}; close other programs that use it, give "
