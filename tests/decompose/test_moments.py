@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qsvd.decompose import rounding, row_feedback
+from qsvd.decompose import feedback, rounding, row_feedback
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.feedback import State, feed_back
 from qsvd.decompose.moments import INPUT_DAMPING, OUTPUT_DAMPING, Moments
@@ -233,6 +233,7 @@ def babai(weight_OI, inputs_II, outputs_OO, scales_OI, levels_L):
 @pytest.mark.parametrize("name", ["nf4-16-fp32", "nf2-16-fp32", "nf4"])
 def test_feedback_of_single_rows_is_babais_against_the_kronecker_product(name, monkeypatch):
     monkeypatch.setattr(row_feedback, "GROUP", 1)
+    monkeypatch.setattr(feedback, "TILE", 16)
     rows, columns, codec = 7, 32, codec_named(name)  # blocks of 64 cross rows
     weight_OI, inputs_II, outputs_OO = matrix(rows, columns), moment(columns), moment(rows, 2)
     state = State.start(weight_OI, codec, None)
