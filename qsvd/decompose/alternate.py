@@ -28,6 +28,7 @@ Shape suffixes: S = matrices of a stack, O = out features, I = in features, R = 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isnan
 from typing import Literal
 
 import torch
@@ -269,7 +270,7 @@ def _best(iterates: Iterable[_Iterate], fitter: "_Fitter") -> list[Split]:
             if fitter.recipe.stop == "rise" and _has_risen(history):
                 continue
             # of equal errors the first is kept: a later one is not better, nor is one that is not finite
-            if not history or distance < min(history):
+            if not history or distance < min(inf if isnan(one) else one for one in history):
                 up_OR, down_RI = factors.up_SOR[number], factors.down_SRI[number]
                 best[number] = Split(residuals[number], up_OR, down_RI, len(history) + 1, ())
             history.append(distance)

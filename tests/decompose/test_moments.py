@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from qsvd.decompose import row_feedback
+from qsvd.decompose import feedback, rounding, row_feedback
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.feedback import State, feed_back
 from qsvd.decompose.moments import INPUT_DAMPING, OUTPUT_DAMPING, Moments
 from qsvd.decompose.objective import Metric
-from qsvd.decompose.rounding import round_with_feedback
+from qsvd.decompose.rounding import round_nearest, round_with_feedback
 from qsvd.decompose.row_feedback import feed_back_rows, sweep_rows
 from qsvd.errors import BadInput
 from qsvd.numerics import codebook
@@ -173,6 +173,21 @@ def test_no_two_sided_sweep_raises_the_objective(name, columns, rows, monkeypatc
     assert found[1] < 0.97 * found[0]
 
 
+@pytest.mark.parametrize("refits", [True, False])
+def test_rows_whose_changes_add_up_are_not_changed_for_the_worse(refits):
+    """Outputs that all count as one: the best changes of many rows, made at once, overshoot."""
+    rows, columns = 67, 128
+    state = State.start(matrix(rows, columns), codec_named("nf2-32-fp16"), None)
+    inputs_II, outputs_OO = moment(columns, 1), torch.ones(rows, rows) + 0.05 * torch.eye(rows)
+    feed_back(state, inputs_II)
+    found = [square(state.left_IO.t(), inputs_II, outputs_OO)]
+    for _ in range(3):
+        sweep_rows(state, inputs_II, outputs_OO, refits=refits)
+        found.append(square(state.left_IO.t(), inputs_II, outputs_OO))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(found)), found
+    assert not refits or found[-1] < 0.9 * found[0]
+
+
 def test_a_sweep_leaves_no_better_code_in_the_last_column():
     """The last of the parts of rows is changed last: no other level is better, given all others."""
     rows, columns, codec = 24, 128, codec_named("nf2-32-fp32")
@@ -218,6 +233,7 @@ def babai(weight_OI, inputs_II, outputs_OO, scales_OI, levels_L):
 @pytest.mark.parametrize("name", ["nf4-16-fp32", "nf2-16-fp32", "nf4"])
 def test_feedback_of_single_rows_is_babais_against_the_kronecker_product(name, monkeypatch):
     monkeypatch.setattr(row_feedback, "GROUP", 1)
+    monkeypatch.setattr(feedback, "TILE", 16)
     rows, columns, codec = 7, 32, codec_named(name)  # blocks of 64 cross rows
     weight_OI, inputs_II, outputs_OO = matrix(rows, columns), moment(columns), moment(rows, 2)
     state = State.start(weight_OI, codec, None)
@@ -301,6 +317,81 @@ def test_moments_have_no_unit(two_sided, rounding):
         assert torch.equal(other.up_OR, found[0].up_OR)
         assert torch.equal(other.down_RI, found[0].down_RI)
         assert other.history == found[0].history
+
+
+def damaged(one, kind):
+    """A moment that cannot be inverted, or whose numbers are far apart."""
+    size = len(one)
+    if kind == "rank 1":
+        return torch.outer(one[0], one[0])
+    if kind == "zero":
+        return torch.zeros_like(one)
+    factor = {
+        "dead": (torch.arange(size) % 3 > 0).float(),
+        "outlier": 1 + 9999 * (torch.arange(size) == size // 2).float(),
+        "one left": (torch.arange(size) == 0).float(),
+        "far apart": torch.logspace(-12, 12, size),
+        "1e-30": torch.full((size,), 1e-15),
+        "1e30": torch.full((size,), 1e15),
+    }[kind]
+    return one * factor * factor[:, None]
+
+
+@pytest.mark.parametrize("kind", ["rank 1", "zero", "dead", "outlier", "one left", "far apart", "1e-30", "1e30"])
+@pytest.mark.parametrize(("side", "name"), [("inputs", "nf4+dq"), ("outputs", "nf4+dq"), ("both", "nf2-32-fp16")])
+def test_unusual_moments_lead_to_finite_splits(kind, side, name):
+    rows, columns = 24, 64
+    inputs_II, outputs_OO = moment(columns), moment(rows)
+    if side != "outputs":
+        inputs_II = damaged(inputs_II, kind)
+    if side != "inputs":
+        outputs_OO = damaged(outputs_OO, kind)
+    weight_OI = matrix(rows, columns)
+    split = split_weight(weight_OI, recipe_of(name, 4, dtype=torch.bfloat16), objective=Moments(inputs_II, outputs_OO))
+    assert np.isfinite(error_of(weight_OI, split)).all()
+    assert np.isfinite(split.history).all()
+    assert split.iteration == 2
+    assert split.history[1] < split.history[0]
+
+
+@pytest.mark.parametrize("factor", [2.0**-96, 2.0**96])
+@pytest.mark.parametrize("two_sided", SIDES)
+def test_splits_of_very_large_and_very_small_weights_are_those_of_others(factor, two_sided):
+    moments, weight_OI = some_moments(48, 128, two_sided), matrix()
+    one, other = (split_weight(weight_OI * unit, recipe_of(), objective=moments) for unit in (1.0, factor))
+    assert other.iteration == 2
+    # the library's SVD rounds in another way, so that a few numbers take the other one of two codes
+    np.testing.assert_allclose(np.array(other.history) / factor, one.history, rtol=3e-3)
+
+
+@pytest.mark.parametrize("fault", ["NaN", "large"])
+def test_where_feedback_fails_codes_are_the_nearest(fault, monkeypatch):
+    def failing(state, *_, refits):
+        del refits
+        state.scales_CO[0, 0] = torch.nan if fault == "NaN" else 1e30  # not a float16
+
+    monkeypatch.setattr(rounding, "_sweep", failing)
+    weight_OI, codec, moments = matrix(), codec_named("nf4-64-fp16"), moments_of(48, 128)
+    metric = moments.metric(torch.zeros(48, 1), torch.zeros(1, 128), 0.01)
+    found, nearest = round_with_feedback(weight_OI, codec, metric), round_nearest(weight_OI, codec, metric.columns_I)
+    assert torch.equal(found.decode(), nearest.decode())
+    split = split_weight(weight_OI, recipe_of("nf4-64-fp16"), objective=moments)
+    assert np.isfinite(split.history).all()
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_error_that_is_not_finite_is_never_the_least(at, monkeypatch):
+    weight_OI, moments, recipe = matrix(), moments_of(48, 128), recipe_of(iterations=3, stop="never")
+    measured, calls = Moments.squares, []
+
+    def failing(self, *parts):
+        calls.append(None)
+        found = measured(self, *parts)
+        return torch.full_like(found, torch.nan) if len(calls) == at + 1 else found
+
+    monkeypatch.setattr(Moments, "squares", failing)
+    split = split_weight(weight_OI, recipe, objective=moments)
+    assert split.history[split.iteration - 1] == np.nanmin(split.history)
 
 
 def test_wrong_moments_are_named():
