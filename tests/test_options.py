@@ -381,6 +381,7 @@ ADDED = {
     ("quantize", "expert_rank"),
     ("quantize", "scales"),
     ("quantize", "rounding"),
+    ("quantize", "quality"),
     ("quantize", "sensitivity"),
     ("quantize", "examples"),
     ("quantize", "max_length"),

@@ -63,14 +63,15 @@ def round_with_feedback(target_OI: Tensor, codec: Codec, metric: Metric, *, swee
         feed_back(state, metric.inputs_II)
     else:
         feed_back_rows(state, metric.inputs_II, metric.outputs_OO)
-    for _ in range(sweeps):
-        _sweep(state, metric, refits=state.is_aligned)
+    refits = state.is_aligned and codec.nested is None  # nested scales, once refitted and rounded, gain nothing
+    for _ in range(sweeps if refits else 0):
+        _sweep(state, metric, refits=True)
     scales_B = state.scales_in_order() * unit
     if not (scales_B.abs() <= torch.finfo(codec.scale_dtype).max).all():  # nor is a NaN
         return round_nearest(target_OI, codec, metric.columns_I)
     stored = codec.stored_scales(scales_B)
     is_rounded = state.set_scales(plain_scales(stored).float() / unit)
-    if is_rounded:  # the codes were chosen for other scales
+    for _ in range(int(is_rounded) if refits else sweeps):  # codes for the scales as they are stored
         _sweep(state, metric, refits=False)
     return codec.packed(state.codes_IO.t().reshape(-1), stored, (target_OI.shape[0], target_OI.shape[1]))
 

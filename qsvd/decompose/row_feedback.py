@@ -13,6 +13,8 @@ Shape suffixes: O = out features, I = in features, G = rows worked on together, 
 one block.
 """
 
+from itertools import accumulate, pairwise
+
 import torch
 from torch import Tensor
 
@@ -62,28 +64,33 @@ def _change_codes(part: State, tile: slice, pull_JG: Tensor, own_JJ: Tensor, own
     Args:
         pull_JG: M_I (T - Q) M_O at the tile; it is kept up to date for the columns that follow.
     """
-    moved_JG, values_JG = torch.empty_like(pull_JG), part.target_IO[tile] - part.left_IO[tile]
-    sizes = [len(range(first, len(own_GG), PARTS)) for first in range(PARTS)]
-    own_PG, reach_P = own_GG.split(sizes), own_GG.diagonal().reciprocal().split(sizes)
+    moved_JG, levels_L = torch.empty_like(pull_JG), part.codec.levels(own_GG.device)
+    between_L = (levels_L[:-1] + levels_L[1:]) / 2  # codes by bisection: columns of a part are short
+    values_JG, codes_JG = part.target_IO[tile] - part.left_IO[tile], part.codes_IO[tile].int()
+    ends = accumulate(len(range(first, len(own_GG), PARTS)) for first in range(PARTS))
+    cuts = [slice(*pair) for pair in pairwise([0, *ends])]
+    own_PG, reach_P = [own_GG[cut] for cut in cuts], [1 / own_GG.diagonal()[cut] for cut in cuts]
+    scale_G = inverse_G = own_GG[0]  # of the block
     for at, column in enumerate(range(tile.start, tile.stop)):
-        curve, scale_G = own_JJ[at, at], part.scales_CO[column // part.run]
+        curve, slope_G, old_G = own_JJ[at, at], pull_JG[at] / own_JJ[at, at], values_JG[at]
         if at % part.run == 0:
-            scale_P, inverse_P = scale_G.split(sizes), inverse(scale_G).split(sizes)
-        slope_G = pull_JG[at] / curve
-        slope_P, old_P, codes_P = (one.split(sizes) for one in (slope_G, values_JG[at], part.codes_IO[column]))
-        for here in range(PARTS):
-            wanted_R = torch.addcmul(old_P[here], slope_P[here], reach_P[here]).mul_(inverse_P[here])
-            codes_R = part.codec.nearest(wanted_R)
-            values_R = part.codec.values(codes_R).mul_(scale_P[here])
-            change_R = values_R - old_P[here]
-            moved_G = change_R @ own_PG[here]
-            if float(change_R @ torch.sub(slope_P[here], moved_G.split(sizes)[here], alpha=0.5)) > 0:
-                old_P[here].copy_(values_R)
-                codes_P[here].copy_(codes_R)
+            scale_G = part.scales_CO[column // part.run]
+            inverse_G = inverse(scale_G)
+        for cut, own_RG, reach_R in zip(cuts, own_PG, reach_P, strict=True):
+            slope_R, old_R = slope_G[cut], old_G[cut]
+            wanted_R = torch.addcmul(old_R, slope_R, reach_R).mul_(inverse_G[cut])
+            codes_R = torch.bucketize(wanted_R, between_L, out_int32=True)
+            values_R = levels_L.index_select(0, codes_R).mul_(scale_G[cut])
+            change_R = values_R - old_R
+            moved_G = change_R @ own_RG
+            if float(change_R @ slope_R.sub(moved_G[cut], alpha=0.5)) > 0:
+                old_R.copy_(values_R)
+                codes_JG[at, cut] = codes_R
                 slope_G -= moved_G
         torch.addcmul(pull_JG[at], slope_G, curve, value=-1, out=moved_JG[at]).div_(curve)
         torch.mul(slope_G, curve, out=pull_JG[at])
         pull_JG[at + 1 :].addr_(own_JJ[at + 1 :, at], moved_JG[at], alpha=-1)
+    part.codes_IO[tile] = codes_JG.to(torch.uint8)
     torch.sub(part.target_IO[tile], values_JG, out=part.left_IO[tile])
     return moved_JG
 

@@ -42,6 +42,7 @@ from qsvd.option_types import (
 )
 
 NEAREST_PASSES, FEEDBACK_PASSES, BEST_PASSES = 5, 2, 4  # iterations by default
+SWEEPS = {"fast": 1, "good": 1, "best": 2}  # of coordinate descent after each feedback
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Quantize:
     expert_rank: Annotated[ExpertRank, ADDED] = None
     quality: Annotated[
         Literal["fast", "good", "best"] | None,
-        SAME_RESULT,
+        AddedAs("fast"),
         Help("fast: as in the papers; good: error feedback; best: with --calibrate. Default: fast, with data best."),
     ] = None
     iterations: Annotated[

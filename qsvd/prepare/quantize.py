@@ -31,7 +31,7 @@ from qsvd.numerics.names import spelling
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.option_types import result_options
 from qsvd.options import Quantize
-from qsvd.options.quantizing import with_quality
+from qsvd.options.quantizing import SWEEPS, with_quality
 from qsvd.plan.allocation import (
     Allocation,
     Choice,
@@ -333,4 +333,6 @@ def _recipe(options: Quantize, choice: Choice) -> Recipe:
     assert options.rounding is not None, "with_quality was called"
     loop = (options.iterations, options.order, options.end, options.stop, options.svd == "exact")
     dtype = getattr(torch, options.dtype)
-    return Recipe(choice.codec, choice.rank, *loop, dtype, scales=options.scales, rounding=options.rounding)
+    sweeps = SWEEPS[options.quality or "fast"]
+    how = {"scales": options.scales, "rounding": options.rounding, "sweeps": sweeps}
+    return Recipe(choice.codec, choice.rank, *loop, dtype, **how)

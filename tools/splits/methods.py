@@ -19,7 +19,7 @@ from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.numerics.codec import Codec
 from qsvd.numerics.names import codec_named
-from qsvd.options.quantizing import BEST_PASSES, FEEDBACK_PASSES
+from qsvd.options.quantizing import BEST_PASSES, FEEDBACK_PASSES, SWEEPS
 
 CODECS = {4: "nf4", 3: "nf3-64-fp16", 2: "nf2-32-fp16"}
 FEW = 2  # alternations with large matrices
@@ -54,8 +54,8 @@ def ours(statistics: Statistics) -> Method:
     """Return qsvd's own split by error feedback, with the iterations of --quality good, or best (H and G)."""
 
     def run(weight: Weight, codec: Codec, rank: int) -> Parts:
-        passes = BEST_PASSES if statistics == "H and G" else FEEDBACK_PASSES
-        recipe = Recipe(codec, rank, iterations=passes, scales="mse", rounding="feedback")
+        passes, sweeps = (BEST_PASSES, SWEEPS["best"]) if statistics == "H and G" else (FEEDBACK_PASSES, SWEEPS["good"])
+        recipe = Recipe(codec, rank, iterations=passes, scales="mse", rounding="feedback", sweeps=sweeps)
         split = split_weight(weight.weight_OI.float(), recipe, objective=objective_of(weight, statistics))
         dtype = weight.weight_OI.dtype
         return split.residual.decode().to(dtype), split.up_OR.to(dtype), split.down_RI.to(dtype)
