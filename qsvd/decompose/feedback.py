@@ -99,8 +99,8 @@ class State:
 
     def rows(self, rows: Tensor) -> "State":
         """Return the state of some rows, in copies; `put` takes it back."""
-        parts = (self.target_IO, self.left_IO, self.codes_IO, self.scales_CO)
-        return State(self.codec, *(part[:, rows] for part in parts), self.weights_I)
+        target_IO, left_IO, codes_IO = self.target_IO[:, rows], self.left_IO[:, rows], self.codes_IO[:, rows]
+        return State(self.codec, target_IO, left_IO, codes_IO, self.scales_CO[:, rows], self.weights_I)
 
     def put(self, rows: Tensor, part: "State") -> None:
         """Take over what was chosen for some rows; their target stays as it was."""

@@ -112,11 +112,11 @@ def _moments_bytes(shape: tuple[int, int], moments: Weighing, *, feeds_back: boo
     """
     if moments == "none":
         return 0
-    sides = (shape[1] ** 2,) if moments == "inputs" else (shape[1] ** 2, shape[0] ** 2)
-    kept, numbers = 2 * sum(sides), math.prod(shape)
+    inputs, outputs, numbers = shape[1] ** 2, shape[0] ** 2 if moments == "both" else 0, math.prod(shape)
+    kept = 2 * (inputs + outputs)
     if not feeds_back:
-        return 4 * (kept + max(numbers, *sides))
-    return 4 * (kept + (2 * sides[1] + max(numbers - sides[0], 0) if moments == "both" else 0))
+        return 4 * (kept + max(numbers, inputs, outputs))
+    return 4 * (kept + (2 * outputs + max(numbers - inputs, 0) if moments == "both" else 0))
 
 
 def waiting_bytes(shape: tuple[int, int], choice: Choice, count: int) -> int:
