@@ -183,6 +183,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, source, sensitivity):
     assert "weighted by inputs" in (whole / "report.md").read_text()
 
 
+def test_a_budget_is_spent_on_errors_weighted_by_the_texts(tmp_path, source):
+    out = tmp_path / "out"
+    more = ("--include", "*.1.self_attn.[qk]_proj", "--budget", "3.5bits")
+    texts = ("--calibrate", str(FINE_TUNING), "--max-length", "64", "--examples", "4", "--iterations", "1")
+    assert run(["quantize", str(source), "--out", str(out), *texts, *more]) == 0
+    table = (out / "allocation.txt").read_text()
+    assert len([line for line in table.splitlines() if line.startswith("model.layers.1")]) == 2
+    lines = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+    assert all(line["weighted"]["after"] < line["weighted"]["before"] for line in lines)
+
+
 def test_other_texts_do_not_continue_a_run(tmp_path, source, capsys):
     out = tmp_path / "out"
     assert die_after(command(source, out), 3) == 9

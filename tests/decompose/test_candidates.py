@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsvd.decompose.alternate import Recipe
+from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.candidates import measure_candidates
+from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import Objective
 from qsvd.numerics.names import codec_named
 from tests import reference
@@ -181,3 +182,29 @@ def test_what_is_not_finite_is_counted():
 def test_an_objective_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="the objective has weights of 41 rows for 40"):
         measured(reference.gaussian(40, 64), (0,), objective=Objective(torch.ones(41), None))
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_with_feedback_the_lowest_and_the_highest_rank_have_the_error_of_their_splits(has_gradients):
+    """The error in the norm of second moments, by its definition; ranks between lie between."""
+    draw = np.random.default_rng(0)
+    matrix = reference.decaying(48, 64, power=0.5)
+    inputs, gradients = (draw.standard_normal((200, size)) * draw.lognormal(0, 1, size) for size in (64, 48))
+    moments = [torch.from_numpy((one.T @ one).astype(np.float32)) for one in (inputs, gradients)]
+    objective = Moments(*moments[: 1 + has_gradients])
+    like = Recipe(NF4[0], 0, scales="mse", rounding="feedback")
+    found = measure_candidates(torch.from_numpy(matrix), NF4, (0, 4, 8), objective=objective, like=like)
+    left, right = (moment_of(one, share) for one, share in ((moments[1], 0.1), (moments[0], 0.01)))
+    for rank, (square,) in ((0, found.squares[0]), (8, found.squares[-1])):
+        recipe = Recipe(NF4[0], rank, 1, scales="mse", rounding="feedback")
+        error = split_weight(torch.from_numpy(matrix), recipe, objective=objective).error(torch.from_numpy(matrix))
+        weighted = error.double().numpy() @ right @ error.double().numpy().T
+        assert square == pytest.approx(np.trace(weighted @ left if has_gradients else weighted), rel=1e-3)
+    (first,), (between,), (last,) = found.squares
+    assert last < between < first
+
+
+def moment_of(moment, share):
+    """A moment over the mean of its diagonal, with damping; float64."""
+    moment = moment.double().numpy()
+    return moment / np.diagonal(moment).mean() + share * np.eye(len(moment))
