@@ -170,7 +170,7 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress, ti
             else:
                 errors = [from_record(folder.weight_record(number)) for number in stack]
                 if walk is not None:
-                    walk.take(run.weights[stack[0]], partial(_dense, run, folder, stack[0]))
+                    walk.take(run.weights[stack[0]], partial(_dense, run, writer, stack[0]))
             tally.add(stack, errors)
             _join_shards(run, left, stack, writer)
         with times.waiting("writing"):
@@ -189,13 +189,14 @@ def _join_shards(
                 writer.write_shard(shard.file, shard.weights, [copied_tensor(run, name) for name in shard.copied])
 
 
-def _dense(run: QuantizeRun, folder: OutputFolder, number: int) -> Tensor:
+def _dense(run: QuantizeRun, writer: BackgroundWriter, number: int) -> Tensor:
     """Read Q + B A of a weight that an earlier run finished, float32 [O, I]."""
+    writer.wait()  # a shard that is being written removes the files of its weights
     spec = run.weights[number]
     file = next(shard.file for shard in run.shards if number in shard.weights)
     choice = run.everything.choices[spec.module]
     known = {"module": spec.module, "shape": spec.shape, "codec": spelling(choice.codec), "rank": choice.rank}
-    return SplitFolder(run.out, {"weights": {spec.name: known}}, folder.entries(number, file)).dense(spec.name)
+    return SplitFolder(run.out, {"weights": {spec.name: known}}, writer.folder.entries(number, file)).dense(spec.name)
 
 
 class Tally:
