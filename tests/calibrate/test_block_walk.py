@@ -1,9 +1,10 @@
 """Walks over the blocks: moments against hooks and autograd on transformers' whole model; killed runs; many blocks."""
 
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -14,14 +15,12 @@ from qsvd.calibrate.moments import BlockMoments
 from qsvd.cli import run
 from qsvd.commands.demo import FINE_TUNING, MODEL
 from qsvd.errors import BadInput
-from qsvd.files.quantize_folder import OutputFolder
 from tests.calibrate.cases import case, examples_of
 from tests.checkpoints import write_checkpoint
-from tests.commands.folders import files_of
+from tests.commands.folders import files_of, python_path
 from tests.runs import classifier_base
 
 FAMILIES = ("LlamaForCausalLM", "GPTNeoXForCausalLM", "BloomForCausalLM", "LlamaForSequenceClassification")
-FORK = multiprocessing.get_context("fork")
 NEAR = 1e-4  # of the largest entry: two float32 passes of the same model
 
 
@@ -144,25 +143,28 @@ def command(source, out, *more):
     return ["quantize", str(source), "--out", str(out), "--rank", "4", "--iterations", "1", *texts, *more]
 
 
+DIES = """
+import os, sys
+from qsvd.cli import run
+from qsvd.files.quantize_folder import OutputFolder
+
+saved, real = [], OutputFolder.save
+
+def save(*arguments):
+    real(*arguments)
+    saved.append(1)
+    if len(saved) == int(sys.argv[1]):
+        os._exit(9)
+
+OutputFolder.save = save
+os._exit(run(sys.argv[2:]))
+"""
+
+
 def die_after(words, count):
-    """Run the command in a forked process that is gone when so many weights are saved; return its exit code."""
-
-    def work():
-        saved, real = [], OutputFolder.save
-
-        def save(*arguments):
-            real(*arguments)
-            saved.append(1)
-            if len(saved) == count:
-                os._exit(9)
-
-        OutputFolder.save = save
-        os._exit(run(words))
-
-    process = FORK.Process(target=work)
-    process.start()
-    process.join(timeout=300)
-    return process.exitcode
+    """Run the command in a process of its own that is gone when so many weights are saved; return its exit code."""
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    return subprocess.run([sys.executable, "-c", DIES, str(count), *words], env=environment, check=False).returncode
 
 
 @pytest.mark.parametrize("sensitivity", ["inputs", "both"])

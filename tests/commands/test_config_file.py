@@ -68,7 +68,7 @@ def test_another_command_takes_a_file_too(config):
         ("include: [3]\n", "include is 3, not of type str"),
         ("out: 3\n", "out is 3, not of type str"),
         ("ranks: 8\n", "unknown option 'ranks' (did you mean rank?)"),
-        ("zzz: 8\n", "unknown option 'zzz' (known: model, out, rank, expert_rank, iterations, "),
+        ("zzz: 8\n", "unknown option 'zzz' (known: model, out, rank, expert_rank, quality, iterations, "),
         ("- rank\n", "must hold `name: value` lines"),
         ("", "must hold `name: value` lines"),
         ("rank: [8\n", "is not valid YAML: while parsing a flow sequence"),

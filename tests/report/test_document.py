@@ -9,7 +9,7 @@ def test_json_has_stable_keys_and_numbers_in_full(samples, header):
     document = json.loads(json.dumps(to_json(header, samples.errors, worst_count=2), allow_nan=False))
     assert list(document) == [
         *("model", "codec", "rank", "order", "iterations", "end", "coverage", "least_rank", "residual_bits"),
-        *("quantizer", "objective", "rounding", "totals", "worst", "weights"),
+        *("quantizer", "objective", "rounding", "sensitivity", "texts", "totals", "worst", "weights"),
     ]
     assert document["coverage"] == {
         "weights": 5,
