@@ -16,6 +16,7 @@ from tests.adapters.results import outputs, split_checkpoint
 from tests.gradients import write_gradients
 
 ROWS, COLUMNS, RANK, ALPHA, GAMMA = 70, 48, 5, 3.0, 4.0
+ROUNDOFF = 16 * 2.0**-24  # of the largest logit: on some CPUs products with more columns, all zeros, add in other order
 
 
 @pytest.fixture(scope="module", params=[0, 4])
@@ -52,10 +53,11 @@ def test_it_starts_from_the_vectors_of_the_paper_as_pefts_does_but_for_their_siz
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_before_the_first_step_the_logits_are_those_of_the_quantized_model_to_the_bit(out, tmp_path, dtype):
+def test_before_the_first_step_the_logits_are_those_of_the_quantized_model(out, tmp_path, dtype):
     """Every product that is added has a factor of zeros; afterwards another one moves."""
     model = qsvd.load(out, options=options_of(write_gradients(out, tmp_path / "g", 8), dtype=dtype))
-    assert torch.equal(outputs(model), outputs(qsvd.load(out)))
+    expected = outputs(qsvd.load(out))
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=ROUNDOFF * float(expected.abs().max()))
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.mul_(1.5)
