@@ -189,15 +189,20 @@ class GradientWalk(BlockWalk):
         for number in range(first, last):
             if (number - first) % step == 0:
                 self._inputs[number] = states
-            path = self.order[len(self.order) - 1 - number]
+            path = self.order[-1 - number]  # the order is that of the walk
             self._show(f"block {number + 1}/{len(self.order)} runs forward")
             weights = self.model.read_block(path)
             pairs = zip(self._tracks, states, strict=True)
             states = [self._output(track, path, weights, state) for track, state in pairs]
         return states
 
+    @property
+    def _number(self) -> int:
+        """The number of the block that is next, in the order of the model."""
+        return len(self.order) - 1 - self._at
+
     def _collect(self, *, with_moments: bool) -> None:
-        number = len(self.order) - 1 - self._at
+        number = self._number
         if number not in self._inputs:
             first = number - number % self._step
             self._inputs[number] = self._forward(self._inputs[first], first, number, 1)
@@ -206,9 +211,8 @@ class GradientWalk(BlockWalk):
 
     def _run(self, index: int, path: str, weights: Mapping[str, Tensor]) -> None:
         track = self._tracks[index]
-        number = len(self.order) - 1 - self._at
         with torch.enable_grad():
-            hidden = self._inputs[number][index].to(self.model.device).requires_grad_()
+            hidden = self._inputs[self._number][index].to(self.model.device).requires_grad_()
             output = self.model.run_block(self._call(track, path), weights, hidden)
             (gradient,) = torch.autograd.grad(output, hidden, track.hidden.to(self.model.device))
         track.hidden = gradient.cpu()

@@ -7,8 +7,8 @@ gets the codes that are best given all others, and each block of scales its best
 larger. row_feedback.py does the same where rows meet each other, too.
 
 Shape suffixes: O = out features, I = in features, E = elements of one block, C = blocks of a row, J, K = columns of a
-tile, G = rows of a group, P = pairs of a tile and a group, B = blocks. Matrices are worked on as
-[I, O]: a column is then contiguous.
+tile, G = rows of a group, P = pairs of a tile and a group, B = blocks. Matrices are worked on as [I, O]: a column is
+then contiguous.
 """
 
 from collections.abc import Sequence
@@ -146,7 +146,7 @@ def feed_back_groups(state: State, moment_II: Tensor, moves_OO: Tensor | None, g
     columns, rows = state.target_IO.shape
     upper_II = upper_factor(moment_II)
     upper_II /= upper_II.diagonal().clone()  # what the error of a column adds to each later one
-    # errors of what groups wanted
+    # what groups wanted, with the errors of earlier ones, minus what they got
     fed_IO = state.left_IO if moves_OO is None else torch.empty_like(state.left_IO)
     tiles = [slice(first, min(first + state.tile, columns)) for first in range(0, columns, state.tile)]
     groups = [slice(first, min(first + group, rows)) for first in range(0, rows, group)]

@@ -110,7 +110,9 @@ class Moments:
         return Metric(self.inputs.deflated(down_RI.mT, damping), outputs_OO, self.inputs.diagonal_N)
 
     def to(self, device: torch.device) -> "Moments":
-        """Return a copy on another device."""
+        """Return these moments on a device; themselves if they are there, with the factors that were computed."""
+        if self.inputs_II.device == device:
+            return self
         outputs_OO = None if self.outputs_OO is None else self.outputs_OO.to(device)
         return Moments(self.inputs_II.to(device), outputs_OO)
 

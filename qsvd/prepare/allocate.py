@@ -73,9 +73,9 @@ class AllocateRun:
         options = self.options
         if isinstance(options, Allocate):
             return {}
-        usual = {"scales": "absmax", "rounding": "nearest", "sensitivity": None, "texts": ""}
-        found = {name: getattr(options, name, self.texts) for name in usual}
-        return {name: value for name, value in found.items() if value != usual[name]}
+        found = {"scales": options.scales, "rounding": options.rounding}
+        found |= {"sensitivity": options.sensitivity, "texts": self.texts}
+        return {name: value for name, value in found.items() if value not in ("absmax", "nearest", None, "")}
 
     @property
     def compares_layers(self) -> bool:
