@@ -19,7 +19,7 @@ from qsvd.files.quantized.padding import padding_of
 from qsvd.files.readers import is_whole, stream
 from qsvd.files.safetensors import digest_of, read_header
 from qsvd.files.source import Checkpoint, place_of
-from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.files.split_folder import dense_weight, open_split
 from qsvd.files.workspace import ANOTHER_FOLDER, UNFINISHED
 from qsvd.inputs.model_files import TOKENIZER, damaged_file
 from qsvd.memory.other_tasks import waiting_bytes
@@ -196,7 +196,7 @@ def _dense(run: QuantizeRun, writer: BackgroundWriter, number: int) -> Tensor:
     file = next(shard.file for shard in run.shards if number in shard.weights)
     choice = run.everything.choices[spec.module]
     known = {"module": spec.module, "shape": spec.shape, "codec": spelling(choice.codec), "rank": choice.rank}
-    return SplitFolder(run.out, {"weights": {spec.name: known}}, writer.folder.entries(number, file)).dense(spec.name)
+    return dense_weight(run.out, spec.name, known, writer.folder.entries(number, file))
 
 
 class Tally:

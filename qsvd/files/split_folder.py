@@ -175,6 +175,16 @@ def _unread(entry: TensorEntry) -> Tensor:
     return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device="meta")
 
 
+def dense_weight(folder: Path, name: str, weight: dict[str, Any], tensors: dict[str, TensorEntry]) -> Tensor:
+    """Return Q + B A of one weight of a model that is not complete yet, float32 [O, I].
+
+    Args:
+        weight: What the manifest will say of it.
+        tensors: Of the files that hold it.
+    """
+    return SplitFolder(folder, {"weights": {name: weight}}, compressed.renamed(tensors, [name])).dense(name)
+
+
 def open_split(folder: Path) -> SplitFolder:
     """Open a quantized model.
 

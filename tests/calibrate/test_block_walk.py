@@ -167,13 +167,13 @@ def die_after(words, count):
     return subprocess.run([sys.executable, "-c", DIES, str(count), *words], env=environment, check=False).returncode
 
 
-@pytest.mark.parametrize("sensitivity", ["inputs", "both"])
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, source, sensitivity):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(command(source, whole, "--sensitivity", sensitivity)) == 0
+@pytest.mark.parametrize(("sensitivity", "codec"), [("inputs", "nf4"), ("inputs", "int4-32"), ("both", "nf4")])
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, source, sensitivity, codec):
+    whole, stopped, how = tmp_path / "whole", tmp_path / "stopped", ("--sensitivity", sensitivity, "--codec", codec)
+    assert run(command(source, whole, *how)) == 0
     for count in (3, 8):  # inside of the first block of the walk, and in the second one
-        assert die_after(command(source, stopped, "--sensitivity", sensitivity), count) == 9
-    assert run(command(source, stopped, "--sensitivity", sensitivity)) == 0
+        assert die_after(command(source, stopped, *how), count) == 9
+    assert run(command(source, stopped, *how)) == 0
     expected, found = files_of(whole), files_of(stopped)
     assert expected.keys() == found.keys()
     same = [name for name in expected if name.endswith((".safetensors", ".jsonl", "config.json"))]
