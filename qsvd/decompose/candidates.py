@@ -90,12 +90,7 @@ def measure_candidates(
     check_finite(weight_OI)
     generator = torch.Generator(weight_OI.device).manual_seed(seed)
     weight_OI, objective = weight_OI.float().contiguous(), objective.to(weight_OI.device)
-    found = objective.scaled(weight_OI)
-    scaled_OI = found.computed() if isinstance(found, svd.Product) else found
-    del found
-    norm = norms.frobenius(scaled_OI) ** 2
-    top, nuclear = _spectrum(scaled_OI, ranks[-1], generator)
-    del scaled_OI
+    norm, top, nuclear = _spectrum(objective.scaled(weight_OI), ranks[-1], generator)
     like = like or Recipe(codecs[0], 0)
     weight = _Weight(weight_OI, torch.empty_like(weight_OI), objective, like.dtype, like.scales)
     target_OI = torch.empty_like(weight_OI)
@@ -126,16 +121,18 @@ def _fed_back(
     return list(zip(*found, strict=True))
 
 
-def _spectrum(scaled_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[svd.TopSVD, float]:
-    """Return the leading singular triples and the sum of all singular values."""
+def _spectrum(scaled: Tensor | svd.Product, rank: int, generator: torch.Generator) -> tuple[float, svd.TopSVD, float]:
+    """Return the squared norm, the leading singular triples and the sum of all singular values."""
+    scaled_OI = scaled.computed() if isinstance(scaled, svd.Product) else scaled
+    norm = norms.frobenius(scaled_OI) ** 2
     if rank == 0:
         (rows, columns), new = scaled_OI.shape, scaled_OI.new_empty
-        return svd.TopSVD(new(rows, 0), new(0), new(0, columns)), norms.norms(scaled_OI, generator).nuclear
+        return norm, svd.TopSVD(new(rows, 0), new(0), new(0, columns)), norms.norms(scaled_OI, generator).nuclear
     if min(scaled_OI.shape) <= svd.SMALL:
         top = svd.exact_svd(scaled_OI, min(scaled_OI.shape))
-        return top, float(top.values_K.double().sum())
+        return norm, top, float(top.values_K.double().sum())
     top = svd.randomized_svd(scaled_OI, rank, passes=FIRST_PASSES, generator=generator)
-    return top, norms.norms(scaled_OI, generator).nuclear
+    return norm, top, norms.norms(scaled_OI, generator).nuclear
 
 
 def _square_of(weight: _Weight, codec: Codec, target_OI: Tensor, basis_IR: Tensor) -> float:

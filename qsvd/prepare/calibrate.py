@@ -116,22 +116,13 @@ def draw_examples(
     """
     assert checkpoint.folder is not None, "opened from files"
     assert options.max_length is not None, "chosen by now"
-    classifies = is_classifier(plan.architecture)
-    if has_loss and not classifies and plan.architecture not in writers():
+    if has_loss and not is_classifier(plan.architecture) and plan.architecture not in writers():
         raise BadInput(
             f"{options.model} is a {plan.architecture}, which has no loss on texts or labels; give a language model "
             f"(...ForCausalLM) or a classifier (...ForSequenceClassification)"
         )
     examples = recognise(read_rows(options.data, split=options.split), mapping_of(options.map))
-    check_hears(plan.architecture, options.model, examples)
-    if examples.kind == "speech":
-        raise BadInput(f"{options.model} is an encoder-decoder model of sound, which qsvd calibrate does not measure")
-    if classifies != (examples.kind == "labelled") and (has_loss or not classifies):
-        wanted = "labelled texts" if classifies else "texts, chats or completions"
-        raise BadInput(
-            f"{options.data} holds {examples.kind} examples, and {options.model} is a {plan.architecture}, which "
-            f"learns from {wanted}"
-        )
+    _check_kind(options, plan, examples, has_loss=has_loss)
     chosen: Any = {"max_length": options.max_length, "loss_on": options.loss_on}
     chosen["stop_ids"] = stop_ids(checkpoint.folder)
     if examples.has_images:
@@ -156,6 +147,20 @@ def draw_examples(
     images = [data.media and (data.media, index) for index in range(there)]
     found = tuple(Example(data.input_ids[n], data.labels[n], types[n], images[n]) for n in drawn)
     return found, cut_in_words(data, options.max_length) if data.truncated else ""
+
+
+def _check_kind(options: Calibrate, plan: ModelPlan, examples: Examples, *, has_loss: bool) -> None:
+    """Refuse examples that the model does not read, or whose loss it does not have."""
+    check_hears(plan.architecture, options.model, examples)
+    if examples.kind == "speech":
+        raise BadInput(f"{options.model} is an encoder-decoder model of sound, which qsvd calibrate does not measure")
+    classifies = is_classifier(plan.architecture)
+    if classifies != (examples.kind == "labelled") and (has_loss or not classifies):
+        wanted = "labelled texts" if classifies else "texts, chats or completions"
+        raise BadInput(
+            f"{options.data} holds {examples.kind} examples, and {options.model} is a {plan.architecture}, which "
+            f"learns from {wanted}"
+        )
 
 
 def _check_towers(options: Calibrate) -> None:
