@@ -22,6 +22,7 @@ CODECS = (
     *("nf2-128-3x64-fit", "nf2-32-3x64-fit", "nf3-64-4x64-fit", "nf3-16-4x64-fit"),
     *("nf4-64-4x64-fit", "nf4-16-4x64-fit", "nf8-128-8x256"),
 )
+CONTROL = "nf4-32-4x64-fit"  # without components: smaller blocks for the bytes that components take
 MOST_RANKS = 8  # of the ladder, with 0
 FACTOR_BITS = 4.0  # most bits of factors per number of the weight; codes with twice the bits gain more for as many
 TRAINED_DTYPE = torch.float32  # of factors in `qsvd train`, unless there are too many
@@ -38,11 +39,13 @@ class Grid:
         codecs: Their names.
         ranks: For every weight; None is the ladder.
         rank: The rank of every weight with allocator "bits".
+        control: The one of the codecs that is tried without components alone; None if there is none.
     """
 
     codecs: tuple[str, ...]
     ranks: tuple[int, ...] | None
     rank: int
+    control: str | None = None
 
     def offered(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Return the ranks that an [O, I] weight may get, in rising order."""
@@ -60,8 +63,12 @@ class Grid:
         return tuple(sorted({0, *fixed, *self.offered(shape)}))
 
     def choices(self, ranks: Sequence[int]) -> list[Choice]:
-        """Return every codec at each of these ranks."""
-        return [Choice(codec_named(name), rank) for rank in ranks for name in self.codecs]
+        """Return every codec at each of these ranks; the control at rank 0 alone."""
+        return [Choice(codec_named(name), rank) for rank in ranks for name in self.codecs_for(rank)]
+
+    def codecs_for(self, rank: int) -> list[str]:
+        """Return the codecs that are tried at a rank."""
+        return [name for name in self.codecs if rank == 0 or name != self.control]
 
 
 def ladder(shape: tuple[int, int]) -> tuple[int, ...]:
@@ -82,7 +89,7 @@ def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Seq
         BadInput: a codec is unknown or cannot be mixed with the others, or a rank is negative or above the shorter side
             of every weight. The message lists all problems.
     """
-    names = tuple(dict.fromkeys(codecs)) or CODECS
+    names = tuple(dict.fromkeys(codecs)) or (*CODECS, CONTROL)
     wrong = []
     for name in names:
         try:
@@ -101,7 +108,7 @@ def grid_of(codecs: Sequence[str], ranks: Sequence[int], rank: int, weights: Seq
         wrong.append(f"--rank {rank} is negative; 0 means no components")
     if wrong:
         raise BadInput("; ".join(wrong))
-    return Grid(names, tuple(sorted({*ranks})) or None, rank)
+    return Grid(names, tuple(sorted({*ranks})) or None, rank, control=None if codecs else CONTROL)
 
 
 def counted_bytes(choice: Choice, shape: tuple[int, int], factor_bytes: int, count: CountedAs) -> int:

@@ -189,26 +189,28 @@ def _by_program(
 
 def _uniform(problem: AllocationProblem) -> list[list[Choice]]:
     """Return every pair of a codec and a rank that was measured on all weights, cut to the shorter side of each."""
-    pairs = [(min(spec.shape), {*problem.grid.offered(spec.shape)}) for spec in problem.weights]
+    grid = problem.grid
+    pairs = [(min(spec.shape), {*grid.offered(spec.shape)}) for spec in problem.weights]
     common = [
         rank
         for rank in sorted(set().union(*(ranks for _, ranks in pairs)))
         if all(min(rank, limit) in ranks for limit, ranks in pairs)
     ]
     cut = [[min(rank, limit) for limit, _ in pairs] for rank in common]
-    return [[Choice(codec_named(name), rank) for rank in ranks] for name in problem.grid.codecs for ranks in cut]
+    tried = [(name, ranks) for ranks in cut for name in grid.codecs_for(max(ranks))]
+    return [[Choice(codec_named(name), rank) for rank in ranks] for name, ranks in tried]
 
 
 def _by_rule(problem: AllocationProblem, allocator: Allocator, errors: Errors) -> list[list[Choice]]:
     """Return, for each codec that the budget can hold, the highest ranks of the rule within the budget."""
     measured = [errors[spec.module] for spec in problem.weights]
+    limits = [one.ranks[-1] for one in measured]
     if allocator == "sara":
         ranks, most = sara([(one.values, one.nuclear) for one in measured]), 1.0
     else:
-        limits = [one.ranks[-1] for one in measured]
         ranks, most = prilora(problem.weights, limits), float(max(limits))
     found = []
-    for name in problem.grid.codecs:
+    for name in problem.grid.codecs_for(max(limits)):
 
         def choices(setting: float, name=name) -> list[Choice]:
             return [Choice(codec_named(name), rank) for rank in ranks(setting)]

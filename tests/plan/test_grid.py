@@ -7,7 +7,7 @@ import pytest
 
 from qsvd.numerics.names import codec_named
 from qsvd.plan.allocation import Choice
-from qsvd.plan.grid import CODECS, FACTOR_BITS, MOST_RANKS, counted_bytes, grid_of, ladder
+from qsvd.plan.grid import FACTOR_BITS, MOST_RANKS, counted_bytes, grid_of, ladder
 from tests.plan.weights import specs
 
 WEIGHTS = specs()
@@ -32,7 +32,13 @@ def test_the_ladder_is_0_and_the_highest_powers_of_two_whose_factors_are_not_too
 
 
 def test_there_are_30_to_60_candidates_for_a_large_weight():
-    assert 30 <= len(CODECS) * len(ladder((4096, 4096))) <= 60
+    grid, shape = grid_of((), (), 0, WEIGHTS), (4096, 4096)
+    found = grid.choices(grid.offered(shape))
+    assert 30 <= len(found) == len({*found}) <= 60
+    ranks = [choice.rank for choice in found if choice.codec.name == "nf4-32-4x64-fit"]
+    assert ranks == [0], "smaller blocks are the control of components, at equal bytes"
+    given = grid_of(("nf4-32-4x64-fit",), (), 0, WEIGHTS)
+    assert len(given.choices(given.offered(shape))) == len(ladder(shape)), "a codec that is asked for has components"
 
 
 def test_ranks_that_are_given_are_cut_to_the_shorter_side():
