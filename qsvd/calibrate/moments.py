@@ -81,15 +81,12 @@ class BlockMoments:
         for spec in self.weights:
             if spec.stack:
                 stacks.setdefault(spec.stack, []).append(spec.module)
-        pooled = set[str]()
         for modules in stacks.values():
-            firsts = {self._first[module] for module in modules if module in self._first}
-            for names, sums in ((firsts - pooled, self._inputs), (set(modules), self._outputs)):
-                known = sorted(names & sums.keys())
+            for sums in (self._inputs, self._outputs):  # an expert gets tensors of its own
+                known = [module for module in modules if module in sums]
                 if known:
                     share = LEAST_OF_MEAN * torch.stack([sums[name] for name in known]).sum(dim=0) / len(modules)
                     sums |= {name: sums[name] + share for name in known}
-            pooled |= firsts
 
     def objective(self, spec: WeightSpec) -> Moments | Objective:
         """Return what the split of a weight minimizes; it is plain for a layer that got no token."""

@@ -259,8 +259,6 @@ def _refit_scales(state: State, own_JJ: Tensor, pull_JO: Tensor, first: int, las
         levels_EO, scale_O = state.levels_of(block), state.scales_CO[column // state.run]
         curve_O = (levels_EO * (own_JJ[here, here] @ levels_EO)).sum(dim=0)
         step_O = (levels_EO * pull_JO[here]).sum(dim=0) / curve_O.clamp(min=SMALLEST_SCALE)
-        is_better = (curve_O > 0) & (state.codec.has_signed_scales | (scale_O + step_O > 0))
-        step_O = torch.where(is_better, step_O, 0)
         change_EO = levels_EO * step_O
         scale_O += step_O
         state.left_IO[block] -= change_EO

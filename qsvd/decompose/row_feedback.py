@@ -104,13 +104,9 @@ def _refit_scales(part: State, tile: slice, pull_JG: Tensor, own_JJ: Tensor, own
         levels_EG, scale_G = part.levels_of(block), part.scales_CO[column // part.run]
         curve_GG = own_GG * (levels_EG.mT @ (own_JJ[here, here] @ levels_EG))
         slope_G = (levels_EG * pull_JG[here]).sum(dim=0)
-        ridged_GG = curve_GG.clone()
-        ridged_GG.diagonal().add_(RIDGE * curve_GG.diagonal().mean() + SMALLEST_SCALE)
-        root_GG, failed = torch.linalg.cholesky_ex(ridged_GG)
-        step_G = torch.cholesky_solve(slope_G[:, None], root_GG)[:, 0]
-        step_G = torch.where(part.codec.has_signed_scales | (scale_G + step_G > 0), step_G, 0)
-        lowers = (2 * (step_G @ slope_G) > step_G @ curve_GG @ step_G) & (failed == 0)
-        step_G = torch.where(lowers, step_G, 0)
+        curve_GG.diagonal().add_(RIDGE * curve_GG.diagonal().mean() + SMALLEST_SCALE)
+        root_GG, failed = torch.linalg.cholesky_ex(curve_GG)
+        step_G = torch.where(failed == 0, torch.cholesky_solve(slope_G[:, None], root_GG)[:, 0], 0)
         scale_G += step_G
         change_EG = levels_EG * step_G
         part.left_IO[block] -= change_EG

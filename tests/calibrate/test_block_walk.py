@@ -1,24 +1,33 @@
 """Walks over the blocks: moments against hooks and autograd on transformers' whole model; killed runs; many blocks."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import time
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import qsvd
+
+from qsvd.calibrate import moments
 from qsvd.calibrate.block_walk import GradientWalk, InputWalk
 from qsvd.calibrate.moments import BlockMoments
+from qsvd.calibrate.streamed import StreamedModel
 from qsvd.cli import run
 from qsvd.commands.demo import FINE_TUNING, MODEL
-from qsvd.errors import BadInput
+from qsvd.commands.quantize import quantize_run
+from qsvd.decompose.objective import PLAIN
+from qsvd.errors import BadInput, DoesNotFit
+from qsvd.files.quantize_folder import OutputFolder
+from qsvd.prepare.quantize import prepare_quantize
 from tests.calibrate.cases import case, examples_of
 from tests.checkpoints import write_checkpoint
-from tests.commands.folders import files_of, python_path
-from tests.runs import classifier_base
+from tests.commands.folders import files_of
+from tests.stops import StopAfter, Stopped, killed
 
 FAMILIES = ("LlamaForCausalLM", "GPTNeoXForCausalLM", "BloomForCausalLM", "LlamaForSequenceClassification")
 NEAR = 1e-4  # of the largest entry: two float32 passes of the same model
@@ -74,7 +83,9 @@ def test_moments_of_inputs_and_gradients_are_those_of_autograd_on_the_whole_mode
         near(found.outputs_OO, outputs[spec.module])
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BloomForCausalLM", "BertForSequenceClassification"])
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "BloomForCausalLM", "BertForSequenceClassification", "GPT2LMHeadModel"]
+)
 def test_inputs_are_those_behind_the_split_blocks(architecture):
     one, examples = case(architecture), examples_of(architecture)
     walk = InputWalk(one.streamed(), examples, silent)
@@ -87,39 +98,80 @@ def test_inputs_are_those_behind_the_split_blocks(architecture):
             near(walk.objective(spec).inputs_II, inputs[spec.module])
         for spec in specs:
             weight = one.whole.get_parameter(f"{spec.module}.weight").data
+            weight = weight.mT if architecture == "GPT2LMHeadModel" else weight  # its layers keep [I, O]
             changed = weight + 0.1 * torch.randn(weight.shape, generator=draw) * weight.std()
             weight.copy_(changed)
             walk.take(spec, partial(torch.clone, changed))
     one.whole.load_state_dict(originals)
 
 
-def test_layers_that_share_an_input_share_its_moment():
-    one = case("LlamaForCausalLM")
-    walk = GradientWalk(one.streamed(), examples_of("LlamaForCausalLM"), silent, seed=0, most_bytes=1 << 30)
-    found = {s.role: walk.objective(s) for s in one.plan.weights if walk.place(s) == 0}
-    for alike in ("qkv", ("gate", "up")):
-        assert len({found[role].inputs_II.data_ptr() for role in alike}) == 1
-    assert len({one.inputs_II.data_ptr() for one in found.values()}) == 4  # q k v, o, gate up, down
+def test_layers_that_share_an_input_share_its_moment_which_is_summed_once(monkeypatch):
+    one, examples, sums, add = case("LlamaForCausalLM"), examples_of("LlamaForCausalLM"), [], moments._add
+    monkeypatch.setattr(moments, "_add", lambda *given: sums.append(given) or add(*given))
+    walk = GradientWalk(one.streamed(), examples, silent, seed=0, most_bytes=1 << 30)
+    found = [walk.objective(spec) for spec in one.plan.weights if walk.place(spec) == 0]
+    assert len({one.inputs_II.data_ptr() for one in found}) == 4  # q k v, o, gate up, down
+    assert len(sums) == len(examples) * (4 + len(found))  # inputs, and gradients at outputs
 
 
-def test_experts_get_a_tenth_of_the_mean_over_their_stack():
-    one, examples = case("MixtralForCausalLM"), examples_of("MixtralForCausalLM")
-    model = one.streamed()
-    specs = [spec for spec in one.plan.weights if spec.stack and ".layers.0." in spec.module]
-    sums = BlockMoments(model.block("model.layers.0"), "model.layers.0", specs, has_gradients=False)
-    hidden, calls = model.record(examples[0].inputs(torch.device("cpu")))
-    with sums.watching(), torch.no_grad():
-        model.run_block(calls[0], model.read_block("model.layers.0"), hidden)
-    before = {spec.module: sums.objective(spec) for spec in specs}
-    known = {module: found.inputs_II.clone() for module, found in before.items() if not found.is_plain}
+def test_experts_get_a_tenth_of_the_mean_over_their_stack_and_are_plain_without_tokens():
+    one, (example,) = case("MixtralForCausalLM"), examples_of("MixtralForCausalLM", lengths=[1])  # two of four get it
+    model, path = one.streamed(), "model.layers.0"
+    specs = [spec for spec in one.plan.weights if spec.stack and spec.module.startswith(path)]
+    sums = BlockMoments(model.block(path), path, specs, has_gradients=True)
+    hidden, calls = model.record(example.inputs(torch.device("cpu")))
+    with sums.watching():
+        output = model.run_block(calls[0], model.read_block(path), hidden.requires_grad_())
+        torch.autograd.grad(output.square().sum(), hidden)
+    before = deepcopy({spec.module: sums.objective(spec) for spec in specs})
     sums.pool()
-    stacks = {spec.stack for spec in specs}
-    for stack in stacks:
-        modules = [spec.module for spec in specs if spec.stack == stack]
-        mean = sum(known[module] for module in modules if module in known) / len(modules)
-        for spec in specs:
-            if spec.module in modules and spec.module in known:
-                torch.testing.assert_close(sums.objective(spec).inputs_II, known[spec.module] + 0.1 * mean)
+    for stack in {spec.stack for spec in specs}:
+        members = [spec for spec in specs if spec.stack == stack]
+        known = [spec for spec in members if not before[spec.module].is_plain]
+        assert (len(members), len(known)) == (4, 2)
+        assert sum(sums.objective(spec) is PLAIN for spec in members) == 2
+        for side in ("inputs_II", "outputs_OO"):
+            mean = sum(getattr(before[spec.module], side) for spec in known) / 4
+            for spec in known:
+                expected = getattr(before[spec.module], side) + 0.1 * mean
+                torch.testing.assert_close(getattr(sums.objective(spec), side), expected)
+
+
+class Pair(torch.nn.Module):
+    """Two layers that get the same tensor, or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, hidden, apart):
+        return self.a(hidden) + self.b(hidden.clone() if apart else hidden)
+
+
+@pytest.mark.parametrize("first_apart", [False, True])
+def test_layers_that_share_an_input_in_some_texts_only_are_refused(first_apart):
+    block = Pair()
+    sums = BlockMoments(block, "one", [SimpleNamespace(module=f"one.{name}") for name in "ab"], has_gradients=False)
+    now, others = ("one.a", "one.b") if first_apart else ("no layer", "one.a")
+    with sums.watching():
+        block(torch.ones(1, 2, 4), first_apart)
+    sentence = f"one.b shares its input with {now} in some texts and with {others} in others; --exclude it"
+    with pytest.raises(BadInput, match=sentence), sums.watching():
+        block(torch.ones(1, 2, 4), not first_apart)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (lambda logits, others: (logits * torch.inf, others), "an example has logits that are NaN or infinite"),
+        (lambda logits, others: (logits + others[0].sum(), others), "outputs of other blocks than the last; give --sen"),
+    ],
+)
+def test_an_output_without_gradients_at_the_last_block_alone_is_refused(monkeypatch, changed, sentence):
+    one, logits = case("LlamaForCausalLM"), StreamedModel.logits
+    monkeypatch.setattr(StreamedModel, "logits", lambda *given: changed(*logits(*given)))
+    with pytest.raises(BadInput, match=sentence):
+        GradientWalk(one.streamed(), examples_of("LlamaForCausalLM"), silent, seed=0, most_bytes=1 << 30)
 
 
 def test_a_model_that_runs_its_blocks_again_is_refused():
@@ -128,79 +180,81 @@ def test_a_model_that_runs_its_blocks_again_is_refused():
         InputWalk(one.streamed(), examples_of("AlbertForSequenceClassification"), silent)
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A model of three blocks with the tokenizer of the embedded one."""
-    folder = tmp_path_factory.mktemp("source")
-    write_checkpoint(folder, "LlamaForCausalLM", vocab_size=4096, num_hidden_layers=3)
+def write_model(folder, architecture="LlamaForCausalLM", **options):
+    """A random model with the tokenizer of the embedded one."""
+    write_checkpoint(folder, architecture, vocab_size=4096, **options)
     for path in MODEL.glob("tokenizer*.json"):
         shutil.copyfile(path, folder / path.name)
     return folder
 
 
-def command(source, out, *more):
-    texts = ("--calibrate", str(FINE_TUNING), "--max-length", "64", "--examples", "4", "--shard-size", "100KB")
-    return ["quantize", str(source), "--out", str(out), "--rank", "4", "--iterations", "1", *texts, *more]
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("source"), num_hidden_layers=3)
 
 
-DIES = """
-import os, sys
-from qsvd.cli import run
-from qsvd.files.quantize_folder import OutputFolder
-
-saved, real = [], OutputFolder.save
-
-def save(*arguments):
-    real(*arguments)
-    saved.append(1)
-    if len(saved) == int(sys.argv[1]):
-        os._exit(9)
-
-OutputFolder.save = save
-os._exit(run(sys.argv[2:]))
-"""
+def options(source, out, **changes):
+    texts = {"calibrate": str(FINE_TUNING), "max_length": 64, "examples": 4, "shard_size": "100KB"}
+    return qsvd.Quantize(str(source), out=out, **({"rank": 4, "iterations": 1} | texts | changes))
 
 
-def die_after(words, count):
-    """Run the command in a process of its own that is gone when so many weights are saved; return its exit code."""
-    environment = os.environ | {"PYTHONPATH": python_path()}
-    return subprocess.run([sys.executable, "-c", DIES, str(count), *words], env=environment, check=False).returncode
+def slow_shards(monkeypatch):
+    """Make the files of the model late, and refuse to read of them before they are complete."""
+    write, read, unfinished = OutputFolder.write_shard, OutputFolder.entries, []
+
+    def late(*arguments):
+        unfinished.append(arguments[1])
+        time.sleep(0.2)
+        write(*arguments)
+        unfinished.pop()
+
+    def early(*arguments):
+        assert unfinished == []
+        return read(*arguments)
+
+    monkeypatch.setattr(OutputFolder, "write_shard", late)
+    monkeypatch.setattr(OutputFolder, "entries", early)
 
 
 @pytest.mark.parametrize(("sensitivity", "codec"), [("inputs", "nf4"), ("inputs", "int4-32"), ("both", "nf4")])
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, source, sensitivity, codec):
-    whole, stopped, how = tmp_path / "whole", tmp_path / "stopped", ("--sensitivity", sensitivity, "--codec", codec)
-    assert run(command(source, whole, *how)) == 0
-    for count in (3, 8):  # inside of the first block of the walk, and in the second one
-        assert die_after(command(source, stopped, *how), count) == 9
-    assert run(command(source, stopped, *how)) == 0
-    expected, found = files_of(whole), files_of(stopped)
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypatch, sensitivity, codec):
+    whole, stopped = (options(source, tmp_path / name, sensitivity=sensitivity, codec=codec) for name in "ab")
+    qsvd.quantize(whole)
+    for number in (4, 9):  # inside of the first block of the walk, and in the second one
+        killed(monkeypatch, OutputFolder, "save", number, partial(qsvd.quantize, stopped))
+    slow_shards(monkeypatch)
+    qsvd.quantize(stopped)
+    expected, found = files_of(whole.out), files_of(stopped.out)
     assert expected.keys() == found.keys()
     same = [name for name in expected if name.endswith((".safetensors", ".jsonl", "config.json"))]
     assert len(same) > 5  # several shards
     assert [name for name in same if expected[name] != found[name]] == []
-    lines = [json.loads(line)["weighted"] for line in (whole / "errors.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)["weighted"] for line in (whole.out / "errors.jsonl").read_text().splitlines()]
     assert len(lines) == 21
     assert all(line["after"] < 0.8 * line["before"] for line in lines)
-    assert "weighted by inputs" in (whole / "report.md").read_text()
+    moments = "inputs" if sensitivity == "inputs" else "inputs and gradients"
+    words = f"weighted by {moments} of 4 texts, rounded with error feedback"
+    assert words in (whole.out / "report.md").read_text()
 
 
-def test_a_budget_is_spent_on_errors_weighted_by_the_texts(tmp_path, source):
-    out = tmp_path / "out"
-    more = ("--include", "*.1.self_attn.[qk]_proj", "--budget", "3.5bits")
-    texts = ("--calibrate", str(FINE_TUNING), "--max-length", "64", "--examples", "4", "--iterations", "1")
-    assert run(["quantize", str(source), "--out", str(out), *texts, *more]) == 0
+def test_a_budget_is_spent_on_errors_weighted_by_the_texts_and_the_head_is_plain(tmp_path, source):
+    out, more = tmp_path / "out", {"include": ("*.1.self_attn.[qk]_proj",), "budget": "3.5bits", "head_bits": 8}
+    qsvd.quantize(options(source, out, **more))
     table = (out / "allocation.txt").read_text()
     assert len([line for line in table.splitlines() if line.startswith("model.layers.1")]) == 2
-    lines = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+    *lines, head = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
     assert all(line["weighted"]["after"] < line["weighted"]["before"] for line in lines)
+    assert head["name"] == "lm_head"
+    assert "weighted" not in head
 
 
-def test_other_texts_do_not_continue_a_run(tmp_path, source, capsys):
-    out = tmp_path / "out"
-    assert die_after(command(source, out), 3) == 9
-    assert run(command(source, out, "--seed", "1")) == 2
-    assert "seed" in capsys.readouterr().err
+def test_other_texts_do_not_continue_a_run(tmp_path, source):
+    wanted, others = options(source, tmp_path / "out", include=("*.0.mlp.*",)), tmp_path / "others.txt"
+    with pytest.raises(Stopped):
+        quantize_run(prepare_quantize(wanted), StopAfter(7))
+    others.write_text(FINE_TUNING.read_text(encoding="utf-8").upper())
+    with pytest.raises(BadInput, match="was written with other options: the examples as tokens changed;"):
+        qsvd.quantize(replace(wanted, calibrate=str(others)))
 
 
 @pytest.mark.parametrize(
@@ -222,9 +276,21 @@ def test_options_that_do_not_go_together_are_named_before_the_work(tmp_path, sou
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoder_has_inputs_and_no_loss(tmp_path, capsys):
-    source = classifier_base(tmp_path / "encoder").parent / "source"
-    words = command(source, tmp_path / "out", "--max-length", "32")
-    assert run([*words, "--sensitivity", "both"]) == 2
-    assert "give --sensitivity inputs" in capsys.readouterr().err
-    assert run([*words, "--sensitivity", "inputs"]) == 0
+def test_an_encoder_has_inputs_and_no_loss(tmp_path):
+    source = write_model(tmp_path / "encoder", "BertModel", num_hidden_layers=1, pad_token_id=2)
+    with pytest.raises(BadInput, match="which has no loss to take gradients of: give --sensitivity inputs"):
+        qsvd.quantize(options(source, tmp_path / "out"))
+    qsvd.quantize(options(source, tmp_path / "out", sensitivity="inputs"))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "t5", "T5ForConditionalGeneration")
+    with pytest.raises(BadInput, match="is an encoder-decoder model, which --calibrate does not measure"):
+        qsvd.quantize(options(tmp_path / "t5", tmp_path / "out"))
+
+
+def test_texts_whose_hidden_states_do_not_fit_are_refused(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("qsvd.prepare.quantizing.calibration.free_host_memory", lambda: 100_000)
+    sentence = r"the hidden states of 4 texts of \d+ tokens need 0.0 GB, and 0.0 GB are half of the free CPU memory"
+    with pytest.raises(DoesNotFit, match=sentence):
+        qsvd.quantize(options(source, tmp_path / "out"))

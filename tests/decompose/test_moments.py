@@ -77,8 +77,9 @@ def some_moments(rows, columns, two_sided):
 
 
 @pytest.mark.parametrize("two_sided", SIDES)
-def test_squares_are_the_trace_with_damped_moments(two_sided):
-    rows, columns = 1100, 70  # more than a band of rows
+def test_squares_are_the_trace_with_damped_moments(two_sided, monkeypatch):
+    monkeypatch.setattr("qsvd.decompose.moments.BAND", 32)
+    rows, columns = 110, 70
     moments, draw = some_moments(rows, columns, two_sided), np.random.default_rng(0)
     left, up, down = (
         torch.from_numpy(draw.standard_normal(shape).astype(np.float32))
@@ -175,10 +176,11 @@ def test_no_two_sided_sweep_raises_the_objective(name, columns, rows, monkeypatc
 
 @pytest.mark.parametrize("refits", [True, False])
 def test_rows_whose_changes_add_up_are_not_changed_for_the_worse(refits):
-    """Outputs that all count as one: the best changes of many rows, made at once, overshoot."""
+    """Outputs that count as their sum alone: the best changes of many rows, made at once, overshoot, and there is no
+    best step of the scales."""
     rows, columns = 67, 128
     state = State.start(matrix(rows, columns), codec_named("nf2-32-fp16"), None)
-    inputs_II, outputs_OO = moment(columns, 1), torch.ones(rows, rows) + 0.05 * torch.eye(rows)
+    inputs_II, outputs_OO = moment(columns, 1), torch.ones(rows, rows)
     feed_back(state, inputs_II)
     found = [square(state.left_IO.t(), inputs_II, outputs_OO)]
     for _ in range(3):
@@ -188,7 +190,7 @@ def test_rows_whose_changes_add_up_are_not_changed_for_the_worse(refits):
     assert not refits or found[-1] < 0.9 * found[0]
 
 
-def test_a_sweep_leaves_no_better_code_in_the_last_column():
+def test_a_sweep_leaves_no_better_code_in_the_last_column_and_no_better_scale_in_the_last_block():
     """The last of the parts of rows is changed last: no other level is better, given all others."""
     rows, columns, codec = 24, 128, codec_named("nf2-32-fp32")
     state = State.start(matrix(rows, columns), codec, None)
@@ -202,6 +204,12 @@ def test_a_sweep_leaves_no_better_code_in_the_last_column():
         changes = values - (float(state.target_IO[-1, row]) - float(left_OI[row, -1]))
         gains = 2 * changes * pull - np.square(changes) * outputs[row, row] * inputs[-1, -1]
         assert gains.max() < 1e-4 * outputs[row, row] * inputs[-1, -1]
+    sweep_rows(state, inputs_II, outputs_OO, refits=True)
+    block, scales_O = slice(columns - 32, columns), state.scales_CO[-1].double().numpy()
+    levels_EO, left_OI = state.levels_of(block).double().numpy(), state.left_IO.t().double().numpy()
+    slopes_O = (levels_EO * (outputs @ left_OI @ inputs)[:, block].T).sum(axis=0)  # of the error, by scale
+    curves_O = outputs.diagonal() * (levels_EO * (inputs[block, block] @ levels_EO)).sum(axis=0)
+    assert np.abs(slopes_O / curves_O / scales_O).max() < 1e-4
 
 
 @pytest.mark.parametrize("columns", [256, 200])

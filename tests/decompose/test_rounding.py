@@ -15,6 +15,7 @@ from qsvd.decompose.feedback import State, feed_back, sweep
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.decompose.rounding import round_nearest, round_with_feedback
 from qsvd.numerics import codebook
+from qsvd.numerics.codec import plain_scales
 from qsvd.numerics.names import codec_named
 from tests.runs import language_base
 
@@ -187,17 +188,18 @@ def test_unusual_weights_are_split(name, change):
     assert min(split.history) <= split_weight(weight_OI, Recipe(codec, 8, 2, scales="mse")).history[0]
 
 
-def test_codes_are_chosen_for_the_scales_that_are_stored():
-    weight_OI, codec, columns = matrix(48, 256), codec_named("nf2-32-8x256"), 256
+@pytest.mark.parametrize("name", ["nf2-32-8x256", "nf8-128-bf16"])
+def test_codes_are_chosen_for_the_scales_that_are_stored(name):
+    weight_OI, codec, columns = matrix(48, 256), codec_named(name), 256
     down_RI = torch.from_numpy(numpy.random.default_rng(3).standard_normal((8, columns)).astype(numpy.float32))
     packed = round_with_feedback(weight_OI, codec, PLAIN.metric(None, down_RI, 0.1))
     span_IR = numpy.linalg.qr(down_RI.double().numpy().T)[0]
     moment_II = 1.1 * numpy.eye(columns) - span_IR @ span_IR.T
-    scale_O = packed.scales.decode().view(48, -1)[:, -1].double().numpy()
+    scale_O = plain_scales(packed.scales).view(48, -1)[:, -1].double().numpy()
     decoded_OI = packed.decode().double().numpy()
     pull_OI = (weight_OI.double().numpy() - decoded_OI) @ moment_II
     wanted_O = decoded_OI[:, -1] + pull_OI[:, -1] / moment_II[-1, -1]  # the column that was chosen last
-    steps_OL = numpy.abs(wanted_O[:, None] - numpy.outer(scale_O, codebook.levels(2).double().numpy()))
+    steps_OL = numpy.abs(wanted_O[:, None] - numpy.outer(scale_O, codebook.levels(codec.bits).double().numpy()))
     chosen_O = numpy.abs(wanted_O - decoded_OI[:, -1])
     assert (chosen_O <= steps_OL.min(axis=1) + 1e-5).all()
 

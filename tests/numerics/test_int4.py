@@ -66,6 +66,7 @@ def test_decoding_is_rounded_once_and_bands_decode_to_the_matrix(group, monkeypa
 
 def test_scales_of_least_error_may_be_negative_and_beat_the_largest_magnitudes():
     weight, codec = matrix((64, 256)), Int4(64)
+    weight[3, 64:128] = 0
     nearest = round_nearest(weight, codec)
     wanted = weight.double().numpy()
 
@@ -78,6 +79,7 @@ def test_scales_of_least_error_may_be_negative_and_beat_the_largest_magnitudes()
     scales = np.repeat(nearest.scales.double().numpy().reshape(64, -1), 64, axis=1)
     steps = wanted / np.where(scales == 0, 1, scales)
     assert (np.abs(numbers(nearest) - np.clip(steps, -8, 7)) <= 0.5 + 1e-6).all(), "codes are chosen for stored scales"
+    assert (numbers(nearest)[weight.numpy() == 0] == 0).all()
 
 
 def test_error_feedback_leaves_less_of_what_the_factors_cannot_absorb():
