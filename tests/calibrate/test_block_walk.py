@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import qsvd
-
 from qsvd.calibrate import moments
 from qsvd.calibrate.block_walk import GradientWalk, InputWalk
 from qsvd.calibrate.moments import BlockMoments
@@ -164,7 +163,10 @@ def test_layers_that_share_an_input_in_some_texts_only_are_refused(first_apart):
     ("changed", "sentence"),
     [
         (lambda logits, others: (logits * torch.inf, others), "an example has logits that are NaN or infinite"),
-        (lambda logits, others: (logits + others[0].sum(), others), "outputs of other blocks than the last; give --sen"),
+        (
+            lambda logits, others: (logits + others[0].sum(), others),
+            "outputs of other blocks than the last; give",
+        ),
     ],
 )
 def test_an_output_without_gradients_at_the_last_block_alone_is_refused(monkeypatch, changed, sentence):

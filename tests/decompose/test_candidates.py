@@ -1,5 +1,7 @@
 """Errors of candidates against the papers' loops in NumPy float64, with full SVDs, and against bitsandbytes' codec."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -186,22 +188,32 @@ def test_an_objective_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("has_gradients", [False, True])
 def test_with_feedback_the_lowest_and_the_highest_rank_have_the_error_of_their_splits(has_gradients):
-    """The error in the norm of second moments, by its definition; ranks between lie between."""
+    """In the norm of second moments, by its definition. Between them the gain over nearest codes is interpolated."""
     draw = np.random.default_rng(0)
     matrix = reference.decaying(48, 64, power=0.5)
     inputs, gradients = (draw.standard_normal((200, size)) * draw.lognormal(0, 1, size) for size in (64, 48))
     moments = [torch.from_numpy((one.T @ one).astype(np.float32)) for one in (inputs, gradients)]
     objective = Moments(*moments[: 1 + has_gradients])
     like = Recipe(NF4[0], 0, scales="mse", rounding="feedback")
-    found = measure_candidates(torch.from_numpy(matrix), NF4, (0, 4, 8), objective=objective, like=like)
+    found, nearest = (
+        measure_candidates(torch.from_numpy(matrix), NF4, (0, 4, 8), objective=objective, like=one)
+        for one in (like, replace(like, rounding="nearest"))
+    )
     left, right = (moment_of(one, share) for one, share in ((moments[1], 0.1), (moments[0], 0.01)))
     for rank, (square,) in ((0, found.squares[0]), (8, found.squares[-1])):
         recipe = Recipe(NF4[0], rank, 1, scales="mse", rounding="feedback")
         error = split_weight(torch.from_numpy(matrix), recipe, objective=objective).error(torch.from_numpy(matrix))
         weighted = error.double().numpy() @ right @ error.double().numpy().T
         assert square == pytest.approx(np.trace(weighted @ left if has_gradients else weighted), rel=1e-3)
-    (first,), (between,), (last,) = found.squares
-    assert last < between < first
+    ratios = [one / other for (one,), (other,) in zip(found.squares, nearest.squares, strict=True)]
+    assert ratios[1] == pytest.approx((ratios[0] + ratios[2]) / 2, rel=1e-6)
+    assert max(ratios) < 1
+
+
+def test_scales_of_least_error_are_measured_as_they_are_stored():
+    weight, like = torch.from_numpy(reference.gaussian(40, 64)), Recipe(NF4[0], 0, scales="mse")
+    (square,) = split_weight(weight, like).history
+    assert measure_candidates(weight, NF4, (0,), like=like).squares[0][0] == pytest.approx(square**2, rel=ROUNDOFF)
 
 
 def moment_of(moment, share):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qsvd.decompose.objective import FLOOR, PLAIN, Objective, fisher
+from qsvd.decompose.objective import FLOOR, PLAIN, Objective, fisher, stacked
 from tests import reference
 
 UNIT = 2.0**-24  # float32 rounds within this, relatively
@@ -64,6 +64,20 @@ def test_rows_and_columns_without_gradient_get_the_floor():
 
 def test_a_weight_without_any_gradient_is_plain():
     assert fisher(torch.zeros(3), torch.zeros(2)).is_plain
+
+
+@pytest.mark.parametrize("side", ["none", "rows", "both"])
+def test_a_metric_leaves_out_what_factors_absorb_and_weighs_columns(side):
+    columns = moments(9, 1) if side == "both" else None
+    objective = stacked([Objective(moments(6, 0) if side != "none" else None, columns)], (6, 9))
+    down, weights = reference.gaussian(2, 9), np.ones(9) if columns is None else columns.double().numpy()
+    span = np.linalg.qr((down * weights).T)[0]
+    expected = np.diag(weights) @ (np.eye(9) - span @ span.T) @ np.diag(weights)
+    found = objective.metric(torch.from_numpy(reference.gaussian(6, 2)), torch.from_numpy(down), 0.03)
+    damping = 0.03 * np.square(weights).mean()
+    assert found.inputs_II.numpy() == pytest.approx(expected + damping * np.eye(9), abs=9 * UNIT * weights.max() ** 2)
+    assert found.outputs_OO is None
+    assert (found.columns_I is None) if columns is None else torch.equal(found.columns_I, columns.square())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e-3])

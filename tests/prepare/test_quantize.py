@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -14,12 +15,18 @@ import qsvd
 import qsvd.prepare.models
 from qsvd.commands.quantize import quantize_run
 from qsvd.decompose.alternate import STACK
+from qsvd.decompose.moments import Moments
+from qsvd.decompose.objective import PLAIN
 from qsvd.errors import DoesNotFit
+from qsvd.options.quantizing import with_quality
 from qsvd.plan.weights import Source, plan_model
+from qsvd.prepare.allocate import measure_and_solve
 from qsvd.prepare.quantize import prepare_quantize
+from qsvd.prepare.quantizing import resources
 from qsvd.prepare.quantizing.resources import check_resources
 from qsvd.records import show_nothing
 from tests.checkpoints import write_checkpoint
+from tests.decompose.test_moments import both, moment, square
 
 
 @pytest.fixture
@@ -198,3 +205,93 @@ def test_stacks_are_of_one_role_shape_codec_and_rank_and_of_one_file(options, tm
     monkeypatch.setitem(STACK, "cpu", 1)
     run = prepare_quantize(options)
     assert run.stacks == [[(number,) for number in run.shards[0].weights]]
+    assert replace(prepare_quantize(options), examples=(None,)).stacks == run.stacks, "texts: one weight at a time"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("fast", 5, "absmax", "nearest", 1, None)),
+        ({"quality": "good"}, ("good", 2, "mse", "feedback", 1, None)),
+        ({"rounding": "feedback"}, ("fast", 2, "mse", "feedback", 1, None)),
+        ({"calibrate": "texts"}, ("best", 4, "mse", "feedback", 2, "both")),
+        ({"calibrate": "texts", "quality": "good"}, ("good", 2, "mse", "feedback", 1, "inputs")),
+        ({"calibrate": "texts", "rounding": "nearest"}, ("best", 5, "mse", "nearest", 2, "both")),
+        (
+            {"calibrate": "texts", "iterations": 7, "scales": "absmax", "sensitivity": "inputs"},
+            ("best", 7, "absmax", "feedback", 2, "inputs"),
+        ),
+    ],
+)
+def test_quality_sets_what_is_left_open(options, given, expected):
+    chosen = with_quality(replace(options, **given))
+    recipe = replace(prepare_quantize(options), options=chosen).recipe("model.layers.0.mlp.up_proj")
+    how = (recipe.iterations, recipe.scales, recipe.rounding, recipe.sweeps)
+    assert (chosen.quality, *how, chosen.sensitivity) == expected
+
+
+@pytest.mark.parametrize(
+    ("sensitivity", "expected"),
+    [
+        ("none", 0),
+        ("inputs", 4 * (36864 + 3 * 64**2 + 128**2)),  # weights; inputs of q k v, of o, of gate and up, of down
+        ("both", 4 * (36864 + 3 * 64**2 + 128**2 + 3 * 64**2 + 2 * 32**2 + 2 * 128**2)),
+    ],
+)
+def test_memory_holds_a_block_with_its_moments(options, monkeypatch, sensitivity, expected):
+    run, asked, plan = prepare_quantize(replace(options, rounding="feedback")), {}, resources.plan_splitting
+    if sensitivity != "none":
+        run = replace(run, options=replace(run.options, calibrate="texts", sensitivity=sensitivity))
+    monkeypatch.setattr(resources, "plan_splitting", lambda *given, **more: asked.update(more) or plan(*given, **more))
+    check_resources(run)
+    assert (asked["block"], asked["moments"], asked["feeds_back"]) == (expected, sensitivity, True)
+
+
+def moments_of(shape, factor=1.0):
+    return Moments(moment(shape[1]), factor * moment(shape[0], 2))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "feedback"])
+def test_weighted_errors_are_those_of_the_codec_alone_and_of_the_split(options, monkeypatch, rounding):
+    run = prepare_quantize(replace(options, rounding=rounding))
+    spec = run.weights[0]
+    weight, moments = run.checkpoint.read_weight(spec).float(), moments_of(spec.shape)
+    (split,), (error,) = run.split([spec], [weight], [moments])
+    alone = split.residual.codec.encode(weight).decode()
+    parts = [square(one.double(), *both(moments)) for one in (weight - alone, split.error(weight), weight)]
+    found = error.weighted
+    assert (found.before, found.after) == pytest.approx([(part / parts[2]) ** 0.5 for part in parts[:2]], rel=1e-4)
+    assert not found.kept_nearest
+    first = replace(split, iteration=1)
+    monkeypatch.setattr("qsvd.prepare.quantize.split_weights", lambda *_, **__: [first])
+    assert run.split([spec], [weight], [moments])[1][0].weighted.kept_nearest == (rounding == "feedback")
+    assert run.split([spec], [weight], [PLAIN])[1][0].weighted is None
+
+
+def spent(options, sensitivity, favoured):
+    """Bytes of two equal layers, of which one has gradients a hundred times as large."""
+    run = prepare_quantize(replace(options, include=("*.q_proj",), budget="4bits", rounding="feedback"))
+    measuring = replace(run, options=replace(run.options, sensitivity=sensitivity)).measuring
+    grid = replace(measuring.task.grid, codecs=("nf2-32-3x64-fit", "nf4-64-4x64-fit"), ranks=(0, 4))
+    given = [moments_of((64, 64), 10.0**4 if layer == favoured else 1.0) for layer in (0, 1)]
+    asked = []
+    walk = SimpleNamespace(
+        place=lambda spec: -spec.layer, objective=lambda spec: asked.append(spec.layer) or given[spec.layer]
+    )
+    result = measure_and_solve(replace(measuring, task=replace(measuring.task, grid=grid)), show_nothing, walk)
+    assert asked == [1, 0], "in the order of the walk"
+    for spec, moments in zip(run.weights, given, strict=True):
+        unit = float(moments.inputs_II.trace() * moments.outputs_OO.trace()) / 64**2 if sensitivity == "both" else 1.0
+        norm = square(run.checkpoint.read_weight(spec).double(), *both(moments))
+        assert result.norms[spec.module] == pytest.approx(unit * norm, rel=1e-3)
+    return [choice.num_bytes((64, 64)) for choice in result.allocation.choices.values()]
+
+
+@pytest.mark.parametrize("sensitivity", ["inputs", "both"])
+def test_with_gradients_a_budget_compares_the_errors_of_layers(options, tmp_path, sensitivity):
+    first, second = (spent(replace(options, out=tmp_path / str(layer)), sensitivity, layer) for layer in (0, 1))
+    if sensitivity == "inputs":
+        assert first == second
+    else:
+        assert first[0] > 1.5 * first[1]
+        assert second[1] > 1.5 * second[0]
