@@ -38,36 +38,34 @@ class BlockMoments:
     _inputs: dict[str, Tensor] = field(default_factory=dict)  # by the first layer that gets them
     _outputs: dict[str, Tensor] = field(default_factory=dict)
     _first: dict[str, str] = field(default_factory=dict)  # layer -> the first one with the same input
-    _seen: list[tuple[Tensor, str]] = field(default_factory=list)  # in this pass
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Add what the layers get while the block runs once, forward and backward."""
-        self._seen.clear()
+        seen: list[tuple[Tensor, str]] = []  # inputs, each with the first layer that got it
         layers = [
             (spec.module, self.block.get_submodule(spec.module.removeprefix(f"{self.path}."))) for spec in self.weights
         ]
-        hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in layers]
+        hooks = [layer.register_forward_hook(self._hook(name, seen)) for name, layer in layers]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            self._seen.clear()
 
-    def _hook(self, module: str) -> Any:
+    def _hook(self, module: str, seen: list[tuple[Tensor, str]]) -> Any:
         def see(layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             del layer
-            self._add_input(module, arguments[0])
+            self._add_input(module, arguments[0], seen)
             if self.has_gradients and output.requires_grad:
                 output.register_hook(lambda gradient: _add(self._outputs, module, gradient))
 
         return see
 
-    def _add_input(self, module: str, inputs: Tensor) -> None:
-        first = next((name for tensor, name in self._seen if tensor is inputs), None)
+    def _add_input(self, module: str, inputs: Tensor, seen: list[tuple[Tensor, str]]) -> None:
+        first = next((name for tensor, name in seen if tensor is inputs), None)
         if first is None:
-            self._seen.append((inputs, module))
+            seen.append((inputs, module))
             _add(self._inputs, module, inputs.detach())
         if self._first.setdefault(module, first or module) != (first or module):
             raise BadInput(

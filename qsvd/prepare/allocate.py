@@ -46,7 +46,6 @@ class AllocateRun:
 
     Args:
         out: The table. Measurements are kept next to it.
-        texts: Digest of the texts of --calibrate; "" without it.
     """
 
     options: Allocate | Quantize
@@ -55,7 +54,6 @@ class AllocateRun:
     statistics: Statistics | None
     device: torch.device
     out: Path
-    texts: str = ""
 
     @property
     def costs(self) -> Path:
@@ -69,18 +67,14 @@ class AllocateRun:
 
     @property
     def how(self) -> dict[str, Any]:
-        """What `qsvd quantize` changes of the measurements; empty as in version 0.1."""
+        """What `qsvd quantize` changes of a Recipe."""
         options = self.options
-        if isinstance(options, Allocate):
-            return {}
-        found = {"scales": options.scales, "rounding": options.rounding}
-        found |= {"sensitivity": options.sensitivity, "texts": self.texts}
-        return {name: value for name, value in found.items() if value not in ("absmax", "nearest", None, "")}
+        return {} if isinstance(options, Allocate) else {"scales": options.scales, "rounding": options.rounding}
 
     @property
     def compares_layers(self) -> bool:
         """Whether errors of layers are compared as they are: with gradients they are changes of the loss."""
-        return self.how.get("sensitivity") == "both"
+        return isinstance(self.options, Quantize) and self.options.sensitivity == "both"
 
     def objective(self, spec: WeightSpec) -> Objective:
         """Return how the errors of a weight are weighted by statistics."""
@@ -88,7 +82,8 @@ class AllocateRun:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return what the measurements depend on. The Hessian weights whole matrices, after they are measured."""
+        """Return what the measurements depend on. The Hessian weights whole matrices, after they are measured; what
+        `qsvd quantize` changes is in the identity of its folder."""
         options, grid = self.options, self.task.grid
         fisher = self.statistics if self.is_fisher else None
         return {
@@ -100,7 +95,7 @@ class AllocateRun:
             "dtype": options.dtype,
             "device": self.device.type,
             "seed": options.seed,
-        } | self.how
+        }
 
 
 def prepare_allocate(options: Allocate, checkpoint: Checkpoint | None = None) -> AllocateRun:
@@ -284,9 +279,8 @@ def _ranks(run: AllocateRun, spec: WeightSpec, found: CandidateErrors | None) ->
 def _measure(
     run: AllocateRun, spec: WeightSpec, weight_OI: Tensor, ranks: Sequence[int], objective: Objective | Moments
 ) -> CandidateErrors:
-    codecs, how = [codec_named(name) for name in run.task.grid.codecs], run.how
-    more = {name: how[name] for name in ("scales", "rounding") if name in how}
-    like = Recipe(codecs[0], 0, dtype=getattr(torch, run.options.dtype), **more)
+    codecs = [codec_named(name) for name in run.task.grid.codecs]
+    like = Recipe(codecs[0], 0, dtype=getattr(torch, run.options.dtype), **run.how)
     seed = seed_of(run.options.seed, spec)
     try:
         found = measure_candidates(weight_OI.to(run.device), codecs, ranks, objective=objective, like=like, seed=seed)

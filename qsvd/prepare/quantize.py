@@ -265,8 +265,7 @@ class QuantizeRun:
     def measuring(self) -> AllocateRun:
         """The run that spends the budget; its files are in the folder of unfinished work."""
         table = self.out / UNFINISHED / ALLOCATION
-        run = allocate_run(self.options, self.checkpoint, self.plan, self.statistics, self.device, table)
-        return replace(run, texts=tokens_digest(self.examples) if self.examples else "")
+        return allocate_run(self.options, self.checkpoint, self.plan, self.statistics, self.device, table)
 
 
 def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *, is_shown: bool = False) -> QuantizeRun:
