@@ -1,10 +1,18 @@
 """The tensors of compressed-tensors: by name, shape and bytes, written and read back."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qsvd.errors import BadInput
-from qsvd.files.quantized.compressed import compressed_config, compressed_tensors, renamed, stored_compressed
+from qsvd.files.quantized.compressed import (
+    compressed_config,
+    compressed_tensors,
+    ignored_layers,
+    renamed,
+    stored_compressed,
+)
 from qsvd.numerics.int4 import Int4
 from qsvd.plan.allocation import residual_bytes
 from tests import reference
@@ -43,6 +51,14 @@ def test_a_missing_tensor_is_named_as_in_the_file(packed, part):
     del tensors[f"{NAME}_{part}"]
     with pytest.raises(BadInput, match=f"{NAME} is not an int4-64 weight: {NAME}_{part} is missing"):
         stored_compressed(NAME, renamed(tensors, [NAME]), SHAPE, packed.codec)
+
+
+@pytest.mark.parametrize(("first", "is_bare"), [("layers.0.q", True), ("model.layers.0.q", False)])
+def test_layers_in_16_bits_are_also_named_as_in_a_class_with_a_head(first, is_bare):
+    left = (first.replace("q", "gate"), "lm_head")
+    plan = SimpleNamespace(left_linears=left, base_prefix="model", weights=[SimpleNamespace(module=first)])
+    more = ("model.layers.0.gate", "model.lm_head") if is_bare else ()
+    assert ignored_layers(plan, ("lm_head", "score")) == (*left, *more, "score")
 
 
 def test_the_library_reads_the_config():

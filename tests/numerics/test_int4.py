@@ -51,6 +51,12 @@ def test_scales_are_the_largest_over_7_5_and_numbers_the_nearest(group):
     assert {-8, 7} <= set(numbers(packed).reshape(-1)), "all of the range is used"
 
 
+def test_of_two_numbers_that_are_as_near_the_even_one_is_taken():
+    weight = torch.zeros(1, 32)
+    weight[0, :6] = torch.tensor([7.5, 0.5, 1.5, 2.5, -0.5, -1.5])  # the scale is 1
+    assert numbers(Int4(32).encode(weight))[0, :6].tolist() == [7, 0, 2, 2, 0, -2]
+
+
 @pytest.mark.parametrize("group", SHAPES)
 def test_decoding_is_rounded_once_and_bands_decode_to_the_matrix(group, monkeypatch):
     monkeypatch.setattr("qsvd.numerics.int4.RUN", {"cpu": 3 * group})
@@ -100,6 +106,8 @@ def test_names_and_refusals():
     assert [spelling(codec_named(f"int4-{group}")) for group in SHAPES] == ["int4-32", "int4-64", "int4-128"]
     with pytest.raises(BadInput, match="groups have 32, 64 or 128 inputs, not 16"):
         codec_named("int4-16")
+    with pytest.raises(BadInput, match="int4-32x"):
+        codec_named("int4-32x")
     with pytest.raises(ValueError, match="int4-64 needs columns that divide by 64, and there are 96"):
         Int4(64).encode(torch.ones(4, 96))
     for broken in (torch.nan, torch.inf):

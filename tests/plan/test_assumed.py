@@ -6,7 +6,7 @@ import pytest
 
 from qsvd.plan.allocation import residual_bits, stored_bytes
 from qsvd.plan.budget import assumed, most_rank_within, noise_square
-from qsvd.plan.weights import plan_model
+from qsvd.plan.weights import WeightSpec, plan_model
 from tests import normal_floats
 from tests.checkpoints import tiny_config
 
@@ -31,6 +31,12 @@ def test_the_highest_rank_is_the_last_that_fits(bits):
     assert 8 * stored_bytes(assumed(WEIGHTS, f"{bits}bits", rank), WEIGHTS) / ELEMENTS <= bits
     with pytest.raises(ValueError, match=r"below the \d+ bytes of the smallest candidates"):
         assumed(WEIGHTS, f"{bits}bits", rank + 1)
+
+
+def test_ranks_end_at_the_shorter_side():
+    weights = [WeightSpec(name, name, (rows, 256), "other", 0) for name, rows in (("a", 8), ("b", 256))]
+    assert [choice.rank for choice in assumed(weights, "8bits", 12).choices.values()] == [8, 12]
+    assert most_rank_within(weights, "16bits") == 8
 
 
 def test_too_small_a_budget_is_refused_with_one_that_would_do():
