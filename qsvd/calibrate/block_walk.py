@@ -98,7 +98,7 @@ class BlockWalk(ABC):
         path = self.order[self._at]
         self._show(f"block {self._at + 1}/{len(self.order)} of the calibration")
         wanted = self.model.weights(path) if with_moments else ()
-        moments = BlockMoments(self.model.block(path), path, wanted, self.is_backward)
+        moments = BlockMoments(self.model.block(path), path, wanted)
         weights = self.model.read_block(path)
         for index in range(len(self._tracks)):
             with moments.watching():

@@ -23,18 +23,16 @@ from qsvd.plan.weights import WeightSpec
 
 @dataclass
 class BlockMoments:
-    """Sums of one block over all examples, float32 on the device.
+    """Sums of one block over all examples, float32 on the device; of gradients where the block is differentiated.
 
     Args:
         block: The module of the block, at `path` of the model.
         weights: Those that need statistics.
-        has_gradients: Whether gradients at outputs are summed, too.
     """
 
     block: nn.Module
     path: str
     weights: Sequence[WeightSpec]
-    has_gradients: bool
     _inputs: dict[str, Tensor] = field(default_factory=dict)  # by the first layer that gets them
     _outputs: dict[str, Tensor] = field(default_factory=dict)
     _first: dict[str, str] = field(default_factory=dict)  # layer -> the first one with the same input
@@ -57,7 +55,7 @@ class BlockMoments:
         def see(layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             del layer
             self._add_input(module, arguments[0], seen)
-            if self.has_gradients and output.requires_grad:
+            if output.requires_grad:
                 output.register_hook(lambda gradient: _add(self._outputs, module, gradient))
 
         return see

@@ -80,6 +80,15 @@ def test_moments_of_inputs_and_gradients_are_those_of_autograd_on_the_whole_mode
         found = walk.objective(spec)
         near(found.inputs_II, inputs[spec.module])
         near(found.outputs_OO, outputs[spec.module])
+        assert not found.inputs_II.requires_grad, "the graph of the block would be kept"
+
+
+def test_moments_of_a_16_bit_model_are_summed_in_float32():
+    one, examples = case("LlamaForCausalLM"), examples_of("LlamaForCausalLM")
+    walks = (InputWalk(one.streamed(dtype), examples, silent) for dtype in (torch.float32, torch.bfloat16))
+    exact, found = (walk.objective(one.plan.weights[0]).inputs_II for walk in walks)
+    assert found.dtype == torch.float32
+    assert (found - exact).norm() < 0.01 * exact.norm()
 
 
 def test_with_little_memory_some_inputs_of_blocks_are_kept_and_the_others_computed_again():
@@ -131,7 +140,7 @@ def test_experts_get_a_tenth_of_the_mean_over_their_stack_and_are_plain_without_
     one, (example,) = case("MixtralForCausalLM"), examples_of("MixtralForCausalLM", lengths=[1])  # two of four get it
     model, path = one.streamed(), "model.layers.0"
     specs = [spec for spec in one.plan.weights if spec.stack and spec.module.startswith(path)]
-    sums = BlockMoments(model.block(path), path, specs, has_gradients=True)
+    sums = BlockMoments(model.block(path), path, specs)
     hidden, calls = model.record(example.inputs(torch.device("cpu")))
     with sums.watching():
         output = model.run_block(calls[0], model.read_block(path), hidden.requires_grad_())
@@ -164,7 +173,7 @@ class Pair(torch.nn.Module):
 @pytest.mark.parametrize("first_apart", [False, True])
 def test_layers_that_share_an_input_in_some_texts_only_are_refused(first_apart):
     block = Pair()
-    sums = BlockMoments(block, "one", [SimpleNamespace(module=f"one.{name}") for name in "ab"], has_gradients=False)
+    sums = BlockMoments(block, "one", [SimpleNamespace(module=f"one.{name}") for name in "ab"])
     now, others = ("one.a", "one.b") if first_apart else ("no layer", "one.a")
     with sums.watching():
         block(torch.ones(1, 2, 4), first_apart)
@@ -241,9 +250,9 @@ def slow_shards(monkeypatch):
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypatch, sensitivity, codec):
     whole, stopped = (options(source, tmp_path / name, sensitivity=sensitivity, codec=codec) for name in "ab")
     quantize_to_small_files(whole)
+    slow_shards(monkeypatch)
     for number in (4, 9):  # inside of the first block of the walk, and in the second one
         killed(monkeypatch, OutputFolder, "save", number, partial(quantize_to_small_files, stopped))
-    slow_shards(monkeypatch)
     quantize_to_small_files(stopped)
     expected, found = files_of(whole.out), files_of(stopped.out)
     assert expected.keys() == found.keys()
