@@ -2,10 +2,10 @@
 
 import json
 import shutil
-import time
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -21,9 +21,8 @@ from qsvd.commands.demo import FINE_TUNING, MODEL
 from qsvd.commands.quantize import quantize_run
 from qsvd.decompose.objective import PLAIN
 from qsvd.errors import BadInput, DoesNotFit
-from qsvd.files.quantize_folder import OutputFolder
+from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder
 from qsvd.prepare.quantize import prepare_quantize
-from qsvd.records import show_nothing
 from tests.calibrate.cases import case, examples_of
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of
@@ -157,6 +156,10 @@ def test_experts_get_a_tenth_of_the_mean_over_their_stack_and_are_plain_without_
             for spec in known:
                 expected = getattr(before[spec.module], side) + 0.1 * mean
                 torch.testing.assert_close(getattr(sums.objective(spec), side), expected)
+    walk = InputWalk(one.streamed(), [example], silent)
+    for spec in specs:
+        if not before[spec.module].is_plain:
+            torch.testing.assert_close(walk.objective(spec).inputs_II, sums.objective(spec).inputs_II)
 
 
 class Pair(torch.nn.Module):
@@ -224,43 +227,47 @@ def options(source, out, **changes):
 
 
 def quantize_to_small_files(options):
-    """A few weights in each: smaller ones than the option allows."""
-    quantize_run(replace(prepare_quantize(options), shard_bytes=30_000), show_nothing)
+    """A few weights in each: smaller ones than the option allows. Returns what was shown."""
+    show = StopAfter()
+    quantize_run(replace(prepare_quantize(options), shard_bytes=30_000), show)
+    return show.seen
 
 
-def slow_shards(monkeypatch):
-    """Make the files of the model late, and refuse to read of them before they are complete."""
-    write, read, unfinished = OutputFolder.write_shard, OutputFolder.entries, []
+def recorded(monkeypatch, *methods):
+    """The names of methods in the order of their calls."""
+    calls = []
 
-    def late(*arguments):
-        unfinished.append(arguments[1])
-        time.sleep(0.1)
-        write(*arguments)
-        unfinished.pop()
+    def record(owner, name):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: calls.append(name) or method(*given))
 
-    def early(*arguments):
-        assert unfinished == []
-        return read(*arguments)
-
-    monkeypatch.setattr(OutputFolder, "write_shard", late)
-    monkeypatch.setattr(OutputFolder, "entries", early)
+    for owner, name in methods:
+        record(owner, name)
+    return calls
 
 
 @pytest.mark.parametrize(("sensitivity", "codec"), [("inputs", "nf4"), ("inputs", "int4-32"), ("both", "nf4")])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypatch, sensitivity, codec):
-    whole, stopped = (options(source, tmp_path / name, sensitivity=sensitivity, codec=codec) for name in "ab")
+    how = {"sensitivity": sensitivity, "codec": codec, "include": ("*.self_attn.*", "*.down_proj")}
+    whole, stopped = (options(source, tmp_path / name, **how) for name in "ab")
     quantize_to_small_files(whole)
-    slow_shards(monkeypatch)
-    for number in (4, 9):  # inside of the first block of the walk, and in the second one
+    for number in (3, 6):  # inside of the first block of the walk, and in the second one
         killed(monkeypatch, OutputFolder, "save", number, partial(quantize_to_small_files, stopped))
-    quantize_to_small_files(stopped)
+    calls = recorded(
+        monkeypatch, (BackgroundWriter, "write_shard"), (BackgroundWriter, "wait"), (OutputFolder, "entries")
+    )
+    shown = quantize_to_small_files(stopped)
+    assert any("block 2/3 of the calibration" in now.what for now in shown)
+    assert 0 < shown[-1].new < shown[-1].done
+    assert ("write_shard", "entries") not in pairwise(calls), "files are complete before they are read"
+    assert ("entries" in calls) == (sensitivity == "inputs")
     expected, found = files_of(whole.out), files_of(stopped.out)
     assert expected.keys() == found.keys()
     same = [name for name in expected if name.endswith((".safetensors", ".jsonl", "config.json"))]
     assert len(same) > 5  # several shards
     assert [name for name in same if expected[name] != found[name]] == []
     lines = [json.loads(line)["weighted"] for line in (whole.out / "errors.jsonl").read_text().splitlines()]
-    assert len(lines) == 21
+    assert len(lines) == 15
     assert all(line["after"] < 0.8 * line["before"] for line in lines)
     moments = "inputs" if sensitivity == "inputs" else "inputs and gradients"
     words = f"weighted by {moments} of 4 texts, rounded with error feedback"
@@ -269,7 +276,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypatch, s
 
 def test_a_budget_is_spent_on_errors_weighted_by_the_texts_and_the_head_is_plain(tmp_path, source):
     out, more = tmp_path / "out", {"include": ("*.[12].self_attn.k_proj",), "budget": "3.5bits", "head_bits": 8}
-    qsvd.quantize(options(source, out, sensitivity="inputs", **more))
+    shown = quantize_to_small_files(options(source, out, sensitivity="inputs", **more))
+    assert "measuring, block 2/3 of the calibration" in [now.what for now in shown]
     table = (out / "allocation.txt").read_text().splitlines()
     expected = [float(line.split()[-1]) for line in table if line.startswith("model.layers.")]
     *lines, head = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
