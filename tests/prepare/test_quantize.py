@@ -20,12 +20,13 @@ from qsvd.decompose.objective import PLAIN
 from qsvd.errors import DoesNotFit
 from qsvd.options.quantizing import with_quality
 from qsvd.plan.weights import Source, plan_model
+from qsvd.prepare import allocate
 from qsvd.prepare.allocate import measure_and_solve
 from qsvd.prepare.quantize import prepare_quantize
 from qsvd.prepare.quantizing import resources
 from qsvd.prepare.quantizing.resources import check_resources
 from qsvd.records import show_nothing
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import tiny_config, write_checkpoint
 from tests.decompose.test_moments import both, moment, square
 
 
@@ -296,3 +297,12 @@ def test_with_gradients_a_budget_compares_the_errors_of_layers(options, tmp_path
     else:
         assert first[0] > 1.5 * first[1]
         assert second[1] > 1.5 * second[0]
+
+
+def test_of_a_stack_four_experts_are_measured_and_the_others_have_the_errors_of_those_before_them():
+    weights = plan_model(tiny_config("MixtralForCausalLM", num_local_experts=10, num_hidden_layers=1)).weights
+    chosen = allocate._measured_ones(weights)
+    found = allocate._for_all(weights, chosen, {spec.module: spec.module for spec in chosen})
+    for spec in weights:
+        path, _, number = spec.module.rpartition(".")
+        assert found[spec.module] == (f"{path}.{int(number) // 3 * 3}" if spec.stack else spec.module)
