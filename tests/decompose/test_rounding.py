@@ -139,10 +139,18 @@ def large_blocks():
     return NormalFloat4(double_quant=False, block_size=256)
 
 
-@pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize(
-    ("rows", "columns", "rank"), [(48, 256, 8), (48, 200, 8), (40, 128, 0), (24, 64, 22), (1, 64, 1)]
-)
+KINDS = [(name, 48, 256, 8) for name in CODECS] + [
+    ("nf4+dq", 48, 200, 8),
+    ("nf2-32-fp16", 48, 200, 8),
+    ("nf4", 40, 128, 0),
+    ("nf3-64-8x256", 40, 128, 0),
+    ("nf2-32-fp16", 24, 64, 22),
+    ("nf8-128-bf16", 24, 64, 22),
+    ("nf4+dq", 1, 64, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "columns", "rank"), KINDS)
 def test_feedback_is_never_worse_than_nearest_and_better_with_components(name, rows, columns, rank):
     weight_OI, codec = matrix(rows, columns), codec_named(name)
     nearest = split_weight(weight_OI, Recipe(codec, rank, 3, scales="mse"))
