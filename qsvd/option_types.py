@@ -113,7 +113,31 @@ def out_of_range(options: object) -> list[str]:
 
 # Options of several commands.
 
-Method = Literal["auto", "pissa", "lora", "edora", "lora-xs", "sorsa", "dora", "adalora", "lora-fa", "vera", "lora-ga"]
+Method = Literal[
+    "auto",
+    "pissa",
+    "lora",
+    "edora",
+    "lora-xs",
+    "sorsa",
+    "dora",
+    "adalora",
+    "lora-fa",
+    "vera",
+    "lora-ga",
+    "randlora",
+    "sara",
+    "mo-sara",
+    "r-lora",
+    "melora",
+    "kron-lora",
+    "singlora",
+    "symlora",
+    "lora-mini",
+    "cora",
+    "lorta",
+    "lora2",
+]
 Optimizer = Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lora-rite"]
 Step = Literal["svd", "quantize"]
 

@@ -86,9 +86,9 @@ $ TRAIN --gpu 24 GB
 $ plan model --gpu rtx4090
   --gpu 'rtx4090' is not a size: give a number of GB, or one and KB, MB, GB or TB
 $ TRAIN --method pisa
-  adalora, lora-fa, vera, lora-ga (did you mean pissa?)
+  (did you mean pissa?)
 $ TRAIN --method full
-  adalora, lora-fa, vera, lora-ga: qsvd trains adapters only
+  : qsvd trains adapters only
 $ TRAIN --resident most
   --resident 'most' is not one of auto and is not a number
 $ plan model --for trian
@@ -104,7 +104,7 @@ $ TRAIN --rank 8
 $ TRAIN --max-length 4096
   --max-length 4096 is above 512, the context length of OUT
 $ TRAIN --dropout 0.1
-  dropout is an option of the method lora, and the method is pissa: choose lora
+  dropout is an option of the method lora or r-lora, and the method is pissa: choose lora
 $ TRAIN --eval-every 2 --held-out 0
   --eval-every needs held-out examples: give --valid DATA, or a larger --held
 $ TRAIN --keep-best

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qsvd.errors import BadInput
 from qsvd.numerics.codec import PackedBlocks
-from qsvd.plan.tensors import AdapterTensors, TensorShape
+from qsvd.plan.tensors import AdapterTensors, Family, Layers, TensorShape
 
 NO_LORA_OF_GAINS = MappingProxyType(
     {
@@ -40,6 +40,9 @@ class StoredWeight:
         name: Of its tensor in the files of the quantized model.
         gradient: Left [O, 2 K] and right [K, I] singular vectors of the gradient of the loss, for a method that starts
             from them; None for a run, whose tensors follow.
+        module: Path of its layer.
+        family: That it belongs to; None is one of its own.
+        common: The tensors that the family has in common.
     """
 
     residual: PackedBlocks
@@ -47,6 +50,9 @@ class StoredWeight:
     down_RI: Tensor
     name: str = ""
     gradient: tuple[Tensor, Tensor] | None = None
+    module: str = ""
+    family: Family | None = None
+    common: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -174,10 +180,12 @@ class Adapter(nn.Module, ABC):
     Attributes:
         dropout: Of the input of the trained factors, while training. Above 0 it needs `divided`.
         frozen_rank: Leading columns of up and rows of down that are frozen: their gradients are given as 0.
+        family: The name of its family; empty for a weight that has no tensors in common with others.
     """
 
     dropout: float = 0.0
     frozen_rank: int = 0
+    family: str = ""
 
     paper: ClassVar[str]  # its arXiv number, "2404.02948"
     starts_as: ClassVar[str]  # what the trained part is before the first step, in a few words
@@ -190,6 +198,9 @@ class Adapter(nn.Module, ABC):
     starts_from_gradient: ClassVar[bool] = False  # `start` takes a gradient, from the file of its option `gradients`
     takes_rank: ClassVar[bool] = True  # else it trains all stored components, unscaled; see `check_as_stored`
     has_gain: ClassVar[bool] = False  # `gain` returns numbers
+    in_common: ClassVar[tuple[str, ...]] = ()  # its tensors that the weights of a family have in common, by name
+    is_routed: ClassVar[bool] = False  # `delta` is not linear in x: no weight computes what the layer does
+    component_use: ClassVar[str] = "trains stored components"  # what needs them, in a refusal where there are none
     export_refusals: ClassVar[Mapping[str, str]] = MappingProxyType({})  # form of export -> why it has none
 
     @classmethod
@@ -214,10 +225,66 @@ class Adapter(nn.Module, ABC):
         """
 
     @classmethod
-    def num_parameters(cls, shape: tuple[int, int], rank: int) -> int:
-        """Return how many parameters are trained for an [O, I] weight at this trained rank."""
-        made = cls.tensors(shape, rank, rank, torch.float32, torch.float32)
-        return sum(tensor.numel for tensor in made.parameters.values())
+    def families(cls, layers: Layers, options: AdapterOptions) -> Mapping[str, Family]:
+        """Return the family of each layer of `layers.targets`, by its path; one that is left out stays frozen.
+
+        Only for a method with `in_common`.
+
+        Raises:
+            BadInput: no layer of the model has a family.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no families")
+
+    @classmethod
+    def common(
+        cls,
+        family: Any,
+        options: AdapterOptions,
+        components: Callable[[str], tuple[Tensor, Tensor]] | None,
+        like: Tensor,
+    ) -> Mapping[str, Tensor]:
+        """Return the tensors that the weights of a family have in common, by the names in `in_common`.
+
+        Args:
+            components: Reads B0 and A0 of a layer by its path; None if the tensors of a run follow.
+            like: A tensor on the device, in the dtype of the components.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no families")
+
+    @classmethod
+    def planned(cls, options: AdapterOptions, family: Any, *sizes: Any) -> AdapterTensors:
+        """Return `tensors` of a weight with these options, as a member of a family; None is one of its own.
+
+        Args:
+            sizes: The arguments of `tensors`.
+        """
+        del family
+        shape, stored_rank, rank, *dtypes = sizes
+        return cls.tensors_for(cls.own(options), shape, stored_rank, rank, (dtypes[0], dtypes[1]))
+
+    @classmethod
+    def tensors_for(
+        cls, own: Any, shape: tuple[int, int], stored_rank: int, rank: int, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> AdapterTensors:
+        """Return `tensors` with these options of the method's own, which shapes of some methods depend on.
+
+        Args:
+            own: An instance of `options`; `tensors` alone takes their defaults.
+            dtypes: Of what is trained, and of the components.
+        """
+        del own
+        return cls.tensors(shape, stored_rank, rank, *dtypes)
+
+    @classmethod
+    def num_parameters(cls, shape: tuple[int, int], rank: int, own: Any = None) -> int:
+        """Return how many parameters are trained for an [O, I] weight at this trained rank, by default options."""
+        exact = (torch.float32, torch.float32)
+        made = cls.tensors_for(cls.options() if own is None else own, shape, rank, rank, exact)
+        return sum(tensor.numel for tensor in made.trained.values())
+
+    @classmethod
+    def check_shapes(cls, shapes: Mapping[str, tuple[int, int]], options: AdapterOptions) -> None:
+        """Refuse options that do not fit the shapes [O, I] of the layers to train, by BadInput with all of these."""
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -239,8 +306,8 @@ class Adapter(nn.Module, ABC):
     def delta(self, x_TI: Tensor) -> Tensor | None:
         """Return what is added to the output, [T, O] in the dtype of x; None if nothing is.
 
-        It is for a trained part that is no product of two factors. Such a method is exported as merged weights alone,
-        which needs a linear part.
+        It is for a trained part that is no product of two thin factors. Such a method is exported as merged weights
+        alone, which needs a linear part; one that is not linear (`is_routed`) has no export.
         """
         del x_TI
         return None
@@ -266,11 +333,10 @@ class Adapter(nn.Module, ABC):
         return cls.options(**options.own)
 
 
-def no_components(method: str) -> BadInput:
-    """Return the refusal of a method that needs stored components."""
+def no_components(method: str, use: str = Adapter.component_use) -> BadInput:
+    """Return the refusal of a method that needs stored components; `use` is its `component_use`."""
     return BadInput(
-        f"{method} trains stored components, and the quantized model has none (rank 0); quantize with --rank above 0, "
-        "or use --method lora"
+        f"{method} {use}, and the quantized model has none (rank 0); quantize with --rank above 0, or use --method lora"
     )
 
 

@@ -4,6 +4,7 @@ Shape suffixes: T = tokens, all leading dimensions of the input in one, O = out 
 the adapter's factors.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import dropout
 
 from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.page_cache import PagedResidual
+from qsvd.errors import BadInput
 from qsvd.numerics.codec import BAND, PackedBlocks, from_bytes
 
 
@@ -39,10 +41,49 @@ def times(y_TO: Tensor, packed: PackedBlocks) -> Tensor:
     return x_TI
 
 
+NO_WEIGHT = (
+    "a router adds to this layer what depends on its input, so that it has no weight: call the layer instead, or train "
+    "with a method that is not routed"
+)
+ROWS = 1024  # of the unit matrix that `dense_delta` passes through a layer at a time
+
+
 def dense_delta(adapter: Adapter, in_features: int, device: torch.device) -> Tensor | None:
-    """Return the matrix of a linear `delta`, float32 [O, I]."""
-    delta_IO = adapter.delta(torch.eye(in_features, device=device))
-    return None if delta_IO is None else delta_IO.T
+    """Return the matrix of a linear `delta`, float32 [O, I].
+
+    Raises:
+        BadInput: it is not linear.
+    """
+    if type(adapter).delta is Adapter.delta:
+        return None
+    if adapter.is_routed:
+        raise BadInput(NO_WEIGHT)
+    parts = []
+    for start in range(0, in_features, ROWS):
+        unit_TI = torch.zeros(min(ROWS, in_features - start), in_features, device=device)
+        unit_TI.diagonal(start).fill_(1)
+        parts.append(adapter.delta(unit_TI))
+    return None if parts[0] is None else torch.cat(parts).T
+
+
+class NoWeight(Tensor):
+    """What stands for the weight of a layer that has none: its shape, dtype and device, without numbers."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Answer a question about its form; raise BadInput for its numbers."""
+        del types
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if isinstance(result, (Tensor, float, list)):
+            raise BadInput(NO_WEIGHT)
+        return result
+
+
+def _no_weight(shape: tuple[int, int], like: Tensor) -> NoWeight:
+    return torch.full((), torch.nan, dtype=like.dtype, device=like.device).expand(shape).as_subclass(NoWeight)
 
 
 class SplitLinear(nn.Module):
@@ -94,7 +135,12 @@ class SplitLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W' [O, I] in the dtype of the model, without a gradient, for code that reads it past `forward`."""
+        """W' [O, I] in the dtype of the model, without a gradient, for code that reads it past `forward`.
+
+        With a routed adapter there is none: what is returned has its shape, dtype and device, and refuses to compute.
+        """
+        if self.adapter.is_routed:
+            return _no_weight((self.out_features, self.in_features), self.like)
         with torch.no_grad():
             up_OK, down_KI = self.adapter.factors()
             dense_OI = self.residual.decode().addmm_(up_OK.float(), down_KI.float())
@@ -119,7 +165,7 @@ class SplitLinear(nn.Module):
                 outputs_TO = self._product(inputs_TI, *self.adapter.factors(), self.adapter.gain(self._read))
             delta_TO = self.adapter.delta(inputs_TI)
             if delta_TO is not None:
-                outputs_TO = outputs_TO + delta_TO
+                outputs_TO.add_(delta_TO)
         return outputs_TO.view(*x.shape[:-1], self.out_features)
 
     def _with_dropout(self, x_TI: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from qsvd.adapters.experts import open_stack
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import SplitModel, keep_embeddings, restore
 from qsvd.adapters.page_cache import PagedResidual, open_pages
-from qsvd.adapters.start import check_method, gradients_of, new_record, read_weight, start_from
+from qsvd.adapters.start import Starts, check_method, gradients_of, new_record, read_weight, start_from
 from qsvd.adapters.tables import pack_table
 from qsvd.errors import BadInput, first_line, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, check_base, open_adapter
@@ -108,7 +108,8 @@ class _Place:
     record: AdapterRecord
     device: torch.device
     dtype: torch.dtype
-    placement: Placement = EVERYTHING
+    placement: Placement
+    starts: Starts
     is_trained: bool = False  # a stored adapter will be loaded
     gradients: Statistics | None = None  # that a new adapter starts from
 
@@ -170,7 +171,7 @@ def load_new(  # as above
     is_restored: bool = False,
 ) -> Any:
     """Load a quantized model with a new adapter, without the file that it starts from if a run is restored later."""
-    place = _place(split, record, device, dtype, placement)
+    place = _place(split, record, device, dtype, placement, is_new=not is_restored)
     return _load(place if is_restored else replace(place, gradients=gradients_of(split, record)), None)
 
 
@@ -187,7 +188,7 @@ def _base_of(run: Path) -> Path:
 
 def names_of(split: SplitFolder, record: AdapterRecord) -> ModelPlan:
     """Return the names of the model that `load` makes, in the spelling of the files; no weight is read."""
-    return _empty(_Place(split, record, torch.device("cpu"), torch.float32))[1]
+    return _empty(_place(split, record, "cpu", torch.float32, EVERYTHING))[1]
 
 
 def _place(
@@ -196,15 +197,15 @@ def _place(
     device: str | torch.device,
     dtype: torch.dtype | None,
     placement: Placement,
+    is_new: bool = False,
 ) -> _Place:
     device = device_of(str(device))
-    dtype = dtype or dtype_of("auto", device)
-    return _Place(split, record, device, dtype, placement)
+    starts = Starts(split, record, device, is_new=is_new)
+    return _Place(split, record, device, dtype or dtype_of("auto", device), placement, starts)
 
 
 def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
-    # first: it sets how the C library keeps freed memory
-    pages = open_pages(place.split, place.device, place.placement)
+    pages = open_pages(place.split, place.device, place.placement)  # first: it sets how freed memory is kept
     model, plan = _empty(place)
     _fill(model, plan, place, pages)
     full = start_head(model, plan, is_classifier=bool(place.record.labels), seed=place.record.seed)
@@ -328,8 +329,8 @@ def _set(model: Any, name: str, tensor: Tensor) -> None:
 
 def _split_linear(path: str, plan: ModelPlan, name: str, place: _Place, paged: PagedResidual | None) -> SplitLinear:
     bias = plan.spelling.get(f"{path}.bias")
-    stored = read_weight(place.split, name, place.device, place.record, place.gradients, is_paged=paged is not None)
-    adapter = start_from(stored, place.split, place.record, name)
+    stored = read_weight(place.split, name, place.device, place.starts, place.gradients, is_paged=paged is not None)
+    adapter = start_from(stored, place.starts)
     bias_O = None if bias is None else _dense(place, bias, place.dtype, place.device)
     return SplitLinear(paged or stored.residual, adapter, bias_O, name, place.dtype)
 

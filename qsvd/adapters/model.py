@@ -200,13 +200,20 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def saved(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a folder of the adapter holds: what is trained, and what adapters start from and no file has."""
-    started = (
-        (f"{path}.{name}", linear.adapter.get_buffer(name))
-        for path, linear in split_linears(model)
-        for name in linear.adapter.state_dict().keys() - dict(linear.adapter.named_parameters()).keys()
-    )
-    return trained(model) | dict(sorted(started))
+    """Return what a folder of the adapter holds: what is trained, and what adapters start from and no file has.
+
+    What weights have in common is there once, under the first of them.
+    """
+    started: dict[str, Tensor] = {}
+    seen = set[tuple[str, str]]()
+    for path, linear in split_linears(model):
+        adapter = linear.adapter
+        for name in adapter.state_dict().keys() - dict(adapter.named_parameters()).keys():
+            owner = adapter.family if adapter.family and name in adapter.in_common else path
+            if (owner, name) not in seen:
+                started[f"{path}.{name}"] = adapter.get_buffer(name)
+            seen.add((owner, name))
+    return trained(model) | dict(sorted(started.items()))
 
 
 def trained_pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from qsvd.adapters.adapter import FEW, Adapter, AdapterOptions, StoredWeight, no_components
 from qsvd.adapters.gradients import open_gradients
+from qsvd.adapters.methods.families import Assigned, InCommon, assign, head_size_of, num_trained, planned_tensors
 from qsvd.adapters.methods.frozen import Frozen
-from qsvd.adapters.methods.table import METHODS, as_recorded, check_own_options, default_method, kind_of, options_for
+from qsvd.adapters.methods.table import METHODS, as_recorded, check_own_options, default_method, options_for
 from qsvd.errors import BadInput
 from qsvd.files.adapter import AdapterFolder, AdapterRecord
 from qsvd.files.safetensors import read_tensor
@@ -23,7 +24,7 @@ from qsvd.files.statistics import Statistics
 from qsvd.memory.split_model import Skeleton, SplitModelPlan, skeleton
 from qsvd.plan.allocation import Allocation, Choice, Table, shared
 from qsvd.plan.targets import check_targets, is_target, target_names
-from qsvd.plan.tensors import AdapterTensors
+from qsvd.plan.tensors import AdapterTensors, Family
 from qsvd.plan.weights import ModelPlan, WeightSpec, describe, role_of
 
 
@@ -39,6 +40,7 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
     method = _method(split.module_ranks, options) if options.method is None else options.method
     check_method(method)
     check_own_options(method, options)
+    options = replace(options, method=method)
     defaults = METHODS[method].defaults
     if len(labels) == 1:
         raise BadInput(f"labels has the one class {labels[0]!r}; a classifier needs at least two")
@@ -48,7 +50,7 @@ def new_record(split: SplitFolder, options: AdapterOptions, labels: tuple[str, .
         method=method,
         rank=options.rank,
         alpha=options.alpha if defaults.rank is None else defaults.alpha_of(options, defaults.rank_of(options, 0)),
-        dtype=_dtype_name(split, method, options),
+        dtype=_dtype_name(split, options),
         seed=options.seed,
         labels=labels,
         target_modules=options.target_modules,
@@ -78,11 +80,13 @@ def check_start(split: SplitFolder, record: AdapterRecord, *, is_restored: bool 
     """
     gradients = None if is_restored else gradients_of(split, record)
     able = {name: weight for name, weight in split.weights.items() if weight["module"] in split.module_ranks}
-    trained = {name: w for name, w in able.items() if is_target(w["module"], record.target_modules)}
+    starts = Starts(split, record, torch.device("cpu"))
+    kinds = {name: starts.kind(name) for name in able}
+    trained = {name: able[name] for name, kind in kinds.items() if kind is not Frozen} or able
     for rank in sorted({weight["rank"] for weight in trained.values()}):
         sizes = {name: math.prod(weight["shape"]) for name, weight in trained.items() if weight["rank"] == rank}
         smallest = min(sizes, key=lambda name: sizes[name])
-        start_adapter(split, record, smallest, torch.device("cpu"), gradients)
+        start_adapter(split, record, smallest, torch.device("cpu"), gradients, starts)
 
 
 def check_method(method: str) -> None:
@@ -91,15 +95,21 @@ def check_method(method: str) -> None:
         raise BadInput(f"method {method!r} is not one of {', '.join(METHODS)}")
 
 
-def _dtype_name(split: SplitFolder, method: str, options: AdapterOptions) -> str:
+def _dtype_name(split: SplitFolder, options: AdapterOptions) -> str:
     if options.dtype not in ("auto", "float32", "bfloat16"):
         raise BadInput(f"adapter dtype {options.dtype!r} is not one of auto, float32, bfloat16")
-    count = 0
-    for weight in split.weights.values():
-        kind = kind_of(method, weight["module"], split.module_ranks, options.target_modules)
-        rank, _ = kind.defaults.rank_and_scale(options_for(options, kind, weight["module"]), weight["rank"])
-        count += kind.num_parameters(tuple(weight["shape"]), rank)
-    return _resolved(options.dtype, count)
+    stored = {weight["module"]: weight["rank"] for weight in split.weights.values()}
+    return _resolved(options.dtype, num_trained(options, _specs(split), stored, _assigned(split, options)))
+
+
+def _assigned(split: SplitFolder, options: AdapterOptions) -> Assigned:
+    has_families = METHODS[str(options.method)].in_common
+    head_size = head_size_of(read_config(split.folder)) if has_families else None
+    return assign(options, _specs(split), split.module_ranks, head_size)
+
+
+def _specs(split: SplitFolder) -> list[WeightSpec]:
+    return [_spec(name, weight) for name, weight in split.weights.items()]
 
 
 def _resolved(dtype: str, count: int) -> str:
@@ -109,29 +119,57 @@ def _resolved(dtype: str, count: int) -> str:
     return "float32" if count <= FEW else "bfloat16"
 
 
+class Starts:
+    """The method of each layer of a quantized model, and what its weights have in common when they start.
+
+    Args:
+        is_new: The tensors of no run follow.
+        device: That weights are started on.
+    """
+
+    def __init__(self, split: SplitFolder, record: AdapterRecord, device: torch.device, *, is_new: bool = False):
+        self.split, self.options = split, _options_of(record)
+        self.assigned = _assigned(split, self.options)
+        names = {weight["module"]: name for name, weight in split.weights.items()}
+        like = torch.empty(0, dtype=getattr(torch, split.manifest["run"]["dtype"]), device=device)
+        read = (lambda module: read_components(split, names[module])) if is_new else None
+        self.in_common = InCommon(self.options, self.assigned.families, read, like)
+
+    def kind(self, name: str) -> type[Adapter]:
+        """Return the method of a weight, by its tensor in the quantized model."""
+        return self.assigned.kinds[self.split.weights[name]["module"]]
+
+    def family(self, name: str) -> Family | None:
+        """Return the family of a weight."""
+        return self.assigned.families.get(self.split.weights[name]["module"])
+
+
 def start_adapter(
-    split: SplitFolder, record: AdapterRecord, name: str, device: torch.device, gradients: Statistics | None = None
+    split: SplitFolder,
+    record: AdapterRecord,
+    name: str,
+    device: torch.device,
+    gradients: Statistics | None = None,
+    starts: Starts | None = None,
 ) -> Adapter:
     """Return the adapter of one weight before its first step; `name` is its tensor in the quantized model.
 
     Args:
         gradients: From `gradients_of`; None if the tensors of a run follow.
+        starts: For this device; None makes it, for one weight.
 
     Raises:
         BadInput: the method cannot start from the weight's components.
     """
-    return start_from(read_weight(split, name, device, record, gradients), split, record, name)
-
-
-def _kind(split: SplitFolder, record: AdapterRecord, name: str) -> type[Adapter]:
-    return kind_of(record.method, split.weights[name]["module"], split.module_ranks, record.target_modules)
+    starts = starts or Starts(split, record, device)
+    return start_from(read_weight(split, name, device, starts, gradients), starts)
 
 
 def read_weight(  # each is a choice of its own
     split: SplitFolder,
     name: str,
     device: torch.device,
-    record: AdapterRecord,
+    starts: Starts,
     gradients: Statistics | None,
     *,
     is_paged: bool = False,
@@ -139,19 +177,20 @@ def read_weight(  # each is a choice of its own
     """Read one weight.
 
     Args:
-        gradients: As for `start_adapter`.
+        starts, gradients: As for `start_adapter`.
         is_paged: Read the residual only if the method starts from its values.
     """
     up_OR, down_RI = read_components(split, name)
-    kind = _kind(split, record, name)
+    kind, module = starts.kind(name), split.weights[name]["module"]
     if is_paged and not kind.starts_from_residual:
         residual = split.unread_residual(name)
     else:
         residual = split.residual(name).to(device)
     gradient = None
     if gradients is not None and kind.starts_from_gradient:
-        gradient = gradients.gradient(split.weights[name]["module"])
-    return StoredWeight(residual, up_OR.to(device), down_RI.to(device), name, gradient)
+        gradient = gradients.gradient(module)
+    stored = StoredWeight(residual, up_OR.to(device), down_RI.to(device), name, gradient, module)
+    return replace(stored, family=starts.family(name), common=starts.in_common.of(module))
 
 
 def read_components(split: SplitFolder, name: str) -> tuple[Tensor, Tensor]:
@@ -160,35 +199,42 @@ def read_components(split: SplitFolder, name: str) -> tuple[Tensor, Tensor]:
     return split.factors(name) or (torch.zeros(rows, 0), torch.zeros(0, columns))
 
 
-def start_from(stored: StoredWeight, split: SplitFolder, record: AdapterRecord, name: str) -> Adapter:
+def start_from(stored: StoredWeight, starts: Starts) -> Adapter:
     """Return the same as `start_adapter`, for a weight that was read already."""
     # Each weight has its own generator, so that its start does not depend on which others are made, and in which order.
-    digest = hashlib.sha256(f"{record.seed} {name}".encode()).digest()
+    digest = hashlib.sha256(f"{starts.options.seed} {stored.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
     try:
-        kind = _kind(split, record, name)
-        return kind.start(stored, options_for(_options_of(record), kind, split.weights[name]["module"]), generator)
+        kind = starts.kind(stored.name)
+        return kind.start(stored, options_for(starts.options, kind, stored.module), generator)
     except ValueError as error:
-        raise BadInput(f"{split.folder}: {name}: {error}") from error
+        raise BadInput(f"{starts.split.folder}: {stored.name}: {error}") from error
 
 
-def trained_adapter(split: SplitFolder, adapter: AdapterFolder, name: str, module: str) -> Adapter:
+def trained_adapter(adapter: AdapterFolder, name: str, modules: Mapping[str, str], starts: Starts) -> Adapter:
     """Return the saved adapter of one weight, on the CPU.
 
     Args:
         name: The weight's tensor in the quantized model.
-        module: Path of its module in the trained model.
+        modules: Path of the module of every weight in the trained model, by its tensor.
+        starts: For the CPU.
 
     Raises:
         BadInput: the folder lacks parameters of it.
     """
-    made = start_adapter(split, adapter.record, name, torch.device("cpu"), None).requires_grad_(False)
-    saved = made.state_dict()
-    missing = [f"{module}.{part}" for part in saved if f"{module}.{part}" not in adapter.tensors]
+    device = torch.device("cpu")
+    made = start_adapter(starts.split, adapter.record, name, device, None, starts).requires_grad_(False)
+    places = {}
+    for part in made.state_dict():
+        own, family = f"{modules[name]}.{part}", starts.family(name)
+        is_common = made.family and part in made.in_common  # it is there once, under one weight of the family
+        there = (f"{path}.{part}" for other, path in modules.items() if is_common and starts.family(other) is family)
+        places[part] = next((place for place in chain((own,), there) if place in adapter.tensors), own)
+    missing = [place for place in places.values() if place not in adapter.tensors]
     if missing:
         raise BadInput(f"{adapter.folder} lacks {', '.join(missing)}")
-    for part, tensor in saved.items():
-        tensor.copy_(read_tensor(adapter.tensors[f"{module}.{part}"]))
+    for part, tensor in made.state_dict().items():
+        tensor.copy_(read_tensor(adapter.tensors[places[part]]))
     return made
 
 
@@ -251,23 +297,26 @@ def planned(
     check_targets(targets, ranks)
     name = options.method or _method(ranks, options)
     check_own_options(name, options)
-    kinds = {module: kind_of(name, module, ranks, targets) for module in stored}
-    if METHODS[name].needs_components and not any(stored[m] for m, kind in kinds.items() if kind is not Frozen):
-        raise no_components(name)
-    own = {module: options_for(options, kind, module) for module, kind in kinds.items()}
-    trained = {module: kind.defaults.rank_of(own[module], stored[module]) for module, kind in kinds.items()}
-    count = sum(kinds[spec.module].num_parameters(spec.shape, trained[spec.module]) for spec in names.weights)
-    dtype = getattr(torch, _resolved(options.dtype, count))
+    options = replace(options, method=name)
+    head_size = head_size_of(empty.model.config) if METHODS[name].in_common else None
+    assigned = assign(options, names.weights, ranks, head_size)
+    trains_one = any(stored[m] for m, kind in assigned.kinds.items() if kind is not Frozen)
+    if METHODS[name].needs_components and not trains_one:
+        raise no_components(name, METHODS[name].component_use)
+    count = num_trained(options, names.weights, stored, assigned)
+    dtypes = (getattr(torch, _resolved(options.dtype, count)), stored_dtype)
+    known: dict[Any, AdapterTensors] = {}  # one record for all weights that are alike
 
-    @cache  # one record for all weights that are alike
-    def tensors(kind: type[Adapter], shape: tuple[int, int], stored_rank: int, rank: int) -> AdapterTensors:
-        made = kind.tensors(shape, stored_rank, rank, dtype, stored_dtype)
-        return replace(made, dropout=0.0 if kind is Frozen else options.dropout)
+    def tensors(spec: WeightSpec) -> AdapterTensors:
+        kind, family = assigned.kinds[spec.module], assigned.families.get(spec.module)
+        rank = options_for(options, kind, spec.module).rank  # experts may have another one
+        key = (kind, family and family.name, spec.shape, stored[spec.module], rank)
+        if key not in known:
+            made = planned_tensors(options, spec, stored[spec.module], assigned, dtypes)
+            known[key] = replace(made, dropout=0.0 if kind is Frozen else options.dropout)
+        return known[key]
 
-    adapters = {
-        spec.name: tensors(kinds[spec.module], spec.shape, stored[spec.module], trained[spec.module])
-        for spec in names.weights
-    }
+    adapters = {spec.name: tensors(spec) for spec in names.weights}
     return SplitModelPlan(empty, names, allocation, adapters, name)
 
 

@@ -7,16 +7,19 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 
 from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.methods.families import assign, num_trained
 from qsvd.adapters.methods.table import METHODS, export_refusal
 from qsvd.console.progress import say, terminal
 from qsvd.options import Methods, Quantize
+from qsvd.plan.weights import WeightSpec, role_of
 
 MODEL = "Llama-3.1-8B"
-BLOCKS = 32
-SHAPES = (  # [out, in] of the linear layers of a block of MODEL: q, k, v, o, gate, up, down
-    *((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)),
-    *((14336, 4096), (14336, 4096), (4096, 14336)),
-)
+BLOCKS, HEAD_SIZE = 32, 128
+SHAPES = {  # [out, in] of the linear layers of a block of MODEL
+    **{"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096)},
+    **{"self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096)},
+    "mlp.down_proj": (4096, 14336),
+}
 FORMS = ("peft", "lora", "merged")  # of qsvd export --to
 NEXT = "qsvd train --method lora --help  # the options of a method, here lora"
 
@@ -79,7 +82,7 @@ def row_of(name: str) -> MethodRow:
         export = "none" if "merged" in refused else "merged only"
     return MethodRow(
         name=name,
-        trained_parameters=BLOCKS * sum(kind.num_parameters(shape, rank) for shape in SHAPES),
+        trained_parameters=trained_parameters(name),
         rank=rank,
         is_stored_rank=kind.defaults.rank is None,
         starts_as=kind.starts_as,
@@ -91,16 +94,32 @@ def row_of(name: str) -> MethodRow:
     )
 
 
+def trained_parameters(name: str) -> int:
+    """Return how many parameters a method trains of all linear layers of MODEL, by default."""
+    modules = {f"model.layers.{n}.{end}": shape for n in range(BLOCKS) for end, shape in SHAPES.items()}
+    specs = [WeightSpec(f"{path}.weight", path, shape, role_of(path), 0) for path, shape in modules.items()]
+    ranks, options = dict.fromkeys(modules, Quantize.rank), AdapterOptions(name)
+    return num_trained(options, specs, ranks, assign(options, specs, ranks, HEAD_SIZE))
+
+
 def table_of(rows: list[MethodRow]) -> Table:
     """Return a table with a row for each method."""
     heads = ("method", "trained", "rank", "starts as", "export", "rate", "arXiv")
-    table = Table(*heads, title="Methods of qsvd train", title_justify="left")
+    narrow = (0, 1, 0, 0)  # for terminals of 80 columns
+    table = Table(*heads, title="Methods of qsvd train", title_justify="left", padding=narrow)
+    table = Table(*heads, title="Methods of qsvd train", title_justify="left", pad_edge=False)
     for column in (1, 2, 5):
         table.columns[column].justify = "right"
     for column in (0, 1, 2, 5, 6):
         table.columns[column].no_wrap = True
     for row in rows:
         rank = f"{row.rank}{'*' if row.is_stored_rank else ''}"
-        numbers = (f"{row.trained_parameters:,}", rank, row.starts_as, row.export, f"{row.learning_rate:g}")
+        numbers = (f"{row.trained_parameters:,}", rank, row.starts_as, row.export, _short(row.learning_rate))
         table.add_row(row.name, *numbers, row.paper)
     return table
+
+
+def _short(rate: float) -> str:
+    """Return 0.0002 as 2e-4, which leaves room on a terminal of 80 columns."""
+    digits, exponent = f"{rate:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from qsvd.adapters.methods.table import export_refusal
 from qsvd.adapters.model import restore
 from qsvd.commands import plan
 from qsvd.commands.quantize import quantize_run, quantize_visibly
@@ -61,7 +62,8 @@ def main(options: Train) -> None:
         raise Interrupted(f"interrupted; the last step is saved, the same command continues in {run.out}")
     terminal().print(training_tables(summary))
     say(f"\n{run.out}")
-    found = after_train(run.options.base, options.out, options.valid, generates=not run.data.train.label_names)
+    generates, merges = not run.data.train.label_names, export_refusal(run.record.method, "merged") is None
+    found = after_train(run.options.base, options.out, options.valid, generates=generates, merges=merges)
     say(last_lines("a run", options.out, found), file=sys.stderr)
     if repository is not None:
         say(push_run(run, summary, repository))

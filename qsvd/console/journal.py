@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qsvd.adapters.methods.table import export_refusal
 from qsvd.adapters.model import moved_bytes, restore, trained
 from qsvd.console.progress import say
 from qsvd.data.encoder_decoder import sources_and_targets
@@ -27,7 +28,7 @@ from qsvd.prepare.models import open_trained
 from qsvd.prepare.train import TrainRun
 from qsvd.records import Progress, ShowProgress
 from qsvd.report.card import base_of, card_header, origin_of
-from qsvd.report.training import RunSummary, loss_plot, run_readme
+from qsvd.report.training import FORMS, RunSummary, loss_plot, run_readme
 from qsvd.training.checkpoints import STEPS, all_checkpoints, check_readable, checkpoints, step_of
 from qsvd.training.guards import memory_advice
 from qsvd.training.run_folder import RunFolder, Start, Step
@@ -209,7 +210,7 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     for kind in ("png", "svg"):
         with whole_file(run.out / f"loss.{kind}") as file:
             file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
-    write_text(run.out / "README.md", _card(run, summary) + run_readme(summary, str(run.options.out)))
+    write_text(run.out / "README.md", _card(run, summary) + _readme(summary, str(run.options.out)))
     folder.finish(summary)
 
 
@@ -231,6 +232,11 @@ def _card(run: TrainRun, summary: RunSummary) -> str:
     return card_header(origin, "adapter", library, [summary.method])
 
 
+def _readme(summary: RunSummary, name: str) -> str:
+    """Return RUN/README.md with the forms that the method can be exported in."""
+    return run_readme(summary, name, [form for form in FORMS if export_refusal(summary.method, form) is None])
+
+
 def push_run(run: TrainRun, summary: RunSummary, name: str) -> str:
     """Upload a complete run, with a card for the Hub. Return the address of the repository."""
     base, short = uploaded_name(run.split.folder), name.rpartition("/")[2]
@@ -241,7 +247,7 @@ def push_run(run: TrainRun, summary: RunSummary, name: str) -> str:
     else:
         there = base.rpartition("/")[2]
         lines.append(f"hf download {base} --local-dir {there}")
-    text = run_readme(replace(summary, base=there), short)
+    text = _readme(replace(summary, base=there), short)
     get = "\n".join(["## Download", "", "```sh", *lines, "```", ""])
     replaced = {"README.md": f"{_card(run, summary)}{text}\n{get}"}
     return upload(run.out, name, replaced | named_base(run.out, base))
@@ -249,6 +255,9 @@ def push_run(run: TrainRun, summary: RunSummary, name: str) -> str:
 
 def write_peft_files(run: TrainRun) -> None:
     """Write the adapter as PEFT reads it over the quantized model, if PEFT has a form for it."""
+    if refusal := export_refusal(run.record.method, "peft"):
+        say(f"{run.out} has no files for PEFT: {refusal}", file=sys.stderr)
+        return
     opened = open_trained(run.out, run.split.folder)
     model, base = opened.trained, str(run.split.folder.resolve())
     try:

@@ -78,6 +78,7 @@ def step_time(model: SplitModelPlan, training: Training, placement: Placement, s
     tokens = training.batch.tokens * training.batch.batch * training.accumulate
     text = model.text_config
     numbers = model.elements + text.hidden_size * getattr(text, "vocab_size", 0)
+    numbers += sum(adapter.numbers for adapter in model.adapters.values())
     passes = 3 - num_kept(training, placement, len(model.blocks)) / len(model.blocks)
     decode = training.accumulate * passes * DECODED * model.elements / (BYTES_PER_OPERATION * speed.flops.value)
     copies = 2 * (1 if training.layer_major else training.accumulate)

@@ -27,7 +27,7 @@ class Block:
         path: Its path in the model, "model.layers.3".
         codes, scales: Bytes of the residuals; scales counts everything but the codes.
         page: Bytes of a page that holds them all.
-        parameters: The trained tensors.
+        parameters: The trained tensors; those that weights have in common are of the last block that has them.
         buffers: Bytes of the frozen tensors of the adapters.
         is_tower: Whether it belongs to an encoder of images or sound, which tokens alone do not run.
     """
@@ -124,7 +124,7 @@ class SplitModelPlan:
     @cached_property
     def adapter_dtype(self) -> torch.dtype:
         """Dtype of the trained parameters."""
-        return next(tensor.dtype for made in self.adapters.values() for tensor in made.parameters.values())
+        return next(tensor.dtype for made in self.adapters.values() for tensor in made.trained.values())
 
     @property
     def text_config(self) -> "PreTrainedConfig":
@@ -137,7 +137,14 @@ class SplitModelPlan:
         members: dict[str, list[WeightSpec]] = {}
         for spec in self.names.weights:
             members.setdefault(block_of(spec.module), []).append(spec)
-        return tuple(self._block(path, specs) for path, specs in members.items())
+        last = {}  # where the backward pass makes the gradients of what weights have in common
+        for path, specs in members.items():
+            adapters = (self.adapters[spec.name] for spec in specs)
+            last |= {adapter.family: (path, adapter.common) for adapter in adapters if adapter.common}
+        common: dict[str, list[TensorShape]] = {}
+        for path, tensors in last.values():
+            common.setdefault(path, []).extend(tensors.values())
+        return tuple(self._block(path, specs, common.get(path, ())) for path, specs in members.items())
 
     @property
     def language_blocks(self) -> tuple[Block, ...]:
@@ -212,16 +219,16 @@ class SplitModelPlan:
 
     @property
     def buffers(self) -> int:
-        """Bytes of the frozen tensors of the adapters, those of all weights once."""
-        shared = {item for adapter in self.adapters.values() for item in adapter.shared.items()}
-        return sum(block.buffers for block in self.blocks) + total_bytes(tensor for _, tensor in shared)
+        """Bytes of the frozen tensors of the adapters, those that weights have in common once."""
+        shared = {(one.family, *item) for one in self.adapters.values() for item in one.shared.items()}
+        return sum(block.buffers for block in self.blocks) + total_bytes(tensor for _, _, tensor in shared)
 
     @property
     def hook_state(self) -> int:
         """Bytes that the hooks of the method keep between steps."""
         return sum(total_bytes(adapter.state.values()) for adapter in self.adapters.values())
 
-    def _block(self, path: str, specs: Sequence[WeightSpec]) -> Block:
+    def _block(self, path: str, specs: Sequence[WeightSpec], common: Sequence[TensorShape]) -> Block:
         parts = [self.allocation.choices[spec.module].codec.parts(spec.shape) for spec in specs]
         sizes = [size for sizes in parts for size in sizes.values()]
         codes = sum(sizes["codes"] for sizes in parts)
@@ -231,7 +238,7 @@ class SplitModelPlan:
             codes=codes,
             scales=sum(sizes) - codes,
             page=page_bytes(sizes),
-            parameters=tuple(tensor for adapter in adapters for tensor in adapter.parameters.values()),
+            parameters=(*(tensor for adapter in adapters for tensor in adapter.parameters.values()), *common),
             buffers=sum(total_bytes(adapter.buffers.values()) for adapter in adapters),
             is_tower=specs[0].is_tower,
         )

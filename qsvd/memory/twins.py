@@ -146,10 +146,11 @@ class LinearTwin(nn.Module):
         self.decoding = decoding
         self.adapter = adapter
         self.bias = bias
-        self.trained = nn.ParameterDict({name: _empty(tensor) for name, tensor in adapter.parameters.items()})
-        frozen = {part: adapter.buffers.get(f"frozen_{part}") for part in ("up", "down")}
-        frozen["shared"] = adapter.shared.get("shared_down")
-        self.frozen = {part: _empty(t, is_trained=False) for part, t in frozen.items() if t is not None}
+        self.trained = nn.ParameterDict({name: _empty(tensor) for name, tensor in adapter.trained.items()})
+        tensors = {**adapter.buffers, **adapter.shared}
+        self.buffers_by_name = {name: _empty(tensor, is_trained=False) for name, tensor in tensors.items()}
+        parts = {"up": "frozen_up", "down": "frozen_down", "shared": "shared_down", "basis": "basis"}
+        self.frozen = {part: self.buffers_by_name[name] for part, name in parts.items() if name in tensors}
 
     @property
     def weight(self) -> Tensor:
@@ -159,7 +160,14 @@ class LinearTwin(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
         x_TI = x.reshape(-1, x.shape[-1])
-        outputs_TO = self._with_dropout(x_TI) if self.adapter.dropout else self._product(x_TI, *self._factors())
+        delta = self.adapter.delta
+        if self.adapter.dropout and delta is None:
+            outputs_TO = self._with_dropout(x_TI)
+        else:
+            outputs_TO = self._product(x_TI, *self._factors())
+        if delta is not None:
+            tensors = self.buffers_by_name | dict(self.trained.items())
+            outputs_TO.add_(delta(x_TI, tensors, self.adapter.dropout))
         return outputs_TO.view(*x.shape[:-1], outputs_TO.shape[-1])
 
     def _with_dropout(self, x_TI: Tensor) -> Tensor:
@@ -181,16 +189,23 @@ class LinearTwin(nn.Module):
         """Return up, down and gain, each made from parameters, trained or frozen."""
         parameters = list(self.trained.values())
         if not self.adapter.made:
-            found = self.frozen | dict(self.trained.items())
+            found = dict(self.trained.items()) if self.adapter.delta is None else {}
+            found = self.frozen | found
             return found["up"], found["down"], None
         made: Mapping[str, Any] = dict(
             zip(self.adapter.made, _Made.apply(self.adapter.made, *parameters), strict=True)  # pyright: ignore[reportArgumentType]
         )
+        if self.adapter.delta is not None:
+            return self.frozen["up"], self.frozen["down"], made["gain"]
         own = dict(self.trained.items()).get("down", self.frozen.get("shared", self.frozen.get("down")))
         down_KI = made.get("down", own)
-        if "down" not in self.adapter.parameters:  # joined of frozen tensors
+        columns = self.decoding.shape[1]
+        if down_KI.shape[1] > columns:  # of a parameter that has the larger side of the weight
+            down_KI = down_KI[:, :columns]
+        if "down" not in self.adapter.trained:  # joined of frozen tensors
             down_KI = down_KI.detach()
-        return made["up"], down_KI, made.get("gain")
+        up_OK = made.get("up", dict(self.trained.items()).get("up", self.frozen.get("basis")))
+        return up_OK.detach() if "basis" in self.frozen else up_OK, down_KI, made.get("gain")
 
 
 def _empty(tensor: TensorShape, *, is_trained: bool = True) -> nn.Parameter:

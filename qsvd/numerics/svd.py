@@ -1,11 +1,12 @@
 """The best rank-r factors of a matrix: randomized subspace iteration (Halko et al., arXiv:0909.4061), or an exact SVD.
 
-All but `product_svd` take a matrix or a stack of matrices, [..., O, I], and decompose the matrices of a stack together.
+All but `product_svd` and `shared_directions` take a matrix or a stack of matrices, [..., O, I], and decompose the
+matrices of a stack together.
 
 Shape suffixes: O = out features, I = in features, K = sketch columns, R = rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 OVERSAMPLE = 16  # least number of extra sketch columns; Halko et al. ask for 5 to 10
 OVERSAMPLE_SHARE = 2  # at least rank / 2 extra columns: slowly falling spectra need a wider sketch or many more passes
 SMALL = 256  # a matrix with a side of at most this length is decomposed exactly, which is faster there
+
+SHARED_PASSES = 8  # over a matrix that is made once for many layers
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,32 @@ def product_svd(up_OR: Tensor, down_RI: Tensor) -> TopSVD:
     signs_R = left_OR.gather(0, left_OR.abs().argmax(dim=0, keepdim=True)).sign()
     parts = (left_OR * signs_R, found.S, right_RI * signs_R.T)
     return TopSVD(*(part.to(up_OR.device, torch.float32) for part in parts))
+
+
+def shared_directions(factors: Iterable[tuple[Tensor, Tensor]], rank: int) -> Tensor:
+    """Return the `rank` leading left singular vectors of several products up @ down, side by side: float32 [O, K].
+
+    With down down^T = T T^T they are those of the thin matrices up T, which are summed as a Gram matrix once they have
+    more than O columns. On the CPU; the largest entry of each vector is positive.
+
+    Args:
+        factors: up [O, R] and down [R, I] of any float dtype; all have the same O.
+        rank: 1..O, at most the sum of all R.
+    """
+    thin: list[Tensor] = []
+    gram_OO: Tensor | None = None
+    for up_OR, down_RI in factors:
+        exact_RI = down_RI.cpu().double()
+        values_R, vectors_RR = torch.linalg.eigh(exact_RI @ exact_RI.T)
+        thin.append(up_OR.cpu().double() @ (vectors_RR * values_R.clamp(min=0).sqrt()))
+        if gram_OO is not None or sum(part.shape[1] for part in thin) > len(up_OR):
+            side_by_side = torch.cat(thin, dim=1)
+            more_OO = side_by_side @ side_by_side.T
+            gram_OO, thin = more_OO if gram_OO is None else gram_OO.add_(more_OO), []
+    matrix = (torch.cat(thin, dim=1) if gram_OO is None else gram_OO).float()
+    generator = torch.Generator().manual_seed(0)
+    left_OK = randomized_svd(matrix, rank, passes=SHARED_PASSES, generator=generator).left_OK[:, :rank]
+    return left_OK * left_OK.gather(0, left_OK.abs().argmax(dim=0, keepdim=True)).sign()
 
 
 def orthonormal(tall: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from qsvd.options.quantizing import Allocate, Calibrate, Quantize
 from qsvd.options.training import Train, TrainingOptions
 from qsvd.options.using import Eval, Generate
 
-TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga")  # methods that --rslora scales
+TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga", "melora")  # methods that --rslora scales
+WITH_DROPOUT = ("lora", "r-lora")  # methods that --dropout applies to
 TRACKERS = {  # name -> packages of which transformers needs one
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -111,7 +112,7 @@ def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     wrong = []
     if options.layer_major and options.gradient_checkpointing == "no":
         wrong.append("--layer-major needs gradient checkpointing: leave out --no-gradient-checkpointing")
-    of_methods = {"--dropout": (options.dropout > 0, ("lora",)), "--rslora": (options.rslora, TWO_FACTORS)}
+    of_methods = {"--dropout": (options.dropout > 0, WITH_DROPOUT), "--rslora": (options.rslora, TWO_FACTORS)}
     for flag, (is_given, methods) in of_methods.items():
         if is_given and options.method not in ("auto", *methods):
             able = " or ".join(methods)

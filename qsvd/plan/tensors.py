@@ -1,12 +1,14 @@
 """Tensors that do not exist yet: their shapes, dtypes and bytes, and the bytes that an optimizer adds to them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
 
 import torch
+from torch import Tensor
 
 from qsvd.errors import BadInput
+from qsvd.plan.weights import WeightSpec
 
 LEAST_8_BIT = 4096  # elements; bitsandbytes' min_8bit_size, below which state is float32
 LEAST_PAGED = 100_000  # elements, from which bitsandbytes' paged optimizers page state
@@ -32,6 +34,34 @@ class TensorShape:
 
 
 @dataclass(frozen=True)
+class Family:
+    """Weights of a model that have tensors in common. A method that has families makes a subclass of it.
+
+    Args:
+        name: Another one for each family of the model.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The quantized layers of a model that can be trained, for a method that divides them into families.
+
+    Args:
+        specs: All of them; their order has no meaning.
+        ranks: The stored ranks, by the paths of the layers.
+        targets: Paths of the layers that are to be trained.
+        head_size: Features of a head of attention; None if the config says none.
+    """
+
+    specs: Sequence[WeightSpec]
+    ranks: Mapping[str, int]
+    targets: Collection[str]
+    head_size: int | None
+
+
+@dataclass(frozen=True)
 class AdapterTensors:
     """The tensors of the adapter of one weight, by name.
 
@@ -40,9 +70,15 @@ class AdapterTensors:
         buffers: Frozen, without the residual.
         made: What a forward pass computes from these and keeps for the backward pass. The layer multiplies with "up",
             "down" and "gain"; those that are not in `made` are parameters or buffers themselves.
-        shared: Frozen, and one tensor for all weights with the same name and shape.
+        shared: Frozen, and one tensor for all weights of the family with the same name and shape.
+        common: Trained, and one tensor for all weights of the family.
+        family: Name of the family; empty for all weights that have none.
         state: What the hooks of the method keep between steps.
-        dropout: Above 0, the frozen and the trained factors are multiplied apart, and nothing of `made` is made.
+        delta: Computes what a layer adds to its product, [T, O], from its input [T, I], the tensors above by name, and
+            the dropout. None if nothing is added.
+        numbers: With how many numbers `delta` multiplies each token, if they are as many as those of the weight.
+        dropout: Above 0 and without `delta`, the frozen and the trained factors are multiplied apart, and nothing of
+            `made` is made.
     """
 
     parameters: Mapping[str, TensorShape]
@@ -50,7 +86,16 @@ class AdapterTensors:
     made: Mapping[str, TensorShape]
     shared: Mapping[str, TensorShape] = field(default_factory=dict)
     state: Mapping[str, TensorShape] = field(default_factory=dict)
+    delta: Callable[[Tensor, Mapping[str, Tensor], float], Tensor] | None = None
+    numbers: int = 0
     dropout: float = 0.0
+    common: Mapping[str, TensorShape] = field(default_factory=dict)
+    family: str = ""
+
+    @property
+    def trained(self) -> dict[str, TensorShape]:
+        """What is trained of the weight alone, and with others."""
+        return {**self.parameters, **self.common}
 
 
 def total_bytes(tensors: Iterable[TensorShape]) -> int:

@@ -10,8 +10,8 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import dense_delta
 from qsvd.adapters.load import load, names_of
 from qsvd.adapters.methods.frozen import Frozen
-from qsvd.adapters.methods.table import METHODS, kind_of
-from qsvd.adapters.start import new_record, read_components, trained_adapter
+from qsvd.adapters.methods.table import METHODS
+from qsvd.adapters.start import Starts, new_record, read_components, trained_adapter
 from qsvd.data.columns import Examples
 from qsvd.errors import BadInput, listing
 from qsvd.export.trained import Trained, TrainedModel
@@ -232,8 +232,10 @@ class Opened:
         """The experts that were trained, by their paths."""
         split, record = self.split, self.record
         experts = [weight["module"] for weight in split.weights.values() if "stack" in weight]
-        kinds = ((path, kind_of(record.method, path, split.module_ranks, record.target_modules)) for path in experts)
-        return [path for path, kind in kinds if self.adapter is not None and kind is not Frozen]
+        if self.adapter is None or not experts:
+            return []
+        kinds = Starts(split, record, torch.device("cpu")).assigned.kinds
+        return [path for path in experts if kinds[path] is not Frozen]
 
     def load(self) -> Any:
         """Load the trained model as qsvd runs it, in float32 on the CPU."""
@@ -258,10 +260,11 @@ def open_trained(run: Path, base: Path | None) -> Opened:
         return Opened(split, None, new_record(split, AdapterOptions()), TrainedModel(split, stored))
     adapter = open_adapter(run.expanduser())
     spelling = names_of(split, adapter.record).spelling
-    modules = {name: path.removesuffix(".weight") for path, name in spelling.items()}
+    modules = {name: path.removesuffix(".weight") for path, name in spelling.items() if name in split.weights}
+    starts = Starts(split, adapter.record, torch.device("cpu"))
 
     def weight(name: str) -> Trained:
-        made = trained_adapter(split, adapter, name, modules[name])
+        made = trained_adapter(adapter, name, modules, starts)
         up_OK, down_KI = made.exported()
         gain_O = made.gain(lambda: split.residual(name))
         if gain_O is None and METHODS[adapter.record.method].has_gain:  # a layer that was not trained

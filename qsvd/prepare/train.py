@@ -12,6 +12,7 @@ import torch
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.gradients import gradients_digest, starts_from_gradients
 from qsvd.adapters.load import load_new
+from qsvd.adapters.methods.families import said_of_frozen
 from qsvd.adapters.methods.table import METHODS, has_pair, options_for, own_options
 from qsvd.adapters.model import restore
 from qsvd.adapters.start import check_start, new_record, planned_base
@@ -250,13 +251,14 @@ def plan_run(
 def _chosen(options: Train, model: SplitModelPlan, device: torch.device) -> Iterator[str]:
     """Yield why the method is lora, and the rank of experts, where these were not given, and whose kernels run."""
     yield from said_of_liger(model.skeleton.model.config.model_type, device)
-    weights = [spec for spec in model.names.weights if model.adapters[spec.name].parameters]
+    weights = [spec for spec in model.names.weights if model.adapters[spec.name].trained]
     bare = [spec for spec in weights if not model.allocation.choices[spec.module].rank]
     if options.method == "auto" and options.init_from is None and 0 < len(bare) < len(weights):
         yield (
             f"Method: {model.method}, since {len(bare)} of {len(weights)} layers have no components: every layer gets "
             "a new adapter. --method pissa trains the stored components alone"
         )
+    yield from said_of_frozen(model)
     experts, given = [spec.module for spec in weights if spec.stack], adapter_options_of(options)
     if experts and options_for(given, METHODS[model.method], experts[0]) != given:
         yield f"Experts: rank {EXPERT_RANK} each, the default for experts; --rank sets that of all layers"

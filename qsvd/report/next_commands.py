@@ -70,12 +70,13 @@ def train_command(options: Train) -> str:
     return shell(*words) + (f"  {DATA.partition('  ')[2]}" if options.data == "DATA" else "")
 
 
-def after_train(base: str, run: Path, valid: str | None, *, generates: bool) -> list[str]:
+def after_train(base: str, run: Path, valid: str | None, *, generates: bool, merges: bool) -> list[str]:
     """Return the commands that use a run.
 
     Args:
         valid: Validation data, if there are some besides the training data.
         generates: Whether it is a language model.
+        merges: Whether its method can be exported as merged weights.
     """
     commands = [shell("qsvd", "generate", str(run), "--prompt", "Hello")] if generates else []
     if valid is not None:
@@ -83,7 +84,8 @@ def after_train(base: str, run: Path, valid: str | None, *, generates: bool) -> 
         commands.append(shell("qsvd", "eval", *models, "--data", valid))
     elif not generates:
         commands.append(f"{shell('qsvd', 'eval', str(run), '--data')} {DATA}")
-    return [*commands, shell("qsvd", "export", str(run), "--to", "merged", "--out", f"{run}-merged")]
+    merged = shell("qsvd", "export", str(run), "--to", "merged", "--out", f"{run}-merged")
+    return [*commands, merged] if merges else commands
 
 
 def after_export(form: str, out: Path, base: str, *, task: str | None, has_components: bool) -> list[str]:

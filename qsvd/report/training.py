@@ -112,25 +112,33 @@ def _pair(before: float | None, after: float | None, form: str) -> str:
     return "" if before is None or after is None else f"{before:{form}}, {after:{form}}"
 
 
-def run_readme(summary: RunSummary, run: str) -> str:
+FORMS = {"peft": "a PEFT adapter for the residual", "merged": "a 16-bit model"}  # of qsvd export
+
+
+def run_readme(summary: RunSummary, run: str, forms: Sequence[str] = tuple(FORMS)) -> str:
     """Return RUN/README.md: what the folder holds, the summary, and commands to use it.
 
     Args:
         run: The folder, as the user wrote it.
+        forms: Of FORMS, those that the method can be exported in.
     """
     lines = "\n".join(f"| {name} | {markdown(value)} |" for name, value in rows(summary, is_timed=False))
-    peft = "AutoPeftModelForSequenceClassification" if summary.classes else "AutoPeftModelForCausalLM"
-    labels = f", num_labels={summary.classes}" if summary.classes else ""
+    same = without = ""
+    if "peft" in forms:
+        peft = "AutoPeftModelForSequenceClassification" if summary.classes else "AutoPeftModelForCausalLM"
+        labels = f", num_labels={summary.classes}" if summary.classes else ""
+        same = " `adapter_model.safetensors` and `adapter_config.json` are the\nsame adapter for PEFT."
+        without = (
+            f"```python\nfrom peft import {peft}  # without qsvd\n\n"
+            f"model = {peft}.from_pretrained({run!r}{labels})\n```\n\n"
+        )
+    exports = [f"qsvd export {shell(run)} --to {one} --out {shell(f'{run}-{one}')}  # {FORMS[one]}" for one in forms]
     return (
         f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is the trained adapter. It works only with the\n"
-        f"quantized model in {code(summary.base)}. `adapter_model.safetensors` and `adapter_config.json` are the\n"
-        f"same adapter for PEFT. `steps.jsonl` lists every step, `loss.png` and `loss.svg` plot the loss, and\n"
-        f"`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
-        f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n"
-        f"```python\nfrom peft import {peft}  # without qsvd\n\n"
-        f"model = {peft}.from_pretrained({run!r}{labels})\n```\n\n"
-        f"```sh\nqsvd export {shell(run)} --to peft --out {shell(run + '-peft')}  # a PEFT adapter for the residual\n"
-        f"qsvd export {shell(run)} --to merged --out {shell(run + '-merged')}  # a 16-bit model\n```\n"
+        f"quantized model in {code(summary.base)}.{same} `steps.jsonl` lists every step, `loss.png` and `loss.svg` "
+        f"plot the loss, and\n`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
+        f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n{without}"
+        + ("\n".join(["```sh", *exports, "```", ""]) if exports else "")
     )
 
 

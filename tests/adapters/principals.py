@@ -3,6 +3,8 @@
 Shape suffixes: T = tokens, O = out features, I = in features, R = stored rank, K = rank of the adapter's factors.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -37,6 +39,21 @@ def principal_of(shape, rank, *, dtype=torch.float32, double_quant=False, seed=0
     )
     residual = packed_residual(shape, double_quant=double_quant, seed=seed)
     return StoredWeight(residual, up.to(dtype), down.to(dtype), gradient=vectors(shape, max(shape)))
+
+
+def even(side):
+    """2 where that divides a side of a weight, otherwise 1."""
+    return 2 - side % 2
+
+
+def own_options(method, shape):
+    """Options of the method's own that a weight of this shape needs."""
+    rows, columns = shape
+    return {
+        "melora": {"blocks": math.gcd(rows, columns)},
+        "kron-lora": {"kron_out": even(rows), "kron_in": even(columns)},
+        "lora-mini": {"outer_out": 6, "outer_in": 5},
+    }.get(method, {})
 
 
 class Given(Adapter):

@@ -26,7 +26,60 @@ OPTIONS = {  # a scale of 3 / rank, where there is one
     "lora-fa": {"rank": 5, "alpha": 3.0},
     "vera": {"rank": 5, "own": {"d_initial": 0.7}},
     "lora-ga": {"rank": 5, "alpha": 3.0, "own": {"gamma": 4.0}},
+    "randlora": {"rank": 32, "alpha": 3.0},
+    "sara": {"rank": 5, "alpha": 3.0},
+    "melora": {"rank": 5, "alpha": 3.0, "own": {"blocks": 2}},
+    "kron-lora": {"rank": 5, "alpha": 3.0, "own": {"kron_out": 7, "kron_in": 4}},
+    "singlora": {"rank": 5, "alpha": 3.0},
+    "symlora": {"rank": 5, "alpha": 3.0},
+    "lora-mini": {"rank": 5, "alpha": 3.0, "own": {"outer_out": 8, "outer_in": 6}},
+    "cora": {"rank": 3, "alpha": 3.0},
+    "lorta": {"rank": 5, "alpha": 3.0},
+    "lora2": {"rank": 5, "alpha": 3.0, "own": {"inner_size": 4}},
 }
+RAMP = 0.375  # of singlora, exact in binary
+
+
+def block_diagonal(up, down, count):
+    """The products of `count` slices of the rows of B and the columns of A, on the diagonal."""
+    product, (height, width) = torch.zeros_like(up @ down), (len(up) // count, down.shape[1] // count)
+    for one in range(count):
+        rows, columns = (slice(one * side, (one + 1) * side) for side in (height, width))
+        product[rows, columns] = up[rows] @ down[:, columns]
+    return product
+
+
+def mirrored(columns, values):
+    """D [K, M] on both sides of values: O rows of its transpose, and I of its columns."""
+    rows, width = SHAPE
+    return columns[:, :rows].T @ torch.diag(values) @ columns[:, :width]
+
+
+def of_random_bases(f, p):
+    """The sum of B_n diag(lam_n) A diag(gam_n); a uniform draw within 1 / sqrt(n) has the deviation 1 / sqrt(3 n)."""
+    bases, base = f["shared_bases"], f["shared_base"]
+    parts = zip(bases.split(len(base), dim=1), p["lam"].T, p["gam"], strict=True)
+    total = sum(part @ torch.diag(lam) @ base @ torch.diag(gam) for part, lam, gam in parts)
+    return 3 * (bases.shape[1] * base.shape[1]) ** 0.5 * total.T
+
+
+BY_FORMULA = {  # without the scale
+    "adalora": lambda _, p: p["up"] @ torch.diag(p["diagonal"]) @ p["down"],
+    "sara": lambda _, p: p["up"] @ torch.diag(p["diagonal"]) @ p["down"],
+    "lora-ga": lambda f, p: p["up"] @ p["down"] + f["minus_start_up"] @ f["start_down"],
+    "randlora": of_random_bases,
+    "melora": lambda _, p: block_diagonal(p["up"], p["down"], 2),
+    "kron-lora": lambda _, p: torch.kron(p["kron"], p["up"] @ p["down"]),
+    "singlora": lambda _, p: RAMP * mirrored(p["down"], torch.ones(5).double()),
+    "symlora": lambda _, p: mirrored(p["down"], p["diagonal"]),
+    "lora-mini": lambda f, p: f["outer_up"] @ p["inner_up"] @ p["inner_down"] @ f["frozen_down"][RANK:],
+    "cora": lambda f, p: f["basis"] @ p["down"],
+    "lorta": lambda _, p: (  # one head of the first projection of one attention
+        p["up"] @ torch.diag(p["heads"][0] * p["matrices"][0] * p["attentions"][0]) @ p["down"]
+    ),
+    "lora2": lambda _, p: p["up"] @ p["inner_up"] @ torch.diag(p["diagonal"]) @ p["inner_down"] @ p["down"],
+}
+ROUTED = ("mo-sara", "r-lora")  # their outputs are no product with a dense weight: see test_routed.py
 
 
 def formula(method, scale, f, p):
@@ -39,10 +92,8 @@ def formula(method, scale, f, p):
         return f["Q"] + f["P"] + scale * f["directions"] @ p["core"] @ f["directions"].T @ f["P"]
     if method == "vera":
         added = p["b"][:, None] * (f["shared_up"] @ torch.diag(p["d"]) @ f["shared_down"])
-    elif method == "adalora":
-        added = scale * p["up"] @ torch.diag(p["diagonal"]) @ p["down"]
-    elif method == "lora-ga":
-        added = scale * (p["up"] @ p["down"] + f["minus_start_up"] @ f["start_down"])
+    elif method in BY_FORMULA:
+        added = scale * BY_FORMULA[method](f, p)
     else:
         added = scale * p["up"] @ (f["frozen_down"][RANK:] if method == "lora-fa" else p["down"])
     return f["Q"] + f["P"] + added
@@ -53,6 +104,8 @@ def moved(method, principal, *, seed=3):
     options = AdapterOptions(method, **OPTIONS[method])
     adapter = METHODS[method].start(principal, options, torch.Generator().manual_seed(0))
     with torch.no_grad():
+        if method == "singlora":
+            adapter.ramp.fill_(RAMP)
         for number, parameter in enumerate(adapter.parameters()):
             step = torch.from_numpy(reference.gaussian(1, parameter.numel(), seed=seed + number)).reshape(
                 parameter.shape
@@ -73,7 +126,11 @@ def dense(method, scale, frozen, parameters, norms):
     return weight if "magnitude" not in parameters else parameters["magnitude"][:, None] * weight / norms[:, None]
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_a_formula():
+    assert {*OPTIONS, *ROUTED} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
 def test_outputs_and_gradients_are_those_of_the_dense_formula_in_float64(method):
     """The bound is a count of float32 roundings, times the same formula of absolute values."""
     principal = principal_of(SHAPE, RANK)

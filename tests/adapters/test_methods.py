@@ -1,6 +1,7 @@
 """The methods: what each starts from, trains and refuses. EDoRA's formula has a file of its own."""
 
 import math
+import operator
 
 import pytest
 import scipy.stats
@@ -8,12 +9,13 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.methods import vera
 from qsvd.adapters.methods.lora import Lora
 from qsvd.adapters.methods.pissa import Pissa
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.methods.vera import shared_draw
 from tests import reference
-from tests.adapters.principals import SHAPES, UNIT, decoded, dense_output, principal_of
+from tests.adapters.principals import SHAPES, UNIT, decoded, dense_output, even, own_options, principal_of
 
 TRAINED = {
     "pissa": {"up", "down"},
@@ -26,9 +28,26 @@ TRAINED = {
     "lora-fa": {"up"},
     "vera": {"b", "d"},
     "lora-ga": {"up", "down"},
+    "randlora": {"lam", "gam"},
+    "sara": {"up", "diagonal", "down"},
+    "mo-sara": {"cores", "w1", "w2", "v"},
+    "r-lora": {"down", "up", "router"},
+    "melora": {"up", "down"},
+    "kron-lora": {"kron", "up", "down"},
+    "singlora": {"down"},
+    "symlora": {"down", "diagonal"},
+    "lora-mini": {"inner_up", "inner_down"},
+    "cora": {"down"},
+    "lorta": {"up", "down", "heads", "matrices", "attentions"},
+    "lora2": {"up", "inner_up", "diagonal", "inner_down", "down"},
 }
-SAVED = {"lora-ga": {"start_up", "start_down"}}  # besides
-COUNTS = {  # by the papers: how often r^2, r o, r i, r and o, for rank r of an o x i weight
+SAVED = {
+    "lora-ga": {"start_up", "start_down"},
+    "singlora": {"ramp"},
+    "cora": {"basis"},
+    "r-lora": {"start_up", "start_down"},
+}  # besides
+COUNTS = {  # by the papers: how often r^2, r o, r i, r and o, for rank r of an o x i weight; or a formula
     "pissa": (0, 1, 1, 0, 0),
     "lora": (0, 1, 1, 0, 0),
     "edora": (1, 0, 0, 0, 1),
@@ -39,14 +58,49 @@ COUNTS = {  # by the papers: how often r^2, r o, r i, r and o, for rank r of an 
     "lora-fa": (0, 1, 0, 0, 0),
     "vera": (0, 0, 0, 1, 1),
     "lora-ga": (0, 1, 1, 0, 0),
+    "randlora": lambda r, o, i: math.ceil(min(o, i) / r) * (r + min(o, i)),
+    "sara": (0, 1, 1, 1, 0),
+    "mo-sara": lambda r, o, _: 5 * r + r + 5 + o,  # 5 sets or heads
+    "r-lora": lambda r, o, i: r * i + 5 * r * o + 5 * i,
+    "melora": lambda r, o, i: r * (o + i),
+    "kron-lora": lambda r, o, i: even(o) * even(i) + r * (o // even(o) + i // even(i)),
+    "singlora": lambda r, o, i: r * max(o, i),
+    "symlora": lambda r, o, i: r * (max(o, i) + 1),
+    "lora-mini": lambda r, o, i: r * (min(6, o) + min(5, i)),
+    "cora": (0, 0, 1, 0, 0),
+    "lorta": (0, 1, 1, 6, 0),  # one head of one attention
+    "lora2": (2, 1, 1, 1, 0),  # with r as the inner size
 }
-ADDED = {"lora", "dora", "adalora", "lora-fa", "vera", "lora-ga"}  # beside the components, which are frozen
+MOST = {  # ranks that are cut
+    "lora-ga": lambda r, o, i: min(r, min(o, i) // 2),
+    "melora": lambda r, o, i: min(r, min(o, i) // math.gcd(o, i)),
+    "kron-lora": lambda r, o, i: min(r, o // even(o), i // even(i)),
+    "lora-mini": lambda r, o, i: min(r, 6, 5, o, i),
+}
+ADDED = {  # beside the components, which are frozen
+    "lora",
+    "dora",
+    "adalora",
+    "lora-fa",
+    "vera",
+    "lora-ga",
+    "melora",
+    "kron-lora",
+    "singlora",
+    "symlora",
+    "lora-mini",
+    "cora",
+    "lorta",
+    "lora2",
+    "sara",
+}
 EXACT = [method for method in METHODS if method != "sorsa"]  # it decomposes them once more
 SMALL = [(shape, min(3, *shape)) for shape in SHAPES]  # with a rank that each may have
 
 
 def started(method, principal, *, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
+    options = {"own": own_options(method, principal.residual.shape), **options}
     return METHODS[method].start(principal, AdapterOptions(method, **options), generator)
 
 
@@ -102,10 +156,12 @@ def test_lora_starts_from_the_residual_alone_where_no_components_are_stored(shap
 def test_what_is_trained_is_counted_right_and_all_that_is_saved(method, shape, rank):
     adapter = started(method, principal_of(shape, rank), rank=rank)
     count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-    trained = min(rank, min(shape) // 2) if method == "lora-ga" else rank
-    sizes = (rank * rank, trained * shape[0], trained * shape[1], rank, shape[0])
-    by_hand = sum(number * size for number, size in zip(COUNTS[method], sizes, strict=True))
-    assert METHODS[method].num_parameters(shape, rank) == count == by_hand
+    trained = MOST.get(method, lambda r, *_: r)(rank, *shape)
+    sizes, numbers = (rank * rank, trained * shape[0], trained * shape[1], rank, shape[0]), COUNTS[method]
+    is_formula = callable(numbers)
+    by_hand = numbers(trained, *shape) if is_formula else sum(map(operator.mul, numbers, sizes))
+    own = METHODS[method].options(**own_options(method, shape))
+    assert METHODS[method].num_parameters(shape, rank, own) == count == by_hand
     assert {name for name, _ in adapter.named_parameters()} == TRAINED[method]
     assert set(adapter.state_dict()) == TRAINED[method] | SAVED.get(method, set())
 
@@ -113,6 +169,8 @@ def test_what_is_trained_is_counted_right_and_all_that_is_saved(method, shape, r
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_frozen_has_no_gradient_and_what_is_trained_has_one(method):
     adapter = started(method, principal_of((33, 64), 3))
+    if method == "singlora":
+        adapter.ramp.fill_(0.5)  # without hooks it stays at 0, where nothing has a gradient
     module = SplitLinear(principal_of((33, 64), 3).residual, adapter, torch.ones(33))
     frozen = [t.clone() for t in module.buffers()]
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
@@ -169,7 +227,9 @@ def test_loras_draw_repeats_with_its_generator_and_differs_with_another():
     assert not torch.equal(first, other)
 
 
-def test_veras_random_factors_are_what_earlier_runs_were_trained_with():
+@pytest.mark.parametrize("at_once", [vera.AT_ONCE, 5])
+def test_veras_random_factors_are_what_earlier_runs_were_trained_with(at_once, monkeypatch):
+    monkeypatch.setattr(vera, "AT_ONCE", at_once)
     drawn = shared_draw(2, 4, 0, torch.zeros(1)) * 2**24  # a bound of 1/2: integers
     first = [[-5328508, -7302269, -5296228, 1626474], [4486572, -511180, -4257752, -2816422]]
     assert drawn.tolist() == first
@@ -224,8 +284,28 @@ def test_pissa_takes_the_stored_rank_as_rank_and_alpha():
         ("lora-xs", 0, {}, r"lora-xs trains stored components, and the quantized model has none"),
         ("sorsa", 0, {}, r"sorsa trains stored components, and the quantized model has none"),
         ("sorsa", 3, {"rank": 2}, "rank 2 is not the stored rank 3, the only one that sorsa can train"),
+        (
+            "sara",
+            0,
+            {},
+            r"sara takes the rank of each layer from its stored components, and the quantized model has none",
+        ),
+        ("mo-sara", 0, {}, r"mo-sara trains stored components, and the quantized model has none"),
+        ("mo-sara", 3, {"rank": 4}, r"rank 4 is outside 1\.\.3, the stored components"),
+        ("r-lora", 3, {"rank": 0}, "rank 0 is below 1, the least that trains anything"),
+        ("randlora", 0, {"rank": 0}, "rank 0 is below 1, the least that trains anything"),
         ("vera", 3, {"alpha": 2.0}, "alpha 2 has no use in vera, whose vectors are its scale: leave it out"),
         ("adalora", 3, {"rank": 4, "own": {"target_rank": 5}}, "target_rank 5 is above the rank 4"),
+        ("melora", 3, {"own": {"blocks": 2}}, r"melora: --blocks 2 does not divide both sides of 1 of 1 layers"),
+        (
+            "cora",
+            0,
+            {},
+            r"cora takes its bases from the stored components, and the layers to train have none \(rank 0\)",
+        ),
+        ("cora", 3, {"rank": 0}, "rank 0 is below 1"),
+        ("lorta", 3, {"rank": 0}, "rank 0 is below 1"),
+        ("lora2", 3, {"rank": 4, "own": {"target_rank": 5}}, "target_rank 5 is above the rank 4"),
         ("lora", 3, {"rank": 0}, "rank 0 is below 1, the least that trains anything"),
         ("lora", 0, {"rank": -1}, "rank -1 is below 1"),
     ],

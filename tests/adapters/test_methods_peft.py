@@ -1,4 +1,7 @@
-"""DoRA, VeRA and AdaLoRA, judged by PEFT: the same weights in, the same outputs, gradients and removed triplets."""
+"""DoRA, VeRA, AdaLoRA and Kron-LoRA, judged by PEFT: the same weights in, the same outputs and gradients.
+
+Of AdaLoRA the same removed triplets, too.
+"""
 
 import copy
 
@@ -21,6 +24,7 @@ CONFIGS = {
         init_r=RANK, target_r=2, tinit=2, tfinal=3, deltaT=2, beta1=0.8, beta2=0.7, orth_reg_weight=0.1,
         total_step=12, lora_alpha=3, target_modules=["0", "1"],
     ),
+    "kron-lora": peft.LoKrConfig(r=RANK, alpha=3, decompose_factor=2, target_modules=["0", "1"]),
 }  # fmt: skip
 OWN = {
     "vera": {"d_initial": 0.7},
@@ -28,11 +32,13 @@ OWN = {
         "target_rank": 2, "tinit": 2 / 12, "tfinal": 3 / 12, "delta_t": 2, "beta1": 0.8, "beta2": 0.7,
         "orthonormal_weight": 0.1,
     },
+    "kron-lora": {"kron_out": 2, "kron_in": 2},
 }  # fmt: skip
 NAMES = {  # ours -> PEFT's
     "dora": {"up": "lora_B", "down": "lora_A", "magnitude": "lora_magnitude_vector"},
     "vera": {"b": "vera_lambda_b", "d": "vera_lambda_d"},
     "adalora": {"up": "lora_B", "down": "lora_A", "diagonal": "lora_E"},
+    "kron-lora": {"kron": "lokr_w1", "up": "lokr_w2_a", "down": "lokr_w2_b"},
 }
 
 

@@ -60,6 +60,14 @@ def test_pissa_is_the_method_where_all_weights_have_components_and_lora_where_on
         (AdapterOptions("pissa"), lambda rows, columns: 4 * (rows + columns)),
         (AdapterOptions("lora", rank=2), lambda rows, columns: 2 * (rows + columns)),
         (AdapterOptions("edora", rank=3), lambda rows, _: 9 + rows),
+        (
+            AdapterOptions("r-lora", rank=2, own={"heads": 3}),
+            lambda rows, columns: 2 * columns + 6 * rows + 3 * columns,
+        ),
+        (
+            AdapterOptions("kron-lora", rank=2, own={"kron_out": 2, "kron_in": 8}),
+            lambda rows, columns: 16 + 2 * (rows // 2 + columns // 8),
+        ),
     ],
 )
 def test_parameters_are_float32_up_to_a_number_and_bfloat16_from_there(results, options, per_weight, monkeypatch):
@@ -69,7 +77,7 @@ def test_parameters_are_float32_up_to_a_number_and_bfloat16_from_there(results, 
     assert new_record(results[4], options).dtype == "float32"
     monkeypatch.setattr(start, "FEW", count - 1)
     assert new_record(results[4], options).dtype == "bfloat16"
-    told = AdapterOptions(options.method, rank=options.rank, dtype="float32")
+    told = dataclasses.replace(options, dtype="float32")
     assert new_record(results[4], told).dtype == "float32"
 
 
@@ -86,22 +94,39 @@ def test_that_number_takes_4_gigabytes():
         (
             AdapterOptions("pissa", dropout=0.1),
             (),
-            r"dropout is an option of the method lora, and the method is pissa",
+            r"dropout is an option of the method lora or r-lora, and the method is pissa",
         ),
         (
             AdapterOptions("edora", rslora=True),
             (),
-            r"rslora is an option of the method lora or dora or lora-fa or lora-ga, and the method is edora",
+            r"rslora is an option of the method lora or dora or .*melora or cora.*, and the method is edora",
         ),
         (AdapterOptions(dropout=0.1), (), r"the method is pissa: choose lora \(--method lora\), or leave dropout out$"),
         (AdapterOptions("lora", dropout=1.0), (), r"dropout 1 is not a number from 0 to below 1$"),
         (AdapterOptions(target_modules=("q_prj",)), (), r"no quantized layer is called q_prj \(nearest: q_proj"),
+        (
+            AdapterOptions("melora", own={"blocks": 64}),
+            (),
+            r"--blocks 64 does not divide both sides of 4 of 14 layers \(out x in\): model.layers.0.self_attn.k_proj "
+            r"\(32 x 64\), .*1\.self_attn\.v_proj \(32 x 64\); set --blocks to a divisor of 32; or train other layers",
+        ),
+        (
+            AdapterOptions("kron-lora", own={"kron_out": 3, "kron_in": 128}, target_modules=("down_proj",)),
+            (),
+            r"--kron-out 3 does not divide the outputs of 2 of 2 .* divisor of 64; or train other layers",
+        ),
         (AdapterOptions(), ("only",), r"labels has the one class 'only'; a classifier needs at least two$"),
     ],
 )
 def test_what_there_is_not_is_refused(results, options, labels, said):
     with pytest.raises(ValueError, match=said):
         new_record(results[4], options, labels)
+
+
+def test_a_plan_of_the_16_bit_model_refuses_it_too(results):
+    source = str(results[4].folder.parent / "source")
+    with pytest.raises(qsvd.BadInput, match="--blocks 64 does not divide both sides of 4 of 14 layers"):
+        qsvd.plan(source, method="melora", blocks=64, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,22 @@ from qsvd.adapters.methods.table import METHODS
 from qsvd.numerics.nf4 import NormalFloat4
 
 SHAPES = [(48, 80), (80, 48), (64, 64)]
+ADDED = (
+    "dora",
+    "adalora",
+    "lora-fa",
+    "vera",
+    "lora-ga",
+    "randlora",
+    "melora",
+    "kron-lora",
+    "singlora",
+    "symlora",
+    "lora-mini",
+    "lorta",
+    "lora2",
+    "r-lora",
+)
 
 
 def started(method, shape, stored_rank, rank, dtypes):
@@ -34,15 +50,16 @@ def described(tensors):
 @pytest.mark.parametrize(
     ("method", "stored_rank", "rank"),
     [("pissa", 8, 8), ("lora", 0, 4), ("lora", 8, 4), ("lora", 8, 64), ("edora", 8, 8), ("edora", 8, 3)]
-    + [("lora-xs", 8, 3), ("sorsa", 8, 8)]
-    + [(method, stored, 4) for method in ("dora", "adalora", "lora-fa", "vera", "lora-ga") for stored in (0, 8)],
+    + [("lora-xs", 8, 3), ("sorsa", 8, 8), ("sara", 8, 8), ("sara", 8, 64), ("mo-sara", 8, 3), ("randlora", 8, 64)]
+    + [(method, stored, 4) for method in ADDED for stored in (0, 8)]
+    + [("cora", 8, 4), ("cora", 8, 8)],
 )
 def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_rank, rank):
     dtypes = (torch.float32, torch.bfloat16)
     for shape, trained, stored in itertools.product(SHAPES, dtypes, dtypes):
         adapter = started(method, shape, stored_rank, rank, (trained, stored))
         said = METHODS[method].tensors(shape, stored_rank, rank, trained, stored)
-        assert described(said.parameters.items()) == described(adapter.named_parameters())
+        assert described(said.trained.items()) == described(adapter.named_parameters())
         assert described((said.buffers | said.shared).items()) == described(adapter.named_buffers())
         assert METHODS[method].num_parameters(shape, rank) == sum(p.numel() for p in adapter.parameters())
 
@@ -50,8 +67,9 @@ def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_ra
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("method", "stored_rank"),
-    [("pissa", 8), ("lora", 0), ("lora", 8), ("edora", 8), ("lora-xs", 8), ("sorsa", 8)]
-    + [(method, stored) for method in ("dora", "adalora", "lora-fa", "vera", "lora-ga") for stored in (0, 8)],
+    [("pissa", 8), ("lora", 0), ("lora", 8), ("edora", 8), ("lora-xs", 8), ("sorsa", 8), ("sara", 8), ("mo-sara", 8)]
+    + [(method, stored) for method in ADDED for stored in (0, 8)]
+    + [("cora", 8)],
 )
 def test_what_is_made_is_what_autograd_keeps_beside_them(method, stored_rank, stored):
     adapter = started(

@@ -15,7 +15,15 @@ import transformers
 import qsvd
 from qsvd.cli import run as qsvd_command
 from tests.commands.folders import shared_model
-from tests.commands.trained_runs import LABELS, METHODS, factors_of, head_of, trained_weights, write_run
+from tests.commands.trained_runs import (
+    LABELS,
+    METHODS,
+    factors_of,
+    head_of,
+    random_sum,
+    trained_weights,
+    write_run,
+)
 from tests.export.cases import HALF_ULP, ROUNDINGS, base_in_float32, files_of, outputs
 
 pytestmark = [
@@ -25,6 +33,8 @@ pytestmark = [
 ]
 MODELS = {"stories260K": (), "minilm-l6": LABELS}
 SCALED = ("edora", "dora")  # whose rows have a gain
+REFUSED = {("randlora", form): "changes weights at full rank, which a LoRA cannot do" for form in ("peft", "lora")}
+REFUSED |= {(method, "lora"): "scales the rows of each weight, which a LoRA on the 16-bit model" for method in SCALED}
 CASES = [("stories260K", method) for method in METHODS]
 CASES += [("minilm-l6", method) for method in ("pissa", "lora", "edora")]
 SMALLEST = 2.0**-25  # half the least float16
@@ -80,7 +90,20 @@ def test_in_qsvd_it_is_what_was_in_memory_and_what_the_files_say(case):
     assert distance(case.original, case.exact) > 100 * ROUNDINGS * case.rounding, "training would not be missed"
 
 
-def test_in_peft_on_the_residual_it_is_the_same_model(case):
+def is_refused(case, form, capsys):
+    """Whether the method has no such export; the command then says why, and leaves no folder."""
+    if (case.method, form) not in REFUSED:
+        return False
+    arguments = ["export", case.run, "--to", form, "--out", case.folder / "none"]
+    assert qsvd_command([str(argument) for argument in arguments]) == 2
+    assert f"{case.method} {REFUSED[case.method, form]}" in capsys.readouterr().err
+    assert not (case.folder / "none").exists()
+    return True
+
+
+def test_in_peft_on_the_residual_it_is_the_same_model(case, capsys):
+    if is_refused(case, "peft", capsys):
+        return
     out = export(case, "peft")
     base = base_in_float32(case.base, case.auto, **case.options)
     model = peft.PeftModel.from_pretrained(base, out)
@@ -89,14 +112,7 @@ def test_in_peft_on_the_residual_it_is_the_same_model(case):
 
 
 def test_on_the_original_a_lora_adds_what_training_changed(case, capsys):
-    if case.method in SCALED:
-        arguments = ["export", case.run, "--to", "lora", "--out", case.folder / "none"]
-        assert qsvd_command([str(argument) for argument in arguments]) == 2
-        assert (
-            f"{case.method} scales the rows of each weight, which a LoRA on the 16-bit model cannot do"
-            in capsys.readouterr().err
-        )
-        assert not (case.folder / "none").exists()
+    if is_refused(case, "lora", capsys):
         return
     out = export(case, "lora")
     said = capsys.readouterr().out
@@ -125,7 +141,7 @@ def test_merged_weights_are_rounded_once(case):
         linear = case.model.get_submodule(path)
         merged = next(found[name] for name in (f"{path}.weight", linear.name) if name in found)
         assert merged.dtype == dtype
-        rank = linear.adapter.factors()[0].shape[1]
+        rank = linear.adapter.factors()[0].shape[1] + (min(weight.shape) if case.method == "randlora" else 0)
         sizes = np.abs(linear.residual.decode().double().numpy()) + products(linear)
         roundoff = (2 * rank + COPIES) * HALF_ULP[torch.float32] * sizes
         if case.method in SCALED:  # and of the norm, whose squares are sums of I terms
@@ -137,7 +153,12 @@ def test_merged_weights_are_rounded_once(case):
 def products(linear):
     """|B| |A|, with a gain of about 1 left out."""
     up, down = (factor.detach().double().abs().numpy() for factor in linear.adapter.factors())
-    return up @ down
+    product = up @ down
+    if hasattr(linear.adapter, "gam"):
+        tensors = (*linear.adapter.parameters(), linear.adapter.shared_bases, linear.adapter.shared_base)
+        total = random_sum(*(tensor.detach().double().abs().numpy() for tensor in tensors))
+        product += 2 * (total if total.shape == product.shape else total.T)  # alpha / rank
+    return product
 
 
 def test_merged_it_is_the_same_model_in_plain_transformers(case):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import safetensors.torch
+import scipy.linalg
 import torch
 
 import qsvd
@@ -24,11 +25,24 @@ METHODS = {
     "lora-fa": {"rank": 4, "alpha": 8.0},
     "vera": {"rank": 4},
     "lora-ga": {"rank": 4, "alpha": 8.0},
+    "randlora": {"rank": 4, "alpha": 8.0},
+    "sara": {"rank": 4, "alpha": 8.0},
+    "melora": {"rank": 4, "alpha": 8.0, "own": {"blocks": 2}},
+    "kron-lora": {"rank": 4, "alpha": 8.0},
+    "singlora": {"rank": 4, "alpha": 8.0},
+    "symlora": {"rank": 4, "alpha": 8.0},
+    "lora-mini": {"rank": 4, "alpha": 8.0, "own": {"outer_out": 8, "outer_in": 6}},
+    "cora": {"rank": 4, "alpha": 8.0},
+    "lorta": {"rank": 4, "alpha": 8.0},
+    "lora2": {"rank": 4, "alpha": 8.0},
 }
+RAMP = 0.25  # of singlora, as in a run that was stopped
+ROUTED = {"mo-sara": {}, "r-lora": {}}  # they stand for no weights
 SCALE = 2.0  # alpha / rank of the LoRA
 LABELS = ("neg", "pos")
 MOVE = 0.05  # of a parameter's own size, as training moves it; of START where it starts at zero
 START = 0.3
+LORTA = ("q_proj", "k_proj", "v_proj", "o_proj")  # in the order of its matrices
 
 
 def write_run(base, folder, method="pissa", *, labels=(), seed=0):
@@ -36,13 +50,17 @@ def write_run(base, folder, method="pissa", *, labels=(), seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "gradients"
     own = {"gradients": write_gradients(base, file, 4)} if method == "lora-ga" else {}
-    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **METHODS[method], own=own), labels=labels)
+    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **(METHODS | ROUTED)[method], own=own), labels=labels)
+    own = {"own": {"gradients": write_gradients(base, file, 4)}} if method == "lora-ga" else {}
+    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **METHODS[method], **own), labels=labels)
     file.unlink(missing_ok=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trained(model).values():
             size = parameter.square().mean().sqrt().item() or START
             parameter += MOVE * size * torch.randn(parameter.shape, generator=generator)
+        for _, linear in split_linears(model) if method == "singlora" else ():
+            linear.adapter.ramp.fill_(RAMP)
     model.save_pretrained(folder)
     return model
 
@@ -70,11 +88,36 @@ def trained_weights(base, run, model):
         start, (up, down) = residual(base, linear.name), stored[module]
         found = {name.rpartition(".")[2]: tensor for name, tensor in saved.items() if name.startswith(f"{path}.")}
         buffers = {name: tensor.double().numpy() for name, tensor in linear.adapter.named_buffers()}
-        moved = start + product_of(model.split_record.method, (up, down), found, buffers)
+        if model.split_record.method == "lorta":
+            moved = start + up @ down + lorta_product(path, len(up), saved)
+        else:
+            moved = start + product_of(model.split_record.method, (up, down), found, buffers)
         if "magnitude" in found:
             moved = found["magnitude"][:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
         weights[path] = moved
     return weights
+
+
+def _mirrored(p, _, shape):
+    values = p.get("diagonal", np.ones(len(p["down"])) * p.get("ramp", 1))
+    return p["down"][:, : shape[0]].T * values @ p["down"][:, : shape[1]]
+
+
+def _melora(p, *_):
+    return scipy.linalg.block_diag(*map(np.matmul, np.split(p["up"], 2), np.split(p["down"], 2, axis=1)))
+
+
+BY_FORMULA = {  # what is added, without the scale
+    "melora": _melora,
+    "kron-lora": lambda p, *_: np.kron(p["kron"], p["up"] @ p["down"]),
+    "singlora": _mirrored,
+    "symlora": _mirrored,
+    "lora-mini": lambda p, frozen, _: (
+        frozen["outer_up"] @ p["inner_up"] @ p["inner_down"] @ frozen["frozen_down"][-p["inner_down"].shape[1] :]
+    ),
+    "cora": lambda p, frozen, _: frozen["basis"] @ p["down"],
+    "lora2": lambda p, *_: p["up"] @ p["inner_up"] * p["diagonal"] @ p["inner_down"] @ p["down"],
+}
 
 
 def product_of(method, factors, p, buffers):
@@ -89,10 +132,34 @@ def product_of(method, factors, p, buffers):
         return stored + scale * buffers["directions"] @ p["core"] @ buffers["inner"] @ factors[1]
     if method == "vera":
         return stored + p["b"][:, None] * buffers["shared_up"] * p["d"] @ buffers["shared_down"]
+    if method == "randlora":
+        total = random_sum(p["lam"], p["gam"], buffers["shared_bases"], buffers["shared_base"])
+        return stored + SCALE * (total if total.shape == stored.shape else total.T)
     if method == "lora-ga":
         return stored + SCALE * (p["up"] @ p["down"] - p["start_up"] @ p["start_down"])
+    if method in BY_FORMULA:
+        return stored + SCALE * BY_FORMULA[method](p, buffers, stored.shape)
     down = buffers["frozen_down"][-p["up"].shape[1] :] if method == "lora-fa" else p["down"]
     return stored + SCALE * p["up"] * p.get("diagonal", 1) @ down
+
+
+def random_sum(lam, gam, bases, base):
+    """Sum over n of B_n diag(lam_n) A diag(gam_n), with A and B_n of deviation 1: [larger side, smaller side]."""
+    unit = 3 * np.sqrt(bases.shape[1] * base.shape[1])
+    parts = np.split(bases, len(gam), axis=1)
+    return unit * sum(part * lam[:, n] @ base * gam[n] for n, part in enumerate(parts))
+
+
+def lorta_product(path, rows, saved):
+    """What is added to a projection of a layer of attention, one head after another; 0 for other layers."""
+    attention, _, last = path.rpartition(".")
+    if last not in LORTA:
+        return 0
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in saved.items()}  # each is there once
+    number = next(int(part) for part in attention.split(".") if part.isdigit())
+    inner = parts["matrices"][LORTA.index(last)] * parts["attentions"][number]
+    heads = parts["heads"][: rows // len(parts["up"])]
+    return SCALE * np.concatenate([parts["up"] * head * inner @ parts["down"] for head in heads])
 
 
 def head_of(run):

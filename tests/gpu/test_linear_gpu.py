@@ -13,7 +13,7 @@ from qsvd.adapters.adapter import AdapterOptions, StoredWeight
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.methods.table import METHODS
 from tests import reference
-from tests.adapters.principals import UNIT, Given, decoded, dense_output, packed_residual, principal_of
+from tests.adapters.principals import UNIT, Given, decoded, dense_output, own_options, packed_residual, principal_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -136,7 +136,7 @@ def test_each_method_starts_on_the_gpu_as_on_the_cpu(method):
     shape = (70, 172)
     principal = principal_of(shape, RANK, double_quant=True)
     moved = StoredWeight(principal.residual.to(torch.device("cuda")), principal.up_OR.cuda(), principal.down_RI.cuda())
-    options = AdapterOptions(method, rank=RANK)
+    options = AdapterOptions(method, rank=RANK, own=own_options(method, shape))
     on_cpu, on_gpu = (
         METHODS[method].start(one, options, torch.Generator().manual_seed(0)) for one in (principal, moved)
     )
@@ -149,9 +149,8 @@ def test_each_method_starts_on_the_gpu_as_on_the_cpu(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_on_the_gpu_computes_in_bfloat16(method):
     principal = principal_of((70, 172), RANK)
-    module = SplitLinear(
-        principal.residual, METHODS[method].start(principal, AdapterOptions(method, rank=RANK), torch.Generator()), None
-    )
+    options = AdapterOptions(method, rank=RANK, own=own_options(method, (70, 172)))
+    module = SplitLinear(principal.residual, METHODS[method].start(principal, options, torch.Generator()), None)
     cast = copy.deepcopy(module).cuda()(draw(TOKENS, 172, seed=3).cuda().bfloat16())
     with torch.autocast("cuda", torch.bfloat16):
         ours = module.cuda()(draw(TOKENS, 172, seed=3).cuda())

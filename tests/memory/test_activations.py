@@ -1,5 +1,6 @@
 """Which blocks keep their activations: the shortest step of all placements that fit, by trying every one."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -25,12 +26,12 @@ AUTO = Wish(unrecomputed="auto")
 
 
 @cache
-def model():
+def model(method=None):
     """Six blocks of Llama-3-70B: 0.44 GB of quantized weights each."""
     config = LlamaConfig(**CONFIG | {"num_hidden_layers": BLOCKS})
     names = plan_model(config)
     same = uniform(names.weights, Choice(NormalFloat4(double_quant=True), 16))
-    return planned(names=names, empty=skeleton(config, torch.bfloat16), allocation=same, options=AdapterOptions())
+    return planned(names=names, empty=skeleton(config, torch.bfloat16), allocation=same, options=AdapterOptions(method))
 
 
 def every_fitting(run, limits):
@@ -60,6 +61,13 @@ def test_the_chosen_placement_has_the_shortest_step(gpu, tokens):
     still, best = min(possible[one] for one in with_as_many if one in possible), min(possible.values())
     assert found.memory.fits
     assert step_time(model(), run, found.placement, GPU).seconds == (best if best <= GAIN * still else still)
+
+
+def test_bases_of_full_rank_take_as_long_as_weights_of_their_size():
+    run, all_stay = training(4096), Placement(BLOCKS)
+    plain, with_bases = (step_time(model(method), run, all_stay, GPU).compute for method in (None, "randlora"))
+    more = sum(math.ceil(min(spec.shape) / 32) * 32 * sum(spec.shape) for spec in model().names.weights)
+    assert with_bases - plain == pytest.approx(2 * 3 * more * 4096 / GPU.flops.value)
 
 
 def test_a_large_card_keeps_all_and_short_sequences_keep_the_blocks_on_the_gpu():

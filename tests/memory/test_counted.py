@@ -66,6 +66,36 @@ CASES = {
     "odd sizes, lora-ga, three of six blocks stay": Case(
         "odd", AdapterOptions("lora-ga", rank=8), "adamw", Placement(3, "host")
     ),
+    "odd sizes, randlora with two matrices of each size, paged": Case(
+        "odd", AdapterOptions("randlora", rank=20), "paged_adamw_32bit"
+    ),
+    "mixed bits and ranks, sara, three of six blocks stay": Case(
+        "mixed", AdapterOptions("sara"), "adamw", Placement(3, "host")
+    ),
+    "odd sizes, mo-sara of two cores": Case("odd", AdapterOptions("mo-sara", own={"cores": 2}), "adamw"),
+    "odd sizes, r-lora of three heads with dropout": Case(
+        "odd", AdapterOptions("r-lora", rank=8, dropout=0.1, own={"heads": 3}), "adamw"
+    ),
+    "odd sizes, melora": Case("odd", AdapterOptions("melora", rank=2, own={"blocks": 4}), "adamw"),
+    "odd sizes, kron-lora": Case("odd", AdapterOptions("kron-lora", rank=8), "adamw"),
+    "embedded rank 0, singlora, whose trained matrix is larger than a factor": Case(
+        "embedded 0", AdapterOptions("singlora", rank=8), "adamw"
+    ),
+    "odd sizes, symlora": Case("odd", AdapterOptions("symlora", rank=8), "adamw_8bit"),
+    "odd sizes, lora-mini": Case(
+        "odd", AdapterOptions("lora-mini", rank=4, own={"outer_out": 8, "outer_in": 6}), "adamw"
+    ),
+    "odd sizes, cora, three of six blocks stay": Case(
+        "odd", AdapterOptions("cora", rank=8), "adamw", Placement(3, "host")
+    ),
+    "mixed bits and ranks, cora with its bases": Case(
+        "mixed", AdapterOptions("cora", rank=8, own={"train_basis": True}), "adamw"
+    ),
+    "mixed bits and ranks, cora in bfloat16": Case("mixed", AdapterOptions("cora", rank=8, dtype="bfloat16"), "adamw"),
+    "odd sizes, lorta, three of six blocks stay": Case(
+        "odd", AdapterOptions("lorta", rank=8), "adamw", Placement(3, "host")
+    ),
+    "odd sizes, lora2": Case("odd", AdapterOptions("lora2", rank=8, own={"inner_size": 5}), "adamw"),
     "odd sizes, lora-fa": Case("odd", AdapterOptions("lora-fa", rank=8), "adamw"),
     "odd sizes, sorsa": Case("odd", AdapterOptions("sorsa"), "adamw"),
     "odd sizes, pissa on attention alone, three of six blocks stay": Case(

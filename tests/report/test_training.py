@@ -6,6 +6,7 @@ import re
 import shlex
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from qsvd.cli import parse
+from qsvd.report.next_commands import after_train
 from qsvd.report.training import FEW, SMOOTH, RunSummary, loss_plot, rows, run_readme, training_tables
 
 SUMMARY = RunSummary(
@@ -89,6 +91,16 @@ def test_the_readme_has_the_rows_and_names_its_files():
     assert found == dict(rows(CLASSIFIER, is_timed=False))
     for name in ("qsvd_adapter.safetensors", "steps.jsonl", "loss.png", "loss.svg", "summary.json"):
         assert f"`{name}`" in text
+
+
+@pytest.mark.parametrize("forms", [(), ("merged",)])
+def test_the_readme_and_the_next_commands_name_no_form_that_the_method_lacks(forms):
+    text = run_readme(SUMMARY, "some/run", forms)
+    assert re.findall(r"--to (\w+)", text) == [*forms]
+    assert "peft" not in text.lower()
+    assert ("```sh" in text) == bool(forms)
+    commands = after_train("base", Path("some/run"), None, generates=True, merges=bool(forms))
+    assert re.findall(r"--to (\w+)", " ".join(commands)) == [*forms]
 
 
 @pytest.mark.parametrize("run", ["some/run", "with space/run", "it's"])

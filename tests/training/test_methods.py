@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qsvd
-from qsvd.adapters.methods.table import METHODS
+from qsvd.adapters.methods.table import METHODS, export_refusal
 from qsvd.commands.train import train
 from tests.gradients import write_gradients
 from tests.runs import language_base, outcome, training
@@ -18,6 +18,17 @@ OWN = {
     "lora-fa": {"rank": 4},
     "vera": {"rank": 8},
     "lora-ga": {"rank": 4},
+    "randlora": {"rank": 16},
+    "mo-sara": {"cores": 3},
+    "r-lora": {"rank": 4, "heads": 3, "dropout": 0.1},
+    "melora": {"rank": 2},
+    "kron-lora": {"rank": 4},
+    "singlora": {"rank": 4, "ramp_steps": 3},
+    "symlora": {"rank": 4},
+    "lora-mini": {"rank": 4, "outer_out": 20, "outer_in": 12},
+    "cora": {"rank": 4},
+    "lorta": {"rank": 4},
+    "lora2": {"rank": 4, "inner_size": 3, "learning_rate": 0.2},  # a product of five, of which four begin at 0.02
 }
 
 
@@ -37,12 +48,16 @@ def test_offloaded_and_checkpointed_equals_resident_and_a_run_goes_on_from_it(mi
         own = {**own, "gradients": write_gradients(mixed, file, 4)}
 
     def trained(name, **changes):
-        options = training(mixed, texts, tmp_path / name, steps=2, method=method, learning_rate=1e-3, **own, **changes)
-        return outcome(train(options))
+        chosen = {"learning_rate": 1e-3, **own, **changes}
+        return outcome(train(training(mixed, texts, tmp_path / name, steps=2, method=method, **chosen)))
 
     resident = trained("resident", resident=1.0, gradient_checkpointing=False)
     state = torch.load(tmp_path / "resident" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
-    summary = json.loads((tmp_path / "resident" / "summary.json").read_text())
+    run = tmp_path / "resident"
+    summary = json.loads((run / "summary.json").read_text())
+    exports = {form: export_refusal(method, form) is None for form in ("peft", "merged")}
+    assert (run / "adapter_config.json").exists() == (run / "adapter_model.safetensors").exists() == exports["peft"]
+    assert {form: f"--to {form}" in (run / "README.md").read_text() for form in exports} == exports
     assert sum(one["exp_avg"].numel() for one in state.values()) == summary["trained_parameters"]
     assert trained("paged", resident=0.0, gradient_checkpointing=True) == resident
     file.unlink(missing_ok=True)

@@ -16,7 +16,22 @@ from qsvd.training.riemannian import Riemannian
 from tests.runs import sequences, settings, trainer, training
 
 OUT, IN, RANK, DAMPING = 9, 7, 3, 0.01
-WITHOUT = ("edora", "lora-xs", "sorsa", "vera", "lora-fa", "adalora")
+WITHOUT = (
+    "edora",
+    "lora-xs",
+    "sorsa",
+    "vera",
+    "lora-fa",
+    "adalora",
+    "melora",
+    "kron-lora",
+    "singlora",
+    "symlora",
+    "lora-mini",
+    "cora",
+    "lorta",
+    "lora2",
+)
 
 
 def numbers(seed, *shape):

@@ -5,7 +5,8 @@ Shape suffixes as in adapter.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from qsvd.errors import BadInput
 from qsvd.option_types import FROM_ZERO, SHARE, Help, at_least
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
-PARTS = ("diagonal", "down", "up")
 DEVIATION = 0.02  # of the first A and B
 
 
@@ -52,33 +52,39 @@ def budget(step: int, first: int, target: int, course: tuple[int, int, int]) -> 
     return int(target + (first - target) * left**3)
 
 
-class _Allocate(Hooks):
+class Allocate(Hooks):
     """Scores the triplets of all layers after every step, and sets those with the lowest scores to zero.
 
     The score is the paper's equations 8 to 11. A triplet's is that of its value plus the means of its vectors'.
+
+    Args:
+        adapters: Have `chosen`, their options; `target_rank`, of each; `diagonal`, the values of the triplets;
+            `scored`, the parameters whose rows (0) or columns (1) are the vectors of the triplets; and `orthonormal`,
+            those whose rows (0) or columns (1) are kept near orthonormal.
     """
 
-    def __init__(self, adapters: Mapping[str, "AdaLora"], course: Course):
+    def __init__(self, adapters: Mapping[str, Any], course: Course):
         super().__init__(adapters, course)
-        own = next(iter(adapters.values())).chosen
+        one = next(iter(adapters.values()))
+        own, self.scored, self.orthonormal = one.chosen, one.scored, one.orthonormal
         self.every = own.delta_t
         self.betas = (own.beta1, own.beta2)
         self.course_of_ranks = (int(own.tinit * course.steps), int(own.tfinal * course.steps), course.steps)
         self.first = sum(len(adapter.diagonal) for adapter in adapters.values())
         self.target = sum(adapter.target_rank for adapter in adapters.values())
-        self.weight = own.orthonormal_weight / (2 * len(adapters))
+        self.weight = own.orthonormal_weight / (len(self.orthonormal) * len(adapters))
         self.moments = {
             f"{path} {part} {kind}": torch.zeros_like(adapter.get_parameter(part), dtype=torch.float32)
             for path, adapter in adapters.items()
-            for part in PARTS
+            for part in ("diagonal", *self.scored)
             for kind in ("importance", "uncertainty")
         }
 
     def after_backward(self, step: int) -> None:
         del step
         for adapter in self.adapters.values():
-            add_gradient(adapter.down, self.weight)
-            add_gradient(adapter.up, self.weight, columns=True)
+            for part, side in self.orthonormal.items():
+                add_gradient(adapter.get_parameter(part), self.weight, columns=side == 1)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -99,7 +105,7 @@ class _Allocate(Hooks):
     def _measure(self) -> None:
         first, second = self.betas
         for path, adapter in self.adapters.items():
-            for part in PARTS:
+            for part in ("diagonal", *self.scored):
                 parameter = adapter.get_parameter(part)
                 if parameter.grad is None:  # of an expert without tokens
                     continue
@@ -117,10 +123,14 @@ class _Allocate(Hooks):
             adapter.diagonal.masked_fill_(scores[path] <= limit, 0)
 
     def _scores(self, path: str) -> Tensor:
-        values_K, down_KI, up_OK = (
-            self.moments[f"{path} {part} importance"] * self.moments[f"{path} {part} uncertainty"] for part in PARTS
-        )
-        return values_K + down_KI.mean(dim=1) + up_OK.mean(dim=0)
+        found = {
+            part: self.moments[f"{path} {part} importance"] * self.moments[f"{path} {part} uncertainty"]
+            for part in ("diagonal", *self.scored)
+        }
+        scores_K = found["diagonal"]
+        for part, side in self.scored.items():
+            scores_K = scores_K + found[part].mean(dim=1 - side)
+        return scores_K
 
     def state(self) -> dict[str, Tensor]:
         return self.moments
@@ -128,6 +138,27 @@ class _Allocate(Hooks):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         device = next(iter(self.adapters.values())).diagonal.device
         self.moments = {name: tensor.to(device) for name, tensor in state.items()}
+
+
+def target_rank(chosen: AdaLoraOptions, whole: int, rank: int) -> int:
+    """Return the average rank at the end.
+
+    Args:
+        whole, rank: The rank that was given, and what a weight has of it at the start.
+    """
+    wanted = chosen.target_rank
+    if wanted is not None and wanted > whole:
+        raise BadInput(f"target_rank {wanted} is above the rank {whole}, which it is reached from")
+    return min(rank, max(1, 2 * whole // 3) if wanted is None else wanted)
+
+
+def moments_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorShape]:
+    """Return the shapes of what `Allocate` keeps of parameters with these shapes."""
+    return {
+        f"{part} {kind}": TensorShape(size, torch.float32)
+        for part, size in shapes.items()
+        for kind in ("importance", "uncertainty")
+    }
 
 
 class AdaLora(Added):
@@ -143,17 +174,15 @@ class AdaLora(Added):
         rank=12, scale=16 / 12, learning_rate=5e-4, reason="the authors' alpha and rate for DeBERTaV3 on MNLI"
     )
     options = AdaLoraOptions
-    hooks = _Allocate
+    hooks = Allocate
+    scored: ClassVar[Mapping[str, int]] = MappingProxyType({"down": 0, "up": 1})
+    orthonormal = scored
 
     def __init__(self, stored: StoredWeight, options: AdapterOptions, generator: torch.Generator):
         rank, scale = self.size(stored, options)
         super().__init__(stored, scale=scale)
         self.chosen = self.own(options)
-        wanted = self.chosen.target_rank
-        whole = self.defaults.rank_of(options, stored.rank)
-        if wanted is not None and wanted > whole:
-            raise BadInput(f"target_rank {wanted} is above the rank {whole}, which it is reached from")
-        self.target_rank = min(rank, max(1, 2 * whole // 3) if wanted is None else wanted)
+        self.target_rank = target_rank(self.chosen, self.defaults.rank_of(options, stored.rank), rank)
         (rows, columns), device, dtype = stored.residual.shape, stored.up_OR.device, options.torch_dtype
         down_KI = torch.empty(rank, columns).normal_(0, DEVIATION, generator=generator)
         up_OK = torch.empty(rows, rank).normal_(0, DEVIATION, generator=generator)
@@ -172,13 +201,8 @@ class AdaLora(Added):
         shapes = {"up": (shape[0], rank), "down": (rank, shape[1]), "diagonal": (rank,)}
         parameters = {part: TensorShape(size, dtype) for part, size in shapes.items()}
         found = joined(shape, stored_rank, parameters, rank, (dtype, stored_dtype))
-        moments = {
-            f"{part} {kind}": TensorShape(size, torch.float32)
-            for part, size in shapes.items()
-            for kind in ("importance", "uncertainty")
-        }
         made = {**found.made, "scaled": TensorShape((rank,), dtype)}
-        return AdapterTensors(parameters, found.buffers, made, state=moments)
+        return AdapterTensors(parameters, found.buffers, made, state=moments_of(shapes))
 
     def added(self) -> tuple[Tensor, Tensor]:
         return self.up * (self.scale * self.diagonal), self.down

@@ -6,12 +6,13 @@ Shape suffixes as in adapter.py.
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qsvd.adapters.adapter import Adapter, AdapterOptions, StoredWeight, frozen_shapes
-from qsvd.errors import BadInput
+from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, StoredWeight, frozen_shapes
+from qsvd.errors import BadInput, listing
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 
@@ -44,10 +45,57 @@ class Added(Adapter):
     @classmethod
     def size(cls, stored: StoredWeight, options: AdapterOptions) -> tuple[int, float]:
         """Return the trained rank, cut to the smaller side of the weight (a higher one adds nothing), and the scale."""
-        rank, scale = cls.defaults.rank_and_scale(options, stored.rank)
-        if rank < 1:
-            raise BadInput(f"rank {rank} is below 1, the least that trains anything")
-        return min(rank, *stored.residual.shape), scale
+        return size_of(cls.defaults, stored, options)
+
+
+def size_of(defaults: Defaults, stored: StoredWeight, options: AdapterOptions) -> tuple[int, float]:
+    """Return the same for a method with these defaults."""
+    rank, scale = defaults.rank_and_scale(options, stored.rank)
+    if rank < 1:
+        raise BadInput(f"rank {rank} is below 1, the least that trains anything")
+    return min(rank, *stored.residual.shape), scale
+
+
+class AddedBySize(Added):
+    """An Added adapter whose shapes depend on options of its own: a subclass says them in `tensors_for`."""
+
+    @classmethod
+    def tensors(
+        cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+    ) -> AdapterTensors:
+        return cls.tensors_for(cls.options(), shape, stored_rank, rank, (dtype, stored_dtype))
+
+    @classmethod
+    @abstractmethod
+    def tensors_for(
+        cls, own: Any, shape: tuple[int, int], stored_rank: int, rank: int, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> AdapterTensors:
+        """Return the shapes of what `start` makes with these options."""
+
+
+def check_divides(
+    method: str, divisors: Mapping[str, tuple[int, tuple[int, ...]]], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse numbers that do not divide the sides of every layer, by BadInput with all of these layers.
+
+    Args:
+        divisors: By the name of the option: its value, and the sides that it must divide, 0 for O and 1 for I.
+        shapes: [O, I] of the layers to train, by their paths.
+    """
+    wrong = []
+    for option, (divisor, sides) in divisors.items():
+        bad = [name for name, shape in shapes.items() if any(shape[side] % divisor for side in sides)]
+        if bad:
+            flag = f"--{option.replace('_', '-')}"
+            most = math.gcd(*(shape[side] for shape in shapes.values() for side in sides))
+            named = listing([f"{name} ({shapes[name][0]} x {shapes[name][1]})" for name in bad])
+            what = "both sides" if len(sides) == 2 else ("the outputs", "the inputs")[sides[0]]
+            wrong.append(
+                f"{flag} {divisor} does not divide {what} of {len(bad)} of {len(shapes)} layers (out x in): "
+                f"{named}; set {flag} to a divisor of {most}"
+            )
+    if wrong:
+        raise BadInput(f"{method}: {'; '.join(wrong)}; or train other layers (--target-modules)")
 
 
 def kaiming(rank: int, columns: int, generator: torch.Generator) -> Tensor:

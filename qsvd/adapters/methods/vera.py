@@ -18,6 +18,7 @@ from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 BITS = 24  # of a float32's significand: each integer of so many bits is exact
 SHIFT = np.uint64(64 - BITS)
+AT_ONCE = 1 << 22  # numbers that are drawn at a time, in 8 bytes each
 _drawn: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
 
@@ -28,19 +29,25 @@ class VeraOptions:
     d_initial: Annotated[float, FROM_ZERO, Help("Start of the trained vector d.")] = 0.1
 
 
-def shared_draw(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
+def shared_draw(rows: int, columns: int, seed: int, like: Tensor, name: str = "vera") -> Tensor:
     """Return a random matrix [rows, columns] by Kaiming's bound, in the dtype and on the device of `like`.
 
-    All weights with the same sizes and seed get the same tensor. A run does not store it, so no library may
+    All weights with the same sizes, seed and name get the same tensor. A run does not store it, so no library may
     change it in a later version: it is made of the integers of PCG64, a sequence that is defined.
     """
-    key = (rows, columns, seed, like.dtype, like.device)
+    key = (name, rows, columns, seed, like.dtype, like.device)
     found = _drawn.get(key)
     if found is None:
-        digest = hashlib.sha256(f"vera {seed} {rows} {columns}".encode()).digest()
-        raw = np.random.PCG64(int.from_bytes(digest[:16])).random_raw(rows * columns).reshape(rows, columns)
-        uniform = torch.from_numpy((raw >> SHIFT).astype(np.float32)) * 2.0 ** (1 - BITS) - 1
-        found = _drawn[key] = (uniform / math.sqrt(columns)).to(like)
+        digest = hashlib.sha256(f"{name} {seed} {rows} {columns}".encode()).digest()
+        integers = np.random.PCG64(int.from_bytes(digest[:16]))
+        found = like.new_empty(rows, columns)
+        height = max(1, AT_ONCE // columns)
+        for start in range(0, rows, height):
+            band = found[start : start + height]
+            raw = integers.random_raw(band.numel()).reshape(band.shape)
+            uniform = torch.from_numpy((raw >> SHIFT).astype(np.float32)) * 2.0 ** (1 - BITS) - 1
+            band.copy_(uniform / math.sqrt(columns))
+        _drawn[key] = found
     return found
 
 
