@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from qsvd.adapters.adapter import AdapterOptions as AdapterOptions
     from qsvd.adapters.load import load as load
+    from qsvd.api import aggregate as aggregate
     from qsvd.api import allocate as allocate
     from qsvd.api import calibrate as calibrate
     from qsvd.api import evaluate as evaluate
@@ -53,6 +54,7 @@ _HOMES = {
     "calibrate": "qsvd.api",
     "allocate": "qsvd.api",
     "train": "qsvd.api",
+    "aggregate": "qsvd.api",
     "evaluate": "qsvd.api",
     "export": "qsvd.api",
     "BadInput": "qsvd.errors",

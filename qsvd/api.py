@@ -17,13 +17,14 @@ from qsvd.errors import BadInput
 from qsvd.method_options import with_method
 from qsvd.option_file import from_names
 from qsvd.option_types import POSITIONAL, PRINTS, Help, marks_of
-from qsvd.options import Allocate, Calibrate, Eval, Export, Plan, Quantize, Train, TrainingOptions
+from qsvd.options import Aggregate, Allocate, Calibrate, Eval, Export, Plan, Quantize, Train, TrainingOptions
 from qsvd.prepare.check_options import check
 from qsvd.records import ShowProgress, show_nothing
 
 if TYPE_CHECKING:
     from qsvd.report.planning import Answer
     from qsvd.report.results import (
+        AggregateResult,
         AllocateResult,
         CalibrateResult,
         EvalResult,
@@ -174,6 +175,14 @@ def evaluate(options: Eval, show: ShowProgress) -> "EvalResult":
     from qsvd.commands.eval import evaluate
 
     return evaluate(options, show)
+
+
+@takes(Aggregate)
+def aggregate(options: Aggregate, show: ShowProgress) -> "AggregateResult":
+    """Average runs on one quantized model, as `qsvd aggregate` does: qsvd.aggregate("RUN1", "RUN2", out="RUN")."""
+    from qsvd.commands.aggregate import aggregate
+
+    return aggregate(options, show)
 
 
 @takes(Export)

@@ -20,6 +20,7 @@ from qsvd.method_options import with_method
 from qsvd.option_file import from_names, take_config, yaml_mapping
 from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
 from qsvd.options import (
+    Aggregate,
     Allocate,
     Calibrate,
     Demo,
@@ -45,6 +46,7 @@ COMMANDS = {
     "train": Train,
     "generate": Generate,
     "eval": Eval,
+    "aggregate": Aggregate,
     "export": Export,
     "report": Report,
     "verify": Verify,

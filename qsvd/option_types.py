@@ -77,6 +77,9 @@ def at_least(least: float) -> Range:
 LAST_SEED = 2**32 - 1  # of NumPy's generator, which transformers seeds too
 SEED = Range(lambda value: 0 <= value <= LAST_SEED, f"is outside 0..{LAST_SEED}")
 ABOVE_ZERO = Range(lambda value: 0 < value < math.inf, "is not a finite number above 0")
+ALL_ABOVE_ZERO = Range(
+    lambda values: all(0 < value < math.inf for value in values), "has a number that is not finite and above 0"
+)
 FROM_ZERO = Range(lambda value: 0 <= value < math.inf, "is not a finite number of at least 0")
 SECONDS = Range(lambda value: value > 0, "is not above 0")
 SHARE = Range(lambda value: 0 <= value < 1, "is not a number from 0 to below 1")
@@ -137,6 +140,8 @@ Method = Literal[
     "cora",
     "lorta",
     "lora2",
+    "delta-lora",
+    "xgblora",
 ]
 Optimizer = Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lora-rite"]
 Step = Literal["svd", "quantize"]

@@ -64,10 +64,6 @@ def test_the_architecture_lists_every_file_of_the_package() -> None:
 
 def test_every_method_is_in_the_table_of_systems_as_one_that_works() -> None:
     rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "methods.md").read_text().splitlines() if "|" in line]
-    named = {
-        name
-        for _, here, command, *_ in rows
-        if "works" in here
-        for name in re.findall("--method ([a-z0-9-]+)`", command)
-    }
+    commands = [command for _, here, command, *_ in rows if "works" in here]
+    named = {name for command in commands for name in re.findall("--method ([a-z0-9-]+)`", command)}
     assert named == {*get_args(Method)} - {"auto"}

@@ -200,6 +200,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "resident": "auto",
         "device": "auto",
     },
+    "aggregate": {"runs": REQUIRED, "out": REQUIRED, "rank": None, "weights": (), "base": None},
     "export": {
         "run": REQUIRED,
         "out": REQUIRED,
@@ -286,6 +287,7 @@ READERS = {
         "commands/eval",
     ),
     "generate": ("options/conflicts", "prepare/generate", "commands/generate"),
+    "aggregate": ("options/conflicts", "prepare/using/aggregate"),
     "export": ("export/hub", "prepare/models", "commands/export"),
     "methods": ("commands/methods",),
     "report": ("commands/report",),
@@ -300,6 +302,7 @@ POSITIONAL = {
     "train": ("base", "data"),
     "eval": ("models",),
     "generate": ("model",),
+    "aggregate": ("runs",),
     "export": ("run",),
     "methods": (),
     "report": ("folder",),
@@ -439,6 +442,8 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("eval", "stride"): ([0], "is below 1"),
     ("eval", "max_new_tokens"): ([0], "is below 1"),
     ("eval", "limit"): ([0], "is below 1"),
+    ("aggregate", "rank"): ([0], "is below 1"),
+    ("aggregate", "weights"): ([(1.0, 0.0), (math.inf,)], "has a number that is not finite and above 0"),
     ("eval", "batch_size"): ([0], "is below 1"),
     ("eval", "resident"): ([-1.0], "is neither auto nor a number from 0 to 1"),
     ("generate", "temperature"): ([-0.1, math.inf, math.nan], "is not a finite number of at least 0"),
@@ -454,6 +459,7 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("demo", "epochs"): ([0.0, math.inf], "is not a finite number above 0"),
 }
 INSIDE = {  # the last values inside
+    ("aggregate", "weights"): [(), (1e-9, 1.0)],
     ("plan", "resident"): [0, 0.0, 1, "auto"],
     ("train", "batch_size"): [1, "auto"],
     ("allocate", "gap"): [0.0, math.inf],

@@ -8,7 +8,7 @@ Shape suffixes: O = out features, I = in features, R = stored rank, K = rank of 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -131,12 +131,24 @@ class Defaults:
         return self.scale * (math.sqrt(self.rank or rank) if options.rslora else rank)
 
 
+def _keeps_nothing(parameters: Iterable[nn.Parameter]) -> None:
+    """Stand for an optimizer without state."""
+    del parameters
+
+
 @dataclass(frozen=True)
 class Course:
-    """What the hooks of a method know of a run: its optimizer steps, and the highest learning rate."""
+    """What the hooks of a method know of a run.
+
+    Args:
+        steps: Optimizer steps.
+        learning_rate: The highest one.
+        forget: Lets the optimizer begin anew with parameters whose values a hook replaced.
+    """
 
     steps: int
     learning_rate: float
+    forget: Callable[[Iterable[nn.Parameter]], None] = _keeps_nothing
 
 
 class Hooks:

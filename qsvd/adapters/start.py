@@ -235,6 +235,7 @@ def trained_adapter(adapter: AdapterFolder, name: str, modules: Mapping[str, str
         raise BadInput(f"{adapter.folder} lacks {', '.join(missing)}")
     for part, tensor in made.state_dict().items():
         tensor.copy_(read_tensor(adapter.tensors[places[part]]))
+    made.forget()
     return made
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qsvd.console.progress import quiet, say, watched
 from qsvd.errors import BadInput, Damaged, listing, show_size
+from qsvd.export.average import AggregateFolder
 from qsvd.export.trained import ExportFolder
 from qsvd.files.adapter import open_adapter
 from qsvd.files.atomic import COPY_AGAIN, SEAL, file_digest, read_record, unsealed, write_record
@@ -33,6 +34,7 @@ SEALED_SINCE = {  # the formats of our records that have digests
     MANIFEST: DIGESTS_SINCE,
     ADAPTER_RECORD: ADAPTER_SEALED,
     ExportFolder.record: ExportFolder.sealed_since,
+    AggregateFolder.record: AggregateFolder.sealed_since,
     IDENTITY: RUN_FORMAT,
     DIGESTS: 0,
 }

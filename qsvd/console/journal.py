@@ -24,6 +24,7 @@ from qsvd.export.trained import take_inventory
 from qsvd.files.adapter import FINGERPRINT, open_adapter
 from qsvd.files.atomic import whole_file, write_text
 from qsvd.files.layout import ADAPTER_CONFIG
+from qsvd.files.split_folder import SplitFolder
 from qsvd.prepare.models import open_trained
 from qsvd.prepare.train import TrainRun
 from qsvd.records import Progress, ShowProgress
@@ -179,7 +180,7 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     if recorder.best is not None:
         restore(model, open_adapter(run.out / f"checkpoint-{number}"))
     model.save_pretrained(run.out)
-    write_peft_files(run)
+    write_peft_files(run.out, run.split)
     summary = RunSummary(
         base=str(run.options.base),
         method=run.record.method,
@@ -253,19 +254,19 @@ def push_run(run: TrainRun, summary: RunSummary, name: str) -> str:
     return upload(run.out, name, replaced | named_base(run.out, base))
 
 
-def write_peft_files(run: TrainRun) -> None:
-    """Write the adapter as PEFT reads it over the quantized model, if PEFT has a form for it."""
-    if refusal := export_refusal(run.record.method, "peft"):
-        say(f"{run.out} has no files for PEFT: {refusal}", file=sys.stderr)
+def write_peft_files(out: Path, split: SplitFolder) -> None:
+    """Write the adapter of a run as PEFT reads it over the quantized model, if PEFT has a form for it."""
+    opened = open_trained(out, split.folder)
+    if refusal := export_refusal(opened.record.method, "peft"):
+        say(f"{out} has no files for PEFT: {refusal}", file=sys.stderr)
         return
-    opened = open_trained(run.out, run.split.folder)
-    model, base = opened.trained, str(run.split.folder.resolve())
+    model, base = opened.trained, str(split.folder.resolve())
     try:
         inventory = take_inventory(model)
         new, config, _ = peft_adapter(model, inventory, base=base, task=opened.task, dtype=torch.float32)
-        write_adapter_files(run.out, new, config, {FINGERPRINT: run.split.fingerprint})
+        write_adapter_files(out, new, config, {FINGERPRINT: split.fingerprint})
     except BadInput as error:
-        say(f"{run.out} has no files for PEFT: {error}", file=sys.stderr)
+        say(f"{out} has no files for PEFT: {error}", file=sys.stderr)
 
 
 @contextmanager

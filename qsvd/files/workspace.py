@@ -6,6 +6,7 @@ identity began; the identity is a JSON object of all options and inputs that the
     place                           lock                   identity                              complete with
     OUT of qsvd quantize            OUT/unfinished/lock    OUT/unfinished/run.json, qsvd.json    qsvd.json
     OUT of qsvd export              OUT/unfinished/lock    OUT/unfinished/run.json, the record   qsvd_export.json
+    RUN of qsvd aggregate           RUN/unfinished/lock    RUN/unfinished/run.json, the record   qsvd_aggregate.json
     RUN of qsvd train               RUN/lock               RUN/run.json                          summary.json
     FILE of qsvd allocate           FILE.lock              a line in FILE                        FILE
     FILE.costs.jsonl of allocate    FILE.costs.jsonl.lock  its first line                        (stays open)
@@ -48,6 +49,7 @@ CONTENTS = {  # digests in an identity -> of what
     "init_from": "the run of --init-from",
     "tokens_sha256": "the examples as tokens",
     "trained": "the run",
+    "runs": "the runs",
     "gradients": "the gradients",
 }
 

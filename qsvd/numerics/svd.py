@@ -140,7 +140,7 @@ def product_svd(up_OR: Tensor, down_RI: Tensor) -> TopSVD:
     """
     left_OR, inner_RR = torch.linalg.qr(up_OR.cpu().double())
     right_IR, outer_RR = torch.linalg.qr(down_RI.cpu().double().T)
-    found = torch.linalg.svd(inner_RR @ outer_RR.T)
+    found = torch.linalg.svd(inner_RR @ outer_RR.T, full_matrices=False)
     left_OR, right_RI = left_OR @ found.U, found.Vh @ right_IR.T
     signs_R = left_OR.gather(0, left_OR.abs().argmax(dim=0, keepdim=True)).sign()
     parts = (left_OR * signs_R, found.S, right_RI * signs_R.T)

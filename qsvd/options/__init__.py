@@ -1,4 +1,4 @@
-"""The options of the twelve commands: each one's flag, default, help text, range and group, written once.
+"""The options of the thirteen commands: each one's flag, default, help text, range and group, written once.
 
 qsvd/option_types.py says what the marks mean. The first line of a docstring is shown by `qsvd --help`.
 """
@@ -9,6 +9,7 @@ from qsvd.options.quantizing import Quantize as Quantize
 from qsvd.options.training import Plan as Plan
 from qsvd.options.training import Train as Train
 from qsvd.options.training import TrainingOptions as TrainingOptions
+from qsvd.options.using import Aggregate as Aggregate
 from qsvd.options.using import Demo as Demo
 from qsvd.options.using import Eval as Eval
 from qsvd.options.using import Export as Export

@@ -7,9 +7,9 @@ from typing import Any
 
 from qsvd.options.quantizing import Allocate, Calibrate, Quantize
 from qsvd.options.training import Train, TrainingOptions
-from qsvd.options.using import Eval, Generate
+from qsvd.options.using import Aggregate, Eval, Generate
 
-TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga", "melora")  # methods that --rslora scales
+TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga", "melora", "delta-lora")  # methods that --rslora scales
 WITH_DROPOUT = ("lora", "r-lora")  # methods that --dropout applies to
 TRACKERS = {  # name -> packages of which transformers needs one
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -33,6 +33,7 @@ def conflicts(options: object) -> list[str]:
         wrong += _conflicts_of_objective(options)
     kinds: Any = {Quantize: _conflicts_of_quantize, Calibrate: _conflicts_of_calibrate, Eval: _conflicts_of_eval}
     kinds |= {TrainingOptions: _conflicts_of_training, Generate: _conflicts_of_generate}
+    kinds[Aggregate] = _conflicts_of_aggregate
     return wrong + [clause for kind, find in kinds.items() if isinstance(options, kind) for clause in find(options)]
 
 
@@ -156,6 +157,15 @@ def _conflicts_of_eval(options: Eval) -> list[str]:
         wrong.append(f"--stride {options.stride} is above --window {options.window}")
     if not options.models:
         wrong.append("no model is given: name at least one folder")
+    return wrong
+
+
+def _conflicts_of_aggregate(options: Aggregate) -> list[str]:
+    wrong = []
+    if len(options.runs) < 2:
+        wrong.append(f"{' '.join(options.runs) or 'no run'} is given, and an average needs at least two runs")
+    if options.weights and len(options.weights) != len(options.runs):
+        wrong.append(f"--weights has {len(options.weights)} numbers for {len(options.runs)} runs: give one for each")
     return wrong
 
 

@@ -71,6 +71,9 @@ class TrainingOptions:
         float, ADDED, SHARE, Help("lora: dropout on the input of the adapter; r-lora: on that of each head.")
     ] = 0.0
     rslora: Annotated[bool, ADDED, Help("lora, dora, lora-fa, lora-ga, melora: scale is alpha / sqrt(rank).")] = False
+    rslora: Annotated[bool, ADDED, Help("lora, dora, lora-fa, lora-ga, delta-lora: scale is alpha / sqrt(rank).")] = (
+        False
+    )
     dropout: Annotated[float, ADDED, SHARE, Help("lora: dropout on the input of the adapter.")] = 0.0
     target_modules: Annotated[
         tuple[str, ...],

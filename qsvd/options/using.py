@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from qsvd.option_types import (
     ABOVE_ZERO,
+    ALL_ABOVE_ZERO,
     APPEND,
     FROM_ZERO,
     POSITIONAL,
@@ -120,6 +121,28 @@ class Export:
     check: Annotated[bool, Help("Load the output and compare its logits, if there is enough memory.")] = True
     push_to_hub: PushToHub = None
     public: Public = False
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Average several runs on one quantized model, into a run.
+
+    The products B A are averaged, not B and A; --rank leaves out the smallest singular values of the average.
+    """
+
+    runs: Annotated[tuple[str, ...], POSITIONAL, Help("Runs of qsvd train on one quantized model.", "RUN ...")]
+    out: Annotated[Path, Help("Folder for the average. The same command continues a stopped one.", "RUN")]
+    rank: Annotated[
+        int | None,
+        at_least(1),
+        Help("Rank of the average. Default: the highest one of the runs. The sum of their ranks leaves out nothing."),
+    ] = None
+    weights: Annotated[
+        tuple[float, ...],
+        ALL_ABOVE_ZERO,
+        Help("Weight of each run, such as its number of examples. Default: all alike.", "NUMBER ..."),
+    ] = ()
+    base: Base = None
 
 
 @dataclass(frozen=True)

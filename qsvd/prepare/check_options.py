@@ -1,6 +1,7 @@
 """Checks of ranges, conflicts, sizes and paths of options. They import no torch: the command line refuses a mistake at
 once, before it imports the command."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from qsvd.data.read import local_data
@@ -22,6 +23,7 @@ from qsvd.files.workspace import (
 from qsvd.inputs.paths import checkpoint_folder, local_path
 from qsvd.option_types import out_of_range
 from qsvd.options import (
+    Aggregate,
     Allocate,
     Calibrate,
     Demo,
@@ -39,7 +41,21 @@ from qsvd.options import (
 from qsvd.options.conflicts import conflicts
 from qsvd.plan.targets import check_targets, target_names
 
-Options = Allocate | Calibrate | Demo | Eval | Export | Generate | Methods | Plan | Quantize | Report | Train | Verify
+Options = (
+    Aggregate
+    | Allocate
+    | Calibrate
+    | Demo
+    | Eval
+    | Export
+    | Generate
+    | Methods
+    | Plan
+    | Quantize
+    | Report
+    | Train
+    | Verify
+)
 
 LEAST_SHARD = 10**5  # bytes of one output file
 
@@ -138,8 +154,8 @@ def _check_models(options: Options, *, is_open: bool) -> None:
             named = (*options.models, options.reference) if isinstance(options, Eval) else (options.model,)
             for name in filter(None, named):
                 model_kind(name)
-        case Export():
-            _check_exported(options.run)
+        case Export() | Aggregate():
+            _check_runs(options)
         case _:
             pass
 
@@ -215,11 +231,27 @@ def _check_config(name: str) -> None:
         raise BadInput(f"{name} is a run of qsvd train: give its quantized model, or its 16-bit model")
 
 
-def _check_exported(run: Path) -> None:
+def _check_runs(options: Export | Aggregate) -> None:
+    if isinstance(options, Aggregate):
+        _check_averaged(options.runs)
+        return
+    run = options.run
     if not run.expanduser().exists():  # a Hub id would be downloaded, and then refused
         raise BadInput(f"no folder {run} here; give a run of qsvd train, or a quantized model")
     if model_kind(str(run)) == "16-bit":
         raise BadInput(f"{run} is a 16-bit model, and needs no export; give a run of qsvd train, or a quantized model")
+
+
+def _check_averaged(runs: Sequence[str]) -> None:
+    """Refuse to average what is not a run."""
+    absent = [name for name in runs if not Path(name).expanduser().exists()]
+    if absent:  # a Hub id would be downloaded, and then refused
+        raise BadInput(f"no folder {listing(absent)} here; give runs of qsvd train")
+    others = {name: model_kind(name) for name in runs if model_kind(name) != "trained"}
+    if others:
+        words = {"split": "a quantized model", "16-bit": "a 16-bit model"}
+        found = listing([f"{name} is {words[kind]}" for name, kind in others.items()], separator="; ")
+        raise BadInput(f"{found}; give runs of qsvd train")
 
 
 def _check_output(options: Options) -> None:

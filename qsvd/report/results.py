@@ -113,6 +113,21 @@ class TrainResult(Written):
 
 
 @dataclass(frozen=True)
+class AggregateResult(Written):
+    """The average of several runs, as a run.
+
+    Args:
+        rank: Of the average, in layers that are not smaller.
+        error: Relative Frobenius error of the rank: what it leaves out of the average, over all layers together.
+        errors: The same for each layer, by its path.
+    """
+
+    rank: int
+    error: float
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """The scores of every model, in the order given, and how they were measured."""
 

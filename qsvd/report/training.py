@@ -142,6 +142,42 @@ def run_readme(summary: RunSummary, run: str, forms: Sequence[str] = tuple(FORMS
     )
 
 
+# An average of runs.
+
+
+WORST = 10  # layers that are printed
+
+
+def aggregate_table(rank: int, error: float, errors: Mapping[str, float]) -> Table:
+    """Return the relative errors of the rank of an average: of all layers, and of the worst ones."""
+    table = Table("layer", "relative error", title=f"Average of rank {rank}", title_justify="left")
+    table.columns[1].justify = "right"
+    worst = sorted(errors, key=lambda path: (-errors[path], path))[:WORST]
+    for path in worst:
+        table.add_row(path, f"{errors[path]:.2e}")
+    others = len(errors) - len(worst)
+    if others:
+        table.add_row(f"{others} others, at most", f"{min(errors[path] for path in worst):.2e}")
+    table.add_row("all layers", f"{error:.2e}")
+    return table
+
+
+def aggregate_readme(base: str, rank: int, error: float, runs: Sequence[str]) -> str:
+    """Return the README.md of an average.
+
+    Args:
+        base: The quantized model.
+        runs: The runs, as the user wrote them.
+    """
+    lines = "\n".join(f"- {code(run)}" for run in runs)
+    return (
+        f"# An average of {len(runs)} runs of qsvd train\n\n`qsvd_adapter.safetensors` is a LoRA of rank {rank} on\n"
+        f"the quantized model in {code(base)}. Its product is the average of those of these runs; the rank leaves\n"
+        f"out {error:.2e} of it (relative Frobenius error). `qsvd_aggregate.json` has the error of each layer, and\n"
+        f"`adapter_model.safetensors` and `adapter_config.json` are the same adapter for PEFT.\n\n{lines}\n"
+    )
+
+
 # A plot of the loss.
 
 

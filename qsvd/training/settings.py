@@ -1,10 +1,12 @@
 """The settings of a training run, and the arguments of transformers' and TRL's trainers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from qsvd.memory.training import ROWS
 
@@ -68,6 +70,22 @@ class Settings:
 def default_optimizer(device: torch.device) -> str:
     """Return QLoRA's paged 8-bit AdamW for a GPU, torch's AdamW for a CPU."""
     return "paged_adamw_8bit" if device.type == "cuda" else "adamw"
+
+
+def forget(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Let an optimizer begin anew with these parameters: their moments and their counts of steps become 0.
+
+    The tensors stay, since bitsandbytes never frees paged ones. Its tables of 8-bit levels are no state.
+    """
+    for parameter in parameters:
+        if parameter.is_cuda:
+            torch.cuda.synchronize()  # paged state is written by the CPU, and kernels may still read it
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and not name.startswith("qmap"):
+                value.zero_()
+            elif name == "step":
+                state[name] = 0
 
 
 def language_arguments(settings: Settings, folder: Path, device: torch.device) -> "SFTConfig":

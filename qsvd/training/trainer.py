@@ -39,7 +39,7 @@ from qsvd.training.checkpoints import UNFINISHED, checkpoints, finish, step_of, 
 from qsvd.training.guards import check_apart, check_start, not_finite
 from qsvd.training.lora_rite import LoraRite
 from qsvd.training.riemannian import Riemannian
-from qsvd.training.settings import Settings, classifier_arguments, language_arguments, limit_tiles
+from qsvd.training.settings import Settings, classifier_arguments, forget, language_arguments, limit_tiles
 from qsvd.training.steps import SetRate
 
 HOOKS = "hooks.safetensors"  # of a checkpoint: the state of the method's hooks
@@ -56,7 +56,7 @@ class CallMethod(TrainerCallback):
     ) -> None:
         """Make the hooks, now that the number of steps is known."""
         del control, kwargs
-        self.trainer.start_hooks(Course(state.max_steps, args.learning_rate))
+        self.trainer.start_hooks(Course(state.max_steps, args.learning_rate, partial(forget, self.trainer.optimizer)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -36,6 +36,8 @@ OPTIONS = {  # a scale of 3 / rank, where there is one
     "cora": {"rank": 3, "alpha": 3.0},
     "lorta": {"rank": 5, "alpha": 3.0},
     "lora2": {"rank": 5, "alpha": 3.0, "own": {"inner_size": 4}},
+    "delta-lora": {"rank": 5, "alpha": 3.0, "own": {"delta_ratio": 0.5, "delta_start": 0.0}},
+    "xgblora": {"rank": 5, "alpha": 3.0},
 }
 RAMP = 0.375  # of singlora, exact in binary
 
@@ -81,6 +83,8 @@ BY_FORMULA = {  # without the scale
 }
 ROUTED = ("mo-sara", "r-lora")  # their outputs are no product with a dense weight: see test_routed.py
 
+BESIDE = {"delta-lora": ("begun_up", "begun_down"), "xgblora": ("kept_up", "kept_down")}  # zero at the start
+
 
 def formula(method, scale, f, p):
     """W' before magnitudes; f has frozen tensors, p the trained parameters, scale is alpha / K."""
@@ -94,9 +98,19 @@ def formula(method, scale, f, p):
         added = p["b"][:, None] * (f["shared_up"] @ torch.diag(p["d"]) @ f["shared_down"])
     elif method in BY_FORMULA:
         added = scale * BY_FORMULA[method](f, p)
+    elif method in BESIDE:
+        added = beside(method, scale, f, p)
     else:
         added = scale * p["up"] @ (f["frozen_down"][RANK:] if method == "lora-fa" else p["down"])
     return f["Q"] + f["P"] + added
+
+
+def beside(method, scale, f, p):
+    """B A with buffers beside the trained factors."""
+    if method == "delta-lora":  # the second part moves the weight, which has no gradient
+        product = p["up"] @ p["down"] + 0.5 * p["up"].detach() @ p["down"].detach()
+        return scale * (product + 0.5 * f["minus_start_up"] @ f["start_down"])
+    return f["kept_up"] @ f["kept_down"] + scale * p["up"] @ p["down"]
 
 
 def moved(method, principal, *, seed=3):
@@ -111,11 +125,16 @@ def moved(method, principal, *, seed=3):
                 parameter.shape
             )
             parameter += 0.3 * step * (parameter.abs().mean() or 0.5)
+        for number, name in enumerate(BESIDE.get(method, ())):
+            buffer = adapter.get_buffer(name)
+            buffer += torch.from_numpy(reference.gaussian(*buffer.shape, seed=number))
     return adapter, 3 / OPTIONS[method].get("rank", 1)
 
 
 def frozen_of(adapter, principal):
     buffers = {name: buffer.double() for name, buffer in adapter.named_buffers()}
+    if "begun_up" in buffers:
+        buffers |= {"start_up": buffers["begun_up"], "start_down": buffers["begun_down"]}
     if "start_up" in buffers:
         buffers["minus_start_up"] = -buffers["start_up"]  # so that a formula of absolute values adds it
     return buffers | {"Q": decoded(principal.residual), "P": principal.up_OR.double() @ principal.down_RI.double()}

@@ -40,13 +40,17 @@ TRAINED = {
     "cora": {"down"},
     "lorta": {"up", "down", "heads", "matrices", "attentions"},
     "lora2": {"up", "inner_up", "diagonal", "inner_down", "down"},
+    "delta-lora": {"up", "down"},
+    "xgblora": {"up", "down"},
 }
-SAVED = {
+SAVED = {  # besides
     "lora-ga": {"start_up", "start_down"},
     "singlora": {"ramp"},
     "cora": {"basis"},
     "r-lora": {"start_up", "start_down"},
-}  # besides
+    "delta-lora": {"begun", "begun_up", "begun_down"},
+    "xgblora": {"kept_up", "kept_down", "round"},
+}
 COUNTS = {  # by the papers: how often r^2, r o, r i, r and o, for rank r of an o x i weight; or a formula
     "pissa": (0, 1, 1, 0, 0),
     "lora": (0, 1, 1, 0, 0),
@@ -70,12 +74,15 @@ COUNTS = {  # by the papers: how often r^2, r o, r i, r and o, for rank r of an 
     "cora": (0, 0, 1, 0, 0),
     "lorta": (0, 1, 1, 6, 0),  # one head of one attention
     "lora2": (2, 1, 1, 1, 0),  # with r as the inner size
+    "delta-lora": (0, 1, 1, 0, 0),
+    "xgblora": (0, 1, 1, 0, 0),
 }
 MOST = {  # ranks that are cut
     "lora-ga": lambda r, o, i: min(r, min(o, i) // 2),
     "melora": lambda r, o, i: min(r, min(o, i) // math.gcd(o, i)),
     "kron-lora": lambda r, o, i: min(r, o // even(o), i // even(i)),
     "lora-mini": lambda r, o, i: min(r, 6, 5, o, i),
+    "xgblora": lambda *_: 1,
 }
 ADDED = {  # beside the components, which are frozen
     "lora",
@@ -93,6 +100,8 @@ ADDED = {  # beside the components, which are frozen
     "lorta",
     "lora2",
     "sara",
+    "delta-lora",
+    "xgblora",
 }
 EXACT = [method for method in METHODS if method != "sorsa"]  # it decomposes them once more
 SMALL = [(shape, min(3, *shape)) for shape in SHAPES]  # with a rank that each may have

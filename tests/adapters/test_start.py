@@ -99,7 +99,7 @@ def test_that_number_takes_4_gigabytes():
         (
             AdapterOptions("edora", rslora=True),
             (),
-            r"rslora is an option of the method lora or dora or .*melora or cora.*, and the method is edora",
+            r"rslora is an option of the method lora or .*melora or cora or delta-lora, and the method is edora",
         ),
         (AdapterOptions(dropout=0.1), (), r"the method is pissa: choose lora \(--method lora\), or leave dropout out$"),
         (AdapterOptions("lora", dropout=1.0), (), r"dropout 1 is not a number from 0 to below 1$"),

@@ -25,6 +25,8 @@ ADDED = (
     "lorta",
     "lora2",
     "r-lora",
+    "delta-lora",
+    "xgblora",
 )
 
 

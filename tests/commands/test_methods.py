@@ -34,6 +34,8 @@ PARAMETERS = {  # the default rank r on stored components of rank 64, and what i
     "cora": (64, lambda _, n, r: r * n),
     "lorta": (8, lambda m, n, r: (m == n) * r * (n + 128 + 32 + 4 + 32) / 64),  # once for 64 weights of this size
     "lora2": (8, lambda m, n, r: r * (m + n) + 2 * r * r + r),
+    "delta-lora": (64, lambda m, n, r: r * (m + n)),
+    "xgblora": (32, lambda m, n, _: m + n),
 }
 BESIDE = ("randlora", "r-lora")  # what is added is no product of factors
 LLAMA = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]  # 32 blocks of these

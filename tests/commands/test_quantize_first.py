@@ -154,7 +154,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_quantized(options, tm
         "rank": ({"rank": 999}, "--rank 999 is above 128, the shorter side of the smallest layer"),
         "lora only": (
             {"rslora": True},
-            "rslora is an option of the method lora or dora or lora-fa or lora-ga, and the method is pissa",
+            "rslora is an option of the method lora or dora or lora-fa or lora-ga or ",
         ),
         "start": ({"init_from": tmp_path}, "--init-from"),
         "memory": ({"host": "1MB"}, "needs"),

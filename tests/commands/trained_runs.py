@@ -35,6 +35,8 @@ METHODS = {
     "cora": {"rank": 4, "alpha": 8.0},
     "lorta": {"rank": 4, "alpha": 8.0},
     "lora2": {"rank": 4, "alpha": 8.0},
+    "delta-lora": {"rank": 4, "alpha": 8.0, "own": {"delta_start": 0.0}},
+    "xgblora": {"rank": 4, "alpha": 8.0},
 }
 RAMP = 0.25  # of singlora, as in a run that was stopped
 ROUTED = {"mo-sara": {}, "r-lora": {}}  # they stand for no weights
@@ -107,6 +109,15 @@ def _melora(p, *_):
     return scipy.linalg.block_diag(*map(np.matmul, np.split(p["up"], 2), np.split(p["down"], 2, axis=1)))
 
 
+def _random_sum(p, frozen, shape):
+    """Sum over n of B_n diag(lam_n) A diag(gam_n), with A and B_n of deviation 1."""
+    lam, gam, bases, base = p["lam"], p["gam"], frozen["shared_bases"], frozen["shared_base"]
+    unit = 3 * np.sqrt(bases.shape[1] * base.shape[1])
+    parts = np.split(bases, len(gam), axis=1)
+    total = unit * sum(part * lam[:, n] @ base * gam[n] for n, part in enumerate(parts))
+    return total if total.shape == shape else total.T
+
+
 BY_FORMULA = {  # what is added, without the scale
     "melora": _melora,
     "kron-lora": lambda p, *_: np.kron(p["kron"], p["up"] @ p["down"]),
@@ -117,6 +128,10 @@ BY_FORMULA = {  # what is added, without the scale
     ),
     "cora": lambda p, frozen, _: frozen["basis"] @ p["down"],
     "lora2": lambda p, *_: p["up"] @ p["inner_up"] * p["diagonal"] @ p["inner_down"] @ p["down"],
+    "randlora": _random_sum,
+    "lora-ga": lambda p, *_: p["up"] @ p["down"] - p["start_up"] @ p["start_down"],
+    "delta-lora": lambda p, *_: 3 * p["up"] @ p["down"] - 2 * p["begun_up"] @ p["begun_down"],  # lambda is 2
+    "xgblora": lambda p, *_: p["kept_up"] @ p["kept_down"] / SCALE + p["up"] @ p["down"],
 }
 
 
@@ -132,22 +147,10 @@ def product_of(method, factors, p, buffers):
         return stored + scale * buffers["directions"] @ p["core"] @ buffers["inner"] @ factors[1]
     if method == "vera":
         return stored + p["b"][:, None] * buffers["shared_up"] * p["d"] @ buffers["shared_down"]
-    if method == "randlora":
-        total = random_sum(p["lam"], p["gam"], buffers["shared_bases"], buffers["shared_base"])
-        return stored + SCALE * (total if total.shape == stored.shape else total.T)
-    if method == "lora-ga":
-        return stored + SCALE * (p["up"] @ p["down"] - p["start_up"] @ p["start_down"])
     if method in BY_FORMULA:
         return stored + SCALE * BY_FORMULA[method](p, buffers, stored.shape)
     down = buffers["frozen_down"][-p["up"].shape[1] :] if method == "lora-fa" else p["down"]
     return stored + SCALE * p["up"] * p.get("diagonal", 1) @ down
-
-
-def random_sum(lam, gam, bases, base):
-    """Sum over n of B_n diag(lam_n) A diag(gam_n), with A and B_n of deviation 1: [larger side, smaller side]."""
-    unit = 3 * np.sqrt(bases.shape[1] * base.shape[1])
-    parts = np.split(bases, len(gam), axis=1)
-    return unit * sum(part * lam[:, n] @ base * gam[n] for n, part in enumerate(parts))
 
 
 def lorta_product(path, rows, saved):

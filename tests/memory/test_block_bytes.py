@@ -38,7 +38,8 @@ TRAINED = {
     "singlora": {"rank": 16},
     "cora": {"rank": 16},
     "lorta": {"rank": 16},
-    "lora2": {"rank": 16, "own": {"inner_size": 8}},
+    "delta-lora": {"rank": 16},
+    "xgblora": {"rank": 16},
     "lora with dropout": {"rank": 16, "dropout": 0.1, "target_modules": ("q_proj", "v_proj", "down_proj")},
 }
 ADDS = ("randlora", "mo-sara", "r-lora with dropout")  # by a function, which the planner runs as well
@@ -111,7 +112,7 @@ def kinds_of_runs():
             yield method, dtype, checkpointing
 
 
-@pytest.mark.parametrize(("method", "dtype", "checkpointing"), kinds_of_runs())
+@pytest.mark.parametrize(("method", "dtype", "checkpointing"), [*kinds_of_runs()])
 def test_the_peak_of_the_blocks_is_the_planned_one(base, method, dtype, checkpointing):
     batch = Batch(384, 1, is_masked=False, checkpointing=checkpointing, device="cpu")
     check(base, method, dtype, batch, has_loss=False)

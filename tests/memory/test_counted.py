@@ -85,9 +85,6 @@ CASES = {
     "odd sizes, lora-mini": Case(
         "odd", AdapterOptions("lora-mini", rank=4, own={"outer_out": 8, "outer_in": 6}), "adamw"
     ),
-    "odd sizes, cora, three of six blocks stay": Case(
-        "odd", AdapterOptions("cora", rank=8), "adamw", Placement(3, "host")
-    ),
     "mixed bits and ranks, cora with its bases": Case(
         "mixed", AdapterOptions("cora", rank=8, own={"train_basis": True}), "adamw"
     ),
@@ -96,6 +93,8 @@ CASES = {
         "odd", AdapterOptions("lorta", rank=8), "adamw", Placement(3, "host")
     ),
     "odd sizes, lora2": Case("odd", AdapterOptions("lora2", rank=8, own={"inner_size": 5}), "adamw"),
+    "odd sizes, delta-lora": Case("odd", AdapterOptions("delta-lora", rank=8), "adamw"),
+    "odd sizes, xgblora": Case("odd", AdapterOptions("xgblora", rank=8, own={"booster_layers": 6}), "adamw"),
     "odd sizes, lora-fa": Case("odd", AdapterOptions("lora-fa", rank=8), "adamw"),
     "odd sizes, sorsa": Case("odd", AdapterOptions("sorsa"), "adamw"),
     "odd sizes, pissa on attention alone, three of six blocks stay": Case(

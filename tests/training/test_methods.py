@@ -29,6 +29,8 @@ OWN = {
     "cora": {"rank": 4},
     "lorta": {"rank": 4},
     "lora2": {"rank": 4, "inner_size": 3, "learning_rate": 0.2},  # a product of five, of which four begin at 0.02
+    "delta-lora": {"rank": 4, "delta_start": 0.5},
+    "xgblora": {"rank": 4, "booster_steps": 1, "booster_layers": 1},
 }
 
 

@@ -77,12 +77,17 @@ def test_dropout_is_drawn_as_in_a_run_without_a_stop(classifier, tmp_path, monke
         ({"method": "lora", "rank": 8, "dropout": 0.2, "target_modules": ("q_proj", "down_proj")}, (EPOCH,)),
         ({"method": "pissa"}, (EPOCH - 1, EPOCH + 1)),
         ({"method": "edora", "rank": 8}, (1, 2)),
-        ({"method": "lora", "rank": 4, "lora_plus_ratio": 16.0}, (3,)),
+        ({"method": "lora", "rank": 4, "lora_plus_ratio": 16.0, "refactor_every": 2}, (3,)),
+        ({"method": "xgblora", "rank": 2, "booster_steps": 2}, (1, 4)),
     ],
     ids=str,
 )
 def test_stops_at_the_end_of_an_epoch_around_it_and_at_once(language, texts, tmp_path, monkeypatch, changes, stops):
-    assert_resumes(training(language, texts, tmp_path, steps=EPOCH + 2, **changes), tmp_path, monkeypatch, *stops)
+    options = training(language, texts, tmp_path, steps=EPOCH + 2, **changes)
+    stopped = assert_resumes(options, tmp_path, monkeypatch, *stops)
+    state = torch.load(stopped / f"checkpoint-{EPOCH + 2}" / "optimizer.pt", weights_only=True)["state"]
+    is_anew = {name for name in ("refactor_every", "booster_steps") if name in changes}  # every second step
+    assert all(not tensor.any() for tensor in tensors_in(state)) == bool(is_anew)
 
 
 def test_lora_ga_goes_on_without_the_file_that_it_started_from_and_not_with_another(

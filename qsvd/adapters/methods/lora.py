@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from qsvd.adapters.adapter import AdapterOptions, Defaults, StoredWeight
 from qsvd.adapters.methods.added import Added, joined, kaiming
+from qsvd.adapters.methods.refactor import Refactor, RefactorOptions
+from qsvd.numerics.svd import product_svd
 from qsvd.option_types import ABOVE_ZERO, Help
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraOptions:
+class LoraOptions(RefactorOptions):
     """The options of LoRA's own."""
 
     lora_plus_ratio: Annotated[
@@ -27,6 +29,7 @@ class Lora(Added):
 
     Without components it is QLoRA (arXiv:2305.14314). Parameters: K (O + I). K is cut to the smaller side of the
     weight; the scale is not changed. Dropout acts on the input of A, as in PEFT, and not on that of Q and A0.
+    `refactor` rounds the new factors to their dtype.
     """
 
     paper = "2106.09685"
@@ -38,13 +41,14 @@ class Lora(Added):
         reason="QLoRA's rank, alpha / rank and rate for 7B and 13B",
     )
     options = LoraOptions
+    hooks = Refactor
     shared_options = ("dropout", "rslora")
 
     def __init__(
-        self, stored: StoredWeight, up_OK: Tensor, down_KI: Tensor, *, scale: float, dropout: float, ratio: float = 1.0
+        self, stored: StoredWeight, up_OK: Tensor, down_KI: Tensor, own: LoraOptions, *, scale: float, dropout: float
     ):
         super().__init__(stored, scale=scale, dropout=dropout)
-        self.ratio = ratio
+        self.ratio, self.refactor_every = own.lora_plus_ratio, own.refactor_every
         self.up = nn.Parameter(up_OK)
         self.down = nn.Parameter(down_KI)
 
@@ -53,10 +57,10 @@ class Lora(Added):
         rank, scale = cls.size(stored, options)
         out_features, in_features = stored.residual.shape
         down_KI = kaiming(rank, in_features, generator)
-        device, ratio = stored.up_OR.device, cls.own(options).lora_plus_ratio
+        device = stored.up_OR.device
         up_OK = torch.zeros(out_features, rank, dtype=options.torch_dtype, device=device)
         down_KI = down_KI.to(device, options.torch_dtype)
-        return cls(stored, up_OK, down_KI, scale=scale, dropout=options.dropout, ratio=ratio)
+        return cls(stored, up_OK, down_KI, cls.own(options), scale=scale, dropout=options.dropout)
 
     @classmethod
     def tensors(
@@ -74,6 +78,12 @@ class Lora(Added):
 
     def rates(self) -> Mapping[str, float]:
         return {"up": self.ratio} if self.ratio != 1 else {}
+
+    def refactor(self) -> list[nn.Parameter]:
+        found = product_svd(self.up, self.down)
+        self.up.copy_(found.left_OK * found.values_K)
+        self.down.copy_(found.right_KI)
+        return [self.up, self.down]
 
 
 METHOD = Lora

@@ -1,0 +1,1 @@
+"""What commands that use runs need before their work."""
