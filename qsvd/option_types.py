@@ -129,9 +129,6 @@ Method = Literal[
     "vera",
     "lora-ga",
     "randlora",
-    "sara",
-    "mo-sara",
-    "r-lora",
     "melora",
     "kron-lora",
     "singlora",
@@ -140,7 +137,12 @@ Method = Literal[
     "cora",
     "lorta",
     "lora2",
+    "sara",
+    "mo-sara",
+    "r-lora",
     "delta-lora",
+    "weightlora",
+    "losa",
     "xgblora",
 ]
 Optimizer = Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lora-rite"]

@@ -104,7 +104,7 @@ $ TRAIN --rank 8
 $ TRAIN --max-length 4096
   --max-length 4096 is above 512, the context length of OUT
 $ TRAIN --dropout 0.1
-  dropout is an option of the method lora or r-lora, and the method is pissa: choose lora
+  dropout is an option of the method lora or r-lora or weightlora, and the method is pissa: choose lora
 $ TRAIN --eval-every 2 --held-out 0
   --eval-every needs held-out examples: give --valid DATA, or a larger --held
 $ TRAIN --keep-best

@@ -14,7 +14,7 @@ import torch
 import tyro
 
 import qsvd
-from qsvd.adapters.adapter import Course
+from qsvd.adapters.methods.hooks import Course
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import split_linears, trained
 from qsvd.console.progress import quiet

@@ -8,7 +8,7 @@ Shape suffixes: O = out features, I = in features, R = stored rank, K = rank of 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qsvd.adapters.methods.hooks import Hooks
 from qsvd.errors import BadInput
 from qsvd.numerics.codec import PackedBlocks
 from qsvd.plan.tensors import AdapterTensors, Family, Layers, TensorShape
@@ -131,58 +132,6 @@ class Defaults:
         return self.scale * (math.sqrt(self.rank or rank) if options.rslora else rank)
 
 
-def _keeps_nothing(parameters: Iterable[nn.Parameter]) -> None:
-    """Stand for an optimizer without state."""
-    del parameters
-
-
-@dataclass(frozen=True)
-class Course:
-    """What the hooks of a method know of a run.
-
-    Args:
-        steps: Optimizer steps.
-        learning_rate: The highest one.
-        forget: Lets the optimizer begin anew with parameters whose values a hook replaced.
-    """
-
-    steps: int
-    learning_rate: float
-    forget: Callable[[Iterable[nn.Parameter]], None] = _keeps_nothing
-
-
-class Hooks:
-    """What a method does around the optimizer steps of a run; one object a run.
-
-    Each of the three functions is called once an optimizer step, counted from 1.
-
-    Args:
-        adapters: The trained adapters by the paths of their layers, in model order.
-    """
-
-    def __init__(self, adapters: Mapping[str, Any], course: Course):
-        self.adapters, self.course = adapters, course
-
-    def after_backward(self, step: int) -> None:
-        """Act on the gradients of all batches of the step, summed, before they are clipped."""
-
-    def transform_grads(self, step: int) -> None:
-        """Act on the gradients after they are clipped, right before the optimizer."""
-
-    def after_step(self, step: int) -> None:
-        """Act on the parameters after the optimizer moved them; the gradients are still there."""
-
-    def end(self) -> None:
-        """Act after the last step: other code may move the parameters from now on."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a stopped run needs to continue; it is saved with every checkpoint."""
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a saved state."""
-
-
 class Adapter(nn.Module, ABC):
     """The trained part of one weight: y = x W'^T + delta(x), with W' = gain[:, None] * (Q + up @ down).
 
@@ -193,11 +142,13 @@ class Adapter(nn.Module, ABC):
         dropout: Of the input of the trained factors, while training. Above 0 it needs `divided`.
         frozen_rank: Leading columns of up and rows of down that are frozen: their gradients are given as 0.
         family: The name of its family; empty for a weight that has no tensors in common with others.
+        looks: Whether `look` is called while training.
     """
 
     dropout: float = 0.0
     frozen_rank: int = 0
     family: str = ""
+    looks: bool = False
 
     paper: ClassVar[str]  # its arXiv number, "2404.02948"
     starts_as: ClassVar[str]  # what the trained part is before the first step, in a few words
@@ -298,6 +249,15 @@ class Adapter(nn.Module, ABC):
     def check_shapes(cls, shapes: Mapping[str, tuple[int, int]], options: AdapterOptions) -> None:
         """Refuse options that do not fit the shapes [O, I] of the layers to train, by BadInput with all of these."""
 
+    @classmethod
+    def kept(cls, own: Any, shape: tuple[int, int]) -> Mapping[str, TensorShape]:
+        """Return what the hooks keep between steps for an [O, I] weight with these options of the method's own alone.
+
+        It is counted besides the `state` of `tensors`.
+        """
+        del own, shape
+        return {}
+
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return up [O, K] and down [K, I], differentiable, with the scale folded in."""
@@ -331,6 +291,9 @@ class Adapter(nn.Module, ABC):
     def rates(self) -> Mapping[str, float]:
         """Return by which factor the learning rate of each parameter differs from that of the run; 1 is left out."""
         return {}
+
+    def look(self, x_TI: Tensor) -> None:
+        """Look at the inputs of the layer, once for each token of a training step; called if `looks` is True."""
 
     def forget(self) -> None:
         """Forget what was computed from the parameters: they have changed."""

@@ -158,6 +158,8 @@ class SplitLinear(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         inputs_TI = x.reshape(-1, self.in_features)
+        if self.training and self.adapter.looks and not _is_recomputing():
+            self.adapter.look(inputs_TI.detach())
         with torch.autocast(device, enabled=False):  # it would round the adapter's own steps, such as edora's norms
             if self.training and self.adapter.dropout:
                 outputs_TO = self._with_dropout(inputs_TI)
@@ -185,6 +187,11 @@ class SplitLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _is_recomputing() -> bool:
+    """Return whether a checkpointed block computes its outputs again: that happens inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1  # torch.utils.checkpoint asks the same
 
 
 def _scaled(y_TO: Tensor, gain_O: Tensor) -> Tensor:

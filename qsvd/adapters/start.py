@@ -206,7 +206,9 @@ def start_from(stored: StoredWeight, starts: Starts) -> Adapter:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6]))
     try:
         kind = starts.kind(stored.name)
-        return kind.start(stored, options_for(starts.options, kind, stored.module), generator)
+        return kind.start(
+            stored, options_for(starts.options, kind, stored.module, starts.assigned.trainable), generator
+        )
     except ValueError as error:
         raise BadInput(f"{starts.split.folder}: {stored.name}: {error}") from error
 
@@ -310,11 +312,10 @@ def planned(
 
     def tensors(spec: WeightSpec) -> AdapterTensors:
         kind, family = assigned.kinds[spec.module], assigned.families.get(spec.module)
-        rank = options_for(options, kind, spec.module).rank  # experts may have another one
+        rank = options_for(options, kind, spec.module, ranks).rank  # experts and blocks may have another one
         key = (kind, family and family.name, spec.shape, stored[spec.module], rank)
         if key not in known:
-            made = planned_tensors(options, spec, stored[spec.module], assigned, dtypes)
-            known[key] = replace(made, dropout=0.0 if kind is Frozen else options.dropout)
+            known[key] = planned_tensors(options, spec, stored[spec.module], assigned, dtypes)
         return known[key]
 
     adapters = {spec.name: tensors(spec) for spec in names.weights}

@@ -110,6 +110,7 @@ def table_of(rows: list[MethodRow]) -> Table:
     table = Table(*heads, title="Methods of qsvd train", title_justify="left", pad_edge=False)
     for column in (1, 2, 5):
         table.columns[column].justify = "right"
+    table.columns[3].min_width = len("components,")
     for column in (0, 1, 2, 5, 6):
         table.columns[column].no_wrap = True
     for row in rows:

@@ -147,8 +147,8 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
     """Write a PEFT LoRA for the 16-bit model, with one weight at a time in memory.
 
     All factors are padded with zeros to the same rank: llama.cpp divides alpha by the rank of each factor, vLLM by the
-    one in the config, and neither reads PEFT's rank_pattern. With quantized experts, only layers that training changed
-    are written.
+    one in the config, and neither reads PEFT's rank_pattern. Layers whose factors are those that are stored are left
+    out, and with quantized experts all that training did not change.
 
     Args:
         model: Without gains.
@@ -162,13 +162,14 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
     """
     check_dtype(target.dtype)
     known = _known_errors(model, target.original)
-    same: set[str] = set()  # what training did not change, with experts
+    same: set[str] = set()  # what training did not change
+    differs = _is_changed if _experts(model) else _differs
 
     def compare(name: str, trained: Trained) -> None:
-        if not _is_changed(trained, model.split.factors(name)):
+        if not differs(trained, model.split.factors(name)):
             same.add(name)
 
-    inventory = take_inventory(model, compare if _experts(model) else None)
+    inventory = take_inventory(model, compare)
     if inventory.has_gains:
         raise BadInput("the trained model scales the rows of its weights, which a LoRA on the 16-bit model cannot do")
     written = _written(model, same)
@@ -260,24 +261,23 @@ def _experts(model: TrainedModel) -> set[str]:
 
 
 def _written(model: TrainedModel, same: Collection[str]) -> dict[str, str]:
-    """Return the weights that the LoRA has, and their modules: all, or with quantized experts those that changed.
+    """Return the weights that the LoRA has, and their modules: those that changed, or the first one.
 
     Args:
-        same: The weights that did not change; used with experts alone.
+        same: The weights that did not change.
 
     Raises:
         BadInput: an expert changed, or PEFT would not put the LoRA on these modules of the 16-bit model.
     """
     modules, experts = model.modules(), _experts(model)
-    if not experts:
-        return modules
     changed = [name for name in modules if name not in same]
     trained = [modules[name] for name in changed if "stack" in model.split.weights[name]]
     if trained:
         raise trained_experts(trained)
     others = [name for name in modules if name not in experts]
     written = {name: modules[name] for name in changed or others[:1]}  # PEFT needs one
-    check_place(model, [*written.values()])
+    if experts:
+        check_place(model, [*written.values()])
     return written
 
 
@@ -289,12 +289,17 @@ def trained_experts(paths: Sequence[str]) -> BadInput:
     )
 
 
+def _differs(trained: Trained, stored: tuple[Tensor, Tensor] | None) -> bool:
+    """Return whether the factors of a weight are not the stored ones."""
+    if stored is None:
+        return len(trained.down_KI) > 0
+    pairs = zip((trained.up_OK, trained.down_KI), stored, strict=True)
+    return not all(torch.equal(one, other.float()) for one, other in pairs)
+
+
 def _is_changed(trained: Trained, stored: tuple[Tensor, Tensor] | None) -> bool:
-    """Return whether training changed the factors of a weight."""
-    pairs = () if stored is None else zip((trained.up_OK, trained.down_KI), stored, strict=True)
-    if stored is not None and all(torch.equal(one, other.float()) for one, other in pairs):
-        return False
-    return len(trained.down_KI) > 0 and len(difference(trained, stored)[1]) > 0
+    """Return whether training changed the product of the factors of a weight."""
+    return _differs(trained, stored) and len(trained.down_KI) > 0 and len(difference(trained, stored)[1]) > 0
 
 
 def _factors(

@@ -9,8 +9,8 @@ from qsvd.options.quantizing import Allocate, Calibrate, Quantize
 from qsvd.options.training import Train, TrainingOptions
 from qsvd.options.using import Aggregate, Eval, Generate
 
-TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga", "melora", "delta-lora")  # methods that --rslora scales
-WITH_DROPOUT = ("lora", "r-lora")  # methods that --dropout applies to
+TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga", "melora", "cora", "delta-lora")  # methods that --rslora scales
+WITH_DROPOUT = ("lora", "r-lora", "weightlora")  # methods that --dropout applies to
 TRACKERS = {  # name -> packages of which transformers needs one
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),

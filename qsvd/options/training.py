@@ -75,6 +75,7 @@ class TrainingOptions:
         False
     )
     dropout: Annotated[float, ADDED, SHARE, Help("lora: dropout on the input of the adapter.")] = 0.0
+    dropout: Annotated[float, ADDED, SHARE, Help("lora, weightlora: dropout on the input of the adapter.")] = 0.0
     target_modules: Annotated[
         tuple[str, ...],
         ADDED,

@@ -13,7 +13,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.gradients import gradients_digest, starts_from_gradients
 from qsvd.adapters.load import load_new
 from qsvd.adapters.methods.families import said_of_frozen
-from qsvd.adapters.methods.table import METHODS, has_pair, options_for, own_options
+from qsvd.adapters.methods.table import METHODS, expert_options, has_pair, own_options
 from qsvd.adapters.model import restore
 from qsvd.adapters.start import check_start, new_record, planned_base
 from qsvd.data.examples import Home, RunData, first_lines, read_run_data
@@ -260,7 +260,7 @@ def _chosen(options: Train, model: SplitModelPlan, device: torch.device) -> Iter
         )
     yield from said_of_frozen(model)
     experts, given = [spec.module for spec in weights if spec.stack], adapter_options_of(options)
-    if experts and options_for(given, METHODS[model.method], experts[0]) != given:
+    if experts and expert_options(given, METHODS[model.method], experts[0]) != given:
         yield f"Experts: rank {EXPERT_RANK} each, the default for experts; --rank sets that of all layers"
 
 

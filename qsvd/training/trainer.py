@@ -23,7 +23,8 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from qsvd.adapters.adapter import Adapter, Course, Hooks
+from qsvd.adapters.adapter import Adapter
+from qsvd.adapters.methods.hooks import Course, Hooks
 from qsvd.adapters.methods.pissa import Pissa
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import restore, split_linears, trained_pairs
@@ -161,8 +162,7 @@ class SplitTraining(Trainer):
                 raise BadInput(
                     f"{path}, the state of the method, is missing: remove that folder to go on from the one before"
                 )
-            entries = read_header(path).tensors
-            self.hooks.restore({name: read_tensor(entry) for name, entry in entries.items()})
+            self.hooks.restore({name: read_tensor(entry) for name, entry in read_header(path).tensors.items()})
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer; parameters with a rate of their own get groups of their own."""

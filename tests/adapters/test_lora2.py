@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from qsvd.adapters.adapter import AdapterOptions, Course
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.methods.hooks import Course
 from qsvd.adapters.methods.lora2 import Lora2
 from tests import reference
 from tests.adapters.principals import principal_of

@@ -105,7 +105,7 @@ def test_a_run_is_loaded_without_the_file_and_has_the_start_beside_what_is_train
             r"no gradients of 1 of 14 layers \(model\.layers\.0",
         ),
         ({}, {"own": {"gamma": 0.0}}, r"--gamma 0\.0 is not a finite number above 0"),
-        ({}, {"dropout": 0.1}, r"dropout is an option of the method lora or r-lora, and the method is lora-ga"),
+        ({}, {"dropout": 0.1}, r"dropout is an option of the method lora or .*weightlora, and the method is lora-ga"),
     ],
 )
 def test_a_file_that_it_cannot_start_from_is_refused(out, tmp_path, file, changes, said):

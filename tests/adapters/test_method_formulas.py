@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from qsvd.adapters.adapter import AdapterOptions, Course
+from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.methods.hooks import Course
 from qsvd.adapters.methods.orthonormal import orthonormal_gradient
 from qsvd.adapters.methods.table import METHODS, export_refusal
 from tests import reference
@@ -38,6 +39,8 @@ OPTIONS = {  # a scale of 3 / rank, where there is one
     "lora2": {"rank": 5, "alpha": 3.0, "own": {"inner_size": 4}},
     "delta-lora": {"rank": 5, "alpha": 3.0, "own": {"delta_ratio": 0.5, "delta_start": 0.0}},
     "xgblora": {"rank": 5, "alpha": 3.0},
+    "weightlora": {"rank": 5, "alpha": 3.0},
+    "losa": {"rank": 5, "alpha": 3.0},
 }
 RAMP = 0.375  # of singlora, exact in binary
 
@@ -101,7 +104,8 @@ def formula(method, scale, f, p):
     elif method in BESIDE:
         added = beside(method, scale, f, p)
     else:
-        added = scale * p["up"] @ (f["frozen_down"][RANK:] if method == "lora-fa" else p["down"])
+        product = p["up"] @ (f["frozen_down"][RANK:] if method == "lora-fa" else p["down"])
+        added = scale * p.get("gate", 1) * product * f["kept"]
     return f["Q"] + f["P"] + added
 
 
@@ -137,7 +141,9 @@ def frozen_of(adapter, principal):
         buffers |= {"start_up": buffers["begun_up"], "start_down": buffers["begun_down"]}
     if "start_up" in buffers:
         buffers["minus_start_up"] = -buffers["start_up"]  # so that a formula of absolute values adds it
-    return buffers | {"Q": decoded(principal.residual), "P": principal.up_OR.double() @ principal.down_RI.double()}
+    residual = decoded(principal.residual)
+    kept = residual != 0 if "mask" in buffers else torch.ones(())  # losa
+    return buffers | {"Q": residual, "kept": kept, "P": principal.up_OR.double() @ principal.down_RI.double()}
 
 
 def dense(method, scale, frozen, parameters, norms):

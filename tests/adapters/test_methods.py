@@ -42,6 +42,8 @@ TRAINED = {
     "lora2": {"up", "inner_up", "diagonal", "inner_down", "down"},
     "delta-lora": {"up", "down"},
     "xgblora": {"up", "down"},
+    "weightlora": {"up", "down", "gate"},
+    "losa": {"up", "down"},
 }
 SAVED = {  # besides
     "lora-ga": {"start_up", "start_down"},
@@ -75,6 +77,8 @@ COUNTS = {  # by the papers: how often r^2, r o, r i, r and o, for rank r of an 
     "lorta": (0, 1, 1, 6, 0),  # one head of one attention
     "lora2": (2, 1, 1, 1, 0),  # with r as the inner size
     "delta-lora": (0, 1, 1, 0, 0),
+    "weightlora": lambda r, o, i: r * (o + i) + 1,
+    "losa": (0, 1, 1, 0, 0),
     "xgblora": (0, 1, 1, 0, 0),
 }
 MOST = {  # ranks that are cut
@@ -101,6 +105,7 @@ ADDED = {  # beside the components, which are frozen
     "lora2",
     "sara",
     "delta-lora",
+    "weightlora",
     "xgblora",
 }
 EXACT = [method for method in METHODS if method != "sorsa"]  # it decomposes them once more
@@ -196,10 +201,10 @@ def test_what_is_frozen_has_no_gradient_and_what_is_trained_has_one(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_what_is_trained_has_the_dtype_that_was_asked_for_but_for_magnitudes(method, name):
+def test_what_is_trained_has_the_dtype_that_was_asked_for_but_for_magnitudes_and_gates(method, name):
     adapter = started(method, principal_of((33, 64), 3), dtype=name)
     dtypes = {key: str(p.dtype) for key, p in adapter.named_parameters()}
-    assert dtypes.pop("magnitude", "torch.float32") == "torch.float32"
+    assert {dtypes.pop(part, "torch.float32") for part in ("magnitude", "gate")} == {"torch.float32"}
     assert set(dtypes.values()) == {f"torch.{name}"}
 
 

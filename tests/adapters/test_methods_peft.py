@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from qsvd.adapters.adapter import AdapterOptions, Course
+from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.methods.hooks import Course
 from qsvd.adapters.methods.table import METHODS
 from tests import reference
 from tests.adapters.principals import decoded, principal_of

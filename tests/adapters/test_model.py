@@ -40,6 +40,8 @@ PARAMETERS = {
     "lora2": ("up", "inner_up", "diagonal", "inner_down", "down"),
     "delta-lora": ("up", "down"),
     "xgblora": ("up", "down"),
+    "weightlora": ("up", "down", "gate"),
+    "losa": ("up", "down"),
 }
 COMMON = {"lorta": ("up", "down", "heads", "matrices", "attentions")}  # of all layers, by the name of the first
 ATTENTION = "model.layers.0.self_attn.q_proj"

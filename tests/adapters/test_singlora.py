@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from qsvd.adapters.adapter import AdapterOptions, Course
+from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.methods.hooks import Course
 from qsvd.adapters.methods.singlora import SingLora
 from tests import reference
 from tests.adapters.principals import principal_of

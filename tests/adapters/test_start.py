@@ -94,7 +94,7 @@ def test_that_number_takes_4_gigabytes():
         (
             AdapterOptions("pissa", dropout=0.1),
             (),
-            r"dropout is an option of the method lora or r-lora, and the method is pissa",
+            r"dropout is an option of the method lora or r-lora or weightlora, and the method is pissa",
         ),
         (
             AdapterOptions("edora", rslora=True),

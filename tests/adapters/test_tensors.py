@@ -26,6 +26,7 @@ ADDED = (
     "lora2",
     "r-lora",
     "delta-lora",
+    "weightlora",
     "xgblora",
 )
 
@@ -54,7 +55,7 @@ def described(tensors):
     [("pissa", 8, 8), ("lora", 0, 4), ("lora", 8, 4), ("lora", 8, 64), ("edora", 8, 8), ("edora", 8, 3)]
     + [("lora-xs", 8, 3), ("sorsa", 8, 8), ("sara", 8, 8), ("sara", 8, 64), ("mo-sara", 8, 3), ("randlora", 8, 64)]
     + [(method, stored, 4) for method in ADDED for stored in (0, 8)]
-    + [("cora", 8, 4), ("cora", 8, 8)],
+    + [("cora", 8, 4), ("cora", 8, 8), ("losa", 0, 4), ("losa", 8, 4)],
 )
 def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_rank, rank):
     dtypes = (torch.float32, torch.bfloat16)

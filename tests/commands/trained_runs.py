@@ -37,6 +37,8 @@ METHODS = {
     "lora2": {"rank": 4, "alpha": 8.0},
     "delta-lora": {"rank": 4, "alpha": 8.0, "own": {"delta_start": 0.0}},
     "xgblora": {"rank": 4, "alpha": 8.0},
+    "weightlora": {"rank": 4, "alpha": 8.0},
+    "losa": {"rank": 4, "alpha": 8.0},
 }
 RAMP = 0.25  # of singlora, as in a run that was stopped
 ROUTED = {"mo-sara": {}, "r-lora": {}}  # they stand for no weights
@@ -93,7 +95,7 @@ def trained_weights(base, run, model):
         if model.split_record.method == "lorta":
             moved = start + up @ down + lorta_product(path, len(up), saved)
         else:
-            moved = start + product_of(model.split_record.method, (up, down), found, buffers)
+            moved = start + product_of(model.split_record.method, (up, down), found, buffers | {"Q": start})
         if "magnitude" in found:
             moved = found["magnitude"][:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
         weights[path] = moved
@@ -131,6 +133,8 @@ BY_FORMULA = {  # what is added, without the scale
     "randlora": _random_sum,
     "lora-ga": lambda p, *_: p["up"] @ p["down"] - p["start_up"] @ p["start_down"],
     "delta-lora": lambda p, *_: 3 * p["up"] @ p["down"] - 2 * p["begun_up"] @ p["begun_down"],  # lambda is 2
+    "weightlora": lambda p, *_: p["gate"] * p["up"] @ p["down"],
+    "losa": lambda p, frozen, _: (p["up"] @ p["down"]) * (frozen["Q"] != 0),
     "xgblora": lambda p, *_: p["kept_up"] @ p["kept_down"] / SCALE + p["up"] @ p["down"],
 }
 

@@ -40,6 +40,7 @@ TRAINED = {
     "lorta": {"rank": 16},
     "delta-lora": {"rank": 16},
     "xgblora": {"rank": 16},
+    "weightlora": {"rank": 16},
     "lora with dropout": {"rank": 16, "dropout": 0.1, "target_modules": ("q_proj", "v_proj", "down_proj")},
 }
 ADDS = ("randlora", "mo-sara", "r-lora with dropout")  # by a function, which the planner runs as well

@@ -26,6 +26,8 @@ ODD = {
     "num_hidden_layers": 6,
 }
 
+PRILORA = {"rank_end": 14, "prune_every": 1}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -55,8 +57,8 @@ CASES = {
     "odd sizes, lora, bfloat16 in 8 bits, half of six blocks wait in memory": Case(
         "odd", AdapterOptions("lora", rank=40, dtype="bfloat16"), "adamw_8bit", Placement(3, "host")
     ),
-    "odd sizes, lora with dropout on two kinds of layers": Case(
-        "odd", AdapterOptions("lora", rank=8, dropout=0.1, target_modules=("q_proj", "down_proj")), "adamw"
+    "odd sizes, lora with dropout on two kinds of layers, pruned, with ranks by depth": Case(
+        "odd", AdapterOptions("lora", rank=8, dropout=0.1, target_modules=("q_proj", "down_proj"), own=PRILORA), "adamw"
     ),
     "odd sizes, dora": Case("odd", AdapterOptions("dora", rank=8), "adamw"),
     "odd sizes, adalora": Case("odd", AdapterOptions("adalora", rank=8), "adamw"),
@@ -95,6 +97,8 @@ CASES = {
     "odd sizes, lora2": Case("odd", AdapterOptions("lora2", rank=8, own={"inner_size": 5}), "adamw"),
     "odd sizes, delta-lora": Case("odd", AdapterOptions("delta-lora", rank=8), "adamw"),
     "odd sizes, xgblora": Case("odd", AdapterOptions("xgblora", rank=8, own={"booster_layers": 6}), "adamw"),
+    "odd sizes, weightlora": Case("odd", AdapterOptions("weightlora", rank=8), "adamw"),
+    "odd sizes, losa": Case("odd", AdapterOptions("losa", rank=8), "adamw"),
     "odd sizes, lora-fa": Case("odd", AdapterOptions("lora-fa", rank=8), "adamw"),
     "odd sizes, sorsa": Case("odd", AdapterOptions("sorsa"), "adamw"),
     "odd sizes, pissa on attention alone, three of six blocks stay": Case(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qsvd.adapters.adapter import Hooks
+from qsvd.adapters.methods.hooks import Hooks
 from qsvd.adapters.methods.pissa import Pissa
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import trained

@@ -12,7 +12,7 @@ from tests.gradients import write_gradients
 from tests.runs import language_base, outcome, training
 
 OWN = {
-    "lora": {"rank": 4},
+    "lora": {"rank": 4, "prune_every": 1},
     "dora": {"rank": 4},
     "adalora": {"rank": 4, "delta_t": 1, "tinit": 0.2, "target_rank": 2},
     "lora-fa": {"rank": 4},
@@ -31,6 +31,8 @@ OWN = {
     "lora2": {"rank": 4, "inner_size": 3, "learning_rate": 0.2},  # a product of five, of which four begin at 0.02
     "delta-lora": {"rank": 4, "delta_start": 0.5},
     "xgblora": {"rank": 4, "booster_steps": 1, "booster_layers": 1},
+    "weightlora": {"rank": 4, "gate_every": 1, "grow": 1},
+    "losa": {"rank": 4},
 }
 
 

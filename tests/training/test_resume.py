@@ -79,6 +79,8 @@ def test_dropout_is_drawn_as_in_a_run_without_a_stop(classifier, tmp_path, monke
         ({"method": "edora", "rank": 8}, (1, 2)),
         ({"method": "lora", "rank": 4, "lora_plus_ratio": 16.0, "refactor_every": 2}, (3,)),
         ({"method": "xgblora", "rank": 2, "booster_steps": 2}, (1, 4)),
+        ({"method": "lora", "rank": 4, "lora_plus_ratio": 16.0, "prune_every": 2}, (3,)),
+        ({"method": "weightlora", "rank": 4, "gate_every": 2, "grow": 1}, (2, 3)),
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft.optimizers import create_riemannian_optimizer
 
-from qsvd.adapters.adapter import Hooks
+from qsvd.adapters.methods.hooks import Hooks
 from qsvd.adapters.methods.pissa import Pissa
 from qsvd.errors import BadInput
 from qsvd.options import Plan
@@ -31,6 +31,7 @@ WITHOUT = (
     "cora",
     "lorta",
     "lora2",
+    "losa",
     "xgblora",
 )
 
@@ -124,6 +125,8 @@ def test_methods_without_a_pair_refuse_before_the_data_are_read(language, texts,
     monkeypatch.setattr("qsvd.prepare.train.read_run_data", None)
     for name, value in {"precondition": "riemannian", "optimizer": "lora-rite"}.items():
         sentence = rf"--{name} {value} needs a method that .* \(pissa, lora, dora, .*\), and --method is {method}: "
+        able = r"\(pissa, lora, dora, lora-ga, weightlora\)"
+        sentence = rf"--{name} {value} needs a method that .* {able}, and --method is {method}: "
         with pytest.raises(BadInput, match=sentence):
             prepare_train(training(language, texts, tmp_path / "run", method=method, **{name: value}))
         with pytest.raises(BadInput, match=sentence):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from qsvd.adapters.adapter import AdapterOptions, Course, StoredWeight
+from qsvd.adapters.adapter import AdapterOptions, StoredWeight
+from qsvd.adapters.methods.hooks import Course
 from qsvd.adapters.methods.table import METHODS
 from qsvd.training.settings import forget
 from tests import reference

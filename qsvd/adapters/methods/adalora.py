@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import AdapterOptions, Course, Defaults, Hooks, StoredWeight
+from qsvd.adapters.adapter import AdapterOptions, Defaults, StoredWeight
 from qsvd.adapters.methods.added import Added, joined
+from qsvd.adapters.methods.hooks import Course, Hooks
 from qsvd.adapters.methods.orthonormal import add_gradient
 from qsvd.errors import BadInput
 from qsvd.option_types import FROM_ZERO, SHARE, Help, at_least

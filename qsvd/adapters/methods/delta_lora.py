@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from qsvd.adapters.adapter import AdapterOptions, Course, Defaults, Hooks, StoredWeight
+from qsvd.adapters.adapter import AdapterOptions, Defaults, StoredWeight
 from qsvd.adapters.methods.added import Added, joined, kaiming
+from qsvd.adapters.methods.hooks import Course, Hooks
 from qsvd.option_types import FROM_ZERO, SHARE, Help
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import NO_LORA_OF_GAINS, TINY, AdapterOptions, Defaults, Hooks, StoredWeight
+from qsvd.adapters.adapter import NO_LORA_OF_GAINS, TINY, AdapterOptions, Defaults, StoredWeight
 from qsvd.adapters.methods.added import Added, joined, kaiming
+from qsvd.adapters.methods.hooks import Hooks
 from qsvd.numerics.codec import BAND, PackedBlocks
 from qsvd.plan.tensors import AdapterTensors, TensorShape
 

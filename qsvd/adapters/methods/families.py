@@ -1,7 +1,7 @@
 """Which method each layer of a model gets, and the tensors that weights have in common."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qsvd.adapters.adapter import Adapter, AdapterOptions
 from qsvd.adapters.methods.frozen import Frozen
-from qsvd.adapters.methods.table import METHODS, kind_of, options_for
+from qsvd.adapters.methods.table import METHODS, expert_options, kind_of, options_for
 from qsvd.errors import listing
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.plan.targets import is_target
@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assigned:
-    """The method and the family of each layer, by its path; a layer without a family is not in `families`."""
+    """The method and the family of each layer, by its path; a layer without a family is not in `families`.
+
+    Args:
+        trainable: The layers that can be trained.
+    """
 
     kinds: Mapping[str, type[Adapter]]
     families: Mapping[str, Family]
+    trainable: Collection[str]
 
 
 def assign(
@@ -47,11 +52,11 @@ def assign(
     trained = {spec.module: spec.shape for spec in specs if kinds[spec.module] is METHODS[method]}
     METHODS[method].check_shapes(trained, options)
     if not METHODS[method].in_common:
-        return Assigned(kinds, {})
+        return Assigned(kinds, {}, ranks)
     able = [spec for spec in specs if spec.module in ranks]
     wanted = {spec.module for spec in able if is_target(spec.module, targets)}
     families = METHODS[method].families(Layers(able, ranks, wanted, head_size), options)
-    return Assigned({m: kind if m in families else Frozen for m, kind in kinds.items()}, families)
+    return Assigned({m: kind if m in families else Frozen for m, kind in kinds.items()}, families, ranks)
 
 
 def head_size_of(config: "PreTrainedConfig") -> int | None:
@@ -92,9 +97,13 @@ def planned_tensors(
 ) -> AdapterTensors:
     """Return the tensors of the adapter of one weight; dtypes are of what is trained and of the components."""
     kind = assigned.kinds[spec.module]
-    own = options_for(options, kind, spec.module)
-    rank = kind.defaults.rank_of(own, stored_rank)
-    return kind.planned(own, assigned.families.get(spec.module), spec.shape, stored_rank, rank, *dtypes)
+    own = options_for(options, kind, spec.module, assigned.trainable)
+    sizes = (spec.shape, stored_rank, kind.defaults.rank_of(own, stored_rank), *dtypes)
+    if kind is Frozen:
+        return kind.tensors(*sizes)
+    made = kind.planned(own, assigned.families.get(spec.module), *sizes)
+    kept = kind.kept(kind.own(options), spec.shape)
+    return replace(made, dropout=options.dropout, state={**made.state, **kept})
 
 
 class InCommon:
@@ -124,7 +133,7 @@ class InCommon:
             return {}
         if family.name not in self.made:
             kind = METHODS[str(self.options.method)]
-            own = options_for(self.options, kind, module)
+            own = expert_options(self.options, kind, module)
             self.made[family.name] = kind.common(family, own, self.components, self.like)
         return self.made[family.name]
 

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from qsvd.adapters.adapter import AdapterOptions, Defaults, StoredWeight
 from qsvd.adapters.methods.added import Added, joined, kaiming
+from qsvd.adapters.methods.hooks import Course, Hooks
 from qsvd.adapters.methods.refactor import Refactor, RefactorOptions
 from qsvd.numerics.svd import product_svd
-from qsvd.option_types import ABOVE_ZERO, Help
+from qsvd.option_types import ABOVE_ZERO, SHARE, Help, at_least
 from qsvd.plan.tensors import AdapterTensors, TensorShape
+
+MEMORY = 0.9  # of the running mean of the inputs' norms: the paper's is not known to us
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,79 @@ class LoraOptions(RefactorOptions):
     lora_plus_ratio: Annotated[
         float, ABOVE_ZERO, Help("Learning rate of B over that of A; 16 is LoRA+ (arXiv:2402.12354).")
     ] = 1.0
+    rank_end: Annotated[
+        int | None,
+        at_least(1),
+        Help("Rank in the last block; ranks are linear in depth, from --rank in the first (PRILoRA). Default: --rank."),
+    ] = None
+    prune_every: Annotated[
+        int | None, at_least(1), Help("Steps between two prunings of A (PRILoRA). Default: A is not pruned.")
+    ] = None
+    prune_share: Annotated[float, SHARE, Help("Share of each row of A that a pruning sets to zero.")] = 0.5
+
+
+class Prune(Hooks):
+    """Sets the least important entries of each row of A to zero at every --prune-every-th step (PRILoRA).
+
+    The importance of A_ij is |A_ij| times the running mean of ||x_j||, the norm of an input over all tokens of a step,
+    as in Wanda (arXiv:2306.11695). Zeros have gradients and may grow again. Nothing is done without --prune-every.
+    """
+
+    def __init__(self, adapters: Mapping[str, "Lora"], course: Course):
+        super().__init__(adapters, course)
+        own = next(iter(adapters.values())).chosen
+        self.every, self.share = own.prune_every, own.prune_share
+        self.norms: dict[str, Tensor] = {}
+        if self.every:
+            for path, adapter in adapters.items():
+                adapter.squares = torch.zeros(adapter.down.shape[1], device=adapter.down.device)
+                adapter.looks = True
+                self.norms[path] = torch.zeros_like(adapter.squares)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        for path, norms_I in self.norms.items():
+            adapter = self.adapters[path]
+            norms_I.lerp_(adapter.squares.sqrt(), 1 - MEMORY)
+            adapter.squares.zero_()
+            if self.every and step % self.every == 0 and norms_I.any():  # an expert may have had no token
+                down_KI = adapter.down
+                count = int(self.share * down_KI.shape[1])
+                least = (down_KI.float().abs() * norms_I).topk(count, dim=1, largest=False).indices
+                down_KI.scatter_(1, least, 0)
+
+    def end(self) -> None:
+        for adapter in self.adapters.values():
+            adapter.looks = False
+
+    def state(self) -> dict[str, Tensor]:
+        squares = {f"{path} squares": self.adapters[path].squares for path in self.norms}
+        return {f"{path} norms": norms_I for path, norms_I in self.norms.items()} | squares
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+
+class LoraHooks(Hooks):
+    """Prunes A, and replaces the factors, if the options say so."""
+
+    def __init__(self, adapters: Mapping[str, "Lora"], course: Course):
+        super().__init__(adapters, course)
+        self.prune, self.refactor = Prune(adapters, course), Refactor(adapters, course)
+
+    def after_step(self, step: int) -> None:
+        self.prune.after_step(step)
+        self.refactor.after_step(step)
+
+    def end(self) -> None:
+        self.prune.end()
+
+    def state(self) -> dict[str, Tensor]:
+        return self.prune.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.prune.restore(state)
 
 
 class Lora(Added):
@@ -41,14 +117,15 @@ class Lora(Added):
         reason="QLoRA's rank, alpha / rank and rate for 7B and 13B",
     )
     options = LoraOptions
-    hooks = Refactor
+    hooks = LoraHooks
+    squares: Tensor  # the sums of x_j^2 so far, with Prune
     shared_options = ("dropout", "rslora")
 
     def __init__(
         self, stored: StoredWeight, up_OK: Tensor, down_KI: Tensor, own: LoraOptions, *, scale: float, dropout: float
     ):
         super().__init__(stored, scale=scale, dropout=dropout)
-        self.ratio, self.refactor_every = own.lora_plus_ratio, own.refactor_every
+        self.chosen, self.ratio, self.refactor_every = own, own.lora_plus_ratio, own.refactor_every
         self.up = nn.Parameter(up_OK)
         self.down = nn.Parameter(down_KI)
 
@@ -63,6 +140,11 @@ class Lora(Added):
         return cls(stored, up_OK, down_KI, cls.own(options), scale=scale, dropout=options.dropout)
 
     @classmethod
+    def kept(cls, own: LoraOptions, shape: tuple[int, int]) -> Mapping[str, TensorShape]:
+        norms = TensorShape((shape[1],), torch.float32)
+        return {"norms": norms, "squares": norms} if own.prune_every else {}
+
+    @classmethod
     def tensors(
         cls, shape: tuple[int, int], stored_rank: int, rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
     ) -> AdapterTensors:
@@ -72,6 +154,9 @@ class Lora(Added):
 
     def added(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.up, self.down
+
+    def look(self, x_TI: Tensor) -> None:
+        self.squares += torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
 
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
         return self.up, self.down

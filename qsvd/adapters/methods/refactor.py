@@ -10,7 +10,7 @@ from typing import Annotated, Protocol
 import torch
 from torch import nn
 
-from qsvd.adapters.adapter import Course, Hooks
+from qsvd.adapters.methods.hooks import Course, Hooks
 from qsvd.option_types import Help, at_least
 
 

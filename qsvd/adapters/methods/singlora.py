@@ -7,7 +7,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from qsvd.adapters.adapter import AdapterOptions, Course, Defaults, Hooks, StoredWeight
+from qsvd.adapters.adapter import AdapterOptions, Defaults, StoredWeight
+from qsvd.adapters.methods.hooks import Course, Hooks
 from qsvd.adapters.methods.mirrored import Mirrored
 from qsvd.option_types import Help, at_least
 from qsvd.plan.tensors import AdapterTensors, TensorShape

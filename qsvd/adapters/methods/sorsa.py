@@ -6,7 +6,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, Hooks, StoredWeight, check_as_stored
+from qsvd.adapters.adapter import Adapter, AdapterOptions, Defaults, StoredWeight, check_as_stored
+from qsvd.adapters.methods.hooks import Hooks
 from qsvd.adapters.methods.orthonormal import add_gradient
 from qsvd.numerics.svd import product_svd
 from qsvd.option_types import FROM_ZERO, Help

@@ -100,12 +100,36 @@ def export_refusal(method: str, form: str) -> str | None:
     return None if found is None else found.format(method=method)
 
 
-def options_for(options: AdapterOptions, kind: type[Adapter], module: str) -> AdapterOptions:
-    """Return the options of one weight: an expert has at most EXPERT_RANK by default, and the scale of all others.
+def options_for(options: AdapterOptions, kind: type[Adapter], module: str, others: Iterable[str]) -> AdapterOptions:
+    """Return the options of one weight, whose scale is that of all others: its rank may differ from theirs.
+
+    An expert has at most EXPERT_RANK by default. With lora's option rank_end the ranks go linearly with the depth of
+    the block, from `rank` in the first to rank_end in the last (PRILoRA, arXiv:2401.11316), rounded to whole numbers.
 
     Args:
         module: Path of its layer.
+        others: Those of all layers of the model that can be trained.
     """
+    options = expert_options(options, kind, module)
+    end = options.own.get("rank_end") if "rank_end" in _names_of(kind) else None
+    if end is None:
+        return options
+    first, last = kind.defaults.rank_of(options, 0), max(map(_depth, others))
+    if not last or first < 1:
+        return options
+    rank = round(first + (end - first) * _depth(module) / last)
+    share = rank / first
+    alpha = kind.defaults.alpha_of(options, first) * (math.sqrt(share) if options.rslora else share)
+    return replace(options, rank=rank, alpha=alpha)
+
+
+def _depth(module: str) -> int:
+    """Return the number of the block of a layer, from 0."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), 0)
+
+
+def expert_options(options: AdapterOptions, kind: type[Adapter], module: str) -> AdapterOptions:
+    """Return the options of one weight: an expert has at most EXPERT_RANK by default, and the scale of all others."""
     default = kind.defaults.rank
     if options.rank is not None or "rslora" not in kind.shared_options or not is_expert(module):
         return options

@@ -10,8 +10,9 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from qsvd.adapters.adapter import AdapterOptions, Course, Defaults, Hooks, StoredWeight
+from qsvd.adapters.adapter import AdapterOptions, Defaults, StoredWeight
 from qsvd.adapters.methods.added import Added, joined
+from qsvd.adapters.methods.hooks import Course, Hooks
 from qsvd.memory.items import block_of
 from qsvd.numerics.svd import product_svd
 from qsvd.option_types import Help, at_least
