@@ -105,8 +105,6 @@ def trained_parameters(name: str) -> int:
 def table_of(rows: list[MethodRow]) -> Table:
     """Return a table with a row for each method."""
     heads = ("method", "trained", "rank", "starts as", "export", "rate", "arXiv")
-    narrow = (0, 1, 0, 0)  # for terminals of 80 columns
-    table = Table(*heads, title="Methods of qsvd train", title_justify="left", padding=narrow)
     table = Table(*heads, title="Methods of qsvd train", title_justify="left", pad_edge=False)
     for column in (1, 2, 5):
         table.columns[column].justify = "right"

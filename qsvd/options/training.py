@@ -66,16 +66,12 @@ class TrainingOptions:
         ABOVE_ZERO,
         Help("Scale is alpha / rank. Default: by the method, rank / 4 for lora (2 with --rslora)."),
     ] = None
-    rslora: Annotated[bool, ADDED, Help("lora, dora, lora-fa, lora-ga: scale is alpha / sqrt(rank).")] = False
+    rslora: Annotated[
+        bool, ADDED, Help("lora, dora, lora-fa, lora-ga, melora, cora, delta-lora: scale is alpha / sqrt(rank).")
+    ] = False
     dropout: Annotated[
-        float, ADDED, SHARE, Help("lora: dropout on the input of the adapter; r-lora: on that of each head.")
+        float, ADDED, SHARE, Help("lora, weightlora: dropout on the input of the adapter; r-lora: on that of a head.")
     ] = 0.0
-    rslora: Annotated[bool, ADDED, Help("lora, dora, lora-fa, lora-ga, melora: scale is alpha / sqrt(rank).")] = False
-    rslora: Annotated[bool, ADDED, Help("lora, dora, lora-fa, lora-ga, delta-lora: scale is alpha / sqrt(rank).")] = (
-        False
-    )
-    dropout: Annotated[float, ADDED, SHARE, Help("lora: dropout on the input of the adapter.")] = 0.0
-    dropout: Annotated[float, ADDED, SHARE, Help("lora, weightlora: dropout on the input of the adapter.")] = 0.0
     target_modules: Annotated[
         tuple[str, ...],
         ADDED,

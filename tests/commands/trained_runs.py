@@ -53,10 +53,8 @@ def write_run(base, folder, method="pissa", *, labels=(), seed=0):
     """A run on this base whose trained parameters have moved; the model in memory. Gradients are gone afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "gradients"
-    own = {"gradients": write_gradients(base, file, 4)} if method == "lora-ga" else {}
-    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **(METHODS | ROUTED)[method], own=own), labels=labels)
     own = {"own": {"gradients": write_gradients(base, file, 4)}} if method == "lora-ga" else {}
-    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **METHODS[method], **own), labels=labels)
+    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **(METHODS | ROUTED)[method], **own), labels=labels)
     file.unlink(missing_ok=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
