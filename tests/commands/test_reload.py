@@ -34,6 +34,7 @@ pytestmark = [
 MODELS = {"stories260K": (), "minilm-l6": LABELS}
 SCALED = ("edora", "dora")  # whose rows have a gain
 REFUSED = {("randlora", form): "changes weights at full rank, which a LoRA cannot do" for form in ("peft", "lora")}
+REFUSED |= {("losa", form): "changes no weight that is 0, and a product of two factors" for form in ("peft", "lora")}
 REFUSED |= {(method, "lora"): "scales the rows of each weight, which a LoRA on the 16-bit model" for method in SCALED}
 CASES = [("stories260K", method) for method in METHODS]
 CASES += [("minilm-l6", method) for method in ("pissa", "lora", "edora")]
@@ -155,9 +156,11 @@ def products(linear):
     up, down = (factor.detach().double().abs().numpy() for factor in linear.adapter.factors())
     product = up @ down
     if hasattr(linear.adapter, "gam"):
-        tensors = (*linear.adapter.parameters(), linear.adapter.shared_bases, linear.adapter.shared_base)
-        total = random_sum(*(tensor.detach().double().abs().numpy() for tensor in tensors))
-        product += 2 * (total if total.shape == product.shape else total.T)  # alpha / rank
+        parts = (
+            {name: tensor.detach().double().abs().numpy() for name, tensor in tensors}
+            for tensors in (linear.adapter.named_parameters(), linear.adapter.named_buffers())
+        )
+        product += 2 * random_sum(*parts, product.shape)  # alpha / rank
     return product
 
 

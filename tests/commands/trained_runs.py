@@ -109,7 +109,7 @@ def _melora(p, *_):
     return scipy.linalg.block_diag(*map(np.matmul, np.split(p["up"], 2), np.split(p["down"], 2, axis=1)))
 
 
-def _random_sum(p, frozen, shape):
+def random_sum(p, frozen, shape):
     """Sum over n of B_n diag(lam_n) A diag(gam_n), with A and B_n of deviation 1."""
     lam, gam, bases, base = p["lam"], p["gam"], frozen["shared_bases"], frozen["shared_base"]
     unit = 3 * np.sqrt(bases.shape[1] * base.shape[1])
@@ -128,7 +128,7 @@ BY_FORMULA = {  # what is added, without the scale
     ),
     "cora": lambda p, frozen, _: frozen["basis"] @ p["down"],
     "lora2": lambda p, *_: p["up"] @ p["inner_up"] * p["diagonal"] @ p["inner_down"] @ p["down"],
-    "randlora": _random_sum,
+    "randlora": random_sum,
     "lora-ga": lambda p, *_: p["up"] @ p["down"] - p["start_up"] @ p["start_down"],
     "delta-lora": lambda p, *_: 3 * p["up"] @ p["down"] - 2 * p["begun_up"] @ p["begun_down"],  # lambda is 2
     "weightlora": lambda p, *_: p["gate"] * p["up"] @ p["down"],
