@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 
+import torch
+
 FORK = multiprocessing.get_context("fork")
 
 
@@ -34,9 +36,13 @@ def killed(monkeypatch, owner, name, number, work):
             os.kill(os.getpid(), signal.SIGKILL)
         return called(*arguments, **options)
 
+    def forked():
+        torch.set_num_threads(torch.get_num_threads())  # else threads of the work make torch's pool anew, at once
+        work()
+
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, dying)
-        process = FORK.Process(target=work)
+        process = FORK.Process(target=forked)
         process.start()
         process.join(timeout=600)
     assert process.exitcode == -signal.SIGKILL

@@ -207,8 +207,8 @@ def test_the_directions_do_not_depend_on_the_signs_that_a_decomposition_finds(mo
     principal, svd = separated(), torch.linalg.svd
     here = started(principal).get_buffer("directions")
 
-    def flipped(matrix):
-        found = svd(matrix)
+    def flipped(matrix, **options):
+        found = svd(matrix, **options)
         signs = torch.tensor([(-1.0) ** column for column in range(len(matrix))], dtype=matrix.dtype)
         return type(found)((found.U * signs, found.S, found.Vh * signs[:, None]))
 

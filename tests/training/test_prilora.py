@@ -82,9 +82,9 @@ def test_every_token_of_a_step_is_seen_once(language, tmp_path, changes):
     with torch.no_grad():
         for ids in rows["input_ids"]:
             model(input_ids=torch.tensor([ids]))
-    assert made.hooks.norms.keys() == seen.keys()
+    assert made.hooks.prune.norms.keys() == seen.keys()
     for path, squares in seen.items():
-        found = made.hooks.norms[path].double() / (1 - MEMORY)
+        found = made.hooks.prune.norms[path].double() / (1 - MEMORY)
         torch.testing.assert_close(found, squares.sqrt(), rtol=1e-4, atol=1e-5)
 
 

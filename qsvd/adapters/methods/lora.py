@@ -37,7 +37,7 @@ class LoraOptions(RefactorOptions):
 
 
 class Prune(Hooks):
-    """Sets the least important entries of each row of A to zero at every --prune-every-th step (PRILoRA).
+    """Sets the least important entries of each row of A to zero after every --prune-every steps (PRILoRA).
 
     The importance of A_ij is |A_ij| times the running mean of ||x_j||, the norm of an input over all tokens of a step,
     as in Wanda (arXiv:2306.11695). Zeros have gradients and may grow again. Nothing is done without --prune-every.
