@@ -124,6 +124,18 @@ def test_uniform_is_the_best_pair_for_all(budget):
     assert found.gap is None
 
 
+@pytest.mark.parametrize("allocator", ["both", "uniform", "sara", "prilora"])
+def test_the_control_has_no_components_however_small_its_errors_are(allocator):
+    job = task("6bits")
+    job = replace(job, grid=replace(job.grid, control=CODECS[2]))
+    measured = measurements(job)
+    best = {
+        m: replace(one, squares=tuple((*row[:2], 0.0, row[3]) for row in one.squares)) for m, one in measured.items()
+    }
+    choices = solve(job, allocator, best).allocation.choices.values()
+    assert not any(choice.rank for choice in choices if choice.codec.name == CODECS[2])
+
+
 def test_uniform_takes_only_ranks_that_all_weights_have_measured():
     weights = [*WEIGHTS[:1], replace(WEIGHTS[1], shape=(512, 512))]  # ladders 0..4 and 1..64
     job = task("5bits", weights=weights, ranks=None)
