@@ -126,7 +126,7 @@ def test_uniform_is_the_best_pair_for_all(budget):
 
 @pytest.mark.parametrize("allocator", ["both", "uniform", "sara", "prilora"])
 def test_the_control_has_no_components_however_small_its_errors_are(allocator):
-    job = task("6bits")
+    job = task("12bits")
     job = replace(job, grid=replace(job.grid, control=CODECS[2]))
     measured = measurements(job)
     best = {}
