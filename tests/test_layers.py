@@ -1,6 +1,7 @@
 """The house: imports point down, folders and files are small enough to read, and few floors touch the outside."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import qsvd
@@ -35,9 +36,15 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAG
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def nodes_of(path):
+    """Every node of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
 def imported(path):
     """Every module that a file imports, at its head, in a function or for type checkers; ("qsvd", "plan", "budget")."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -101,7 +108,7 @@ def test_a_function_has_at_most_60_lines():
     long = [
         f"{name_of(path)}:{node.lineno} {node.name}"
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_OF_A_FUNCTION
     ]
     assert long == []
@@ -113,11 +120,17 @@ def test_the_walk_finds_the_modules_and_their_imports():
     assert "qsvd.files.quantize_folder.OutputFolder" in lines
 
 
+@cache
+def calls_in(path):
+    """Every call in a file, with the name of what is called."""
+    return tuple((ast.unparse(node.func), node) for node in nodes_of(path) if isinstance(node, ast.Call))
+
+
 def calls_of(name, path):
     """The calls of a function or method in a file: what it belongs to, and its keywords."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == name:
-            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+    for called, node in calls_in(path):
+        if called.rpartition(".")[2] == name:
+            yield called, {word.arg: ast.unparse(word.value) for word in node.keywords}
 
 
 def test_no_code_of_a_checkpoint_is_run_and_nobody_is_asked_to():

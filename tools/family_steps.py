@@ -8,7 +8,7 @@ import json
 import shutil
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -182,8 +182,8 @@ class Trial:
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.inputs = inputs_of(family, self.model_class.config_class.from_pretrained(self.source))
 
-    def outcome(self) -> Outcome:
-        """Try every step."""
+    def outcome(self, steps: Sequence[str] = STEPS) -> Outcome:
+        """Try these steps."""
         outcome = Outcome(self.family)
         tries: dict[str, Callable[[], str]] = {
             "plan": self._plan,
@@ -196,7 +196,7 @@ class Trial:
             "eval": self._eval,
             "export": self._export,
         }
-        for step in STEPS:
+        for step in steps:
             needs = {"plan": self.source, "quantize": self.source, "eval": self.out}.get(step, self.out)
             if not (needs / "config.json").is_file():
                 outcome.steps[step] = "not tried"

@@ -16,7 +16,7 @@ from qsvd.cli import run
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of, finished, shared_model, start
 
-KILLS = 4
+KILLS = 2
 FORK = multiprocessing.get_context("fork")
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 EXIT = 9
