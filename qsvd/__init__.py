@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from qsvd.api import evaluate as evaluate
     from qsvd.api import export as export
     from qsvd.api import plan as plan
+    from qsvd.api import prune as prune
     from qsvd.api import quantize as quantize
     from qsvd.api import train as train
     from qsvd.commands.generate import generate as generate
@@ -53,6 +54,7 @@ _HOMES = {
     "quantize": "qsvd.api",
     "calibrate": "qsvd.api",
     "allocate": "qsvd.api",
+    "prune": "qsvd.api",
     "train": "qsvd.api",
     "aggregate": "qsvd.api",
     "evaluate": "qsvd.api",

@@ -17,7 +17,7 @@ from qsvd.errors import BadInput
 from qsvd.method_options import with_method
 from qsvd.option_file import from_names
 from qsvd.option_types import POSITIONAL, PRINTS, Help, marks_of
-from qsvd.options import Aggregate, Allocate, Calibrate, Eval, Export, Plan, Quantize, Train, TrainingOptions
+from qsvd.options import Aggregate, Allocate, Calibrate, Eval, Export, Plan, Prune, Quantize, Train, TrainingOptions
 from qsvd.prepare.check_options import check
 from qsvd.records import ShowProgress, show_nothing
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         CalibrateResult,
         EvalResult,
         ExportResult,
+        PruneResult,
         QuantizeResult,
         TrainResult,
     )
@@ -151,6 +152,14 @@ def calibrate(options: Calibrate, show: ShowProgress) -> "CalibrateResult":
     from qsvd.commands.calibrate import calibrate
 
     return calibrate(options, show)
+
+
+@takes(Prune)
+def prune(options: Prune, show: ShowProgress) -> "PruneResult":
+    """Remove channels of the MLPs of a 16-bit model, as `qsvd prune` does."""
+    from qsvd.commands.prune import prune
+
+    return prune(options, show)
 
 
 @takes(Allocate)

@@ -83,6 +83,7 @@ ALL_ABOVE_ZERO = Range(
 FROM_ZERO = Range(lambda value: 0 <= value < math.inf, "is not a finite number of at least 0")
 SECONDS = Range(lambda value: value > 0, "is not above 0")
 SHARE = Range(lambda value: 0 <= value < 1, "is not a number from 0 to below 1")
+SHARE_ABOVE_ZERO = Range(lambda value: 0 < value < 1, "is not a number above 0 and below 1")
 TOP_P = Range(lambda value: 0 < value <= 1, "is not a number above 0 and at most 1")
 AUTO_OR_ABOVE_ZERO = Range(lambda value: value == "auto" or value >= 1, "is neither auto nor a number of at least 1")
 AUTO_OR_SHARE = Range(lambda value: value == "auto" or 0 <= value <= 1, "is neither auto nor a number from 0 to 1")

@@ -19,7 +19,7 @@ FLOORS = (  # bottom up; folders of one floor do not import from each other, exc
     {"export", "report"},
     {"adapters"},
     {"data", "hf"},
-    {"training", "evaluate", "calibrate"},
+    {"training", "evaluate", "calibrate", "prune"},
     {"prepare"},
     {"console"},
     {"commands"},

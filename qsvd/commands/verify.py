@@ -15,6 +15,7 @@ from qsvd.files.layout import ADAPTER_CONFIG, ADAPTER_TENSORS, digest
 from qsvd.files.quantized.manifest import DIGESTS_SINCE, QUANTIZE_AGAIN, read_manifest
 from qsvd.files.readers import check_tensors, content_digest
 from qsvd.files.safetensors import read_tensor
+from qsvd.files.source import PRUNED_RECORD
 from qsvd.files.split_folder import SplitFolder, open_split
 from qsvd.files.workspace import (
     ADAPTER_RECORD,
@@ -24,6 +25,7 @@ from qsvd.files.workspace import (
     MANIFEST,
 )
 from qsvd.options import Verify
+from qsvd.prune.folder import PruneFolder
 from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.training.checkpoints import DIGESTS, NAME, STEPS
 from qsvd.training.run_folder import FORMAT as RUN_FORMAT
@@ -35,6 +37,8 @@ SEALED_SINCE = {  # the formats of our records that have digests
     ADAPTER_RECORD: ADAPTER_SEALED,
     ExportFolder.record: ExportFolder.sealed_since,
     AggregateFolder.record: AggregateFolder.sealed_since,
+    PruneFolder.record: PruneFolder.sealed_since,
+    PRUNED_RECORD: 0,
     IDENTITY: RUN_FORMAT,
     DIGESTS: 0,
 }

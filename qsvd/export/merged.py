@@ -84,7 +84,7 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
     check_dtype(dtype)
     inventory = take_inventory(model)
     _check_full(model, form)
-    shards = _shards(_tensors(model, stored, dtype), form.shard_bytes)
+    shards = shards_of(_tensors(model, stored, dtype), form.shard_bytes)
     name = str(dtype).removeprefix("torch.")
     sizes = [size_of(tensors) for tensors in shards.values()]
     result = MergedExport(len(inventory.ranks), len(model.full), len(shards), name, sum(sizes))
@@ -94,7 +94,7 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
     most_bytes = sum(disk_bytes(tensors) for tensors in shards.values()) + sum(file.stat().st_size for file in copied)
     with ExportFolder(folder, identity, most_bytes) as export:
         if not export.is_complete:
-            _write_shards(folder, shards)
+            write_shards(folder, shards)
             copy_files(copied, folder)
             config = read_object(model.split.folder / "config.json") | {"dtype": name} | dict(form.config_changes)
             dropped = ("quantization_config", "torch_dtype")  # the second is the older name of dtype
@@ -186,7 +186,7 @@ def _made(read: Callable[[str], Tensor], name: str, dtype: torch.dtype) -> Tenso
     return rounded(read(name), dtype, name)
 
 
-def _shards(new: Sequence[NewTensor], most_bytes: int) -> dict[str, list[NewTensor]]:
+def shards_of(new: Sequence[NewTensor], most_bytes: int) -> dict[str, list[NewTensor]]:
     """Return the tensors of every file: in their order, up to `most_bytes` a file; a larger tensor has its own."""
     groups: list[list[NewTensor]] = [[]]
     total = 0
@@ -202,7 +202,7 @@ def _shards(new: Sequence[NewTensor], most_bytes: int) -> dict[str, list[NewTens
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, start=1)}
 
 
-def _write_shards(folder: Path, shards: Mapping[str, Sequence[NewTensor]]) -> None:
+def write_shards(folder: Path, shards: Mapping[str, Sequence[NewTensor]]) -> None:
     """Write the files that are missing or damaged, and the index."""
     for file, tensors in shards.items():
         if not is_whole(folder / file):

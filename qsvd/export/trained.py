@@ -221,7 +221,7 @@ class ExportFolder(Workspace):
         super().__init__(folder, identity, num_bytes)
         if self.is_complete:
             files = read_record(folder / self.record, since=self.sealed_since).get("files", {})
-            check_contents(folder, files, "qsvd export", f"remove {folder} and give the command again")
+            check_contents(folder, files, self.command, f"remove {folder} and give the command again")
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None and self._lock.is_held:

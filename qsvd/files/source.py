@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the names that transformers looks for, in this order
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*", "README.md")
-NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.json", "trainer_state.json")
+PRUNED_BY = "qsvd_prune.json"  # of a model that qsvd prune wrote: how it was made, and digests of its files
+PRUNED_RECORD = "qsvd_pruned.json"  # of the same model: what was removed; copied to its quantized model
+NOT_COPIED = ("config.json", "*.index.json", "README*", ".*", "adapter_config.json", "trainer_state.json", PRUNED_BY)
 NAMED_TEMPLATES = "additional_chat_templates"  # a subfolder, in which transformers keeps the template for tools
 LARGEST_COPY = 50 * 10**6  # bytes; a tokenizer file is smaller, a stray weight file larger
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file, for the fingerprint

@@ -1,10 +1,11 @@
-"""The options of the thirteen commands: each one's flag, default, help text, range and group, written once.
+"""The options of the fourteen commands: each one's flag, default, help text, range and group, written once.
 
 qsvd/option_types.py says what the marks mean. The first line of a docstring is shown by `qsvd --help`.
 """
 
 from qsvd.options.quantizing import Allocate as Allocate
 from qsvd.options.quantizing import Calibrate as Calibrate
+from qsvd.options.quantizing import Prune as Prune
 from qsvd.options.quantizing import Quantize as Quantize
 from qsvd.options.training import Plan as Plan
 from qsvd.options.training import Train as Train

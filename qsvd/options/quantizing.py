@@ -9,6 +9,7 @@ from qsvd.option_types import (
     PRINTS,
     SAME_RESULT,
     SECONDS,
+    SHARE_ABOVE_ZERO,
     AddedAs,
     Allocation,
     Allocator,
@@ -197,6 +198,22 @@ class Quantize:
     push_to_hub: Annotated[PushToHub, SAME_RESULT] = None
     public: Annotated[Public, SAME_RESULT] = False
     dry_run: Annotated[bool, SAME_RESULT, PRINTS, Help("Print options, layers and sizes, and stop.")] = False
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Remove the least important channels of the MLPs of a 16-bit model, to train a LoRA on it for the whole model.
+
+    The importance of a channel is the product of the norms of its gate row, its up row and its down column. After
+    training, qsvd export --to lora --original MODEL writes the LoRA for the model that was pruned.
+    """
+
+    model: Annotated[Model, SAME_RESULT]
+    out: Annotated[Path, SAME_RESULT, Help("Output folder. The same command continues a stopped run.", "PRUNED")]
+    keep: Annotated[
+        float, SHARE_ABOVE_ZERO, Help("Share of the channels to keep, rounded to a multiple of up to 64 channels.")
+    ] = 0.5
+    shard_size: ShardSize = "5GB"
 
 
 def with_quality(options: Quantize) -> Quantize:

@@ -32,6 +32,7 @@ from qsvd.options import (
     Generate,
     Methods,
     Plan,
+    Prune,
     Quantize,
     Report,
     Train,
@@ -51,6 +52,7 @@ Options = (
     | Generate
     | Methods
     | Plan
+    | Prune
     | Quantize
     | Report
     | Train
@@ -144,7 +146,7 @@ def _check_models(options: Options, *, is_open: bool) -> None:
     match options:
         case _ if is_open:
             pass
-        case Quantize() | Allocate() | Calibrate():
+        case Quantize() | Allocate() | Calibrate() | Prune():
             checkpoint_folder(options.model)
         case Plan(model=name) | Train(base=name):
             _check_trained(options, name)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from qsvd.errors import one_line, show_size
-from qsvd.options import Allocate, Calibrate, Train
+from qsvd.options import Allocate, Calibrate, Prune, Train
 from qsvd.report.card import shell
 from qsvd.report.readme import RESIDUAL
 
@@ -29,6 +29,15 @@ def last_lines(what: str, path: Path, commands: Sequence[str] = ()) -> str:
 def after_quantize(out: Path) -> list[str]:
     """Return the command that trains a quantized model."""
     return [f"qsvd train {shell(str(out))} --out {shell(f'{out}-run')} {DATA}"]
+
+
+def after_prune(options: Prune) -> list[str]:
+    """Return the commands that train on a pruned model, and that write the LoRA for the model it was made from."""
+    out = str(options.out)
+    quantize = shell("qsvd", "quantize", out, "--out", f"{out}-quantized", "--rank", "0")
+    train = ["qsvd", "train", f"{out}-quantized", "--method", "lora", "--out", f"{out}-run"]
+    export = ["qsvd", "export", f"{out}-run", "--to", "lora", "--original", options.model, "--out", f"{out}-lora"]
+    return [quantize, f"{shell(*train)} {DATA}", shell(*export)]
 
 
 def after_calibrate(options: Calibrate) -> list[str]:

@@ -80,6 +80,16 @@ class CalibrateResult(Written):
 
 
 @dataclass(frozen=True)
+class PruneResult(Written):
+    """A pruned model: channels of each MLP, and parameters of the model, before and after."""
+
+    channels: int
+    kept: int
+    parameters: int
+    kept_parameters: int
+
+
+@dataclass(frozen=True)
 class AllocateResult(Written):
     """A file with a codec and a rank for every weight.
 

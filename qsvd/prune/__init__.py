@@ -1,0 +1,1 @@
+"""Structured pruning of a 16-bit model: `qsvd prune`."""
