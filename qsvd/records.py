@@ -273,6 +273,8 @@ def _made(kind: Any, value: Any) -> Any:
         return _made(kinds[0], value)
     if get_origin(kind) is tuple:
         return tuple(_made(get_args(kind)[0], item) for item in value)
+    if get_origin(kind) is Mapping:
+        return {name: _made(get_args(kind)[1], item) for name, item in value.items()}
     if kind is float:
         return float(value)  # some JSON writers turn 4.0 into 4
     return value

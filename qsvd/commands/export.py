@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from qsvd.adapters.load import classifier
 from qsvd.adapters.methods.table import export_refusal
 from qsvd.adapters.model import split_linears
 from qsvd.adapters.tables import unpack_tables
@@ -26,9 +24,10 @@ from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
 from qsvd.export.lora import LoraExport, Target, trained_experts, write_lora
 from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import PeftExport, write_peft
+from qsvd.export.recovered import write_recovered
 from qsvd.export.trained import Trained, naming_damage
 from qsvd.files.atomic import read_object, write_text
-from qsvd.files.source import open_checkpoint, read_config
+from qsvd.files.source import open_checkpoint
 from qsvd.files.workspace import CHAT_TEMPLATE
 from qsvd.inputs.model_files import MODEL, from_folder
 from qsvd.inputs.paths import hub_id
@@ -36,6 +35,7 @@ from qsvd.options import Export
 from qsvd.plan.language import example_inputs
 from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
+from qsvd.prepare.using.export import Recovery, config_changes, find_recovery, from_transformers, recovered
 from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.card import card_header, origin_of, shell
 from qsvd.report.next_commands import after_export, last_lines
@@ -50,12 +50,12 @@ CHECKS = {"peft": 1, "lora": 2, "merged": 1}  # more passes, to compare logits
 ROUNDINGS = 8  # an export is rounded at other places than the model that measures the effect of rounding
 
 
-def fits(opened: Opened) -> bool:
-    """Return whether a few float32 copies of the model fit in free memory."""
+def fits(opened: Opened, others: int = 0) -> bool:
+    """Return whether a few float32 copies of the model, and of others with so many numbers, fit in free memory."""
     elements = sum(
         weight["shape"][0] * weight["shape"][1] for weight in (opened.split.weights | opened.split.tables).values()
     )
-    elements += sum(entry.num_bytes // 2 for entry in opened.trained.others().values())
+    elements += others + sum(entry.num_bytes // 2 for entry in opened.trained.others().values())
     return COPIES * 4 * elements < _available_bytes()
 
 
@@ -168,16 +168,20 @@ def _export(options: Export, show: ShowProgress) -> tuple[Opened, ExportResult, 
         raise trained_experts(opened.trained_experts)
     repository = open_repository(options)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    is_checked = options.check and fits(opened)
+    recovery = find_recovery(opened, options.original)
+    is_checked = options.check and fits(opened, recovery.elements if recovery else 0)
     opened = counted(opened, PASSES[options.to] + (CHECKS[options.to] if is_checked else 0), show)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name
-        if options.to == "peft":
+        form = MergedForm(dtype, shard_bytes, config_changes(opened) if options.to == "merged" else {})
+        if recovery is not None and options.to != "peft":
+            done = _recovered(options, opened, form, recovery, is_checked)
+        elif options.to == "peft":
             done = _peft(options, opened, dtype or torch.float32, is_checked)
         elif options.to == "lora":
             done = _lora(options, opened, dtype or torch.float32, is_checked)
         else:
-            done = _merged(options, opened, MergedForm(dtype, shard_bytes, _config_changes(opened)), is_checked)
+            done = _merged(options, opened, form, is_checked)
     if opened.adapter is not None and opened.adapter.chat_template is not None:
         write_text(options.out.expanduser() / CHAT_TEMPLATE, opened.adapter.chat_template)
     if options.check and not is_checked:
@@ -276,7 +280,7 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
     elif is_checked:
         expected = plain(opened, lambda weight: _on_original(opened, original, weight))
         if any("stack" in weight for weight in opened.split.weights.values()):
-            exact = _from_transformers(opened, original.folder or Path(name))
+            exact = from_transformers(opened, original.folder or Path(name))
         else:
             exact = plain(opened, lambda weight: opened.trained.original_weight(original, weight).float())
         with naming_damage(out):
@@ -290,14 +294,28 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
     return ExportResult(out, done.num_bytes, checked, tuple(lines))
 
 
-def _from_transformers(opened: Opened, folder: Path) -> Any:
-    """Return the 16-bit model with experts as transformers itself loads it in float32: PEFT renames layers there."""
-    config: Any = read_config(folder)
-    if getattr(config, "quantization_config", None) is not None:  # published in FP8 or MXFP4
-        config.quantization_config["dequantize"] = True
-    labels, name = opened.record.labels, opened.split.manifest["source"]["architecture"]
-    loader = classifier(config, labels, folder) if labels else getattr(transformers, name)
-    return from_folder(loader, folder, MODEL, config=config, dtype=torch.float32).eval()
+def _recovered(options: Export, opened: Opened, form: MergedForm, recovery: Recovery, is_checked: bool) -> ExportResult:
+    """Write what was trained on a pruned model for the model that it was made from."""
+    out, original, checked = options.out.expanduser(), recovery.original, None
+    if options.to == "lora":
+        dtype = form.dtype or torch.float32
+        target = Target(original.name, opened.task, None, dtype, recovery.pruned)
+        lora = write_lora(opened.trained, out, target)
+        num_bytes, what = lora.num_bytes, f"LoRA of rank {lora.rank} for {len(lora.weights)} weights"
+    else:
+        merged = write_recovered(opened.trained, out, form, original, recovery.pruned)
+        num_bytes, what, dtype = merged.num_bytes, f"{merged.weights} weights merged", getattr(torch, merged.dtype)
+    lines = [f"{what}, {num_bytes / 1e6:.1f} MB, for {original.name}; zero at the channels that qsvd prune removed"]
+    if is_checked:
+        expected, folder = recovered(opened, recovery), original.folder or Path(original.name)
+        with naming_damage(out):
+            if options.to == "lora":
+                candidate = with_adapter(from_transformers(opened, folder), out)
+            else:
+                candidate = from_folder(type(expected), out, MODEL, dtype=torch.float32).eval()
+            checked = check(opened, candidate, expected, dtype)
+            lines.append(checked.line("the original with the trained change").partition(";")[0])
+    return ExportResult(out, num_bytes, checked, tuple(lines))
 
 
 def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool) -> ExportResult:
@@ -324,19 +342,3 @@ def _on_original(opened: Opened, original: Any, name: str) -> torch.Tensor:
     """Return W + (W' - Q - B0 A0), by its definition."""
     change = opened.trained.dense(name) - opened.split.dense(name)
     return opened.trained.original_weight(original, name).float() + change
-
-
-def _config_changes(opened: Opened) -> dict[str, Any]:
-    """Return the entries of config.json that a classifier changes."""
-    labels = opened.record.labels
-    if not labels:
-        return {}
-    config: Any = read_config(opened.split.folder)
-    architecture = classifier(config, labels, opened.split.folder).__name__
-    return {
-        "architectures": [architecture],
-        "id2label": {str(number): label for number, label in config.id2label.items()},
-        "label2id": config.label2id,
-        "problem_type": config.problem_type,
-        "pad_token_id": config.get_text_config().pad_token_id,  # decoders find the end of a text by it
-    }

@@ -7,7 +7,7 @@ Shape suffixes: O = out features, I = in features, K, R, S = ranks of trained, s
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite, sqrt
@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from qsvd.errors import BadInput, listing
 from qsvd.export.peft import adapter_settings, check_place, kept_modules, write_adapter_files
+from qsvd.export.pruned import Place, PrunedRecord
 from qsvd.export.trained import (
     ExportFolder,
     Inventory,
@@ -135,12 +136,20 @@ class Target:
         task: PEFT's task_type, "CAUSAL_LM"; None for a bare encoder.
         original: The same model, to measure the error; None takes the errors that `qsvd quantize` recorded.
         dtype: Dtype of the factors: float32, bfloat16 or float16.
+        pruned: What was removed from that model before it was quantized, of which `original` is None; the LoRA is zero
+            there. None: nothing.
     """
 
     base: str
     task: str | None
     original: Checkpoint | None = None
     dtype: torch.dtype = torch.float32
+    pruned: PrunedRecord | None = None
+
+    def place(self, weight: Mapping[str, Any]) -> Place:
+        """Return where a weight of the quantized model, from its manifest, is in the 16-bit model."""
+        shape = tuple(weight["shape"])
+        return Place(shape) if self.pruned is None else self.pruned.place(weight["module"], shape)
 
 
 def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
@@ -174,7 +183,7 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
         raise BadInput("the trained model scales the rows of its weights, which a LoRA on the 16-bit model cannot do")
     written = _written(model, same)
     kept, whole = kept_modules(model, target.task)
-    most_bytes = _most_bytes(model, inventory, target.dtype) + disk_bytes(whole)
+    most_bytes = _most_bytes(model, inventory, target) + disk_bytes(whole)
     with ExportFolder(folder, _identity(model, target, inventory), most_bytes) as export:
         if not export.is_complete:
             paths = {
@@ -188,9 +197,10 @@ def write_lora(model: TrainedModel, folder: Path, target: Target) -> LoraExport:
             )
             _check_errors(weights)
             rank = max(1, *(weight.rank for weight in weights))
-            new = [*_factors(written, model, paths, rank, target.dtype), *whole]
+            new = [*_factors(written, model, paths, rank, target), *whole]
             config = adapter_settings(dict.fromkeys(written.values(), rank), kept, target.task, target.base)
-            write_adapter_files(export.folder, new, config, {SOURCE_FINGERPRINT: _source(model)["fingerprint"]})
+            source = _source(model) if target.pruned is None else vars(target.pruned)
+            write_adapter_files(export.folder, new, config, {SOURCE_FINGERPRINT: source["fingerprint"]})
             export.finish(asdict(LoraExport(weights, rank, target.original is not None, kept, size_of(new))))
         return export.result(LoraExport)
 
@@ -221,7 +231,8 @@ def _known_errors(model: TrainedModel, original: Checkpoint | None) -> dict[str,
 
 
 def _identity(model: TrainedModel, target: Target, inventory: Inventory) -> dict[str, Any]:
-    return {
+    recovers = {} if target.pruned is None else {"source_fingerprint": target.pruned.fingerprint}
+    return recovers | {
         "to": "lora",
         "residual": model.split.fingerprint,
         "trained": inventory.digest,
@@ -232,11 +243,11 @@ def _identity(model: TrainedModel, target: Target, inventory: Inventory) -> dict
     }
 
 
-def _most_bytes(model: TrainedModel, inventory: Inventory, dtype: torch.dtype) -> int:
+def _most_bytes(model: TrainedModel, inventory: Inventory, target: Target) -> int:
     """Return the most bytes of the factors, which are on the disk twice: in files of their own, and padded in one."""
-    shapes = {name: weight["shape"] for name, weight in model.split.weights.items()}
+    shapes = {name: target.place(weight).shape for name, weight in model.split.weights.items()}
     ranks = (min(rank + model.split.weights[name]["rank"], *shapes[name]) for name, rank in inventory.ranks.items())
-    return 2 * max(1, *ranks) * sum(sum(shape) for shape in shapes.values()) * dtype.itemsize
+    return 2 * max(1, *ranks) * sum(sum(shape) for shape in shapes.values()) * target.dtype.itemsize
 
 
 def _reduced(
@@ -303,18 +314,19 @@ def _is_changed(trained: Trained, stored: tuple[Tensor, Tensor] | None) -> bool:
 
 
 def _factors(
-    written: Mapping[str, str], model: TrainedModel, paths: Mapping[str, Path], rank: int, dtype: torch.dtype
+    written: Mapping[str, str], model: TrainedModel, paths: Mapping[str, Path], rank: int, target: Target
 ) -> list[NewTensor]:
     """Return B and A of these weights; they are read and padded when they are written."""
     new = []
     for name, module in written.items():
-        rows, columns = model.split.weights[name]["shape"]
-        for letter, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-            key = f"{ADAPTER_PREFIX}{module}.lora_{letter}.weight"
-            new.append(NewTensor(key, DTYPE_NAMES[dtype], shape, partial(_padded, paths[name], letter, shape)))
+        place = target.place(model.split.weights[name])
+        rows, columns = place.shape
+        for letter, spread, shape in (("A", place.down, (rank, columns)), ("B", place.up, (rows, rank))):
+            key, made = f"{ADAPTER_PREFIX}{module}.lora_{letter}.weight", partial(_padded, paths[name], letter, shape)
+            new.append(NewTensor(key, DTYPE_NAMES[target.dtype], shape, partial(made, spread)))
     return new
 
 
-def _padded(path: Path, letter: str, shape: tuple[int, int]) -> Tensor:
-    factor = read_tensor(read_header(path).tensors[letter])
+def _padded(path: Path, letter: str, shape: tuple[int, int], spread: Callable[[Tensor], Tensor]) -> Tensor:
+    factor = spread(read_tensor(read_header(path).tensors[letter]))
     return pad(factor, (0, shape[1] - factor.shape[1], 0, shape[0] - factor.shape[0]))

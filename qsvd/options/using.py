@@ -111,7 +111,12 @@ class Export:
     ]
     base: Base = None
     original: Annotated[
-        str | None, Help("For lora: the 16-bit model. Default: where it was when it was quantized.", "MODEL")
+        str | None,
+        Help(
+            "For lora: the 16-bit model. Default: where it was when it was quantized. For lora and merged, after "
+            "qsvd prune: the model that was pruned.",
+            "MODEL",
+        ),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class Cut:
     """
 
     name: str
-    axis: int
-    repeats: int
+    axis: Literal[0, 1]
+    repeats: Literal[1, 2]
 
     @property
     def module(self) -> str:
@@ -119,6 +119,8 @@ def _mlps_of(model: "PreTrainedModel", config: "PreTrainedConfig", option: str, 
     if not blocks or not all(_is_mlp(cuts, tied) for cuts in blocks.values()):
         return None
     block, cuts = next(iter(blocks.items()))
+    if channels < min(model.get_parameter(cut.name).shape[0] for cut in cuts if cut.axis == 1):
+        return None  # a bottleneck between two products, such as Gemma 3n's laurel_rank
     is_exact = _is_exact(config, option, block, cuts)
     if is_exact is None:
         is_exact = all(cut.repeats == 1 for cut in cuts)
@@ -146,7 +148,7 @@ def _cut(name: str, own: tuple[int, ...], halved: tuple[int, ...], channels: int
     repeats = own[axes[0]] // channels if len(own) == len(halved) and len(axes) == 1 else 0
     is_whole = repeats in (1, 2) and (own[axes[0]], halved[axes[0]]) == (repeats * channels, repeats * (channels // 2))
     is_known = (name.endswith(".weight") and len(own) == 2) or (name.endswith(".bias") and len(own) == 1)
-    return Cut(name, axes[0], repeats) if is_whole and is_known else None
+    return Cut(name, cast(Any, axes[0]), cast(Any, repeats)) if is_whole and is_known else None
 
 
 def _block(model: nn.Module, path: str) -> str | None:
