@@ -75,7 +75,7 @@ __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class _Package(ModuleType):
-    """qsvd.plan, calibrate, evaluate and export are functions, and folders with their code; Python sets the folders."""
+    """qsvd.plan, calibrate, evaluate, export, prune are functions, and folders with code; Python sets the folders."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _HOMES or not isinstance(value, ModuleType):

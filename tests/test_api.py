@@ -16,7 +16,7 @@ from qsvd.options import Quantize
 from tests.commands.folders import files_of
 from tests.runs import TRAINED, language_base, text_rows, write_rows
 
-SAME = ("plan", "quantize", "calibrate", "allocate", "train", "aggregate", "export")  # names of commands and functions
+SAME = ("plan", "quantize", "calibrate", "allocate", "prune", "train", "aggregate", "export")  # of command and function
 FUNCTIONS = {"eval": "evaluate"} | {name: name for name in SAME}
 PRINTING = {"json", "dry_run", "preview"}
 TINY = {"device": "cpu", "steps": 2, "batch_size": 2, "accumulate": 1, "max_length": 32}
@@ -81,6 +81,10 @@ def test_every_command_gives_what_the_command_line_gives(sides, both):
     _, table = both(words, lambda: qsvd.allocate("M", budget="6bits", out=Path("a.txt"), **chosen))
     assert table.read_text() == (sides / "typed" / "a.txt").read_text()
     assert table.allocation.choices.keys() == {error.name for error in quantized.errors}
+
+    _, pruned = both("prune M --out P --keep 0.25", lambda: qsvd.prune("M", out="P", keep=0.25))
+    same_files(sides, "P")
+    assert (pruned.channels, pruned.kept) == (768, 192)
 
     words = "train O d.jsonl --out R --steps 2 --batch-size 2 --accumulate 1 --max-length 32 --device cpu"
     _, trained = both(words, lambda: qsvd.train(quantized.name, "d.jsonl", out="R", **TINY))

@@ -133,7 +133,7 @@ def test_every_name_that_is_promised_is_there_and_no_other():
     assert set(qsvd.__all__) == {
         "AdapterOptions", "BadInput", "DoesNotFit", "Int4", "Nesting", "NormalFloat", "NormalFloat4", "Placement",
         "Quantize", "Recipe", "Split", "aggregate", "allocate", "calibrate", "evaluate", "export", "generate", "load",
-        "measure", "plan", "quantize", "split_weight", "train",
+        "measure", "plan", "prune", "quantize", "split_weight", "train",
     }  # fmt: skip
     assert all(getattr(qsvd, name) is not None for name in qsvd.__all__)
     assert set(qsvd.__all__) <= set(dir(qsvd))

@@ -200,6 +200,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "resident": "auto",
         "device": "auto",
     },
+    "prune": {"model": REQUIRED, "out": REQUIRED, "keep": 0.5, "shard_size": "5GB"},
     "aggregate": {"runs": REQUIRED, "out": REQUIRED, "rank": None, "weights": (), "base": None},
     "export": {
         "run": REQUIRED,
@@ -287,6 +288,7 @@ READERS = {
         "commands/eval",
     ),
     "generate": ("options/conflicts", "prepare/generate", "commands/generate"),
+    "prune": ("prepare/using/prune", "commands/prune"),
     "aggregate": ("options/conflicts", "prepare/using/aggregate"),
     "export": ("export/hub", "prepare/models", "commands/export"),
     "methods": ("commands/methods",),
@@ -302,6 +304,7 @@ POSITIONAL = {
     "train": ("base", "data"),
     "eval": ("models",),
     "generate": ("model",),
+    "prune": ("model",),
     "aggregate": ("runs",),
     "export": ("run",),
     "methods": (),
@@ -442,6 +445,7 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("eval", "stride"): ([0], "is below 1"),
     ("eval", "max_new_tokens"): ([0], "is below 1"),
     ("eval", "limit"): ([0], "is below 1"),
+    ("prune", "keep"): ([0.0, 1.0, math.nan], "is not a number above 0 and below 1"),
     ("aggregate", "rank"): ([0], "is below 1"),
     ("aggregate", "weights"): ([(1.0, 0.0), (math.inf,)], "has a number that is not finite and above 0"),
     ("eval", "batch_size"): ([0], "is below 1"),
@@ -459,6 +463,7 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("demo", "epochs"): ([0.0, math.inf], "is not a finite number above 0"),
 }
 INSIDE = {  # the last values inside
+    ("prune", "keep"): [1e-9, 0.999],
     ("aggregate", "weights"): [(), (1e-9, 1.0)],
     ("plan", "resident"): [0, 0.0, 1, "auto"],
     ("train", "batch_size"): [1, "auto"],
