@@ -6,6 +6,7 @@ identity began; the identity is a JSON object of all options and inputs that the
     place                           lock                   identity                              complete with
     OUT of qsvd quantize            OUT/unfinished/lock    OUT/unfinished/run.json, qsvd.json    qsvd.json
     OUT of qsvd export              OUT/unfinished/lock    OUT/unfinished/run.json, the record   qsvd_export.json
+    PRUNED of qsvd prune            PRUNED/unfinished/lock PRUNED/unfinished/run.json, the rec.  qsvd_prune.json
     RUN of qsvd aggregate           RUN/unfinished/lock    RUN/unfinished/run.json, the record   qsvd_aggregate.json
     RUN of qsvd train               RUN/lock               RUN/run.json                          summary.json
     FILE of qsvd allocate           FILE.lock              a line in FILE                        FILE

@@ -192,7 +192,7 @@ def _is_exact(config: "PreTrainedConfig", option: str, block: str, cuts: Sequenc
     generator, kept = torch.Generator().manual_seed(0), torch.arange(1, TRIAL[0], 2)
     for module in (whole, cut_down):
         module.to_empty(device="cpu").float().eval()
-    for tensor in whole.state_dict().values():
+    for tensor in (tensor for tensor in whole.state_dict().values() if tensor.is_floating_point()):
         tensor.normal_(generator=generator)
     values = {f"{owner}.{name}": tensor for name, tensor in whole.state_dict().items()}
     for cut in cuts:
@@ -204,7 +204,10 @@ def _is_exact(config: "PreTrainedConfig", option: str, block: str, cuts: Sequenc
     layer.weight[:, removed] = 0
     up: Any = whole.get_submodule(next(cut for cut in cuts if cut.axis == 0).module.removeprefix(f"{owner}."))
     x_TI = torch.randn(1, 3, up.in_features, generator=generator)
-    found, wanted = cut_down(x_TI), whole(x_TI)
+    try:
+        found, wanted = cut_down(x_TI), whole(x_TI)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # it takes more than hidden states
+        return None
     return isinstance(found, Tensor) and torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
