@@ -18,7 +18,7 @@ from qsvd.export.merged import MergedExport, MergedForm, shards_of, write_shards
 from qsvd.export.pruned import PrunedRecord
 from qsvd.export.trained import ExportFolder, TrainedModel, check_dtype, disk_bytes, rounded, size_of, take_inventory
 from qsvd.files.atomic import write_json
-from qsvd.files.safetensors import DTYPE_NAMES, NewTensor, TensorEntry, new_tensor
+from qsvd.files.safetensors import DTYPE_NAMES, TORCH_DTYPES, NewTensor, TensorEntry, new_tensor
 from qsvd.files.source import Checkpoint, copy_files
 
 
@@ -48,14 +48,15 @@ def write_recovered(
             form than transformers computes with; the folder holds something else.
         DoesNotFit: the files do not fit on the disk.
     """
-    dtype = form.dtype or model.split.stored_dtype
-    check_dtype(dtype)
     inventory = take_inventory(model)
     if absent := [name for name in model.split.weights if name not in original.tensors]:
         raise BadInput(
             f"{original.name} stores {listing(absent)} in another form than transformers computes with: use --to lora"
         )
-    new = _tensors(model, original, pruned, dtype)
+    stored = TORCH_DTYPES[original.tensors[next(iter(model.split.weights))].dtype]
+    dtype = form.dtype or stored
+    check_dtype(dtype)
+    new = _tensors(model, original, pruned, (stored, dtype))
     shards, name = shards_of(new, form.shard_bytes), str(dtype).removeprefix("torch.")
     result = MergedExport(len(inventory.ranks), len(model.full), len(shards), name, size_of(new))
     identity = {"to": "merged", "base": model.split.fingerprint, "trained": inventory.digest, "dtype": name}
@@ -73,11 +74,16 @@ def write_recovered(
 
 
 def _tensors(
-    model: TrainedModel, original: Checkpoint, pruned: PrunedRecord, dtype: torch.dtype
+    model: TrainedModel, original: Checkpoint, pruned: PrunedRecord, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> Sequence[NewTensor]:
-    """Return the tensors of the original in its order, changed where they were trained, then new ones."""
+    """Return the tensors of the original in its order, changed where they were trained, then new ones.
+
+    Args:
+        dtypes: Of its weights, and of those to write; tensors of other dtypes are copied as they are.
+    """
+    stored, dtype = dtypes
     full = {model.spelling.get(name, name): tensor for name, tensor in model.full.items()}
-    recast, new = DTYPE_NAMES[model.split.stored_dtype], list[NewTensor]()
+    recast, new = DTYPE_NAMES[stored], list[NewTensor]()
 
     def made(name: str) -> Tensor:
         values = original.read(name)
