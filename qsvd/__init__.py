@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from qsvd.api import aggregate as aggregate
     from qsvd.api import allocate as allocate
     from qsvd.api import calibrate as calibrate
+    from qsvd.api import compare as compare
     from qsvd.api import evaluate as evaluate
     from qsvd.api import export as export
     from qsvd.api import plan as plan
@@ -58,6 +59,7 @@ _HOMES = {
     "train": "qsvd.api",
     "aggregate": "qsvd.api",
     "evaluate": "qsvd.api",
+    "compare": "qsvd.api",
     "export": "qsvd.api",
     "BadInput": "qsvd.errors",
     "DoesNotFit": "qsvd.errors",

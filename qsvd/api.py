@@ -17,7 +17,19 @@ from qsvd.errors import BadInput
 from qsvd.method_options import with_method
 from qsvd.option_file import from_names
 from qsvd.option_types import POSITIONAL, PRINTS, Help, marks_of
-from qsvd.options import Aggregate, Allocate, Calibrate, Eval, Export, Plan, Prune, Quantize, Train, TrainingOptions
+from qsvd.options import (
+    Aggregate,
+    Allocate,
+    Calibrate,
+    Compare,
+    Eval,
+    Export,
+    Plan,
+    Prune,
+    Quantize,
+    Train,
+    TrainingOptions,
+)
 from qsvd.prepare.check_options import check
 from qsvd.records import ShowProgress, show_nothing
 
@@ -27,6 +39,7 @@ if TYPE_CHECKING:
         AggregateResult,
         AllocateResult,
         CalibrateResult,
+        CompareResult,
         EvalResult,
         ExportResult,
         PruneResult,
@@ -184,6 +197,14 @@ def evaluate(options: Eval, show: ShowProgress) -> "EvalResult":
     from qsvd.commands.eval import evaluate
 
     return evaluate(options, show)
+
+
+@takes(Compare)
+def compare(options: Compare, show: ShowProgress) -> "CompareResult":
+    """Compare splits and adapter methods at their best learning rates, as `qsvd compare` does."""
+    from qsvd.commands.compare import compare
+
+    return compare(options, show)
 
 
 @takes(Aggregate)

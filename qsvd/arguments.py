@@ -190,7 +190,7 @@ def _grouped(arguments: Sequence[str], options: Mapping[str, _Option]) -> Iterat
             yield word[1:], rest[: _count(None, rest)]
             del rest[: _count(None, rest)]
             continue
-        if not word.startswith("--"):
+        if not _is_flag(word):
             yield "", [word]
             continue
         written, joined, value = word[2:].partition("=")
@@ -228,9 +228,14 @@ def _is_short(word: str) -> bool:
     return len(word) == 2 and word[0] == "-" and word[1].isalpha()
 
 
+def _is_flag(word: str) -> bool:
+    """Return whether a word is an option; several options in one word, "--rank 8 --order svd", are a value."""
+    return word.startswith("--") and " " not in word.partition("=")[0]
+
+
 def _count(option: _Option | None, rest: Sequence[str]) -> int:
     """Return how many of the next words are values of an option."""
-    free = next((number for number, word in enumerate(rest) if word.startswith("--") or word in SHORT), len(rest))
+    free = next((number for number, word in enumerate(rest) if _is_flag(word) or word in SHORT), len(rest))
     if option is not None and get_origin(option.kind) is tuple:
         return free
     if option is not None and _is_switch(option.kind):
@@ -258,6 +263,8 @@ def _checked_values(option: _Option, name: str, values: list[str]) -> tuple[list
         for value in values
         if _fault(option.kind, value)
     ]
+    if get_origin(option.kind) is tuple:  # tyro would take "--rank 8 --order svd" for an option
+        values = [f" {value}" if value.startswith("--") else value for value in values]
     return [f"--{name}", *values], wrong
 
 

@@ -5,12 +5,9 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass, make_dataclass
-from dataclasses import field as new_field
+from collections.abc import Sequence
 from importlib import import_module
-from inspect import getdoc
-from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
 import qsvd
 from qsvd.arguments import checked, flags_of, meant
@@ -18,11 +15,12 @@ from qsvd.console.fault import Signals, report_fault
 from qsvd.errors import Interrupted, QsvdError, first_line, one_line
 from qsvd.method_options import with_method
 from qsvd.option_file import from_names, take_config, yaml_mapping
-from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
+from qsvd.option_form import read_words
 from qsvd.options import (
     Aggregate,
     Allocate,
     Calibrate,
+    Compare,
     Demo,
     Eval,
     Export,
@@ -48,6 +46,7 @@ COMMANDS = {
     "train": Train,
     "generate": Generate,
     "eval": Eval,
+    "compare": Compare,
     "aggregate": Aggregate,
     "export": Export,
     "report": Report,
@@ -126,19 +125,7 @@ def parse(arguments: list[str]) -> Any:
     defaults = {} if config is None else from_names(record, given, f"--config {config}")
     if not is_help:
         rest = checked(f"qsvd {command}", record, rest, defaults)
-    import tyro
-
-    form = _form(record, defaults)
-    found = tyro.cli(
-        form,
-        args=rest,
-        prog=f"qsvd {command}",
-        description=getdoc(record),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
-    )
-    groups = [value for value in vars(found).values() if is_dataclass(value)]
-    values = {name: value for part in (found, *groups) for name, value in vars(part).items() if value not in groups}
-    return record(**values)
+    return read_words(record, rest, defaults, f"qsvd {command}")
 
 
 def _explain(command: str) -> NoReturn:
@@ -152,31 +139,6 @@ def _explain(command: str) -> NoReturn:
     instead = f": use {ours}" if ours else f"{meant(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}"
     print(f"qsvd: there is no command {command!r}{instead}" if command else text, file=sys.stderr)
     sys.exit(2)
-
-
-def _form(record: type, defaults: Mapping[str, Any]) -> type:
-    """Return a dataclass for tyro with the options of a record; its nested dataclasses are the groups of the help."""
-    from tyro.conf import Positional, UseAppendAction, arg
-
-    groups: dict[str, list[tuple[str, Any, Any]]] = {"": []}
-    hints, marks, title = get_type_hints(record), marks_of(record), ""
-    for option in fields(record):
-        title = next((mark.title for mark in marks[option.name] if isinstance(mark, Group)), title)
-        help_ = [mark for mark in marks[option.name] if isinstance(mark, Help)][-1]
-        kind, default = hints[option.name], defaults.get(option.name, option.default)
-        hint = "" if default in (None, (), MISSING) else None  # instead of (default: None); None is tyro's own hint
-        metavar = help_.metavar
-        if default is None and metavar is None:
-            metavar = get_args(kind)[0].__name__.upper()  # instead of {None}|INT
-        shown = arg(help=help_.text, metavar=metavar, help_behavior_hint=hint, aliases=help_.aliases, prefix_name=False)
-        typed = Positional[kind] if POSITIONAL in marks[option.name] else kind
-        typed = Annotated[UseAppendAction[kind] if APPEND in marks[option.name] else typed, shown]
-        groups.setdefault(title, []).append((option.name, typed, new_field(default=default, kw_only=True)))
-    top = groups.pop("")
-    for number, (title, options) in enumerate(groups.items()):
-        group = make_dataclass(f"Group{number}", options, namespace={"__doc__": ""})
-        top.append((f"group{number}", Annotated[group, arg(name=title)], new_field(default_factory=group)))
-    return make_dataclass(record.__name__, top)
 
 
 def _name_of(options: object) -> str:

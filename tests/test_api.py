@@ -16,7 +16,7 @@ from qsvd.options import Quantize
 from tests.commands.folders import files_of
 from tests.runs import TRAINED, language_base, text_rows, write_rows
 
-SAME = ("plan", "quantize", "calibrate", "allocate", "prune", "train", "aggregate", "export")  # of command and function
+SAME = ("plan", "quantize", "calibrate", "allocate", "prune", "train", "aggregate", "compare", "export")  # names
 FUNCTIONS = {"eval": "evaluate"} | {name: name for name in SAME}
 PRINTING = {"json", "dry_run", "preview"}
 TINY = {"device": "cpu", "steps": 2, "batch_size": 2, "accumulate": 1, "max_length": 32}

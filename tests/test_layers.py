@@ -11,7 +11,7 @@ FLOORS = (  # bottom up; folders of one floor do not import from each other, exc
     {"errors"},
     {"option_types", "other_names", "inputs", "records"},
     {"arguments", "options"},
-    {"option_file", "numerics"},
+    {"option_file", "option_form", "numerics"},
     {"decompose"},
     {"plan"},
     {"memory"},

@@ -15,6 +15,7 @@ import qsvd
 from qsvd.cli import COMMANDS, parse
 from qsvd.option_types import SAME_RESULT, Range, marks_of, out_of_range, result_options
 from qsvd.options.quantizing import with_quality
+from qsvd.prepare.comparing.rows import SHARED
 from qsvd.training.settings import Settings
 
 PACKAGE = Path(qsvd.__file__).parent
@@ -201,6 +202,30 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "device": "auto",
     },
     "prune": {"model": REQUIRED, "out": REQUIRED, "keep": 0.5, "shard_size": "5GB"},
+    "compare": {
+        "model": REQUIRED,
+        "data": REQUIRED,
+        "out": REQUIRED,
+        "methods": ("lora", "pissa", "dora"),
+        "splits": (),
+        "equal": "rank",
+        "size": None,
+        "rates": (),
+        "seeds": 3,
+        "epochs": 1.0,
+        "steps": None,
+        "batch_size": 4,
+        "accumulate": 4,
+        "task": "auto",
+        "chat_template": None,
+        "max_length": None,
+        "loss_on": "answers",
+        "map": (),
+        "keep_runs": False,
+        "dtype": "auto",
+        "device": "auto",
+        "dry_run": False,
+    },
     "aggregate": {"runs": REQUIRED, "out": REQUIRED, "rank": None, "weights": (), "base": None},
     "export": {
         "run": REQUIRED,
@@ -289,6 +314,13 @@ READERS = {
     ),
     "generate": ("options/conflicts", "prepare/generate", "commands/generate"),
     "prune": ("prepare/using/prune", "commands/prune"),
+    "compare": (
+        "prepare/comparing/rows",
+        "prepare/comparing/sizes",
+        "prepare/comparing/compare",
+        "console/cells",
+        "commands/compare",
+    ),
     "aggregate": ("options/conflicts", "prepare/using/aggregate"),
     "export": ("export/hub", "prepare/models", "commands/export"),
     "methods": ("commands/methods",),
@@ -305,6 +337,7 @@ POSITIONAL = {
     "eval": ("models",),
     "generate": ("model",),
     "prune": ("model",),
+    "compare": ("model", "data"),
     "aggregate": ("runs",),
     "export": ("run",),
     "methods": (),
@@ -446,6 +479,13 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("eval", "max_new_tokens"): ([0], "is below 1"),
     ("eval", "limit"): ([0], "is below 1"),
     ("prune", "keep"): ([0.0, 1.0, math.nan], "is not a number above 0 and below 1"),
+    ("compare", "rates"): ([(1e-3, 0.0), (math.inf,)], "has a number that is not finite and above 0"),
+    ("compare", "seeds"): ([0], "is below 1"),
+    ("compare", "epochs"): ([0.0, math.inf], "is not a finite number above 0"),
+    ("compare", "steps"): ([0], "is below 1"),
+    ("compare", "batch_size"): ([0], "is below 1"),
+    ("compare", "accumulate"): ([0], "is below 1"),
+    ("compare", "max_length"): ([1], "is below 2"),
     ("aggregate", "rank"): ([0], "is below 1"),
     ("aggregate", "weights"): ([(1.0, 0.0), (math.inf,)], "has a number that is not finite and above 0"),
     ("eval", "batch_size"): ([0], "is below 1"),
@@ -457,7 +497,7 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("generate", "resident"): ([1.5], "is neither auto nor a number from 0 to 1"),
     **{
         (command, "device"): (["", "gpu", "cpu:x", "cuda:", "meta"], "is not one of auto, cpu, cuda, cuda:N")
-        for command in ("allocate", "calibrate", "quantize", "train", "eval", "generate")
+        for command in ("allocate", "calibrate", "quantize", "train", "eval", "generate", "compare")
     },
     ("report", "worst"): ([-1], "is below 0"),
     ("demo", "epochs"): ([0.0, math.inf], "is not a finite number above 0"),
@@ -520,6 +560,8 @@ def test_each_flag_is_read_by_its_command(command):
     read = set().union(*(read_in(PACKAGE / f"{module}.py", ("options", "chosen")) for module in READERS[command]))
     if command in ("train", "plan"):
         read |= copied_to_settings()
+    if command == "compare":
+        read |= {*SHARED} & AGREED["train"].keys()  # copied by name into the options of each run
     assert AGREED[command].keys() - read == set()
 
 

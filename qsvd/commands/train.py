@@ -5,6 +5,7 @@ examples/train_loop.py is the same in a plain PyTorch loop, without checkpoints 
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -89,8 +90,8 @@ def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
     return TrainResult(run.out, losses, summary, url=url)
 
 
-def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_asked: Callable[[], bool]) -> None:
-    """Do the work of a checked run: 1 load, 2 first loss, 3 train, 4 last loss, adapter, summary.
+def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_asked: Callable[[], bool]) -> Any:
+    """Do the work of a checked run, and return the model: 1 load, 2 first loss, 3 train, 4 last loss, adapter, summary.
 
     Args:
         show: Is called after every step.
@@ -118,3 +119,4 @@ def train_run(run: TrainRun, folder: RunFolder, show: ShowProgress, is_stop_aske
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))  # 3
         if not recorder.is_stopped or trainer.state.global_step >= trainer.state.max_steps:
             finish_run(run, folder, trainer, recorder)  # 4
+    return model

@@ -84,6 +84,15 @@ def local_data(source: str | Path) -> Path | None:
     return None
 
 
+def part_files(folder: Path) -> dict[str, Path | None]:
+    """Return the files of the splits train, valid and test of a folder; None for one that it lacks.
+
+    Raises:
+        BadInput: a split has two files.
+    """
+    return {name: _split_file(folder, SYNONYMS if name == "valid" else (name,)) for name in ("train", "valid", "test")}
+
+
 def _split_file(folder: Path, names: Sequence[str]) -> Path | None:
     """Return the file of the first name that has one."""
     for name in names:

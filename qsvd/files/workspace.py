@@ -9,6 +9,7 @@ identity began; the identity is a JSON object of all options and inputs that the
     PRUNED of qsvd prune            PRUNED/unfinished/lock PRUNED/unfinished/run.json, the rec.  qsvd_prune.json
     RUN of qsvd aggregate           RUN/unfinished/lock    RUN/unfinished/run.json, the record   qsvd_aggregate.json
     RUN of qsvd train               RUN/lock               RUN/run.json                          summary.json
+    a cell of qsvd compare          cells/NAME.lock        the key in cells/NAME.json            cells/NAME.json
     FILE of qsvd allocate           FILE.lock              a line in FILE                        FILE
     FILE.costs.jsonl of allocate    FILE.costs.jsonl.lock  its first line                        (stays open)
     FILE of qsvd calibrate          FILE.lock              metadata of FILE.unfinished, FILE     FILE

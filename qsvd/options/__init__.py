@@ -3,6 +3,7 @@
 qsvd/option_types.py says what the marks mean. The first line of a docstring is shown by `qsvd --help`.
 """
 
+from qsvd.options.comparing import Compare as Compare
 from qsvd.options.quantizing import Allocate as Allocate
 from qsvd.options.quantizing import Calibrate as Calibrate
 from qsvd.options.quantizing import Prune as Prune

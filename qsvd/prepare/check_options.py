@@ -26,6 +26,7 @@ from qsvd.options import (
     Aggregate,
     Allocate,
     Calibrate,
+    Compare,
     Demo,
     Eval,
     Export,
@@ -46,6 +47,7 @@ Options = (
     Aggregate
     | Allocate
     | Calibrate
+    | Compare
     | Demo
     | Eval
     | Export
@@ -146,7 +148,7 @@ def _check_models(options: Options, *, is_open: bool) -> None:
     match options:
         case _ if is_open:
             pass
-        case Quantize() | Allocate() | Calibrate() | Prune():
+        case Quantize() | Allocate() | Calibrate() | Prune() | Compare():
             checkpoint_folder(options.model)
         case Plan(model=name) | Train(base=name):
             _check_trained(options, name)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from qsvd.errors import one_line, show_size
-from qsvd.options import Allocate, Calibrate, Prune, Train
+from qsvd.options import Allocate, Calibrate, Compare, Prune, Train
 from qsvd.report.card import shell
 from qsvd.report.readme import RESIDUAL
 
@@ -68,15 +68,28 @@ def _layers(options: Calibrate | Allocate) -> list[str]:
 def train_command(options: Train) -> str:
     """Return the command line of a run, with the options that are not at their defaults; "DATA" stands for no data."""
     words = ["qsvd", "train", options.base, options.data, "--out", str(options.out)]
+    words += _flags(options, ("base", "data", "out", "preview", "dry_run"))
+    return shell(*words) + (f"  {DATA.partition('  ')[2]}" if options.data == "DATA" else "")
+
+
+def compare_command(options: Compare) -> str:
+    """Return the command line of a comparison in DIR, with the options that are not at their defaults."""
+    words = ["qsvd", "compare", options.model, options.data, "--out", "DIR"]
+    return shell(*words, *_flags(options, ("model", "data", "out", "keep_runs", "dry_run")))
+
+
+def _flags(options: Train | Compare, left_out: Sequence[str]) -> list[str]:
+    """Return the options that are not at their defaults as words of a command line."""
+    words = []
     for field in fields(options):
         value, flag = getattr(options, field.name), field.name.replace("_", "-")
-        if field.name in ("base", "data", "out", "preview", "dry_run") or value == field.default:
+        if field.name in left_out or value == field.default:
             continue
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shell(*words) + (f"  {DATA.partition('  ')[2]}" if options.data == "DATA" else "")
+    return words
 
 
 def after_train(base: str, run: Path, valid: str | None, *, generates: bool, merges: bool) -> list[str]:

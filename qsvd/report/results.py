@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qsvd.records import WeightError
+from qsvd.report.comparison.results import RowResult
 from qsvd.report.evaluation import ModelScores
 from qsvd.report.totals import Total, relative
 from qsvd.report.training import RunSummary
@@ -135,6 +136,13 @@ class AggregateResult(Written):
     rank: int
     error: float
     errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CompareResult(Written):
+    """A comparison: its rows in order, as in results.jsonl."""
+
+    rows: tuple[RowResult, ...]
 
 
 @dataclass(frozen=True)

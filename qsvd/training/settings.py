@@ -39,7 +39,7 @@ class Settings:
         packing: The rows of the data are packed (data/tokens.py).
         gradient_checkpointing: Compute the activations of blocks twice instead of keeping them.
         unrecomputed: Number of blocks, the last ones, that keep them all the same.
-        save_every: Steps between checkpoints; the newest `keep` of them are kept.
+        save_every: Steps between checkpoints; the newest `keep` of them are kept. 0 writes none.
         report_to: Trackers of transformers' Trainer: "tensorboard", "wandb", "trackio".
     """
 
@@ -131,8 +131,8 @@ def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "activation_checkpointing": settings.gradient_checkpointing,
-        "save_strategy": "steps",
-        "save_steps": settings.save_every,
+        "save_strategy": "steps" if settings.save_every else "no",
+        "save_steps": settings.save_every or 1,
         "seed": settings.seed,
         "data_seed": settings.seed,
         "report_to": list(settings.report_to) or "none",

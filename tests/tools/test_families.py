@@ -1,7 +1,7 @@
 """Families through the commands; the rows of docs/models.md say what is seen here.
 
-Families that are alike in all that qsvd tells apart go through the steps that read their weights; `tools/families` tries
-all steps on all of them.
+Families that are alike in all that qsvd tells apart go through the steps that read their weights; `tools/families`
+tries all steps on all of them.
 """
 
 from pathlib import Path
