@@ -16,6 +16,7 @@ from qsvd.errors import BINARY, UNITS, BadInput
 from qsvd.option_types import APPEND, POSITIONAL, Help, marks_of
 from qsvd.other_names import NAMES, PLACES, REMEDIES, SHORT, VALUES, WRONG_VALUES
 
+PAGES = (".html", ".htm")
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -238,6 +239,8 @@ def _count(option: _Option | None, rest: Sequence[str]) -> int:
     free = next((number for number, word in enumerate(rest) if _is_flag(word) or word in SHORT), len(rest))
     if option is not None and get_origin(option.kind) is tuple:
         return free
+    if option is not None and option.help.bare is not None:
+        return int(free > 0 and rest[0].lower().endswith(PAGES))
     if option is not None and _is_switch(option.kind):
         return int(free > 0 and rest[0].lower() in (*YES, *NO, *get_args(option.kind), *VALUES.get(option.name, ())))
     return min(free, 1)
@@ -254,6 +257,8 @@ def _checked_values(option: _Option, name: str, values: list[str]) -> tuple[list
         return [f"--{'no-' if is_off else ''}{option.typed}"], []
     if name != option.typed and _is_switch(option.kind):
         return [], [f"--{name} takes no value, and {word!r} is one: leave it out, or give --{option.typed} {word}"]
+    if not values and option.help.bare is not None:
+        values = [option.help.bare]
     if not values and get_origin(option.kind) is not tuple:
         return [], [f"--{name} needs a value: {_described(option)}"]
     values = [VALUES.get(option.name, {}).get(value, value) for value in values]

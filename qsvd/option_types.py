@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Help:
-    """Help text of an option. The default is shown after it, except where it is None or empty."""
+    """Help text of an option. The default is shown after it, except where it is None or empty.
+
+    bare is the value of an option that names a page, FILE.html, where it is given without one; None asks for a value.
+    """
 
     text: str
     metavar: str | None = None
     aliases: tuple[str, ...] | None = None
+    bare: str | None = None
 
 
 @dataclass(frozen=True)

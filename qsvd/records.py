@@ -101,6 +101,35 @@ class Coverage:
         return self.elements_split / self.elements
 
 
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Args:
+        loss: Nats per trained token, or per example for a classifier.
+        tokens, seconds: From the start of the run, interrupted parts included.
+        peak_bytes: Of the GPU; on a CPU, of the process.
+        held_out: Loss on the held-out examples after the step, in the same unit; None where it was not measured.
+    """
+
+    number: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    held_out: float | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What start.json holds: loss and accuracy on the held-out examples before the first step; None without them."""
+
+    held_out_before: float | None = None
+    accuracy_before: float | None = None
+
+
 FAST = 10  # units a second, from which a speed is shown as a whole number
 
 

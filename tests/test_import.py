@@ -131,9 +131,9 @@ def test_the_command_line_says_what_it_is_without_torch_or_transformers(start, f
 
 def test_every_name_that_is_promised_is_there_and_no_other():
     assert set(qsvd.__all__) == {
-        "AdapterOptions", "BadInput", "DoesNotFit", "Int4", "Nesting", "NormalFloat", "NormalFloat4", "Placement",
-        "Quantize", "Recipe", "Split", "aggregate", "allocate", "calibrate", "evaluate", "export", "generate", "load",
-        "measure", "plan", "prune", "quantize", "split_weight", "train",
+        "AdapterOptions", "BadInput", "DoesNotFit", "Int4", "Nesting", "NormalFloat", "NormalFloat4",
+        "Placement", "Quantize", "Recipe", "Split", "aggregate", "allocate", "calibrate", "compare", "evaluate",
+        "export", "generate", "load", "measure", "plan", "prune", "quantize", "split_weight", "train",
     }  # fmt: skip
     assert all(getattr(qsvd, name) is not None for name in qsvd.__all__)
     assert set(qsvd.__all__) <= set(dir(qsvd))

@@ -240,7 +240,7 @@ AGREED = {  # a new flag edits this list, and with it the minds of those who agr
         "public": False,
     },
     "methods": {"json": False},
-    "report": {"folder": REQUIRED, "json": False, "worst": 10},
+    "report": {"folders": REQUIRED, "html": None, "live": False, "json": False, "worst": 10},
     "verify": {"path": REQUIRED, "accept": False},
     "demo": {"out": Path("build/demo"), "ranks": (0, 16, 32, 64), "tokens": 20_000, "epochs": 2.0},
 }
@@ -324,7 +324,7 @@ READERS = {
     "aggregate": ("options/conflicts", "prepare/using/aggregate"),
     "export": ("export/hub", "prepare/models", "commands/export"),
     "methods": ("commands/methods",),
-    "report": ("commands/report",),
+    "report": ("options/conflicts", "commands/report"),
     "verify": ("commands/verify",),
     "demo": ("commands/demo",),
 }
@@ -341,7 +341,7 @@ POSITIONAL = {
     "aggregate": ("runs",),
     "export": ("run",),
     "methods": (),
-    "report": ("folder",),
+    "report": ("folders",),
     "verify": ("path",),
     "demo": (),
 }

@@ -1,31 +1,80 @@
-"""`qsvd report`: print the error report of a complete quantized model, without torch; its card on the Hub."""
+"""`qsvd report`: the error of a quantized model as tables, or a page of models and runs, without torch; its card."""
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from qsvd.console.progress import say, terminal
 from qsvd.errors import BadInput
-from qsvd.files.atomic import read_object
+from qsvd.files.atomic import read_object, write_text
 from qsvd.files.quantized.manifest import QUANTIZE_AGAIN, read_errors, read_manifest
-from qsvd.files.workspace import ERRORS, MANIFEST
+from qsvd.files.workspace import ERRORS, MANIFEST, REPORT
 from qsvd.options import Report
+from qsvd.prepare.using.pages import subject_of
 from qsvd.records import WeightError, stored
 from qsvd.report.card import header_of
 from qsvd.report.errors import to_json, to_terminal, totals_table
 from qsvd.report.header import ReportHeader
 from qsvd.report.next_commands import after_quantize, last_lines
+from qsvd.report.page.document import GENERATOR, subject_page
+from qsvd.report.page.together import together_page
 from qsvd.report.readme import readme
+
+PAUSE = 3  # seconds between two pages of --live
 
 
 def main(options: Report) -> None:
-    """Print the report to stdout, as tables or as JSON."""
-    folder = options.folder.expanduser()
+    """Print the report to stdout, as tables or as JSON, or write a page."""
+    if options.html is not None:
+        write_pages(options)
+        return
+    folder = options.folders[0].expanduser()
     if options.json:
         say(json.dumps(to_json(*load_report(folder), worst_count=options.worst), indent=2))
     else:
         show_report(folder, worst=options.worst)
-        say(last_lines("a quantized model", options.folder, after_quantize(options.folder)), file=sys.stderr)
+        say(last_lines("a quantized model", options.folders[0], after_quantize(options.folders[0])), file=sys.stderr)
+
+
+def write_pages(options: Report) -> None:
+    """Write the page of --html; with --live again until all runs are finished, or until Ctrl-C.
+
+    Raises:
+        BadInput: a folder is not a quantized model or a run, or the page would replace another file.
+    """
+    folders = [folder.expanduser() for folder in options.folders]
+    assert options.html is not None, "main asks for a page only then"
+    out = folders[0] / REPORT if str(options.html) == "auto" else options.html.expanduser()
+    check_replaced(out)
+    while True:
+        subjects = [subject_of(folder) for folder in folders]
+        if len(subjects) == 1:
+            page = subject_page(subjects[0], is_live=options.live)
+        else:
+            page = together_page([folder.resolve().name for folder in folders], subjects, is_live=options.live)
+        write_text(out, page)
+        if not options.live or all(subject.is_finished for subject in subjects):
+            break
+        time.sleep(PAUSE)
+    say(out)
+    say(last_lines("a page", out), file=sys.stderr)
+
+
+def check_replaced(out: Path) -> None:
+    """Refuse a place for a page that is a folder, or a file that is not a page of qsvd.
+
+    Raises:
+        BadInput: it is.
+    """
+    if out.is_dir():
+        raise BadInput(f"--html {out} is a folder; give a file, such as {out / REPORT}")
+    if not out.parent.is_dir():
+        raise BadInput(f"--html {out}: there is no folder {out.parent}; make it first")
+    if out.is_file():
+        with out.open("rb") as file:
+            if GENERATOR.encode() not in file.read(4096):
+                raise BadInput(f"--html {out} is there and is not a page of qsvd report; give another file")
 
 
 def show_report(folder: Path, *, worst: int) -> None:

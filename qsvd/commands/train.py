@@ -25,7 +25,7 @@ from qsvd.prepare.plan import plan_of
 from qsvd.prepare.quantize_first import on_quantized, prepare_training
 from qsvd.prepare.train import TrainRun, load_start
 from qsvd.records import ShowProgress, show_nothing
-from qsvd.report.next_commands import after_train, last_lines, train_command
+from qsvd.report.next_commands import after_train, last_lines, repeating_command, train_command
 from qsvd.report.results import TrainResult
 from qsvd.report.training import training_tables
 from qsvd.training.liger import use_liger
@@ -51,7 +51,8 @@ def main(options: Train) -> None:
     say("\n".join(checked.first_lines), file=sys.stderr)
     repository = open_repository(options)
     run = on_quantized(checked, quantize_visibly)
-    with RunFolder(run.out, run.identity, resume=options.resume, total=run.total_steps) as folder:
+    total, command = run.total_steps, repeating_command(options)
+    with RunFolder(run.out, run.identity, resume=options.resume, total=total, command=command) as folder:
         if folder.summary is not None:
             say(f"{run.out} was complete already", file=sys.stderr)
         else:
@@ -80,7 +81,8 @@ def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
     """
     checked, repository = prepare_training(options), open_repository(options)
     run = on_quantized(checked, lambda first: quantize_run(first, show))
-    with RunFolder(run.out, run.identity, resume=options.resume, total=run.total_steps) as folder:
+    total, command = run.total_steps, repeating_command(options)
+    with RunFolder(run.out, run.identity, resume=options.resume, total=total, command=command) as folder:
         if folder.summary is None:
             with quiet():
                 train_run(run, folder, show, lambda: False)

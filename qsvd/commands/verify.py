@@ -17,6 +17,8 @@ from qsvd.files.readers import check_tensors, content_digest
 from qsvd.files.safetensors import read_tensor
 from qsvd.files.source import PRUNED_RECORD
 from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.files.trained.records import FORMAT as RUN_FORMAT
+from qsvd.files.trained.records import START, STEPS, SUMMARY
 from qsvd.files.workspace import (
     ADAPTER_RECORD,
     ADAPTER_SEALED,
@@ -27,9 +29,7 @@ from qsvd.files.workspace import (
 from qsvd.options import Verify
 from qsvd.prune.folder import PruneFolder
 from qsvd.records import Progress, ShowProgress, show_nothing
-from qsvd.training.checkpoints import DIGESTS, NAME, STEPS
-from qsvd.training.run_folder import FORMAT as RUN_FORMAT
-from qsvd.training.run_folder import START, SUMMARY
+from qsvd.training.checkpoints import DIGESTS, NAME
 
 MOST_FAULTS = 20  # in the sentence
 SEALED_SINCE = {  # the formats of our records that have digests

@@ -25,14 +25,18 @@ from qsvd.files.adapter import FINGERPRINT, open_adapter
 from qsvd.files.atomic import whole_file, write_text
 from qsvd.files.layout import ADAPTER_CONFIG
 from qsvd.files.split_folder import SplitFolder
+from qsvd.files.trained.records import STEPS, read_identity, shown_in
+from qsvd.files.workspace import REPORT
 from qsvd.prepare.models import open_trained
 from qsvd.prepare.train import TrainRun
-from qsvd.records import Progress, ShowProgress
+from qsvd.records import Progress, ShowProgress, Start, Step
 from qsvd.report.card import base_of, card_header, origin_of
+from qsvd.report.page.document import subject_page
+from qsvd.report.page.run import RunRecords, run_subject
 from qsvd.report.training import FORMS, RunSummary, loss_plot, run_readme
-from qsvd.training.checkpoints import STEPS, all_checkpoints, check_readable, checkpoints, step_of
+from qsvd.training.checkpoints import all_checkpoints, check_readable, checkpoints, step_of
 from qsvd.training.guards import memory_advice
-from qsvd.training.run_folder import RunFolder, Start, Step
+from qsvd.training.run_folder import RunFolder
 from qsvd.training.steps import best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 
 
@@ -211,6 +215,8 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     for kind in ("png", "svg"):
         with whole_file(run.out / f"loss.{kind}") as file:
             file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
+    records = RunRecords(folder.start, steps, summary, *shown_in(read_identity(run.out)))
+    write_text(run.out / REPORT, subject_page(run_subject(run.out.resolve().name, records)))
     write_text(run.out / "README.md", _card(run, summary) + _readme(summary, str(run.options.out)))
     folder.finish(summary)
 

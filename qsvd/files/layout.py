@@ -15,6 +15,9 @@ from torch import Tensor
 
 from qsvd.decompose.split import Split
 from qsvd.errors import BadInput, listing
+from qsvd.files.workspace import ADAPTER_CONFIG as ADAPTER_CONFIG
+from qsvd.files.workspace import ADAPTER_PREFIX
+from qsvd.files.workspace import ADAPTER_TENSORS as ADAPTER_TENSORS
 from qsvd.numerics import codebook
 from qsvd.numerics.codec import Codec, NestedScales, PackedBlocks, from_bytes
 from qsvd.numerics.names import spelling
@@ -22,8 +25,6 @@ from qsvd.numerics.nf4 import NormalFloat4, bitsandbytes
 from qsvd.numerics.normal_float import NormalFloat
 from qsvd.plan.allocation import Allocation
 
-ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
-ADAPTER_PREFIX = "base_model.model."
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
 RESIDUAL_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)  # after the weight's name
 UNREAD = ("quant_map", QUANT_STATE)  # of these: known, and read by itself

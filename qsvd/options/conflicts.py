@@ -7,10 +7,11 @@ from typing import Any
 
 from qsvd.options.quantizing import Allocate, Calibrate, Quantize
 from qsvd.options.training import Train, TrainingOptions
-from qsvd.options.using import Aggregate, Eval, Generate
+from qsvd.options.using import Aggregate, Eval, Generate, Report
 
 TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga", "melora", "cora", "delta-lora")  # methods that --rslora scales
 WITH_DROPOUT = ("lora", "r-lora", "weightlora")  # methods that --dropout applies to
+MOST_FOLDERS = 6  # of a page: more lines cannot be told apart
 TRACKERS = {  # name -> packages of which transformers needs one
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -33,7 +34,7 @@ def conflicts(options: object) -> list[str]:
         wrong += _conflicts_of_objective(options)
     kinds: Any = {Quantize: _conflicts_of_quantize, Calibrate: _conflicts_of_calibrate, Eval: _conflicts_of_eval}
     kinds |= {TrainingOptions: _conflicts_of_training, Generate: _conflicts_of_generate}
-    kinds[Aggregate] = _conflicts_of_aggregate
+    kinds |= {Aggregate: _conflicts_of_aggregate, Report: _conflicts_of_report}
     return wrong + [clause for kind, find in kinds.items() if isinstance(options, kind) for clause in find(options)]
 
 
@@ -166,6 +167,21 @@ def _conflicts_of_aggregate(options: Aggregate) -> list[str]:
         wrong.append(f"{' '.join(options.runs) or 'no run'} is given, and an average needs at least two runs")
     if options.weights and len(options.weights) != len(options.runs):
         wrong.append(f"--weights has {len(options.weights)} numbers for {len(options.runs)} runs: give one for each")
+    return wrong
+
+
+def _conflicts_of_report(options: Report) -> list[str]:
+    wrong, count = [], len(options.folders)
+    if not count:
+        wrong.append("no folder is given: name at least one quantized model or run")
+    if count > MOST_FOLDERS:
+        wrong.append(f"{count} folders are given, and a page shows at most {MOST_FOLDERS}")
+    if options.html is None and count > 1:
+        wrong.append(f"{count} folders are given, and tables are of one: give --html for a page that compares them")
+    if options.live and options.html is None:
+        wrong.append("--live writes a page again: give --html too")
+    if options.json and options.html is not None:
+        wrong.append("--json and --html exclude each other: leave out one of them")
     return wrong
 
 

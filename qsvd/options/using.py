@@ -152,9 +152,21 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Report:
-    """Show the quantization error of a quantized model: by layer type, the worst layers, in total."""
+    """Show the quantization error of a quantized model, or write a page for quantized models and runs.
 
-    folder: Annotated[Path, POSITIONAL, Help("Folder of a quantized model.", "OUT")]
+    A page of several folders shows them side by side. It is one HTML file that needs no network.
+    """
+
+    folders: Annotated[
+        tuple[Path, ...], POSITIONAL, Help("A quantized model; for a page also runs, and several folders.", "DIR ...")
+    ]
+    html: Annotated[
+        Path | None,
+        Help(
+            "Write a page to this file, *.html. Default of FILE: report.html in the first folder.", "FILE", bare="auto"
+        ),
+    ] = None
+    live: Annotated[bool, Help("Write the page again every few seconds until the runs are finished.")] = False
     json: Json = False
     worst: Annotated[int, at_least(0), Help("Number of worst layers to list.")] = 10
 

@@ -152,8 +152,8 @@ def _check_models(options: Options, *, is_open: bool) -> None:
             checkpoint_folder(options.model)
         case Plan(model=name) | Train(base=name):
             _check_trained(options, name)
-        case Report(folder=folder):
-            _check_reported(folder)
+        case Report(folders=folders, html=None):
+            _check_reported(folders[0])
         case Eval() | Generate():
             named = (*options.models, options.reference) if isinstance(options, Eval) else (options.model,)
             for name in filter(None, named):
@@ -171,8 +171,8 @@ def _check_reported(folder: Path) -> None:
     if (folder.expanduser() / ADAPTER_RECORD).is_file():
         base = read_record(folder.expanduser() / ADAPTER_RECORD, since=ADAPTER_SEALED).get("base", "OUT")
         raise BadInput(
-            f"{folder} is a run of qsvd train, described in {folder / 'README.md'}; for the quantization error give "
-            f"its quantized model: qsvd report {base}"
+            f"{folder} is a run of qsvd train: qsvd report {folder} --html makes a page of it; for the quantization "
+            f"error give its quantized model: qsvd report {base}"
         )
     check_quantized(folder.expanduser())
 

@@ -38,15 +38,17 @@ from qsvd.files.readers import content_digest
 from qsvd.files.safetensors import NewTensor, TensorEntry, read_header
 from qsvd.files.source import copy_files, place_of
 from qsvd.files.split_folder import INDEX
-from qsvd.files.workspace import ERRORS, MANIFEST
+from qsvd.files.workspace import ERRORS, MANIFEST, REPORT
 from qsvd.inputs.paths import hub_id
 from qsvd.numerics.int4 import Int4
 from qsvd.numerics.names import spelling
 from qsvd.plan.weights import WeightSpec
 from qsvd.prepare.quantize import ALLOCATION, QuantizeRun
+from qsvd.prepare.using.pages import quantized_page_of
 from qsvd.records import WeightError
 from qsvd.report.card import card_header, markdown, origin_of
 from qsvd.report.errors import from_record, to_markdown, to_record, totals_table
+from qsvd.report.page.document import subject_page
 from qsvd.report.readme import readme
 from qsvd.report.serving import joined_layers
 
@@ -109,6 +111,7 @@ def write_outputs(run: QuantizeRun, folder: OutputFolder, padding: tuple[str, in
     if run.table is not None:
         write_text(run.out / ALLOCATION, run.table)
     write_text(run.out / "README.md", _card(run, quantization, errors))
+    write_text(run.out / REPORT, subject_page(quantized_page_of(run.out, run.header, errors)))
     write_record(run.out / MANIFEST, _manifest(run, digests, sources, base))
     folder.close()
 

@@ -27,6 +27,7 @@ from qsvd.files.adapter import (
     open_adapter,
 )
 from qsvd.files.split_folder import SplitFolder, open_split
+from qsvd.files.trained.records import read_identity
 from qsvd.memory.placement import Placed
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training, num_kept, show_activations
@@ -48,7 +49,7 @@ from qsvd.prepare.machine import (
 )
 from qsvd.report.errors import short_count
 from qsvd.training.liger import said_of_liger
-from qsvd.training.run_folder import KEPT, Recorded, is_saved, read_identity, recorded
+from qsvd.training.run_folder import KEPT, Recorded, is_saved, recorded
 from qsvd.training.settings import Settings
 
 SMALL, SMALL_RATE = 10**9, 1e-3  # weights of a small model, and the lowest of the best rates measured for such models

@@ -1,7 +1,7 @@
 """The last lines of a command: what was written, its size, and the commands that come next, to copy."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from qsvd.errors import one_line, show_size
@@ -90,6 +90,11 @@ def _flags(options: Train | Compare, left_out: Sequence[str]) -> list[str]:
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return words
+
+
+def repeating_command(options: Train) -> str:
+    """Return the command line of a run without what does not belong to a repeat: --resume, an upload."""
+    return train_command(replace(options, resume=False, push_to_hub=None, public=False))
 
 
 def after_train(base: str, run: Path, valid: str | None, *, generates: bool, merges: bool) -> list[str]:

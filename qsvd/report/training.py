@@ -204,7 +204,7 @@ def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], ti
     few = len(losses) < FEW
     axes.plot(steps, losses, color="tab:blue", alpha=1 if few else 0.3, linewidth=1.5 if few else 0.8, label="batch")
     if not few:
-        axes.plot(steps, _running_mean(losses), color="tab:blue", linewidth=1.8, label=f"running mean ({SMOOTH})")
+        axes.plot(steps, running_mean(losses), color="tab:blue", linewidth=1.8, label=f"running mean ({SMOOTH})")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o--", color="tab:orange", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
@@ -218,7 +218,7 @@ def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], ti
     return picture.getvalue()
 
 
-def _running_mean(losses: Sequence[float]) -> list[float]:
+def running_mean(losses: Sequence[float]) -> list[float]:
     """Return the exponential mean at every step, corrected for its start at zero as in Adam (arXiv:1412.6980)."""
     means, mean = [], 0.0
     for number, loss in enumerate(losses, start=1):

@@ -17,12 +17,12 @@ import torch
 
 from qsvd.errors import BadInput, Damaged, first_line
 from qsvd.files.atomic import clear, file_digest, new_digest, read_object, read_record, sync_folder, write_record
+from qsvd.files.trained.records import START, STEPS
 from qsvd.files.workspace import ADAPTER_RECORD, UNFINISHED
 from qsvd.records import stored
 
 NAME = re.compile(r"checkpoint-(\d+)")
 PARTS = (ADAPTER_RECORD, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-START, STEPS = "start.json", "steps.jsonl"
 RESULTS = ("number", "loss", "grad_norm", "learning_rate", "tokens", "held_out")  # of a line: the same in a repeat
 DIGESTS = "qsvd_files.json"  # of a checkpoint: the digests of its files
 # all files of a checkpoint

@@ -7,71 +7,50 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qsvd.errors import BadInput, Damaged
+from qsvd.errors import BadInput
 from qsvd.files.adapter import PARAMETERS
 from qsvd.files.atomic import (
     Lock,
     read_record,
     record_text,
-    unsealed,
     write_record,
     write_text,
 )
 from qsvd.files.layout import ADAPTER_TENSORS
 from qsvd.files.readers import content_digest
+from qsvd.files.trained.records import (
+    COMMAND,
+    FILES,
+    FORMAT,
+    START,
+    STEPS,
+    SUMMARY,
+    TOTAL,
+    read_identity,
+    read_steps,
+)
 from qsvd.files.workspace import (
     ADAPTER_RECORD,
     ANOTHER_FOLDER,
     IDENTITY,
     LOCK,
+    REPORT,
     UNFINISHED,
     check_begun,
     check_empty,
     check_same,
     settled,
 )
-from qsvd.records import stored
+from qsvd.records import Start, Step, stored
 from qsvd.report.training import RunSummary
-from qsvd.training.checkpoints import NAME, START, STEPS, checkpoints
+from qsvd.training.checkpoints import NAME, checkpoints
 
-SUMMARY = "summary.json"
-FILES = "files"  # of the summary: the digests of these files, if they are there
 LAST = (IDENTITY, START, STEPS, ADAPTER_RECORD, PARAMETERS, ADAPTER_TENSORS)
 TRACKED = "runs"  # the folder of TensorBoard
 KEPT = "blocks_with_activations"  # of the identity: how many blocks are not recomputed
-FREE = ("gradient_checkpointing", KEPT)  # of the identity, the first of older versions: these change no result
+FREE = ("gradient_checkpointing", KEPT, COMMAND, TOTAL)  # of run.json, the first of older versions: no result changes
 BATCHES = ("batch_size", "accumulate")  # of the identity: their product is the result, but for rounding
 LENGTH = ("steps", "epochs", "early_stopping")  # of the identity: what may change when a run is resumed
-FORMAT = 4  # of run.json; since then its files have digests
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step.
-
-    Args:
-        loss: Nats per trained token, or per example for a classifier.
-        tokens, seconds: From the start of the run, interrupted parts included.
-        peak_bytes: Of the GPU; on a CPU, of the process.
-        held_out: Loss on the held-out examples after the step, in the same unit; None where it was not measured.
-    """
-
-    number: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    seconds: float
-    peak_bytes: int
-    held_out: float | None = None
-
-
-@dataclass(frozen=True)
-class Start:
-    """What start.json holds: loss and accuracy on the held-out examples before the first step; None without them."""
-
-    held_out_before: float | None = None
-    accuracy_before: float | None = None
 
 
 class RunFolder:
@@ -83,13 +62,14 @@ class RunFolder:
         resume: Whether a run may have another number of steps than before, if it is not below the steps that are done:
             it is extended, and its summary is removed.
         total: Steps of the whole run.
+        command: The command line of the run, which a report shows.
 
     Raises:
         BadInput: the folder holds something else or a run with another identity (the sentence says what differs), or
             another process writes to it.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, total: int):
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, total: int, command: str = ""):
         self.folder = folder
         check_run_folder(folder, identity, resume=resume, total=total)
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +77,12 @@ class RunFolder:
         try:  # again: another process may have written to it before the lock was free
             if check_run_folder(folder, identity, resume=resume, total=total):
                 (folder / SUMMARY).unlink(missing_ok=True)  # first: with another identity it says that all is done
-            self.is_sealed = "format" in (read_identity(folder) or {"format": FORMAT})
-            self.write(IDENTITY, ({"format": FORMAT} if self.is_sealed else {}) | dict(identity))
+            found = read_identity(folder) or {"format": FORMAT}
+            self.is_sealed = "format" in found
+            shown = {COMMAND: command, TOTAL: total}
+            if (folder / SUMMARY).is_file():  # it has a digest of this record
+                shown = {name: found[name] for name in shown if name in found}
+            self.write(IDENTITY, ({"format": FORMAT} if self.is_sealed else {}) | dict(identity) | shown)
         except BaseException:
             self._lock.release()
             raise
@@ -203,8 +187,8 @@ def _check_own(folder: Path, found: Mapping[str, Any], identity: Mapping[str, An
     if not found.keys() & identity.keys():
         check_empty(folder, (), "qsvd train")
     saved = {path.name for path in folder.rglob("checkpoint-*") if NAME.fullmatch(path.name)}
-    partial = {path.name for path in folder.glob("*.json*.partial")}
-    check_empty(folder, {LOCK, IDENTITY, START, STEPS, UNFINISHED, TRACKED, *saved, *partial}, "qsvd train")
+    partial = {path.name for kind in ("json*", "html") for path in folder.glob(f"*.{kind}.partial")}
+    check_empty(folder, {LOCK, IDENTITY, START, STEPS, UNFINISHED, TRACKED, REPORT, *saved, *partial}, "qsvd train")
     check_empty(folder / UNFINISHED, saved, "qsvd train")
 
 
@@ -240,34 +224,3 @@ def _sequences(identity: Mapping[str, Any]) -> object:
 def is_saved(folder: Path) -> bool:
     """Return whether a run has a checkpoint to go on from, or is complete."""
     return bool(checkpoints(folder)) or (folder / SUMMARY).is_file()
-
-
-def read_identity(folder: Path) -> dict[str, Any] | None:
-    """Return run.json; None if there is none."""
-    path = folder / IDENTITY
-    return read_record(path, ANOTHER_FOLDER, since=FORMAT) if path.is_file() else None
-
-
-def read_steps(folder: Path, *, sealed: bool) -> list[Step]:
-    """Return all steps so far, without a last line that a kill left incomplete.
-
-    Raises:
-        BadInput: a line is not a step.
-        Damaged: a line differs from its digest, or is missing.
-    """
-    path = folder / STEPS
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    steps = []
-    for number, line in enumerate(lines, start=1):
-        where = f"line {number} of {path}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where} is not valid JSON; {ANOTHER_FOLDER}") from error
-        if isinstance(fields, dict):
-            fields = unsealed(fields, line + b"\n", where, ANOTHER_FOLDER, sealed=sealed)
-        step = stored(Step, fields, f"{where} is damaged ({ANOTHER_FOLDER})")
-        if step.number != number:
-            raise Damaged(f"{where} is step {step.number}, not step {number}: a line is missing; {ANOTHER_FOLDER}")
-        steps.append(step)
-    return steps

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qsvd.adapters.model import split_linears
 from qsvd.memory.items import MemoryPlan
-from qsvd.training.run_folder import Step
+from qsvd.records import Step
 
 
 class TellSteps(TrainerCallback):

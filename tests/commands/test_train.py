@@ -47,6 +47,7 @@ FILES = {
     "loss.svg",
     "qsvd_adapter.json",
     TRAINED,
+    "report.html",
     "run.json",
     "start.json",
     "steps.jsonl",

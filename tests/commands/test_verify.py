@@ -23,7 +23,14 @@ def folder(tmp_path_factory):
 
 
 RECORDS = {"summary.json", "qsvd_export.json"}  # no other file names them
-NEVER_READ = {"README.md", "report.md", "loss.png", "loss.svg", "allocation.txt"}  # by qsvd, after they were written
+NEVER_READ = {
+    "README.md",
+    "report.md",
+    "report.html",
+    "loss.png",
+    "loss.svg",
+    "allocation.txt",
+}  # again by qsvd
 OTHERS = {"adapter_config.json", "training_args.bin"}  # PEFT's, of a run or an export; written by transformers
 
 
