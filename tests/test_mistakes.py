@@ -124,7 +124,7 @@ $ train model --out R
 $ eval OUT
   qsvd eval needs --data DATA (a text, or examples in any form that qsvd train takes)
 $ export RUN --out X
-  qsvd export needs --to peft|lora|merged (peft: adapter for the residual
+  qsvd export needs --to peft|lora|merged|compressed-tensors (peft: adapter for the residual
 $ quantize model --out Q --rank -1
   --rank -1 is below 0
 $ quantize model --out Q --budget 3

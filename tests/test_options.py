@@ -322,7 +322,7 @@ READERS = {
         "commands/compare",
     ),
     "aggregate": ("options/conflicts", "prepare/using/aggregate"),
-    "export": ("export/hub", "prepare/models", "commands/export"),
+    "export": ("export/hub", "prepare/models", "prepare/using/export", "commands/export"),
     "methods": ("commands/methods",),
     "report": ("options/conflicts", "commands/report"),
     "verify": ("commands/verify",),

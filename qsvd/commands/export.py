@@ -1,27 +1,21 @@
-"""`qsvd export`: write a run in the form that PEFT, vLLM, llama.cpp and plain transformers load, and check it.
+"""`qsvd export`: write a run in the form that PEFT, vLLM, llama.cpp and plain transformers load, and check it."""
 
-The check loads the export with the library that it is for, and compares its logits with those of the trained model.
-"""
-
-import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsvd.adapters.methods.table import export_refusal
-from qsvd.adapters.model import split_linears
-from qsvd.adapters.tables import unpack_tables
 from qsvd.console.progress import display, quiet, say
 from qsvd.errors import BadInput, parse_size
+from qsvd.export.compressed import CompressedExport, CompressedForm, write_compressed, written_weight
 from qsvd.export.hub import named_base, open_repository, upload, uploaded_name
-from qsvd.export.lora import LoraExport, Target, trained_experts, write_lora
+from qsvd.export.lora import Target, trained_experts, write_lora
 from qsvd.export.merged import MergedForm, write_merged
 from qsvd.export.peft import PeftExport, write_peft
 from qsvd.export.recovered import write_recovered
@@ -32,100 +26,19 @@ from qsvd.files.workspace import CHAT_TEMPLATE
 from qsvd.inputs.model_files import MODEL, from_folder
 from qsvd.inputs.paths import hub_id
 from qsvd.options import Export
-from qsvd.plan.language import example_inputs
 from qsvd.prepare.check_options import LEAST_SHARD
 from qsvd.prepare.models import Opened, open_trained
-from qsvd.prepare.using.export import Recovery, config_changes, find_recovery, from_transformers, recovered
+from qsvd.prepare.using.export import Recovery, find_recovery, from_transformers, recovered
+from qsvd.prepare.using.logits import check, fits, plain, with_adapter
 from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.card import card_header, origin_of, shell
 from qsvd.report.next_commands import after_export, last_lines
-from qsvd.report.results import Checked, ExportResult
-from qsvd.report.serving import COMPRESSED, PLUGIN, four_bit_line, lora_flags
+from qsvd.report.results import ExportResult
+from qsvd.report.serving import COMPRESSED, PLUGIN, compressed_serving, four_bit_line, lora_flags
 
-BATCH, LENGTH = 2, 32  # of the random tokens
-COPIES = 4  # float32 models that are in memory at the same time, at most
-FLOOR = 1e-3  # of the spread: float32 sums in another order, in deep models
-PASSES = {"peft": 2, "lora": 2, "merged": 2}  # over all weights: checked, then written
-CHECKS = {"peft": 1, "lora": 2, "merged": 1}  # more passes, to compare logits
-ROUNDINGS = 8  # an export is rounded at other places than the model that measures the effect of rounding
-
-
-def fits(opened: Opened, others: int = 0) -> bool:
-    """Return whether a few float32 copies of the model, and of others with so many numbers, fit in free memory."""
-    elements = sum(
-        weight["shape"][0] * weight["shape"][1] for weight in (opened.split.weights | opened.split.tables).values()
-    )
-    elements += others + sum(entry.num_bytes // 2 for entry in opened.trained.others().values())
-    return COPIES * 4 * elements < _available_bytes()
-
-
-def _available_bytes() -> int:
-    """Return the free CPU memory, file cache included: the files of an export fill the cache."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.is_file() else None
-    return int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@torch.no_grad()
-def check(opened: Opened, candidate: Any, expected: Any, dtype: torch.dtype) -> Checked:
-    """Compare the logits of an export, as a library loaded it, with the expected ones.
-
-    Raises:
-        BadInput: they differ by more than rounding to `dtype` explains.
-    """
-    inputs = example_inputs(expected, BATCH, LENGTH)
-    found, wanted, trained = (_logits(model, inputs) for model in (candidate, expected, opened.load()))
-    checked = Checked(
-        difference=(found - wanted).abs().max().item(),
-        spread=wanted.std().item(),
-        agreement=(found.argmax(-1) == trained.argmax(-1)).double().mean().item(),
-    )
-    limit = FLOOR * checked.spread + ROUNDINGS * (_logits(_rounded(opened, dtype), inputs) - trained).abs().max().item()
-    if not checked.difference <= limit:
-        raise BadInput(
-            f"the export does not compute what was trained: logits differ by {checked.difference:.3g}, their spread is "
-            f"{checked.spread:.3g}; please report this"
-        )
-    return checked
-
-
-def _rounded(opened: Opened, dtype: torch.dtype) -> Any:
-    """Return the trained model with every parameter rounded to `dtype`, to measure the effect of rounding alone."""
-    model = plain(opened, opened.trained.dense)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).float()
-    return model
-
-
-def plain(opened: Opened, dense: Callable[[str], Tensor]) -> Any:
-    """Return the model with nn.Linear in the place of every SplitLinear, and embedding and head in float32.
-
-    Args:
-        dense: Returns a weight [O, I] by the name of its tensor in the quantized model.
-    """
-    model = opened.load()
-    for path, linear in list(split_linears(model)):
-        with torch.device("meta"):
-            made = nn.Linear(linear.in_features, linear.out_features, bias=False)
-        made.weight = nn.Parameter(dense(linear.name).float(), requires_grad=False)
-        made.register_parameter("bias", linear.bias)
-        model.set_submodule(path, made)
-    unpack_tables(model, torch.float32)
-    del model.split_record  # it has no SplitLinear now, and PEFT may add its layers
-    return model
-
-
-def with_adapter(model: Any, folder: Path) -> Any:
-    """Return the model with a PEFT adapter."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(folder)).eval()
-
-
-def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the first output: logits, or the hidden state of a model without a head."""
-    outputs = model(**inputs)
-    return next(value for value in outputs.to_tuple() if isinstance(value, Tensor)).float()
+PASSES = {"peft": 2, "lora": 2, "merged": 2, COMPRESSED: 2}  # over all weights: checked, then written
+CHECKS = {"peft": 1, "lora": 2, "merged": 1, COMPRESSED: 1}  # more passes, to compare logits
+WHAT = {"peft": "an adapter", "lora": "a LoRA", "merged": "a 16-bit model", COMPRESSED: "a model of 4-bit weights"}
 
 
 def main(options: Export) -> None:
@@ -134,15 +47,15 @@ def main(options: Export) -> None:
         opened, done, repository = _export(options, show)
     say("\n".join([*done.lines, f"\n{options.out}"]))
     original = options.original or opened.split.manifest["source"]["model"]
+    models = {"lora": original, "peft": str(opened.split.folder), COMPRESSED: str(options.run)}
     found = after_export(
         options.to,
         options.out,
-        original if options.to == "lora" else str(opened.split.folder),
+        models.get(options.to, ""),
         task=opened.task,
         has_components=any(opened.split.ranks.values()),
     )
-    what = {"peft": "an adapter", "lora": "a LoRA", "merged": "a 16-bit model"}[options.to]
-    say(last_lines(what, options.out, found), file=sys.stderr)
+    say(last_lines(WHAT[options.to], options.out, found), file=sys.stderr)
     if repository is not None:
         say(_push(options, opened, repository))
 
@@ -173,21 +86,29 @@ def _export(options: Export, show: ShowProgress) -> tuple[Opened, ExportResult, 
     opened = counted(opened, PASSES[options.to] + (CHECKS[options.to] if is_checked else 0), show)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for an old name
-        form = MergedForm(dtype, shard_bytes, config_changes(opened) if options.to == "merged" else {})
-        if recovery is not None and options.to != "peft":
+        form = MergedForm(dtype, shard_bytes, opened.config_changes if options.to in ("merged", COMPRESSED) else {})
+        if recovery is not None and options.to in ("lora", "merged"):
             done = _recovered(options, opened, form, recovery, is_checked)
-        elif options.to == "peft":
-            done = _peft(options, opened, dtype or torch.float32, is_checked)
-        elif options.to == "lora":
-            done = _lora(options, opened, dtype or torch.float32, is_checked)
         else:
-            done = _merged(options, opened, form, is_checked)
+            done = _written_as(options, opened, form, is_checked)
     if opened.adapter is not None and opened.adapter.chat_template is not None:
         write_text(options.out.expanduser() / CHAT_TEMPLATE, opened.adapter.chat_template)
     if options.check and not is_checked:
         unchecked = "not checked by logits: the model does not fit in memory as float32"
         done = replace(done, lines=(*done.lines, unchecked))
     return opened, done, repository
+
+
+def _written_as(options: Export, opened: Opened, form: MergedForm, is_checked: bool) -> ExportResult:
+    match options.to:
+        case "peft":
+            return _peft(options, opened, form.dtype or torch.float32, is_checked)
+        case "lora":
+            return _lora(options, opened, form.dtype or torch.float32, is_checked)
+        case "merged":
+            return _merged(options, opened, form, is_checked)
+    packed = CompressedForm(opened.task, form.dtype, form.shard_bytes, form.config_changes)
+    return _compressed(options, opened, packed, is_checked)
 
 
 def _push(options: Export, opened: Opened, name: str) -> str:
@@ -205,11 +126,13 @@ def _push(options: Export, opened: Opened, name: str) -> str:
                 file=sys.stderr,
             )
     origin = origin_of(split.folder, base or original if options.to == "peft" else original, source["architecture"])
-    relation, library = ("finetune", "transformers") if options.to == "merged" else ("adapter", "peft")
+    library = "peft" if options.to in ("peft", "lora") else "transformers"
+    relation = "adapter" if library == "peft" else "finetune" if options.to == "merged" else "quantized"
     words = {
         "peft": f"A PEFT adapter for the quantized model {base or split.folder.name}. It works with no other model.",
         "lora": f"A LoRA for the 16-bit model {original or Path(source['model']).name}.",
         "merged": "A 16-bit model: the quantized weights and the trained adapter, merged.",
+        COMPRESSED: "A model with weights of 4 bits in the format of compressed-tensors.",
     }
     text = f"# {name.rpartition('/')[2]}\n\n{words[options.to]} Written by `qsvd export --to {options.to}`.\n"
     return upload(out, name, replaced | {"README.md": card_header(origin, relation, library, [options.to]) + text})
@@ -273,12 +196,12 @@ def _lora(options: Export, opened: Opened, dtype: torch.dtype, is_checked: bool)
     done = write_lora(opened.trained, out, Target(name, opened.task, original, dtype))
     lines = [
         f"LoRA of rank {done.rank} for {len(done.weights)} weights, {done.num_bytes / 1e6:.1f} MB, for {name}",
-        _error(done),
+        done.line,
     ]
     if original is None:
         lines.append(f"not checked by logits: {name} is not on this machine; give --original")
     elif is_checked:
-        expected = plain(opened, lambda weight: _on_original(opened, original, weight))
+        expected = plain(opened, partial(opened.trained.on_original, original))
         if any("stack" in weight for weight in opened.split.weights.values()):
             exact = from_transformers(opened, original.folder or Path(name))
         else:
@@ -333,12 +256,23 @@ def _merged(options: Export, opened: Opened, form: MergedForm, is_checked: bool)
     return ExportResult(out, done.num_bytes, checked, tuple(lines))
 
 
-def _error(done: LoraExport) -> str:
-    how = "measured" if done.is_measured else "as qsvd quantize recorded it"
-    return f"the original with this LoRA is not the trained model: relative error {done.relative_error:.4f}, {how}"
+def _compressed(options: Export, opened: Opened, form: CompressedForm, is_checked: bool) -> ExportResult:
+    out, checked = options.out.expanduser(), None
+    done = write_compressed(opened.trained, out, form)
+    lines = done.lines
+    if is_checked:
+        with naming_damage(out):
+            model: Any = from_folder(opened.load().transformers_class, out, MODEL, dtype=torch.float32)
+            written = opened.load() if done.rank else plain(opened, lambda name: _written(opened, out, done, name))
+            checked = check(opened, model.eval(), written, form.dtype or torch.bfloat16)
+            lines.append(checked.line("the weights as they were written"))
+    if opened.task == "CAUSAL_LM":
+        lines += compressed_serving(str(options.out), done.rank)
+    return ExportResult(out, done.num_bytes, checked, tuple(lines))
 
 
-def _on_original(opened: Opened, original: Any, name: str) -> torch.Tensor:
-    """Return W + (W' - Q - B0 A0), by its definition."""
-    change = opened.trained.dense(name) - opened.split.dense(name)
-    return opened.trained.original_weight(original, name).float() + change
+def _written(opened: Opened, out: Path, done: CompressedExport, name: str) -> Tensor:
+    """Return a weight as an export has it: decoded, or merged if it stays in 16 bits."""
+    rows, columns = opened.split.weights[name]["shape"]
+    found = written_weight(out, name, (rows, columns), done.group)
+    return opened.trained.dense(name) if found is None else found

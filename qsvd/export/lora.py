@@ -126,6 +126,12 @@ class LoraExport:
         norm = sqrt(sum(weight.norm**2 for weight in self.weights))
         return sqrt(sum(weight.error**2 for weight in self.weights)) / norm if norm else 0.0
 
+    @property
+    def line(self) -> str:
+        """Return the error in words."""
+        how = "measured" if self.is_measured else "as qsvd quantize recorded it"
+        return f"the original with this LoRA is not the trained model: relative error {self.relative_error:.4f}, {how}"
+
 
 @dataclass(frozen=True)
 class Target:

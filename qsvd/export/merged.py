@@ -83,8 +83,8 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
     dtype = form.dtype or stored
     check_dtype(dtype)
     inventory = take_inventory(model)
-    _check_full(model, form)
-    shards = shards_of(_tensors(model, stored, dtype), form.shard_bytes)
+    check_full(model, form)
+    shards = shards_of(tensors_of(model, stored, dtype), form.shard_bytes)
     name = str(dtype).removeprefix("torch.")
     sizes = [size_of(tensors) for tensors in shards.values()]
     result = MergedExport(len(inventory.ranks), len(model.full), len(shards), name, sum(sizes))
@@ -95,6 +95,8 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
     with ExportFolder(folder, identity, most_bytes) as export:
         if not export.is_complete:
             write_shards(folder, shards)
+            if len(shards) > 1:
+                write_index(folder, shards)
             copy_files(copied, folder)
             config = read_object(model.split.folder / "config.json") | {"dtype": name} | dict(form.config_changes)
             dropped = ("quantization_config", "torch_dtype")  # the second is the older name of dtype
@@ -103,7 +105,7 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
     return result
 
 
-def _check_full(model: TrainedModel, form: MergedForm) -> None:
+def check_full(model: TrainedModel, form: MergedForm) -> None:
     """Refuse parameters that do not fit the config of the quantized model."""
     others = model.others()
     changed = []
@@ -120,7 +122,7 @@ def _check_full(model: TrainedModel, form: MergedForm) -> None:
         )
 
 
-def _tensors(model: TrainedModel, stored: torch.dtype, dtype: torch.dtype) -> list[NewTensor]:
+def tensors_of(model: TrainedModel, stored: torch.dtype, dtype: torch.dtype) -> list[NewTensor]:
     """Return every tensor of the export: those of the quantized model in its order, then new ones."""
     full = {model.spelling.get(name, name): tensor for name, tensor in model.full.items()}
     others = model.others()
@@ -203,12 +205,15 @@ def shards_of(new: Sequence[NewTensor], most_bytes: int) -> dict[str, list[NewTe
 
 
 def write_shards(folder: Path, shards: Mapping[str, Sequence[NewTensor]]) -> None:
-    """Write the files that are missing or damaged, and the index."""
+    """Write the files that are missing or damaged."""
     for file, tensors in shards.items():
         if not is_whole(folder / file):
             write_stream(folder / file, tensors, PYTORCH)
-    if len(shards) > 1:
-        weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
-        total = sum(size_of(tensors) for tensors in shards.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[NewTensor]]) -> None:
+    """Write the index of the files: which tensor is in which."""
+    weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
+    total = sum(size_of(tensors) for tensors in shards.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / "model.safetensors.index.json", index)

@@ -192,7 +192,7 @@ def check_place(model: TrainedModel, modules: list[str]) -> None:
 
 
 def peft_adapter(
-    model: TrainedModel, inventory: Inventory, *, base: str, task: str | None, dtype: torch.dtype
+    model: TrainedModel, inventory: Inventory, *, base: str | None, task: str | None, dtype: torch.dtype
 ) -> tuple[list[NewTensor], dict[str, Any], PeftExport]:
     """Return the tensors, the adapter_config.json and the sizes of the adapter that `write_peft` writes."""
     refuse_experts(model)

@@ -87,6 +87,11 @@ class TrainedModel:
         known = [{key: value for key, value in source.items() if key != "shape"} for source in sources]
         return torch.cat([original.read_part(Source(**source)) for source in known])
 
+    def on_original(self, original: Checkpoint, name: str) -> Tensor:
+        """Return W + (W' - Q - B0 A0), float32 [O, I]: the weight W of the 16-bit model with the trained change."""
+        change_OI = self.dense(name) - self.split.dense(name)
+        return self.original_weight(original, name).float() + change_OI
+
     def modules(self) -> dict[str, str]:
         """Return the path of the module in the trained model of every weight, by its tensor name."""
         spelled = {name: model_name for model_name, name in self.spelling.items()}

@@ -106,8 +106,11 @@ class Export:
     run: Annotated[Path, POSITIONAL, Help("A run, one of its checkpoints, or a quantized model.", "RUN")]
     out: Annotated[Path, Help("Output folder. The same command continues a stopped export.", "DIR")]
     to: Annotated[
-        Literal["peft", "lora", "merged"],
-        Help("peft: adapter for the residual; lora: adapter for the original 16-bit model; merged: 16-bit weights."),
+        Literal["peft", "lora", "merged", "compressed-tensors"],
+        Help(
+            "peft: adapter for the residual; lora: adapter for the original 16-bit model; merged: 16-bit weights; "
+            "compressed-tensors: 4-bit weights for vLLM."
+        ),
     ]
     base: Base = None
     original: Annotated[

@@ -21,6 +21,7 @@ from qsvd.plan.language import is_in, towers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+HEADS = ("lm_head", "classifier", "score", "qa_outputs")  # trained anew on a quantized model, so never 4-bit
 LEAST_SIDE = 32  # a shorter layer gains little in 4 bits, and its shorter side would limit the rank of all
 DESCRIBES = ("dtype", "device", "shape", "ndim", "size", "is_meta", "requires_grad")  # of a weight, without its values
 SHORT = f"a side below {LEAST_SIDE}"

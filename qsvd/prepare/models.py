@@ -8,7 +8,7 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.linear import dense_delta
-from qsvd.adapters.load import load, names_of
+from qsvd.adapters.load import classifier, load, names_of
 from qsvd.adapters.methods.frozen import Frozen
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.start import Starts, new_record, read_components, trained_adapter
@@ -236,6 +236,22 @@ class Opened:
             return []
         kinds = Starts(split, record, torch.device("cpu")).assigned.kinds
         return [path for path in experts if kinds[path] is not Frozen]
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """The entries of config.json that a classifier changes."""
+        labels = self.record.labels
+        if not labels:
+            return {}
+        config: Any = read_config(self.split.folder)
+        architecture = classifier(config, labels, self.split.folder).__name__
+        return {
+            "architectures": [architecture],
+            "id2label": {str(number): label for number, label in config.id2label.items()},
+            "label2id": config.label2id,
+            "problem_type": config.problem_type,
+            "pad_token_id": config.get_text_config().pad_token_id,  # decoders find the end of a text by it
+        }
 
     def load(self) -> Any:
         """Load the trained model as qsvd runs it, in float32 on the CPU."""

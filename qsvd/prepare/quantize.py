@@ -44,6 +44,7 @@ from qsvd.plan.allocation import (
     usual_codec,
     with_tables,
 )
+from qsvd.plan.rules import HEADS
 from qsvd.plan.weights import ModelPlan, WeightSpec, coverage
 from qsvd.prepare.allocate import (
     AllocateRun,
@@ -59,7 +60,6 @@ from qsvd.records import WeightedError, WeightError
 from qsvd.report.header import ReportHeader, codec_words
 
 ALLOCATION = "allocation.txt"  # in OUT, and in its folder of unfinished work
-HEADS = ("lm_head", "classifier", "score", "qa_outputs")  # trained anew on a quantized model, so never 4-bit
 
 
 @dataclass(frozen=True)

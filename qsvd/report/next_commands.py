@@ -5,9 +5,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from qsvd.errors import one_line, show_size
+from qsvd.files.layout import ADAPTER_CONFIG
 from qsvd.options import Allocate, Calibrate, Compare, Prune, Train
 from qsvd.report.card import shell
 from qsvd.report.readme import RESIDUAL
+from qsvd.report.serving import COMPRESSED
 
 DATA = "DATA  # DATA: a file of examples, or a Hub id"
 
@@ -120,7 +122,7 @@ def after_export(form: str, out: Path, base: str, *, task: str | None, has_compo
 
     Args:
         form: --to.
-        base: The model that an adapter is for.
+        base: The model that an adapter is for; for compressed-tensors, what was exported.
         task: PEFT's name of it, "CAUSAL_LM"; None where a model only encodes.
         has_components: Whether the quantized model that a PEFT adapter is for has an adapter of its own.
     """
@@ -128,6 +130,10 @@ def after_export(form: str, out: Path, base: str, *, task: str | None, has_compo
         return [_uses_merged(out, task)]
     if task != "CAUSAL_LM":
         return []
+    if form == COMPRESSED:
+        has_adapter = (out.expanduser() / ADAPTER_CONFIG).is_file()  # then both compute the same
+        models = shell("qsvd", "eval", base, *([] if has_adapter else [str(out)]))
+        return [f"{models} --reference MODEL16 --data {DATA}; MODEL16: the 16-bit model"]
     more = RESIDUAL if form == "peft" and has_components else ""
     load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}{more}), {str(out)!r})"
     return [f"(Python) from peft import PeftModel; from transformers import AutoModelForCausalLM; model = {load}"]

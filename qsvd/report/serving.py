@@ -42,6 +42,15 @@ def four_bit_line(base: str, name: str, folder: str, rank: int, quantization: Ma
     return f"{line} --hf-overrides {shell(served)}"
 
 
+def compressed_serving(folder: str, rank: int) -> list[str]:
+    """Return how vLLM serves an export of 4-bit weights; `rank` is that of its adapter, 0 if it has none."""
+    after = "llama.cpp does not read compressed-tensors models: use --to merged for it"
+    if not rank:
+        return [f"vLLM: vllm serve {shell(folder)}", after]
+    line = four_bit_line(folder, "trained", folder, rank, {"quant_method": COMPRESSED})
+    return [line, "in requests, name the model trained; the model residual-only gives wrong outputs", after]
+
+
 def joined_layers(left: Sequence[str], quantized: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the joined layers of vLLM that stay in 16 bits, and those of which a part is quantized and a part is not.
 

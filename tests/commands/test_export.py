@@ -14,7 +14,7 @@ import transformers
 import qsvd
 import qsvd.commands.export as command
 from qsvd.cli import run as qsvd_command
-from qsvd.commands import export as check_export
+from qsvd.prepare.using import logits as check_export
 from qsvd.commands.train import train
 from qsvd.export import merged as export_merged
 from tests.commands.folders import files_of, tensors_of, without_progress

@@ -94,6 +94,7 @@ def has_pair(method: str) -> bool:
 def export_refusal(method: str, form: str) -> str | None:
     """Return why a method has no export of this form; None if it has one."""
     kind = METHODS[method]
+    form = "merged" if form == "compressed-tensors" else form  # which can be made of merged weights
     found = kind.export_refusals.get(form)
     if found is None and form != "merged" and kind.delta is not Adapter.delta:
         found = "{method} trains a part that is no product of two factors, which PEFT has not; use --to merged"

@@ -1,4 +1,4 @@
-"""What `qsvd export` needs besides the run: the 16-bit model, also one that was pruned; a classifier's config."""
+"""What `qsvd export` needs besides the run: the 16-bit model, also one that was pruned."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,19 +70,3 @@ def recovered(opened: Opened, recovery: Recovery) -> Any:
     for name, tensor in opened.trained.full.items():
         model.get_parameter(name).copy_(tensor)
     return model
-
-
-def config_changes(opened: Opened) -> dict[str, Any]:
-    """Return the entries of config.json that a classifier changes."""
-    labels = opened.record.labels
-    if not labels:
-        return {}
-    config: Any = read_config(opened.split.folder)
-    architecture = classifier(config, labels, opened.split.folder).__name__
-    return {
-        "architectures": [architecture],
-        "id2label": {str(number): label for number, label in config.id2label.items()},
-        "label2id": config.label2id,
-        "problem_type": config.problem_type,
-        "pad_token_id": config.get_text_config().pad_token_id,  # decoders find the end of a text by it
-    }

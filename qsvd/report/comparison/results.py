@@ -145,7 +145,8 @@ def detectable(n: int) -> float:
     """Return the smallest true difference, in standard errors, that a paired t-test of n pairs finds with POWER."""
     from scipy import integrate, optimize, stats
 
-    limit, spread = float(stats.t.ppf(1 - CERTAIN / 2, n - 1)), stats.chi(n - 1, scale=(n - 1) ** -0.5)
+    limit = float(stats.t.ppf(1 - CERTAIN / 2, n - 1))
+    spread: Any = stats.chi(n - 1, scale=(n - 1) ** -0.5)
 
     def missing(shift: float) -> float:
         """Return the power at a shift minus POWER; scipy's noncentral t is NaN for large shifts."""
