@@ -19,17 +19,20 @@ from qsvd.console.cells import CellTrainer, interrupted, runs_folder
 from qsvd.console.progress import StopRequest, display, quiet, say
 from qsvd.errors import BadInput
 from qsvd.files.atomic import Lock, record_text, whole_file, write_text
+from qsvd.files.workspace import REPORT
 from qsvd.options import Compare
 from qsvd.prepare.comparing.compare import CompareRun, LeftOut, Row, prepare_compare
 from qsvd.prepare.comparing.progress import estimate, finished, head_of, is_done, lacking, losses, row_result, wanted
 from qsvd.prepare.comparing.rows import is_named
 from qsvd.prepare.machine import train_machine
 from qsvd.prepare.train import TrainRun, prepare_run
+from qsvd.prepare.using.pages import RESULTS, subject_of
 from qsvd.records import Progress, ShowProgress, show_nothing
 from qsvd.report.comparison.plots import quality_plot, rates_plot
 from qsvd.report.comparison.results import RowResult, with_statistics
 from qsvd.report.comparison.table import comparison_table, planned_rows, result_lines
 from qsvd.report.next_commands import last_lines
+from qsvd.report.page.document import subject_page
 from qsvd.report.results import CompareResult
 from qsvd.training.cells import Cells
 from qsvd.training.rates import best_rate
@@ -37,7 +40,7 @@ from qsvd.training.run_folder import RunFolder, Step
 
 WAIT = 0.5  # seconds between two looks at work that another process does
 CELLS = "cells"
-RESULTS, TABLE, MACHINE = "results.jsonl", "table.md", "machine.jsonl"
+TABLE, MACHINE = "table.md", "machine.jsonl"
 PLOTS = {"quality.svg": quality_plot, "rates.svg": rates_plot}
 
 
@@ -184,7 +187,7 @@ def _kept_run(run: TrainRun, is_stop_asked: Callable[[], bool], steps: list[Step
 
 
 def write_results(run: CompareRun, cells: Cells) -> list[RowResult]:
-    """Write results, table, plots and facts of the machine, and return the rows."""
+    """Write results, table, plots, page and facts of the machine, and return the rows."""
     rows = with_statistics([row_result(run, number, row, cells) for number, row in enumerate(run.rows, 1)])
     head, left = head_of(run), [asdict(one) for one in run.left_out]
     facts = [
@@ -199,6 +202,7 @@ def write_results(run: CompareRun, cells: Cells) -> list[RowResult]:
                 file.write(draw(rows))
         write_text(run.out / MACHINE, "".join(record_text(fact, indent=None) for fact in facts))
         write_text(run.out / TABLE, comparison_table(head, rows, left, [*PLOTS]))
+        write_text(run.out / REPORT, subject_page(subject_of(run.out)))
     threads = {str(fact.get("threads")) for fact in facts}
     if len(threads) > 1:
         counts = ", ".join(sorted(threads))

@@ -14,9 +14,9 @@ import transformers
 import qsvd
 import qsvd.commands.export as command
 from qsvd.cli import run as qsvd_command
-from qsvd.prepare.using import logits as check_export
 from qsvd.commands.train import train
 from qsvd.export import merged as export_merged
+from qsvd.prepare.using import logits as check_export
 from tests.commands.folders import files_of, tensors_of, without_progress
 from tests.commands.trained_runs import LABELS, factors_of, trained_weights, write_run
 from tests.export.cases import make_base, residual

@@ -3,11 +3,12 @@
 A kind of folder is one line of KINDS: the file that tells it, and the function that returns its Subject.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsvd.errors import BadInput
+from qsvd.errors import BadInput, first_line
 from qsvd.files.atomic import read_record
 from qsvd.files.quantized.manifest import QUANTIZE_AGAIN, read_errors, read_manifest
 from qsvd.files.quantized.spectrum import kept_values
@@ -15,6 +16,7 @@ from qsvd.files.trained.records import FILES, START, SUMMARY, read_identity, rea
 from qsvd.files.workspace import ANOTHER_FOLDER, ERRORS, IDENTITY, MANIFEST
 from qsvd.records import Start, WeightError, stored
 from qsvd.report.header import ReportHeader
+from qsvd.report.page.comparison import comparison_subject
 from qsvd.report.page.document import Subject
 from qsvd.report.page.quantized import quantized_subject, spectrum_layers
 from qsvd.report.page.run import RunRecords, run_subject
@@ -43,11 +45,13 @@ def subject_of(folder: Path) -> Subject:
         BadInput: it is of no kind of KINDS, or a file is damaged.
     """
     if not folder.is_dir():
-        raise BadInput(f"no folder {folder} here; give a quantized model or a run")
+        raise BadInput(f"no folder {folder} here; give a quantized model, a run or a comparison")
     kind = next((kind for kind in KINDS if (folder / kind.file).is_file()), None)
     if kind is None:
         wanted = " nor ".join(f"{kind.file} of {kind.words}" for kind in KINDS)
-        raise BadInput(f"{folder} has neither {wanted}: give a folder that qsvd quantize or qsvd train wrote")
+        raise BadInput(
+            f"{folder} has neither {wanted}: give a folder that qsvd quantize, qsvd train or qsvd compare wrote"
+        )
     return kind.subject(folder)
 
 
@@ -82,4 +86,21 @@ def _run(folder: Path) -> Subject:
     return run_subject(folder.resolve().name, found)
 
 
-KINDS = (Kind(MANIFEST, "a quantized model", _quantized), Kind(IDENTITY, "a run", _run))
+def _comparison(folder: Path) -> Subject:
+    path = folder / RESULTS
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        kinds = {kind: [one for one in records if one["kind"] == kind] for kind in ("comparison", "row", "left out")}
+        (head,) = kinds["comparison"]
+        return comparison_subject(folder.resolve().name, head, kinds["row"], kinds["left out"])
+    except (ValueError, KeyError, TypeError) as error:
+        again = "give the command of qsvd compare again, which writes it from the finished cells"
+        raise BadInput(f"{path} is damaged ({type(error).__name__}: {first_line(error)}); {again}") from error
+
+
+RESULTS = "results.jsonl"
+KINDS = (
+    Kind(MANIFEST, "a quantized model", _quantized),
+    Kind(IDENTITY, "a run", _run),
+    Kind(RESULTS, "a comparison", _comparison),
+)

@@ -8,9 +8,12 @@ from hashlib import sha256
 
 import pytest
 
+from qsvd.errors import BadInput
+from qsvd.prepare.using.pages import subject_of
 from qsvd.records import Coverage, Norms, Start, WeightError
 from qsvd.report.header import ReportHeader
 from qsvd.report.page.charts import Axis, Series, line_chart, scale_of, thinned, tick_text
+from qsvd.report.page.comparison import comparison_subject
 from qsvd.report.page.document import subject_page
 from qsvd.report.page.layers import by_layer, level_of
 from qsvd.report.page.markup import escaped, tag
@@ -199,3 +202,34 @@ def test_several_folders_stand_side_by_side():
     assert "out (1)" in page.texts
     assert page.texts.count("0.03000 *") == len(ROLES) + 1
     assert "0.06000" in page.texts
+
+
+def compared(method, loss, **changes):
+    """A row of results.jsonl."""
+    known = {
+        "method": method, "split": "rank 0", "rank": 16, "stored_rank": 0, "trained_parameters": 1000, "num_bytes": 100,
+        "adapter_parameters": 1000, "note": "", "best_rate": 1e-3, "test_loss": loss, "test_loss_deviation": 0.01,
+        "test_accuracy": None, "paired": {"difference": -0.25, "p_holm": 0.04}, "seeds": [0, 1, 2],
+        "rates": [{"learning_rate": rate, "valid_loss": found} for rate, found in ((1e-3, loss), (1e-2, None))],
+    }  # fmt: skip
+    return known | changes
+
+
+def test_a_comparison_has_its_rows_its_sweeps_and_its_command():
+    head = {"model": "m", "equal": "rank", "size": 16, "seeds": 3, "command": "qsvd compare m d --out DIR"}
+    rows = [compared("lora", 2.5, paired=None), compared(HOSTILE, 2.25, note="not tuned"), compared("dora", None)]
+    left = [{"method": "pissa", "split": "rank 0", "reason": "has no components"}]
+    subject = comparison_subject("found", head, rows, left)
+    page = Page(subject_page(subject))
+    assert f"the lowest test loss is that of {HOSTILE}" in subject.sentence
+    assert {"2.2500 *", "2.5000", "diverged", "-0.2500", "0.04", "qsvd compare m d --out DIR"} <= set(page.texts)
+    assert "lora, 1 diverged" in page.texts
+    assert "has no components" in page.texts
+    assert page.all("img") == []
+    assert len(page.all("script")) == 1
+
+
+def test_a_comparison_whose_results_are_damaged_is_refused(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"kind": "comparison", "model": "m"}\n')
+    with pytest.raises(BadInput, match=r"results\.jsonl is damaged .* give the command of qsvd compare again"):
+        subject_of(tmp_path)
