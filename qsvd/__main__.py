@@ -15,7 +15,8 @@ def main() -> None:
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    os.write(2, b"qsvd: interrupted\n")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        os.write(2, b"qsvd: interrupted\n")
     os._exit(130)  # nothing is written yet; an exception in an import can become another one
 
 

@@ -5,14 +5,16 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from typing import Any, NoReturn
 
 import qsvd
+from qsvd import ranks
 from qsvd.arguments import checked, flags_of, meant
 from qsvd.console.fault import Signals, report_fault
-from qsvd.errors import Interrupted, QsvdError, first_line, one_line
+from qsvd.errors import BadInput, Interrupted, QsvdError, first_line, one_line
 from qsvd.method_options import with_method
 from qsvd.option_file import from_names, take_config, yaml_mapping
 from qsvd.option_form import read_words
@@ -54,9 +56,10 @@ COMMANDS = {
     "methods": Methods,
     "demo": Demo,
 }
+DIVISIBLE = ("quantize", "train")  # several processes of torchrun do one command together
 HELP = """usage: qsvd COMMAND [OPTIONS]
 
-Quantize 16-bit models to 4 bits, keep the largest singular components in 16 bits, and fine-tune on one GPU.
+Quantize 16-bit models to 4 bits, keep the largest singular components in 16 bits, and fine-tune them.
 
 commands:
 {commands}
@@ -67,7 +70,13 @@ Every command takes --config FILE.yaml with options by name; command-line option
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    code = run(list(sys.argv[1:] if arguments is None else arguments))
+    if code and ranks.are_launched():  # torch would wait at the exit for processes that are gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    ranks.end()
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -77,14 +86,18 @@ def run(arguments: list[str]) -> int:
         return 0
     stop = Signals()
     try:
-        options = parse(arguments)
-        check(options)  # before the command, and torch with it, is imported
-        command = import_module(f"qsvd.commands.{_name_of(options)}")
-        with stop:
-            command.main(options)
-            sys.stdout.flush()  # a full disk is found here, not when the interpreter ends
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        ranks.join()
+        with alone_in_print():
+            options = parse(arguments)
+            check_divisible(_name_of(options))
+            check(options)  # before the command, and torch with it, is imported
+            command = import_module(f"qsvd.commands.{_name_of(options)}")
+            with stop:
+                command.main(options)
+                ranks.leave()
+                sys.stdout.flush()  # a full disk is found here, not when the interpreter ends
+    except KeyboardInterrupt as stopped:
+        return _fail(str(stopped) or "interrupted", 130)
     except Exception as error:  # noqa: BLE001  # whatever it is, it ends with a sentence
         if stop.asked and not isinstance(error, Interrupted):  # in an import, one exception becomes another
             return _fail("interrupted", 130)
@@ -145,6 +158,27 @@ def _name_of(options: object) -> str:
     return next(name for name, record in COMMANDS.items() if isinstance(options, record))
 
 
+@contextmanager
+def alone_in_print() -> Iterator[None]:
+    """Silence this process if it is not the first one of several."""
+    if ranks.is_main():
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def check_divisible(command: str) -> None:
+    """Refuse several processes for a command that cannot divide its work."""
+    if ranks.size() > 1 and command not in DIVISIBLE:
+        raise BadInput(f"qsvd {command} runs in one process: start it without torchrun")
+
+
 def _fail(reason: object, code: int) -> int:
-    print(f"qsvd: {one_line(reason)}", file=sys.stderr)
+    """Say in a line why the command ends, unless another process has said so; return the exit code."""
+    sentence = one_line(reason)
+    is_first, code = ranks.fail(sentence, code)
+    ranks.forget()
+    if is_first:
+        print(f"qsvd: {sentence}", file=sys.stderr)
     return code

@@ -52,6 +52,18 @@ class Interrupted(QsvdError):
     exit_code = 130
 
 
+class ElsewhereFailed(QsvdError):
+    """Another process of the same command failed, and said why; this one ends with its exit code.
+
+    Args:
+        code: The exit code of that process.
+    """
+
+    def __init__(self, code: int):
+        super().__init__("another process of this command failed")
+        self.exit_code = code
+
+
 def listing(names: Sequence[str], limit: int = LIMIT, separator: str = ", ") -> str:
     """The first `limit` names, comma separated, and "and N more" if there are more."""
     shown = separator.join(names[:limit])

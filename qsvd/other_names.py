@@ -76,7 +76,7 @@ COMMANDS = {  # other tools' commands -> the command line that does it
 }
 
 _FOUR = "4 bits are the default: leave it out"
-_ONE_GPU = "qsvd trains on one GPU, and --resident offloads weights: leave it out"
+_GPUS = "leave it out; start the command with torchrun for several GPUs; --resident offloads weights"
 _STRATEGY = "give --eval-every N for a held-out loss every N steps"
 _ANSWERS = "it is the default: leave it out, or give --loss-on all to train on prompts too"
 _OUTPUT = "qsvd overwrites nothing: give --out another folder, or delete this one"
@@ -90,7 +90,7 @@ REMEDIES = {  # options that no command has -> what to do
     **dict.fromkeys(("fp16", "bnb-4bit-compute-dtype", "torch-dtype", "precision"), "give --dtype bfloat16 or float32"),
     **dict.fromkeys(("use-peft", "use-lora", "adapter", "train-type"), "give --method lora for LoRA"),
     **dict.fromkeys(("use-dora", "dora"), "give --method dora"),
-    **dict.fromkeys(("deepspeed", "fsdp", "num-gpus", "num-processes", "ddp"), _ONE_GPU),
+    **dict.fromkeys(("deepspeed", "fsdp", "num-gpus", "num-processes", "ddp"), _GPUS),
     **dict.fromkeys(("eval-strategy", "evaluation-strategy"), _STRATEGY),
     "save-strategy": "give --save-every N for a checkpoint every N steps",
     "logging-steps": "every step is logged in RUN/steps.jsonl: leave it out",

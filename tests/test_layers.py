@@ -9,7 +9,7 @@ import qsvd
 PACKAGE = Path(qsvd.__file__).parent
 FLOORS = (  # bottom up; folders of one floor do not import from each other, except where a line says so
     {"errors"},
-    {"option_types", "other_names", "inputs", "records"},
+    {"option_types", "other_names", "inputs", "records", "ranks"},
     {"arguments", "options"},
     {"option_file", "option_form", "numerics"},
     {"decompose"},

@@ -63,7 +63,7 @@ $ TRAIN --fp16
 $ TRAIN --use-dora
   has no option --use-dora (give --method dora)
 $ TRAIN --deepspeed zero3.json
-  has no option --deepspeed (qsvd trains on one GPU
+  has no option --deepspeed (leave it out; start the command with torchrun
 $ TRAIN --overwrite-output-dir
   qsvd overwrites nothing: give --out another folder, or delete this one
 $ TRAIN --logging-steps 1

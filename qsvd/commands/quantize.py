@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
+from qsvd import ranks
 from qsvd.calibrate.block_walk import BlockWalk
 from qsvd.commands.report import load_report, push_quantized, show_report
 from qsvd.console.progress import Stopwatch, explained_disk_errors, say, terminal, watched
@@ -36,6 +37,7 @@ from qsvd.prepare.outputs import (
     write_outputs,
 )
 from qsvd.prepare.quantize import QuantizeRun, prepare_quantize
+from qsvd.prepare.quantizing.division import Elsewhere, owners
 from qsvd.prepare.quantizing.resources import check_resources, resolve_allocation
 from qsvd.records import Progress, ShowProgress, WeightError, show_nothing
 from qsvd.report.errors import from_record, to_record
@@ -55,13 +57,15 @@ def main(options: Quantize, checkpoint: Checkpoint | None = None) -> None:
     Raises:
         Interrupted: after Ctrl-C; finished weights are kept.
     """
-    run = prepare_quantize(options, checkpoint)
+    run = ranks.main_first(lambda: prepare_quantize(options, checkpoint))
     if options.dry_run:
         check_room(run.out, run.sizes.disk)
         terminal().print(planned_tables(run), soft_wrap=True)
         return
-    repository = open_repository(options)
+    repository = ranks.from_main(lambda: open_repository(options))
     quantize_visibly(run)
+    if not ranks.is_main():
+        return
     show_report(run.out, worst=5)
     say(f"\n{run.out}")
     say(last_lines("a quantized model", options.out, after_quantize(options.out)), file=sys.stderr)
@@ -77,6 +81,7 @@ def quantize(options: Quantize, show: ShowProgress = show_nothing) -> QuantizeRe
         DoesNotFit: there is too little memory or disk space.
         OSError: the folder cannot be written. Finished weights are kept, and the same call continues there.
     """
+    ranks.check_alone("qsvd.quantize")
     run, repository = prepare_quantize(options), open_repository(options)
     quantize_run(run, show)
     url = None if repository is None else push_quantized(run.out, repository)
@@ -101,6 +106,8 @@ def quantize_visibly(run: QuantizeRun) -> None:
 def quantize_run(run: QuantizeRun, show: ShowProgress) -> Stopwatch | None:
     """Do the work of a checked run: 1 resources, 2 bits and ranks, 3 weight by weight, 4 the files around them.
 
+    Several processes divide the weights of 3; the first one does the rest.
+
     Args:
         show: Is called after every weight. What it raises ends the work: nothing is lost, and the same run continues
             there, to the same bytes.
@@ -109,20 +116,24 @@ def quantize_run(run: QuantizeRun, show: ShowProgress) -> Stopwatch | None:
         Where the time of 3 and 4 went; None if there was nothing to do.
     """
     check_resources(run)  # 1: before the folder is made
-    with OutputFolder(run.out, run.identity) as folder:
+    with ranks.main_first(lambda: OutputFolder(run.out, run.identity, rank=ranks.rank())) as folder:
         if folder.is_complete:
             open_split(run.out)  # refuses a damaged one
             return None
         if run.allocation is None:  # 2: a budget
-            run = resolve_allocation(run, folder, show)
+            run = ranks.main_first(partial(resolve_allocation, run, folder, show))
             check_resources(run)
-        check_source_files(run, folder)
-        padding = _padding(run.checkpoint)
-        drop_damaged(run, folder)
+        padding = None
+        if ranks.is_main():
+            check_source_files(run, folder)
+            padding = _padding(run.checkpoint)
+            drop_damaged(run, folder)
         times = Stopwatch("splitting and measuring")
         split_weights(run, folder, show, times)  # 3
-        with times.waiting("writing"):
-            write_outputs(run, folder, padding)  # 4
+        if ranks.is_main():
+            with times.waiting("writing"):
+                write_outputs(run, folder, padding)  # 4
+    ranks.barrier()
     return times
 
 
@@ -149,7 +160,7 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress, ti
     The next weights are read and the last ones are written at the same time. With --calibrate the weights come in the
     order of the walk over the blocks, else in the order of the files.
     """
-    done = {number for number in range(len(run.weights)) if folder.is_done(number)}
+    done = {*ranks.from_main(lambda: [number for number in range(len(run.weights)) if folder.is_done(number)])}
     tally = Tally(run, show, frozenset(done))
     turns = [stack for stacks in run.stacks for stack in stacks]
     has_more = any(not done.issuperset(stack) for stack in turns)
@@ -158,45 +169,69 @@ def split_weights(run: QuantizeRun, folder: OutputFolder, show: ShowProgress, ti
     if walk is not None:
         turns.sort(key=lambda stack: walk.place(run.weights[stack[0]]))
     pending = [stack for stack in turns if not done.issuperset(stack)]  # as a whole, since bytes depend on the stack
-    tensors = stream(run.checkpoint, [[run.weights[number] for number in stack] for stack in pending])
+    owner = owners(run.weights, pending)
+    mine, elsewhere = [stack for stack in pending if owner[stack] == ranks.rank()], Elsewhere(folder, owner)
+    tensors = stream(run.checkpoint, [[run.weights[number] for number in stack] for stack in mine])
     largest, *others = run.largest_stack
     waiting = waiting_bytes(largest.shape, run.everything.choices[largest.module], 1 + len(others))
-    left = {shard.file: set(shard.weights) for shard in run.shards if not (run.out / shard.file).is_file()}
     with BackgroundWriter(folder, waiting) as writer:
-        _join_shards(run, left, (), writer)
+        shards = Shards(run, writer, tally)
         for stack in turns:
-            if not done.issuperset(stack):
-                errors = split_stack(run, stack, tensors, writer, times, walk)
+            if owner.get(stack) == ranks.rank():
+                shards.add(stack, split_stack(run, stack, tensors, writer, times, walk))
             else:
-                errors = [from_record(folder.weight_record(number)) for number in stack]
+                elsewhere.add(stack)
                 if walk is not None:
                     walk.take(run.weights[stack[0]], partial(_dense, run, writer, stack[0]))
-            tally.add(stack, errors)
-            _join_shards(run, left, stack, writer)
+            shards.add_finished(elsewhere)
         with times.waiting("writing"):
+            ranks.wait_until(lambda: shards.add_finished(elsewhere))
             writer.wait()
 
 
-def _join_shards(
-    run: QuantizeRun, left: dict[str, set[int]], finished: Sequence[int], writer: BackgroundWriter
-) -> None:
-    """Write the shards whose last weight is finished; `left` has the weights that the others wait for."""
-    for shard in run.shards:
-        if shard.file in left:
-            left[shard.file].difference_update(finished)
-            if not left[shard.file]:
-                del left[shard.file]
-                writer.write_shard(shard.file, shard.weights, [copied_tensor(run, name) for name in shard.copied])
+class Shards:
+    """The output files that are not there, each written when its last weight is finished, by the first process."""
+
+    def __init__(self, run: QuantizeRun, writer: BackgroundWriter, tally: "Tally"):
+        self._run, self._writer, self._tally = run, writer, tally
+        lacking = [shard for shard in run.shards if not (run.out / shard.file).is_file()] if ranks.is_main() else []
+        self._left = {shard: set(shard.weights) for shard in lacking}
+        self._write(())
+
+    def add(self, stack: Sequence[int], errors: Sequence[WeightError]) -> None:
+        """Count a stack that is finished or passed to the writer."""
+        self._tally.add(stack, errors)
+        self._write(stack)
+
+    def add_finished(self, elsewhere: Elsewhere) -> bool:
+        """Count the stacks that others finished; return whether none is missing."""
+        folder = self._writer.folder
+        for stack in elsewhere.arrived():
+            self.add(stack, [from_record(folder.weight_record(number)) for number in stack])
+        return elsewhere.is_all
+
+    def _write(self, finished: Sequence[int]) -> None:
+        for shard, left in [*self._left.items()]:
+            left.difference_update(finished)
+            if not left:
+                del self._left[shard]
+                copied = [copied_tensor(self._run, name) for name in shard.copied]
+                self._writer.write_shard(shard.file, shard.weights, copied)
 
 
 def _dense(run: QuantizeRun, writer: BackgroundWriter, number: int) -> Tensor:
-    """Read Q + B A of a weight that an earlier run finished, float32 [O, I]."""
+    """Read Q + B A of a weight that an earlier run finished, or another process finishes, float32 [O, I]."""
     writer.wait()  # a shard that is being written removes the files of its weights
+    ranks.wait_until(lambda: writer.folder.is_done(number))
     spec = run.weights[number]
     file = next(shard.file for shard in run.shards if number in shard.weights)
     choice = run.everything.choices[spec.module]
     known = {"module": spec.module, "shape": spec.shape, "codec": spelling(choice.codec), "rank": choice.rank}
-    return dense_weight(run.out, spec.name, known, writer.folder.entries(number, file))
+    read = partial(dense_weight, run.out, spec.name, known)
+    try:
+        return read(writer.folder.entries(number, file))
+    except FileNotFoundError:  # the first process has moved it to its shard meanwhile
+        return read(writer.folder.entries(number, file))
 
 
 class Tally:

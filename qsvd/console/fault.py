@@ -14,16 +14,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
+from qsvd import ranks
 from qsvd.errors import first_line, one_line
 
 PACKAGES = ("qsvd", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|KEY|CREDENTIAL", re.IGNORECASE)  # of the environment
 TOKENS = re.compile(r"hf_\w{8,}|(?<=://)[^/\s@]+(?=@)")
+ENDED = "ended by torchrun, as when one of the processes dies; the same command goes on from what is finished"
 LEAST_SECRET = 6  # characters
 
 
 class Signals:
-    """In a `with` block, the first Ctrl-C or SIGTERM raises KeyboardInterrupt, and the next one ends the process."""
+    """In a `with` block, the first Ctrl-C or SIGTERM raises KeyboardInterrupt, and the next one ends the process.
+
+    Of several processes, SIGTERM is from torchrun, which sends it, maybe twice, when another process has ended: the
+    second one, and one after the block, are ignored.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -35,8 +41,14 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if ranks.size() > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if ranks.size() > 1 and number == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self.asked = True
+            raise KeyboardInterrupt(ENDED)
         if self.asked:
             os.write(2, b"qsvd: interrupted, and stopped at once\n")
             os._exit(130)

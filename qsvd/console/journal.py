@@ -15,7 +15,7 @@ from qsvd.adapters.methods.table import export_refusal
 from qsvd.adapters.model import moved_bytes, restore, trained
 from qsvd.console.progress import say
 from qsvd.data.encoder_decoder import sources_and_targets
-from qsvd.errors import BadInput, Damaged, DoesNotFit, TrainingStopped, listing
+from qsvd.errors import BadInput, Damaged, DoesNotFit, QsvdError, TrainingStopped, listing
 from qsvd.evaluate.accuracy import accuracy, mean_loss
 from qsvd.evaluate.written import written_loss
 from qsvd.export.hub import named_base, upload, uploaded_name
@@ -38,6 +38,7 @@ from qsvd.training.checkpoints import all_checkpoints, check_readable, checkpoin
 from qsvd.training.guards import memory_advice
 from qsvd.training.run_folder import RunFolder
 from qsvd.training.steps import best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
+from qsvd.training.together import is_lost, over_all
 
 
 class RunRecorder:
@@ -73,7 +74,7 @@ class RunRecorder:
         self._folder.add_step(step)
         self._steps.append(step)
         self._show(progress_of(step, self._run.total_steps, self._before))
-        self.is_stopped = self._is_stop_asked()
+        self.is_stopped = any(over_all([self._is_stop_asked()], self._run.device))
         ends = self.is_stopped or self.has_stalled
         return ends or self.best == step.number, ends
 
@@ -88,6 +89,31 @@ class RunRecorder:
         """Whether --early-stopping ends the run: its last measurements are not below the lowest one."""
         patience = self._run.options.early_stopping
         return patience is not None and has_stalled(self._steps, patience)
+
+
+class Follower:
+    """Stands for the recorder in the other processes of a run: it writes and shows nothing."""
+
+    checkpoint: Path | None = None  # the first process knows it
+    best: int | None = None
+    has_stalled = is_stopped = False
+
+    def __init__(self, device: torch.device, is_stop_asked: Callable[[], bool]):
+        self._device, self._is_stop_asked = device, is_stop_asked
+        self.peak_bytes = peak_bytes_of(device)
+
+    def start_clock(self) -> None:
+        """Count no seconds."""
+
+    def seconds(self) -> float:
+        """Return 0: the first process counts."""
+        return 0.0
+
+    def record(self, step: Step) -> tuple[bool, bool]:
+        """Pass on the wish to stop."""
+        del step
+        self.is_stopped = any(over_all([self._is_stop_asked()], self._device))
+        return self.is_stopped, self.is_stopped
 
 
 def progress_of(step: Step, total: int, before: Step | None) -> Progress:
@@ -288,8 +314,14 @@ def explained_errors(run: TrainRun) -> Iterator[None]:
         reason = str(error).partition("\n")[0]
         raise DoesNotFit(memory_advice(reason, run.settings, used=used, total=total)) from error
     except OSError as error:
-        saved = checkpoints(run.out)
-        kept = "nothing was saved yet"
-        if saved:
-            kept = f"{saved[-1].name} is kept, and the same command continues from it"
-        raise OSError(error.errno, f"{error.strerror or error}; {kept}", error.filename) from error
+        raise OSError(error.errno, f"{error.strerror or error}; {_kept(run)}", error.filename) from error
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise QsvdError(f"another process of the run ended; {_kept(run)}") from error
+
+
+def _kept(run: TrainRun) -> str:
+    """Return in words what a run that failed has saved."""
+    saved = checkpoints(run.out)
+    return f"{saved[-1].name} is kept, and the same command continues from it" if saved else "nothing was saved yet"

@@ -18,6 +18,7 @@ from rich.progress import Progress as Bar
 from rich.segment import Segment
 from rich.text import Text
 
+from qsvd import ranks
 from qsvd.errors import Interrupted, visible
 from qsvd.records import FAST, Progress, ShowProgress
 
@@ -115,11 +116,16 @@ class Stopwatch:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop asks for; the second one stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop asks for; the second one stops at once.
 
-    def __init__(self, unit: str) -> None:
-        self.made = False
-        self._unit = unit  # "weight": what is finished before the stop
+    Args:
+        unit: What is finished before the stop, "weight".
+        ends_at_once: Whether SIGTERM stops at once: torchrun sends it to the others when one process has died.
+    """
+
+    def __init__(self, unit: str, *, ends_at_once: bool = False) -> None:
+        self.made = self.is_ended = False
+        self._unit, self._ends_at_once = unit, ends_at_once
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -127,9 +133,16 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if not (self.is_ended and number == signal.SIGTERM):
+                signal.signal(number, handler)
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and ranks.size() > 1:  # sent by torchrun, maybe twice
+            self.made, self.is_ended = True, self._ends_at_once
+            if self.is_ended:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                raise KeyboardInterrupt
+            return
         if self.made:
             self.__exit__()  # the next one is for whoever waited before
             raise KeyboardInterrupt
@@ -146,16 +159,22 @@ def watched(unit: str, kept: str) -> Iterator[ShowProgress]:
         kept: The sentence that says what a stopped run keeps.
 
     Raises:
-        Interrupted: after Ctrl-C, from the function that shows progress.
+        Interrupted: after Ctrl-C, from the function that shows progress; of several processes, after SIGTERM, at once.
     """
-    with StopRequest(unit) as stop, display() as show:
+    with StopRequest(unit, ends_at_once=ranks.size() > 1) as stop, display() as show:
 
         def show_or_stop(now: Progress) -> None:
             show(now)
+            ranks.check()
             if stop.made and now.may_stop:
                 raise Interrupted(f"interrupted; {kept}")
 
-        yield show_or_stop
+        try:
+            yield show_or_stop
+        except KeyboardInterrupt:
+            if stop.is_ended:
+                raise Interrupted(f"ended by torchrun, as when one of the processes dies; {kept}") from None
+            raise
 
 
 @contextmanager

@@ -158,7 +158,7 @@ class OutputFolder(Workspace):
 
     record = MANIFEST
     command = "qsvd quantize"
-    parts = r"source\.json|allocation\.txt(\.costs\.jsonl(\.lock)?)?"
+    parts = r"lock\.\d+|source\.json|allocation\.txt(\.costs\.jsonl(\.lock)?)?"
     sealed_since = DIGESTS_SINCE
 
     def is_done(self, index: int) -> bool:

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import Lock, clear, read_record, write_record
 from qsvd.inputs.paths import adapter_hint, check_not_gguf, local_path
+from qsvd.ranks import wait_until
 
 Result = TypeVar("Result")
 Kind = Literal["16-bit", "split", "trained"]
@@ -44,6 +45,7 @@ REPORT = "report.html"  # of a quantized model, a run and a comparison: a page f
 UNFINISHED = "unfinished"  # the folder of all that only a resumed run needs
 IDENTITY = "run.json"
 LOCK = "lock"
+SEEN_AFTER = 60  # seconds until a shared disk shows another machine's files; NFS does it in 30
 ANOTHER_FOLDER = "give --out another folder"
 DIGEST = re.compile(r"[0-9a-f]{64}")  # SHA-256
 CONTENTS = {  # digests in an identity -> of what
@@ -68,10 +70,12 @@ class Workspace:
         folder: Made if it does not exist; else empty, or left by a run with the same identity.
         identity: What the bytes depend on, JSON-able.
         num_bytes: Bytes that will be written; refused if the disk has less. 0 if the caller has checked that.
+        rank: Number of this process, of several that do the run. Process 0 opens the folder first, and holds the lock;
+            the others hold OUT/unfinished/lock.1 and so on, and write no record.
 
     Raises:
         BadInput: the folder holds something else, or a run with another identity (the sentence says what differs), or
-            another process writes to it.
+            another process writes to it; or this process does not see what process 0 wrote.
         DoesNotFit: the files do not fit on the disk.
     """
 
@@ -80,12 +84,15 @@ class Workspace:
     parts: ClassVar[str] = "$."  # a pattern of names of unfinished work, beside a file for each weight
     sealed_since: ClassVar[int] = 1  # the first format of the record with a digest
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], num_bytes: int = 0):
+    def __init__(self, folder: Path, identity: Mapping[str, Any], num_bytes: int = 0, *, rank: int = 0):
         self.folder = folder
         self.unfinished = folder / UNFINISHED
         self.identity = json.loads(json.dumps(identity))
         self._lock: Lock | None = None
         self.is_complete = self.check(folder, self.identity)
+        if rank:
+            self._lock = None if self.is_complete else self._beside(rank)
+            return
         if self.is_complete:
             self._clear_complete()
             return
@@ -97,6 +104,10 @@ class Workspace:
             if self.is_complete:
                 self.close()
             else:
+                for beside in self.unfinished.glob(
+                    f"{LOCK}.*"
+                ):  # of an earlier run: none of its processes still writes
+                    Lock(beside, self.folder).release()
                 write_record(self.unfinished / IDENTITY, self.identity)
         except BaseException:
             self._lock.release()
@@ -125,6 +136,15 @@ class Workspace:
                 return Lock(self.unfinished / LOCK, self.folder)
             if self.unfinished.exists() and not self.unfinished.is_dir():
                 raise BadInput(f"{self.unfinished} is not a folder; {ANOTHER_FOLDER}")
+
+    def _beside(self, rank: int) -> "Lock":
+        """Return the lock of another process than the first one, which has written the identity."""
+        if not wait_until((self.unfinished / IDENTITY).is_file, seconds=SEEN_AFTER):
+            raise BadInput(
+                f"process {rank} does not see what process 0 wrote to {self.folder}; give --out a folder on a disk "
+                "that all machines share"
+            )
+        return Lock(self.unfinished / f"{LOCK}.{rank}", self.folder)
 
     def _clear_complete(self) -> None:
         """Remove what a kill left of the unfinished work of a complete folder, if nobody else does so."""

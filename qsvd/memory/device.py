@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 import torch
 
+from qsvd import ranks
 from qsvd.errors import BadInput
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -34,12 +35,35 @@ def device_of(name: str) -> torch.device:
         raise BadInput(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
+    count, index = torch.cuda.device_count(), device.index
+    if (index or 0) >= count:
         raise BadInput(f"--device {name!r} does not exist: torch finds {count} CUDA GPUs")
-    index = torch.cuda.current_device() if device.index is None else device.index
+    if ranks.size() > 1:
+        check_own_gpu(index, count)
+        index = ranks.local_rank()
+    elif index is None:
+        index = torch.cuda.current_device()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def check_own_gpu(index: int | None, count: int) -> None:
+    """Refuse a GPU that several processes would use.
+
+    Args:
+        index: Of the GPU that was asked for, or None.
+        count: GPUs of this machine.
+    """
+    own = ranks.local_rank()
+    if index not in (None, own):
+        raise BadInput(
+            f"--device cuda:{index} is one GPU, and each process of torchrun has its own; give --device cuda"
+        )
+    if own >= count:
+        raise BadInput(
+            f"process {own + 1} of this machine has no GPU of its own: torch finds {count}; give torchrun "
+            f"--nproc-per-node {count}"
+        )
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -57,8 +81,12 @@ def limit_gpu_memory(device: torch.device, limit: int | None) -> None:
 
 
 def free_host_memory() -> int:
-    """Return the bytes that this process can still use: those of the system, or those below its cgroup's limit."""
-    return min(psutil.virtual_memory().available, *(_left(group) for group in _groups()), 2**63)
+    """Return the bytes that this process can still use: those of the system, or those below its cgroup's limit.
+
+    Of several processes on a machine each has an equal share.
+    """
+    free = min(psutil.virtual_memory().available, *(_left(group) for group in _groups()), 2**63)
+    return free // ranks.local_size()
 
 
 def taken_host_memory() -> int:

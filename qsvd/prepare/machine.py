@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from qsvd import ranks
 from qsvd.adapters.start import planned_base
 from qsvd.errors import BadInput, DoesNotFit, parse_size, show_size
 from qsvd.files.adapter import AdapterRecord
@@ -87,13 +88,17 @@ def place_training(
 
 
 def training_of(options: TrainingOptions, tokens: int, device: torch.device, *, is_even: bool = False) -> Training:
-    """Return a run with sequences of a length; `is_even` if all have it, so that none is padded."""
+    """Return a run with sequences of a length; `is_even` if all have it, so that none is padded.
+
+    Of several processes it is the part of this one.
+    """
     assert options.batch_size != "auto", "a number by now, see with_batches"
-    rows = options.batch_size * (options.accumulate if options.layer_major else 1)  # padded to one length
+    accumulate = options.accumulate // ranks.size()
+    rows = options.batch_size * (accumulate if options.layer_major else 1)  # padded to one length
     is_masked = options.packing or (rows > 1 and not is_even)
     batch = Batch(tokens, options.batch_size, is_masked, options.gradient_checkpointing != "no", device.type)
     optimizer = default_optimizer(device) if options.optimizer == "auto" else options.optimizer
-    return Training(batch, options.accumulate, optimizer, options.layer_major)
+    return Training(batch, accumulate, optimizer, options.layer_major)
 
 
 SEQUENCES = 16  # of a step, where --step-tokens says nothing; 4 x 4, the default of the numbers, is the same
@@ -109,18 +114,41 @@ def with_batches(  # what is divided, by what, and where
         length: Tokens of a sequence, on average.
     """
     if options.batch_size != "auto":
+        check_divided(options)
         return options
     every = SEQUENCES if options.step_tokens is None else round_number(options.step_tokens / length)
-    first = wish.batch_size
-    sizes = [first] if first and every % first == 0 else [size for size in range(every, 0, -1) if every % size == 0]
+    first, count = wish.batch_size, ranks.size()
+    sizes = [size for size in range(every, 0, -1) if every % (size * count) == 0]
+    sizes = [first] if first in sizes else sizes
+    if not sizes:
+        raise BadInput(
+            f"{count} processes cannot divide the {every} sequences of a step: give --step-tokens or --accumulate so "
+            f"that a step has a multiple of {count}"
+        )
     ways = [replace(options, batch_size=size, accumulate=every // size, step_tokens=None) for size in sizes]
     runs = {run_of(way): way for way in ways}
     return runs[fastest_batches(model, list(runs), here.limits, wish)]
 
 
+def check_divided(options: TrainingOptions) -> None:
+    """Refuse a step whose batches several processes cannot divide."""
+    count, size, times = ranks.size(), options.batch_size, options.accumulate
+    assert size != "auto", "a number by now, see with_batches"
+    if times % count == 0:
+        return
+    fits = [smaller for smaller in range(size, 0, -1) if size * times % (smaller * count) == 0]
+    instead = f"give --accumulate {-(-times // count) * count}, or fewer processes"
+    if fits:
+        instead = f"give --batch-size {fits[0]} --accumulate {size * times // fits[0]}, the same step"
+    raise BadInput(
+        f"{count} processes divide the batches of a step among them, and --accumulate is {times}, not a multiple of "
+        f"{count}; {instead}"
+    )
+
+
 def show_batches(training: Training, length: float) -> str:
     """Return how a step is divided, in words; `length` is that of a sequence, on average."""
-    size, times = training.batch.batch, training.accumulate
+    size, times = training.batch.batch, training.accumulate * ranks.size()
     return (
         f"Batch: {size} x {times} sequences a step, about {size * times * length:,.0f} tokens (--batch-size {size} "
         f"--accumulate {times})"

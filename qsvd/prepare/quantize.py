@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsvd import ranks
 from qsvd.calibrate.block_walk import BlockWalk
 from qsvd.calibrate.sums import Example
 from qsvd.decompose.alternate import Recipe, split_weights, stack_on
@@ -306,7 +307,8 @@ def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *,
     )
     # refuses a budget that cannot be met, or names that transformers cannot tell apart
     _ = run.measuring if allocation is None else run.skipped
-    if not (is_shown or options.dry_run or (run.out / UNFINISHED).exists() or (run.out / MANIFEST).exists()):
+    is_begun = (run.out / UNFINISHED).exists() or (run.out / MANIFEST).exists()
+    if ranks.is_main() and not (is_shown or options.dry_run or is_begun):
         check_finite(checkpoint, plan)
     return run
 

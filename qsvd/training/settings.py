@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsvd.memory.training import ROWS
+from qsvd.ranks import size
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -31,7 +32,7 @@ class Settings:
     Args:
         learning_rate: The peak, reached after `warmup` (a share of all steps); `schedule` lowers it afterwards.
         steps: Optimizer steps, or None for `epochs` passes over the data.
-        batch_size: Sequences of one forward pass; a step has `accumulate` such batches.
+        batch_size: Sequences of one forward pass; a step has `accumulate` such batches, over all processes.
         max_grad_norm: Gradients are scaled down to this norm; 0 switches that off.
         precondition: "riemannian" or "none".
         damping: Of the preconditioner.
@@ -117,7 +118,8 @@ def _on_one_gpu(arguments: Any) -> Any:
 
 
 def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str, Any]:
-    batches = settings.accumulate if settings.layer_major else 1  # in one forward pass
+    accumulate = settings.accumulate // size()  # batches of a step that this process computes
+    batches = accumulate if settings.layer_major else 1  # in one forward pass
     return {
         "output_dir": str(folder),
         "learning_rate": settings.learning_rate,
@@ -126,7 +128,7 @@ def _common(settings: Settings, folder: Path, device: torch.device) -> dict[str,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.steps or -1,
         "per_device_train_batch_size": settings.batch_size * batches,
-        "gradient_accumulation_steps": settings.accumulate // batches,
+        "gradient_accumulation_steps": accumulate // batches,
         "optim": OPTIMIZERS[settings.optimizer],
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,

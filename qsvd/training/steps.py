@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,18 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qsvd.adapters.methods.hooks import Course
 from qsvd.adapters.model import split_linears
 from qsvd.memory.items import MemoryPlan
 from qsvd.records import Step
+from qsvd.training.settings import forget
+from qsvd.training.together import over_all
 
 
 class TellSteps(TrainerCallback):
     """Calls `tell` with each Step, which returns whether the run is to save a checkpoint, and whether it is to stop.
+
+    Of several processes each tells, and what one of them wants is done by all.
 
     Args:
         clock: Returns the seconds since the start of the run.
@@ -36,10 +42,11 @@ class TellSteps(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Report a step; transformers calls this between the end of a step and its checkpoint."""
-        del args, kwargs
+        del kwargs
         state.log_history.clear()  # it grows, and its times would make every checkpoint another one
         if logs is None or "grad_norm" not in logs:
             return  # the summary that transformers logs at the end of the run
+        (peak_bytes,) = over_all([self._peak_bytes()], args.device, greatest=True)
         step = Step(
             number=state.global_step,
             loss=logs["loss"],
@@ -47,12 +54,46 @@ class TellSteps(TrainerCallback):
             learning_rate=logs["learning_rate"],
             tokens=int(state.num_input_tokens_seen),
             seconds=round(self._clock(), 3),
-            peak_bytes=self._peak_bytes(),
+            peak_bytes=peak_bytes,
             held_out=logs.get("eval_loss"),
         )
-        saves, stops = self._tell(step)
-        control.should_save |= saves
-        control.should_training_stop |= stops
+        saves, stops = over_all(self._tell(step), args.device, greatest=True)
+        control.should_save |= bool(saves)
+        control.should_training_stop |= bool(stops)
+
+
+class CallMethod(TrainerCallback):
+    """Calls the hooks around the optimizer step, where transformers' Trainer calls callbacks only."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Make the hooks, now that the number of steps is known."""
+        del control, kwargs
+        self.trainer.start_hooks(Course(state.max_steps, args.learning_rate, partial(forget, self.trainer.optimizer)))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        del args, state, control, kwargs
+        self.trainer.hooks.end()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        del args, control, kwargs
+        self.trainer.hooks.transform_grads(state.global_step + 1)
+        if self.trainer.preconditioner is not None:
+            self.trainer.preconditioner.transform_grads()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        del args, control, kwargs
+        self.trainer.hooks.after_step(state.global_step + 1)
 
 
 class SetRate(TrainerCallback):

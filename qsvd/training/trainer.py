@@ -16,10 +16,6 @@ from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTTrainer
 
@@ -36,51 +32,19 @@ from qsvd.errors import BadInput
 from qsvd.files.adapter import open_adapter
 from qsvd.files.safetensors import new_tensors, read_header, read_tensor, write_stream
 from qsvd.files.split_folder import SplitFolder
+from qsvd.ranks import from_main, is_main, size
 from qsvd.training.checkpoints import UNFINISHED, checkpoints, finish, step_of, written_whole
 from qsvd.training.guards import check_apart, check_start, not_finite
 from qsvd.training.lora_rite import LoraRite
 from qsvd.training.riemannian import Riemannian
-from qsvd.training.settings import Settings, classifier_arguments, forget, language_arguments, limit_tiles
-from qsvd.training.steps import SetRate
+from qsvd.training.settings import Settings, classifier_arguments, language_arguments, limit_tiles
+from qsvd.training.steps import CallMethod, SetRate
+from qsvd.training.together import DividedTraining, is_blank, share_sums, share_values
 
 HOOKS = "hooks.safetensors"  # of a checkpoint: the state of the method's hooks
 
 
-class CallMethod(TrainerCallback):
-    """Calls the hooks around the optimizer step, where transformers' Trainer calls callbacks only."""
-
-    def __init__(self, trainer: "SplitTraining"):
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Make the hooks, now that the number of steps is known."""
-        del control, kwargs
-        self.trainer.start_hooks(Course(state.max_steps, args.learning_rate, partial(forget, self.trainer.optimizer)))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        del args, state, control, kwargs
-        self.trainer.hooks.end()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        del args, control, kwargs
-        self.trainer.hooks.transform_grads(state.global_step + 1)
-        if self.trainer.preconditioner is not None:
-            self.trainer.preconditioner.transform_grads()
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        del args, control, kwargs
-        self.trainer.hooks.after_step(state.global_step + 1)
-
-
-class SplitTraining(Trainer):
+class SplitTraining(DividedTraining):
     """The part that both trainers share.
 
     Attributes:
@@ -121,21 +85,33 @@ class SplitTraining(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one batch forward and backward; stop if the first loss is too high or a loss is not finite."""
         # Before the first step only: a resumed run starts at a later one, and has been checked.
-        if self.state.global_step == 0 and not self.is_checked:
+        if self.state.global_step == 0 and not self.is_checked and is_main():
             self.check_first(self._prepare_inputs(inputs))
             self.is_checked = True  # the first step can have several batches; the first one is enough
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.begin_batch()
+        loss = (
+            self.blank_step(model, inputs, num_items_in_batch)
+            if is_blank(inputs)
+            else super().training_step(model, inputs, num_items_in_batch)
+        )
         self._check_finite("loss", loss.item())
         # True at the last batch of a step, when the gradients of all its batches are summed.
         if self.accelerator.sync_gradients:
+            self.end_step()
+            share_sums(self.hooks.looked())
             self.hooks.after_backward(self.state.global_step + 1)
         return loss
+
+    def blank_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Do for a blank batch what other processes wait for; the loss is 0."""
+        del model, inputs, num_items_in_batch
+        return torch.zeros((), device=self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the held-out loss to what is logged for a step, so that files and trackers get both."""
         step, last = self.state.global_step, self.state.max_steps
         if "grad_norm" in logs and self.eval_every and (step % self.eval_every == 0 or step == last):
-            loss = self.held_out()
+            loss = from_main(self.held_out)
             assert loss is not None, "prepare_train refuses --eval-every without held-out examples"
             logs["eval_loss"] = loss
         super().log(logs, *args, **kwargs)
@@ -155,7 +131,13 @@ class SplitTraining(Trainer):
         """Make the hooks of the run, or continue those of the checkpoint."""
         adapters = ((path, linear.adapter) for path, linear in split_linears(self.model))
         trained = {path: adapter for path, adapter in adapters if isinstance(adapter, self.method)}
+        share_values([p for p in self.model.parameters() if p.requires_grad])
         self.hooks = self.method.hooks(trained, course)
+        if size() > 1 and any(adapter.looks for adapter in trained.values()) and not self.hooks.looked():
+            raise BadInput(
+                "the method looks at the inputs of its layers with these options, which processes do not share yet: "
+                "train in one process"
+            )
         if self.resumed_from is not None and self.hooks.state():
             path = self.resumed_from / HOOKS
             if not path.is_file():
@@ -181,6 +163,9 @@ class SplitTraining(Trainer):
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not is_main():
+            self.store_flos()  # the first process waits for it
+            return
         with written_whole(self.run, self.state.global_step) as place:
             super()._save_checkpoint(model, trial)  # into RUN/unfinished, see _get_output_dir
         if state := self.hooks.state():
@@ -238,9 +223,18 @@ class LanguageTrainer(SplitTraining, SFTTrainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
         if self.is_packed:
-            self.state.num_input_tokens_seen += count_packed(inputs["position_ids"])
+            self.add_tokens(0 if is_blank(inputs) else count_packed(inputs["position_ids"]))
         else:
             super()._track_num_input_tokens(inputs)
+
+    def blank_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        adapters = [linear.adapter for _, linear in split_linears(self.model) if linear.adapter.looks]
+        for adapter in adapters:
+            adapter.looks = False
+        loss = super(SplitTraining, self).training_step(model, inputs, num_items_in_batch)  # TRL gathers its metrics
+        for adapter in adapters:
+            adapter.looks = True
+        return loss
 
     def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
@@ -251,6 +245,11 @@ class ClassifierTrainer(SplitTraining, Trainer):
     """The trainer of sequence classifiers."""
 
     is_classifier = True
+
+    def compute_loss(self, *inputs: Any, **named: Any) -> Any:
+        """Return the mean loss of this batch, so that the mean over processes is that over the batches of the step."""
+        loss: Any = super().compute_loss(*inputs, **named)
+        return loss if size() == 1 else loss * self.share
 
     def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model(**inputs).loss
@@ -266,14 +265,14 @@ class EncoderDecoderTrainer(SplitTraining, Trainer):
         if "input_ids" in inputs:
             super()._track_num_input_tokens(inputs)
         else:
-            self.state.num_input_tokens_seen += int((inputs["labels"] != UNTRAINED).sum())
+            self.add_tokens(int((inputs["labels"] != UNTRAINED).sum()))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of this batch as its share of the mean over all trained tokens of a step."""
         outputs = model(**inputs)
-        share = (inputs["labels"] != UNTRAINED).sum() / num_items_in_batch
+        share = (inputs["labels"] != UNTRAINED).sum() / num_items_in_batch * size()  # the mean over processes is next
         return (outputs.loss * share, outputs) if return_outputs else outputs.loss * share
 
     def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -315,6 +314,8 @@ def make_trainer(
         trainer.is_packed = settings.packing
     trainer.method, trainer.base, trainer.keep = METHODS[model.split_record.method], base, settings.keep
     trainer.best = lambda: None
+    if size() > 1:
+        model._is_accelerate_prepared = True  # else accelerate wraps it, see together.py
     pairs = trained_pairs(model)
     if settings.optimizer == "lora-rite":
         trainer.optimizer_cls_and_kwargs = (LoraRite, {"pairs": pairs, "lr": settings.learning_rate})

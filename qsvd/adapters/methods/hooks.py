@@ -39,6 +39,14 @@ class Hooks:
     def __init__(self, adapters: Mapping[str, Any], course: Course):
         self.adapters, self.course = adapters, course
 
+    def looked(self) -> list[Tensor]:
+        """Return the sums over inputs that `look` has kept in this step, float32.
+
+        Several processes add them up before `after_backward`; a method that looks at inputs and returns none is trained
+        in one process only.
+        """
+        return []
+
     def after_backward(self, step: int) -> None:
         """Act on the gradients of all batches of the step, summed, before they are clipped."""
 

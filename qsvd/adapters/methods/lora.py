@@ -54,6 +54,9 @@ class Prune(Hooks):
                 adapter.looks = True
                 self.norms[path] = torch.zeros_like(adapter.squares)
 
+    def looked(self) -> list[Tensor]:
+        return [self.adapters[path].squares for path in self.norms]
+
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         for path, norms_I in self.norms.items():
@@ -85,6 +88,9 @@ class LoraHooks(Hooks):
     def __init__(self, adapters: Mapping[str, "Lora"], course: Course):
         super().__init__(adapters, course)
         self.prune, self.refactor = Prune(adapters, course), Refactor(adapters, course)
+
+    def looked(self) -> list[Tensor]:
+        return self.prune.looked()
 
     def after_step(self, step: int) -> None:
         self.prune.after_step(step)

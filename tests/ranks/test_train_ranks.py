@@ -1,0 +1,160 @@
+"""Several processes train one adapter: step by step what one process does, whoever stops or dies."""
+
+import json
+import os
+import signal
+
+import pytest
+
+import qsvd
+from qsvd.cli import run
+from qsvd.training.together import DividedTraining
+from tests.ranks.processes import each, lines, together
+from tests.runs import TEXTS, classifier_base, labelled_rows, language_base, text_rows, training, write_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+ROUNDING = 2e-5  # relative, of a mean over other parts of the tokens of a step
+STEP = ("--batch-size", 2, "--accumulate", 6, "--max-length", 40, "--held-out", 0, "--device", "cpu")
+CASES = {  # options, processes; 13 rows are 7 batches: the second step of an epoch has one
+    "lora": (("--prune-every", 2, "--prune-share", 0.3), 3),
+    "pissa": (("--layer-major",), 2),
+    "dora": (("--precondition", "riemannian"), 3),
+    "vera": (("--packing",), 2),
+    "adalora": (("--rank", 4, "--delta-t", 1, "--target-rank", 2), 2),
+}
+FLOATS = ("loss", "grad_norm", "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    language_base(folder / "language", rank=8)
+    write_rows(folder / "texts.jsonl", [*text_rows(), {"text": TEXTS[0][30:]}][:13])
+    return folder
+
+
+def arguments(folder, out, method, *more):
+    base, rate = folder / "language" / "out", ("--learning-rate", 1e-3)
+    return ("train", base, folder / "texts.jsonl", "--out", out, "--method", method, *STEP, *rate, *more)
+
+
+def steps_of(out):
+    return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def assert_same(found, wanted, *, last):
+    assert [step["number"] for step in found] == list(range(1, last + 1))
+    assert [step["tokens"] for step in found] == [step["tokens"] for step in wanted]
+    for name in FLOATS:
+        assert [step[name] for step in found] == pytest.approx([step[name] for step in wanted], rel=ROUNDING), name
+
+
+@pytest.fixture(scope="module")
+def by_count(folder):
+    """Every method in one process, and in as many as its case says: a launch for each number."""
+    shown = {}
+    for count in (1, 2, 3):
+        cases = {name: more for name, (more, wanted) in CASES.items() if count in (1, wanted)}
+
+        def train_all(_, count=count, cases=cases):
+            words = [
+                arguments(folder, folder / f"{name}-{count}", name, "--steps", 4, *more) for name, more in cases.items()
+            ]
+            return next((code for word in words if (code := run([str(part) for part in word]))), 0)
+
+        codes, shown[count] = each(count, folder / f"shown-{count}", train_all)
+        assert codes == [0] * count, shown[count]
+    return shown
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_steps_are_those_of_one_process(folder, by_count, name):
+    assert by_count
+    alone, divided = (steps_of(folder / f"{name}-{count}") for count in (1, CASES[name][1]))
+    assert_same(divided, alone, last=4)
+    assert alone[-1]["loss"] != alone[0]["loss"]
+
+
+def test_the_first_process_alone_prints(by_count):
+    assert [shown[1:] for shown in by_count.values()] == [[], [["", ""]], [["", ""]] * 2]
+
+
+def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
+    base = classifier_base(folder / "classifier", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    rows = write_rows(folder / "labelled.jsonl", labelled_rows(13))
+    for count in (1, 2):
+        out = folder / f"classes-{count}"
+        words = ("train", base, rows, "--out", out, "--method", "lora", *STEP, "--steps", 3, "--learning-rate", 1e-3)
+        codes, shown = together(count, folder / "shown", *words)
+        assert codes == [0] * count, shown
+    assert_same(steps_of(folder / "classes-2"), steps_of(folder / "classes-1"), last=3)
+
+
+def at_step(number, rank_of_actor, act):
+    """Let a process act when a step is computed, before it is recorded."""
+
+    def at(rank):
+        end_step = DividedTraining.end_step
+
+        def acting(self):
+            end_step(self)
+            if rank == rank_of_actor and self.state.global_step + 1 == number:
+                act()
+
+        DividedTraining.end_step = acting
+
+    return at
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    words = arguments(folder, folder / "undisturbed", "lora", "--steps", 5, "--save-every", 2)
+    assert each(1, folder / "shown", lambda _: run([str(word) for word in words]))[0] == [0]
+    return steps_of(folder / "undisturbed")
+
+
+def test_ctrl_c_in_any_process_saves_a_step_from_which_another_number_goes_on(folder, undisturbed):
+    words = arguments(folder, folder / "stopped", "lora", "--steps", 5, "--save-every", 2)
+    codes, shown = together(2, folder / "shown", *words, at=at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert codes == [130, 130]
+    assert lines(shown) == [
+        f"qsvd: interrupted; the last step is saved, the same command continues in {folder / 'stopped'}"
+    ]
+    assert (folder / "stopped" / "checkpoint-3").is_dir()
+    codes, shown = together(3, folder / "shown", *words)
+    assert codes == [0, 0, 0], shown
+    assert_same(steps_of(folder / "stopped"), undisturbed, last=5)
+
+
+def test_a_process_that_is_killed_ends_all_and_one_process_goes_on(folder, undisturbed):
+    words = arguments(folder, folder / "killed", "lora", "--steps", 5, "--save-every", 2)
+    codes, shown = together(3, folder / "shown", *words, at=at_step(4, 2, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert codes == [1, 1, -signal.SIGKILL]
+    kept = "checkpoint-2 is kept, and the same command continues from it"
+    assert lines(shown) == [f"qsvd: another process of the run ended; {kept}"]
+    assert each(1, folder / "shown", lambda _: run([str(word) for word in words]))[0] == [0]
+    assert_same(steps_of(folder / "killed"), undisturbed, last=5)
+
+
+def test_a_step_that_cannot_be_divided_is_refused(folder):
+    words = arguments(folder, folder / "odd", "lora", "--batch-size", 3, "--accumulate", 4)
+    codes, shown = together(3, folder / "shown", *words)
+    assert codes == [2, 2, 2]
+    assert lines(shown) == [
+        "qsvd: 3 processes divide the batches of a step among them, and --accumulate is 4, not a multiple of 3; give "
+        "--batch-size 2 --accumulate 6, the same step"
+    ]
+    assert not (folder / "odd").exists()
+
+
+def test_the_functions_for_python_say_how_several_processes_start(folder, monkeypatch):
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(qsvd.BadInput, match="works in one process: for several, start `torchrun"):
+        qsvd.train(training(folder / "language" / "out", str(folder / "texts.jsonl"), folder / "python"))
