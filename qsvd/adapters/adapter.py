@@ -324,10 +324,14 @@ def check_as_stored(method: str, stored: StoredWeight, options: AdapterOptions) 
             f"rank {options.rank} is not the stored rank {stored.rank}, the only one that {method} can train; "
             "leave out --rank, quantize with another --rank, or give --method lora"
         )
-    if options.alpha not in (None, stored.rank):
+    check_alpha(method, stored.rank, options.alpha)
+
+
+def check_alpha(method: str, rank: int, alpha: float | None) -> None:
+    """Refuse an alpha that is not the rank of the components that a method trains as they are stored."""
+    if alpha not in (None, rank):
         raise BadInput(
-            f"alpha {options.alpha:g} would scale the stored components; with {method} it is the rank "
-            f"{stored.rank}: leave it out"
+            f"alpha {alpha:g} would scale the stored components; with {method} it is the rank {rank}: leave it out"
         )
 
 

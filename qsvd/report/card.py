@@ -122,9 +122,9 @@ def code(text: str, *, in_table: bool = False) -> str:
     return f"{fence}{pad}{cell}{pad}{fence}"
 
 
-def shell(*words: str) -> str:
+def shell(*words: object) -> str:
     """Return words of a command line; what cannot stand in one line is an escape of bash, $'...'."""
-    return " ".join(_word(word) for word in words)
+    return " ".join(_word(str(word)) for word in words)
 
 
 def _word(word: str) -> str:

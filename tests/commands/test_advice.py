@@ -22,6 +22,7 @@ HUB = {"--local-dir"}  # of hf download
 SETTINGS = Settings(
     1e-4, "cosine", 0.03, 1, None, 8, 4, 1024, False, "adamw", "none", 1e-6, 0, 1, False, False, False, 9, 2, 0, ()
 )
+TORCHRUN = {"--nproc-per-node"}
 
 
 def known():
@@ -29,7 +30,7 @@ def known():
     names = {f.name for record in COMMANDS.values() for f in fields(record)}
     names |= {f.name for kind in METHODS.values() for f in fields(kind.options)}
     names |= {f"no_{name}" for name in names} | {"for", "batch", "tokens"}  # and the other names of plan
-    return {f"--{name.replace('_', '-')}" for name in names} | EVERYWHERE | VLLM | LLAMA_CPP | HUB
+    return {f"--{name.replace('_', '-')}" for name in names} | EVERYWHERE | VLLM | LLAMA_CPP | HUB | TORCHRUN
 
 
 def strings():

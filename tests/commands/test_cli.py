@@ -75,7 +75,7 @@ def test_flags_become_a_record():
         order="quantize",
         dry_run=True,
     )
-    assert parse(["report", "there", "--json"]) == Report(Path("there"), json=True)
+    assert parse(["report", "there", "--json"]) == Report((Path("there"),), json=True)
 
 
 def test_a_dry_run_prints_options_weights_and_sizes_and_writes_nothing(model, tmp_path, capsys, monkeypatch):

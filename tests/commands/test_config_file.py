@@ -52,7 +52,9 @@ def test_an_alias_is_what_it_stands_for(config):
 
 
 def test_another_command_takes_a_file_too(config):
-    assert parse(["report", "there", "--config", config("worst: 3\njson: true\n")]) == Report(Path("there"), True, 3)
+    assert parse(["report", "there", "--config", config("worst: 3\njson: true\n")]) == Report(
+        (Path("there"),), json=True, worst=3
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qsvd.adapters.adapter import check_alpha
 from qsvd.adapters.methods.table import METHODS
 from qsvd.data.columns import Tokenized
 from qsvd.data.examples import Home, RunData, read_run_data
@@ -160,7 +161,9 @@ def _stored_size(options: Compare, split: SplitSpec, method: MethodSpec, sizes: 
     given = split.options.rank if split.has_rank else limit if options.equal == "rank" else None
     if options.equal == "rank" and given != limit:
         raise OutOfReach(f"it trains the stored rank {given}, and all rows have rank {limit}")
-    return _within(options, split, method, sizes, limit, given)
+    found = _within(options, split, method, sizes, limit, given)
+    check_alpha(method.method, found.stored_rank or 0, method.options.alpha)
+    return found
 
 
 def _within(  # what a size depends on
