@@ -13,8 +13,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qsvd.errors import BINARY, UNITS, BadInput
+from qsvd.inputs.other_names import NAMES, PLACES, REMEDIES, SHORT, VALUES, WRONG_VALUES
 from qsvd.option_types import APPEND, POSITIONAL, Help, marks_of
-from qsvd.other_names import NAMES, PLACES, REMEDIES, SHORT, VALUES, WRONG_VALUES
 
 PAGES = (".html", ".htm")
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")

@@ -15,6 +15,7 @@ from qsvd import ranks
 from qsvd.arguments import checked, flags_of, meant
 from qsvd.console.fault import Signals, report_fault
 from qsvd.errors import BadInput, Interrupted, QsvdError, first_line, one_line
+from qsvd.inputs.other_names import COMMANDS as OTHER_COMMANDS
 from qsvd.method_options import with_method
 from qsvd.option_file import from_names, take_config, yaml_mapping
 from qsvd.option_form import read_words
@@ -36,7 +37,6 @@ from qsvd.options import (
     TrainingOptions,
     Verify,
 )
-from qsvd.other_names import COMMANDS as OTHER_COMMANDS
 from qsvd.prepare.check_options import check
 
 COMMANDS = {

@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from qsvd.arguments import canonical
 from qsvd.errors import BadInput
-from qsvd.other_names import PLACES, REMEDIES, VALUES
+from qsvd.inputs.other_names import PLACES, REMEDIES, VALUES
 
 NEAR = 0.8  # of difflib: a name this near to an option of all methods is a slip of the keys
 

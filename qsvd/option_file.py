@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qsvd.arguments import canonical, meant, options_of
 from qsvd.errors import BadInput
-from qsvd.other_names import PLACES, REMEDIES, VALUES
+from qsvd.inputs.other_names import PLACES, REMEDIES, VALUES
 
 
 def take_config(arguments: list[str]) -> tuple[list[str], Path | None]:

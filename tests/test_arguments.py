@@ -95,7 +95,7 @@ def test_a_wrong_name_of_the_model_in_a_file_is_refused(tmp_path, capsys, file, 
 
 
 def test_no_other_tools_name_hides_an_option_of_ours():
-    from qsvd.other_names import NAMES
+    from qsvd.inputs.other_names import NAMES
 
     ours = {name.replace("_", "-") for record in COMMANDS.values() for name in marks_of(record)}
     assert not ours & (NAMES.keys() - {"samples"})

@@ -17,7 +17,19 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 BLOCKS = 2
-COMMANDS = ["plan", "train", "train", "generate", "report", "eval", "export", "quantize", "calibrate", "quantize"]
+COMMANDS = [
+    "plan",
+    "train",
+    "train",
+    "generate",
+    "report",
+    "eval",
+    "export",
+    "quantize",
+    "calibrate",
+    "quantize",
+    "export",
+]
 
 
 def blocks(page: str, language: str) -> list[str]:
