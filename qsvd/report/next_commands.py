@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from qsvd.errors import one_line, show_size
-from qsvd.files.layout import ADAPTER_CONFIG
+from qsvd.files.workspace import ADAPTER_CONFIG
 from qsvd.options import Allocate, Calibrate, Compare, Prune, Train
 from qsvd.report.card import shell
 from qsvd.report.readme import RESIDUAL
