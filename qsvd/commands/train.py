@@ -88,12 +88,12 @@ def prepare_together(options: Train) -> TrainRun | FirstRun:
 
 def run_folder(run: TrainRun) -> RunFolder | nullcontext[None]:
     """Open the folder of a run, which the first process alone writes."""
-    if not ranks.is_main():
-        return nullcontext()
-    options = run.options
-    return RunFolder(
-        run.out, run.identity, resume=options.resume, total=run.total_steps, command=repeating_command(options)
-    )
+    return _opened(run) if ranks.is_main() else nullcontext()
+
+
+def _opened(run: TrainRun) -> RunFolder:
+    command = repeating_command(run.options)
+    return RunFolder(run.out, run.identity, resume=run.options.resume, total=run.total_steps, command=command)
 
 
 def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
@@ -107,8 +107,7 @@ def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
     ranks.check_alone("qsvd.train")
     checked, repository = prepare_training(options), open_repository(options)
     run = on_quantized(checked, lambda first: quantize_run(first, show))
-    total, command = run.total_steps, repeating_command(options)
-    with RunFolder(run.out, run.identity, resume=options.resume, total=total, command=command) as folder:
+    with _opened(run) as folder:
         if folder.summary is None:
             with quiet():
                 train_run(run, folder, show, lambda: False)

@@ -10,7 +10,7 @@ Shape suffixes: O = out features, I = in features.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from qsvd.decompose.rounding import round_nearest
 from qsvd.errors import BadInput, listing
 from qsvd.export.merged import MergedForm, check_full, shards_of, tensors_of, write_index, write_shards
 from qsvd.export.peft import peft_adapter, write_adapter_files
-from qsvd.export.trained import ExportFolder, Inventory, Trained, TrainedModel, disk_bytes, size_of, take_inventory
+from qsvd.export.trained import (
+    ExportFolder,
+    Inventory,
+    Trained,
+    TrainedModel,
+    disk_bytes,
+    size_of,
+    take_inventory,
+    whole_error,
+)
 from qsvd.files.adapter import FINGERPRINT
 from qsvd.files.atomic import read_object, write_json
 from qsvd.files.layout import ADAPTER_TENSORS
@@ -70,8 +79,7 @@ class CompressedExport:
     @property
     def relative_error(self) -> float:
         """Return ||written - W'||_F / ||W'||_F of all weights together."""
-        norm = sqrt(sum(weight.norm**2 for weight in self.weights))
-        return sqrt(sum(weight.error**2 for weight in self.weights)) / norm if norm else 0.0
+        return whole_error((weight.error, weight.norm) for weight in self.weights)
 
     @property
     def worst(self) -> CompressedWeight:
@@ -200,8 +208,6 @@ def _rounded_again(model: TrainedModel, folder: Path, form: CompressedForm, inve
             weights = tuple(_rounded(model, name, path, codec) for name, path in paths.items())
             shards = shards_of(_in_codes(plain, paths), form.shard_bytes)
             write_shards(folder, shards)
-            if len(shards) > 1:
-                write_index(folder, shards)
             copy_files(copied, folder)
             write_json(folder / "config.json", settings | {"dtype": str(merged.dtype).removeprefix("torch.")})
             num_bytes = sum(size_of(tensors) for tensors in shards.values())

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from qsvd.export.trained import (
     rounded,
     size_of,
     take_inventory,
+    whole_error,
 )
 from qsvd.files.layout import ADAPTER_PREFIX
 from qsvd.files.quantized.manifest import read_errors
@@ -123,8 +124,7 @@ class LoraExport:
     @property
     def relative_error(self) -> float:
         """Return ||W + dW - W'||_F / ||W||_F of all weights together."""
-        norm = sqrt(sum(weight.norm**2 for weight in self.weights))
-        return sqrt(sum(weight.error**2 for weight in self.weights)) / norm if norm else 0.0
+        return whole_error((weight.error, weight.norm) for weight in self.weights)
 
     @property
     def line(self) -> str:

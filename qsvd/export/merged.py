@@ -95,8 +95,6 @@ def write_merged(model: TrainedModel, folder: Path, form: MergedForm) -> MergedE
     with ExportFolder(folder, identity, most_bytes) as export:
         if not export.is_complete:
             write_shards(folder, shards)
-            if len(shards) > 1:
-                write_index(folder, shards)
             copy_files(copied, folder)
             config = read_object(model.split.folder / "config.json") | {"dtype": name} | dict(form.config_changes)
             dropped = ("quantization_config", "torch_dtype")  # the second is the older name of dtype
@@ -205,10 +203,12 @@ def shards_of(new: Sequence[NewTensor], most_bytes: int) -> dict[str, list[NewTe
 
 
 def write_shards(folder: Path, shards: Mapping[str, Sequence[NewTensor]]) -> None:
-    """Write the files that are missing or damaged."""
+    """Write the files that are missing or damaged, and the index of several."""
     for file, tensors in shards.items():
         if not is_whole(folder / file):
             write_stream(folder / file, tensors, PYTORCH)
+    if len(shards) > 1:
+        write_index(folder, shards)
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[NewTensor]]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput, listing
-from qsvd.export.merged import MergedExport, MergedForm, shards_of, write_index, write_shards
+from qsvd.export.merged import MergedExport, MergedForm, shards_of, write_shards
 from qsvd.export.pruned import PrunedRecord
 from qsvd.export.trained import ExportFolder, TrainedModel, check_dtype, disk_bytes, rounded, size_of, take_inventory
 from qsvd.files.atomic import write_json
@@ -66,8 +66,6 @@ def write_recovered(
     with ExportFolder(folder, identity, most_bytes) as export:
         if not export.is_complete:
             write_shards(folder, shards)
-            if len(shards) > 1:
-                write_index(folder, shards)
             copy_files(original.other_files, folder)
             config = original.config_json | {"dtype": name} | dict(form.config_changes)
             write_json(folder / "config.json", {key: value for key, value in config.items() if key != "torch_dtype"})

@@ -5,7 +5,7 @@ Shape suffixes: O = out features, I = in features, K = rank of one weight's trai
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,13 @@ from qsvd.records import stored
 
 Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def whole_error(parts: Iterable[tuple[float, float]]) -> float:
+    """Return the relative error of all weights together from the error and the norm of each, Frobenius."""
+    known = list(parts)
+    norm = math.hypot(*(norm for _, norm in known))
+    return math.hypot(*(error for error, _ in known)) / norm if norm else 0.0
 
 
 @dataclass(frozen=True)

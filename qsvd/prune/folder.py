@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qsvd.export.merged import shards_of, write_index, write_shards
+from qsvd.export.merged import shards_of, write_shards
 from qsvd.export.pruned import FORMAT, PrunedRecord, write_pruned
 from qsvd.export.trained import ExportFolder
 from qsvd.files.atomic import read_record, write_json, write_record
@@ -102,10 +102,7 @@ def write_pruned_model(pruning: Pruning, folder: PruneFolder, shard_bytes: int, 
         kept[block] = read_record(path)["kept"]
         show(number + 1)
     new = pruning.new_tensors({block: torch.tensor(channels) for block, channels in kept.items()})
-    shards = shards_of(new, shard_bytes)
-    write_shards(out, shards)
-    if len(shards) > 1:
-        write_index(out, shards)
+    write_shards(out, shards_of(new, shard_bytes))
     source = pruning.checkpoint
     copy_files(source.other_files, out)
     channels = {block: tuple(found) for block, found in kept.items()}
