@@ -229,7 +229,7 @@ class Trial:
         return ""
 
     def _report(self) -> str:
-        report(Report(self.out))
+        report(Report([self.out]))
         return ""
 
     def _plain_load(self) -> str:

@@ -35,11 +35,11 @@ def names(folder):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_new_folder_is_made_with_its_parents_and_its_identity(tmp_path, resume):
     folder = tmp_path / "some" / "run"
-    with RunFolder(folder, ME, resume=resume, total=9) as run:
+    with RunFolder(folder, ME, resume=resume, total=9, command="qsvd train") as run:
         assert names(folder) == [LOCK, IDENTITY]
         assert (run.summary, run.start, run.steps()) == (None, None, [])
     assert names(folder) == [IDENTITY]
-    assert opened(folder / IDENTITY) == ME | {"format": 4}
+    assert opened(folder / IDENTITY) == ME | {"format": 4, "command": "qsvd train", "total_steps": 9}
 
 
 def test_an_empty_folder_or_one_that_a_kill_left_locked_is_taken(tmp_path):

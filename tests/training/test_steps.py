@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qsvd.training.run_folder import Step
 from qsvd.training.steps import TellSteps, peak_bytes_of
@@ -73,7 +73,8 @@ def test_the_summary_that_transformers_logs_at_the_end_is_no_step():
     callback.on_log(None, TrainerState(), TrainerControl(), logs=None)
     assert told == []
     logs = {"loss": 1.5, "grad_norm": 2.0, "learning_rate": 0.1}
-    callback.on_log(None, TrainerState(global_step=3, num_input_tokens_seen=9), TrainerControl(), logs=logs)
+    here = TrainingArguments(use_cpu=True)
+    callback.on_log(here, TrainerState(global_step=3, num_input_tokens_seen=9), TrainerControl(), logs=logs)
     assert told == [Step(3, 1.5, 2.0, 0.1, 9, 0.0, 0)]
 
 
