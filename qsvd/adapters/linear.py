@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout
 
 from qsvd.adapters.adapter import Adapter
-from qsvd.adapters.page_cache import PagedResidual
+from qsvd.adapters.pages.cache import PagedResidual
 from qsvd.errors import BadInput
 from qsvd.numerics.codec import BAND, PackedBlocks, from_bytes
 

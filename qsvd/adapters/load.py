@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.experts import open_stack
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.model import SplitModel, keep_embeddings, restore
-from qsvd.adapters.page_cache import PagedResidual, open_pages
+from qsvd.adapters.model import SplitModel, keep_embeddings, restore, share_pages
+from qsvd.adapters.pages.cache import PagedResidual, open_pages
 from qsvd.adapters.start import Starts, check_method, gradients_of, new_record, read_weight, start_from
 from qsvd.adapters.tables import pack_table
 from qsvd.errors import BadInput, first_line, listing
@@ -157,8 +157,7 @@ def load(  # noqa: PLR0913  # each is a choice of its own
     trained = open_adapter(Path(adapter).expanduser())
     check_base(trained, split.folder, split.fingerprint)
     check_method(trained.record.method)
-    place = _place(split, trained.record, device, dtype, placement)
-    return _load(replace(place, is_trained=True), trained)
+    return _load(replace(_place(split, trained.record, device, dtype, placement), is_trained=True), trained)
 
 
 def load_new(  # as above
@@ -213,6 +212,7 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
     if place.placement.embeddings_on_host:
         keep_embeddings(model, place.device)
     model.to(place.device)  # buffers that are in no file
+    share_pages(model)
     if pages and place.device.type == "cpu":
         keep_freed_memory()
     model.split_record = replace(place.record, full=full)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qsvd.adapters.linear import SplitLinear
+from qsvd.adapters.pages.sharded import ShardedPages
 from qsvd.adapters.tables import TiedHead
 from qsvd.errors import BadInput, listing
 from qsvd.files.adapter import AdapterFolder, AdapterRecord, write_adapter
@@ -162,7 +163,8 @@ class SplitModel:
     @property
     def transformers_class(self) -> Any:
         """The transformers class of the model."""
-        return type(self).__mro__[2]
+        classes = type(self).__mro__
+        return classes[classes.index(SplitModel) + 1]
 
     def reference(self) -> "PreTrainedModel":
         """Return a frozen copy of this model, for trainers with a reference model (TRL's `ref_model`).
@@ -186,6 +188,22 @@ def split_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks that have SplitLinear layers, in model order."""
     paths = dict.fromkeys(block_of(path) for path, _ in split_linears(model))
     return [model.get_submodule(path) for path in paths]
+
+
+def share_pages(model: nn.Module) -> None:
+    """Let each process keep its part of residuals that several processes hold together; see ShardedPages.
+
+    Raises:
+        BadInput: the model cannot be divided so.
+    """
+    layers = [(block_of(path), linear.paged) for path, linear in split_linears(model) if linear.paged is not None]
+    if layers and isinstance(pages := layers[0][1].cache, ShardedPages):
+        pages.attach(model, cast("Any", model).base_model, [(path, paged.page) for path, paged in layers])
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether several processes hold the residuals together."""
+    return any(linear.paged and isinstance(linear.paged.cache, ShardedPages) for _, linear in split_linears(model))
 
 
 def moved_bytes(model: nn.Module) -> int:

@@ -17,7 +17,16 @@ from qsvd.adapters.methods.table import export_refusal
 from qsvd.adapters.model import restore
 from qsvd.commands import plan
 from qsvd.commands.quantize import quantize_run, quantize_visibly
-from qsvd.console.journal import Follower, RunRecorder, explained_errors, finish_run, held_out_loss, push_run
+from qsvd.console.journal import (
+    Follower,
+    RunRecorder,
+    explained_errors,
+    finish_run,
+    follow_end,
+    held_out_loss,
+    measure_start,
+    push_run,
+)
 from qsvd.console.progress import StopRequest, display, quiet, say, terminal
 from qsvd.data.masks import preview
 from qsvd.errors import Interrupted
@@ -33,8 +42,9 @@ from qsvd.report.next_commands import after_train, last_lines, repeating_command
 from qsvd.report.results import TrainResult
 from qsvd.report.training import training_tables
 from qsvd.training.liger import use_liger
-from qsvd.training.run_folder import START, RunFolder
+from qsvd.training.run_folder import RunFolder
 from qsvd.training.steps import TellSteps
+from qsvd.training.together import join_group
 from qsvd.training.trainer import make_trainer
 
 
@@ -134,10 +144,12 @@ def train_run(run: TrainRun, folder: RunFolder | None, show: ShowProgress, is_st
     if run.options.gpu is not None:
         limit_gpu_memory(run.device, run.placed.memory.limits.gpu)
     with explained_errors(run):
+        if run.placed.placement.shards:
+            join_group(run.device)
         model = load_start(run, is_resumed=not is_new)  # 1
         use_liger(model)
-        if folder is not None and (folder.start is None or is_new):
-            folder.write(START, held_out_loss(run, model, "before"))  # 2
+        if ranks.from_main(lambda: folder is not None and (folder.start is None or is_new)):
+            measure_start(run, model, folder)  # 2
         ranks.barrier()
         compared = None if run.options.any_start or not is_new else run.split
         trainer = make_trainer(model, run.data.tokenizer, run.data.dataset, run.settings, run.out, compared)
@@ -152,4 +164,6 @@ def train_run(run: TrainRun, folder: RunFolder | None, show: ShowProgress, is_st
         is_whole = not recorder.is_stopped or trainer.state.global_step >= trainer.state.max_steps
         if isinstance(recorder, RunRecorder) and folder is not None and is_whole:
             finish_run(run, folder, trainer, recorder)  # 4
+        elif is_whole and trainer.is_sharded:
+            follow_end(run, model)
     return model

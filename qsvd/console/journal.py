@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qsvd.adapters.methods.table import export_refusal
-from qsvd.adapters.model import moved_bytes, restore, trained
+from qsvd.adapters.model import is_sharded, moved_bytes, restore, trained
 from qsvd.console.progress import say
 from qsvd.data.encoder_decoder import sources_and_targets
 from qsvd.errors import BadInput, Damaged, DoesNotFit, QsvdError, TrainingStopped, listing
@@ -29,6 +29,7 @@ from qsvd.files.trained.records import STEPS, read_identity, shown_in
 from qsvd.files.workspace import REPORT
 from qsvd.prepare.models import open_trained
 from qsvd.prepare.train import TrainRun
+from qsvd.ranks import from_main
 from qsvd.records import Progress, ShowProgress, Start, Step
 from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.page.document import subject_page
@@ -36,7 +37,7 @@ from qsvd.report.page.run import RunRecords, run_subject
 from qsvd.report.training import FORMS, RunSummary, loss_plot, run_readme
 from qsvd.training.checkpoints import all_checkpoints, check_readable, checkpoints, step_of
 from qsvd.training.guards import memory_advice
-from qsvd.training.run_folder import RunFolder
+from qsvd.training.run_folder import START, RunFolder
 from qsvd.training.steps import best_of, has_stalled, memory_by_item, peak_bytes_of, planned_by_item
 from qsvd.training.together import is_lost, over_all
 
@@ -158,6 +159,14 @@ def resume_point(run: Path, folder: RunFolder) -> tuple[Path | None, Step | None
     return None, None
 
 
+def measure_start(run: TrainRun, model: Any, folder: RunFolder | None) -> None:
+    """Write the loss on the held-out examples before the first step; all processes measure a model that they share."""
+    if folder is not None or is_sharded(model):
+        found = held_out_loss(run, model, "before")
+        if folder is not None:
+            folder.write(START, found)
+
+
 def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | None]:
     """Return the loss on the held-out examples, and the accuracy of a classifier, under the names of the summary.
 
@@ -207,6 +216,10 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         )
     peak = recorder.peak_bytes()
     number = recorder.best or len(steps)
+    found = {"held_out_after": steps[number - 1].held_out, "accuracy_after": None}
+    known = found["held_out_after"] is not None and not run.data.train.label_names
+    if trainer.is_sharded:
+        from_main(lambda: [recorder.best, known])  # see `follow_end`
     if recorder.best is not None:
         restore(model, open_adapter(run.out / f"checkpoint-{number}"))
     model.save_pretrained(run.out)
@@ -233,7 +246,7 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         classes=len(run.data.train.label_names),
         first_step_seconds=recorder.first_step_seconds,
         **asdict(folder.start or Start()),
-        **_loss_after(run, model, steps[number - 1]),
+        **(found if known else held_out_loss(run, model, "after")),
     )
     measured = [(step.number, step.held_out) for step in steps if step.held_out is not None]
     ends = [(1, summary.held_out_before), (number, summary.held_out_after)]
@@ -247,11 +260,13 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     folder.finish(summary)
 
 
-def _loss_after(run: TrainRun, model: Any, step: Step) -> dict[str, float | None]:
-    """Return what `held_out_loss` measures after a step; --eval-every may have measured all of it already."""
-    if step.held_out is None or run.data.train.label_names:
-        return held_out_loss(run, model, "after")
-    return {"held_out_after": step.held_out, "accuracy_after": None}
+def follow_end(run: TrainRun, model: Any) -> None:
+    """Do in another process what the first one needs at the end of a run with a model that all of them share."""
+    best, known = from_main(lambda: [None, True])
+    if best is not None:
+        restore(model, open_adapter(run.out / f"checkpoint-{best}"))
+    if not known:
+        held_out_loss(run, model, "after")
 
 
 def _card(run: TrainRun, summary: RunSummary) -> str:

@@ -3,12 +3,15 @@
 from qsvd.memory.items import RESERVE, SIXTEEN_BITS, Item, Placement, num_slots, on, resident_blocks
 from qsvd.memory.split_model import SplitModelPlan
 
+GATHERED = 3  # blocks of a divided model on a device: one computes, the next one arrives, and the piece it arrives in
 CONTEXT = 600_000_000  # bytes of the CUDA context, an assumption
 WORKSPACES = 2 * 32 * 2**20  # of cuBLAS, on Hopper, where they are largest: for the main thread and for autograd's
 
 
 def residual_items(model: SplitModelPlan, placement: Placement, device: str) -> list[Item]:
     """Return the resident residuals, the buffers for pages, and the pages in CPU memory."""
+    if placement.shards:
+        return _sharded_items(model, placement, device)
     resident = resident_of(model, placement)
     here = [block for number, block in enumerate(model.blocks) if number in resident]
     pages = [block.page for number, block in enumerate(model.blocks) if number not in resident]
@@ -19,6 +22,18 @@ def residual_items(model: SplitModelPlan, placement: Placement, device: str) -> 
         on(device, "residual scales", sum(block.scales for block in here)),
         on(device, "page slots", slots),
         Item("pages", host=sum(pages) if placement.pages == "host" else staging),
+    ]
+
+
+def _sharded_items(model: SplitModelPlan, placement: Placement, device: str) -> list[Item]:
+    """Return the part of this process of every block, and the blocks that are whole at a time."""
+    parts = sum(-(-block.page // placement.shards) for block in model.blocks)
+    gathered = (GATHERED + (device == "cpu")) * max(block.page for block in model.blocks)  # a CPU decodes a copy
+    is_here = placement.resident is None
+    return [
+        on(device, "residual codes", parts if is_here else 0),
+        on(device, "page slots", gathered),
+        Item("pages", host=0 if is_here else parts),
     ]
 
 

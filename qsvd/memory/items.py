@@ -97,6 +97,8 @@ class Placement:
         embeddings_on_host: Look tokens up in CPU memory.
         activation_offload: Keep the checkpoints of activations in CPU memory.
         unrecomputed: Number of blocks that keep their activations in training, the last ones.
+        shards: Number of processes that hold the residuals together, each a part of every block (FSDP2); 0 if each
+            holds all. The parts are kept on the device if `resident` is None, else in CPU memory.
     """
 
     resident: int | None = None
@@ -104,6 +106,7 @@ class Placement:
     embeddings_on_host: bool = False
     activation_offload: bool = False
     unrecomputed: int = 0
+    shards: int = 0
 
 
 EVERYTHING = Placement()  # everything on the device

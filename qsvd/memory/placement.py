@@ -28,12 +28,16 @@ class Wish:
         offload: Whether checkpoints of activations go to CPU memory.
         unrecomputed: Number of blocks that keep their activations; "auto" is what makes the shortest step.
         batch_size: What --batch-size auto chose when the run began, which stays; None for a new run.
+        shards: Number of processes that hold the residuals together; 0 if each holds all.
+        offloads_parts: Whether each keeps its part in CPU memory.
     """
 
     share: float | Literal["auto"] = "auto"
     offload: Literal["auto", "yes", "no"] = "auto"
     unrecomputed: int | Literal["auto"] = 0
     batch_size: int | None = None
+    shards: int = 0
+    offloads_parts: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def _fastest(model: SplitModelPlan, training: Training, found: Placed, wish: Wis
     a step that is much shorter by the assumed speeds. These are the same at every start.
     """
     limits, every = found.memory.limits, len(model.blocks)
-    is_paged = found.placement.resident != every
+    is_paged = found.placement.resident not in (None, every)
     host = limits.host if is_paged and training.batch.device == "cuda" else _share(limits.host, HOST_SHARE)
     less = Limits(_share(limits.gpu, GPU_SHARE), host)
 
@@ -84,7 +88,8 @@ def _fastest(model: SplitModelPlan, training: Training, found: Placed, wish: Wis
 
     kept = most(0, every, lambda number: count(replace(found.placement, unrecomputed=number)).fits)
     still = replace(found.placement, unrecomputed=kept or 0)
-    if training.batch.device != "cuda" or found.placement.pages != "host" or wish.share != "auto":
+    is_bound = wish.share != "auto" or wish.shards > 0
+    if training.batch.device != "cuda" or found.placement.pages != "host" or is_bound:
         return still
 
     def seconds(placement: Placement) -> float:
@@ -153,6 +158,8 @@ def spare(model: SplitModelPlan, training: Training, limits: Limits, wish: Wish 
     every, possible = len(model.blocks), ways(model, training.batch.device, wish)
     numbers = (every, 0) if wish.share == "auto" else (num_resident(wish.share, every),)
     extremes = [replace(way, resident=resident) for way in possible for resident in numbers]
+    if wish.shards:
+        extremes = possible
     plans = [plan_training(model, training, placement, limits) for placement in extremes]
     left = [[size for where in PLACES if (size := plan.spare(where)) is not None] for plan in plans]
     return max(min(places, default=0) for places in left)
@@ -163,8 +170,10 @@ def ways(model: SplitModelPlan, device: str, wish: Wish) -> list[Placement]:
     every = len(model.blocks)
     resident = every if wish.share == "auto" else num_resident(wish.share, every)
     number = 0 if wish.unrecomputed == "auto" else wish.unrecomputed
+    if wish.shards:
+        resident = 0 if wish.offloads_parts else None
     if device != "cuda":
-        return [Placement(resident, "disk", unrecomputed=number)]
+        return [Placement(resident, "host" if wish.shards else "disk", unrecomputed=number, shards=wish.shards)]
     sources: tuple[Literal["host"], Literal["disk"]] = ("host", "disk")
     return [
         Placement(
@@ -173,9 +182,10 @@ def ways(model: SplitModelPlan, device: str, wish: Wish) -> list[Placement]:
             embeddings_on_host=not model.is_tied,
             activation_offload=offload,
             unrecomputed=0 if offload else number,
+            shards=wish.shards,
         )
         for offload in OFFLOADS["no" if number and wish.offload == "auto" else wish.offload]
-        for pages in sources
+        for pages in sources[: 1 if wish.shards else 2]
     ]
 
 
@@ -197,7 +207,7 @@ def _lack(placed: Placed) -> int:
 def _most_resident(count: Count, way: Placement, wish: Wish) -> Placed:
     """Return the way with the most resident blocks that fit, by bisection; with none if none fit."""
     whole, every = Placed(way, count(way)), way.resident or 0
-    if whole.memory.fits or wish.share != "auto":
+    if whole.memory.fits or wish.share != "auto" or way.shards:
         return whole
     none = replace(way, resident=0)
     best = Placed(none, count(none))

@@ -33,7 +33,7 @@ def conflicts(options: object) -> list[str]:
     if isinstance(options, Quantize | Allocate):
         wrong += _conflicts_of_objective(options)
     kinds: Any = {Quantize: _conflicts_of_quantize, Calibrate: _conflicts_of_calibrate, Eval: _conflicts_of_eval}
-    kinds |= {TrainingOptions: _conflicts_of_training, Generate: _conflicts_of_generate}
+    kinds |= {TrainingOptions: _conflicts_of_training, Train: _conflicts_of_train, Generate: _conflicts_of_generate}
     kinds |= {Aggregate: _conflicts_of_aggregate, Report: _conflicts_of_report}
     return wrong + [clause for kind, find in kinds.items() if isinstance(options, kind) for clause in find(options)]
 
@@ -128,7 +128,19 @@ def _conflicts_of_training(options: TrainingOptions) -> list[str]:
     if options.precondition != "none" and options.optimizer == "lora-rite":
         wrong.append("--optimizer lora-rite preconditions by itself: leave out --precondition riemannian")
     wrong += _conflicts_of_batches(options)
-    return wrong + (_wrong_trackers(options.report_to) if isinstance(options, Train) else [])
+    return wrong
+
+
+def _conflicts_of_train(options: Train) -> list[str]:
+    wrong = _wrong_trackers(options.report_to)
+    if options.shard != "no" and options.layer_major:
+        wrong.append("--shard gathers a block for each batch, and --layer-major divides them: give one of them")
+    if options.shard != "no" and options.resident != "auto":
+        wrong.append(
+            f"--resident {options.resident} keeps whole blocks on the GPU, and --shard {options.shard} keeps a part of "
+            "each: give one of them"
+        )
+    return wrong
 
 
 def _conflicts_of_batches(options: TrainingOptions) -> list[str]:

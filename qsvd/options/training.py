@@ -189,6 +189,13 @@ class Train(TrainingOptions):
     data: Annotated[Data, SAME_RESULT]
     out: Annotated[Path, SAME_RESULT, Help("Folder for checkpoints, adapter and summary.", "RUN")]
 
+    shard: Annotated[
+        Literal["no", "yes", "offload"],
+        SAME_RESULT,
+        Group("memory"),
+        Help("Divide the residual among the processes of torchrun (FSDP2). offload: keep the parts in CPU memory."),
+    ] = "no"
+
     quantized: Annotated[
         Path | None,
         Group("16-bit-model"),

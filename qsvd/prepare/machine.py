@@ -61,7 +61,9 @@ def train_machine(options: Train) -> Machine:
 
 
 def check_offload(options: Train, device: torch.device) -> None:
-    """Refuse to offload activations where there is no GPU."""
+    """Refuse to offload where there is no GPU."""
+    if options.shard == "offload" and device.type == "cpu":
+        raise BadInput("--shard offload needs a GPU; on a CPU the parts are in CPU memory already: give --shard yes")
     if options.activation_offload == "yes" and device.type == "cpu":
         raise BadInput("--activation-offload yes needs a GPU; on a CPU the activations are in CPU memory already")
 
@@ -175,6 +177,19 @@ def wish_of(options: TrainingOptions, old: Recorded | None = None, *, is_labelle
     return Wish(options.resident, offload, number, None if old is None else old.batch_size)
 
 
+def train_wish(options: Train, old: Recorded | None, *, is_labelled: bool) -> Wish:
+    """Return the same for `qsvd train`, whose processes may hold the model together; refuse that for one process."""
+    wish = wish_of(options, old, is_labelled=is_labelled)
+    if options.shard == "no":
+        return wish
+    if ranks.size() == 1:
+        raise BadInput(
+            f"--shard {options.shard} divides the weights among several processes, and there is one: start "
+            "`torchrun --nproc-per-node N -m qsvd train ...`, or leave it out"
+        )
+    return replace(wish, shards=ranks.size(), offloads_parts=options.shard == "offload")
+
+
 def place_reading(  # what is planned, and where
     split: SplitFolder, record: AdapterRecord, batch: Batch, wish: Wish, here: Machine, *, pixels: int = 0
 ) -> Placement:
@@ -223,6 +238,9 @@ def _placed_beside(  # noqa: PLR0913  # what is planned, and where
 def show_placement(placement: Placement, split: SplitFolder) -> str:
     """Return in words which blocks stay on the device."""
     blocks = num_blocks(split)
+    if placement.shards:
+        where = "" if placement.resident is None else " in CPU memory"
+        return f"1/{placement.shards} of each of {blocks} blocks{where}"
     if placement.resident in (None, blocks):
         return f"all {blocks} blocks"
     where = {"host": "in CPU memory", "disk": "on disk"}[placement.pages]

@@ -43,8 +43,8 @@ from qsvd.prepare.machine import (
     show_batches,
     show_placement,
     train_machine,
+    train_wish,
     training_of,
-    wish_of,
     with_batches,
 )
 from qsvd.report.errors import short_count
@@ -226,7 +226,7 @@ def plan_run(
 ) -> PlannedRun:
     """Return the run on a model that is known by its shapes, and its options with numbers; see `prepare_run`."""
     device, is_auto = here.device, options.batch_size == "auto"
-    wish = wish_of(options, old, is_labelled=bool(data.train.label_names))
+    wish = train_wish(options, old, is_labelled=bool(data.train.label_names))
     length = sum(data.lengths) / len(data.lengths)
     options = with_batches(options, model, lambda way: _training(way, data, device), length, wish, here)
     training = _training(options, data, device)

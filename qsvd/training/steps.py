@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qsvd.adapters.methods.hooks import Course
 from qsvd.adapters.model import split_linears
+from qsvd.adapters.pages.sharded import ShardedPages
 from qsvd.memory.items import MemoryPlan
 from qsvd.records import Step
 from qsvd.training.settings import forget
@@ -164,7 +165,8 @@ def memory_by_item(model: Any, optimizer: Any, peak_bytes: int, libraries: int) 
     inside = {id(buffer) for linear in linears for buffer in linear.adapter.buffers()}
     buffers = list(model.buffers())
     parameters = list(model.parameters())
-    frozen = [p for p in parameters if not p.requires_grad]
+    shared = {id(page) for cache in caches.values() if isinstance(cache, ShardedPages) for page in cache.pages()}
+    frozen = [p for p in parameters if not p.requires_grad and id(p) not in shared]
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     states = optimizer.state.values() if optimizer is not None else ()
     items = {

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
+from accelerate.state import PartialState
 from torch import Tensor, distributed, nn
 from torch.utils.data import BatchSampler
 from transformers import Trainer
 
 from qsvd.data.columns import UNTRAINED
-from qsvd.ranks import rank, size
+from qsvd.ranks import is_main, rank, size
 
 BUCKET = 2**25  # elements of gradients that are sent at once
 
@@ -127,14 +128,21 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def join_group(device: torch.device) -> None:
+    """Let torch know the other processes, before a model is loaded that they hold together."""
+    PartialState(cpu=device.type == "cpu")
+
+
 class DividedTraining(Trainer):
     """The part of the trainers that several processes need; it changes nothing for one process.
 
     Attributes:
         share: What a mean over the batches of this process counts in the mean over those of the step.
+        is_sharded: Whether the processes hold the model together: all of them make each pass through it.
     """
 
     share = 1.0
+    is_sharded = False
     _at = 0  # the number of the next batch of this process in its step
 
     def get_train_dataloader(self) -> Any:
@@ -156,6 +164,18 @@ class DividedTraining(Trainer):
             (real,) = over_all([sum(not is_blank(inputs) for inputs in samples)], device)
             self.share = size() * len(samples) / real
         return samples, items
+
+    @property
+    def measures(self) -> bool:
+        """Whether this process makes the passes that are not divided."""
+        return is_main() or self.is_sharded
+
+    def blank_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Do for a blank batch what other processes wait for; the loss is 0."""
+        del num_items_in_batch
+        if self.is_sharded:
+            self.accelerator.backward(0 * model(**self._prepare_inputs(inputs)).logits.sum())  # pyright: ignore
+        return torch.zeros((), device=self.args.device)
 
     def begin_batch(self) -> None:
         """Seed the masks of dropout of a batch: no two batches have the same, whichever process computes them."""

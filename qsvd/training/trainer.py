@@ -23,7 +23,7 @@ from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.methods.hooks import Course, Hooks
 from qsvd.adapters.methods.pissa import Pissa
 from qsvd.adapters.methods.table import METHODS
-from qsvd.adapters.model import restore, split_linears, trained_pairs
+from qsvd.adapters.model import is_sharded, restore, split_linears, trained_pairs
 from qsvd.adapters.start import read_components
 from qsvd.data.columns import UNTRAINED
 from qsvd.data.media import MediaRows
@@ -85,7 +85,7 @@ class SplitTraining(DividedTraining):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one batch forward and backward; stop if the first loss is too high or a loss is not finite."""
         # Before the first step only: a resumed run starts at a later one, and has been checked.
-        if self.state.global_step == 0 and not self.is_checked and is_main():
+        if self.state.global_step == 0 and not self.is_checked and self.measures:
             self.check_first(self._prepare_inputs(inputs))
             self.is_checked = True  # the first step can have several batches; the first one is enough
         self.begin_batch()
@@ -102,16 +102,11 @@ class SplitTraining(DividedTraining):
             self.hooks.after_backward(self.state.global_step + 1)
         return loss
 
-    def blank_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-        """Do for a blank batch what other processes wait for; the loss is 0."""
-        del model, inputs, num_items_in_batch
-        return torch.zeros((), device=self.args.device)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the held-out loss to what is logged for a step, so that files and trackers get both."""
         step, last = self.state.global_step, self.state.max_steps
         if "grad_norm" in logs and self.eval_every and (step % self.eval_every == 0 or step == last):
-            loss = from_main(self.held_out)
+            loss = self.held_out() if self.is_sharded else from_main(self.held_out)
             assert loss is not None, "prepare_train refuses --eval-every without held-out examples"
             logs["eval_loss"] = loss
         super().log(logs, *args, **kwargs)
@@ -314,6 +309,7 @@ def make_trainer(
         trainer.is_packed = settings.packing
     trainer.method, trainer.base, trainer.keep = METHODS[model.split_record.method], base, settings.keep
     trainer.best = lambda: None
+    trainer.is_sharded = is_sharded(model)
     if size() > 1:
         model._is_accelerate_prepared = True  # else accelerate wraps it, see together.py
     pairs = trained_pairs(model)

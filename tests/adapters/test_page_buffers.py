@@ -16,9 +16,10 @@ from functools import partial
 import pytest
 import torch
 
-from qsvd.adapters import page_buffers, page_cache
-from qsvd.adapters.page_buffers import HostSlot, HostStore, PinnedSlot, RingSlot, Store, make_slots
-from qsvd.adapters.page_cache import PageCache
+from qsvd.adapters.pages import buffers as page_buffers
+from qsvd.adapters.pages import cache as page_cache
+from qsvd.adapters.pages.buffers import HostSlot, HostStore, PinnedSlot, RingSlot, Store, make_slots
+from qsvd.adapters.pages.cache import PageCache
 
 COUNT = 7
 BEFORE = 255  # in every byte of a room: of whoever had the memory before

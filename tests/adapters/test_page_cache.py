@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import qsvd
-from qsvd.adapters import page_cache as paging
 from qsvd.adapters.model import split_linears, trained
-from qsvd.adapters.page_buffers import Arena, HostStore, Store
-from qsvd.adapters.page_cache import PageCache, next_pages
+from qsvd.adapters.pages import cache as paging
+from qsvd.adapters.pages.buffers import Arena, HostStore, Store
+from qsvd.adapters.pages.cache import PageCache, next_pages
 from qsvd.files.readers import PageReader
 from qsvd.files.safetensors import NewTensor, read_header, write_stream
 from qsvd.memory.items import Placement

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qsvd
-from qsvd.adapters import page_buffers
 from qsvd.adapters.model import split_linears, trained
-from qsvd.adapters.page_buffers import PinnedSlot, RingSlot
+from qsvd.adapters.pages import buffers as page_buffers
+from qsvd.adapters.pages.buffers import PinnedSlot, RingSlot
 from qsvd.memory.items import Placement
 from tests.adapters.results import IDS, split_checkpoint
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 import qsvd
 from qsvd.adapters.model import split_linears
-from qsvd.adapters.page_buffers import HostStore
+from qsvd.adapters.pages.buffers import HostStore
 from qsvd.commands.demo import MODEL
 from tests.checkpoints import write_checkpoint
 from tests.mixed import modules_of, write_table

@@ -5,8 +5,8 @@ import torch
 
 from qsvd.adapters.adapter import Adapter
 from qsvd.adapters.linear import SplitLinear
-from qsvd.adapters.page_buffers import DiskStore
-from qsvd.adapters.page_cache import PageCache, PagedResidual
+from qsvd.adapters.pages.buffers import DiskStore
+from qsvd.adapters.pages.cache import PageCache, PagedResidual
 from qsvd.files.readers import PageReader
 from qsvd.memory.items import padded
 from qsvd.numerics.normal_float import Nesting, NormalFloat

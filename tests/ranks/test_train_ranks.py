@@ -60,6 +60,9 @@ def by_count(folder):
             words = [
                 arguments(folder, folder / f"{name}-{count}", name, "--steps", 4, *more) for name, more in cases.items()
             ]
+            for name, (more, _) in CASES.items() if count == 2 else ():
+                divided = ("--shard", "yes", *(word for word in more if word != "--layer-major"))
+                words.append(arguments(folder, folder / f"{name}-shared", name, "--steps", 4, *divided))
             return next((code for word in words if (code := run([str(part) for part in word]))), 0)
 
         codes, shown[count] = each(count, folder / f"shown-{count}", train_all)
@@ -75,6 +78,12 @@ def test_the_steps_are_those_of_one_process(folder, by_count, name):
     assert alone[-1]["loss"] != alone[0]["loss"]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_steps_of_processes_that_hold_the_residual_together_are_those_of_one_process(folder, by_count, name):
+    assert by_count
+    assert_same(steps_of(folder / f"{name}-shared"), steps_of(folder / f"{name}-1"), last=4)
+
+
 def test_the_first_process_alone_prints(by_count):
     assert [shown[1:] for shown in by_count.values()] == [[], [["", ""]], [["", ""]] * 2]
 
@@ -82,12 +91,18 @@ def test_the_first_process_alone_prints(by_count):
 def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
     base = classifier_base(folder / "classifier", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     rows = write_rows(folder / "labelled.jsonl", labelled_rows(13))
-    for count in (1, 2):
-        out = folder / f"classes-{count}"
+    for count, shard in ((1, "no"), (2, "no"), (2, "yes")):
+        out = folder / f"classes-{count}-{shard}"
         words = ("train", base, rows, "--out", out, "--method", "lora", *STEP, "--steps", 3, "--learning-rate", 1e-3)
+        words = (*words, "--valid", rows, "--shard", shard)
         codes, shown = together(count, folder / "shown", *words)
         assert codes == [0] * count, shown
-    assert_same(steps_of(folder / "classes-2"), steps_of(folder / "classes-1"), last=3)
+    alone, *divided = (folder / f"classes-{name}" for name in ("1-no", "2-no", "2-yes"))
+    ends = ("held_out_before", "held_out_after", "accuracy_after")
+    for out in divided:
+        assert_same(steps_of(out), steps_of(alone), last=3)
+        found, wanted = (json.loads((run / "summary.json").read_text()) for run in (out, alone))
+        assert [found[name] for name in ends] == pytest.approx([wanted[name] for name in ends], rel=ROUNDING)
 
 
 def at_step(number, rank_of_actor, act):
@@ -115,20 +130,23 @@ def undisturbed(folder):
 
 def test_ctrl_c_in_any_process_saves_a_step_from_which_another_number_goes_on(folder, undisturbed):
     words = arguments(folder, folder / "stopped", "lora", "--steps", 5, "--save-every", 2)
-    codes, shown = together(2, folder / "shown", *words, at=at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    ctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    codes, shown = together(2, folder / "shown", *words, "--shard", "yes", at=at_step(3, 1, ctrl_c))
     assert codes == [130, 130]
     assert lines(shown) == [
         f"qsvd: interrupted; the last step is saved, the same command continues in {folder / 'stopped'}"
     ]
     assert (folder / "stopped" / "checkpoint-3").is_dir()
-    codes, shown = together(3, folder / "shown", *words)
+    assert together(1, folder / "shown", *words, at=at_step(4, 0, ctrl_c))[0] == [130]
+    codes, shown = together(3, folder / "shown", *words, "--shard", "yes")
     assert codes == [0, 0, 0], shown
     assert_same(steps_of(folder / "stopped"), undisturbed, last=5)
 
 
 def test_a_process_that_is_killed_ends_all_and_one_process_goes_on(folder, undisturbed):
     words = arguments(folder, folder / "killed", "lora", "--steps", 5, "--save-every", 2)
-    codes, shown = together(3, folder / "shown", *words, at=at_step(4, 2, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    kill = at_step(4, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    codes, shown = together(3, folder / "shown", *words, "--shard", "yes", at=kill)
     assert codes == [1, 1, -signal.SIGKILL]
     kept = "checkpoint-2 is kept, and the same command continues from it"
     assert lines(shown) == [f"qsvd: another process of the run ended; {kept}"]

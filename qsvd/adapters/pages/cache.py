@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsvd.adapters.page_buffers import DiskStore, HostStore, Slot, Store, make_slots
+from qsvd.adapters.pages.buffers import DiskStore, HostStore, Slot, Store, make_slots
+from qsvd.adapters.pages.sharded import ShardedPages
 from qsvd.errors import BadInput
 from qsvd.files.readers import PageReader
 from qsvd.files.split_folder import SplitFolder
@@ -105,7 +106,7 @@ class PagedResidual:
         nested_block: Scales that share one absmax; None where scales are not nested.
     """
 
-    cache: PageCache
+    cache: PageCache | ShardedPages
     page: int
     places: dict[str, tuple[int, int]]
     shape: tuple[int, int]
@@ -125,14 +126,15 @@ def open_pages(split: SplitFolder, device: torch.device, placement: Placement) -
     Raises:
         BadInput: there are fewer blocks than shall be resident, or too little CPU memory for the others.
     """
-    if placement.resident is None:
+    if placement.resident is None and not placement.shards:
         return {}
     blocks: dict[str, list[str]] = {}
     for name, weight in split.weights.items():
         blocks.setdefault(block_of(weight["module"]), []).append(name)
-    if not 0 <= placement.resident <= len(blocks):
-        raise BadInput(f"{placement.resident} resident blocks are outside 0..{len(blocks)}, those of {split.folder}")
-    resident = resident_blocks(len(blocks), placement.resident)
+    number = 0 if placement.shards else placement.resident or 0
+    if not 0 <= number <= len(blocks):
+        raise BadInput(f"{number} resident blocks are outside 0..{len(blocks)}, those of {split.folder}")
+    resident = resident_blocks(len(blocks), number)
     paged = [names for number, names in enumerate(blocks.values()) if number not in resident]
     return _open(split, paged, device, placement) if paged else {}
 
@@ -147,18 +149,24 @@ def _open(
         {start: one.parts[part] for one, parts in zip(block, page, strict=True) for part, (start, _) in parts.items()}
         for block, page in zip(stored, places, strict=True)
     ]
-    reader = PageReader(pieces)
-    if placement.pages == "host":
-        _check_memory(sum(sizes), split)
-        store: Store = HostStore(reader, sizes, device)
-    else:
-        store = DiskStore(reader, sizes)
-    cache = PageCache(store, device)
+    cache = _cache(PageReader(pieces), sizes, split, device, placement)
     return {
         name: PagedResidual(cache, page, places[page][number], one.shape, one.codec, one.nested_block)
         for page, (names, block) in enumerate(zip(blocks, stored, strict=True))
         for number, (name, one) in enumerate(zip(names, block, strict=True))
     }
+
+
+def _cache(
+    reader: PageReader, sizes: Sequence[int], split: SplitFolder, device: torch.device, placement: Placement
+) -> PageCache | ShardedPages:
+    if placement.pages == "disk" and not placement.shards:
+        return PageCache(DiskStore(reader, sizes), device)
+    if placement.resident is not None:
+        _check_memory(sum(sizes) // max(placement.shards, 1), split)
+    if placement.shards:
+        return ShardedPages(reader, sizes, device, in_host=placement.resident is not None)
+    return PageCache(HostStore(reader, sizes, device), device)
 
 
 def _check_memory(num_bytes: int, split: SplitFolder) -> None:
