@@ -56,7 +56,7 @@ COMMANDS = {
     "methods": Methods,
     "demo": Demo,
 }
-DIVISIBLE = ("quantize", "train")  # several processes of torchrun do one command together
+DIVISIBLE = ("quantize", "train", "eval")  # several processes of torchrun do one command together
 HELP = """usage: qsvd COMMAND [OPTIONS]
 
 Quantize 16-bit models to 4 bits, keep the largest singular components in 16 bits, and fine-tune them.

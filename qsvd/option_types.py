@@ -91,6 +91,10 @@ SHARE_ABOVE_ZERO = Range(lambda value: 0 < value < 1, "is not a number above 0 a
 TOP_P = Range(lambda value: 0 < value <= 1, "is not a number above 0 and at most 1")
 AUTO_OR_ABOVE_ZERO = Range(lambda value: value == "auto" or value >= 1, "is neither auto nor a number of at least 1")
 AUTO_OR_SHARE = Range(lambda value: value == "auto" or 0 <= value <= 1, "is neither auto nor a number from 0 to 1")
+INTERCONNECT = Range(
+    lambda value: value in ("nvlink", "pcie") or (not isinstance(value, str) and 0 < value < math.inf),
+    "is neither nvlink nor pcie nor a finite number of GB/s above 0",
+)
 DEVICE = Range(lambda value: re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", value), "is not one of auto, cpu, cuda, cuda:N")
 
 

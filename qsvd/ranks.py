@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
+PIECE = 2**20  # bytes of one value in the store, which takes 8 MB
 PAUSE = 0.05  # seconds between two looks at the store
 FAILURE, LEFT = "failure", "left"  # keys in the store
 
@@ -138,6 +139,19 @@ def gather(value: Any) -> list[Any]:
     with _explained():
         _group.store.set(f"{turn}/{_group.rank}", json.dumps(value))
     return [json.loads(_get(f"{turn}/{other}")) for other in range(_group.size)]
+
+
+def gather_bytes(value: bytes) -> list[bytes]:
+    """Return the bytes of all processes by rank, however many they are; wait as `gather` does."""
+    lengths = gather(len(value))
+    if _group.store is None:
+        return [value]
+    turn = _next()
+    for number, start in enumerate(range(0, len(value), PIECE)):
+        with _explained():
+            _group.store.set(f"{turn}/{_group.rank}/{number}", value[start : start + PIECE])  # pyright: ignore  # bytes work, too
+    counts = [-(-length // PIECE) for length in lengths]
+    return [b"".join(_get(f"{turn}/{other}/{n}") for n in range(count)) for other, count in enumerate(counts)]
 
 
 def barrier() -> None:

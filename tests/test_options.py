@@ -270,6 +270,8 @@ AGREED["plan"] = {
     "tflops": None,
     "link": None,
     "disk": None,
+    "gpus": None,
+    "interconnect": "pcie",
     "json": False,
 } | {name: default for name, default in AGREED["train"].items() if name not in NOT_SHARED}
 READERS = {
@@ -440,6 +442,8 @@ OUTSIDE = {  # option -> values outside its range, and the words for them
     ("plan", "resident"): ([1.5, -0.1, math.nan], "is neither auto nor a number from 0 to 1"),
     ("plan", "tflops"): ([0.0, math.inf], "is not a finite number above 0"),
     ("plan", "link"): ([-3.0, math.nan], "is not a finite number above 0"),
+    ("plan", "gpus"): ([1, 0], "is below 2"),
+    ("plan", "interconnect"): ([0.0, math.inf], "is neither nvlink nor pcie nor a finite number of GB/s above 0"),
     ("plan", "disk"): ([0.0], "is not a finite number above 0"),
     ("allocate", "gap"): ([-1e-9, math.nan], "is below 0"),
     ("allocate", "time_limit"): ([0.0, math.nan], "is not above 0"),
@@ -508,6 +512,7 @@ INSIDE = {  # the last values inside
     ("prune", "keep"): [1e-9, 0.999],
     ("aggregate", "weights"): [(), (1e-9, 1.0)],
     ("plan", "resident"): [0, 0.0, 1, "auto"],
+    ("plan", "interconnect"): ["nvlink", "pcie", 1e-9],
     ("train", "batch_size"): [1, "auto"],
     ("allocate", "gap"): [0.0, math.inf],
     ("allocate", "time_limit"): [1e-9, math.inf],

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from qsvd import ranks
 from qsvd.console.progress import display, quiet, say, terminal
 from qsvd.data.encoder_decoder import sources_and_targets
 from qsvd.data.examples import is_encoder_decoder, positions, stop_ids, tokenize_speech
@@ -14,7 +15,7 @@ from qsvd.data.masks import ends_of_turn
 from qsvd.data.tokens import question_prompts, tokenize
 from qsvd.errors import BadInput, NoResult, listing
 from qsvd.evaluate.accuracy import accuracy, mean_loss
-from qsvd.evaluate.batches import Tell
+from qsvd.evaluate.batches import Tell, every_process
 from qsvd.evaluate.divergence import Divergence, divergence_of_documents, divergence_of_text
 from qsvd.evaluate.exact_match import exact_match
 from qsvd.evaluate.perplexity import perplexity_of_documents, perplexity_of_text, slide
@@ -38,7 +39,10 @@ Values = dict[str, float]
 
 
 def main(options: Eval) -> None:
-    """Run `qsvd eval`: 1 check, 2 measure every model, 3 print a table or JSON."""
+    """Run `qsvd eval`: 1 check, 2 measure every model, 3 print a table or JSON.
+
+    Several processes divide the batches of 2.
+    """
     with display() as show:
         measured = evaluate(options, show)
     if options.json:
@@ -56,7 +60,7 @@ def evaluate(options: Eval, show: ShowProgress = show_nothing) -> EvalResult:
         DoesNotFit: there is too little memory.
     """
     with quiet():
-        run = prepare_eval(options)
+        run = ranks.main_first(lambda: prepare_eval(options))
         rows = []
         for number, one in enumerate(run.subjects):
             shown = Shown(show, number, len(run.subjects), one.found.name)
@@ -82,7 +86,7 @@ class Shown:
 
         def tell(new: int) -> None:
             nonlocal done
-            done += new
+            done = min(total, done + new * ranks.size())  # the others are about as far
             share = self._number + done / total
             self._show(Progress(share, share, self._models, f"{self._name}: {done:,}/{total:,} {unit}"))
 
@@ -128,7 +132,7 @@ def _perplexity(subject: Subject, run: EvalRun, shown: Shown) -> Values:
     stride = run.options.stride or max(1, window // 2) if run.is_one_text else window
     values: Values = {"window": window}
     tell = shown.of(_predictions(documents, window, stride, run), "tokens")
-    how: dict[str, Any] = {"window": window, "batch": run.options.batch_size, "tell": tell}
+    how: dict[str, Any] = {"window": window, "batch": run.options.batch_size, "tell": tell, "part": every_process()}
     if run.is_one_text:
         values["stride"] = stride
         compare: Callable[..., Divergence] = partial(divergence_of_text, tokens=documents[0], stride=stride, **how)
@@ -182,7 +186,7 @@ def _answers(subject: Subject, run: EvalRun, shown: Shown) -> Values:
         data = tokenize_images(run.examples, subject.processor, **cut)
     model = _load(subject, run, pixels=0 if data.media is None else run.options.batch_size * data.media.pixels)
     how: dict[str, Any] = {"pad_token": subject.tokenizer.pad_token_id, "batch": run.options.batch_size}
-    how["tell"] = shown.of(len(data.input_ids), "examples")
+    how |= {"tell": shown.of(len(data.input_ids), "examples"), "part": every_process()}
     if data.media is not None:
         how["collate"] = data.media.batch
     if model.config.is_encoder_decoder:
@@ -211,6 +215,7 @@ def _accuracy(subject: Subject, run: EvalRun, shown: Shown) -> Values:
         batch=batch,
         segments=segments,
         tell=shown.of(len(pairs), "examples"),
+        part=every_process(),
     )
     low, high = measured.interval
     return {
@@ -242,6 +247,7 @@ def _exact_match(subject: Subject, run: EvalRun, shown: Shown) -> Values:
         max_new_tokens=new_tokens,
         batch=run.options.batch_size,
         tell=shown.of(len(prompts), "answers"),
+        part=every_process(),
     )
     low, high = measured.interval
     return {

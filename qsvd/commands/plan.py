@@ -6,7 +6,8 @@ from contextlib import nullcontext
 
 from qsvd.console.progress import display, quiet, say, terminal
 from qsvd.errors import DoesNotFit
-from qsvd.memory.duration import page_seconds, quantize_time, step_time
+from qsvd.memory.duration import Rate, page_seconds, quantize_time, step_time
+from qsvd.memory.gpus.strategies import INTERCONNECTS, Group, strategies
 from qsvd.memory.other_tasks import plan_quantizing
 from qsvd.memory.placement import Cell, Reach, advice, explore, highest, longest, place, place_serving
 from qsvd.memory.split_model import SplitModelPlan
@@ -14,6 +15,7 @@ from qsvd.options import Plan, Train
 from qsvd.options.quantizing import NEAREST_PASSES
 from qsvd.prepare.plan import PlanJob, prepare_plan, train_of
 from qsvd.records import Progress, ShowProgress, show_nothing
+from qsvd.report.gpus.strategies import GpusAnswer, torchrun_command
 from qsvd.report.next_commands import train_command
 from qsvd.report.planning import Answer, QuantizeAnswer, ServeAnswer, TrainAnswer, headline, plan_json, plan_tables
 
@@ -41,8 +43,15 @@ def main(options: Plan, run: Train | None = None) -> None:
         terminal().print(plan_tables(options.model, found))
     if not found.fits:
         raise DoesNotFit("; ".join(found.lacking))
-    if found.train is not None and options.rank != 0 and not options.json:
-        say(f"Next: {train_command(run or train_of(options))}", file=sys.stderr)
+    if options.rank != 0 and not options.json and (command := _next(options, found, run)):
+        say(f"Next: {command}", file=sys.stderr)
+
+
+def _next(options: Plan, found: Answer, run: Train | None) -> str | None:
+    """Return the command that trains, if training is planned."""
+    if found.gpus is not None and found.gpus.best is not None:
+        return torchrun_command(train_of(options), found.gpus, found.gpus.best)
+    return None if found.train is None else train_command(run or train_of(options))
 
 
 def plan(options: Plan, show: ShowProgress = show_nothing, run: Train | None = None) -> Answer:
@@ -68,7 +77,15 @@ def answer(job: PlanJob, show: ShowProgress = show_nothing) -> Answer:
         what=f"rank {job.source.rank}, {batch.tokens:,} tokens, {batch.batch} x {accumulate} sequences a step",
         notes=job.source.notes,
         run=None if job.run is None else job.run.rows,
+        gpus=None if job.options.gpus is None else _on_gpus(job, model, job.options.gpus),
     )
+
+
+def _on_gpus(job: PlanJob, model: SplitModelPlan, gpus: int) -> GpusAnswer:
+    given = job.options.interconnect
+    interconnect = INTERCONNECTS[given] if isinstance(given, str) else Rate(1e9 * given, "given")
+    group = Group(gpus, job.speed, interconnect)
+    return GpusAnswer(strategies(model, job.training, job.limits, job.wish, group), group, job.training)
 
 
 def _serving(job: PlanJob, model: SplitModelPlan) -> ServeAnswer:

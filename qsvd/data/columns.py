@@ -8,9 +8,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qsvd.data.chat import check_messages, described, from_conversation, read_tools
+from qsvd.data.large.mapped import MappedTokens
 from qsvd.data.media import AUDIO, COLUMNS, MediaRows, gather, read_row_sound
 from qsvd.data.row_files import Places, Rows, refusal
 from qsvd.errors import BadInput, listing
@@ -70,7 +72,14 @@ class ColumnSet:
         return " + ".join([*self.required, *(f"[{name}]" for name in self.optional)])
 
 
-def recognise(rows: Rows, mapping: Mapping[str, str], *, labels: bool = True) -> Examples:
+def recognise(
+    rows: Rows,
+    mapping: Mapping[str, str],
+    *,
+    labels: bool = True,
+    columns: Sequence[str] | None = None,
+    form: type | None = None,
+) -> Examples:
     """Return the rows as examples of one kind, each checked. Nothing is tokenized yet.
 
     A column is present if any row has a value in it that is not null.
@@ -79,12 +88,15 @@ def recognise(rows: Rows, mapping: Mapping[str, str], *, labels: bool = True) ->
         mapping: Column of the file -> our name for it. Only column sets with all these names are used, and a column of
             the file that already has such a name is ignored.
         labels: False reads texts with labels as texts.
+        columns: Those of all rows, where these are some of them; None finds them.
+        form: The type of the prompts before, str or list.
 
     Raises:
         BadInput: the mapping names a column that is missing, or a name that is not ours; no set fits; rows lack a
             column or have a wrong value in it (all are counted, the first few are shown).
     """
-    columns = list(dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None))
+    if columns is None:
+        columns = list(dict.fromkeys(name for row in rows.rows for name, value in row.items() if value is not None))
     _check_mapping(mapping, columns, rows.places.source)
     ours = {mapping.get(name, name) for name in columns}
     kinds = [known for known in COLUMN_SETS if labels or known.kind != "labelled"]
@@ -92,7 +104,7 @@ def recognise(rows: Rows, mapping: Mapping[str, str], *, labels: bool = True) ->
     chosen = next((known for known in candidates if ours.issuperset(known.required)), None)
     if chosen is None:
         raise BadInput(_no_set_fits(rows.places.source, columns, mapping))
-    converted, problems, form = [], [], None
+    converted, problems = [], []
     for index, row in enumerate(rows.rows):
         try:
             converted.append(_convert(chosen, row, mapping))
@@ -252,8 +264,8 @@ class Tokenized:
     """
 
     kind: Kind
-    input_ids: list[list[int]]
-    labels: list[list[int]] | list[int]
+    input_ids: Sequence[list[int]]
+    labels: Sequence[list[int]] | Sequence[int]
     places: Places
     truncated: int = 0
     dropped: int = 0
@@ -268,30 +280,39 @@ class Tokenized:
         """Return the place of a sequence, "train.jsonl, line 3"."""
         return self.places.where(index)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """The SHA-256, in hex, of tokens, labels and label names, and of what a processor reads."""
+        """The SHA-256, in hex, of tokens, labels and label names, and of what a processor reads: of a list in JSON."""
         parts: list[Any] = [self.input_ids, self.labels, self.label_names]
         if self.media is not None:
             parts.append(self.media.digests)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        found = hashlib.sha256()
+        for number, part in enumerate(parts):
+            found.update(b", [" if number else b"[[")
+            for index, one in enumerate(part):  # one by one: the text of all is longer than the tokens
+                found.update(f"{', ' if index else ''}{json.dumps(one)}".encode())
+            found.update(b"]")
+        found.update(b"]")
+        return found.hexdigest()
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens of all sequences."""
         return sum(map(len, self.input_ids))
 
-    @property
+    @cached_property
     def num_trained(self) -> int:
         """Number of tokens with a loss in all sequences; for labelled text, of labels."""
+        if isinstance(self.labels, MappedTokens):
+            return sum(int((labels[1:] != UNTRAINED).sum()) for labels in self.labels.arrays())
         return sum(1 if isinstance(label, int) else Marked([], label).num_trained for label in self.labels)
 
     def take(self, indexes: Sequence[int]) -> "Tokenized":
         """Return some sequences, in the order given."""
         return replace(
             self,
-            input_ids=[self.input_ids[index] for index in indexes],
-            labels=[self.labels[index] for index in indexes],
+            input_ids=_some(self.input_ids, indexes),
+            labels=_some(self.labels, indexes),
             places=self.places.take(indexes),
             token_types=self.token_types and [self.token_types[index] for index in indexes],
             media=self.media and self.media.take(indexes),
@@ -301,7 +322,14 @@ class Tokenized:
         """Return a data set with the columns input_ids and labels, and token_type_ids for pairs of texts."""
         from datasets import Dataset
 
-        columns: dict[str, list] = {"input_ids": self.input_ids, "labels": self.labels}
+        if isinstance(self.input_ids, MappedTokens):
+            return self.input_ids.as_dataset(("input_ids", "labels"))
+        columns: dict[str, Any] = {"input_ids": self.input_ids, "labels": self.labels}
         if self.token_types is not None:
             columns["token_type_ids"] = self.token_types
         return Dataset.from_dict(columns)
+
+
+def _some(values: Any, indexes: Sequence[int]) -> Any:
+    """Return some of the values, in the order given."""
+    return values.take(indexes) if isinstance(values, MappedTokens) else [values[index] for index in indexes]

@@ -37,7 +37,7 @@ def sources_and_targets(
         BadInput: an example is trained from its first token on.
     """
     if data.kind == "speech":  # the encoder hears; only the length of a source counts
-        return data.input_ids, data.input_ids
+        return list(data.input_ids), list(data.input_ids)
     start, end = start_tokens(tokenizer), end_tokens(tokenizer)
     sources, targets = [], []
     for number, (tokens, labels) in enumerate(zip(data.input_ids, data.labels, strict=True)):

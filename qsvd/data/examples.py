@@ -9,8 +9,8 @@ import torch
 from qsvd.data import encoder_decoder
 from qsvd.data.columns import Examples, Tokenized, recognise
 from qsvd.data.images import hears, open_processor, reads_images, tokenize_images
-from qsvd.data.read import read_pair, read_rows
-from qsvd.data.row_files import Rows
+from qsvd.data.large.cache import Recipe, open_large
+from qsvd.data.read import read_train
 from qsvd.data.template_names import check_tokens, read_template
 from qsvd.data.tokens import check_keeps_apart, check_vocabulary, pack, packed_dataset, tokenize
 from qsvd.errors import BadInput
@@ -151,16 +151,18 @@ def _check_pairs(options: Train, train: Tokenized, held_out: Tokenized | None, t
 
 def _tokenized(options: Train, tokenizer: Any, home: Home, max_length: int) -> tuple[Tokenized, Tokenized | None]:
     """Return the tokenized examples that are trained and those that are held out."""
-    train, valid = _rows(options)
     has_labels = options.task != "causal"
-    examples = recognise(train, mapping_of(options.map), labels=has_labels)
+    chosen: Any = {"max_length": max_length, "loss_on": options.loss_on, "stop_ids": stop_ids(home.folder)}
+    recipe = Recipe(tokenizer, home.folder, mapping_of(options.map), has_labels, chosen)
+    large = None if is_encoder_decoder(home.folder) else open_large(options.data, options.split, recipe)
+    train, valid = read_train(options.data, options.split, options.valid, is_read=large is not None)
+    examples = recognise(train, recipe.mapping, labels=has_labels) if large is None else large.first
     check_hears(home.architecture, home.name, examples)
     _check_task(options, examples, home)
     _check_kind(options, examples)
-    others = None if valid is None else recognise(valid, mapping_of(options.map), labels=has_labels)
+    others = None if valid is None else recognise(valid, recipe.mapping, labels=has_labels)
     if others is not None and others.kind != examples.kind:
         raise BadInput(f"{others.places.source} holds {others.kind} examples, {examples.places.source} {examples.kind}")
-    chosen: Any = {"max_length": max_length, "loss_on": options.loss_on, "stop_ids": stop_ids(home.folder)}
     if examples.kind == "speech":
         data, held_out = (one and tokenize_speech(one, home.folder, max_length) for one in (examples, others))
         assert data is not None, "of the examples"
@@ -172,20 +174,10 @@ def _tokenized(options: Train, tokenizer: Any, home: Home, max_length: int) -> t
         if others is not None:
             return data, tokenize_images(others, processor, **chosen)
         return _hold_out(data, options) if options.held_out else (data, None)
-    data = tokenize(examples, tokenizer, **chosen, label_names=None)
+    data = tokenize(examples, tokenizer, **chosen, label_names=None) if large is None else large.tokens()
     if others is None:
         return _hold_out(data, options) if options.held_out else (data, None)
     return data, tokenize(others, tokenizer, **chosen, label_names=data.label_names or None)
-
-
-def _rows(options: Train) -> tuple[Rows, Rows | None]:
-    """Read the rows of the training data, and of the validation data if there are any."""
-    if options.valid is None and options.split == "train":
-        return read_pair(options.data)
-    train = read_rows(options.data, split=options.split)
-    if options.valid is None:
-        return train, None
-    return train, read_rows(options.valid, split="train" if Path(options.valid).expanduser().is_file() else "valid")
 
 
 def _check_task(options: Train, examples: Examples, home: Home) -> None:

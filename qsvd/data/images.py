@@ -17,12 +17,12 @@ from torch import Tensor
 
 from qsvd.data.chat import MARK, Message, speaks
 from qsvd.data.columns import UNTRAINED, Examples, Marked, Row, Tokenized
-from qsvd.data.masks import check_end, says_nothing, stop_tokens_of
+from qsvd.data.masks import check_end, check_share, says_nothing, stop_tokens_of
 from qsvd.data.media import NO_PILLOW, MediaRows
 from qsvd.data.plain import start_tokens
 from qsvd.data.row_files import refusal
 from qsvd.data.template_names import RAISED, check_length
-from qsvd.data.tokens import SEPARATOR, check_share, conversation, has_messages, refuse_untrained
+from qsvd.data.tokens import SEPARATOR, conversation, has_messages, refuse_untrained
 from qsvd.errors import BadInput, first_line
 from qsvd.files.quantized.padding import config_of, set_padding
 from qsvd.inputs.model_files import from_folder, processor_of

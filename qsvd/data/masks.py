@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -152,3 +153,49 @@ def _counted(text: str, tokens: list[int], tokenizer: "PreTrainedTokenizerBase")
 
 def _decode(tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+# Which share of the tokens of a data set is trained.
+
+
+@dataclass
+class Share:
+    """What the blocks of large data have together: sequences, their tokens and trained tokens, and the shortest one."""
+
+    sequences: int = 0
+    total: int = 0
+    trained: int = 0
+    shortest: int = 2**62
+
+    def add(self, sequences: Sequence[Marked]) -> None:
+        """Count more sequences, as they are before they are cut."""
+        self.sequences += len(sequences)
+        self.total += sum(len(sequence.input_ids) for sequence in sequences)
+        self.trained += sum(label >= 0 for sequence in sequences for label in sequence.labels)
+        self.shortest = min([self.shortest, *(len(sequence.input_ids) for sequence in sequences)])
+
+
+def check_share(sequences: Sequence[Marked], source: str) -> None:
+    """Refuse data in which no token or every token is trained: usually the chat template does not fit."""
+    share = Share()
+    share.add(sequences)
+    check_marked(share.trained, share.total, source)
+
+
+def check_left(share: Share, dropped: int, max_length: int, source: str) -> None:
+    """Refuse data of which no example has a trained token after cutting."""
+    if share.sequences and share.sequences == dropped:
+        raise BadInput(
+            f"{source}: no example has a trained token within max_length {max_length}; "
+            f"the shortest has {share.shortest} tokens; raise --max-length"
+        )
+
+
+def check_marked(trained: int, total: int, source: str) -> None:
+    """Refuse data in which no token or every token is trained."""
+    if trained in (0, total):
+        raise BadInput(
+            f"{source}: {trained} of {total} tokens would be trained ({'100' if trained else '0'} %), so answers "
+            "cannot be told from the rest; check where the chat template has {% generation %}, and whether prompts are "
+            "empty, or train on all tokens (--loss-on all)"
+        )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 VALID_NAMES = ("valid", "validation", "dev", "test")  # names of the validation split, preferred first
 SYNONYMS = VALID_NAMES[:3]
+SHARDED = (".jsonl", ".parquet")  # suffixes of shards
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> Rows:
@@ -35,8 +36,7 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
     if local is None:
         found = _hub_split(str(source), names)
     elif local.is_dir():
-        path = _split_file(local, names)
-        found = read_file(path) if path else None
+        found = _read_shards(local, names)
     elif split == "train":
         return read_file(local)
     else:
@@ -56,8 +56,28 @@ def read_pair(source: str | Path) -> tuple[Rows, Rows | None]:
     train = read_rows(source)
     if local is None:
         return train, _hub_split(str(source), VALID_NAMES)
-    path = _split_file(local, VALID_NAMES) if local.is_dir() else None
-    return train, read_file(path) if path else None
+    return train, _read_shards(local, VALID_NAMES) if local.is_dir() else None
+
+
+def read_train(data: str, split: str, valid: str | None, *, is_read: bool = False) -> tuple[Rows, Rows | None]:
+    """Return the rows to train, and those of the validation data if there are any.
+
+    Args:
+        split: Of the rows to train.
+        valid: The validation data that were asked for; None is the split in VALID_NAMES beside "train".
+        is_read: Whether the rows to train are read elsewhere: then there are none here.
+
+    Raises:
+        BadInput: as `read_rows`.
+    """
+    none = Rows([], Places(data, "row", []))
+    if valid is None and split == "train" and not is_read:
+        return read_pair(data)
+    train = none if is_read else read_rows(data, split=split)
+    if valid is not None:
+        return train, read_rows(valid, split="train" if Path(valid).expanduser().is_file() else "valid")
+    folder = Path(data).expanduser()
+    return train, _read_shards(folder, VALID_NAMES) if split == "train" and folder.is_dir() else None
 
 
 def local_data(source: str | Path) -> Path | None:
@@ -82,6 +102,32 @@ def local_data(source: str | Path) -> Path | None:
     if not HUB_ID.fullmatch(text.partition(":")[0]):
         raise BadInput(f"no file or folder {text!r} here, and a hub id looks like 'owner/name' or 'owner/name:config'")
     return None
+
+
+def shard_files(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
+    """Return the file of the first of some names of a split that has one, or its shards: train-00000-of-00002.jsonl.
+
+    Raises:
+        BadInput: a split has two files that are not its shards, or shards with two suffixes.
+    """
+    for name in names:
+        whole = _split_file(folder, (name,))
+        shards = sorted(path for path in folder.glob(f"{name}-*") if path.is_file() and path.suffix in SHARDED)
+        if len({path.suffix for path in shards} | ({"whole"} if whole and shards else set())) > 1:
+            found = listing([path.name for path in (*([whole] if whole else []), *shards)])
+            raise BadInput(f"{folder} has several files for one split, {found}: keep one, or shards with one suffix")
+        if whole or shards:
+            return (whole,) if whole else tuple(shards)
+    return ()
+
+
+def _read_shards(folder: Path, names: Sequence[str]) -> Rows | None:
+    """Return the rows of the files of a split one after another; None if there is none."""
+    files = shard_files(folder, names)
+    if len(files) < 2:
+        return read_file(files[0]) if files else None
+    rows = [row for path in files for row in read_file(path).rows]
+    return Rows(rows, Places(f"{folder} ({len(files)} files)", "row", range(1, len(rows) + 1)))
 
 
 def part_files(folder: Path) -> dict[str, Path | None]:

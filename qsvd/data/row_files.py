@@ -14,6 +14,7 @@ from qsvd.errors import BadInput, first_line, listing
 
 Problem = tuple[str, str]  # a place, "line 3", and what is wrong there
 BOM = b"\xef\xbb\xbf"  # some editors write it in front of UTF-8
+ROWS_AT_ONCE = 1000  # of a Parquet file
 LARGEST_CELL = 2**31 - 1  # bytes of a CSV cell; Python's own limit of 128 KiB is below a long document
 
 
@@ -74,21 +75,27 @@ def read_file(path: Path) -> Rows:
     return rows
 
 
-def _read_json_lines(path: Path) -> Rows:
-    rows, numbers, broken = [], [], []
+def json_lines(path: Path, broken: list[Problem]) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Yield the rows of JSON lines, the line and the bytes of each; lines that cannot be read are added to `broken`."""
     with path.open("rb") as file:  # as bytes, lines end at b"\n" only: JSON allows U+2028 and others inside a string
         for number, line in enumerate(file, 1):
             raw = line.removeprefix(BOM) if number == 1 else line
             if not raw.strip():
                 continue
             try:
-                rows.append(_parse_row(raw))
-                numbers.append(number)
+                row = _parse_row(raw)
             except ValueError as error:
                 broken.append((f"line {number}", str(error)))
+                continue
+            yield number, row, len(raw)
+
+
+def _read_json_lines(path: Path) -> Rows:
+    broken: list[Problem] = []
+    found = [(number, row) for number, row, _ in json_lines(path, broken)]
     if broken:
         raise BadInput(refusal(path, "broken line", broken))
-    return Rows(rows, Places(str(path), "line", numbers))
+    return Rows([row for _, row in found], Places(str(path), "line", [number for number, _ in found]))
 
 
 def _read_json(path: Path) -> Rows:
@@ -171,13 +178,25 @@ def _decoded_lines(path: Path, broken: list[Problem]) -> Iterator[str]:
                 yield raw.decode("utf-8", errors="replace")
 
 
-def _read_parquet(path: Path) -> Rows:
+def parquet_rows(path: Path, broken: list[Problem]) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Yield the rows of a Parquet file, the number of each and about its bytes; none is ever `broken`."""
     from pyarrow import ArrowException, parquet
 
+    del broken
+    number = 0
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                size = batch.nbytes // max(1, batch.num_rows)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row, size
     except (ArrowException, OSError) as error:
         raise BadInput(f"{path} is not a Parquet file, or is truncated: {first_line(error)}") from error
+
+
+def _read_parquet(path: Path) -> Rows:
+    rows = [row for _, row, _ in parquet_rows(path, [])]
     return Rows(rows, Places(str(path), "row", range(1, len(rows) + 1)))
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qsvd.data import chat, plain
 from qsvd.data.chat import Chat, ChatTemplate
 from qsvd.data.columns import UNTRAINED, Examples, Marked, Tokenized
-from qsvd.data.masks import mark_chats, says_nothing, stop_tokens_of
+from qsvd.data.masks import Share, check_left, check_marked, mark_chats, says_nothing, stop_tokens_of
 from qsvd.data.plain import tokenize_labelled
 from qsvd.data.row_files import Places, Problem, refusal
 from qsvd.errors import BadInput, listing
@@ -68,13 +68,36 @@ def tokenize(
         raise BadInput(f"{examples.places.source} has images, and only texts can be used here: remove them")
     if examples.kind == "labelled":
         return tokenize_labelled(examples, tokenizer, max_length, label_names)
+    return tokenize_part(examples, tokenizer, None, max_length=max_length, loss_on=loss_on, stop_ids=stop_ids)
+
+
+def tokenize_part(
+    examples: Examples,
+    tokenizer: "PreTrainedTokenizerBase",
+    share: Share | None,
+    *,
+    max_length: int,
+    loss_on: str = "answers",
+    stop_ids: Sequence[int] = (),
+) -> Tokenized:
+    """Tokenize texts, pairs or chats as `tokenize` does.
+
+    Args:
+        share: Counts what `check_marked` and `check_left` look at in all blocks together; None for the whole data,
+            which are checked at once.
+    """
     if examples.kind == "text":
         return _tokenize_text(examples, tokenizer, max_length)
-    sequences = _mark_answers(examples, tokenizer, loss_on, stop_ids)
-    if loss_on == "answers":
-        check_share(sequences, examples.places.source)
+    sequences, source = _mark_answers(examples, tokenizer, loss_on, stop_ids), examples.places.source
+    counted = Share() if share is None else share
+    counted.add(sequences)
+    if share is None and loss_on == "answers":
+        check_marked(counted.trained, counted.total, source)
+    data = _cut(examples, sequences, max_length)
+    if share is None:
+        check_left(counted, data.dropped, max_length, source)
     is_literal = examples.literal or chat.chat_template(tokenizer) is None
-    return replace(_cut(examples, sequences, max_length), has_template=has_messages(examples) or not is_literal)
+    return replace(data, has_template=has_messages(examples) or not is_literal)
 
 
 def question_prompts(questions: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -174,18 +197,6 @@ def refuse_untrained(places: Places, untrained: Sequence[bool], reason: str) -> 
         raise BadInput(refusal(places.source, "untrained example", problems))
 
 
-def check_share(sequences: Sequence[Marked], source: str) -> None:
-    """Refuse data in which no token or every token is trained: usually the chat template does not fit."""
-    total = sum(len(sequence.input_ids) for sequence in sequences)
-    trained = sum(label >= 0 for sequence in sequences for label in sequence.labels)
-    if trained in (0, total):
-        raise BadInput(
-            f"{source}: {trained} of {total} tokens would be trained ({'100' if trained else '0'} %), so answers "
-            "cannot be told from the rest; check where the chat template has {% generation %}, and whether prompts are "
-            "empty, or train on all tokens (--loss-on all)"
-        )
-
-
 def _cut(examples: Examples, sequences: Sequence[Marked], max_length: int) -> Tokenized:
     kept, truncated, cut_tokens, untrained = [], 0, 0, []
     for index, sequence in enumerate(sequences):
@@ -196,12 +207,6 @@ def _cut(examples: Examples, sequences: Sequence[Marked], max_length: int) -> To
         if short.num_trained:
             kept.append((index, short))
     refuse_untrained(examples.places, untrained, "the chat template marks nothing")
-    if not kept:
-        shortest = min(len(sequence.input_ids) for sequence in sequences)
-        raise BadInput(
-            f"{examples.places.source}: no example has a trained token within max_length {max_length}; "
-            f"the shortest has {shortest} tokens; raise --max-length"
-        )
     data = _collect(examples, kept)
     return replace(data, truncated=truncated, dropped=len(sequences) - len(kept), cut_tokens=cut_tokens)
 

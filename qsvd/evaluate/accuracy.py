@@ -15,7 +15,7 @@ from torch.nn import functional
 from qsvd.data.columns import UNTRAINED
 from qsvd.errors import BadInput, listing
 from qsvd.evaluate import perplexity
-from qsvd.evaluate.batches import Model, Tell, by_length, check_ready, check_sequences, padded, tell_nobody
+from qsvd.evaluate.batches import ALONE, Model, Part, Tell, by_length, check_ready, check_sequences, padded, tell_nobody
 from qsvd.evaluate.perplexity import Perplexity
 
 NORMAL_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution, for a two-sided 95 % interval
@@ -61,7 +61,7 @@ class Accuracy(Counted):
     nats: float
 
 
-def accuracy(
+def accuracy(  # noqa: PLR0913  # each is a choice of its own
     model: Model,
     examples: Sequence[tuple[list[int], int]],
     *,
@@ -69,6 +69,7 @@ def accuracy(
     batch: int = 32,
     segments: Sequence[list[int]] | None = None,
     tell: Tell = tell_nobody,
+    part: Part = ALONE,
 ) -> Accuracy:
     """Return accuracy and cross entropy of a sequence classifier; the batch size changes only the rounding.
 
@@ -80,6 +81,7 @@ def accuracy(
         batch: Sequences of one forward pass, of similar length.
         segments: token_type_ids of each example, one per token; None is the model's default.
         tell: Is called after every batch with the number of its examples.
+        part: Which batches this process measures; all processes return the accuracy on all.
 
     Raises:
         BadInput: batch is below 1; the model is in training mode, has fewer than two classes or another pad token, or
@@ -96,15 +98,17 @@ def accuracy(
             f"pad token {pad_token} is not {expected}, the pad_token_id of the model's config, by which decoders find "
             f"the end of a text: set model.config.pad_token_id = {pad_token}, or give that pad token"
         )
-    correct, nats = 0, 0.0
-    for indices in by_length(sequences, batch):
+    measured = []
+    for indices in part.of(by_length(sequences, batch)):
         types = None if segments is None else [segments[i] for i in indices]
         logits_NC = _logits(model, [sequences[i] for i in indices], pad_token, types)
         labels_N = torch.tensor([examples[i][1] for i in indices])
-        correct += int((logits_NC.argmax(-1) == labels_N).sum())
-        nats += functional.cross_entropy(logits_NC, labels_N, reduction="none").double().sum().item()
+        nats = functional.cross_entropy(logits_NC, labels_N, reduction="none").double().sum().item()
+        measured.append([int((logits_NC.argmax(-1) == labels_N).sum()), nats])
         tell(len(indices))
-    return Accuracy(correct, len(examples), nats / len(examples))
+    measured = part.joined(measured)
+    total = sum(nats for _, nats in measured)
+    return Accuracy(sum(correct for correct, _ in measured), len(examples), total / len(examples))
 
 
 @torch.inference_mode()
@@ -139,7 +143,7 @@ Example: TypeAlias = tuple[list[int], list[int]]  # input ids, and labels that a
 Collate: TypeAlias = Callable[[list[int]], Mapping[str, Tensor]]
 
 
-def mean_loss(
+def mean_loss(  # noqa: PLR0913  # each is a choice of its own
     model: Model,
     examples: Sequence[Example],
     *,
@@ -147,6 +151,7 @@ def mean_loss(
     batch: int = 8,
     tell: Tell = tell_nobody,
     collate: Collate | None = None,
+    part: Part = ALONE,
 ) -> Perplexity:
     """Return the mean negative log-likelihood of the labelled tokens, each predicted from the tokens before it.
 
@@ -161,6 +166,7 @@ def mean_loss(
         tell: Is called after every batch with the number of its examples.
         collate: Returns what the model reads of the examples with these numbers, padded on the right, where that is
             more than tokens.
+        part: Which batches this process measures; all processes return the loss of all.
 
     Raises:
         BadInput: batch is below 1; the model is in training mode; there is no example; an example is empty, too long,
@@ -174,17 +180,17 @@ def mean_loss(
     total = sum(sum(row) for row in counted)
     if not total:
         raise BadInput(f"no label to predict: all labels after the first of each example are {UNTRAINED}")
-    nats = 0.0
-    for indices in by_length(sequences, batch):
+    measured = []
+    for indices in part.of(by_length(sequences, batch)):
         group = [examples[i] for i in indices]
         if collate is None:
             tokens_NT, mask_NT = padded(model, [tokens for tokens, _ in group], pad_token)
             inputs = {"input_ids": tokens_NT, "attention_mask": mask_NT}
         else:
             inputs = {name: x.to(model.device) for name, x in collate(indices).items() if name != "labels"}
-        nats += _loss(model, group, inputs)
+        measured.append(_loss(model, group, inputs))
         tell(len(indices))
-    return Perplexity(nats / total, total)
+    return Perplexity(sum(part.joined(measured)) / total, total)
 
 
 @torch.inference_mode()

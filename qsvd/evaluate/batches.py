@@ -3,12 +3,15 @@
 Shape suffixes: N = sequences of one batch, T = tokens of the longest.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from qsvd import ranks
 from qsvd.errors import BadInput, listing
 from qsvd.plan.weights import context_length
 
@@ -18,6 +21,53 @@ if TYPE_CHECKING:
 
 Model: TypeAlias = "PreTrainedModel | PeftModel"
 Tell: TypeAlias = Callable[[int], None]  # is called after every batch with the number of its predictions or examples
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The batches that one of several processes measures: every `size`-th, from number `rank` on."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the batches of this process."""
+        return islice(batches, self.rank, None, self.size)
+
+    def joined(self, values: list[Any]) -> list[Any]:
+        """Return the values of the batches of all processes, JSON-able, in the order of the batches.
+
+        Sums over them are to the bit those of one process.
+        """
+        return values if self.size == 1 else _in_turns(ranks.gather(values))
+
+    def joined_arrays(self, arrays: list[Tensor], rows: int) -> Tensor:
+        """Return the arrays of the batches of all processes side by side, float64 [rows, ...], in the same order."""
+        if self.size == 1:
+            return torch.cat(arrays, dim=1) if arrays else torch.zeros(rows, 0, dtype=torch.float64)
+        widths = ranks.gather([array.shape[1] for array in arrays])
+        mine = torch.cat(arrays, dim=1) if arrays else torch.zeros(rows, 0, dtype=torch.float64)
+        sent = ranks.gather_bytes(mine.contiguous().numpy().tobytes())
+        whole = [torch.frombuffer(bytearray(part), dtype=torch.float64).view(rows, -1) for part in sent if part]
+        split = [one.split(width, dim=1) for one, width in zip(whole, filter(None, widths), strict=True)]
+        return torch.cat(_in_turns(split), dim=1) if split else mine
+
+
+ALONE = Part()
+
+
+def every_process() -> Part:
+    """Return the part of this process, where all processes of the command measure together."""
+    return Part(ranks.rank(), ranks.size())
+
+
+def _in_turns(parts: Sequence[Sequence[T]]) -> list[T]:
+    """Return the values of processes that took turns, the first process first."""
+    most = max(map(len, parts), default=0)
+    return [part[turn] for turn in range(most) for part in parts if turn < len(part)]
 
 
 def tell_nobody(count: int) -> None:

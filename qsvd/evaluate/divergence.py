@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from qsvd.errors import BadInput
-from qsvd.evaluate.batches import Model, Tell, check_ready, equal_lengths, tell_nobody
+from qsvd.evaluate.batches import ALONE, Model, Part, Tell, check_ready, equal_lengths, tell_nobody
 from qsvd.evaluate.perplexity import Window, alike, check_window, last_predictions, slide
 
 CHUNK_ELEMENTS = 1 << 22  # logits in float64 at one time: five arrays of 32 MB
+VALUES = 4  # of one prediction, see `_values`
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def divergence_of_text(  # noqa: PLR0913  # each is a choice of its own
     stride: int,
     batch: int = 8,
     tell: Tell = tell_nobody,
+    part: Part = ALONE,
 ) -> Divergence:
     """Return KL(reference || model) of every predicted token of a text, in windows as in perplexity_of_text.
 
@@ -70,16 +72,17 @@ def divergence_of_text(  # noqa: PLR0913  # each is a choice of its own
         stride: Tokens from one window to the next, 1..window.
         batch: Windows of equal length of one forward pass. The logits of both models take most of the memory.
         tell: Is called after every batch with the number of its predictions.
+        part: Which batches this process measures; all processes return the divergence over all.
 
     Raises:
         BadInput: window is below 2, stride outside 1..window or batch below 1; a model is in training mode; the
             vocabularies differ in size; a token is outside them; fewer than two tokens are predicted.
     """
     check_window(window, stride)
-    return _measure(model, reference, slide(tokens, window, stride), batch, tell)
+    return _measure(model, reference, slide(tokens, window, stride), batch, tell, part)
 
 
-def divergence_of_documents(
+def divergence_of_documents(  # noqa: PLR0913  # each is a choice of its own
     model: Model,
     reference: Model,
     documents: Iterable[list[int]],
@@ -87,13 +90,16 @@ def divergence_of_documents(
     window: int,
     batch: int = 8,
     tell: Tell = tell_nobody,
+    part: Part = ALONE,
 ) -> Divergence:
     """Return the divergence over documents, each separate and cut at the window, as in perplexity_of_documents."""
     check_window(window, stride=window)
-    return _measure(model, reference, ((document[:window], 0) for document in documents), batch, tell)
+    return _measure(model, reference, ((document[:window], 0) for document in documents), batch, tell, part)
 
 
-def _measure(model: Model, reference: Model, windows: Iterable[Window], batch: int, tell: Tell) -> Divergence:
+def _measure(  # what is measured, and how
+    model: Model, reference: Model, windows: Iterable[Window], batch: int, tell: Tell, part: Part
+) -> Divergence:
     check_ready(model, batch)
     check_ready(reference, batch)
     sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
@@ -102,14 +108,15 @@ def _measure(model: Model, reference: Model, windows: Iterable[Window], batch: i
             f"the model predicts over {sizes[0]} tokens and the reference over {sizes[1]}: "
             "compare a model with the one it was made from"
         )
-    parts = []
-    for group, skip in alike(windows, batch):
-        parts.append(_compare(model, reference, group, skip))
-        tell(parts[-1].shape[1])
-    count = sum(part.shape[1] for part in parts)
+    measured = []
+    for group, skip in part.of(alike(windows, batch)):
+        measured.append(_compare(model, reference, group, skip))
+        tell(measured[-1].shape[1])
+    values_KP = part.joined_arrays(measured, rows=VALUES)
+    count = values_KP.shape[1]
     if count < 2:
         raise BadInput(f"predicted tokens: {count}, too few to compare two models: a standard error needs 2")
-    return _summary(torch.cat(parts, dim=1).numpy())
+    return _summary(values_KP.numpy())
 
 
 @torch.inference_mode()

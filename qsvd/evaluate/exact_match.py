@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from qsvd.errors import BadInput, NoResult, listing
 from qsvd.evaluate.accuracy import Counted
-from qsvd.evaluate.batches import Model, Tell, by_length, check_ready, check_sequences, padded, tell_nobody
+from qsvd.evaluate.batches import ALONE, Model, Part, Tell, by_length, check_ready, check_sequences, padded, tell_nobody
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +64,7 @@ def exact_match(  # noqa: PLR0913  # each is a choice of its own
     max_new_tokens: int,
     batch: int = 8,
     tell: Tell = tell_nobody,
+    part: Part = ALONE,
 ) -> ExactMatch:
     """Generate an answer to each question, greedily, and compare its final number with that of the given answer.
 
@@ -76,6 +77,7 @@ def exact_match(  # noqa: PLR0913  # each is a choice of its own
         max_new_tokens: An answer is cut after so many tokens, and scored as it is.
         batch: Questions of one forward pass, of similar length.
         tell: Is called after every batch with the number of its questions.
+        part: Which batches this process answers; all processes return all answers.
 
     Raises:
         BadInput: batch or max_new_tokens is below 1; the model is in training mode or cannot generate; no end token is
@@ -88,14 +90,17 @@ def exact_match(  # noqa: PLR0913  # each is a choice of its own
         raise BadInput(f"max_new_tokens {max_new_tokens} is below 1")
     ends = _end_tokens(model, tokenizer)
     check_sequences(model, questions, pad_token=ends[0], room=max_new_tokens)
-    texts, unfinished = [""] * len(gold), 0
-    for indices in by_length(questions, batch):
+    found, texts, unfinished = list[tuple[int, str, bool]](), [""] * len(gold), 0
+    for indices in part.of(by_length(questions, batch)):
         generated = _generate(model, [questions[i] for i in indices], ends, max_new_tokens)
         for index, tokens in zip(indices, generated, strict=True):
             length = next((place for place, token in enumerate(tokens) if token in ends), None)
-            unfinished += length is None
-            texts[index] = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+            text = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+            found.append((index, text, length is None))
         tell(len(indices))
+    for index, text, is_cut in part.joined(found):
+        texts[index] = text
+        unfinished += is_cut
     correct = sum(final_number(text) == number for text, number in zip(texts, gold, strict=True))
     return ExactMatch(correct, len(gold), unfinished, tuple(texts))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qsvd.errors import BadInput
-from qsvd.evaluate.batches import Model, Tell, check_ready, equal_lengths, tell_nobody
+from qsvd.evaluate.batches import ALONE, Model, Part, Tell, check_ready, equal_lengths, tell_nobody
 
 CHUNK_ELEMENTS = 1 << 24  # logits in float32 at one time: 64 MB
 Window: TypeAlias = tuple[list[int], int]  # tokens, and the number of first predictions that are not counted
@@ -76,7 +76,13 @@ class Perplexity:
 
 
 def perplexity_of_documents(
-    model: Model, documents: Iterable[list[int]], *, window: int, batch: int = 8, tell: Tell = tell_nobody
+    model: Model,
+    documents: Iterable[list[int]],
+    *,
+    window: int,
+    batch: int = 8,
+    tell: Tell = tell_nobody,
+    part: Part = ALONE,
 ) -> Perplexity:
     """Return the perplexity over documents, each separate: the first token is given, the others are predicted.
 
@@ -89,6 +95,7 @@ def perplexity_of_documents(
         batch: Sequences of equal length of one forward pass. Their logits, batch x window x vocabulary in the model's
             dtype, take most of the memory.
         tell: Is called after every batch with the number of its predictions.
+        part: Which batches this process measures; all processes return the perplexity of all.
 
     Raises:
         BadInput: window is below 2 or batch below 1; the model is in training mode; a token is outside its vocabulary;
@@ -96,11 +103,18 @@ def perplexity_of_documents(
     """
     check_window(window, stride=window)
     check_ready(model, batch)
-    return _measure(model, ((document[:window], 0) for document in documents), batch, tell)
+    return _measure(model, ((document[:window], 0) for document in documents), batch, tell, part)
 
 
-def perplexity_of_text(
-    model: Model, tokens: list[int], *, window: int, stride: int, batch: int = 8, tell: Tell = tell_nobody
+def perplexity_of_text(  # noqa: PLR0913  # each is a choice of its own
+    model: Model,
+    tokens: list[int],
+    *,
+    window: int,
+    stride: int,
+    batch: int = 8,
+    tell: Tell = tell_nobody,
+    part: Part = ALONE,
 ) -> Perplexity:
     """Return the perplexity over one text longer than the model's context, in sliding windows.
 
@@ -116,6 +130,7 @@ def perplexity_of_text(
         stride: Tokens from one window to the next, 1..window. Smaller is slower, and closer to full context.
         batch: Windows of equal length of one forward pass; memory as in perplexity_of_documents.
         tell: Is called after every batch with the number of its predictions.
+        part: As in perplexity_of_documents.
 
     Raises:
         BadInput: window is below 2, stride outside 1..window or batch below 1; the model is in training mode; a token
@@ -123,17 +138,18 @@ def perplexity_of_text(
     """
     check_window(window, stride)
     check_ready(model, batch)
-    return _measure(model, slide(tokens, window, stride), batch, tell)
+    return _measure(model, slide(tokens, window, stride), batch, tell, part)
 
 
-def _measure(model: Model, windows: Iterable[Window], batch: int, tell: Tell) -> Perplexity:
+def _measure(model: Model, windows: Iterable[Window], batch: int, tell: Tell, part: Part) -> Perplexity:
     """Return the mean over all counted predictions."""
-    nats, count = 0.0, 0
-    for group, skip in alike(windows, batch):
-        nats += _negative_log_likelihood(model, group, skip)
+    measured = []
+    for group, skip in part.of(alike(windows, batch)):
         new = len(group) * (len(group[0]) - 1 - skip)
-        count += new
+        measured.append([_negative_log_likelihood(model, group, skip), new])
         tell(new)
+    measured = part.joined(measured)
+    nats, count = sum(value for value, _ in measured), sum(new for _, new in measured)
     if not count:
         raise BadInput("no token to predict: every sequence has fewer than two tokens")
     return Perplexity(nats / count, count)

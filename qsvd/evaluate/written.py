@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from qsvd.errors import BadInput
 from qsvd.evaluate.accuracy import Collate
-from qsvd.evaluate.batches import Model, Tell, by_length, check_ready, check_sequences, padded, tell_nobody
+from qsvd.evaluate.batches import ALONE, Model, Part, Tell, by_length, check_ready, check_sequences, padded, tell_nobody
 from qsvd.evaluate.perplexity import Perplexity
 
 NOT_COUNTED = -100
@@ -26,6 +26,7 @@ def written_loss(  # noqa: PLR0913  # each is a choice of its own
     batch: int = 8,
     tell: Tell = tell_nobody,
     collate: Collate | None = None,
+    part: Part = ALONE,
 ) -> Perplexity:
     """Return the mean negative log-likelihood of all target tokens, each from the source and the tokens before it.
 
@@ -36,6 +37,7 @@ def written_loss(  # noqa: PLR0913  # each is a choice of its own
         batch: Examples of one forward pass.
         tell: Is called after every batch with the number of its examples.
         collate: Returns what the encoder reads of the examples with these numbers, if that is not tokens.
+        part: Which batches this process measures; all processes return the loss of all.
 
     Raises:
         BadInput: batch is below 1; the model is in training mode; there is no example; an example is empty, too long or
@@ -46,18 +48,18 @@ def written_loss(  # noqa: PLR0913  # each is a choice of its own
         raise BadInput(f"{len(sources)} sources have {len(targets)} targets: give one to each")
     for sequences in (sources, targets):
         check_sequences(model, sequences, pad_token=pad_token)
-    nats = 0.0
-    for indices in by_length(sources, batch):
+    measured = []
+    for indices in part.of(by_length(sources, batch)):
         if collate is None:
             tokens_NT, mask_NT = padded(model, [sources[i] for i in indices], pad_token)
             inputs = {"input_ids": tokens_NT, "attention_mask": mask_NT}
         else:
             made = {name: value for name, value in collate(indices).items() if name != "labels"}
             inputs = {n: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype) for n, x in made.items()}
-        nats += _loss(model, inputs, [targets[i] for i in indices], pad_token)
+        measured.append(_loss(model, inputs, [targets[i] for i in indices], pad_token))
         tell(len(indices))
     tokens = sum(map(len, targets))
-    return Perplexity(nats / tokens, tokens)
+    return Perplexity(sum(part.joined(measured)) / tokens, tokens)
 
 
 @torch.inference_mode()

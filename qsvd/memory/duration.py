@@ -87,9 +87,10 @@ def step_time(model: SplitModelPlan, training: Training, placement: Placement, s
 
 
 def page_seconds(model: SplitModelPlan, placement: Placement, speed: Speed) -> float:
-    """Estimate the seconds for copying every page once."""
+    """Estimate the seconds for copying every page once, or the part of it that one of several processes keeps."""
     resident = resident_of(model, placement)
     paged = sum(block.page for number, block in enumerate(model.blocks) if number not in resident)
+    paged /= max(placement.shards, 1)
     return paged / (speed.link.value if placement.pages == "host" else min(speed.link.value, speed.disk.value))
 
 

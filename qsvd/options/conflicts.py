@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from qsvd.options.quantizing import Allocate, Calibrate, Quantize
-from qsvd.options.training import Train, TrainingOptions
+from qsvd.options.training import Plan, Train, TrainingOptions
 from qsvd.options.using import Aggregate, Eval, Generate, Report
 
 TWO_FACTORS = ("lora", "dora", "lora-fa", "lora-ga", "melora", "cora", "delta-lora")  # methods that --rslora scales
@@ -34,6 +34,7 @@ def conflicts(options: object) -> list[str]:
         wrong += _conflicts_of_objective(options)
     kinds: Any = {Quantize: _conflicts_of_quantize, Calibrate: _conflicts_of_calibrate, Eval: _conflicts_of_eval}
     kinds |= {TrainingOptions: _conflicts_of_training, Train: _conflicts_of_train, Generate: _conflicts_of_generate}
+    kinds |= {Plan: _conflicts_of_gpus}
     kinds |= {Aggregate: _conflicts_of_aggregate, Report: _conflicts_of_report}
     return wrong + [clause for kind, find in kinds.items() if isinstance(options, kind) for clause in find(options)]
 
@@ -141,6 +142,19 @@ def _conflicts_of_train(options: Train) -> list[str]:
             "each: give one of them"
         )
     return wrong
+
+
+def _conflicts_of_gpus(options: Plan) -> list[str]:
+    if options.gpus is None:
+        is_given = options.interconnect != Plan.interconnect
+        return [f"--interconnect {options.interconnect} is for several GPUs: give --gpus N too"] if is_given else []
+    others = {
+        f"--for {options.estimate}, which one GPU does": options.estimate not in ("auto", "train"),
+        "--explore, a table of single GPUs": options.explore,
+        f"--resident {options.resident}, which it chooses": options.resident != "auto",
+        f"--device {options.device}": options.device.startswith("cpu"),
+    }
+    return [f"--gpus plans training on GPUs: leave out {flag}" for flag, is_given in others.items() if is_given]
 
 
 def _conflicts_of_batches(options: TrainingOptions) -> list[str]:

@@ -8,6 +8,7 @@ from qsvd.option_types import (
     ABOVE_ZERO,
     ADDED,
     FROM_ZERO,
+    INTERCONNECT,
     POSITIONAL,
     PRINTS,
     SAME_RESULT,
@@ -263,6 +264,14 @@ class Plan(TrainingOptions):
     ] = None
     link: Annotated[float | None, ABOVE_ZERO, Help("CPU to GPU speed, GB/s. Default: measured here, else 25.")] = None
     disk: Annotated[float | None, ABOVE_ZERO, Help("Read speed of the disk, GB/s. Default: 3.")] = None
+    gpus: Annotated[
+        int | None, at_least(2), Help("Compare the ways to train on so many GPUs of one machine, each of --gpu bytes.")
+    ] = None
+    interconnect: Annotated[
+        Literal["nvlink", "pcie"] | float,
+        INTERCONNECT,
+        Help("Speed at which a GPU receives from the others: nvlink (360 GB/s), pcie (12.5), or a number of GB/s."),
+    ] = "pcie"
 
     explore: Annotated[bool, Group("output"), Help("Print what fits: rank by sequence length by GPU memory.")] = False
     json: Json = False

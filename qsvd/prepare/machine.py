@@ -134,8 +134,12 @@ def with_batches(  # what is divided, by what, and where
 
 def check_divided(options: TrainingOptions) -> None:
     """Refuse a step whose batches several processes cannot divide."""
-    count, size, times = ranks.size(), options.batch_size, options.accumulate
-    assert size != "auto", "a number by now, see with_batches"
+    assert options.batch_size != "auto", "a number by now, see with_batches"
+    refuse_undivided(options.batch_size, options.accumulate, ranks.size())
+
+
+def refuse_undivided(size: int, times: int, count: int) -> None:
+    """Refuse a step of so many batches of a size that so many processes cannot divide."""
     if times % count == 0:
         return
     fits = [smaller for smaller in range(size, 0, -1) if size * times % (smaller * count) == 0]
@@ -146,6 +150,20 @@ def check_divided(options: TrainingOptions) -> None:
         f"{count} processes divide the batches of a step among them, and --accumulate is {times}, not a multiple of "
         f"{count}; {instead}"
     )
+
+
+def part_of(options: TrainingOptions, training: Training, count: int) -> Training:
+    """Return what each of several processes computes of a run; with --batch-size auto, of smaller batches if need be.
+
+    Raises:
+        BadInput: they cannot divide the batches of a step.
+    """
+    size, times = training.batch.batch, training.accumulate
+    if options.batch_size == "auto":
+        size = next((less for less in range(size, 0, -1) if size * times % (less * count) == 0), size)
+        times = training.batch.batch * times // size
+    refuse_undivided(size, times, count)
+    return replace(training, batch=replace(training.batch, batch=size), accumulate=times // count)
 
 
 def show_batches(training: Training, length: float) -> str:

@@ -35,6 +35,7 @@ from qsvd.prepare.machine import (
     machine,
     measured_flops,
     measured_link,
+    part_of,
     training_of,
     wish_of,
     with_batches,
@@ -79,6 +80,7 @@ class PlanJob:
 
     Args:
         context: Number of tokens that the model can read.
+        training: What is trained; with --gpus, the part of each GPU.
         run: The training run that DATA gives; None without DATA.
     """
 
@@ -104,6 +106,8 @@ class PlanJob:
     @property
     def tasks(self) -> tuple[str, ...]:
         """What to plan; with DATA what `qsvd train` does, unless more is asked for."""
+        if self.options.gpus is not None:
+            return ()
         asked = self.options.estimate
         if asked not in ("auto", "all"):
             return (asked,)
@@ -131,16 +135,22 @@ def prepare_plan(options: Plan, run: Train | None = None) -> PlanJob:
     is_labelled = options.task == "classification" if planned is None else bool(planned.data.train.label_names)
     wish = wish_of(options, old, is_labelled=is_labelled)
 
+    if options.gpus is not None and here.device.type != "cuda":
+        raise BadInput(f"--gpus {options.gpus} needs the memory of a GPU, and there is none here: give --gpu 24GB")
+
     def without_data(way: Plan) -> Training:
         return replace(training_of(way, tokens, here.device), has_loss=not is_labelled)
 
+    training = (
+        planned.training
+        if planned
+        else without_data(with_batches(options, source.make(source.rank), without_data, tokens, wish, here))
+    )
     return PlanJob(
         options=options,
         source=replace(source, notes=(*source.notes, *notes)),
         context=context,
-        training=planned.training
-        if planned
-        else without_data(with_batches(options, source.make(source.rank), without_data, tokens, wish, here)),
+        training=training if options.gpus is None else part_of(options, training, options.gpus),
         limits=here.limits,
         wish=wish,
         speed=_speed(options, here.device),

@@ -13,6 +13,7 @@ from qsvd.memory.duration import QuantizeTime, Rate, Speed, StepTime
 from qsvd.memory.items import PLACES, Limits, MemoryPlan, Placement
 from qsvd.memory.placement import Cell, Placed, Reach
 from qsvd.memory.training import Training, show_activations
+from qsvd.report.gpus.strategies import GpusAnswer, gpus_headline, gpus_json, gpus_lacking, gpus_lines, gpus_table
 
 OFFLOADED = "*"
 MEMORY = {"gpu": "GPU memory", "host": "CPU memory", "disk": "disk space"}
@@ -71,6 +72,7 @@ class Answer:
         what: The assumptions of the plan, in words.
         notes: About the model.
         run: Settings, data and steps of a run, where DATA is given.
+        gpus: Training on several GPUs, which is then all that is planned.
     """
 
     quantize: QuantizeAnswer | None
@@ -82,6 +84,7 @@ class Answer:
     what: str
     notes: tuple[str, ...]
     run: dict[str, str] | None = None
+    gpus: GpusAnswer | None = None
 
     @property
     def memory(self) -> tuple[MemoryPlan, ...]:
@@ -96,12 +99,13 @@ class Answer:
     @property
     def fits(self) -> bool:
         """Whether every task fits in the limits."""
-        return all(plan.fits for plan in self.memory)
+        return all(plan.fits for plan in self.memory) and (self.gpus is None or self.gpus.best is not None)
 
     @property
     def lacking(self) -> tuple[str, ...]:
         """A sentence for each task that does not fit."""
-        return tuple(lack(plan) for plan in self.memory if not plan.fits)
+        lacking = (lack(plan) for plan in self.memory if not plan.fits)
+        return (*lacking, *([gpus_lacking(self.gpus.strategies)] if self.gpus and not self.gpus.best else ()))
 
 
 def plan_tables(model: str, answer: Answer) -> Group:
@@ -115,6 +119,8 @@ def plan_tables(model: str, answer: Answer) -> Group:
         parts += [memory_table(answer.train.placed.memory), _lines(_train_lines(answer, answer.train))]
     if answer.serve is not None:
         parts += [memory_table(answer.serve.placed.memory), _lines(_serve_lines(answer, answer.serve))]
+    if answer.gpus is not None:
+        parts += [gpus_table(answer.gpus), _lines([*gpus_lines(answer.gpus, answer.blocks), _speed(answer.speed)])]
     if answer.cells:
         legend = [
             "no: does not fit, even with all blocks offloaded",
@@ -127,6 +133,8 @@ def plan_tables(model: str, answer: Answer) -> Group:
 
 def headline(answer: Answer) -> str:
     """Return the first line: whether all fits, the memory and the time of the run, and what to change."""
+    if answer.gpus is not None:
+        return gpus_headline(answer.gpus)
     plans = answer.memory
     shown = answer.train.placed.memory if answer.train is not None else plans[0]
     lacking = [plan for plan in plans if not plan.fits]
@@ -231,6 +239,8 @@ def plan_json(model: str, answer: Answer) -> dict[str, Any]:
             "placement": asdict(answer.serve.placed.placement),
             "page_seconds": answer.serve.page_seconds,
         }
+    if answer.gpus is not None:
+        found["gpus"] = gpus_json(answer.gpus)
     if answer.cells:
         found["explore"] = [asdict(cell) for cell in answer.cells]
     return found

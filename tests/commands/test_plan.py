@@ -170,6 +170,44 @@ def test_the_table_of_cards_has_a_share_or_no(capsys, large):
     assert set(found["explore"][0]) == set(Cell.__dataclass_fields__)
 
 
+def test_several_gpus_have_a_row_for_each_strategy_and_a_command(capsys, large):
+    words = ["--gpus", 2, "--gpu", "40GB", "--host", "128GB", "--batch-size", 1]
+    code, found = planned(capsys, large, *words, "--max-length", 4096, "--interconnect", 50)
+    rows = {row["strategy"]: row for row in found["gpus"]["strategies"]}
+    assert code == 0
+    assert [(name, row["fits"]) for name, row in rows.items()] == [
+        ("whole", False),
+        ("sharded", True),
+        ("offloaded", True),
+    ]
+    assert rows["whole"]["lacking"] == ["gpu"]
+    assert found["gpus"]["best"] == "sharded"
+    assert found["gpus"]["interconnect"] == {"value": 50e9, "source": "given"}
+    assert "train" not in found
+    assert run(["plan", str(large), *map(str, words), "--max-length", "4096"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Best on 2 GPUs: the residual is sharded over the GPUs (--shard yes), ")
+    assert "it receives 12.5 GB/s from the others (assumed)" in " ".join(shown.out.split())
+    assert shown.err.startswith("Next: torchrun --nproc-per-node 2 -m qsvd train ")
+    assert " --shard yes  # DATA" in shown.err
+    assert "--host" not in shown.err, "the processes divide what is free"
+
+
+def test_several_gpus_divide_the_batches_that_are_chosen(capsys, large):
+    words = ["--gpus", "8", "--gpu", "80GB", "--host", "128GB", "--batch-size", "auto", "--max-length", "64"]
+    assert run(["plan", str(large), *words]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Best on 8 GPUs: every GPU holds the whole model, ")
+    assert "--batch-size 2 --accumulate 8 " in shown.err, "16 sequences, the largest batches that 8 can divide"
+
+
+def test_several_gpus_that_are_too_small_end_with_3(capsys, large):
+    assert run(["plan", str(large), "--gpus", "2", "--gpu", "4GB", "--host", "8GB", "--max-length", "64"]) == 3
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Does not fit 2 GPUs in any way\n")
+    assert shown.err.startswith("qsvd: each process of qsvd train needs, whole: ")
+
+
 def test_experts_that_were_excluded_are_said_to_be_counted_in_16_bits(capsys, tmp_path):
     write_checkpoint(tmp_path / "made", "MixtralForCausalLM")
     model = tmp_path / "made"
@@ -197,6 +235,16 @@ def test_experts_that_were_excluded_are_said_to_be_counted_in_16_bits(capsys, tm
         (["--resident", "1.5"], "--resident 1.5 is neither auto nor a number from 0 to 1"),
         (["--tflops", "0"], "--tflops 0.0 is not a finite number above 0"),
         (["--link", "-3"], "--link -3.0 is not a finite number above 0"),
+        (["--gpus", "1"], "--gpus 1 is below 2"),
+        (["--gpus", "2", "--interconnect", "0"], "--interconnect 0.0 is neither nvlink nor pcie nor a finite number"),
+        (["--interconnect", "nvlink"], "--interconnect nvlink is for several GPUs: give --gpus N too"),
+        (["--gpus", "2", "--for", "serve"], "--gpus plans training on GPUs: leave out --for serve, which one GPU does"),
+        (["--gpus", "2", "--device", "cpu"], "--gpus plans training on GPUs: leave out --device cpu"),
+        (
+            ["--gpus", "8"],
+            "8 processes divide the batches of a step among them, and --accumulate is 4, not a multiple of 8; give "
+            "--batch-size 2 --accumulate 8, the same step",
+        ),
         (["--max-length", "9000"], "--max-length 9000 is above the context length of the model, 8192"),
         (
             ["--method", "edora", "--rank", "0"],

@@ -1,0 +1,1 @@
+"""Data that outgrow memory: rows read in blocks, tokens kept on disk and mapped."""

@@ -1,0 +1,1 @@
+"""Plans for several GPUs, for people and as JSON."""
