@@ -130,6 +130,30 @@ class Start:
     accuracy_before: float | None = None
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a model writes after a prompt, before and after it was trained.
+
+    Args:
+        prompt: The end of it, as the model reads it.
+        expected: What the data have in this place.
+        after: None until the run is complete.
+    """
+
+    prompt: str
+    expected: str
+    before: str
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What texts.json holds: examples of a few prompts, each with at most so many new tokens."""
+
+    new_tokens: int
+    examples: tuple[Written, ...]
+
+
 FAST = 10  # units a second, from which a speed is shown as a whole number
 
 

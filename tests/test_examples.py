@@ -1,8 +1,7 @@
 """The programs in examples/ run as they stand, on the embedded model."""
 
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -17,18 +16,17 @@ from qsvd.options import Quantize
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *arguments: object) -> str:
-    """What the example prints, in a process of its own with one thread and no network."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(EXAMPLES.parent),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs an example as Python runs a program, and returns what it prints."""
+
+    def printed(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return capsys.readouterr().out
+
+    return printed
 
 
 def test_every_example_is_run_here():
@@ -36,7 +34,7 @@ def test_every_example_is_run_here():
 
 
 @pytest.mark.slow
-def test_components_of_the_matrix_lower_its_error_and_cost_what_they_take():
+def test_components_of_the_matrix_lower_its_error_and_cost_what_they_take(run):
     printed = run("split_one_matrix.py")
     bits = float(re.search(r"([\d.]+) bits per weight at rank 16", printed)[1])
     before, after = (float(number) for number in re.findall(r"relative error ([\d.]+)", printed))
@@ -48,7 +46,7 @@ def test_components_of_the_matrix_lower_its_error_and_cost_what_they_take():
 
 
 @pytest.mark.slow
-def test_the_loop_lowers_the_loss_and_saves_what_loads_again(tmp_path):
+def test_the_loop_lowers_the_loss_and_saves_what_loads_again(run, tmp_path):
     out = qsvd.quantize(Quantize(str(MODEL), out=tmp_path / "out", rank=16, iterations=1, device="cpu"))
     printed = run("train_loop.py", out, FINE_TUNING, tmp_path / "run", 12)
     losses = [float(number) for number in re.findall(r"loss ([\d.]+)", printed)]

@@ -3,13 +3,14 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from qsvd.console.progress import say, terminal
-from qsvd.errors import BadInput
-from qsvd.files.atomic import read_object, write_text
+from qsvd.errors import BadInput, listing
+from qsvd.files.atomic import is_locked, read_object, write_text
 from qsvd.files.quantized.manifest import QUANTIZE_AGAIN, read_errors, read_manifest
-from qsvd.files.workspace import ERRORS, MANIFEST, REPORT
+from qsvd.files.workspace import ERRORS, LOCK, MANIFEST, REPORT
 from qsvd.options import Report
 from qsvd.prepare.using.pages import subject_of
 from qsvd.records import WeightError, stored
@@ -17,7 +18,7 @@ from qsvd.report.card import header_of
 from qsvd.report.errors import to_json, to_terminal, totals_table
 from qsvd.report.header import ReportHeader
 from qsvd.report.next_commands import after_quantize, last_lines
-from qsvd.report.page.document import GENERATOR, subject_page
+from qsvd.report.page.document import GENERATOR, Subject, subject_page
 from qsvd.report.page.together import together_page
 from qsvd.report.readme import readme
 
@@ -38,7 +39,7 @@ def main(options: Report) -> None:
 
 
 def write_pages(options: Report) -> None:
-    """Write the page of --html; with --live again until all runs are finished, or until Ctrl-C.
+    """Write the page of --html; with --live again until all runs are finished or nobody trains them, or until Ctrl-C.
 
     Raises:
         BadInput: a folder is not a quantized model or a run, or the page would replace another file.
@@ -47,18 +48,35 @@ def write_pages(options: Report) -> None:
     assert options.html is not None, "main asks for a page only then"
     out = folders[0] / REPORT if str(options.html) == "auto" else options.html.expanduser()
     check_replaced(out)
+    seen, is_live = list[Subject](), options.live
     while True:
+        are_trained = any(is_locked(folder / LOCK) for folder in folders)  # first: who ends writes the summary before
         subjects = [subject_of(folder) for folder in folders]
+        are_left = is_live and not are_trained and subjects == seen
+        is_live = is_live and not are_left and not all(subject.is_finished for subject in subjects)
         if len(subjects) == 1:
-            page = subject_page(subjects[0], is_live=options.live)
+            page = subject_page(subjects[0], is_live=is_live)
         else:
-            page = together_page([folder.resolve().name for folder in folders], subjects, is_live=options.live)
+            page = together_page([folder.resolve().name for folder in folders], subjects, is_live=is_live)
         write_text(out, page)
-        if not options.live or all(subject.is_finished for subject in subjects):
+        if not is_live:
             break
+        seen = subjects
         time.sleep(PAUSE)
+    if are_left:
+        _say_left(folders, subjects)
     say(out)
     say(last_lines("a page", out), file=sys.stderr)
+
+
+def _say_left(folders: Sequence[Path], subjects: Sequence[Subject]) -> None:
+    """Say which runs are not finished although no process trains them."""
+    left = [str(folder) for folder, subject in zip(folders, subjects, strict=True) if not subject.is_finished]
+    say(
+        f"not finished, and no process trains {listing(left)}: give the same qsvd train command again, which goes on "
+        "from the last checkpoint, and then this command",
+        file=sys.stderr,
+    )
 
 
 def check_replaced(out: Path) -> None:

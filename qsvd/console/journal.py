@@ -14,6 +14,7 @@ import torch
 from qsvd.adapters.methods.table import export_refusal
 from qsvd.adapters.model import is_sharded, moved_bytes, restore, trained
 from qsvd.console.progress import say
+from qsvd.console.texts import texts_after, texts_before
 from qsvd.data.encoder_decoder import sources_and_targets
 from qsvd.errors import BadInput, Damaged, DoesNotFit, QsvdError, TrainingStopped, listing
 from qsvd.evaluate.accuracy import accuracy, mean_loss
@@ -25,7 +26,7 @@ from qsvd.files.adapter import FINGERPRINT, open_adapter
 from qsvd.files.atomic import whole_file, write_text
 from qsvd.files.layout import ADAPTER_CONFIG
 from qsvd.files.split_folder import SplitFolder
-from qsvd.files.trained.records import STEPS, read_identity, shown_in
+from qsvd.files.trained.records import STEPS, read_identity, read_texts, shown_in
 from qsvd.files.workspace import REPORT
 from qsvd.prepare.models import open_trained
 from qsvd.prepare.train import TrainRun
@@ -160,11 +161,15 @@ def resume_point(run: Path, folder: RunFolder) -> tuple[Path | None, Step | None
 
 
 def measure_start(run: TrainRun, model: Any, folder: RunFolder | None) -> None:
-    """Write the loss on the held-out examples before the first step; all processes measure a model that they share."""
+    """Write the loss on the held-out examples before the first step, and a few texts of the model.
+
+    All processes measure a model that they share.
+    """
     if folder is not None or is_sharded(model):
         found = held_out_loss(run, model, "before")
         if folder is not None:
             folder.write(START, found)
+            folder.write_texts(texts_before(run, model))
 
 
 def held_out_loss(run: TrainRun, model: Any, when: str) -> dict[str, float | None]:
@@ -254,7 +259,9 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     for kind in ("png", "svg"):
         with whole_file(run.out / f"loss.{kind}") as file:
             file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
-    records = RunRecords(folder.start, steps, summary, *shown_in(read_identity(run.out)))
+    texts = texts_after(run, model, read_texts(run.out))
+    folder.write_texts(texts)
+    records = RunRecords(folder.start, steps, summary, *shown_in(read_identity(run.out)), texts)
     write_text(run.out / REPORT, subject_page(run_subject(run.out.resolve().name, records)))
     write_text(run.out / "README.md", _card(run, summary) + _readme(summary, str(run.options.out)))
     folder.finish(summary)

@@ -88,11 +88,11 @@ def exact_match(  # noqa: PLR0913  # each is a choice of its own
     gold = _gold(questions, answers)
     if max_new_tokens < 1:
         raise BadInput(f"max_new_tokens {max_new_tokens} is below 1")
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     check_sequences(model, questions, pad_token=ends[0], room=max_new_tokens)
     found, texts, unfinished = list[tuple[int, str, bool]](), [""] * len(gold), 0
     for indices in part.of(by_length(questions, batch)):
-        generated = _generate(model, [questions[i] for i in indices], ends, max_new_tokens)
+        generated = greedy(model, [questions[i] for i in indices], ends, max_new_tokens)
         for index, tokens in zip(indices, generated, strict=True):
             length = next((place for place, token in enumerate(tokens) if token in ends), None)
             text = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
@@ -118,8 +118,12 @@ class FiniteLogits(LogitsProcessor):
 
 
 @torch.inference_mode()
-def _generate(model: Model, group: list[list[int]], ends: list[int], max_new_tokens: int) -> list[list[int]]:
-    """Return token ids [N, G] after each prompt; after an end token, more end tokens follow."""
+def greedy(model: Model, group: list[list[int]], ends: list[int], max_new_tokens: int) -> list[list[int]]:
+    """Return token ids [N, G] after each prompt; after an end token, more end tokens follow.
+
+    Raises:
+        NoResult: logits are NaN.
+    """
     # Padding with an end token: every vocabulary has one, not every one has a pad token. The mask hides it on the left.
     tokens_NT, mask_NT = padded(model, group, ends[0], left=True)
     # Everything that is not named here would come from the model's generation config.
@@ -144,10 +148,11 @@ def _generate(model: Model, group: list[list[int]], ends: list[int], max_new_tok
     inputs = {"input_ids": tokens_NT, "attention_mask": mask_NT}
     output_NT = generate(**inputs, generation_config=greedy, logits_processor=[FiniteLogits()])
     assert isinstance(output_NT, torch.Tensor), "without return_dict_in_generate the answer is token ids"
-    return output_NT[:, tokens_NT.shape[1] :].tolist()
+    begin = 1 if model.config.is_encoder_decoder else tokens_NT.shape[1]  # a decoder starts with a token of its own
+    return output_NT[:, begin:].tolist()
 
 
-def _end_tokens(model: Model, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def end_tokens(model: Model, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return token ids that end an answer: of the tokenizer, and of the model, since chat models have several."""
     if not model.can_generate():
         raise BadInput(f"{type(model).__name__} generates no text: load the model as AutoModelForCausalLM")

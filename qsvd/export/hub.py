@@ -7,12 +7,19 @@ from pathlib import Path
 from qsvd.errors import BadInput, QsvdError, first_line
 from qsvd.files.atomic import read_object, write_json
 from qsvd.files.layout import ADAPTER_CONFIG
+from qsvd.files.trained.records import TEXTS
 from qsvd.files.workspace import IDENTITY, LOCK, REPORT
 from qsvd.inputs.paths import hub_id
 from qsvd.options import Export, Quantize, Train
 
 HUB = "hub.json"  # of an uploaded folder: its name on the Hub
-NOT_UPLOADED = (HUB, IDENTITY, LOCK, REPORT)  # nor folders: checkpoints with their optimizers, and unfinished work
+NOT_UPLOADED = (
+    HUB,
+    IDENTITY,
+    LOCK,
+    REPORT,
+    TEXTS,
+)  # nor folders: checkpoints with their optimizers, and unfinished work
 
 
 class UploadFailed(QsvdError):

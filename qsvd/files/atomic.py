@@ -239,6 +239,21 @@ class Lock:
         return BadInput(f"{self._file} is not a file of qsvd, which locks {place} by this name; move it away")
 
 
+def is_locked(file: Path) -> bool:
+    """Return whether a process holds a lock file; one that a killed process left is not held."""
+    try:
+        opened = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(opened)  # with the lock
+    return False
+
+
 def clear(folder: Path, names: str, keep: str = "") -> bool:
     """Remove the files of a folder that have these names, then the folder, and return whether all of it is gone.
 

@@ -25,6 +25,7 @@ from qsvd.files.trained.records import (
     START,
     STEPS,
     SUMMARY,
+    TEXTS,
     TOTAL,
     read_identity,
     read_steps,
@@ -41,7 +42,7 @@ from qsvd.files.workspace import (
     check_same,
     settled,
 )
-from qsvd.records import Start, Step, stored
+from qsvd.records import Start, Step, Texts, stored
 from qsvd.report.training import RunSummary
 from qsvd.training.checkpoints import NAME, checkpoints
 
@@ -107,6 +108,13 @@ class RunFolder:
         """Return start.json, what was measured before the first step; None if it was not measured yet."""
         found = self._json(START)
         return None if found is None else stored(Start, found, f"{self.folder / START} is damaged ({ANOTHER_FOLDER})")
+
+    def write_texts(self, texts: Texts | None) -> None:
+        """Write texts.json, or remove that of a run that saved nothing."""
+        if texts is None:
+            (self.folder / TEXTS).unlink(missing_ok=True)
+        else:
+            self.write(TEXTS, asdict(texts))
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a record."""
@@ -188,7 +196,9 @@ def _check_own(folder: Path, found: Mapping[str, Any], identity: Mapping[str, An
         check_empty(folder, (), "qsvd train")
     saved = {path.name for path in folder.rglob("checkpoint-*") if NAME.fullmatch(path.name)}
     partial = {path.name for kind in ("json*", "html") for path in folder.glob(f"*.{kind}.partial")}
-    check_empty(folder, {LOCK, IDENTITY, START, STEPS, UNFINISHED, TRACKED, REPORT, *saved, *partial}, "qsvd train")
+    check_empty(
+        folder, {LOCK, IDENTITY, START, STEPS, TEXTS, UNFINISHED, TRACKED, REPORT, *saved, *partial}, "qsvd train"
+    )
     check_empty(folder / UNFINISHED, saved, "qsvd train")
 
 

@@ -1,5 +1,7 @@
 """`qsvd report --html`: pages of folders that the commands wrote."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -7,8 +9,12 @@ from safetensors.torch import load_file
 import qsvd
 from qsvd.cli import parse, run
 from qsvd.commands import report
+from qsvd.console import texts
 from qsvd.files.quantized.spectrum import kept_values
+from qsvd.files.trained.records import read_texts
+from qsvd.training.run_folder import RunFolder
 from tests.checkpoints import write_checkpoint
+from tests.report.page.pages import Page, steps_of
 from tests.runs import interrupting, language_base, text_rows, training, words, write_rows
 
 
@@ -74,15 +80,37 @@ def test_what_cannot_be_shown_is_refused(out, tmp_path, capsys):
     assert "at most 6" in refused(capsys, *[out] * 7, "--html")
 
 
+def test_a_live_page_ends_when_nobody_trains_the_run(tmp_path, monkeypatch, capsys):
+    """It waits while a process holds the lock, and while steps are added."""
+    folder, pauses = tmp_path / "run", []
+    held = RunFolder(folder, {}, resume=False, total=9)
+
+    def wait(_):
+        pauses.append('http-equiv="refresh"' in (folder / "report.html").read_text())
+        if len(pauses) == 2:
+            held._lock.release()
+            held.add_step(steps_of(1)[0])
+        assert len(pauses) < 9
+
+    monkeypatch.setattr(report.time, "sleep", wait)
+    assert run(["report", str(folder), "--html", "--live"]) == 0
+    assert pauses == [True] * 3
+    assert 'http-equiv="refresh"' not in (folder / "report.html").read_text()
+    assert f"no process trains {folder}: give the same qsvd train command again" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_has_a_page_with_its_command_which_is_live_until_the_run_is_finished(tmp_path, monkeypatch, capsys):
     base = language_base(tmp_path, rank=4)
     data = write_rows(tmp_path / "d.jsonl", text_rows())
     typed = words(training(base, data, tmp_path / "run", steps=2, save_every=1, held_out=0.3, any_start=True))
+    monkeypatch.setattr(texts, "SHARE", 1)
+    monkeypatch.setattr(texts, "LEAST_NEW_TOKENS", 4)
     with monkeypatch.context() as patched:
         interrupting(patched, 1)
         assert run(typed) == 130
-    pages = []
+    pages, before = [], read_texts(tmp_path / "run")
+    assert (len(before.examples), before.new_tokens) == (3, 4)
 
     def finish(seconds):
         assert seconds > 0
@@ -98,4 +126,8 @@ def test_a_run_has_a_page_with_its_command_which_is_live_until_the_run_is_finish
     assert 'http-equiv="refresh"' not in done
     assert "qsvd train" in done
     assert "--save-every 1" in done
+    after = read_texts(tmp_path / "run").examples
+    assert tuple(replace(one, after=None) for one in after) == before.examples
+    found = Page(done)
+    assert all(text.strip() in found.text for one in after for text in (one.prompt, one.before, one.after))
     capsys.readouterr()

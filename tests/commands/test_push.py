@@ -97,6 +97,7 @@ def test_a_run_and_its_export_name_the_quantized_model_and_leave_checkpoints_at_
     train = ("train", out, data, "--out", trained, *flags, "--push-to-hub", "tuned", "--public")
     assert "is not on the Hub as far as is known" in qsvd(*train)[1]
     (out / "hub.json").write_text('{"name": "me/tiny"}')
+    (trained / "texts.json").write_text("{}")  # it has texts of the data
     assert "is not on the Hub" not in qsvd(*train, "--resume")[1]
     repository = hub.repositories["me/tuned"]
     assert not repository["private"]
@@ -105,6 +106,7 @@ def test_a_run_and_its_export_name_the_quantized_model_and_leave_checkpoints_at_
         "hub.json",
         "run.json",
         "lock",
+        "texts.json",
     }
     assert repository["files"]["qsvd_adapter.safetensors"] == (trained / "qsvd_adapter.safetensors").read_bytes()
     card = ModelCard(repository["files"]["README.md"].decode())

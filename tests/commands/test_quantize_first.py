@@ -54,7 +54,6 @@ WAYS = {  # options of train -> of quantize, of train on its output, the folder
     "default": ({}, ["--rank", "64"], [], "source-nf4-r64"),
     "rank": ({"rank": 5, "double_quant": False}, ["--rank", "5", "--no-double-quant"], [], "source-nf4-plain-r5"),
     "lora": ({"method": "lora", "rank": 6}, ["--rank", "0"], ["--method", "lora", "--rank", "6"], "source-nf4-r0"),
-    "dora": ({"method": "dora", "rank": 6}, ["--rank", "0"], ["--method", "dora", "--rank", "6"], "source-nf4-r0"),
     "edora": ({"method": "edora", "rank": 4}, ["--rank", "4"], ["--method", "edora"], "source-nf4-r4"),
     "budget": (
         {"budget": "5bits", "rank": 4},

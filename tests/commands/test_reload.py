@@ -36,8 +36,13 @@ SCALED = ("edora", "dora")  # whose rows have a gain
 REFUSED = {("randlora", form): "changes weights at full rank, which a LoRA cannot do" for form in ("peft", "lora")}
 REFUSED |= {("losa", form): "changes no weight that is 0, and a product of two factors" for form in ("peft", "lora")}
 REFUSED |= {(method, "lora"): "scales the rows of each weight, which a LoRA on the 16-bit model" for method in SCALED}
-CASES = [("stories260K", method) for method in METHODS]
-CASES += [("minilm-l6", method) for method in ("pissa", "lora", "edora")]
+# One of each kind: what is trained takes the place of the components, is beside them, has a gain, is a core between
+# them, is a difference, or is of full rank. All others differ in the product alone, of which every form is made.
+KINDS = ("pissa", "lora", "edora", "dora", "lora-xs", "lora-ga", "randlora", "losa")
+IN_EVERY_FORM = [("minilm-l6", method) for method in ("pissa", "lora", "edora")]
+IN_EVERY_FORM += [("stories260K", method) for method in KINDS]
+CASES = [*IN_EVERY_FORM, *(("stories260K", method) for method in METHODS if method not in KINDS)]  # the same come first
+in_every_form = pytest.mark.parametrize("case", IN_EVERY_FORM, ids="-".join, indirect=True)
 SMALLEST = 2.0**-25  # half the least float16
 COPIES = 4  # roundings to float32 of one element besides those of the product's sum: residual, gain, magnitude, norm
 
@@ -102,6 +107,7 @@ def is_refused(case, form, capsys):
     return True
 
 
+@in_every_form
 def test_in_peft_on_the_residual_it_is_the_same_model(case, capsys):
     if is_refused(case, "peft", capsys):
         return
@@ -112,6 +118,7 @@ def test_in_peft_on_the_residual_it_is_the_same_model(case, capsys):
     assert distance(outputs(model), case.exact) <= ROUNDINGS * case.rounding
 
 
+@in_every_form
 def test_on_the_original_a_lora_adds_what_training_changed(case, capsys):
     if is_refused(case, "lora", capsys):
         return
@@ -136,7 +143,8 @@ def test_on_the_original_a_lora_adds_what_training_changed(case, capsys):
 
 
 def test_merged_weights_are_rounded_once(case):
-    found = files_of(export(case, "merged"))
+    is_checked = case.method in KINDS
+    found = files_of(export(case, "merged", *(() if is_checked else ("--no-check",))))
     dtype = torch.float16 if case.labels else torch.float32  # of the source
     for path, weight in case.weights.items():
         linear = case.model.get_submodule(path)
@@ -164,6 +172,7 @@ def products(linear):
     return product
 
 
+@in_every_form
 def test_merged_it_is_the_same_model_in_plain_transformers(case):
     out = export(case, "merged")
     merged = case.auto.from_pretrained(out, dtype=torch.float64)
@@ -180,6 +189,7 @@ def test_merged_it_is_the_same_model_in_plain_transformers(case):
         assert merged.config.architectures == ["BertForSequenceClassification"]
 
 
+@in_every_form
 def test_it_generates_in_qsvd_as_in_plain_transformers(case):
     prompt = torch.tensor([[1, 403, 407, 261]])
     if not case.labels:

@@ -8,9 +8,10 @@ from typing import Any
 from qsvd.errors import BadInput, Damaged
 from qsvd.files.atomic import read_record, unsealed
 from qsvd.files.workspace import ANOTHER_FOLDER, IDENTITY
-from qsvd.records import Step, stored
+from qsvd.records import Step, Texts, stored
 
 START, STEPS, SUMMARY = "start.json", "steps.jsonl", "summary.json"
+TEXTS = "texts.json"  # what the model writes before and after training; a page shows it, and no result depends on it
 FILES = "files"  # of the summary: the digests of these files, if they are there
 COMMAND, TOTAL = "command", "total_steps"  # of run.json: what a report shows; no result depends on them
 FORMAT = 4  # of run.json; since then its files have digests
@@ -45,6 +46,14 @@ def read_steps(folder: Path, *, sealed: bool) -> list[Step]:
             raise Damaged(f"{where} is step {step.number}, not step {number}: a line is missing; {ANOTHER_FOLDER}")
         steps.append(step)
     return steps
+
+
+def read_texts(folder: Path) -> Texts | None:
+    """Return texts.json; None if there is none."""
+    path = folder / TEXTS
+    if not path.is_file():
+        return None
+    return stored(Texts, read_record(path, ANOTHER_FOLDER), f"{path} is damaged ({ANOTHER_FOLDER})")
 
 
 def shown_in(identity: Mapping[str, Any] | None) -> tuple[str, int | None]:

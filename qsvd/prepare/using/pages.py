@@ -12,7 +12,7 @@ from qsvd.errors import BadInput, first_line
 from qsvd.files.atomic import read_record
 from qsvd.files.quantized.manifest import QUANTIZE_AGAIN, read_errors, read_manifest
 from qsvd.files.quantized.spectrum import kept_values
-from qsvd.files.trained.records import FILES, START, SUMMARY, read_identity, read_steps, shown_in
+from qsvd.files.trained.records import FILES, START, SUMMARY, read_identity, read_steps, read_texts, shown_in
 from qsvd.files.workspace import ANOTHER_FOLDER, ERRORS, IDENTITY, MANIFEST
 from qsvd.records import Start, WeightError, stored
 from qsvd.report.header import ReportHeader
@@ -82,6 +82,7 @@ def _run(folder: Path) -> Subject:
         read_steps(folder, sealed=is_sealed),
         None if summary is None else stored(RunSummary, summary, f"{folder / SUMMARY} is damaged"),
         *shown_in(identity),
+        read_texts(folder),
     )
     return run_subject(folder.resolve().name, found)
 

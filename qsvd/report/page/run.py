@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qsvd.records import Start, Step
+from qsvd.records import Start, Step, Texts, Written
 from qsvd.report.errors import number, short_count
 from qsvd.report.page.charts import Axis, Series, line_chart, thinned, two_bars
 from qsvd.report.page.document import Number, Section, Subject, warnings_section
-from qsvd.report.page.markup import Markup, join, tag
+from qsvd.report.page.markup import Markup, escaped, join, tag
 from qsvd.report.page.tables import Head, command, table
 from qsvd.report.training import FEW, RunSummary, rows, running_mean
 
@@ -23,6 +23,7 @@ class RunRecords:
         start: None before the first measurement.
         summary: None while the run goes on.
         command, total_steps: As run.json has them; "" and None of an older version.
+        texts: None of a short run, of a model that writes no text, and of an older version.
     """
 
     start: Start | None
@@ -30,6 +31,7 @@ class RunRecords:
     summary: RunSummary | None
     command: str = ""
     total_steps: int | None = None
+    texts: Texts | None = None
 
 
 def run_subject(name: str, found: RunRecords) -> Subject:
@@ -187,10 +189,25 @@ def _speeds(steps: Sequence[Step]) -> list[tuple[float, float]]:
 
 
 def _examples(found: RunRecords, name: str) -> Section:
-    del found
-    words = "qsvd train records no generated texts. This command writes one:"
-    line = f"qsvd generate RUN --prompt TEXT  # RUN: the folder {name}"
-    return Section("examples", "Examples", join([tag("p", words, class_="none"), command(line)]))
+    """Return what the model writes before and after training, or the command that writes a text."""
+    if found.texts is None:
+        words = "This run has no generated texts. This command writes one:"
+        line = f"qsvd generate RUN --prompt TEXT  # RUN: the folder {name}"
+        return Section("examples", "Examples", join([tag("p", words, class_="none"), command(line)]))
+    note = f"The ends of prompts, and at most {found.texts.new_tokens} tokens after each, without sampling."
+    return Section("examples", "Examples", join(map(_example, found.texts.examples)), note)
+
+
+def _example(one: Written) -> Markup:
+    texts = {"Prompt": one.prompt, "In the data": one.expected, "Before training": one.before}
+    if one.after is not None:
+        texts["After training"] = one.after
+    return tag("dl", [join([tag("dt", name), tag("dd", _lines(text))]) for name, text in texts.items()], class_="texts")
+
+
+def _lines(text: str) -> Markup:
+    """Return a text with its line breaks; all else that is not a character to see is an escape."""
+    return Markup("\n".join(map(escaped, text.splitlines()))) if text.strip() else tag("span", "(nothing)")
 
 
 def _warnings(found: RunRecords) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from qsvd.errors import BadInput
 from qsvd.prepare.using.pages import subject_of
-from qsvd.records import Coverage, Norms, Start, WeightError
+from qsvd.records import Coverage, Norms, Start, Texts, WeightError, Written
 from qsvd.report.header import ReportHeader
 from qsvd.report.page.charts import Axis, Series, line_chart, scale_of, thinned, tick_text
 from qsvd.report.page.comparison import comparison_subject
@@ -92,7 +92,8 @@ def test_no_text_becomes_an_element(kind):
     header = replace(HEADER, model=HOSTILE)
     errors = [replace(weights(1)[0], name=f"{HOSTILE}{'y' * 10_000}.layers.0.q", after=Norms(0.2, 1, 0, 0.1))]
     model = quantized_subject(header, errors, 1, {errors[0].name: [0.5, 0.2]})
-    run = run_subject(HOSTILE, RunRecords(None, steps_of(3), summary_of(base=HOSTILE, device=HOSTILE), HOSTILE))
+    texts = Texts(9, (Written(HOSTILE, HOSTILE, f"</dd>{HOSTILE}\n{'y' * 10_000}", HOSTILE),))
+    run = run_subject(HOSTILE, RunRecords(None, steps_of(3), summary_of(base=HOSTILE), HOSTILE, texts=texts))
     text = {
         "model": subject_page(model),
         "run": subject_page(run),
@@ -181,6 +182,15 @@ def test_a_run_shows_losses_memory_and_its_command():
     ).text
     for words in ("the held-out loss fell from 3.950 to 2.900 nats", "qsvd train x", "3.5", "4.0", "200.0", "pissa"):
         assert words in text
+
+
+def test_a_run_shows_what_the_model_writes_before_and_after_training():
+    texts = Texts(8, (Written("Q: 1 <b>\nA:", "2", "three\n\x07four", ""), Written("P", "q", "r")))
+    page = Page(subject_page(run_subject("r", RunRecords(None, steps_of(3), None, texts=texts))))
+    assert "Q: 1 <b>\nA:" in page.texts
+    assert "three\n\\x07four" in page.texts
+    assert [page.texts.count(word) for word in ("Prompt", "After training", "(nothing)")] == [2, 1, 1]
+    assert "at most 8 tokens" in page.text
 
 
 def test_only_the_section_of_the_machine_depends_on_times_and_memory():
