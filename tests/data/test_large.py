@@ -180,6 +180,15 @@ def test_faults_of_any_block_are_found(tmp_path, place):
     assert not any((folder / "tokens.json").exists() for folder in place.iterdir())
 
 
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "rows.jsonl", PAIRS)
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "rows.jsonl")
+    with pytest.raises(
+        BadInput, match=r"cannot be made \(Not a directory\): set the environment variable HF_DATASETS_C"
+    ):
+        read(data)
+
+
 def test_labelled_texts_stay_in_memory(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [{"text": text, "label": "ab"[n % 2]} for n, text in enumerate(TEXTS)])
     assert isinstance(read(data, task="classification").train.input_ids, list)

@@ -87,12 +87,18 @@ class LargeTexts:
         """Return the tokens, mapped; make them first, if they are not there.
 
         Raises:
-            BadInput: as `recognise` and `tokenize`, of the first block with a fault.
+            BadInput: as `recognise` and `tokenize`, of the first block with a fault; their folder cannot be made.
             OSError: the files cannot be written.
         """
         kept = self.kept
         if kept is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(
+                    f"{self.folder} for the tokens of {self.blocks.source} cannot be made ({error.strerror}): set the "
+                    "environment variable HF_DATASETS_CACHE to a folder that can be written"
+                ) from error
             with _lock(self.folder):
                 kept = _kept(self.folder) or _made(self.folder, self.blocks, self.recipe, self.columns)
         return _opened(self.folder, kept, self.blocks, self.first)
