@@ -7,6 +7,8 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import qsvd
 from qsvd import ranks
@@ -17,7 +19,6 @@ from qsvd.memory.frozen import residual_items
 from qsvd.memory.items import Placement
 from qsvd.training.together import join_group
 from tests.memory.counting import llama_base
-from tests.memory.tracker import Tracker
 from tests.ranks.processes import each, lines, together
 from tests.runs import text_rows, write_rows
 
@@ -33,18 +34,24 @@ def folder(tmp_path_factory):
     return folder
 
 
-class Whole(Tracker):
+class Whole(TorchDispatchMode):
     """most: the most bytes at a time of storages of some size; FSDP empties a storage without an end of its tensor."""
 
     def __init__(self, size):
         super().__init__()
         self.most, self._size, self._seen = 0, size, {}
 
-    def born(self, storage):
-        super().born(storage)
-        self._seen[id(storage)] = weakref.ref(storage)
-        sizes = (found.nbytes() for one in self._seen.values() if (found := one()) is not None)
-        self.most = max(self.most, sum(size for size in sizes if self._size <= size < self._size + 8))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if torch.is_tensor(tensor) and self._is_block(tensor.untyped_storage()):
+                self._seen[id(tensor.untyped_storage())] = weakref.ref(tensor.untyped_storage())
+        alive = [found for one in self._seen.values() if (found := one()) is not None and self._is_block(found)]
+        self.most = max(self.most, sum(storage.nbytes() for storage in alive))
+        return made
+
+    def _is_block(self, storage):
+        return self._size <= storage.nbytes() < self._size + 8
 
 
 def loaded(base, count):
