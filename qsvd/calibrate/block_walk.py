@@ -5,10 +5,11 @@ moments of its inputs, and is run again when it is split (GPTQ, arXiv:2210.17323
 
 GradientWalk runs the 16-bit model forward, draws a label for every token from what the model predicts (the true Fisher
 information; Martens and Grosse, arXiv:1503.05671), and goes from the last block to the first. Each block runs forward
-and backward again, so that the moments of inputs and gradients are known at the same time.
+and backward again, so that the moments of inputs and gradients are known at the same time. Until then its inputs are in
+a file.
 
-One block is in memory, with its statistics. A run that is stopped walks again over the blocks that are split, without
-statistics, so that nothing but the splits is kept.
+One block is in memory, with its statistics and inputs. A run that is stopped walks again over the blocks that are
+split, without statistics, so that nothing but the splits is kept.
 
 Shape suffixes: T = tokens, D = hidden size, V = vocabulary.
 """
@@ -30,6 +31,7 @@ from qsvd.calibrate.sums import Example
 from qsvd.decompose.moments import Moments
 from qsvd.decompose.objective import PLAIN, Objective
 from qsvd.errors import BadInput
+from qsvd.files.quantized.stack import TensorStack
 from qsvd.memory.items import block_of
 from qsvd.plan.weights import WeightSpec
 
@@ -157,7 +159,7 @@ class GradientWalk(BlockWalk):
 
     Args:
         seed: Of the labels.
-        most_bytes: Of CPU memory for the inputs of the blocks. If those of all blocks need more, the inputs of every
+        inputs: Keeps the inputs of the blocks. If those of all blocks need more bytes than it may use, those of every
             k-th block are kept, with k near the square root of their number, and the blocks after it run again.
 
     Raises:
@@ -173,14 +175,14 @@ class GradientWalk(BlockWalk):
         show: Callable[[str], None],
         *,
         seed: int,
-        most_bytes: int,
+        inputs: TensorStack,
     ):
         super().__init__(model, examples, show)
         count, states = len(self.order), [track.hidden for track in self._tracks]
-        fits = count * sum(state.nbytes for state in states) <= most_bytes
-        self._step = 1 if fits else math.ceil(math.sqrt(count))
-        self._inputs: dict[int, list[Tensor]] = {}  # of blocks, by their number; for each example
-        states = self._forward(states, 0, count, self._step)
+        fits = count * sum(state.nbytes for state in states) <= inputs.most_bytes
+        self._inputs, self._kept = inputs, list[int]()  # for each example; the numbers of the blocks
+        self._states = list[Tensor]()  # the inputs of the block that is next, while it runs
+        states = self._forward(states, 0, count, 1 if fits else math.ceil(math.sqrt(count)))
         for number, (track, state) in enumerate(zip(self._tracks, states, strict=True)):
             track.hidden = _gradient(model, track.example, state, seed + number)
 
@@ -188,7 +190,8 @@ class GradientWalk(BlockWalk):
         """Run blocks on these inputs of the first; keep the inputs of every `step`-th, and return the last outputs."""
         for number in range(first, last):
             if (number - first) % step == 0:
-                self._inputs[number] = states
+                self._inputs.push(states)
+                self._kept.append(number)
             path = self.order[-1 - number]  # the order is that of the walk
             self._show(f"block {number + 1}/{len(self.order)} runs forward")
             weights = self.model.read_block(path)
@@ -203,16 +206,15 @@ class GradientWalk(BlockWalk):
 
     def _collect(self, *, with_moments: bool) -> None:
         number = self._number
-        if number not in self._inputs:
-            first = number - number % self._step
-            self._inputs[number] = self._forward(self._inputs[first], first, number, 1)
+        first = self._kept.pop()
+        self._states = self._forward(self._inputs.pop(), first, number, 1)
         super()._collect(with_moments=with_moments)
-        del self._inputs[number]
+        self._states = []
 
     def _run(self, index: int, path: str, weights: Mapping[str, Tensor]) -> None:
         track = self._tracks[index]
         with torch.enable_grad():
-            hidden = self._inputs[self._number][index].to(self.model.device).requires_grad_()
+            hidden = self._states[index].to(self.model.device).requires_grad_()
             output = self.model.run_block(self._call(track, path), weights, hidden)
             (gradient,) = torch.autograd.grad(output, hidden, track.hidden.to(self.model.device))
         track.hidden = gradient.cpu()

@@ -25,6 +25,8 @@ def main(options: Allocate, checkpoint: Checkpoint | None = None) -> None:
         Interrupted: after Ctrl-C; the weights that are measured are kept.
     """
     run = prepare_allocate(options, checkpoint)
+    if run.cut:
+        say(run.cut, file=sys.stderr)
     with watched("weight", f"measured weights are kept in {run.costs}, the same command continues there") as show:
         result = write_allocation(run, show)
     terminal().print(allocation_tables(run.task, result), highlight=False)

@@ -22,6 +22,7 @@ from qsvd.decompose.scales import fitted, in_blocks, inverse, of_numbers, scales
 from qsvd.numerics.codec import SMALLEST_SCALE, Codec
 
 TILE = 64  # columns whose errors are moved onto the later ones by one matrix product
+WIDE = 4  # tiles of a sweep whose pull is one matrix product
 LEAST_DAMPING, MORE_DAMPING, MOST_DAMPING = 1e-6, 10.0, 1e6  # of the mean, times the last one, and our fault
 
 
@@ -230,32 +231,45 @@ def _best_scales(state: State, pairs: Sequence[tuple[slice, slice]], at: int, pa
 
 def sweep(state: State, moment_II: Tensor, *, refits: bool) -> None:
     """Give each column the codes that are best given all others, and then each block of scales its best scales."""
-    columns, left_IO = len(moment_II), state.left_IO
-    for first in range(0, columns, state.tile):
-        last = min(first + state.tile, columns)
-        own_JJ = moment_II[first:last, first:last]
-        pull_JO = moment_II[first:last] @ left_IO
-        moved_JO = torch.empty_like(pull_JO)
-        for column in range(first, last):
-            at = column - first
-            old_O = state.target_IO[column] - left_IO[column]
-            rounded_O = state.round_column(column, torch.addcdiv(old_O, pull_JO[at], own_JJ[at, at]))
-            torch.sub(old_O, rounded_O, out=moved_JO[at])
-            torch.sub(state.target_IO[column], rounded_O, out=left_IO[column])
-            pull_JO[at + 1 :].addr_(own_JJ[at + 1 :, at], moved_JO[at])
-        if refits:
-            pull_JO.addmm_(own_JJ.triu(), moved_JO)
-            _refit_scales(state, own_JJ, pull_JO, first, last)
+    columns, left_IO, step = len(moment_II), state.left_IO, state.tile * WIDE
+    for first in range(0, columns, step):
+        wide = slice(first, min(first + step, columns))
+        pull_JO = moment_II[wide] @ left_IO
+        for start in range(wide.start, wide.stop, state.tile):
+            tile = slice(start, min(start + state.tile, columns))
+            here, later = slice(start - first, tile.stop - first), slice(tile.stop - first, None)
+            moved_JO = _sweep_tile(state, tile, moment_II[tile, tile], pull_JO[here], refits=refits)
+            pull_JO[later].addmm_(moment_II[tile.stop : wide.stop, tile], moved_JO, alpha=-1)
 
 
-def _refit_scales(state: State, own_JJ: Tensor, pull_JO: Tensor, first: int, last: int) -> None:
+def _sweep_tile(state: State, tile: slice, own_JJ: Tensor, pull_JO: Tensor, *, refits: bool) -> Tensor:
+    """Choose the codes of a tile, column by column, and then its scales; return what T - Q lost [J, O].
+
+    Args:
+        pull_JO: M (T - Q) at the tile; it is overwritten.
+    """
+    before_JO = state.left_IO[tile].clone()
+    moved_JO = torch.empty_like(pull_JO)
+    for at, column in enumerate(range(tile.start, tile.stop)):
+        old_O = state.target_IO[column] - before_JO[at]
+        rounded_O = state.round_column(column, torch.addcdiv(old_O, pull_JO[at], own_JJ[at, at]))
+        torch.sub(rounded_O, old_O, out=moved_JO[at])
+        torch.sub(state.target_IO[column], rounded_O, out=state.left_IO[column])
+        pull_JO[at + 1 :].addr_(own_JJ[at + 1 :, at], moved_JO[at], alpha=-1)
+    if refits:
+        pull_JO.addmm_(own_JJ.triu(), moved_JO, alpha=-1)
+        _refit_scales(state, own_JJ, pull_JO, tile)
+    return before_JO.sub_(state.left_IO[tile])
+
+
+def _refit_scales(state: State, own_JJ: Tensor, pull_JO: Tensor, tile: slice) -> None:
     """Give the blocks of a tile their best scales for their codes, one after another.
 
     Args:
         pull_JO: M (T - Q) at the tile.
     """
-    for column in range(first, last, state.run):
-        block, here = slice(column, column + state.run), slice(column - first, column - first + state.run)
+    for column in range(tile.start, tile.stop, state.run):
+        block, here = slice(column, column + state.run), slice(column - tile.start, column - tile.start + state.run)
         levels_EO, scale_O = state.levels_of(block), state.scales_CO[column // state.run]
         curve_O = (levels_EO * (own_JJ[here, here] @ levels_EO)).sum(dim=0)
         step_O = (levels_EO * pull_JO[here]).sum(dim=0) / curve_O.clamp(min=SMALLEST_SCALE)

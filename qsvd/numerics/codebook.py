@@ -184,6 +184,6 @@ def _refitted(parts_BE: Tensor, tried_B: Tensor, of: codec.Codec, weights_BE: Te
     codes = of.nearest((parts_BE / tried_B[:, None]).view(-1))
     chosen_BE = of.values(codes).view(parts_BE.shape)
     weighted_BE = chosen_BE if weights_BE is None else chosen_BE * weights_BE
-    product_B, squares_B = (parts_BE * weighted_BE).sum(dim=1), (chosen_BE * weighted_BE).sum(dim=1)
+    product_B, squares_B = (torch.linalg.vecdot(one_BE, weighted_BE) for one_BE in (parts_BE, chosen_BE))
     scale_B = product_B / squares_B.clamp(min=codec.SMALLEST_SCALE)
     return scale_B, product_B * scale_B

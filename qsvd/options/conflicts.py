@@ -31,7 +31,7 @@ def conflicts(options: object) -> list[str]:
     if isinstance(options, TrainingOptions | Quantize):
         wrong += _conflicts_of_codec(options)
     if isinstance(options, Quantize | Allocate):
-        wrong += _conflicts_of_objective(options)
+        wrong += _conflicts_of_objective(options) + _conflicts_of_texts(options)
     kinds: Any = {Quantize: _conflicts_of_quantize, Calibrate: _conflicts_of_calibrate, Eval: _conflicts_of_eval}
     kinds |= {TrainingOptions: _conflicts_of_training, Train: _conflicts_of_train, Generate: _conflicts_of_generate}
     kinds |= {Plan: _conflicts_of_gpus}
@@ -54,7 +54,7 @@ def _conflicts_of_quantize(options: Quantize) -> list[str]:
             "--dry-run cannot show the result of a --budget before the layers are measured: run qsvd allocate, or "
             "qsvd plan --budget for the sizes alone"
         ]
-    wrong = _conflicts_of_texts(options)
+    wrong = []
     if options.budget is None and options.allocator != "both":
         wrong.append(f"--allocator {options.allocator} needs a --budget")
     if options.budget is None and options.objective == "hessian":
@@ -85,17 +85,18 @@ def _conflicts_of_codec(options: TrainingOptions | Quantize) -> list[str]:
     ]
 
 
-def _conflicts_of_texts(options: Quantize) -> list[str]:
+def _conflicts_of_texts(options: Quantize | Allocate) -> list[str]:
+    quality = options.quality if isinstance(options, Quantize) else None
     if options.calibrate is None:
-        wrong = ["--quality best needs texts: give --calibrate DATA"] if options.quality == "best" else []
+        wrong = ["--quality best needs texts: give --calibrate DATA"] if quality == "best" else []
         given = {
             "--sensitivity": options.sensitivity is not None,
-            "--examples": options.examples != Quantize.examples,
+            "--examples": options.examples != type(options).examples,
             "--max-length": options.max_length is not None,
         }
         return wrong + [f"{flag} needs --calibrate DATA" for flag, is_given in given.items() if is_given]
     wrong = []
-    if options.quality == "fast":
+    if quality == "fast":
         wrong.append("--quality fast uses no texts: leave out --calibrate, or give --quality good")
     if options.objective == "fisher":
         wrong.append("--calibrate and --objective fisher both weight errors: give one of them")

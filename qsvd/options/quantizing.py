@@ -45,6 +45,13 @@ from qsvd.option_types import (
 NEAREST_PASSES, FEEDBACK_PASSES, BEST_PASSES = 5, 2, 4  # iterations by default
 SWEEPS = {"fast": 1, "good": 1, "best": 2}  # of coordinate descent after each feedback
 
+Calibration = Annotated[
+    str | None,
+    SAME_RESULT,
+    Group("calibration"),
+    Help("Texts that errors are weighted by: what qsvd train reads, or a text file.", "DATA"),
+]
+
 
 @dataclass(frozen=True)
 class Allocate:
@@ -71,6 +78,17 @@ class Allocate:
     ] = "stored"
     gap: Annotated[float, SAME_RESULT, at_least(0), Help("Relative optimality gap at which the solver stops.")] = 1e-4
     time_limit: Annotated[float, SAME_RESULT, SECONDS, Help("Time limit of the solver in seconds.")] = 60.0
+
+    calibrate: Calibration = None
+    sensitivity: Annotated[
+        Literal["inputs", "both"] | None,
+        ADDED,
+        Help("What errors are weighted by: inputs of layers, or gradients too. Default: both."),
+    ] = None
+    examples: Annotated[int, ADDED, at_least(1), Help("Number of texts, drawn by --seed.")] = 128
+    max_length: Annotated[MaxLength, ADDED] = None
+    map: Annotated[Map, SAME_RESULT] = ()
+    split: Annotated[DataSplit, SAME_RESULT] = "train"
 
     include: Annotated[Include, SAME_RESULT, Group("layer")] = ()
     exclude: Annotated[Exclude, SAME_RESULT] = ()
@@ -160,12 +178,7 @@ class Quantize:
     head_bits: HeadBits = None
     embedding_bits: EmbeddingBits = None
 
-    calibrate: Annotated[
-        str | None,
-        SAME_RESULT,
-        Group("calibration"),
-        Help("Texts that errors are weighted by: what qsvd train reads, or a text file.", "DATA"),
-    ] = None
+    calibrate: Calibration = None
     sensitivity: Annotated[
         Literal["inputs", "both"] | None,
         ADDED,

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qsvd.calibrate.block_walk import BlockWalk
+from qsvd.calibrate.sums import Example
 from qsvd.decompose.alternate import Recipe
 from qsvd.decompose.candidates import PASSES, CandidateErrors, measure_candidates
 from qsvd.decompose.moments import Moments
@@ -29,9 +31,11 @@ from qsvd.plan.budget import parse_budget
 from qsvd.plan.grid import grid_of
 from qsvd.plan.solve import AllocationProblem, AllocationResult, check_feasible, over_norms, solve
 from qsvd.plan.weights import ModelPlan, WeightSpec
+from qsvd.prepare.calibrate import tokens_digest
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import machine, seed_of
 from qsvd.prepare.models import open_16_bit
+from qsvd.prepare.quantizing.calibration import open_walk, streamed, texts_of
 from qsvd.records import Progress, ShowProgress
 from qsvd.report.allocation import summary
 
@@ -46,14 +50,19 @@ class AllocateRun:
 
     Args:
         out: The table. Measurements are kept next to it.
+        examples: The texts of --calibrate.
+        cut: A sentence on texts that were cut, or empty.
     """
 
     options: Allocate | Quantize
     checkpoint: Checkpoint
+    plan: ModelPlan
     task: AllocationProblem
     statistics: Statistics | None
     device: torch.device
     out: Path
+    examples: tuple[Example, ...] = ()
+    cut: str = ""
 
     @property
     def costs(self) -> Path:
@@ -69,16 +78,23 @@ class AllocateRun:
     def how(self) -> dict[str, Any]:
         """What `qsvd quantize` changes of a Recipe."""
         options = self.options
-        return {} if isinstance(options, Allocate) else {"scales": options.scales, "rounding": options.rounding}
+        if isinstance(options, Quantize):
+            return {"scales": options.scales, "rounding": options.rounding}
+        return {} if options.calibrate is None else {"scales": "mse", "rounding": "feedback"}
 
     @property
     def compares_layers(self) -> bool:
         """Whether errors of layers are compared as they are: with gradients they are changes of the loss."""
-        return isinstance(self.options, Quantize) and self.options.sensitivity == "both"
+        return self.options.sensitivity == "both"
 
     def objective(self, spec: WeightSpec) -> Objective:
         """Return how the errors of a weight are weighted by statistics."""
         return self.statistics.objective(spec.module) if self.is_fisher and self.statistics else PLAIN
+
+    def open_walk(self, show: ShowProgress) -> BlockWalk:
+        """Return the walk over the blocks that gives the moments of --calibrate; see `open_walk` of calibration.py."""
+        model, tell = streamed(self.checkpoint, self.plan, self.device), partial(tell_measuring, show)
+        return open_walk(self.options, self.examples, model, tell, folder=self.out.parent)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -86,7 +102,9 @@ class AllocateRun:
         `qsvd quantize` changes is in the identity of its folder."""
         options, grid = self.options, self.task.grid
         fisher = self.statistics if self.is_fisher else None
-        return {
+        texts = {"sensitivity": options.sensitivity, "tokens_sha256": tokens_digest(self.examples)} | self.how
+        is_alone = isinstance(options, Allocate) and bool(self.examples)
+        return (texts if is_alone else {}) | {
             "source_fingerprint": self.checkpoint.fingerprint,
             "codecs": list(grid.codecs),
             "ranks": None if grid.ranks is None else list(grid.ranks),
@@ -108,7 +126,11 @@ def prepare_allocate(options: Allocate, checkpoint: Checkpoint | None = None) ->
     device = device_of(options.device)
     checkpoint, plan = open_16_bit(options, checkpoint)
     statistics = statistics_for(options.objective, options.statistics, checkpoint, plan.weights)
+    if options.calibrate is not None:
+        options = replace(options, sensitivity=options.sensitivity or "both")
+    examples, cut = texts_of(options, checkpoint, plan)
     run = allocate_run(options, checkpoint, plan, statistics, device, options.out.expanduser())
+    run = replace(run, examples=examples, cut=cut)
     check_replaceable(run)
     check_measuring(run)
     if not run.costs.exists():
@@ -137,7 +159,7 @@ def allocate_run(
         time_limit=chosen.time_limit,
     )
     check_feasible(task, options.allocator)
-    return AllocateRun(options, checkpoint, task, statistics, device, out)
+    return AllocateRun(options, checkpoint, plan, task, statistics, device, out)
 
 
 def sealed(text: str) -> str:
@@ -206,14 +228,15 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def measure_and_solve(run: AllocateRun, show: ShowProgress, walk: BlockWalk | None = None) -> AllocationResult:
-    """Measure the weights that are not measured yet, then solve; the allocation has its remarks.
+def tell_measuring(show: ShowProgress, words: str) -> None:
+    """Show what is done between the weights that are measured."""
+    show(Progress(0, 0, 1, f"measuring, {words}"))
 
-    Args:
-        walk: Over the blocks of the 16-bit model, with --calibrate.
-    """
+
+def measure_and_solve(run: AllocateRun, show: ShowProgress) -> AllocationResult:
+    """Measure the weights that are not measured yet, then solve; the allocation has its remarks."""
     counts_with, remarks = importances(run)
-    measured = _measured(run, show, walk)
+    measured = _measured(run, show)
     if run.options.objective == "relative" and not run.compares_layers:
         counts_with = over_norms(run.task.weights, measured)
     options = run.options
@@ -227,12 +250,13 @@ def measure_and_solve(run: AllocateRun, show: ShowProgress, walk: BlockWalk | No
     return replace(result, allocation=replace(result.allocation, remarks=head + remarks))
 
 
-def _measured(run: AllocateRun, show: ShowProgress, walk: BlockWalk | None) -> dict[str, CandidateErrors]:
+def _measured(run: AllocateRun, show: ShowProgress) -> dict[str, CandidateErrors]:
     """Return the errors of every weight, from the file of measurements or measured now; of a stack some experts are."""
     weights = _measured_ones(run.task.weights)
     run.costs.parent.mkdir(parents=True, exist_ok=True)
     with CostsFile(run.costs, run.identity, run.checkpoint.stamps) as kept:
         pending = {spec: ranks for spec in weights if (ranks := _ranks(run, spec, kept.measured.get(spec.module)))}
+        walk = run.open_walk(show) if run.examples and pending else None
         if walk is not None:
             pending = {spec: pending[spec] for spec in sorted(pending, key=walk.place)}
         total, left = (sum(math.prod(spec.shape) for spec in some) for some in (weights, pending))

@@ -56,7 +56,7 @@ from qsvd.prepare.calibrate import tokens_digest
 from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import seed_of
 from qsvd.prepare.models import open_16_bit
-from qsvd.prepare.quantizing.calibration import open_walk, texts_of
+from qsvd.prepare.quantizing.calibration import open_walk, streamed, texts_of
 from qsvd.records import WeightedError, WeightError
 from qsvd.report.header import ReportHeader, codec_words
 
@@ -260,13 +260,15 @@ class QuantizeRun:
 
     def open_walk(self, show: Callable[[str], None]) -> BlockWalk:
         """Return the walk over the blocks that gives the moments of --calibrate; see `open_walk` of calibration.py."""
-        return open_walk(self.options, self.examples, self.checkpoint, self.plan, self.device, show)
+        model = streamed(self.checkpoint, self.plan, self.device)
+        return open_walk(self.options, self.examples, model, show, folder=self.out / UNFINISHED)
 
     @cached_property
     def measuring(self) -> AllocateRun:
         """The run that spends the budget; its files are in the folder of unfinished work."""
         table = self.out / UNFINISHED / ALLOCATION
-        return allocate_run(self.options, self.checkpoint, self.plan, self.statistics, self.device, table)
+        run = allocate_run(self.options, self.checkpoint, self.plan, self.statistics, self.device, table)
+        return replace(run, examples=self.examples)
 
 
 def prepare_quantize(options: Quantize, checkpoint: Checkpoint | None = None, *, is_shown: bool = False) -> QuantizeRun:
@@ -322,8 +324,8 @@ def _weighted(
     weight_OI, objective = weight_OI.float(), objective.to(weight_OI.device)
     alone_OI = split.residual.codec.encode(weight_OI).decode().neg_().add_(weight_OI)
     nothing = weight_OI.new_zeros(1, len(weight_OI), 0), weight_OI.new_zeros(1, 0, weight_OI.shape[1])
-    parts = (alone_OI, split.error(weight_OI), weight_OI)
-    before, after, whole = (float(objective.squares(part[None], *nothing)) ** 0.5 for part in parts)
+    before, whole = (float(objective.squares(part[None], *nothing)) ** 0.5 for part in (alone_OI, weight_OI))
+    after = split.history[split.iteration - 1]  # in this norm
     ratios = [part / whole if whole else 0.0 for part in (before, after)]
     return replace(error, weighted=WeightedError(*ratios, kept_nearest=feeds_back and split.iteration == 1))
 

@@ -58,6 +58,8 @@ def after_allocate(options: Allocate) -> list[str]:
     words = ["qsvd", "quantize", options.model, "--out", name, "--allocation", str(options.out)]
     if options.objective == "fisher":
         words += ["--objective", "fisher", "--statistics", str(options.statistics)]
+    if options.calibrate is not None:
+        words += ["--calibrate", options.calibrate]
     return [shell(*words, *_layers(options))]
 
 

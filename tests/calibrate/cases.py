@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Example, Sums, means
 from qsvd.calibrate.walk import Probes, add_examples
 from qsvd.files.check import check_complete
+from qsvd.files.quantized.stack import TensorStack
 from qsvd.files.source import Checkpoint, open_checkpoint
 from qsvd.plan.weights import ModelPlan, plan_model
 from tests.checkpoints import COMMON, FAMILIES, GROUPED
@@ -110,3 +111,8 @@ def inputs_of(example: Example):
 def own_loss(whole, example: Example):
     """The loss as transformers computes it when it is given labels."""
     return whole(**inputs_of(example), labels=torch.tensor([example.target])).loss
+
+
+def stack_of(most_bytes=1 << 30):
+    """Where a GradientWalk keeps the inputs of blocks."""
+    return TensorStack(Path(gettempdir()), most_bytes)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -22,8 +23,9 @@ from qsvd.commands.quantize import quantize_run
 from qsvd.decompose.objective import PLAIN
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder
+from qsvd.files.quantized.stack import TensorStack
 from qsvd.prepare.quantize import prepare_quantize
-from tests.calibrate.cases import case, examples_of
+from tests.calibrate.cases import case, examples_of, stack_of
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import files_of
 from tests.stops import StopAfter, Stopped, killed
@@ -73,7 +75,7 @@ def near(found, expected):
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_moments_of_inputs_and_gradients_are_those_of_autograd_on_the_whole_model(architecture):
     one, examples = case(architecture), examples_of(architecture)
-    walk = GradientWalk(one.streamed(), examples, silent, seed=5, most_bytes=1 << 30)
+    walk = GradientWalk(one.streamed(), examples, silent, seed=5, inputs=stack_of())
     inputs, outputs = by_definition(one, examples, 5)
     for spec in sorted(one.plan.weights, key=walk.place):
         found = walk.objective(spec)
@@ -94,14 +96,41 @@ def test_with_little_memory_some_inputs_of_blocks_are_kept_and_the_others_comput
     one, examples, found = case("LlamaForCausalLM", num_hidden_layers=5), examples_of("LlamaForCausalLM"), []
     for most_bytes, kept, runs in ((1 << 30, 5, 5), (0, 2, 5 + 1 + 2)):  # the first and the fourth of five
         shown = []
-        walk = GradientWalk(one.streamed(), examples, shown.append, seed=0, most_bytes=most_bytes)
+        walk = GradientWalk(one.streamed(), examples, shown.append, seed=0, inputs=stack_of(most_bytes))
         assert len(walk._inputs) == kept
         found.append([walk.objective(spec) for spec in one.plan.weights[::-1] if spec.role == "q"])
         assert sum("runs forward" in words for words in shown) == runs
-        assert walk._inputs == {}
+        assert len(walk._inputs) == 0
     for all_kept, some_kept in zip(*found, strict=True):
         assert torch.equal(all_kept.inputs_II, some_kept.inputs_II)
         assert torch.equal(all_kept.outputs_OO, some_kept.outputs_OO)
+
+
+@pytest.mark.parametrize("most_bytes", [1 << 30, 0])
+def test_inputs_of_blocks_are_in_memory_only_while_their_block_runs(monkeypatch, most_bytes):
+    one, examples = case("LlamaForCausalLM", num_hidden_layers=5), examples_of("LlamaForCausalLM")
+    kept, push = [], TensorStack.push
+    monkeypatch.setattr(TensorStack, "push", lambda own, some: kept.extend(map(weakref.ref, some)) or push(own, some))
+    walk = GradientWalk(one.streamed(), examples, silent, seed=0, inputs=stack_of(most_bytes))
+    for spec in one.plan.weights[::-1]:
+        walk.objective(spec)
+        assert not any(state() is not None for state in kept)
+    assert len(kept) == len(examples) * (5 if most_bytes else 2 + 1 + 2)
+
+
+def test_a_stack_gives_back_what_it_was_given_and_its_file_has_no_name(tmp_path):
+    lists = [[torch.randn(1, 7, 3), torch.ones(2, dtype=torch.bfloat16)], [torch.randn(5, 4).mT], [torch.empty(0, 3)]]
+    kept = TensorStack(tmp_path, 0)
+    for some in lists:
+        kept.push(some)
+    assert [*tmp_path.iterdir()] == []
+    last = kept.pop()
+    kept.push(lists[0])
+    for some in (lists[0], lists[1], lists[0]):
+        for found, expected in zip(kept.pop(), some, strict=True):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+    assert (len(kept), last[0].shape) == (0, (0, 3))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +158,7 @@ def test_inputs_are_those_behind_the_split_blocks(architecture):
 def test_layers_that_share_an_input_share_its_moment_which_is_summed_once(monkeypatch):
     one, examples, sums, add = case("LlamaForCausalLM"), examples_of("LlamaForCausalLM"), [], moments._add
     monkeypatch.setattr(moments, "_add", lambda *given: sums.append(given) or add(*given))
-    walk = GradientWalk(one.streamed(), examples, silent, seed=0, most_bytes=1 << 30)
+    walk = GradientWalk(one.streamed(), examples, silent, seed=0, inputs=stack_of())
     found = [walk.objective(spec) for spec in one.plan.weights if walk.place(spec) == 0]
     assert len({one.inputs_II.data_ptr() for one in found}) == 4  # q k v, o, gate up, down
     assert len(sums) == len(examples) * (4 + len(found))  # inputs, and gradients at outputs
@@ -199,7 +228,7 @@ def test_an_output_without_gradients_at_the_last_block_alone_is_refused(monkeypa
     one, logits = case("LlamaForCausalLM"), StreamedModel.logits
     monkeypatch.setattr(StreamedModel, "logits", lambda *given: changed(*logits(*given)))
     with pytest.raises(BadInput, match=sentence):
-        GradientWalk(one.streamed(), examples_of("LlamaForCausalLM"), silent, seed=0, most_bytes=1 << 30)
+        GradientWalk(one.streamed(), examples_of("LlamaForCausalLM"), silent, seed=0, inputs=stack_of())
 
 
 def test_a_model_that_runs_its_blocks_again_is_refused():

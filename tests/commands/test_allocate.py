@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 import torch
 
+import qsvd
 import qsvd.prepare.allocate
 from qsvd.cli import run
 from qsvd.decompose.alternate import Recipe, split_weight
@@ -20,9 +21,11 @@ from qsvd.files.statistics import write_statistics
 from qsvd.memory.items import Limits
 from qsvd.options import Allocate
 from qsvd.plan.allocation import from_text
+from qsvd.plan.grid import grid_of
 from qsvd.plan.weights import plan_model
 from qsvd.prepare.allocate import importances, measure_and_solve, prepare_allocate
 from tests.checkpoints import write_checkpoint
+from tests.commands.calibrations import stories, texts
 from tests.commands.folders import shared_model
 from tests.stops import StopAfter, Stopped
 
@@ -491,3 +494,28 @@ def test_on_a_trained_model_bits_and_ranks_are_no_worse_than_bits_and_those_than
     for budget in ("2.5bits", "3.25bits", "4bits"):
         assert real["both", budget] <= 1.001 * real["bits", budget]
         assert real["bits", budget] < 0.9 * real["uniform", budget]
+
+
+def test_with_texts_the_choices_are_those_of_quantize_with_a_budget(tmp_path, monkeypatch):
+    shared = {"calibrate": str(texts()), "examples": 3, "max_length": 32, "seed": 3}
+    few = ("nf2-16-2x64", "nf4-16-4x64"), (0, 4)  # for both commands
+    monkeypatch.setattr(qsvd.prepare.allocate, "grid_of", lambda _, __, *rest: grid_of(*few, *rest))
+    shared |= {"include": ("*.[23].self_attn.k_proj",), "budget": "3.5bits", "device": "cpu"}
+    found = qsvd.allocate(stories(), out=tmp_path / "table.txt", **shared)
+    qsvd.quantize(stories(), out=tmp_path / "out", **shared)
+    chosen, of_quantize = ((tmp_path / name).read_text().splitlines() for name in ("table.txt", "out/allocation.txt"))
+    assert chosen == of_quantize, "the expected errors, too"
+    errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert {one["name"]: one["rank"] for one in errors} == {m: c.rank for m, c in found.allocation.choices.items()}
+    shapes = counted(monkeypatch)
+    qsvd.allocate(stories(), out=tmp_path / "table.txt", **shared | {"budget": "3bits"})
+    assert not shapes, "another budget uses the same measurements"
+    for changed in ({"examples": 2}, {"sensitivity": "inputs"}):
+        with pytest.raises(ValueError, match=r"costs\.jsonl"):
+            qsvd.allocate(stories(), out=tmp_path / "table.txt", **shared | changed)
+
+
+def test_options_of_texts_need_texts(allocate):
+    code, _, err = allocate("--sensitivity", "both", "--max-length", "9")
+    assert code == 2
+    assert "--sensitivity needs --calibrate DATA; --max-length needs --calibrate DATA" in " ".join(err.split())

@@ -5,7 +5,7 @@ import torch
 
 from qsvd.calibrate.block_walk import GradientWalk, InputWalk
 from qsvd.calibrate.streamed import StreamedModel
-from tests.calibrate.cases import case, examples_of
+from tests.calibrate.cases import case, examples_of, stack_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -34,7 +34,7 @@ def test_moments_of_inputs_are_those_on_a_cpu(architecture):
 def test_gradients_have_a_moment_of_every_output():
     one, examples = case("LlamaForCausalLM"), examples_of("LlamaForCausalLM")
     model = StreamedModel(one.checkpoint, one.plan, torch.device("cuda"), torch.bfloat16, twice=False)
-    walk = GradientWalk(model, examples, silent, seed=0, most_bytes=1 << 30)
+    walk = GradientWalk(model, examples, silent, seed=0, inputs=stack_of())
     for spec in sorted(one.plan.weights, key=walk.place):
         found = walk.objective(spec)
         assert found.outputs_OO.is_cuda

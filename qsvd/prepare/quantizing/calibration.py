@@ -1,8 +1,9 @@
-"""The texts that `qsvd quantize --calibrate` weights errors by, and the walk over the blocks on them."""
+"""The texts that `qsvd quantize` and `allocate --calibrate` weight errors by, and the walk over the blocks on them."""
 
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from shutil import disk_usage
 
 import torch
 
@@ -11,18 +12,20 @@ from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Example
 from qsvd.data.examples import checked_length
 from qsvd.errors import BadInput, DoesNotFit
+from qsvd.files.quantized.stack import TensorStack
 from qsvd.files.source import Checkpoint
 from qsvd.memory.device import dtype_of, free_host_memory
 from qsvd.memory.items import block_of
-from qsvd.options import Calibrate, Quantize
+from qsvd.options import Allocate, Calibrate, Quantize
 from qsvd.plan.weights import ModelPlan, context_length, is_classifier, writers
 from qsvd.prepare.calibrate import draw_examples
 
 SHARED_INPUT = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate up", "up": "gate up"}  # roles with one moment
-HOST_SHARE = 0.5  # of the free CPU memory, for the hidden states of the texts
+HOST_SHARE = 0.5  # of the free CPU memory, for the hidden states of the texts at one block
+DISK_SHARE = 0.25  # of the free space, for those at all blocks
 
 
-def texts_of(options: Quantize, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[tuple[Example, ...], str]:
+def texts_of(options: Quantize | Allocate, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[tuple[Example, ...], str]:
     """Return the texts of --calibrate, none without it, and a sentence on those that were cut.
 
     Raises:
@@ -55,22 +58,29 @@ def texts_of(options: Quantize, checkpoint: Checkpoint, plan: ModelPlan) -> tupl
     return draw_examples(asked, checkpoint, plan, has_loss=False)
 
 
+def streamed(checkpoint: Checkpoint, plan: ModelPlan, device: torch.device) -> StreamedModel:
+    """Return the 16-bit model, of which one block is in memory."""
+    return StreamedModel(checkpoint, plan, device, dtype_of("auto", device), twice=False)
+
+
 def open_walk(
-    options: Quantize,
+    options: Quantize | Allocate,
     examples: tuple[Example, ...],
-    checkpoint: Checkpoint,
-    plan: ModelPlan,
-    device: torch.device,
+    model: StreamedModel,
     show: Callable[[str], None],
+    *,
+    folder: Path,
 ) -> BlockWalk:
     """Return the walk over the blocks; texts run through the model as far as it needs that now.
+
+    Args:
+        folder: Where the inputs of blocks wait until gradients reach them; it exists.
 
     Raises:
         DoesNotFit: the hidden states of the texts need more than the CPU memory.
     """
-    model = StreamedModel(checkpoint, plan, device, dtype_of("auto", device), twice=False)
     tokens = sum(len(example.input_ids) for example in examples)
-    states = tokens * checkpoint.config.get_text_config().hidden_size * model.dtype.itemsize
+    states = tokens * model.checkpoint.config.get_text_config().hidden_size * model.dtype.itemsize
     free = int(HOST_SHARE * free_host_memory())
     if states > free:
         raise DoesNotFit(
@@ -79,7 +89,8 @@ def open_walk(
         )
     if options.sensitivity == "inputs":
         return InputWalk(model, examples, show)
-    return GradientWalk(model, examples, show, seed=options.seed, most_bytes=free)
+    kept = TensorStack(folder, int(DISK_SHARE * disk_usage(folder).free))
+    return GradientWalk(model, examples, show, seed=options.seed, inputs=kept)
 
 
 def block_bytes(options: Quantize, plan: ModelPlan, device: torch.device) -> int:

@@ -1,7 +1,6 @@
 """What a run of `qsvd quantize` needs before its work: an allocation for its budget, memory and disk space."""
 
 from dataclasses import replace
-from functools import partial
 
 from qsvd.errors import BadInput, DoesNotFit
 from qsvd.files.atomic import write_text
@@ -13,7 +12,7 @@ from qsvd.prepare.allocate import check_measuring, is_sealed, measure_and_solve,
 from qsvd.prepare.machine import check_room, machine
 from qsvd.prepare.quantize import ALLOCATION, QuantizeRun
 from qsvd.prepare.quantizing.calibration import block_bytes
-from qsvd.records import Progress, ShowProgress
+from qsvd.records import ShowProgress
 from qsvd.report.planning import lack
 
 
@@ -33,8 +32,7 @@ def resolve_allocation(run: QuantizeRun, folder: OutputFolder, show: ShowProgres
     kept = folder.unfinished / ALLOCATION
     if not kept.is_file():
         measuring = run.measuring
-        walk = run.open_walk(partial(_tell, show)) if run.examples else None
-        allocation = measure_and_solve(measuring, show, walk).allocation
+        allocation = measure_and_solve(measuring, show).allocation
         write_text(kept, sealed(to_text(allocation, run.plan.weights, measuring.task.factor_bytes)))
     text = kept.read_text(encoding="utf-8")
     if not is_sealed(text):
@@ -43,10 +41,6 @@ def resolve_allocation(run: QuantizeRun, folder: OutputFolder, show: ShowProgres
             "as --allocation with another --out"
         )
     return replace(run, allocation=from_text(text, run.plan.weights, str(kept)), table=text)
-
-
-def _tell(show: ShowProgress, words: str) -> None:
-    show(Progress(0, 0, 1, f"measuring, {words}"))
 
 
 def check_resources(run: QuantizeRun) -> None:
