@@ -94,11 +94,11 @@ def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
     for count, shard in ((1, "no"), (2, "no"), (2, "yes")):
         out = folder / f"classes-{count}-{shard}"
         words = ("train", base, rows, "--out", out, "--method", "lora", *STEP, "--steps", 3, "--learning-rate", 1e-3)
-        words = (*words, "--valid", rows, "--shard", shard)
+        words = (*words, "--valid", rows, "--eval-every", 2, "--keep-best", "--shard", shard)
         codes, shown = together(count, folder / "shown", *words)
         assert codes == [0] * count, shown
     alone, *divided = (folder / f"classes-{name}" for name in ("1-no", "2-no", "2-yes"))
-    ends = ("held_out_before", "held_out_after", "accuracy_after")
+    ends = ("held_out_before", "held_out_after", "accuracy_after", "best_step")
     for out in divided:
         assert_same(steps_of(out), steps_of(alone), last=3)
         found, wanted = (json.loads((run / "summary.json").read_text()) for run in (out, alone))
