@@ -196,8 +196,12 @@ def wish_of(options: TrainingOptions, old: Recorded | None = None, *, is_labelle
 
 
 def train_wish(options: Train, old: Recorded | None, *, is_labelled: bool) -> Wish:
-    """Return the same for `qsvd train`, whose processes may hold the model together; refuse that for one process."""
-    wish = wish_of(options, old, is_labelled=is_labelled)
+    """Return what a run of `qsvd train` asks of its placement; its processes may hold the model together."""
+    return divided(wish_of(options, old, is_labelled=is_labelled), options)
+
+
+def divided(wish: Wish, options: Train) -> Wish:
+    """Return the wish with the processes of --shard; refuse that for one process."""
     if options.shard == "no":
         return wish
     if ranks.size() == 1:

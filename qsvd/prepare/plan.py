@@ -32,6 +32,7 @@ from qsvd.prepare.check_options import check
 from qsvd.prepare.machine import (
     Machine,
     check_offload,
+    divided,
     machine,
     measured_flops,
     measured_link,
@@ -134,6 +135,8 @@ def prepare_plan(options: Plan, run: Train | None = None) -> PlanJob:
         raise BadInput(f"--max-length {tokens} is above the context length of the model, {context}")
     is_labelled = options.task == "classification" if planned is None else bool(planned.data.train.label_names)
     wish = wish_of(options, old, is_labelled=is_labelled)
+    if run is not None:
+        wish = divided(wish, run)
 
     if options.gpus is not None and here.device.type != "cuda":
         raise BadInput(f"--gpus {options.gpus} needs the memory of a GPU, and there is none here: give --gpu 24GB")

@@ -7,6 +7,7 @@ from pathlib import Path
 from qsvd.errors import one_line, show_size
 from qsvd.files.workspace import ADAPTER_CONFIG
 from qsvd.options import Allocate, Calibrate, Compare, Prune, Train
+from qsvd.ranks import local_size, size
 from qsvd.report.card import shell
 from qsvd.report.readme import RESIDUAL
 from qsvd.report.serving import COMPRESSED
@@ -70,8 +71,12 @@ def _layers(options: Calibrate | Allocate) -> list[str]:
 
 
 def train_command(options: Train) -> str:
-    """Return the command line of a run, with the options that are not at their defaults; "DATA" stands for no data."""
-    words = ["qsvd", "train", options.base, options.data, "--out", str(options.out)]
+    """Return the command line of a run, with the options that are not at their defaults; "DATA" stands for no data.
+
+    It starts as many processes as there are here.
+    """
+    start = ["torchrun", "--nproc-per-node", str(local_size()), "-m"] if size() > 1 else []
+    words = [*start, "qsvd", "train", options.base, options.data, "--out", str(options.out)]
     words += _flags(options, ("base", "data", "out", "preview", "dry_run"))
     return shell(*words) + (f"  {DATA.partition('  ')[2]}" if options.data == "DATA" else "")
 

@@ -292,7 +292,10 @@ def _placement_lines(placement: Placement, blocks: int) -> list[str]:
     """Return what stays on the GPU, and where the rest is."""
     resident = placement.resident or 0
     lines = [f"blocks that stay on the GPU: {resident} of {blocks} ({resident / blocks:.0%})"]
-    if resident < blocks:
+    if placement.shards:
+        where = "on its GPU" if placement.resident is None else "in CPU memory"
+        lines = [f"each of {placement.shards} processes keeps its part of every block {where}"]
+    elif resident < blocks:
         where = "CPU memory" if placement.pages == "host" else "disk"
         lines.append(f"the other blocks are copied to the GPU from {where} when needed")
     if placement.embeddings_on_host:

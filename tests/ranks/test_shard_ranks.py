@@ -109,6 +109,28 @@ def test_weights_that_are_read_outside_of_their_block_are_refused(folder, tmp_pa
     assert codes == [0, 0], shown
 
 
+def test_a_dry_run_counts_the_parts_and_names_the_processes(folder, tmp_path):
+    rows = write_rows(tmp_path / "texts.jsonl", text_rows())
+    words = (
+        "train",
+        folder / "out",
+        rows,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--max-length",
+        40,
+        "--dry-run",
+    )
+    codes, shown = together(2, tmp_path / "shown", *words, "--shard", "yes")
+    assert codes == [0, 0], shown
+    out, err = shown[0]
+    assert "each of 2 processes keeps its part of every block" in out
+    assert "Next: torchrun --nproc-per-node 2 -m qsvd train " in err
+    assert err.rstrip().endswith("--shard yes")
+
+
 WRONG = {  # options -> processes, sentence
     ("--shard", "yes"): (
         1,
