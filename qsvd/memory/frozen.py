@@ -27,13 +27,14 @@ def residual_items(model: SplitModelPlan, placement: Placement, device: str) -> 
 
 def _sharded_items(model: SplitModelPlan, placement: Placement, device: str) -> list[Item]:
     """Return the part of this process of every block, and the blocks that are whole at a time."""
-    parts = sum(-(-block.page // placement.shards) for block in model.blocks)
+    parts = [-(-block.page // placement.shards) for block in model.blocks]
+    pinned = sum(1 << (part - 1).bit_length() for part in parts)  # torch rounds each up to a power of two
     gathered = (GATHERED + (device == "cpu")) * max(block.page for block in model.blocks)  # a CPU decodes a copy
     is_here = placement.resident is None
     return [
-        on(device, "residual codes", parts if is_here else 0),
+        on(device, "residual codes", sum(parts) if is_here else 0),
         on(device, "page slots", gathered),
-        Item("pages", host=0 if is_here else parts),
+        Item("pages", host=0 if is_here else pinned),
     ]
 
 

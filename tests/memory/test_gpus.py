@@ -49,6 +49,16 @@ def test_a_sharded_residual_takes_its_part_and_three_whole_blocks():
     assert one.placed.memory["reserve"].gpu == pytest.approx(0.04 * rest)
 
 
+def test_a_part_in_cpu_memory_takes_a_power_of_two_and_is_copied_once_for_each_pass():
+    one = found(2, 24)["sharded, offloaded"]
+    assert gpu_bytes(one, "residual codes", "residual scales") == 0
+    part = packed() / 2
+    assert 2**27 < part < 2**28
+    assert one.placed.memory["pages"].host == BLOCKS * 2**28
+    assert one.step.one.transfer == pytest.approx(2 * 4 * BLOCKS * part / 20e9, rel=1e-4)
+    assert one.step.gather == pytest.approx(2 * 4 * BLOCKS * part / 100e9, rel=1e-4), "half of each block"
+
+
 def test_gathering_is_hidden_behind_computing_where_it_is_shorter():
     """8 batches over 4 GPUs: each gathers 3/4 of the residual for 2 batches, forward and backward."""
     fast, slow = (found(4, 80, interconnect=rate)["sharded"].step for rate in (100e9, 1e9))
