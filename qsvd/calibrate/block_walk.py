@@ -179,10 +179,12 @@ class GradientWalk(BlockWalk):
     ):
         super().__init__(model, examples, show)
         count, states = len(self.order), [track.hidden for track in self._tracks]
-        fits = count * sum(state.nbytes for state in states) <= inputs.most_bytes
+        size = sum(state.nbytes for state in states)
+        step = 1 if count * size <= inputs.most_bytes else math.ceil(math.sqrt(count))
+        inputs.check_room(min(count, 2 * step) * size)
         self._inputs, self._kept = inputs, list[int]()  # for each example; the numbers of the blocks
         self._states = list[Tensor]()  # the inputs of the block that is next, while it runs
-        states = self._forward(states, 0, count, 1 if fits else math.ceil(math.sqrt(count)))
+        states = self._forward(states, 0, count, step)
         for number, (track, state) in enumerate(zip(self._tracks, states, strict=True)):
             track.hidden = _gradient(model, track.example, state, seed + number)
 

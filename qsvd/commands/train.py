@@ -130,7 +130,7 @@ def train(options: Train, show: ShowProgress = show_nothing) -> TrainResult:
 def train_run(run: TrainRun, folder: RunFolder | None, show: ShowProgress, is_stop_asked: Callable[[], bool]) -> Any:
     """Do the work of a checked run, and return the model: 1 load, 2 first loss, 3 train, 4 last loss, adapter, summary.
 
-    Several processes do 3 together; the first one does 2 and 4.
+    Several processes do 3 together; the first one does 2 and 4, in which all measure a model that they share.
 
     Args:
         folder: None in the other processes.

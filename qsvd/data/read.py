@@ -112,10 +112,14 @@ def shard_files(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
     """
     for name in names:
         whole = _split_file(folder, (name,))
-        shards = sorted(path for path in folder.glob(f"{name}-*") if path.is_file() and path.suffix in SHARDED)
+        shard = re.compile(rf"{name}-\d+(-of-\d+)?")
+        found = (path for path in folder.glob(f"{name}-*") if path.is_file() and path.suffix in SHARDED)
+        shards = sorted(path for path in found if shard.fullmatch(path.stem))
         if len({path.suffix for path in shards} | ({"whole"} if whole and shards else set())) > 1:
-            found = listing([path.name for path in (*([whole] if whole else []), *shards)])
-            raise BadInput(f"{folder} has several files for one split, {found}: keep one, or shards with one suffix")
+            names_there = listing([path.name for path in (*([whole] if whole else []), *shards)])
+            raise BadInput(
+                f"{folder} has several files for one split, {names_there}: keep one, or shards with one suffix"
+            )
         if whole or shards:
             return (whole,) if whole else tuple(shards)
     return ()

@@ -85,6 +85,9 @@ def place_training(
             "blocks so far, and would fit with --gradient-checkpointing, which recomputes them"
         )
     tokens = longest(model, training, here.limits, wish, training.batch.tokens)
+    if wish.shards:
+        more = "start more processes" if wish.offloads_parts else "start more processes, or give --shard offload"
+        raise DoesNotFit(f"{_lack(found.memory)}; {more}" + (f", or --max-length {tokens}" if tokens else ""))
     change = f"--max-length {tokens} would fit" if tokens else "no length would fit: use a smaller model or more memory"
     raise DoesNotFit(f"{_lack(found.memory)}; {change}")
 

@@ -137,7 +137,6 @@ def prepare_plan(options: Plan, run: Train | None = None) -> PlanJob:
     wish = wish_of(options, old, is_labelled=is_labelled)
     if run is not None:
         wish = divided(wish, run)
-
     if options.gpus is not None and here.device.type != "cuda":
         raise BadInput(f"--gpus {options.gpus} needs the memory of a GPU, and there is none here: give --gpu 24GB")
 

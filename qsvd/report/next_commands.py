@@ -53,6 +53,9 @@ def after_calibrate(options: Calibrate) -> list[str]:
     return [quantize] if options.gradient_rank is None else [shell(*train), quantize]
 
 
+TEXTS = ("calibrate", "sensitivity", "examples", "max_length", "map", "split", "seed")  # options of --calibrate
+
+
 def after_allocate(options: Allocate) -> list[str]:
     """Return the command that quantizes by the table."""
     name = f"{Path(options.model).name}-quantized"
@@ -60,7 +63,7 @@ def after_allocate(options: Allocate) -> list[str]:
     if options.objective == "fisher":
         words += ["--objective", "fisher", "--statistics", str(options.statistics)]
     if options.calibrate is not None:
-        words += ["--calibrate", options.calibrate]
+        words += _flags(options, [field.name for field in fields(options) if field.name not in TEXTS])
     return [shell(*words, *_layers(options))]
 
 
@@ -87,7 +90,7 @@ def compare_command(options: Compare) -> str:
     return shell(*words, *_flags(options, ("model", "data", "out", "keep_runs", "dry_run")))
 
 
-def _flags(options: Train | Compare, left_out: Sequence[str]) -> list[str]:
+def _flags(options: Train | Compare | Allocate, left_out: Sequence[str]) -> list[str]:
     """Return the options that are not at their defaults as words of a command line."""
     words = []
     for field in fields(options):

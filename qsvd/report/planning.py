@@ -13,10 +13,17 @@ from qsvd.memory.duration import QuantizeTime, Rate, Speed, StepTime
 from qsvd.memory.items import PLACES, Limits, MemoryPlan, Placement
 from qsvd.memory.placement import Cell, Placed, Reach
 from qsvd.memory.training import Training, show_activations
-from qsvd.report.gpus.strategies import GpusAnswer, gpus_headline, gpus_json, gpus_lacking, gpus_lines, gpus_table
+from qsvd.report.gpus.strategies import (
+    MEMORY,
+    GpusAnswer,
+    gpus_headline,
+    gpus_json,
+    gpus_lacking,
+    gpus_lines,
+    gpus_table,
+)
 
 OFFLOADED = "*"
-MEMORY = {"gpu": "GPU memory", "host": "CPU memory", "disk": "disk space"}
 PLACE = {"gpu": "on the GPU", "host": "of CPU memory", "disk": "of disk space"}
 CLOCK = (("days", 86_400), ("h", 3600), ("min", 60), ("s", 1))
 TITLES = {"quantize": "qsvd quantize", "train": "qsvd train", "serve": "generating text"}

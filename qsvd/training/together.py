@@ -1,10 +1,10 @@
 """What the processes of a training run share: the batches of a step, the gradients, and when to stop.
 
-Each process has the whole model, and computes every N-th batch. Before the method's hooks and the optimizer see the
-gradients, they are the same in all processes: the mean of what each has computed of N times its part of the loss, which
-is the gradient that one process computes of all batches. No part of the model is wrapped, since hooks replace
-parameters, experts may have no tokens, and blocks may run in parts; adapters are small, so that nothing is gained by
-sending gradients before the last one is there.
+Each process has the whole model, or with --shard a part of each block, and computes every N-th batch. Before the
+method's hooks and the optimizer see the gradients, they are the same in all processes: the mean of what each has
+computed of N times its part of the loss, which is the gradient that one process computes of all batches. No adapter is
+wrapped, since hooks replace parameters, experts may have no tokens, and blocks may run in parts; adapters are small, so
+that nothing is gained by sending gradients before the last one is there.
 
 Where the last step of an epoch has too few batches for all, some processes get a blank one: a row without trained
 tokens, which counts for nothing.
@@ -12,6 +12,7 @@ tokens, which counts for nothing.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import BatchSampler
 from transformers import Trainer
 
+from qsvd.adapters.model import split_linears
 from qsvd.data.columns import UNTRAINED
 from qsvd.ranks import is_main, rank, size
 
@@ -64,6 +66,19 @@ def collated(collate: Callable[[list[Any]], dict[str, Tensor]], data: Any, rows:
 def is_blank(inputs: dict[str, Any]) -> bool:
     """Return whether a batch trains nothing in a run of several processes."""
     return size() > 1 and bool((inputs["labels"] == UNTRAINED).all())
+
+
+@contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """Let no adapter look at its inputs inside a `with` block."""
+    adapters = [linear.adapter for _, linear in split_linears(model) if linear.adapter.looks]
+    for adapter in adapters:
+        adapter.looks = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.looks = True
 
 
 def over_all(values: Sequence[int], device: torch.device, *, greatest: bool = False) -> list[int]:
@@ -174,6 +189,7 @@ class DividedTraining(Trainer):
         """Do for a blank batch what other processes wait for; the loss is 0."""
         del num_items_in_batch
         if self.is_sharded:
+            model.train()
             self.accelerator.backward(0 * model(**self._prepare_inputs(inputs)).logits.sum())  # pyright: ignore
         return torch.zeros((), device=self.args.device)
 

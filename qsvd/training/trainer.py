@@ -39,7 +39,7 @@ from qsvd.training.lora_rite import LoraRite
 from qsvd.training.riemannian import Riemannian
 from qsvd.training.settings import Settings, classifier_arguments, language_arguments, limit_tiles
 from qsvd.training.steps import CallMethod, SetRate
-from qsvd.training.together import DividedTraining, is_blank, share_sums, share_values
+from qsvd.training.together import DividedTraining, is_blank, share_sums, share_values, unseen
 
 HOOKS = "hooks.safetensors"  # of a checkpoint: the state of the method's hooks
 
@@ -89,11 +89,11 @@ class SplitTraining(DividedTraining):
             self.check_first(self._prepare_inputs(inputs))
             self.is_checked = True  # the first step can have several batches; the first one is enough
         self.begin_batch()
-        loss = (
-            self.blank_step(model, inputs, num_items_in_batch)
-            if is_blank(inputs)
-            else super().training_step(model, inputs, num_items_in_batch)
-        )
+        if is_blank(inputs):
+            with unseen(self.model):
+                loss = self.blank_step(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_finite("loss", loss.item())
         # True at the last batch of a step, when the gradients of all its batches are summed.
         if self.accelerator.sync_gradients:
@@ -200,6 +200,8 @@ class SplitTraining(DividedTraining):
             loss = self.start_loss(inputs).item()
             with stored_components(self.model, self.base):
                 base_loss = self.start_loss(inputs).item()
+        if is_blank(inputs):
+            return  # the passes were for the other processes
         config = self.model.config
         choices = config.num_labels if self.is_classifier else config.get_text_config().vocab_size
         check_start(loss, base_loss, choices, is_classifier=self.is_classifier)
@@ -223,13 +225,7 @@ class LanguageTrainer(SplitTraining, SFTTrainer):
             super()._track_num_input_tokens(inputs)
 
     def blank_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-        adapters = [linear.adapter for _, linear in split_linears(self.model) if linear.adapter.looks]
-        for adapter in adapters:
-            adapter.looks = False
-        loss = super(SplitTraining, self).training_step(model, inputs, num_items_in_batch)  # TRL gathers its metrics
-        for adapter in adapters:
-            adapter.looks = True
-        return loss
+        return super(SplitTraining, self).training_step(model, inputs, num_items_in_batch)  # TRL gathers its metrics
 
     def start_loss(self, inputs: dict[str, Tensor]) -> Tensor:
         outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)

@@ -13,6 +13,7 @@ import torch
 
 import qsvd
 import qsvd.prepare.models
+from qsvd.calibrate.sums import Example
 from qsvd.commands.quantize import quantize_run
 from qsvd.decompose.alternate import STACK
 from qsvd.decompose.moments import Moments
@@ -21,7 +22,7 @@ from qsvd.errors import DoesNotFit
 from qsvd.options.quantizing import with_quality
 from qsvd.plan.weights import Source, plan_model
 from qsvd.prepare import allocate
-from qsvd.prepare.allocate import measure_and_solve
+from qsvd.prepare.allocate import AllocateRun, measure_and_solve
 from qsvd.prepare.quantize import prepare_quantize
 from qsvd.prepare.quantizing import resources
 from qsvd.prepare.quantizing.resources import check_resources
@@ -270,7 +271,7 @@ def test_weighted_errors_are_those_of_the_codec_alone_and_of_the_split(options, 
     assert run.split([spec], [weight], [PLAIN])[1][0].weighted is None
 
 
-def spent(options, sensitivity, favoured):
+def spent(options, sensitivity, favoured, monkeypatch):
     """Bytes of two equal layers, of which one has gradients a hundred times as large."""
     run = prepare_quantize(replace(options, include=("*.q_proj",), budget="4bits", rounding="feedback"))
     measuring = replace(run, options=replace(run.options, sensitivity=sensitivity)).measuring
@@ -280,7 +281,9 @@ def spent(options, sensitivity, favoured):
     walk = SimpleNamespace(
         place=lambda spec: -spec.layer, objective=lambda spec: asked.append(spec.layer) or given[spec.layer]
     )
-    result = measure_and_solve(replace(measuring, task=replace(measuring.task, grid=grid)), show_nothing, walk)
+    monkeypatch.setattr(AllocateRun, "open_walk", lambda *_: walk)
+    measuring = replace(measuring, task=replace(measuring.task, grid=grid), examples=(Example([1, 2], [1, 2]),))
+    result = measure_and_solve(measuring, show_nothing)
     assert asked == [1, 0], "in the order of the walk"
     for spec, moments in zip(run.weights, given, strict=True):
         unit = float(moments.inputs_II.trace() * moments.outputs_OO.trace()) / 64**2 if sensitivity == "both" else 1.0
@@ -290,8 +293,10 @@ def spent(options, sensitivity, favoured):
 
 
 @pytest.mark.parametrize("sensitivity", ["inputs", "both"])
-def test_with_gradients_a_budget_compares_the_errors_of_layers(options, tmp_path, sensitivity):
-    first, second = (spent(replace(options, out=tmp_path / str(layer)), sensitivity, layer) for layer in (0, 1))
+def test_with_gradients_a_budget_compares_the_errors_of_layers(options, tmp_path, monkeypatch, sensitivity):
+    first, second = (
+        spent(replace(options, out=tmp_path / str(layer)), sensitivity, layer, monkeypatch) for layer in (0, 1)
+    )
     if sensitivity == "inputs":
         assert first == second
     else:

@@ -64,6 +64,7 @@ def _fork(rank, count, port, folder, work):
     if process:
         return process
     code = 70
+    torch.set_num_threads(1)  # the parent's pool is not here
     try:
         for number, kind in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{kind}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

@@ -163,18 +163,21 @@ def _cache(
     if placement.pages == "disk" and not placement.shards:
         return PageCache(DiskStore(reader, sizes), device)
     if placement.resident is not None:
-        _check_memory(sum(sizes) // max(placement.shards, 1), split)
+        _check_memory(sum(sizes) // max(placement.shards, 1), split, placement)
     if placement.shards:
         return ShardedPages(reader, sizes, device, in_host=placement.resident is not None)
     return PageCache(HostStore(reader, sizes, device), device)
 
 
-def _check_memory(num_bytes: int, split: SplitFolder) -> None:
+def _check_memory(num_bytes: int, split: SplitFolder, placement: Placement) -> None:
     free = free_host_memory()
     if num_bytes > free:
+        instead = "keep more blocks on the GPU, or leave them on disk"
+        if placement.shards:
+            instead = "start more processes, or give --shard yes"
         raise BadInput(
             f"the offloaded blocks of {split.folder} take {num_bytes / 1e9:.2f} GB of CPU memory, and "
-            f"{free / 1e9:.2f} GB are free; keep more blocks on the GPU, or leave them on disk"
+            f"{free / 1e9:.2f} GB are free; {instead}"
         )
 
 

@@ -16,7 +16,7 @@ PAGE = "page"  # the name of the parameter
 
 
 class ShardedPages:
-    """Pages in parts, one for each process. `moved_bytes` counts the bytes that were gathered.
+    """Pages in parts, one for each process. `moved_bytes` counts a page when another was read before it.
 
     Args:
         sizes: Bytes of each page.

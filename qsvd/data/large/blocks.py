@@ -11,12 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from qsvd.data.read import SYNONYMS, local_data, shard_files
 from qsvd.data.row_files import Places, Problem, Rows, json_lines, parquet_rows, refusal
 from qsvd.errors import BadInput
 from qsvd.files.atomic import file_digest
 
-LARGE = 64_000_000  # bytes of files; their tokens take about 100 bytes each in memory
+LARGE = 64_000_000  # bytes of files; a token takes 160 bytes of memory or more in lists
 BLOCK = 2**20  # bytes of rows that are tokenized at once
 READERS = {".jsonl": json_lines, ".parquet": parquet_rows}
 
@@ -38,8 +40,8 @@ class ShardPlaces(Places):
         return f"{name}{self.unit} {self.numbers[index]}"
 
     def take(self, indexes: Any) -> "ShardPlaces":
-        numbers, shards = ([values[index] for index in indexes] for values in (self.numbers, self.shards))
-        return replace(self, numbers=numbers, shards=shards)
+        chosen = numpy.asarray(indexes, dtype=numpy.int64)
+        return replace(self, numbers=numpy.asarray(self.numbers)[chosen], shards=numpy.asarray(self.shards)[chosen])
 
 
 @dataclass(frozen=True)

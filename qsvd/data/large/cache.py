@@ -9,10 +9,12 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from qsvd import ranks
+from qsvd.data.chat import chat_template
 from qsvd.data.columns import COLUMNS, Examples, Tokenized, recognise
 from qsvd.data.large.blocks import RowBlocks, large_rows
 from qsvd.data.large.mapped import MappedTokens, mapped_table
@@ -49,14 +51,17 @@ class Recipe:
         import transformers
 
         names = sorted(
-            {path for pattern in (*TOKENIZER.files, *TOKENIZER.others) for path in self.folder.glob(pattern)}
+            {path for one in (*TOKENIZER.files, *TOKENIZER.others, "config.json") for path in self.folder.glob(one)}
         )
+        template = chat_template(self.tokenizer)
+        texts = [] if template is None else [template.plain, template.with_tools]
         parts = {
             "format": FORMAT,
             "data": blocks.digests,
             "suffix": blocks.files[0].suffix.lower(),
             "tokenizer": [[path.name, file_digest(path)] for path in names if path.is_file()],
-            "template": self.tokenizer.chat_template,
+            "templates": texts,
+            "date": date.today().isoformat() if any("strftime_now" in text for text in texts) else None,
             "mapping": dict(self.mapping),
             "labels": self.labels,
             "versions": [transformers.__version__, tokenizers.__version__],
@@ -94,12 +99,13 @@ class LargeTexts:
         if kept is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                lock = _lock(self.folder)
             except OSError as error:
                 raise BadInput(
                     f"{self.folder} for the tokens of {self.blocks.source} cannot be made ({error.strerror}): set the "
                     "environment variable HF_DATASETS_CACHE to a folder that can be written"
                 ) from error
-            with _lock(self.folder):
+            with lock:
                 kept = _kept(self.folder) or _made(self.folder, self.blocks, self.recipe, self.columns)
         return _opened(self.folder, kept, self.blocks, self.first)
 
@@ -146,7 +152,7 @@ def _kept(folder: Path) -> dict[str, Any] | None:
 
 def _lock(folder: Path) -> Lock:
     """Return the lock of a folder; wait while another process makes its files."""
-    found: list[Lock] = []
+    found, told = list[Lock](), list[bool]()
 
     def is_free() -> bool:
         try:
@@ -154,6 +160,9 @@ def _lock(folder: Path) -> Lock:
         except BadInput as error:
             if not isinstance(error.__cause__, BlockingIOError):
                 raise
+            if not told:
+                logging.getLogger("qsvd").warning("another process makes the tokens in %s; waiting for it", folder)
+                told.append(True)
         return bool(found)
 
     ranks.wait_until(is_free)

@@ -4,10 +4,13 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import disk_usage
 from tempfile import mkstemp
 
 import torch
 from torch import Tensor
+
+from qsvd.errors import DoesNotFit
 
 
 class TensorStack:
@@ -15,15 +18,24 @@ class TensorStack:
 
     Args:
         folder: Where the file is; it exists.
-        most_bytes: That may be used there; the caller keeps to it.
+        most_bytes: That the caller may use there without need.
     """
 
     def __init__(self, folder: Path, most_bytes: int):
-        self.most_bytes = most_bytes
+        self.folder, self.most_bytes = folder, most_bytes
         self._file, name = mkstemp(dir=folder)
         os.unlink(name)
         weakref.finalize(self, os.close, self._file)
         self._lists: list[tuple[int, list[tuple[torch.Size, torch.dtype]]]] = []  # where each begins, and its tensors
+
+    def check_room(self, num_bytes: int) -> None:
+        """Refuse, by DoesNotFit, more bytes than the disk has."""
+        free = disk_usage(self.folder).free
+        if num_bytes > free:
+            raise DoesNotFit(
+                f"the inputs of blocks need {num_bytes / 1e9:.1f} GB of disk space in {self.folder}, and "
+                f"{free / 1e9:.1f} GB are free; give fewer --examples, a smaller --max-length, or --out on another disk"
+            )
 
     def __len__(self) -> int:
         """Return the number of lists."""

@@ -7,6 +7,7 @@ from shutil import disk_usage
 
 import torch
 
+from qsvd import ranks
 from qsvd.calibrate.block_walk import BlockWalk, GradientWalk, InputWalk
 from qsvd.calibrate.streamed import StreamedModel
 from qsvd.calibrate.sums import Example
@@ -22,7 +23,7 @@ from qsvd.prepare.calibrate import draw_examples
 
 SHARED_INPUT = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate up", "up": "gate up"}  # roles with one moment
 HOST_SHARE = 0.5  # of the free CPU memory, for the hidden states of the texts at one block
-DISK_SHARE = 0.25  # of the free space, for those at all blocks
+DISK_SHARE = 0.5  # of the free space, for those at all blocks
 
 
 def texts_of(options: Quantize | Allocate, checkpoint: Checkpoint, plan: ModelPlan) -> tuple[tuple[Example, ...], str]:
@@ -77,7 +78,7 @@ def open_walk(
         folder: Where the inputs of blocks wait until gradients reach them; it exists.
 
     Raises:
-        DoesNotFit: the hidden states of the texts need more than the CPU memory.
+        DoesNotFit: the hidden states of the texts need more than the CPU memory, or those of the blocks than the disk.
     """
     tokens = sum(len(example.input_ids) for example in examples)
     states = tokens * model.checkpoint.config.get_text_config().hidden_size * model.dtype.itemsize
@@ -89,7 +90,7 @@ def open_walk(
         )
     if options.sensitivity == "inputs":
         return InputWalk(model, examples, show)
-    kept = TensorStack(folder, int(DISK_SHARE * disk_usage(folder).free))
+    kept = TensorStack(folder, int(DISK_SHARE * disk_usage(folder).free) // ranks.local_size())
     return GradientWalk(model, examples, show, seed=options.seed, inputs=kept)
 
 

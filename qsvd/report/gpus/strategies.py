@@ -19,7 +19,7 @@ WORDS = {
     "offloaded": "every GPU offloads blocks",
 }
 SHARD: Mapping[str, Literal["yes", "offload"]] = {"sharded": "yes", "sharded, offloaded": "offload"}
-LACKING = {"gpu": "GPU memory", "host": "CPU memory", "disk": "disk space"}
+MEMORY = {"gpu": "GPU memory", "host": "CPU memory", "disk": "disk space"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def gpus_table(answer: GpusAnswer) -> Table:
         table.add_column(head, justify="right")
     for one in answer.strategies:
         memory = one.placed.memory
-        fits = "yes" if one.fits else f"too little {' and '.join(LACKING[where] for where in memory.lacking)}"
+        fits = "yes" if one.fits else f"too little {' and '.join(MEMORY[where] for where in memory.lacking)}"
         table.add_row(
             one.way,
             f"{memory.total('gpu') / 1e9:,.2f}",
@@ -123,7 +123,7 @@ def gpus_lacking(strategies: Sequence[Strategy]) -> str:
     parts = []
     for one in strategies:
         memory = one.placed.memory
-        missing = (f"{show_size(-(memory.spare(where) or 0))} more {LACKING[where]}" for where in memory.lacking)
+        missing = (f"{show_size(-(memory.spare(where) or 0))} more {MEMORY[where]}" for where in memory.lacking)
         parts.append(f"{one.way}: {' and '.join(missing)}")
     return f"each process of qsvd train needs, {'; '.join(parts)}"
 
