@@ -105,6 +105,13 @@ def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
         assert [found[name] for name in ends] == pytest.approx([wanted[name] for name in ends], rel=ROUNDING)
 
 
+def test_a_process_without_a_batch_in_the_first_step_judges_no_loss(folder, tmp_path):
+    rows = write_rows(tmp_path / "texts.jsonl", text_rows()[:3])
+    words = ("train", folder / "language" / "out", rows, "--out", tmp_path / "run", "--method", "lora", *STEP)
+    codes, shown = together(3, tmp_path / "shown", *words, "--steps", 2, "--shard", "yes")
+    assert codes == [0, 0, 0], shown
+
+
 def at_step(number, rank_of_actor, act):
     """Let a process act when a step is computed, before it is recorded."""
 
