@@ -46,10 +46,10 @@ class Part:
 
     def joined_arrays(self, arrays: list[Tensor], rows: int) -> Tensor:
         """Return the arrays of the batches of all processes side by side, float64 [rows, ...], in the same order."""
-        if self.size == 1:
-            return torch.cat(arrays, dim=1) if arrays else torch.zeros(rows, 0, dtype=torch.float64)
-        widths = ranks.gather([array.shape[1] for array in arrays])
         mine = torch.cat(arrays, dim=1) if arrays else torch.zeros(rows, 0, dtype=torch.float64)
+        if self.size == 1:
+            return mine
+        widths = ranks.gather([array.shape[1] for array in arrays])
         sent = ranks.gather_bytes(mine.contiguous().numpy().tobytes())
         whole = [torch.frombuffer(bytearray(part), dtype=torch.float64).view(rows, -1) for part in sent if part]
         split = [one.split(width, dim=1) for one, width in zip(whole, filter(None, widths), strict=True)]
