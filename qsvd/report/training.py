@@ -198,7 +198,7 @@ def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], ti
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     steps = range(1, len(losses) + 1)
     few = len(losses) < FEW
@@ -211,10 +211,14 @@ def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], ti
     axes.legend()
     axes.grid(alpha=0.3)
     (FigureCanvasAgg if kind == "png" else FigureCanvasSVG)(figure)
+    engine = figure.get_layout_engine()
+    assert engine is not None, "asked for above"
+    engine.execute(figure)  # once: savefig would before each of two drawings
+    figure.set_layout_engine(None)
     picture = io.BytesIO()
     same = {"Date": None} if kind == "svg" else {"Software": None}  # the same bytes for the same losses
     with rc_context({"svg.hashsalt": "qsvd"}):
-        figure.savefig(picture, format=kind, dpi=150, metadata=same)
+        figure.savefig(picture, format=kind, dpi="figure", metadata=same)
     return picture.getvalue()
 
 

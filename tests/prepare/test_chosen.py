@@ -30,7 +30,8 @@ def model_of(folder, architecture, **options):
 def test_a_model_of_several_ranks_says_why_it_gets_new_adapters(tmp_path, data):
     source = model_of(tmp_path / "source", "LlamaForCausalLM")
     write_table(tmp_path / "table.txt", modules_of(source), ranks=(2, 0))
-    out = qsvd.quantize(source, out=tmp_path / "out", allocation=tmp_path / "table.txt", device="cpu").path
+    chosen = {"allocation": tmp_path / "table.txt", "iterations": 1, "device": "cpu"}
+    out = qsvd.quantize(source, out=tmp_path / "out", **chosen).path
 
     def said(model=out, **options):
         lines = prepare_train(training(model, data, tmp_path / "run", **options)).first_lines

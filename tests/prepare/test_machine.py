@@ -232,7 +232,9 @@ def test_the_planner_is_told_what_is_trained(bases, tmp_path, monkeypatch):
 
 def test_a_packed_run_has_the_steps_and_the_tokens_that_are_planned(bases, tmp_path, monkeypatch):
     base, _, texts, _, _ = bases
-    options = training(base, texts, tmp_path / "run", packing=True, steps=None, epochs=2.0, max_length=80, accumulate=1)
+    options = training(
+        base, texts, tmp_path / "run", packing=True, steps=None, epochs=2.0, max_length=160, accumulate=1
+    )
     planned = prepare_train(options)
     assert planned.total_steps < prepare_train(replace(options, packing=False)).total_steps
     qsvd.train(options)

@@ -3,25 +3,28 @@
 import json
 import os
 import signal
+from functools import cache
 
 import pytest
 
 import qsvd
 from qsvd.cli import run
 from qsvd.training.together import DividedTraining
-from tests.ranks.processes import each, lines, together
+from tests.ranks.processes import lines, together
 from tests.runs import TEXTS, classifier_base, labelled_rows, language_base, text_rows, training, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 ROUNDING = 2e-5  # relative, of a mean over other parts of the tokens of a step
 STEP = ("--batch-size", 2, "--accumulate", 6, "--max-length", 40, "--held-out", 0, "--device", "cpu")
+KEPT = ("--gradient-checkpointing", "no")
 CASES = {  # options, processes; 13 rows are 7 batches: the second step of an epoch has one
-    "lora": (("--prune-every", 2, "--prune-share", 0.3), 3),
+    "lora": (("--prune-every", 2, "--prune-share", 0.3, *KEPT), 3),
     "pissa": (("--layer-major",), 2),
-    "dora": (("--precondition", "riemannian"), 3),
+    "dora": (("--precondition", "riemannian"), 2),
     "vera": (("--packing",), 2),
-    "adalora": (("--rank", 4, "--delta-t", 1, "--target-rank", 2), 2),
+    "adalora": (("--rank", 4, "--delta-t", 1, "--target-rank", 2, *KEPT), 2),
 }
+SHARED = ("lora", "dora", "vera")  # which look at inputs, read the residual for its norms, and pack
 FLOATS = ("loss", "grad_norm", "learning_rate")
 
 
@@ -49,43 +52,42 @@ def assert_same(found, wanted, *, last):
         assert [step[name] for step in found] == pytest.approx([step[name] for step in wanted], rel=ROUNDING), name
 
 
-@pytest.fixture(scope="module")
-def by_count(folder):
-    """Every method in one process, and in as many as its case says: a launch for each number."""
-    shown = {}
-    for count in (1, 2, 3):
-        cases = {name: more for name, (more, wanted) in CASES.items() if count in (1, wanted)}
-
-        def train_all(_, count=count, cases=cases):
-            words = [
-                arguments(folder, folder / f"{name}-{count}", name, "--steps", 4, *more) for name, more in cases.items()
-            ]
-            for name, (more, _) in CASES.items() if count == 2 else ():
-                divided = ("--shard", "yes", *(word for word in more if word != "--layer-major"))
-                words.append(arguments(folder, folder / f"{name}-shared", name, "--steps", 4, *divided))
-            return next((code for word in words if (code := run([str(part) for part in word]))), 0)
-
-        codes, shown[count] = each(count, folder / f"shown-{count}", train_all)
-        assert codes == [0] * count, shown[count]
+def launched(folder, count, *words):
+    """What processes show that do a command; one is this process, so that those that it forks need import nothing."""
+    codes, shown = ([run([*map(str, words)])], [[]]) if count == 1 else together(count, folder / "shown", *words)
+    assert codes == [0] * count, shown
     return shown
 
 
+@pytest.fixture(scope="module")
+def shown(folder):
+    """Returns what the processes of a case show, which have done three steps in folder/NAME-COUNT."""
+
+    @cache
+    def of(name, count, kind=""):
+        shard = ("--shard", "yes") if kind else ()
+        words = arguments(folder, folder / f"{name}-{count}{kind}", name, "--steps", 3, *CASES[name][0], *shard)
+        return launched(folder, count, *words)
+
+    return of
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_the_steps_are_those_of_one_process(folder, by_count, name):
-    assert by_count
-    alone, divided = (steps_of(folder / f"{name}-{count}") for count in (1, CASES[name][1]))
-    assert_same(divided, alone, last=4)
+def test_the_steps_are_those_of_one_process(folder, shown, name):
+    count = CASES[name][1]
+    assert shown(name, 1)
+    others = shown(name, count)[1:]
+    assert others == [["", ""]] * (count - 1), "the first process alone prints"
+    alone, divided = (steps_of(folder / f"{name}-{number}") for number in (1, count))
+    assert_same(divided, alone, last=3)
     assert alone[-1]["loss"] != alone[0]["loss"]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_steps_of_processes_that_hold_the_residual_together_are_those_of_one_process(folder, by_count, name):
-    assert by_count
-    assert_same(steps_of(folder / f"{name}-shared"), steps_of(folder / f"{name}-1"), last=4)
-
-
-def test_the_first_process_alone_prints(by_count):
-    assert [shown[1:] for shown in by_count.values()] == [[], [["", ""]], [["", ""]] * 2]
+@pytest.mark.parametrize("name", SHARED)
+def test_the_steps_of_processes_that_hold_the_residual_together_are_those_of_one_process(folder, shown, name):
+    assert shown(name, 1)
+    assert shown(name, 2, "-shared")[1:] == [["", ""]]
+    assert_same(steps_of(folder / f"{name}-2-shared"), steps_of(folder / f"{name}-1"), last=3)
 
 
 def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
@@ -93,14 +95,13 @@ def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
     rows = write_rows(folder / "labelled.jsonl", labelled_rows(13))
     for count, shard in ((1, "no"), (2, "no"), (2, "yes")):
         out = folder / f"classes-{count}-{shard}"
-        words = ("train", base, rows, "--out", out, "--method", "lora", *STEP, "--steps", 3, "--learning-rate", 1e-3)
-        words = (*words, "--valid", rows, "--eval-every", 2, "--keep-best", "--shard", shard)
-        codes, shown = together(count, folder / "shown", *words)
-        assert codes == [0] * count, shown
+        words = ("train", base, rows, "--out", out, "--method", "lora", *STEP, "--steps", 2, "--learning-rate", 1e-3)
+        words = (*words, "--valid", rows, "--eval-every", 1, "--keep-best", "--shard", shard)
+        launched(folder, count, *words)
     alone, *divided = (folder / f"classes-{name}" for name in ("1-no", "2-no", "2-yes"))
     ends = ("held_out_before", "held_out_after", "accuracy_after", "best_step")
     for out in divided:
-        assert_same(steps_of(out), steps_of(alone), last=3)
+        assert_same(steps_of(out), steps_of(alone), last=2)
         found, wanted = (json.loads((run / "summary.json").read_text()) for run in (out, alone))
         assert [found[name] for name in ends] == pytest.approx([wanted[name] for name in ends], rel=ROUNDING)
 
@@ -108,7 +109,7 @@ def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
 def test_a_process_without_a_batch_in_the_first_step_judges_no_loss(folder, tmp_path):
     rows = write_rows(tmp_path / "texts.jsonl", text_rows()[:1])
     words = ("train", folder / "language" / "out", rows, "--out", tmp_path / "run", "--method", "lora", *STEP)
-    codes, shown = together(3, tmp_path / "shown", *words, "--steps", 2, "--shard", "yes")
+    codes, shown = together(3, tmp_path / "shown", *words, "--steps", 1, "--shard", "yes")
     assert codes == [0, 0, 0], shown
 
 
@@ -130,35 +131,35 @@ def at_step(number, rank_of_actor, act):
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    words = arguments(folder, folder / "undisturbed", "lora", "--steps", 5, "--save-every", 2)
-    assert each(1, folder / "shown", lambda _: run([str(word) for word in words]))[0] == [0]
+    words = arguments(folder, folder / "undisturbed", "lora", "--steps", 3, "--save-every", 2)
+    launched(folder, 1, *words)
     return steps_of(folder / "undisturbed")
 
 
 def test_ctrl_c_in_any_process_saves_a_step_from_which_another_number_goes_on(folder, undisturbed):
-    words = arguments(folder, folder / "stopped", "lora", "--steps", 5, "--save-every", 2)
+    words = arguments(folder, folder / "stopped", "lora", "--steps", 3, "--save-every", 2)
     ctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-    codes, shown = together(2, folder / "shown", *words, "--shard", "yes", at=at_step(3, 1, ctrl_c))
+    codes, shown = together(2, folder / "shown", *words, "--shard", "yes", at=at_step(1, 1, ctrl_c))
     assert codes == [130, 130]
     assert lines(shown) == [
         f"qsvd: interrupted; the last step is saved, the same command continues in {folder / 'stopped'}"
     ]
-    assert (folder / "stopped" / "checkpoint-3").is_dir()
-    assert together(1, folder / "shown", *words, at=at_step(4, 0, ctrl_c))[0] == [130]
+    assert (folder / "stopped" / "checkpoint-1").is_dir()
+    assert together(1, folder / "shown", *words, at=at_step(2, 0, ctrl_c))[0] == [130]
     codes, shown = together(3, folder / "shown", *words, "--shard", "yes")
     assert codes == [0, 0, 0], shown
-    assert_same(steps_of(folder / "stopped"), undisturbed, last=5)
+    assert_same(steps_of(folder / "stopped"), undisturbed, last=3)
 
 
 def test_a_process_that_is_killed_ends_all_and_one_process_goes_on(folder, undisturbed):
-    words = arguments(folder, folder / "killed", "lora", "--steps", 5, "--save-every", 2)
-    kill = at_step(4, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    words = arguments(folder, folder / "killed", "lora", "--steps", 3, "--save-every", 2)
+    kill = at_step(3, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
     codes, shown = together(3, folder / "shown", *words, "--shard", "yes", at=kill)
     assert codes == [1, 1, -signal.SIGKILL]
     kept = "checkpoint-2 is kept, and the same command continues from it"
     assert lines(shown) == [f"qsvd: another process of the run ended; {kept}"]
-    assert each(1, folder / "shown", lambda _: run([str(word) for word in words]))[0] == [0]
-    assert_same(steps_of(folder / "killed"), undisturbed, last=5)
+    launched(folder, 1, *words)
+    assert_same(steps_of(folder / "killed"), undisturbed, last=3)
 
 
 def test_a_step_that_cannot_be_divided_is_refused(folder):

@@ -38,7 +38,7 @@ def quantize(source):
 
 
 def train_experts(data, out):
-    return train(training("out", data, out, steps=4, save_every=1, train_experts=True, any_start=True))
+    return train(training("out", data, out, steps=3, save_every=1, train_experts=True, any_start=True))
 
 
 def test_killed_runs_go_on_to_the_same_bytes(source, tmp_path, monkeypatch):

@@ -92,9 +92,11 @@ def test_the_losses_are_those_of_transformers_with_dense_weights(bases, kind, tm
     assert measured["tokens"] == (labels != UNTRAINED).sum()
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(bases, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened_and_another_image_is_another_run(
+    bases, tmp_path, monkeypatch
+):
     data = write_chats(tmp_path)
-    options = training(bases["llava"], data, tmp_path / "alone", steps=4, held_out=0.2, eval_every=2, **LEARNS)
+    options = training(bases["llava"], data, tmp_path / "alone", steps=3, held_out=0.2, eval_every=2, **LEARNS)
     undisturbed = outcome(train(options))
     stopped = type(options)(**(vars(options) | {"out": tmp_path / "stopped"}))
     interrupting(monkeypatch, 2)
@@ -102,7 +104,10 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(bases, tmp_path, monke
     monkeypatch.undo()
     assert run(words(stopped)) == 0
     assert outcome(stopped.out) == undisturbed
-    assert undisturbed[1][3]["loss"] < undisturbed[1][0]["loss"]
+    assert undisturbed[1][2]["loss"] < undisturbed[1][0]["loss"]
+    picture(tmp_path / "0.png", 9)
+    with pytest.raises(BadInput, match="data"):
+        train(stopped)
 
 
 def test_a_16_bit_model_is_quantized_and_trained_and_its_merged_export_reads_images(tmp_path, bases):
@@ -121,15 +126,6 @@ def test_a_16_bit_model_is_quantized_and_trained_and_its_merged_export_reads_ima
         wanted = merged.eval()(**inputs, labels=labels).loss.item()
     assert nats == pytest.approx({"run": wanted, "merged": wanted}, rel=CLOSE)
     assert wanted < steps_of(tmp_path / "run")[0]["loss"]
-
-
-def test_another_image_in_the_same_file_is_another_run(bases, tmp_path):
-    data = write_lines(tmp_path / "rows.jsonl", simple(tmp_path))
-    options = training(bases["llava"], data, tmp_path / "run", steps=1, **LEARNS)
-    train(options)
-    picture(tmp_path / "0.png", 9)
-    with pytest.raises(BadInput, match="data"):
-        train(options)
 
 
 @pytest.mark.parametrize(

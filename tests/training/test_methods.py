@@ -1,6 +1,6 @@
-"""Every method through `qsvd train`: offloaded and checkpointed as resident, on mixed bits, and from another run."""
+"""Every method: offloaded, checkpointed and resumed as resident, on mixed bits, and from another run."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,14 +8,19 @@ import torch
 import qsvd
 from qsvd.adapters.methods.table import METHODS, export_refusal
 from qsvd.commands.train import train
+from qsvd.memory.items import EVERYTHING
+from qsvd.prepare.train import load_start, prepare_train
+from qsvd.training.steps import TellSteps
+from qsvd.training.trainer import make_trainer
 from tests.gradients import write_gradients
-from tests.runs import language_base, outcome, training
+from tests.mixed import modules_of, write_table
+from tests.runs import TRAINED, language_base, training
 
 OWN = {
     "lora": {"rank": 4, "prune_every": 1},
-    "dora": {"rank": 4},
+    "dora": {"rank": 4, "precondition": "riemannian"},
     "adalora": {"rank": 4, "delta_t": 1, "tinit": 0.2, "target_rank": 2},
-    "lora-fa": {"rank": 4},
+    "lora-fa": {"rank": 4, "refactor_every": 1},
     "vera": {"rank": 8},
     "lora-ga": {"rank": 4},
     "randlora": {"rank": 16},
@@ -23,7 +28,7 @@ OWN = {
     "r-lora": {"rank": 4, "heads": 3, "dropout": 0.1},
     "melora": {"rank": 2},
     "kron-lora": {"rank": 4},
-    "singlora": {"rank": 4, "ramp_steps": 3},
+    "singlora": {"rank": 4, "ramp_steps": 3, "accumulate": 2},
     "symlora": {"rank": 4},
     "lora-mini": {"rank": 4, "outer_out": 20, "outer_in": 12},
     "cora": {"rank": 4},
@@ -38,33 +43,60 @@ OWN = {
 
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory):
-    """As `language`, with bits and ranks by a budget."""
+    """As `language`, with all codecs and three ranks, which take turns."""
     folder = tmp_path_factory.getbasetemp() / "mixed"
-    source = language_base(folder).parent / "source"
-    options = {"budget": "6.5bits", "iterations": 1, "device": "cpu"}
-    return qsvd.quantize(source, out=folder / "budget", **options).path
+    source, table = language_base(folder).parent / "source", folder / "table.txt"
+    write_table(table, modules_of(source), ranks=(16, 9, 5))
+    return qsvd.quantize(source, out=folder / "mixed", allocation=table, iterations=1, device="cpu").path
+
+
+def trained(run, folder, checkpoint=None, *, is_compared=False):
+    """The bytes of the adapter and the losses of a checked run, without what `qsvd train` writes beside them.
+
+    Args:
+        is_compared: Whether the first loss is compared with that of the stored components.
+    """
+    torch.manual_seed(run.options.seed)
+    model, compared = load_start(run, is_resumed=checkpoint is not None), run.split if is_compared else None
+    made, losses = make_trainer(model, run.data.tokenizer, run.data.dataset, run.settings, folder, compared), []
+    made.add_callback(TellSteps(lambda step: losses.append(step.loss) or (False, False), float, int))
+    made.train(resume_from_checkpoint=checkpoint)
+    model.save_pretrained(folder)
+    return (folder / TRAINED).read_bytes(), losses
+
+
+def options_of(base, texts, out, method, own, **changes):
+    """Two steps, each of which moves the adapter and is saved."""
+    chosen = {"learning_rate": 1e-3, "warmup": 0.0, "accumulate": 1, "steps": 2, "save_every": 1, **own, **changes}
+    return training(base, texts, out, method=method, **chosen)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_offloaded_and_checkpointed_equals_resident_and_a_run_goes_on_from_it(mixed, texts, tmp_path, method):
-    own, file = OWN.get(method, {}), tmp_path / "gradients"
+def test_offloaded_checkpointed_and_resumed_equal_resident_and_a_run_goes_on_from_it(mixed, texts, tmp_path, method):
+    own, file, out = OWN.get(method, {}), tmp_path / "gradients", tmp_path / "resident"
     if method == "lora-ga":
         own = {**own, "gradients": write_gradients(mixed, file, 4)}
+    paged = prepare_train(
+        options_of(mixed, texts, tmp_path / "paged", method, own, resident=0.0, gradient_checkpointing=True)
+    )
+    kept = replace(paged.settings, gradient_checkpointing=False)
+    resident = replace(paged, placed=replace(paged.placed, placement=EVERYTHING), settings=kept)
+    adapter, losses = trained(resident, out, is_compared=True)
+    assert trained(paged, paged.out) == (adapter, losses)
+    assert trained(paged, tmp_path / "resumed", str(out / "checkpoint-1")) == (adapter, losses[1:])
+    file.unlink(missing_ok=True)
+    begun = prepare_train(options_of(mixed, texts, tmp_path / "next", method, own, init_from=out, steps=1))
+    other, later = trained(begun, begun.out)
+    assert other != adapter
+    assert later[0] < losses[0]
 
-    def trained(name, **changes):
-        chosen = {"learning_rate": 1e-3, **own, **changes}
-        return outcome(train(training(mixed, texts, tmp_path / name, steps=2, method=method, **chosen)))
 
-    resident = trained("resident", resident=1.0, gradient_checkpointing=False)
-    state = torch.load(tmp_path / "resident" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
-    run = tmp_path / "resident"
-    summary = json.loads((run / "summary.json").read_text())
+@pytest.mark.parametrize("method", ["pissa", "losa", "mo-sara"])  # with both exports, with one, with none
+def test_a_run_has_and_names_the_files_that_its_method_can_have(mixed, texts, tmp_path, method):
+    run = tmp_path / "run"
+    trained_parameters = train(options_of(mixed, texts, run, method, OWN.get(method, {}))).summary.trained_parameters
+    state = torch.load(run / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
     exports = {form: export_refusal(method, form) is None for form in ("peft", "merged")}
     assert (run / "adapter_config.json").exists() == (run / "adapter_model.safetensors").exists() == exports["peft"]
     assert {form: f"--to {form}" in (run / "README.md").read_text() for form in exports} == exports
-    assert sum(one["exp_avg"].numel() for one in state.values()) == summary["trained_parameters"]
-    assert trained("paged", resident=0.0, gradient_checkpointing=True) == resident
-    file.unlink(missing_ok=True)
-    adapter, steps = trained("next", init_from=tmp_path / "resident")
-    assert adapter != resident[0]
-    assert steps[0]["loss"] < resident[1][0]["loss"]
+    assert sum(one["exp_avg"].numel() for one in state.values()) == trained_parameters

@@ -1,56 +1,83 @@
 """A run that is stopped and resumed ends in the bytes of one that was left alone, and tells the same steps."""
 
 import json
+import os
 import shutil
 import signal
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from qsvd.adapters.adapter import AdapterOptions
 from qsvd.cli import run
 from qsvd.commands.train import train
+from qsvd.console.journal import resume_point
+from qsvd.prepare.train import load_start, prepare_train
 from qsvd.training.checkpoints import checkpoints
+from qsvd.training.run_folder import RunFolder
 from qsvd.training.settings import OPTIMIZERS
-from tests.commands.folders import finished, start
-from tests.commands.test_resume import wait_for
+from qsvd.training.steps import TellSteps
 from tests.gradients import write_gradients
-from tests.runs import TRAINED, interrupting, labelled_rows, outcome, steps_of, training, words, write_rows
-from tests.sealed import reseal, sealed
+from tests.runs import (
+    TRAINED,
+    interrupting,
+    labelled_rows,
+    outcome,
+    sequences,
+    settings,
+    steps_of,
+    trainer,
+    training,
+    words,
+    write_rows,
+)
+from tests.sealed import opened, reseal, sealed
+from tests.stops import FORK
 
 LEAST_8_BIT = 4096  # elements; bitsandbytes' min_8bit_size
 LARGE = 12  # of 14 trained matrices; the other two are those of 128 outputs
-EPOCH = 4  # steps: 14 texts in batches of 2, two at a time
+EPOCH = 2  # steps: 7 sequences in batches of 2, two at a time
+LENGTHS = (9, 21, 14, 30, 12, 17, 25)
 
 
-def stopped_and_resumed(options, monkeypatch, *stops):
-    """Interrupt a run at the end of these steps, one after the other, and let it end at last."""
-    line = words(options)
-    for number, stop in enumerate(stops):
-        interrupting(monkeypatch, stop)
-        assert run(line + (["--resume"] if number else [])) == 130  # with and without
-        monkeypatch.undo()
-        assert len(steps_of(options.out)) == stop
-    assert run(line) == 0
-    return outcome(options.out)
+def told(made, checkpoint=None):
+    """Every step that a trainer tells of."""
+    steps = []
+    made.add_callback(TellSteps(lambda step: steps.append(step) or (False, False), float, int))
+    made.train(resume_from_checkpoint=checkpoint)
+    return steps
 
 
-def assert_resumes(options, tmp_path, monkeypatch, *stops):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    undisturbed = outcome(train(type(options)(**(vars(options) | {"out": alone}))))
-    assert len(undisturbed[1]) == options.steps
-    assert stopped_and_resumed(type(options)(**(vars(options) | {"out": stopped})), monkeypatch, *stops) == undisturbed
-    return stopped
+def assert_goes_on(base, folder, stops, last, options=None, **changes):
+    """A trainer's steps after each stop are those without one, to the last bit; returns the last checkpoint.
+
+    Every trainer after the first goes on from what the one before it has saved.
+    """
+    chosen = {"batch_size": 2, "accumulate": 2, "schedule": "cosine", "warmup": 0.25, "save_every": 1, "keep": last}
+    chosen, rows, name = settings(steps=last, **(chosen | changes)), sequences(LENGTHS), f"checkpoint-{last}"
+    options = {} if options is None else {"options": options}
+    steps, before = told(trainer(base, folder / "alone", rows, chosen, **options)), folder / "alone"
+    assert [step.number for step in steps] == [*range(1, last + 1)]
+    for stop in stops:
+        after = folder / f"from-{stop}"
+        found = told(trainer(base, after, rows, chosen, **options), str(before / f"checkpoint-{stop}"))
+        assert found == steps[stop:]
+        assert (after / name / TRAINED).read_bytes() == (folder / "alone" / name / TRAINED).read_bytes()
+        before = after
+    return before / name
 
 
 @pytest.mark.parametrize(("number", "optimizer"), list(enumerate(OPTIMIZERS)))
-def test_every_optimizer_goes_on_as_if_nothing_had_happened(language, texts, tmp_path, monkeypatch, number, optimizer):
-    """Every second one with packed rows, and with checkpoints before and after the stop."""
-    changes = {"packing": True, "save_every": 1} if number % 2 else {}
-    options = training(language, texts, tmp_path, steps=5, optimizer=optimizer, max_length=48, **changes)
-    stopped = assert_resumes(options, tmp_path, monkeypatch, 2)
-    state = torch.load(stopped / "checkpoint-5" / "optimizer.pt", weights_only=True)["state"]
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+def test_every_optimizer_goes_on_as_if_nothing_had_happened(language, tmp_path, number, optimizer):
+    """Every second one with packed rows."""
+    changes = {"packing": True, "max_length": 48} if number % 2 else {}
+    saved = assert_goes_on(language, tmp_path, (1,), 3, optimizer=optimizer, **changes)
+    state = torch.load(saved / "optimizer.pt", weights_only=True)["state"]
     moments = [tensor for tensor in tensors_in(state) if tensor.numel() >= LEAST_8_BIT]
     assert {tensor.dtype for tensor in moments} == {torch.uint8 if "8bit" in optimizer else torch.float32}
     assert len(moments) == 2 * LARGE
@@ -65,42 +92,46 @@ def tensors_in(state):
             yield value
 
 
-def test_dropout_is_drawn_as_in_a_run_without_a_stop(classifier, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_and_dropout_is_drawn_as_in_a_run_without_a_stop(classifier, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "labelled.jsonl", labelled_rows())
-    options = training(classifier, data, tmp_path, steps=6, method="lora", held_out=0.2, learning_rate=1e-3)
-    assert_resumes(options, tmp_path, monkeypatch, 2)
+    options = training(classifier, data, tmp_path, steps=3, accumulate=1, method="lora", held_out=0.2)
+    alone, stopped = (replace(options, out=tmp_path / name) for name in ("alone", "stopped"))
+    interrupting(monkeypatch, 2)
+    assert run(words(stopped)) == 130
+    monkeypatch.undo()
+    assert len(steps_of(stopped.out)) == 2
+    assert run(words(stopped)) == 0
+    assert outcome(stopped.out) == outcome(train(alone))
 
 
 @pytest.mark.parametrize(
-    ("changes", "stops"),
+    ("method", "options", "stops"),
     [
-        ({"method": "lora", "rank": 8, "dropout": 0.2, "target_modules": ("q_proj", "down_proj")}, (EPOCH,)),
-        ({"method": "pissa"}, (EPOCH - 1, EPOCH + 1)),
-        ({"method": "edora", "rank": 8}, (1, 2)),
-        ({"method": "lora", "rank": 4, "lora_plus_ratio": 16.0, "refactor_every": 2}, (3,)),
-        ({"method": "xgblora", "rank": 2, "booster_steps": 2}, (1, 4)),
-        ({"method": "lora", "rank": 4, "lora_plus_ratio": 16.0, "prune_every": 2}, (3,)),
-        ({"method": "weightlora", "rank": 4, "gate_every": 2, "grow": 1}, (2, 3)),
+        ("lora", {"rank": 8, "dropout": 0.2, "target_modules": ("q_proj", "down_proj")}, (EPOCH,)),
+        ("pissa", {}, (EPOCH - 1, EPOCH + 1)),
+        ("edora", {"rank": 8}, (1, 2)),
+        ("lora", {"rank": 4, "own": {"lora_plus_ratio": 16.0, "refactor_every": 2}}, (3,)),
+        ("xgblora", {"rank": 2, "own": {"booster_steps": 2}}, (1, 3)),
+        ("lora", {"rank": 4, "own": {"lora_plus_ratio": 16.0, "prune_every": 2}}, (3,)),
+        ("weightlora", {"rank": 4, "own": {"gate_every": 2, "grow": 1}}, (2, 3)),
     ],
     ids=str,
 )
-def test_stops_at_the_end_of_an_epoch_around_it_and_at_once(language, texts, tmp_path, monkeypatch, changes, stops):
-    options = training(language, texts, tmp_path, steps=EPOCH + 2, **changes)
-    stopped = assert_resumes(options, tmp_path, monkeypatch, *stops)
-    state = torch.load(stopped / f"checkpoint-{EPOCH + 2}" / "optimizer.pt", weights_only=True)["state"]
-    is_anew = {name for name in ("refactor_every", "booster_steps") if name in changes}  # every second step
+def test_stops_at_the_end_of_an_epoch_around_it_and_at_once(language, tmp_path, method, options, stops):
+    saved = assert_goes_on(language, tmp_path, stops, EPOCH + 2, AdapterOptions(method, **options))
+    state = torch.load(saved / "optimizer.pt", weights_only=True)["state"]
+    is_anew = {"refactor_every", "booster_steps"} & options.get("own", {}).keys()  # every second step
     assert all(not tensor.any() for tensor in tensors_in(state)) == bool(is_anew)
 
 
-def test_lora_ga_goes_on_without_the_file_that_it_started_from_and_not_with_another(
-    language, texts, tmp_path, monkeypatch, capsys
-):
+def test_lora_ga_goes_on_without_the_file_that_it_started_from_and_not_with_another(language, texts, tmp_path, capsys):
     file = write_gradients(language, tmp_path / "g", 4)
-    options = training(language, texts, tmp_path / "run", method="lora-ga", rank=4, gradients=file, steps=3)
-    alone = outcome(train(replace(options, out=tmp_path / "alone")))
-    interrupting(monkeypatch, 1)
-    assert run(words(options)) == 130
-    monkeypatch.undo()
+    options = training(
+        language, texts, tmp_path / "run", method="lora-ga", rank=4, gradients=file, steps=2, save_every=1
+    )
+    alone = outcome(train(options))
+    (options.out / "summary.json").unlink()
+    shutil.rmtree(options.out / "checkpoint-2")
     write_gradients(language, file, 8)
     assert run(words(options)) == 2
     assert "run was written with other options: the gradients changed" in capsys.readouterr().err
@@ -109,22 +140,11 @@ def test_lora_ga_goes_on_without_the_file_that_it_started_from_and_not_with_anot
     assert outcome(options.out) == alone
     assert run(words(replace(options, out=tmp_path / "other"))) == 2
     assert "g does not exist; qsvd calibrate MODEL DATA --out" in capsys.readouterr().err
-    again = replace(options, out=tmp_path / "again", init_from=options.out, gradients=None, learning_rate=1e-3)
-    assert len(train(again).losses) == 3
-    starts = [{n: t for n, t in load_file(run / TRAINED).items() if ".start_" in n} for run in (again.out, options.out)]
+    again = prepare_train(replace(options, out=tmp_path / "again", init_from=options.out, gradients=None))
+    load_start(again, is_resumed=False).save_pretrained(again.out)
+    starts = [{n: t for n, t in load_file(out / TRAINED).items() if ".start_" in n} for out in (again.out, options.out)]
     assert starts[0].keys() == starts[1].keys() != set()
     assert all(torch.equal(tensor, starts[1][name]) for name, tensor in starts[0].items())
-
-
-def test_a_run_that_died_after_its_last_checkpoint_makes_its_summary(language, texts, tmp_path):
-    options = training(language, texts, tmp_path / "run", steps=2)
-    before = outcome(train(options))
-    names = {path.name for path in options.out.iterdir()}
-    for name in names - {"run.json", "start.json", "steps.jsonl", "checkpoint-2"}:
-        (options.out / name).unlink()
-    assert run([*words(options), "--resume"]) == 0
-    assert outcome(options.out) == before
-    assert {path.name for path in options.out.iterdir()} == names
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +152,17 @@ def undisturbed(language, texts, tmp_path_factory):
     """A run of three steps, each saved."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     return train(training(language, texts, out, steps=3, save_every=1, keep=3))
+
+
+def test_a_run_that_died_after_its_last_checkpoint_makes_its_summary(language, texts, undisturbed, tmp_path):
+    options = training(language, texts, tmp_path / "run", steps=3, save_every=1, keep=3)
+    names, kept = {path.name for path in undisturbed.iterdir()}, {"run.json", "start.json", "steps.jsonl"}
+    gone = names - kept - {f"checkpoint-{step}" for step in (1, 2, 3)}
+    assert "summary.json" in gone
+    shutil.copytree(undisturbed, options.out, ignore=lambda folder, _: gone if folder == str(undisturbed) else ())
+    assert run([*words(options), "--resume"]) == 0
+    assert outcome(options.out) == outcome(undisturbed)
+    assert {path.name for path in options.out.iterdir()} == names
 
 
 def without(part):
@@ -175,37 +206,48 @@ def nothing_saved(folder):
         shutil.rmtree(folder / f"checkpoint-{number}")
 
 
-no_digests = without("qsvd_files.json")
+def damaged(undisturbed, folder, damage):
+    """The folder of a run that was killed after its second step, with some damage."""
+    folder.mkdir()
+    for name in ("run.json", "start.json", "steps.jsonl"):
+        shutil.copyfile(undisturbed / name, folder / name)
+    for number in (1, 2):
+        shutil.copytree(undisturbed / f"checkpoint-{number}", folder / f"checkpoint-{number}")
+    damage(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "step"),
     [
-        pytest.param(without("optimizer.pt"), id="no optimizer"),
-        pytest.param(without("qsvd_adapter.json"), id="no record"),
-        pytest.param(unfinished, id="unfinished"),
-        pytest.param(torn, id="torn line"),
-        pytest.param(untold, id="no line"),
-        pytest.param(of_another_run, id="a line of another run"),
-        pytest.param(nothing_saved, id="no checkpoint"),
-        pytest.param(flipped("optimizer.pt"), id="other optimizer"),
-        pytest.param(flipped("qsvd_adapter.safetensors"), id="other parameters"),
-        pytest.param(no_digests, id="no digests"),
+        pytest.param(without("optimizer.pt"), 1, id="no optimizer"),
+        pytest.param(without("qsvd_adapter.json"), 1, id="no record"),
+        pytest.param(unfinished, 2, id="unfinished"),
+        pytest.param(torn, 2, id="torn line"),
+        pytest.param(untold, 1, id="no line"),
+        pytest.param(of_another_run, 1, id="a line of another run"),
+        pytest.param(nothing_saved, None, id="no checkpoint"),
+        pytest.param(flipped("optimizer.pt"), 1, id="other optimizer"),
+        pytest.param(flipped("qsvd_adapter.safetensors"), 1, id="other parameters"),
+        pytest.param(without("qsvd_files.json"), 1, id="no digests"),
     ],
 )
-def test_what_a_kill_or_a_disk_leaves_behind_is_passed_over(language, texts, undisturbed, tmp_path, damage, capsys):
-    """The run was killed after its second step, and some damage was done."""
+def test_what_a_kill_or_a_disk_leaves_behind_is_passed_over(undisturbed, tmp_path, damage, step, capsys):
+    out = damaged(undisturbed, tmp_path / "run", damage)
+    known = opened(out / "run.json")
+    identity = {name: value for name, value in known.items() if name not in ("format", "command", "total_steps")}
+    with RunFolder(out, identity, resume=True, total=3) as folder:
+        checkpoint, last = resume_point(out, folder)
+    assert (checkpoint and checkpoint.name, last and last.number) == (step and f"checkpoint-{step}", step)
+    assert ("checkpoint-2" in capsys.readouterr().err) == (step == 1)
+
+
+@pytest.mark.parametrize("damage", [unfinished, torn, flipped("qsvd_adapter.safetensors"), nothing_saved])
+def test_a_run_goes_on_from_what_is_left_to_the_same_end(language, texts, undisturbed, tmp_path, damage):
     options = training(language, texts, tmp_path / "run", steps=3, save_every=1, keep=3)
-    options.out.mkdir()
-    for name in ("run.json", "start.json", "steps.jsonl"):
-        shutil.copyfile(undisturbed / name, options.out / name)
-    for number in (1, 2):
-        shutil.copytree(undisturbed / f"checkpoint-{number}", options.out / f"checkpoint-{number}")
-    damage(options.out)
+    damaged(undisturbed, options.out, damage)
     assert run([*words(options), "--resume"]) == 0
     assert outcome(options.out) == outcome(undisturbed)
-    told = "checkpoint-2" in capsys.readouterr().err
-    assert told == (damage not in (unfinished, torn, nothing_saved))
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_so(language, texts, undisturbed, tmp_path, capsys):
@@ -227,20 +269,43 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(language, texts, undist
     assert f"{options.out}/steps.jsonl lacks the step of checkpoint-2; no other" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_an_interrupted_process_saves_its_step_ends_with_130_and_goes_on(language, texts, tmp_path):
-    options = training(language, texts, tmp_path / "run", steps=20)
-    line = words(options)
-    process = start(*line, cwd=tmp_path)
-    wait_for(lambda: (options.out / "steps.jsonl").is_file() and len(steps_of(options.out)) > 1, process)
-    process.send_signal(signal.SIGINT)
-    code, out, err = finished(process)
-    done = len(steps_of(options.out))
-    assert code == 130
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
+def test_an_interrupted_process_saves_its_step_ends_with_130_and_goes_on(
+    language, texts, undisturbed, tmp_path, monkeypatch, capfd
+):
+    """SIGINT comes from outside, while the first step is told."""
+    options = training(language, texts, tmp_path / "run", steps=3, save_every=1, keep=3)
+    line, sent, add_step = words(options), tmp_path / "sent", RunFolder.add_step
+
+    def waiting(self, step):
+        add_step(self, step)
+        until(sent.exists)
+
+    def interrupted():
+        torch.set_num_threads(1)  # else threads of the run make torch's pool anew, at once
+        sys.exit(run(line))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "add_step", waiting)
+        process = FORK.Process(target=interrupted)
+        process.start()
+    until(lambda: (options.out / "steps.jsonl").is_file() and steps_of(options.out))
+    os.kill(process.pid, signal.SIGINT)
+    sent.touch()
+    process.join(timeout=600)
+    assert process.exitcode == 130
+    out, err = capfd.readouterr()
     assert out == ""
     assert "stopping after this step; press Ctrl-C again to stop at once" in err
     assert err.endswith(f"the same command continues in {options.out}\n")
-    assert [path.name for path in checkpoints(options.out)] == [f"checkpoint-{done}"]
-    assert 1 < done < 20
+    assert len(steps_of(options.out)) == 1
+    assert [path.name for path in checkpoints(options.out)] == ["checkpoint-1"]
     assert run([*line, "--resume"]) == 0
-    assert outcome(train(training(language, texts, tmp_path / "alone", steps=20))) == outcome(options.out)
+    assert outcome(options.out) == outcome(undisturbed)
+
+
+def until(condition, *, seconds=600):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
