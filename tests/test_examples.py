@@ -1,4 +1,4 @@
-"""The programs in examples/ run as they stand, on the embedded model."""
+"""The programs in examples/ run as they stand, on the first block of the embedded model."""
 
 import re
 import runpy
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import qsvd
-from qsvd.commands.demo import FINE_TUNING, MODEL
-from qsvd.options import Quantize
+from qsvd.commands.demo import FINE_TUNING
+from tests.runs import language_base
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -47,7 +47,7 @@ def test_components_of_the_matrix_lower_its_error_and_cost_what_they_take(run):
 
 @pytest.mark.slow
 def test_the_loop_lowers_the_loss_and_saves_what_loads_again(run, tmp_path):
-    out = qsvd.quantize(Quantize(str(MODEL), out=tmp_path / "out", rank=16, iterations=1, device="cpu"))
+    out = language_base(tmp_path)
     printed = run("train_loop.py", out, FINE_TUNING, tmp_path / "run", 12)
     losses = [float(number) for number in re.findall(r"loss ([\d.]+)", printed)]
     assert len(losses) == 12

@@ -16,7 +16,7 @@ from qsvd.commands.demo import HELD_OUT, MODEL
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-BLOCKS = 2
+BLOCKS = 1
 COMMANDS = [
     "plan",
     "train",
@@ -38,10 +38,11 @@ def blocks(page: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def first_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model without all blocks but two, with its tokenizer."""
+    """The embedded model without all blocks but one, with its tokenizer."""
     path = tmp_path_factory.mktemp("model")
     shutil.copytree(MODEL, path, dirs_exist_ok=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=BLOCKS)
+    model.generation_config.max_new_tokens = 20
     model.save_pretrained(path)
     return path
 
@@ -55,9 +56,9 @@ def folder(tmp_path: Path, first_blocks: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "MODEL").symlink_to(first_blocks)
     data = tmp_path / "openai" / "gsm8k:main"
     data.mkdir(parents=True)
-    pages = [line[:200] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 120][:132]
+    pages = [line[:200] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 120][:68]
     rows = [json.dumps({"question": page[:60], "answer": page[60:]}) for page in pages]
-    for split, part in (("train", rows[:128]), ("test", rows[128:])):
+    for split, part in (("train", rows[:64]), ("test", rows[64:])):
         (data / f"{split}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
     return tmp_path
 

@@ -37,7 +37,7 @@ def commands(walk: str) -> list[list[str]]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small models in folders that are named as the Hub ids of the page, data, and the recipes."""
     folder = tmp_path_factory.mktemp("models")
-    dense = transformers.AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=2)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=1)
     dense.config.max_position_embeddings = LONGEST
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(

@@ -1,6 +1,5 @@
 """`qsvd.load` against plain transformers with Q + B A in the place of each split weight, and against PEFT."""
 
-import copy
 import json
 import shutil
 
@@ -42,6 +41,12 @@ def out(tmp_path_factory):
     return split_checkpoint(tmp_path_factory.mktemp("result"), hidden_size=64, intermediate_size=128)
 
 
+@pytest.fixture(scope="module")
+def exact(out):
+    """The outputs of the plain model, and how far from them float32 may be."""
+    return exact_outputs(plain_model(out))
+
+
 def changed(out, folder, change):
     """A copy of a result with another qsvd.json, or config.json."""
     without_digests(shutil.copytree(out, folder))
@@ -52,11 +57,16 @@ def changed(out, folder, change):
     return folder
 
 
-def assert_as_exact_as_float32(ours, plain, architecture="LlamaForCausalLM"):
-    exact = outputs(plain, architecture)
-    rounding = ROUNDINGS * distance(outputs(copy.deepcopy(plain).float(), architecture), exact)
+def exact_outputs(plain, architecture="LlamaForCausalLM"):
+    found = outputs(plain, architecture)
+    rounding = ROUNDINGS * distance(outputs(plain.float(), architecture), found)
     assert rounding > 0
-    assert distance(outputs(ours, architecture), exact) <= rounding
+    return found, rounding
+
+
+def assert_as_exact_as_float32(ours, exact, architecture="LlamaForCausalLM"):
+    found, rounding = exact
+    assert distance(outputs(ours, architecture), found) <= rounding
 
 
 @pytest.mark.parametrize(("architecture", "options"), CASES)
@@ -70,25 +80,24 @@ def test_outputs_are_those_of_the_plain_model_with_dense_weights(tmp_path, archi
     assert split == modules_of(out)
     factors = {f"{path}.adapter.{factor}" for path in split for factor in ("up", "down")}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == factors
-    assert_as_exact_as_float32(model, plain_model(out), architecture)
+    assert_as_exact_as_float32(model, exact_outputs(plain_model(out), architecture), architecture)
 
 
-def test_without_the_stored_components_the_outputs_would_be_others(out):
-    plain, model = plain_model(out), qsvd.load(out)
-    exact = outputs(plain)
+def test_without_the_stored_components_the_outputs_would_be_others(out, exact):
+    model = qsvd.load(out)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, SplitLinear):
                 module.adapter.up.zero_()
-    assert distance(outputs(model), exact) > 100 * ROUNDINGS * distance(outputs(plain.float()), exact)
+    assert distance(outputs(model), exact[0]) > 100 * exact[1]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_starts_from_the_same_outputs(out, method, tmp_path):
+def test_every_method_starts_from_the_same_outputs(out, exact, method, tmp_path):
     own = {"gradients": write_gradients(out, tmp_path / "g", 32)} if method == "lora-ga" else {}
     model = qsvd.load(out, options=qsvd.AdapterOptions(method, own=own))
     assert model.split_record.method == method
-    assert_as_exact_as_float32(model, plain_model(out))
+    assert_as_exact_as_float32(model, exact)
     if method == "edora":
         assert torch.equal(outputs(model), outputs(qsvd.load(out))), "a gain of 1 changes no bit"
 
@@ -110,10 +119,10 @@ def test_the_generation_config_is_the_sources(out, tmp_path):
 
 
 @pytest.mark.filterwarnings(PEFT_READS_AN_OLD_NAME)
-def test_the_logits_are_those_of_bitsandbytes_and_peft(out):
+def test_the_logits_are_those_of_bitsandbytes_and_peft(out, exact):
     stock = transformers.AutoModelForCausalLM.from_pretrained(out)
-    assert_as_exact_as_float32(in_float32(stock), plain_model(out))
-    assert_as_exact_as_float32(qsvd.load(out), plain_model(out))
+    assert_as_exact_as_float32(in_float32(stock), exact)
+    assert_as_exact_as_float32(qsvd.load(out), exact)
 
 
 def test_a_tied_head_is_one_tensor_with_the_embedding_and_an_untied_one_is_not(tmp_path, out):
@@ -122,13 +131,18 @@ def test_a_tied_head_is_one_tensor_with_the_embedding_and_an_untied_one_is_not(t
     assert qsvd.load(out).lm_head.weight is not qsvd.load(out).model.embed_tokens.weight
 
 
+@pytest.fixture(scope="module", params=["T5ForConditionalGeneration", "BertForMaskedLM"])
+def other_family(request, tmp_path_factory):
+    """Another class of models, and a split model of it."""
+    return request.param, split_checkpoint(tmp_path_factory.mktemp("family"), request.param)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("architecture", ["T5ForConditionalGeneration", "BertForMaskedLM"])
-def test_all_but_adapters_and_residuals_have_the_dtype_that_transformers_gives_them(tmp_path, architecture, dtype):
+def test_all_but_adapters_and_residuals_have_the_dtype_that_transformers_gives_them(other_family, dtype):
     """T5's second feed-forward weight stays float32 in float16."""
-    out = split_checkpoint(tmp_path, architecture)
+    architecture, out = other_family
     model = qsvd.load(out, dtype=dtype)
-    plain = getattr(transformers, architecture).from_pretrained(tmp_path / "source", dtype=dtype)
+    plain = getattr(transformers, architecture).from_pretrained(out.parent / "source", dtype=dtype)
     theirs = {name: tensor.dtype for name, tensor in (*plain.named_parameters(), *plain.named_buffers())}
     ours = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     assert {name: ours[name] for name in theirs.keys() & ours.keys()} == {
@@ -140,10 +154,10 @@ def test_all_but_adapters_and_residuals_have_the_dtype_that_transformers_gives_t
     assert torch.isfinite(outputs(model, architecture)).all()
 
 
-def test_adapters_may_be_bfloat16(out):
+def test_adapters_may_be_bfloat16(out, exact):
     model = qsvd.load(out, options=qsvd.AdapterOptions(dtype="bfloat16"))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
-    assert_as_exact_as_float32(model, plain_model(out))  # the stored factors are bfloat16
+    assert_as_exact_as_float32(model, exact)  # the stored factors are bfloat16
 
 
 def test_a_folder_is_also_known_by_its_path_as_text_and_a_device_by_its_name(out):

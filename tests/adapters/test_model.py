@@ -78,13 +78,15 @@ def rewritten(folder, change):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "dtype"), [(name, ("float32", "bfloat16")[number % 2]) for number, name in enumerate(METHODS)]
+)
 def test_what_is_saved_comes_back_to_the_bit(out, tmp_path, method, dtype):
     own = {"gradients": write_gradients(out, tmp_path / "g", 32)} if method == "lora-ga" else {}
     options = qsvd.AdapterOptions(method, dtype=dtype, seed=3, own=own)
-    model, before = stepped(qsvd.load(out, options=options)), qsvd.load(out, options=options)
-    assert not torch.equal(outputs(model), outputs(before))
+    model = qsvd.load(out, options=options)
+    before = outputs(model)
+    assert not torch.equal(outputs(stepped(model)), before)
     model.save_pretrained(tmp_path / "run")
     again = qsvd.load(out, adapter=str(tmp_path / "run"))
     ours, theirs = trained(model), trained(again)

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
 ]
 
-STEPS = 10
+STEPS = 5
 PAIRS = [{"prompt": "She said ", "chosen": text[:40], "rejected": text[::-1][:40]} for text in TEXTS[:8]]
 PLAIN = {
     "use_cpu": True,
@@ -82,7 +82,7 @@ def dpo(model, reference, tokenizer, folder):
     return DPOTrainer(model, reference, args=settings, train_dataset=data, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora", "edora", "dora"])
+@pytest.mark.parametrize("method", ["pissa", "edora"])
 def test_dpo_moves_the_adapters_away_from_the_reference(out, tokenizer, tmp_path, method):
     model = load(out, method)
     before, start = frozen(model), {name: p.detach().clone() for name, p in trained(model).items()}
@@ -174,7 +174,7 @@ def test_a_peft_config_is_refused_in_one_sentence(out, tokenizer, tmp_path, targ
         model.add_adapter(peft_config)
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora", "edora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
 def test_sft_trains_saves_and_generates(out, tokenizer, tmp_path, method):
     model = load(out, method)
     before, start = frozen(model), {name: p.detach().clone() for name, p in trained(model).items()}

@@ -76,7 +76,9 @@ def test_the_mean_of_many_probes_is_the_trace_within_its_error(monkeypatch):
         loss, weights = loss_in_weights(one, example)
         for number, spec in enumerate(one.plan.weights):
             trace = torch.autograd.functional.hessian(
-                lambda weight, at=number, f=loss, w=weights: f(*w[:at], weight, *w[at + 1 :]), weights[number]
+                lambda weight, at=number, f=loss, w=weights: f(*w[:at], weight, *w[at + 1 :]),
+                weights[number],
+                vectorize=True,
             )
             size = weights[number].numel()
             exact[spec.module] = exact.get(spec.module, 0.0) + trace.reshape(size, size).trace().item() / len(examples)

@@ -17,7 +17,7 @@ from qsvd.decompose.rounding import round_nearest, round_with_feedback
 from qsvd.numerics import codebook
 from qsvd.numerics.codec import plain_scales
 from qsvd.numerics.names import codec_named
-from tests.runs import language_base
+from tests.checkpoints import write_checkpoint
 
 CODECS = ["nf4", "nf4+dq", "nf2-32-fp16", "nf3-64-8x256", "nf4-16-fp32", "nf8-128-bf16"]
 
@@ -232,22 +232,23 @@ def test_bitsandbytes_decodes_what_was_chosen(double_quant):
 
 
 def test_transformers_loads_a_model_with_feedback_and_a_repeat_has_the_same_bytes(tmp_path):
-    source = language_base(tmp_path / "plain", rank=4).parent / "source"
-    command = ["quantize", str(source), "--rank", "4", "--iterations", "2", "--rounding", "feedback", "--device", "cpu"]
-    for name in "ab":
-        assert run([*command, "--out", str(tmp_path / name)]) == 0
+    source, feedback = tmp_path / "source", ["--iterations", "2", "--rounding", "feedback"]
+    write_checkpoint(source)
+    for name, how in {"a": feedback, "b": feedback, "plain": ["--iterations", "1"]}.items():
+        command = ["quantize", str(source), "--out", str(tmp_path / name), "--rank", "4", "--device", "cpu"]
+        assert run([*command, *how]) == 0
     weights, repeated = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert weights == repeated
     assert "rounded with error feedback" in (tmp_path / "a" / "report.md").read_text()
     errors = {
         name: json.loads((tmp_path / name / "errors.jsonl").read_text().splitlines()[0])["after"]["frobenius"]
-        for name in ("a", "plain/out")
+        for name in ("a", "plain")
     }
-    assert errors["a"] < 0.97 * errors["plain/out"]
+    assert errors["a"] < 0.97 * errors["plain"]
     tokens = torch.arange(20)[None]
     whole, ours = (
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
         for folder in (source, tmp_path / "a")
     )
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain" / "out", dtype=torch.float32)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     assert (ours - whole).norm() < (plain.eval()(tokens).logits - whole).norm()

@@ -48,9 +48,12 @@ class Expected:
     """Values of each prediction, from logits of one window at a time."""
 
     def __init__(self, model, reference, windows):
-        rows = []
+        rows, kept = [], {}
         for tokens, position in windows:
-            ours, theirs = (logits_of(each, tokens)[position - 1] for each in (model, reference))
+            key = tuple(tokens)
+            if key not in kept:
+                kept[key] = [logits_of(each, tokens) for each in (model, reference)]
+            ours, theirs = (logits[position - 1] for logits in kept[key])
             nats = [-log_softmax(logits)[tokens[position]] for logits in (ours, theirs)]
             rows.append([rel_entr(softmax(theirs), softmax(ours)).sum(), *nats, ours.argmax() == theirs.argmax()])
         self.divergence, self.model, self.reference, self.agree = np.array(rows).T

@@ -53,9 +53,9 @@ def wanted_output(decoded, dtype):
     return decoded.to(dtype)
 
 
-def decoded_right(codec, shape, seed):
+def decoded_right(codec, shape, seed, dtypes=DTYPES):
     packed = codec.encode(matrix(shape, seed))
-    for dtype in DTYPES:
+    for dtype in dtypes:
         out = torch.full((packed.shape[0] * packed.shape[1],), torch.nan, dtype=dtype)
         kernels.decode_into(packed, out)
         assert torch.equal(out.view(shape), wanted_output(packed.decode(), dtype)), (codec.name, shape, dtype)
@@ -122,14 +122,14 @@ def boundaries_go_down(bits):
 
 
 def interpret():
-    """Every width with every kind of scale, block and shape in turns; the number of comparisons."""
+    """Every width with every kind of scale; block, shape and dtype in turns; the number of comparisons."""
     count = int4_right()
     for bits in BITS:
         for number, scales in enumerate(SCALES):
             codec = NormalFloat(bits=bits, block_size=BLOCK_SIZES[(number + bits) % 4], scales=scales)
-            for shape in SHAPES[number % 2 :: 2]:
-                decoded_right(codec, shape, number)
-                count += 1
+            dtype = DTYPES[count % len(DTYPES)]
+            decoded_right(codec, SHAPES[(number + number // 4 + bits) % 4], number, (dtype,))
+            count += 1
         for block_size, shape in zip(BLOCK_SIZES, SHAPES, strict=True):
             encoded_right(NormalFloat(bits=bits, block_size=block_size), shape, bits)
             count += 1
