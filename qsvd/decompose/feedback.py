@@ -14,11 +14,14 @@ then contiguous.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from qsvd.decompose.scales import fitted, in_blocks, inverse, of_numbers, scales_of
+from qsvd.decompose.columns import Columns
+from qsvd.decompose.scales import fitted, in_blocks, of_numbers, scales_of
+from qsvd.numerics import normal_float
 from qsvd.numerics.codec import SMALLEST_SCALE, Codec
 
 TILE = 64  # columns whose errors are moved onto the later ones by one matrix product
@@ -86,12 +89,14 @@ class State:
         """Columns of a tile: whole blocks."""
         return max(TILE, self.run)
 
-    def round_column(self, column: int, wanted_O: Tensor) -> Tensor:
-        """Choose the nearest codes for a column; return what they decode to."""
-        scale_O = self.scales_CO[column // self.run]
-        codes_O = self.codec.nearest(wanted_O * inverse(scale_O))
-        self.codes_IO[column] = codes_O
-        return self.codec.values(codes_O) * scale_O
+    @property
+    def step(self) -> int:
+        """Columns whose scales are known together, or as many of them as a tile should have."""
+        return min(TILE, self.run) if self.is_aligned else TILE
+
+    def scales_of(self, columns: slice) -> Tensor:
+        """Return the scales of some columns, whole blocks or a part of one; every `run` columns share a row."""
+        return self.scales_CO[columns.start // self.run : ceil(columns.stop / self.run)]
 
     def levels_of(self, columns: slice) -> Tensor:
         """Return the levels of the codes of some columns, float32."""
@@ -124,10 +129,25 @@ class State:
             self.scales_CO = of_numbers(scales_B, self.codec.block_size, rows, columns)
         for first in range(0, columns, self.tile):
             tile = slice(first, first + self.tile)
-            scales_JO = self.scales_CO[first // self.run : ceil((first + self.tile) / self.run)]
+            scales_JO = self.scales_of(slice(first, min(first + self.tile, columns)))
             values_JO = self.levels_of(tile) * scales_JO.repeat_interleave(self.run, dim=0)
             torch.sub(self.target_IO[tile], values_JO, out=self.left_IO[tile])
         return not torch.equal(before_CO, self.scales_CO)
+
+
+def kernels_for(matrix: Tensor) -> ModuleType | None:
+    """Return kernels.py for a matrix that Triton can work on; None if torch's operations have to."""
+    if normal_float.kernels_for(matrix) is None:
+        return None
+    from qsvd.decompose import kernels
+
+    return kernels
+
+
+def chosen(columns: Columns) -> tuple[Tensor, Tensor]:
+    """Return the codes of a tile, uint8, and what they decode to, float32 [E, P, G]."""
+    kernels = kernels_for(columns.before_EPG)
+    return columns.chosen() if kernels is None else kernels.chosen(columns)
 
 
 def feed_back(state: State, moment_II: Tensor) -> None:
@@ -179,7 +199,7 @@ def _round_tiles(
         pairs: The columns and rows of each tile.
         tile_JPG, pulled_JPG: What is rounded, without and with feedback from earlier columns; zeros beyond the matrix.
     """
-    codec, (size, _, group) = state.codec, tile_JPG.shape
+    size, _, group = tile_JPG.shape
     moves_JKP = tile_JPG.new_zeros(size, size, len(pairs))
     for at, (tile, _) in enumerate(pairs):
         width = tile.stop - tile.start
@@ -187,18 +207,16 @@ def _round_tiles(
     scales_CPG = _known_scales(state, pairs, group)
     codes_JPG = torch.empty(tile_JPG.shape, dtype=torch.uint8, device=tile_JPG.device)
     values_JPG = torch.empty_like(tile_JPG)
-    inverse_PG = scales_CPG[0]
-    for at in range(size):
-        scale_PG = scales_CPG[at // state.run]
-        if at % state.run == 0:
-            if state.is_aligned:
-                scale_PG.copy_(_best_scales(state, pairs, at, pulled_JPG[at : at + state.run]))
-            inverse_PG = inverse(scale_PG)
-        codes_N = codec.nearest((pulled_JPG[at] * inverse_PG).view(-1))
-        codes_JPG[at] = codes_N.view(scale_PG.shape)
-        torch.mul(codec.values(codes_N).view(scale_PG.shape), scale_PG, out=values_JPG[at])
-        error_PG = tile_JPG[at] - values_JPG[at]
-        pulled_JPG[at + 1 :].addcmul_(moves_JKP[at, at + 1 :, :, None], error_PG)
+    for first in range(0, size, state.step):
+        here, later = slice(first, first + state.step), slice(first + state.step, None)
+        of_scales = slice(first // state.run, ceil(here.stop / state.run))
+        if state.is_aligned and first % state.run == 0:
+            scales_CPG[of_scales] = _best_scales(state, pairs, first, pulled_JPG[first : first + state.run])
+        moves_EEP = moves_JKP[here, here]
+        columns = Columns(state.codec, tile_JPG[here], pulled_JPG[here], moves_EEP, scales_CPG[of_scales], state.run)
+        codes_JPG[here], values_JPG[here] = chosen(columns)
+        changes_PEG = (values_JPG[here] - tile_JPG[here]).transpose(0, 1)
+        pulled_JPG[later].transpose(0, 1).baddbmm_(moves_JKP[here, later].permute(2, 1, 0), changes_PEG, alpha=-1)
     for at, (tile, here) in enumerate(pairs):
         width, height = tile.stop - tile.start, here.stop - here.start
         state.codes_IO[tile, here] = codes_JPG[:width, at, :height]
@@ -246,18 +264,19 @@ def _sweep_tile(state: State, tile: slice, own_JJ: Tensor, pull_JO: Tensor, *, r
     """Choose the codes of a tile, column by column, and then its scales; return what T - Q lost [J, O].
 
     Args:
-        pull_JO: M (T - Q) at the tile; it is overwritten.
+        pull_JO: M (T - Q) at the tile; it is kept up to date.
     """
-    before_JO = state.left_IO[tile].clone()
-    moved_JO = torch.empty_like(pull_JO)
-    for at, column in enumerate(range(tile.start, tile.stop)):
-        old_O = state.target_IO[column] - before_JO[at]
-        rounded_O = state.round_column(column, torch.addcdiv(old_O, pull_JO[at], own_JJ[at, at]))
-        torch.sub(rounded_O, old_O, out=moved_JO[at])
-        torch.sub(state.target_IO[column], rounded_O, out=state.left_IO[column])
-        pull_JO[at + 1 :].addr_(own_JJ[at + 1 :, at], moved_JO[at], alpha=-1)
+    before_JO, target_JO = state.left_IO[tile].clone(), state.target_IO[tile]
+    for first in range(tile.start, tile.stop, state.step):
+        here = slice(first, min(first + state.step, tile.stop))
+        inner = slice(first - tile.start, here.stop - tile.start)
+        own_EE, old_EO = own_JJ[inner, inner], target_JO[inner] - before_JO[inner]
+        given = (old_EO[:, None], pull_JO[inner, None], own_EE[:, :, None], state.scales_of(here)[:, None])
+        codes_EPG, values_EPG = chosen(Columns(state.codec, *given, state.run, 1 / own_EE.diagonal()))
+        state.codes_IO[here] = codes_EPG[:, 0]
+        torch.sub(target_JO[inner], values_EPG[:, 0], out=state.left_IO[here])
+        pull_JO.addmm_(own_JJ[:, inner], values_EPG[:, 0] - old_EO, alpha=-1)
     if refits:
-        pull_JO.addmm_(own_JJ.triu(), moved_JO, alpha=-1)
         _refit_scales(state, own_JJ, pull_JO, tile)
     return before_JO.sub_(state.left_IO[tile])
 

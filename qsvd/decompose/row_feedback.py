@@ -20,12 +20,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from qsvd.decompose.feedback import State, feed_back_groups, upper_factor
+from qsvd.decompose.feedback import State, feed_back_groups, kernels_for, upper_factor
 from qsvd.decompose.scales import inverse
 from qsvd.numerics.codec import SMALLEST_SCALE
 
 GROUP = 64  # rows rounded without feedback between them; with 128 the KL of the embedded model is 5 % higher
-CHANGED = {"cpu": 128, "cuda": 2048}  # most rows that coordinate descent changes at once
+CHANGED = 128  # most rows that coordinate descent changes at once: a kernel holds the moment between them in registers
+CHANGED_BY_TORCH = 2048  # on a GPU without kernels, where every column takes as many launches for few rows as for many
 PARTS = 4  # least number of groups of coordinate descent: 2 leave up to 10 % more KL
 RIDGE = 1e-6  # of the mean diagonal, where scales are refitted
 
@@ -45,7 +46,8 @@ def sweep_rows(state: State, inputs_II: Tensor, outputs_OO: Tensor, *, refits: b
     """Give each column of a group of rows the codes that are best given all others, and then each block its best
     scales."""
     columns, rows = state.target_IO.shape
-    count = max(PARTS, ceil(rows / CHANGED[outputs_OO.device.type]))
+    is_slow = outputs_OO.is_cuda and kernels_for(outputs_OO) is None
+    count = max(PARTS, ceil(rows / (CHANGED_BY_TORCH if is_slow else CHANGED)))
     for number in range(min(count, rows)):
         rows_G = torch.arange(number, rows, count, device=outputs_OO.device)
         part, own_GG = state.rows(rows_G), outputs_OO[rows_G[:, None], rows_G]
@@ -67,9 +69,13 @@ def _change_codes(part: State, tile: slice, pull_JG: Tensor, own_JJ: Tensor, own
     Args:
         pull_JG: M_I (T - Q) M_O at the tile.
     """
-    levels_L, run = part.codec.levels(own_GG.device), part.run
-    scales_JG = part.scales_CO[tile.start // run : ceil(tile.stop / run)].repeat_interleave(run, dim=0)
+    levels_L, run, kernels = part.codec.levels(own_GG.device), part.run, kernels_for(own_GG)
+    scales_JG = part.scales_of(tile).repeat_interleave(run, dim=0)
     values_JG, codes_JG = part.target_IO[tile] - part.left_IO[tile], part.codes_IO[tile]
+    if kernels is not None:
+        moved_JG = kernels.changed(part.codec, (values_JG, codes_JG, scales_JG), pull_JG, own_JJ, own_GG)
+        torch.sub(part.target_IO[tile], values_JG, out=part.left_IO[tile])
+        return moved_JG
     reach_JG = 1 / torch.outer(own_JJ.diagonal(), own_GG.diagonal())
     moved_JG = torch.zeros_like(pull_JG)
     tensors = (

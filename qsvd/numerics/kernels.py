@@ -44,7 +44,7 @@ def decode_into(packed: PackedBlocks, out_N: Tensor) -> None:
     codes, levels = _words(packed.codes) if bits == 4 else packed.codes, packed.codec.levels(out_N.device)
     tensors = (out_N, codes, levels, *given)
     sizes = (out_N.numel(), packed.codes.numel(), given[0].numel())
-    _launch(_decode, -(-out_N.numel() // (8 * GROUPS)), (*tensors, *sizes), kinds | {"ROWS": GROUPS})
+    launch(_decode, -(-out_N.numel() // (8 * GROUPS)), (*tensors, *sizes), kinds | {"ROWS": GROUPS})
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def largest(flat_N: Tensor, block_size: int) -> Tensor:
     count = -(-flat_N.numel() // block_size)
     largest_B = torch.empty(count, dtype=torch.float32, device=flat_N.device)
     kinds = {"BLOCK": block_size, "ROWS": BLOCKS}
-    _launch(_largest, -(-count // BLOCKS), (largest_B, flat_N, flat_N.numel()), kinds)
+    launch(_largest, -(-count // BLOCKS), (largest_B, flat_N, flat_N.numel()), kinds)
     return largest_B
 
 
@@ -75,11 +75,11 @@ def nearest_codes(flat_N: Tensor, inverse_B: Tensor, bits: int, block_size: int)
     codes = torch.empty(packed_bytes(flat_N.numel(), bits), dtype=torch.uint8, device=flat_N.device)
     arguments = (codes, flat_N, inverse_B, codebook.boundaries(bits, flat_N.device), flat_N.numel(), codes.numel())
     kinds = {"BITS": bits, "BLOCK": block_size, "ROWS": GROUPS}
-    _launch(_encode, -(-flat_N.numel() // (8 * GROUPS)), arguments, kinds)
+    launch(_encode, -(-flat_N.numel() // (8 * GROUPS)), arguments, kinds)
     return codes
 
 
-def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], kinds: dict[str, int]) -> None:
+def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], kinds: dict[str, int]) -> None:
     if programs:
         # unlike torch's operations, kernels do not choose the device of their tensors
         with torch.cuda.device_of(arguments[0]):

@@ -194,7 +194,7 @@ CODECS = ["nf4", "nf4+dq", "nf2-32-fp16", "nf3-64-8x256", "nf8-128-bf16"]
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize(("rows", "columns"), [(67, 128), (66, 100)])
 def test_no_two_sided_sweep_raises_the_objective(name, columns, rows, monkeypatch):
-    monkeypatch.setattr(row_feedback, "CHANGED", {"cpu": 16})
+    monkeypatch.setattr(row_feedback, "CHANGED", 16)
     state = State.start(matrix(rows, columns), codec_named(name), None)
     inputs_II, outputs_OO = moment(columns, 1), moment(rows, 2)
     feed_back(state, inputs_II)

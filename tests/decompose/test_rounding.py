@@ -88,11 +88,12 @@ def gptq(weight_OI, moment_II, scales_BO, size):
     return rounded_OI
 
 
-def test_feedback_is_gptq_with_the_same_scales():
+@pytest.mark.parametrize(("name", "size"), [("nf4", 64), ("nf4-16-fp32", 16)])
+def test_feedback_is_gptq_with_the_same_scales(name, size):
     weight_OI, moment_II = matrix(), moment()
-    state = State.start(weight_OI, codec_named("nf4"), None)
+    state = State.start(weight_OI, codec_named(name), None)
     feed_back(state, moment_II)
-    expected_OI = gptq(weight_OI, moment_II, state.scales_CO, 64)
+    expected_OI = gptq(weight_OI, moment_II, state.scales_CO, size)
     same = numpy.isclose((weight_OI - state.left_IO.t()).double().numpy(), expected_OI, rtol=1e-5, atol=1e-6)
     assert same.mean() > 0.99  # a number between two levels may go to the other one in float32
 

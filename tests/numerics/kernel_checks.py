@@ -19,6 +19,7 @@ from qsvd.numerics.int4 import Int4
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import BLOCK_SIZES, SMALLEST_SCALE, Nesting, NormalFloat
 from tests import reference
+from tests.numerics import column_checks
 
 BITS = (2, 3, 4, 8)
 SCALES = (
@@ -123,7 +124,7 @@ def boundaries_go_down(bits):
 
 def interpret():
     """Every width with every kind of scale; block, shape and dtype in turns; the number of comparisons."""
-    count = int4_right()
+    count = int4_right() + column_checks.interpret()
     for bits in BITS:
         for number, scales in enumerate(SCALES):
             codec = NormalFloat(bits=bits, block_size=BLOCK_SIZES[(number + bits) % 4], scales=scales)
@@ -157,7 +158,7 @@ class Compiled:
         assert len(grid) == 1
         return self.launch
 
-    def launch(self, *arguments, enable_fp_fusion, **kinds):
+    def launch(self, *arguments, enable_fp_fusion, num_warps=4, **kinds):
         names = self.kernel.arg_names
         sizes = {name: value for name, value in zip(names, arguments, strict=False) if isinstance(value, int)}
         constants = kinds | {name: value for name, value in sizes.items() if value == 1}  # as Triton takes them
@@ -168,7 +169,7 @@ class Compiled:
         numbers = [value.data_ptr() if torch.is_tensor(value) else value for value in arguments]
         sixteens = {(place,): [["tt.divisibility", 16]] for place, number in enumerate(numbers) if number % 16 == 0}
         source = ASTSource(self.kernel, kind_of, constexprs=places, attrs=sixteens)
-        options = {"enable_fp_fusion": enable_fp_fusion}
+        options = {"enable_fp_fusion": enable_fp_fusion, "num_warps": num_warps}
         self.found.append(triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"])
 
 
@@ -195,7 +196,7 @@ def compiled():
     found = [*kernels._decode.found, *kernels._encode.found, *kernels._largest.found]
     assert not [text for text in found if "fma" in text or ".ftz" in text]
     assert all("cvt.rn.bf16" in text for text in kernels._decode.found)
-    return len(found)
+    return len(found) + column_checks.compiled(Compiled)
 
 
 if __name__ == "__main__":

@@ -78,16 +78,28 @@ def low_rank(error_OI: Tensor, rank: int, root_II: Tensor | None = None) -> tupl
     """Return B, A of a rank with the least ||(E - B A) L||_F (Eckart and Young); without a root L is the identity."""
     scaled_OI = error_OI if root_II is None else error_OI @ root_II
     if min(scaled_OI.shape) <= EXACT_SIDE:
-        up, values, down = torch.linalg.svd(scaled_OI, full_matrices=False)
+        up_OR, down_RI = top_factors(scaled_OI, rank)
     else:
         torch.manual_seed(0)
         up, values, columns = torch.svd_lowrank(scaled_OI, rank + OVERSAMPLING, POWER_ITERATIONS)
-        down = columns.T
-    sizes_R = values[:rank].sqrt()
-    up_OR, down_RI = up[:, :rank] * sizes_R, sizes_R[:, None] * down[:rank]
+        sizes_R = values[:rank].sqrt()
+        up_OR, down_RI = up[:, :rank] * sizes_R, sizes_R[:, None] * columns.T[:rank]
     if root_II is not None:
         down_RI = torch.linalg.solve_triangular(root_II, down_RI, upper=False, left=False)
     return up_OR, down_RI
+
+
+def top_factors(matrix_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best factors of a rank, with equal lengths, by the eigenvectors of the smaller Gram matrix.
+
+    That takes less time than a singular value decomposition, and the largest factors are as exact.
+    """
+    if matrix_OI.shape[0] > matrix_OI.shape[1]:
+        up_IR, down_RO = top_factors(matrix_OI.T, rank)
+        return down_RO.T, up_IR.T
+    squares, vectors = torch.linalg.eigh(matrix_OI @ matrix_OI.T)
+    up_OR, sizes_R = vectors[:, -rank:], squares[-rank:].sqrt().sqrt()
+    return up_OR * sizes_R, (up_OR.T @ matrix_OI) / sizes_R[:, None]
 
 
 def gptq(target_OI: Tensor, upper_II: Tensor, codec: Codec) -> Tensor:

@@ -1,6 +1,6 @@
 """Does a better start survive training? The embedded model is trained from several splits, by qsvd's commands.
 
-Every split has rank 16, or plain NormalFloat and a new LoRA of rank 16, so that all end with the same bytes. The
+Every split has rank 16, or rank 0 and a new LoRA of rank 16, so that all end with the same bytes. The
 learning rate of a method is the best of three by the loss on validation text at seed 0. The table has the loss on a
 test part that chose nothing: before training, and after it as the median over the seeds at that rate.
 """
@@ -51,6 +51,7 @@ class Start:
 
 STARTS = {
     "NF, LoRA": Start(0, (), LORA, (3e-3, 1e-2, 2e-2)),
+    "qsvd, H and G, LoRA": Start(0, ("--quality", "best"), LORA, (3e-3, 1e-2, 2e-2), is_calibrated=True),
     "QPiSSA-5": Start(RANK, ("--order", "svd", "--end", "quantize", "--iterations", 5), PISSA, (1e-3, 3e-3, 6e-3)),
     "qsvd, no data": Start(RANK, ("--quality", "good"), PISSA, (1e-3, 3e-3, 6e-3)),
     "qsvd, H and G": Start(RANK, ("--quality", "best"), PISSA, (1e-3, 3e-3, 6e-3), is_calibrated=True),
