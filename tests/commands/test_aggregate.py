@@ -1,6 +1,7 @@
 """`qsvd aggregate`: the average of trained products by NumPy in float64, from the files of the runs."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ def made(tmp_path_factory):
     return base, run
 
 
+@cache
 def stored(base):
     """Q + B0 A0 of every weight, float64, by the path of its layer."""
     weights = json.loads((base / "qsvd.json").read_text())["weights"]

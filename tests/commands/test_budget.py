@@ -11,18 +11,27 @@ import safetensors.torch
 import torch
 
 import qsvd
+import qsvd.prepare.allocate
 from qsvd.cli import run
 from qsvd.commands.quantize import quantize_run
+from qsvd.decompose.candidates import measure_candidates
 from qsvd.errors import DoesNotFit
 from qsvd.files.source import open_checkpoint
 from qsvd.files.statistics import write_statistics
 from qsvd.prepare.quantize import prepare_quantize
 from tests.checkpoints import write_checkpoint
 from tests.commands.folders import components_of, files_of, tensors_of
+from tests.commands.measurements import remembering
 from tests.mixed import modules_of, residual
 from tests.stops import StopAfter, Stopped
 
 KEPT = (".safetensors", "allocation.txt", "config.json")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _measured_once():
+    with remembering():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +97,17 @@ def test_the_files_are_within_the_budget_and_use_it(source, tmp_path, changes):
     assert "import qsvd" in (out / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory):
+    """A result that nothing has stopped."""
+    return qsvd.quantize(options(source, tmp_path_factory.mktemp("alone") / "out")).path
+
+
 @pytest.mark.parametrize("stage", ["measuring", "splitting"])
-def test_a_run_that_was_stopped_ends_in_the_same_files(source, tmp_path, stage):
-    alone = qsvd.quantize(options(source, tmp_path / "alone"))
+def test_a_run_that_was_stopped_ends_in_the_same_files(source, alone, tmp_path, stage, monkeypatch):
     wanted = options(source, tmp_path / "stopped")
     if stage == "measuring":
+        monkeypatch.setattr(qsvd.prepare.allocate, "measure_candidates", measure_candidates)  # again
         first, rest = StopAfter(5), StopAfter()
         with pytest.raises(Stopped):
             quantize_run(prepare_quantize(wanted), first)
@@ -234,8 +249,7 @@ def test_a_budget_that_the_disk_does_not_hold_is_refused_before_measuring(source
     assert not (tmp_path / "out").exists()
 
 
-def test_every_weight_of_the_table_is_one_of_the_model(source, tmp_path):
-    out = qsvd.quantize(options(source, tmp_path / "out"))
-    assert list(json.loads((out / "qsvd.json").read_text())["weights"]) == [
+def test_every_weight_of_the_table_is_one_of_the_model(source, alone):
+    assert list(json.loads((alone / "qsvd.json").read_text())["weights"]) == [
         f"{name}.weight" for name in modules_of(source)
     ]

@@ -51,18 +51,19 @@ def _calibrate(options, number, changes):
 def test_a_run_that_dies_before_any_rename_goes_on_to_the_same_bytes(stories, texts, tmp_path):
     """Also with other chunks than before, which are no part of the result."""
     changes = multiprocessing.Value("i")
-    whole = options_of(stories, texts, tmp_path / "whole", traces=1, chunk=1)
+    asked = {"traces": 1, "examples": 3}
+    whole = options_of(stories, texts, tmp_path / "whole", chunk=1, **asked)
     assert die_at(whole, None, changes) == 0
-    assert changes.value == 5  # four chunks, the result
-    for number in range(1, 6):
+    assert changes.value == 4  # three chunks, the result
+    for number in range(1, 5):
         out = tmp_path / f"dies-{number}"
-        assert die_at(options_of(stories, texts, out, traces=1, chunk=1), number) == EXIT
+        assert die_at(options_of(stories, texts, out, chunk=1, **asked), number) == EXIT
         assert not out.exists()
         assert out.with_name(f"{out.name}.unfinished").exists() == (number > 1)
-        calibrate(options_of(stories, texts, out, traces=1, chunk=1 if number % 2 else 3))
+        calibrate(options_of(stories, texts, out, chunk=1 if number % 2 else 2, **asked))
         assert out.read_bytes() == whole.out.read_bytes()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"whole", *(f"dies-{number}" for number in range(1, 6))}
+    assert names == {"whole", *(f"dies-{number}" for number in range(1, 5))}
 
 
 def test_what_is_kept_is_not_done_again(stories, texts, tmp_path):

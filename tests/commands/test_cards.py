@@ -11,6 +11,7 @@ from qsvd.cli import run
 from qsvd.commands.train import train
 from qsvd.inputs.paths import hub_id
 from tests.checkpoints import write_checkpoint
+from tests.commands.measurements import few_candidates
 from tests.runs import language_base, text_rows, training, write_rows
 
 CARD = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\nlanguage: de\ntags: [x]\n---\n# A model\n"
@@ -82,7 +83,8 @@ def test_the_card_of_a_run_has_the_license_and_base_of_its_quantized_model(tmp_p
         (["--exclude", "*.0.self_attn.k_proj", "--budget", "6bits"], False),  # vLLM does not load it at all
     ],
 )
-def test_a_part_of_a_joined_layer_in_16_bits_is_warned_of(tmp_path, capsys, options, warned):
+def test_a_part_of_a_joined_layer_in_16_bits_is_warned_of(tmp_path, capsys, monkeypatch, options, warned):
+    few_candidates(monkeypatch, 0, 4)
     write_checkpoint(tmp_path / "source")
     assert run(["quantize", str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--rank", "4", *options]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]

@@ -16,7 +16,8 @@ import qsvd
 from qsvd.cli import parse, run
 from qsvd.options import Quantize, Report
 from tests.checkpoints import write_checkpoint
-from tests.commands.folders import ALWAYS, finished, python_path, start, without_progress
+from tests.commands.folders import ALWAYS, python_path, without_progress
+from tests.stops import FORK
 
 HEAVY = ("torch", "transformers", "bitsandbytes", "peft", "numpy", "safetensors")
 LINE = re.compile(r"\d+/14 weights, ([\d.]+ MB/s, (\d+ s left|resumed), )?error [+-]\d+\.\d % by components")
@@ -136,15 +137,24 @@ def test_a_result_that_is_complete_is_shown_again_without_work(model, tmp_path, 
     assert again.out == first.out
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12; the child has one
 def test_a_terminal_gets_a_bar(model, tmp_path):
     master, terminal = pty.openpty()
-    arguments = ("quantize", model, "--out", "out", "--rank", "4", "--iterations", "1")
-    process = start(*arguments, cwd=tmp_path, stderr=terminal)
+    arguments = ["quantize", str(model), "--out", "out", "--rank", "4", "--iterations", "1"]
+
+    def work():
+        os.chdir(tmp_path)
+        with open("stdout", "w") as sys.stdout, open(terminal, "w") as sys.stderr:
+            code = run(arguments)
+        os._exit(code)
+
+    process = FORK.Process(target=work)
+    process.start()
     os.close(terminal)
     seen = "".join(until_closed(master))
-    code, out, _ = finished(process)
-    assert code == 0
+    process.join(timeout=600)
+    assert process.exitcode == 0
+    out = (tmp_path / "stdout").read_text()
     assert "14/14 weights" in seen
     assert "━" in seen
     assert "\x1b[" in seen

@@ -29,7 +29,7 @@ def rows_of(table: str) -> list[list[str]]:
 def test_components_bring_perplexity_back_and_fine_tuning_lowers_the_loss(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    short = ["--ranks", "0", "32", "--tokens", "2048", "--epochs", "0.1"]
+    short = ["--ranks", "0", "16", "--tokens", "1024", "--epochs", "0.1"]  # the ranks of two runs
     assert run(["demo", "--out", str(tmp_path), *short]) == 0
     costs, tuned = capsys.readouterr().out.split("Quantized model at several ranks")[1].split("Fine-tuning")
     original, plain, split = (float(cells[4].split()[0]) for cells in rows_of(costs))

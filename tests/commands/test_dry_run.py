@@ -10,15 +10,16 @@ from tests.runs import language_base, text_rows, write_rows
 MACHINE = ["--gpu", "8GB", "--host", "16GB"]
 FLAGS = {
     "defaults": [],
-    "lora": ["--method", "lora", "--rank", "8", "--dropout", "0.1"],
-    "edora": ["--method", "edora", "--lr", "1e-3"],
-    "batch": ["--batch-size", "2", "--accumulate", "3", "--max-length", "24"],
-    "packing": ["--packing", "--steps", "7"],
-    "optimizer": ["--optimizer", "adamw", "--adapter-dtype", "bfloat16"],
-    "resident": ["--resident", "0", "--epochs", "2.5"],
-    "layer-major": ["--layer-major", "--accumulate", "2"],
-    "no checkpointing": ["--no-gradient-checkpointing", "--held-out", "0"],
-    "target modules": ["--target-modules", "q_proj", "v_proj", "--loss-on", "all"],
+    "lora": [
+        *("--method", "lora", "--rank", "8", "--dropout", "0.1"),
+        *("--target-modules", "q_proj", "v_proj", "--loss-on", "all"),
+    ],
+    "edora": [
+        *("--method", "edora", "--lr", "1e-3", "--no-gradient-checkpointing", "--held-out", "0"),
+        *("--batch-size", "2", "--accumulate", "3", "--max-length", "24"),
+    ],
+    "packing": ["--packing", "--steps", "7", "--optimizer", "adamw", "--adapter-dtype", "bfloat16"],
+    "layer-major": ["--layer-major", "--accumulate", "2", "--resident", "0", "--epochs", "2.5"],
     "too large": ["--gpu", "500MB"],
     "16-bit": ["--rank", "5"],
     "16-bit lora": ["--method", "lora", "--no-double-quant"],
@@ -26,16 +27,15 @@ FLAGS = {
     "16-bit budget": ["--budget", "4bits"],
 }
 ROWS = {  # what shows that the flags reached the plan
-    "lora": "│ method                 │ lora",
-    "batch": "│ max-length             │ 24",
-    "packing": " tokens, packed into ",
-    "optimizer": "│ optimizer              │ adamw ",
-    "resident": "blocks that stay on the GPU: 0 of",
-    "too large": "Does not fit: ",
-    "16-bit": "rank 5, ",
-    "16-bit dora": "dora is planned without stored components (rank 0)",
-    "16-bit lora": "│ method                 │ lora",
-    "16-bit budget": "Only the total size of a budget is used",
+    "lora": ["│ method                 │ lora"],
+    "edora": ["│ max-length             │ 24"],
+    "packing": [" tokens, packed into ", "│ optimizer              │ adamw "],
+    "layer-major": ["blocks that stay on the GPU: 0 of"],
+    "too large": ["Does not fit: "],
+    "16-bit": ["rank 5, "],
+    "16-bit dora": ["dora is planned without stored components (rank 0)"],
+    "16-bit lora": ["│ method                 │ lora"],
+    "16-bit budget": ["Only the total size of a budget is used"],
 }
 
 
@@ -56,7 +56,7 @@ def test_a_plan_with_data_and_a_dry_run_print_the_same_bytes(base, tmp_path, mon
     assert run(["train", model, data, "--out", "RUN", *flags, "--dry-run"]) == code
     assert capsysbinary.readouterr() == planned
     assert planned.out.startswith((b"Fits: ", b"Does not fit: "))
-    assert ROWS.get(name, "").encode() in planned.out
+    assert all(row.encode() in planned.out for row in ROWS.get(name, []))
     assert (b"qsvd quantize: " in planned.out) == name.startswith("16-bit")
     assert not (tmp_path / "RUN").exists()
     if code == 0:

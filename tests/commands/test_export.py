@@ -149,11 +149,17 @@ def test_the_commands_name_the_least_rank_that_vllm_allows(tmp_path, export, ran
     assert f"llama.cpp: python convert_hf_to_gguf.py {tmp_path / 'merged'} --outtype bf16" in said
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_no_server_is_named_for_a_classifier(tmp_path, export, form):
-    folder = make_base(tmp_path, "BertModel")
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A run with labels."""
+    folder = make_base(tmp_path_factory.mktemp("classifier"), "BertModel")
     write_run(folder / "out", folder / "run", labels=LABELS)
-    code, said, _ = export(folder / "run", form, tmp_path / "export")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_server_is_named_for_a_classifier(classifier, tmp_path, export, form):
+    code, said, _ = export(classifier, form, tmp_path / "export")
     assert code == 0
     assert "checked: logits" in said
     assert "vLLM" not in said

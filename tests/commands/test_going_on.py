@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -176,15 +177,41 @@ def no_space(*_):
     raise OSError(28, "no space")
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora", "edora", "adalora"])
-def test_a_run_starts_from_the_adapter_of_another(options, tmp_path, method):
-    first = replace(options, method=method, rank=None if method in ("pissa", "sorsa") else 4)
-    train(first)
-    second = replace(options, out=tmp_path / "second", init_from=first.out)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def trained(home, language, data):
+    """The folder of a run of a method on a base of a rank, made once, by a command in `home`."""
+    shutil.copytree(language.parent, home / "rank-16")
+
+    @cache
+    def make(method, rank=16):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.chdir(home)
+            base = language_base(home / f"rank-{rank}", rank=rank).relative_to(home)
+            chosen = {"method": method, "rank": None if method == "pissa" else 4, "learning_rate": 1e-2}
+            valid = data.replace("texts.jsonl", "valid.jsonl")
+            return train(training(base, data, home / f"{method}-{rank}", valid=valid, **chosen)).path
+
+    return make
+
+
+METHODS = ("pissa", "lora", "edora", "adalora")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_starts_from_the_adapter_of_another(options, home, trained, method):
+    first = trained(method)
+    second = replace(options, base=home / "rank-16" / "out", method=method, init_from=first)
+    second = replace(second, rank=None if method == "pissa" else 4)
     train(second)
-    assert summary(second)["held_out_before"] == summary(first)["held_out_after"]
+    before = json.loads((first / "summary.json").read_text())
+    assert summary(second)["held_out_before"] == before["held_out_after"]
     assert summary(second)["method"] == method
-    assert summary(second)["held_out_after"] != summary(first)["held_out_after"]
+    assert summary(second)["held_out_after"] != before["held_out_after"]
 
 
 def test_an_adapter_that_does_not_fit_is_refused(done, tmp_path):
@@ -231,35 +258,24 @@ def test_at_least_8_examples_are_held_out_where_that_is_a_tenth_or_less(language
     assert (f"Held out: {count} of {examples} examples, since" in said) == (count < 8)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora", "edora", "adalora"])
-@pytest.mark.parametrize("rank", [0, 16])
-def test_peft_opens_a_run_from_everywhere(home, tmp_path, data, monkeypatch, method, rank):
-    if rank == 0 and method != "lora":
-        pytest.skip("there are no components")
-    base = language_base(home / f"rank-{rank}", rank=rank)
-    monkeypatch.chdir(home)
-    options = training(base.relative_to(home), data, tmp_path / "run", method=method, learning_rate=1e-2)
-    train(options)
+@pytest.mark.parametrize(("method", "rank"), [*((method, 16) for method in METHODS), ("lora", 0)])
+def test_peft_opens_a_run_from_everywhere(home, trained, tmp_path, monkeypatch, method, rank):
+    shutil.copytree(trained(method, rank), tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     theirs = logits(in_float32(AutoPeftModelForCausalLM.from_pretrained("../run")))
     ours = logits(qsvd.load("../run", device="cpu", dtype=torch.float32))
-    start = logits(qsvd.load(base, device="cpu", dtype=torch.float32))
+    start = logits(qsvd.load(home / f"rank-{rank}" / "out", device="cpu", dtype=torch.float32))
     assert (theirs - ours).abs().max() < 1e-3 * (ours - start).abs().max()
 
 
 def test_a_run_whose_model_has_moved_says_how_to_load_it(options, tmp_path):
-    base = language_base(tmp_path / "base")
+    base = shutil.copytree(options.base, tmp_path / "base" / "out")
     train(replace(options, base=base))
     base.rename(tmp_path / "moved")
     with pytest.raises(BadInput, match=r"run was trained on .*base/out, which does not exist; give its new folder"):

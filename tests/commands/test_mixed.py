@@ -204,16 +204,22 @@ def test_an_allocation_that_does_not_fit_is_refused_before_any_work(out, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["pissa", "edora", "lora"])
-def test_a_run_trains_what_is_stored_and_leaves_the_rest(tmp_path, method):
-    """Through the command: a base whose first weight, and others, store nothing."""
-    source = tmp_path / "source"
-    write_checkpoint(source, **(WIDTHS | {"vocab_size": 4096}))
+@pytest.fixture(scope="module")
+def partly(tmp_path_factory):
+    """A base with a tokenizer, whose first weight, and others, store nothing."""
+    folder = tmp_path_factory.mktemp("partly")
+    write_checkpoint(folder / "source", **(WIDTHS | {"vocab_size": 4096, "num_hidden_layers": 1}))
     for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, source / path.name)
-    write_table(tmp_path / "table.txt", modules_of(source), ranks=(0, 3))
-    options = {"iterations": 1, "allocation": tmp_path / "table.txt"}
-    base = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", **options))
+        shutil.copyfile(path, folder / "source" / path.name)
+    write_table(folder / "table.txt", modules_of(folder / "source"), ranks=(0, 3))
+    options = {"iterations": 1, "allocation": folder / "table.txt"}
+    return qsvd.quantize(qsvd.Quantize(str(folder / "source"), out=folder / "out", **options)).path
+
+
+@pytest.mark.parametrize("method", ["pissa", "edora", "lora"])
+def test_a_run_trains_what_is_stored_and_leaves_the_rest(partly, tmp_path, method):
+    """Through the command."""
+    base = partly
     data = write_rows(tmp_path / "data.jsonl", text_rows())
     run_folder = tmp_path / "run"
     flags = ["--method", method, "--steps", "1", "--max-length", "16", "--resident", "0.5", "--any-start"]

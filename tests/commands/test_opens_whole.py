@@ -15,6 +15,7 @@ import qsvd
 from qsvd.adapters.model import trained
 from tests.adapters.results import IDS, in_float32, split_checkpoint
 from tests.checkpoints import write_checkpoint
+from tests.commands.measurements import few_candidates
 from tests.runs import TEXTS, language_base
 from tests.sealed import reseal, without_digests
 
@@ -23,6 +24,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
 ]
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes decodes other widths wrongly on some CPUs
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch):
+    """Two codecs and two ranks are enough for a model of mixed ones."""
+    few_candidates(monkeypatch, 0, 4)
 
 
 def quantized(folder, **options):

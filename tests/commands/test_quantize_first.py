@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ import qsvd
 import qsvd.prepare.quantize
 from qsvd.cli import run
 from qsvd.decompose.alternate import split_weights
+from qsvd.training.run_folder import RunFolder
 from tests.commands.folders import files_of
-from tests.commands.test_resume import finished, start, wait_for
+from tests.commands.measurements import few_candidates
 from tests.runs import interrupting, labelled_rows, language_base, outcome, text_rows, training, words, write_rows
+from tests.stops import killed
 
 pytestmark = pytest.mark.slow
 
@@ -24,9 +27,21 @@ def source(tmp_path_factory):
     return language_base(tmp_path_factory.mktemp("model")).parent / "source"
 
 
+def options_in(folder, source):
+    return training(source, write_rows(folder / "texts.jsonl", text_rows()), folder / "RUN", save_every=2)
+
+
 @pytest.fixture
 def options(source, tmp_path):
-    return training(source, write_rows(tmp_path / "texts.jsonl", text_rows()), tmp_path / "RUN", save_every=2)
+    return options_in(tmp_path, source)
+
+
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory):
+    """A folder in which nothing has stopped the command with those options: the quantized model and RUN."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert run(words(options_in(folder, source))) == 0
+    return folder
 
 
 def test_gradients_are_checked_before_the_model_is_quantized(source, options, tmp_path, capsys):
@@ -65,8 +80,10 @@ WAYS = {  # options of train -> of quantize, of train on its output, the folder
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_one_command_writes_the_bytes_of_two(options, tmp_path, way):
+def test_one_command_writes_the_bytes_of_two(options, tmp_path, way, monkeypatch):
     chosen, quantize, train, name = WAYS[way]
+    few_candidates(monkeypatch, 0)  # for both commands
+    options = options if way == "default" else replace(options, steps=1)
     assert run(words(replace(options, **chosen))) == 0
     two = tmp_path / "two" / name
     assert run(["quantize", options.base, "--out", str(two), "--device", "cpu", *quantize]) == 0
@@ -87,6 +104,7 @@ def test_one_command_writes_the_bytes_of_two(options, tmp_path, way):
 
 
 def test_another_run_uses_the_quantized_model_again_and_the_same_command_changes_nothing(options, tmp_path, capsys):
+    options = replace(options, steps=1)
     assert run(words(options)) == 0
     shown = capsys.readouterr().err
     assert shown.splitlines()[0].startswith("Training: causal language model on texts")
@@ -95,13 +113,12 @@ def test_another_run_uses_the_quantized_model_again_and_the_same_command_changes
     assert run(words(options)) == 0
     assert run(words(replace(options, out=tmp_path / "RUN2", seed=1))) == 0
     assert {folder: files_of(tmp_path / folder) for folder in before} == before
+    shutil.copytree(tmp_path / "source-nf4-r64", tmp_path / "py" / "source-nf4-r64")
     made = qsvd.train(options.base, options.data, out=tmp_path / "py" / "RUN", steps=1, max_length=32, device="cpu")
     assert made.summary.base == str(tmp_path / "py" / "source-nf4-r64")
 
 
-def test_an_interrupt_in_each_part_is_continued_by_the_same_command(options, tmp_path, monkeypatch, capsys):
-    alone = replace(options, out=tmp_path / "alone" / "RUN")
-    assert run(words(alone)) == 0
+def test_an_interrupt_in_each_part_is_continued_by_the_same_command(options, alone, tmp_path, monkeypatch, capsys):
     begun = []
 
     def interrupted_split(*arguments, **given):
@@ -120,20 +137,20 @@ def test_an_interrupt_in_each_part_is_continued_by_the_same_command(options, tmp
         assert run(words(options)) == 130
     assert f"the same command continues in {options.out}" in capsys.readouterr().err
     assert run(words(options)) == 0
-    assert outcome(options.out) == outcome(alone.out)
+    assert outcome(options.out) == outcome(alone / "RUN")
 
 
-def test_a_command_that_is_killed_in_each_part_goes_on(options, tmp_path):
-    long = replace(options, save_every=1, steps=8)
-    for file in ("source-nf4-r64/unfinished/00002.factors", "RUN/checkpoint-2"):
-        process = start(*words(long), cwd=tmp_path)
-        wait_for((tmp_path / file).exists, process)
-        process.kill()
-        assert finished(process)[0] == -signal.SIGKILL
-    assert run(words(long)) == 0
-    alone = replace(long, out=tmp_path / "alone" / "RUN")
-    assert run(words(alone)) == 0
-    assert outcome(options.out) == outcome(alone.out)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12; the child has one
+def test_a_command_that_is_killed_in_each_part_goes_on(options, alone, tmp_path, monkeypatch):
+    parts = {
+        "source-nf4-r64/unfinished/*.factors": (qsvd.prepare.quantize, "split_weights", 4),
+        "RUN/checkpoint-2": (RunFolder, "add_step", 3),
+    }
+    for file, (owner, name, call) in parts.items():
+        killed(monkeypatch, owner, name, call, lambda: run(words(options)))
+        assert [*tmp_path.glob(file)]
+    assert run(words(options)) == 0
+    assert outcome(options.out) == outcome(alone / "RUN")
 
 
 def refused(options, capsys, code=2):
@@ -178,8 +195,8 @@ def test_what_cannot_be_done_is_refused_before_anything_is_quantized(options, tm
     }
 
 
-def test_a_folder_that_holds_something_else_is_named_with_its_option(options, tmp_path, capsys):
-    assert run(words(options)) == 0
+def test_a_folder_that_holds_something_else_is_named_with_its_option(options, alone, tmp_path, capsys):
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     other = refused(replace(options, rank=4, quantized=tmp_path / "source-nf4-r64"), capsys)
     assert re.search(
         r"source-nf4-r64 was written with other options: rank 64 there, 4 now; .* give --quantized ", other

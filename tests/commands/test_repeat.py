@@ -1,8 +1,10 @@
 """The same commands give the same bytes, in another folder and after an interruption; what differs is declared here."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -50,13 +52,12 @@ def compared(folder, declared=DECLARED):
     return found
 
 
-def quantized(folder, monkeypatch):
-    """A folder with a 16-bit model and data, and OUT, made by relative paths."""
-    language_base(folder.parent / "made", rank=4)
+def quantized(folder, source):
+    """A folder with a 16-bit model and data, and OUT, made by relative paths from here on."""
     folder.mkdir()
-    shutil.copytree(folder.parent / "made" / "source", folder / "model")
+    shutil.copytree(source, folder / "model")
     write_rows(folder / "d.jsonl", text_rows())
-    monkeypatch.chdir(folder)
+    os.chdir(folder)
     assert run(["quantize", "model", "--out", "out", "--rank", "4", "--iterations", "1", "--device", "cpu"]) == 0
 
 
@@ -65,20 +66,40 @@ def options(**changes):
     return words(training("out", "d.jsonl", "run", **(chosen | changes)))
 
 
-def test_another_place_and_another_time_change_no_byte(tmp_path, monkeypatch):
-    for name in "ab":
-        quantized(tmp_path / name, monkeypatch)
-        assert run(options()) == 0
-        for form in ("peft", "merged", "lora"):
-            assert run(["export", "run", "--to", form, "--out", f"to-{form}"]) == 0
-        assert run(["calibrate", "model", "d.jsonl", "--out", "s", "--examples", "2", "--device", "cpu"]) == 0
-        assert (
-            run(["allocate", "model", "--budget", "3bits", "--ranks", "0", "4", "--out", "a.txt", "--device", "cpu"])
-            == 0
-        )
-        mixed = ["quantize", "model", "--out", "mixed", "--allocation", "a.txt", "--device", "cpu"]
-        assert run([*mixed, "--objective", "fisher", "--statistics", "s", "--iterations", "1"]) == 0
-    first, second = compared(tmp_path / "a"), compared(tmp_path / "b")
+CODECS = ("nf2-32-3x64-fit", "nf4-16-4x64-fit")
+
+
+def made(folder, source):
+    """A folder with OUT, a run and what comes from it."""
+    quantized(folder, source)
+    assert run(options()) == 0
+    for form in ("peft", "merged", "lora"):
+        assert run(["export", "run", "--to", form, "--out", f"to-{form}"]) == 0
+    assert run(["calibrate", "model", "d.jsonl", "--out", "s", "--examples", "2", "--device", "cpu"]) == 0
+    grid = ["--codecs", *CODECS, "--ranks", "0", "4"]
+    assert run(["allocate", "model", "--budget", "3bits", *grid, "--out", "a.txt", "--device", "cpu"]) == 0
+    mixed = ["quantize", "model", "--out", "mixed", "--allocation", "a.txt", "--device", "cpu"]
+    assert run([*mixed, "--objective", "fisher", "--statistics", "s", "--iterations", "1"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return language_base(tmp_path_factory.mktemp("base"), rank=0).parent / "source"
+
+
+@pytest.fixture(scope="module")
+def place(source, tmp_path_factory):
+    """Such a folder."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path_factory.mktemp("places"))  # and back
+        return made(Path.cwd() / "a", source)
+
+
+def test_another_place_and_another_time_change_no_byte(place, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = made(tmp_path / "b", source)
+    first, second = compared(place), compared(other)
     assert {
         "run/loss.svg",
         "run/loss.png",
@@ -89,20 +110,19 @@ def test_another_place_and_another_time_change_no_byte(tmp_path, monkeypatch):
     } <= first.keys()
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
-    differing = {name for name in DECLARED if compared(tmp_path / "a", {})[name] != compared(tmp_path / "b", {})[name]}
+    differing = {name for name in DECLARED if compared(place, {})[name] != compared(other, {})[name]}
     assert differing == DECLARED.keys(), "nothing is declared that is the same"
 
 
-def test_an_interruption_changes_no_byte_of_a_run(tmp_path, monkeypatch):
-    quantized(tmp_path / "a", monkeypatch)
-    assert run(options()) == 0
-    shutil.move("run", "straight")
+def test_an_interruption_changes_no_byte_of_a_run(place, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quantized(tmp_path / "c", source)
     with monkeypatch.context() as patched:
         interrupting(patched, 1, 3)
         assert run(options()) == 130
         assert run(options()) == 130
     assert run(options()) == 0
     declared = {name.removeprefix("run/"): keys | SINCE_RESUMED for name, keys in DECLARED.items()}
-    straight, resumed = compared(tmp_path / "a" / "straight", declared), compared(tmp_path / "a" / "run", declared)
+    straight, resumed = compared(place / "run", declared), compared(tmp_path / "c" / "run", declared)
     assert straight.keys() == resumed.keys()
     assert [name for name in straight if straight[name] != resumed[name]] == []

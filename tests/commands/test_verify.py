@@ -47,12 +47,12 @@ def test_a_changed_byte_of_any_file_is_found(folder, tmp_path, capsys):
     paths = [path for path in sorted(copy.rglob("*")) if path.is_file() and path.name not in NEVER_READ | OTHERS]
     assert len(paths) > 20
     for path in paths:
-        content = path.read_bytes()
+        content, part = path.read_bytes(), copy / path.relative_to(copy).parts[0]
         for place in (len(content) // 3, len(content) - 3):
             broken = bytearray(content)
             broken[place] ^= 2
             path.write_bytes(broken)
-            assert (run(["verify", str(copy)]), path) == (1, path)
+            assert (run(["verify", str(part)]), path) == (1, path)
             said = capsys.readouterr().err
             assert f"{path.name} is " in said or f"of {path} is " in said, said
         path.write_bytes(content)

@@ -63,7 +63,10 @@ def files_of(folder):
 
 def residual(folder, name):
     """Q by docs/format.md, float64."""
-    parts = {key.removeprefix(name): t.numpy() for key, t in files_of(folder).items() if key.startswith(name)}
+    parts = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(path, "np") as file:
+            parts |= {key.removeprefix(name): file.get_tensor(key) for key in file.keys() if key.startswith(name)}  # noqa: SIM118
     state = json.loads(parts[".quant_state.bitsandbytes__nf4"].tobytes())
     scales = parts[".absmax"]
     if ".nested_absmax" in parts:
