@@ -234,7 +234,7 @@ class Codec(ABC):
         levels_L = self.levels(codes_N.device)
         if codes_N.is_cuda:
             return levels_L.index_select(0, codes_N.int())
-        return torch.from_numpy(levels_L.numpy().take(codes_N.numpy()))  # in half of the time
+        return torch.from_numpy(levels_L.numpy().take(codes_N.numpy(), mode="clip"))  # in half of the time
 
     def nearest(self, scaled_N: Tensor) -> Tensor:
         """Return the code of the nearest level of each value, uint8 [N].
