@@ -32,10 +32,8 @@ CHANGED, BY_TORCH = row_feedback.CHANGED, row_feedback.CHANGED_BY_TORCH
 SMALL = ((512, 512), (512, 1024), (1024, 512), (1024, 1024), (768, 1536))  # the last checks the fit
 NO_KERNEL = ("view", "expand", "select", "slice", "transpose", "permute", "detach", "alias", "as_strided", "diagonal")
 NO_KERNEL_NAMES = ("t", "empty", "empty_like", "new_empty", "unsqueeze", "squeeze", "_unsafe_view", "unbind", "split")
-LAYER = (  # a block of Llama-3-70B
-    *("q 8192 8192", "k 1024 8192", "v 1024 8192", "o 8192 8192"),
-    *("gate 28672 8192", "up 28672 8192", "down 8192 28672"),
-)
+GATE = (28672, 8192)
+LAYER = ((8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), GATE, GATE, (8192, 28672))  # a block of Llama-3-70B
 FIT = 0.1  # share of the launches by which the fit may miss
 BLOCKS, TOKENS = 80, 128 * 2048
 
@@ -97,13 +95,12 @@ def main() -> None:
         row_feedback.CHANGED = BY_TORCH if without_kernels else CHANGED  # these matrices are on a CPU
         counts = fitted(both, passes, sweeps, without_kernels)
         total, shown = 0.0, []
-        for name in LAYER:
-            rows, columns = map(int, name.split()[1:])
+        for rows, columns in LAYER:
             launches, steps = features(rows, columns, both, without_kernels) @ counts
             products = operations(rows, columns, both, passes, sweeps) / options.tflops / 1e12
             times = (launches * options.launch, steps * options.column, products)
             total += sum(times)
-            shown = [f"{launches:,.0f}", *(f"{time:.1f}" for time in times)] if name.startswith("gate") else shown
+            shown = [f"{launches:,.0f}", *(f"{time:.1f}" for time in times)] if (rows, columns) == GATE else shown
         kind = f"{'H and G' if both else 'H'}, {passes}, {sweeps} | {'no' if without_kernels else 'yes'}"
         print(f"| {kind} | {' | '.join(shown)} | {total * BLOCKS / 3600:.2f} |")
     walks(options)
@@ -118,8 +115,8 @@ def features(rows: int, columns: int, both: bool, without_kernels: bool) -> nump
 
 def fitted(both: bool, passes: int, sweeps: int, without_kernels: bool) -> numpy.ndarray:
     """Return launches and columns of kernels for each feature."""
-    recipe = Recipe(codec_named("nf4+dq"), RANK, iterations=passes, scales="mse", rounding="feedback", sweeps=sweeps)
-    recipe = Recipe(**{**vars(recipe), "stop": "never"})
+    how = {"iterations": passes, "sweeps": sweeps, "scales": "mse", "rounding": "feedback"}
+    recipe = Recipe(codec_named("nf4+dq"), RANK, stop="never", **how)
     counts = []
     for rows, columns in SMALL:
         inputs_II, outputs_OO = moment(torch.ones(columns), "inputs"), moment(torch.ones(rows), "outputs")
@@ -148,7 +145,7 @@ def operations(rows: int, columns: int, both: bool, passes: int, sweeps: int) ->
 
 def walks(options: Options) -> None:
     """Print the hours of the two walks over the model and of the moments."""
-    weights = sum(rows * columns for rows, columns in (map(int, name.split()[1:]) for name in LAYER)) * BLOCKS
+    weights = sum(rows * columns for rows, columns in LAYER) * BLOCKS
     inputs, outputs = (8192, 8192, 8192, 28672), (8192, 1024, 1024, 8192, 28672, 28672, 8192)
     sides = {"H": inputs, "H and G": (*inputs, *outputs)}
     for name, some in sides.items():

@@ -215,8 +215,9 @@ def _round_tiles(
         moves_EEP = moves_JKP[here, here]
         columns = Columns(state.codec, tile_JPG[here], pulled_JPG[here], moves_EEP, scales_CPG[of_scales], state.run)
         codes_JPG[here], values_JPG[here] = chosen(columns)
-        changes_PEG = (values_JPG[here] - tile_JPG[here]).transpose(0, 1)
-        pulled_JPG[later].transpose(0, 1).baddbmm_(moves_JKP[here, later].permute(2, 1, 0), changes_PEG, alpha=-1)
+        if here.stop < size:
+            changes_PEG = (values_JPG[here] - tile_JPG[here]).transpose(0, 1)
+            pulled_JPG[later].transpose(0, 1).baddbmm_(moves_JKP[here, later].permute(2, 1, 0), changes_PEG, alpha=-1)
     for at, (tile, here) in enumerate(pairs):
         width, height = tile.stop - tile.start, here.stop - here.start
         state.codes_IO[tile, here] = codes_JPG[:width, at, :height]
@@ -264,7 +265,7 @@ def _sweep_tile(state: State, tile: slice, own_JJ: Tensor, pull_JO: Tensor, *, r
     """Choose the codes of a tile, column by column, and then its scales; return what T - Q lost [J, O].
 
     Args:
-        pull_JO: M (T - Q) at the tile; it is kept up to date.
+        pull_JO: M (T - Q) at the tile; it is overwritten.
     """
     before_JO, target_JO = state.left_IO[tile].clone(), state.target_IO[tile]
     for first in range(tile.start, tile.stop, state.step):
@@ -275,7 +276,8 @@ def _sweep_tile(state: State, tile: slice, own_JJ: Tensor, pull_JO: Tensor, *, r
         codes_EPG, values_EPG = chosen(Columns(state.codec, *given, state.run, 1 / own_EE.diagonal()))
         state.codes_IO[here] = codes_EPG[:, 0]
         torch.sub(target_JO[inner], values_EPG[:, 0], out=state.left_IO[here])
-        pull_JO.addmm_(own_JJ[:, inner], values_EPG[:, 0] - old_EO, alpha=-1)
+        if refits or here.stop < tile.stop:
+            pull_JO.addmm_(own_JJ[:, inner], values_EPG[:, 0] - old_EO, alpha=-1)
     if refits:
         _refit_scales(state, own_JJ, pull_JO, tile)
     return before_JO.sub_(state.left_IO[tile])

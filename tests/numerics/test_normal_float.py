@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qsvd.decompose.alternate import Recipe, split_weight
 from qsvd.decompose.split import measure
-from qsvd.numerics import normal_float
+from qsvd.numerics import codebook, normal_float
 from qsvd.numerics.codec import NestedScales, from_bytes
 from qsvd.numerics.nf4 import NormalFloat4
 from qsvd.numerics.normal_float import Nesting, NormalFloat, rows_of
@@ -380,3 +380,15 @@ def test_rows_are_those_of_the_matrix(shape, scales):
     for outside in (-1, shape[0]):
         with pytest.raises((IndexError, RuntimeError), match=r"out of range|out of bounds"):
             rows_of(packed, torch.tensor([outside]))
+
+
+@pytest.mark.parametrize("count", [10, 2_000, 20_000])  # searched, compared together, compared one after another
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_value_between_two_levels_takes_the_lower_code_in_any_company(bits, count):
+    levels_L = codebook.levels(bits).numpy()
+    between_L = (levels_L[:-1] + levels_L[1:]) / 2
+    for step in (-1, 0, 1):
+        values_L = np.nextafter(between_L, np.float32(step)) if step else between_L
+        found_N = codebook.nearest(torch.from_numpy(np.resize(values_L, count)), bits)
+        above_L = (values_L > between_L).astype(np.uint8)
+        assert found_N.tolist() == np.resize(np.arange(len(between_L)) + above_L, count).tolist()
