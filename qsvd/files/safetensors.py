@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from xxhash import xxh3_128 as new_digest
@@ -229,14 +229,19 @@ def write_stream(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, s
     with whole_file(path) as file:
         file.write(header)
         for new in ordered:
-            digest = new_digest()
-            for piece in _pieces(path, new):
-                digest.update(piece)
-                file.write(piece)
-            digests.append(digest.hexdigest())
+            digests.append(_write_tensor(file, path, new))
         filled = header[:place] + "".join(digests).encode() + header[place + DIGEST * len(digests) :]
         file.seek(place - DIGEST)
         file.write(new_digest(filled[8:]).hexdigest().encode() + filled[place : place + DIGEST * len(digests)])
+
+
+def _write_tensor(file: BinaryIO, path: Path, new: NewTensor) -> str:
+    """Write the bytes of a tensor and return their digest; nothing keeps them while the next tensor is made."""
+    digest = new_digest()
+    for piece in _pieces(path, new):
+        digest.update(piece)
+        file.write(piece)
+    return digest.hexdigest()
 
 
 def _pieces(path: Path, new: NewTensor) -> Iterator[memoryview]:

@@ -26,11 +26,9 @@ def test_memory_is_one_weight_and_its_dense_form(tmp_path):
     sides = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3}
     write_checkpoint(tmp_path / "source", **sides)
     qsvd.quantize(qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "out", rank=0, include=("*.1.mlp.up_proj",)))
-    write_checkpoint(tmp_path / "tiny-source")
-    qsvd.quantize(qsvd.Quantize(str(tmp_path / "tiny-source"), out=tmp_path / "tiny", rank=0))
 
     def work():
-        merge(tmp_path / "tiny", tmp_path / "x-tiny")
+        merge(tmp_path / "out", tmp_path / "x-first")
         yield
         merge(tmp_path / "out", tmp_path / "x")
         yield
@@ -40,4 +38,5 @@ def test_memory_is_one_weight_and_its_dense_form(tmp_path):
     slack = 24 * 2**20  # what the allocator keeps, and chunks of files
     written = (tmp_path / "x" / "model.safetensors").stat().st_size
     assert one_weight + slack < written / 1.5, "the whole model would pass"
+    print(taken, one_weight)
     assert one_weight / 4 < taken <= one_weight + slack
