@@ -19,14 +19,6 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Let one process run all tests of a file, which share fixtures, but for those marked `apart`."""
-    for item in items:
-        if item.get_closest_marker("apart") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _fewer_objects_to_collect():
     """Leave what is there, most of it imports, out of garbage collections: accelerate asks for one in every run."""

@@ -47,7 +47,6 @@ def attack(folder):
     (folder / "found.jsonl").write_text(found)
 
 
-@pytest.mark.apart
 @pytest.mark.slow
 def test_mutated_files_are_refused_or_change_nothing(tmp_path):
     process = FORK.Process(target=attack, args=(tmp_path,))

@@ -37,7 +37,6 @@ def is_first_of_its_kind(family):
     return family.name in OTHERWISE_BUILT or cells.index(mine) == [*ROWS].index(family.name)
 
 
-@pytest.mark.apart
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.folder)
 def test_a_family_does_what_the_table_says(tmp_path, family):
     transformers.utils.logging.disable_progress_bar()
