@@ -24,3 +24,11 @@ def _fewer_objects_to_collect():
     """Leave what is there, most of it imports, out of garbage collections: accelerate asks for one in every run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _disk_is_not_waited_for():
+    """Let the system write files when it likes: no test cuts the power, and a process that dies loses nothing by it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield

@@ -370,7 +370,7 @@ def _left(coverage: Mapping[str, Any]) -> tuple[str, ...]:
 HEAD = """\
 # Models
 
-Every command on a tiny random model of each family (`tools/families --write docs/models.md`; a test compares all rows).
+Every command on a tiny random model of each family (`tools/families --write docs/models.md`).
 
 - *quantize* includes the report.
 - *load* compares the logits of `qsvd.load` with those of transformers' own model with the dense weights Q + B A.

@@ -1,8 +1,7 @@
 """tools/make_model: a random model in 16 bits, split by nobody, or split by qsvd quantize as it is drawn."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
@@ -28,7 +27,7 @@ from qsvd.files.workspace import MANIFEST
 from qsvd.prepare.quantize import prepare_quantize
 from qsvd.records import show_nothing
 from tests.checkpoints import tiny_config
-from tests.commands.folders import files_of, python_path, tensors_of
+from tests.commands.folders import files_of, tensors_of
 from tests.stops import StopAfter, Stopped
 
 TOOL = Path(random_model.__file__).with_name("make_model")
@@ -300,8 +299,9 @@ def test_what_cannot_be_made_is_refused_in_a_sentence(tool, tmp_path, case):
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_a_refusal_of_the_command_is_one_line(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-    command = [sys.executable, TOOL, tmp_path / "out", "--layers=-1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "make_model: --layers -1: give 1 or more\n")
+def test_a_refusal_of_the_command_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(TOOL), str(tmp_path / "out"), "--layers=-1"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert ended.value.code == "make_model: --layers -1: give 1 or more"
+    assert capsys.readouterr().out == ""
