@@ -124,12 +124,13 @@ def optimizer_bytes(optimizer: str, parameters: Sequence[TensorShape], *, on_gpu
     """
     if optimizer == "adamw":  # two moments, and roots of the second: all at once on a GPU, otherwise one by one
         roots = total_bytes(parameters) if on_gpu else 2 * max((tensor.num_bytes for tensor in parameters), default=0)
-        return OptimizerBytes(2 * total_bytes(parameters), STEP_BYTES * len(parameters), roots)
+        return OptimizerBytes(2 * total_bytes(parameters), STEP_BYTES * len(parameters), _rounding(parameters, roots))
     if optimizer == "paged_adamw_32bit":
-        return OptimizerBytes(sum(8 * tensor.numel for tensor in parameters), 0, 0)
+        return OptimizerBytes(sum(8 * tensor.numel for tensor in parameters), 0, _rounding(parameters))
     if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
         has_levels = any(tensor.numel >= LEAST_8_BIT for tensor in parameters)
-        return OptimizerBytes(sum(map(_state_8_bit, parameters)) + LEVEL_BYTES * has_levels, 0, 0)
+        state = sum(map(_state_8_bit, parameters)) + LEVEL_BYTES * has_levels
+        return OptimizerBytes(state, 0, _rounding(parameters))
     if optimizer == "lora-rite":  # two tensors as large as the parameter, and of a factor the second moment [K, K]
         squares = sum(4 * min(tensor.shape) ** 2 for tensor in parameters if len(tensor.shape) == 2)
         copies = max(((5 + (tensor.dtype.itemsize < 4)) * 4 * tensor.numel for tensor in parameters), default=0)
@@ -137,6 +138,16 @@ def optimizer_bytes(optimizer: str, parameters: Sequence[TensorShape], *, on_gpu
     raise BadInput(
         f"optimizer {optimizer!r} is not one of adamw, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit, lora-rite"
     )
+
+
+def _rounding(parameters: Sequence[TensorShape], work: int = 0) -> int:
+    """Return the bytes of a step with its stochastic rounding: values before it, and two float32 copies of one tensor.
+
+    Args:
+        work: Bytes of the optimizer's own.
+    """
+    short = [tensor for tensor in parameters if tensor.dtype.itemsize < 4]
+    return total_bytes(short) + max([work, *(8 * tensor.numel for tensor in short)])
 
 
 def small_state(optimizer: str, parameters: Sequence[TensorShape], *, on_gpu: bool) -> str | None:

@@ -51,6 +51,9 @@ class LoraRite(torch.optim.Optimizer):
         params: Parameters or groups, as for every optimizer of torch. The factors of a pair may be in two groups.
         pairs: B [O, K] and A [K, I] of each pair. A pair without gradients is left as it is.
         eps: Is added to the roots of the eigenvalues of V.
+
+    Attributes:
+        write: Writes new values into a parameter; `Rounding` rounds them.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class LoraRite(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.write: Callable[[Tensor, Tensor], object] = Tensor.copy_
         self.factors = [factor for up, down in pairs for factor in (_Factor(up, down, False), _Factor(down, up, True))]
 
     @torch.no_grad()
@@ -119,7 +123,7 @@ class LoraRite(torch.optim.Optimizer):
         values_NK = factor.tall(factor.parameter)
         change_NK = moment_NK @ turn.inverse_KK.T + group["weight_decay"] * values_NK
         moved_NK = values_NK - group["lr"] * change_NK
-        factor.parameter.copy_(moved_NK.T if factor.is_down else moved_NK)
+        self.write(factor.parameter, moved_NK.T if factor.is_down else moved_NK)
 
     def _move_alone(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         """Make AdamW's step (arXiv:1711.05101) of a parameter outside the pairs."""
@@ -131,7 +135,7 @@ class LoraRite(torch.optim.Optimizer):
         state["moment"].lerp_(gradient, 1 - first)
         state["second"].lerp_(gradient.square(), 1 - second)
         change = state["moment"] / (state["second"].sqrt() + ADAMW_EPS) + group["weight_decay"] * values
-        parameter.copy_(values - group["lr"] * change)
+        self.write(parameter, values - group["lr"] * change)
 
 
 def _exact(tensor: Tensor | None) -> Tensor:

@@ -85,15 +85,18 @@ class CallMethod(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        del args, control, kwargs
+        del args, control
         self.trainer.hooks.transform_grads(state.global_step + 1)
         if self.trainer.preconditioner is not None:
             self.trainer.preconditioner.transform_grads()
+        optimizer = kwargs["optimizer"]  # accelerate wraps it
+        self.trainer.rounding.before_step(getattr(optimizer, "optimizer", optimizer), state.global_step + 1)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         del args, control, kwargs
+        self.trainer.rounding.after_step()
         self.trainer.hooks.after_step(state.global_step + 1)
 
 

@@ -36,10 +36,10 @@ from qsvd.ranks import from_main, is_main, size
 from qsvd.training.checkpoints import UNFINISHED, checkpoints, finish, step_of, written_whole
 from qsvd.training.guards import check_apart, check_start, not_finite
 from qsvd.training.lora_rite import LoraRite
-from qsvd.training.riemannian import Riemannian
 from qsvd.training.settings import Settings, classifier_arguments, language_arguments, limit_tiles
 from qsvd.training.steps import CallMethod, SetRate
 from qsvd.training.together import DividedTraining, is_blank, share_sums, share_values, unseen
+from qsvd.training.updates import Riemannian, Rounding
 
 HOOKS = "hooks.safetensors"  # of a checkpoint: the state of the method's hooks
 
@@ -51,6 +51,7 @@ class SplitTraining(DividedTraining):
         method: The method of the adapters.
         hooks: Are called in every optimizer step.
         preconditioner: Changes the gradients after the hooks, right before the optimizer; None changes nothing.
+        rounding: Rounds the steps of bfloat16 parameters.
         base: The quantized model, whose stored components give the loss that the first one is compared with; None
             leaves the comparison out.
         keep: How many checkpoints are kept.
@@ -63,6 +64,7 @@ class SplitTraining(DividedTraining):
     method: type[Adapter]
     hooks: Hooks
     preconditioner: Riemannian | None = None
+    rounding: Rounding
     resumed_from: Path | None = None
     base: SplitFolder | None
     keep: int
@@ -308,6 +310,7 @@ def make_trainer(
     trainer.is_sharded = is_sharded(model)
     if size() > 1:
         model._is_accelerate_prepared = True  # else accelerate wraps it, see together.py
+    trainer.rounding = Rounding(settings.seed, model.device)
     pairs = trained_pairs(model)
     if settings.optimizer == "lora-rite":
         trainer.optimizer_cls_and_kwargs = (LoraRite, {"pairs": pairs, "lr": settings.learning_rate})

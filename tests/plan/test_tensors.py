@@ -64,6 +64,7 @@ def test_few_small_tensors_and_a_cpu_need_no_word():
 
 def test_torch_takes_roots_of_everything_at_once_on_a_gpu():
     shapes = [TensorShape((10, 10), torch.float32), TensorShape((30,), torch.bfloat16)]
-    assert optimizer_bytes("adamw", shapes, on_gpu=True) == OptimizerBytes(2 * 460, 2 * 4, 460)
-    assert optimizer_bytes("adamw", shapes, on_gpu=False).workspace == 2 * 400
+    before = 60  # bytes of the values that are rounded after the step
+    assert optimizer_bytes("adamw", shapes, on_gpu=True) == OptimizerBytes(2 * 460, 2 * 4, 460 + before)
+    assert optimizer_bytes("adamw", shapes, on_gpu=False).workspace == 2 * 400 + before
     assert optimizer_bytes("adamw", [], on_gpu=False) == OptimizerBytes(0, 0, 0)

@@ -8,6 +8,7 @@ from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.model import trained
 from qsvd.plan.tensors import TensorShape, optimizer_bytes
 from qsvd.training.lora_rite import LoraRite
+from qsvd.training.updates import Rounding
 from tests.memory.tracker import Tracker
 from tests.runs import sequences, settings, trainer
 
@@ -190,11 +191,12 @@ def test_state_and_the_most_of_a_step_are_as_planned(dtype):
     shapes = [((300, 16), (16, 200)), ((64, 8), (8, 1000))]
     pairs = [tuple(torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in pair) for pair in shapes]
     parameters = [factor for pair in pairs for factor in pair] + [torch.nn.Parameter(torch.ones(300, dtype=dtype))]
-    optimizer = LoraRite(parameters, pairs, lr=RATE)
+    optimizer, rounding = LoraRite(parameters, pairs, lr=RATE), Rounding(0, torch.device("cpu"))
     peaks = []
-    for _ in range(2):
+    for step in (1, 2):
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
+        rounding.before_step(optimizer, step)
         with Tracker() as tracker:
             optimizer.step()
         peaks.append(tracker.peak)

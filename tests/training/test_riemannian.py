@@ -12,7 +12,7 @@ from qsvd.errors import BadInput
 from qsvd.options import Plan
 from qsvd.prepare.plan import prepare_plan
 from qsvd.prepare.train import prepare_train
-from qsvd.training.riemannian import Riemannian
+from qsvd.training.updates import Riemannian
 from tests.runs import sequences, settings, trainer, training
 
 OUT, IN, RANK, DAMPING = 9, 7, 3, 0.01
