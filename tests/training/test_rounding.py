@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from qsvd.adapters.adapter import AdapterOptions
+from qsvd.adapters.model import trained
 from qsvd.training.lora_rite import LoraRite
 from qsvd.training.updates import Rounding
+from tests.runs import sequences, settings, trainer
 
 CPU = torch.device("cpu")
 RATE, DECAY = 2e-5, 0.1
@@ -95,3 +98,16 @@ def test_the_draws_are_those_of_the_seed_and_the_step():
     assert torch.equal(moved(1, 5), moved(1, 5))
     assert not torch.equal(moved(1, 5), moved(1, 6))
     assert not torch.equal(moved(1, 5), moved(2, 5))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lora-rite"])
+def test_a_trainer_moves_numbers_of_which_a_step_is_less_than_half_their_distance(language, tmp_path, optimizer):
+    chosen = settings(optimizer=optimizer, learning_rate=1e-6)
+    made = trainer(language, tmp_path, sequences(), chosen, options=AdapterOptions("pissa", dtype="bfloat16"))
+    before = {name: parameter.detach().clone() for name, parameter in trained(made.model).items()}
+    made.train()
+    moved = 0
+    for name, parameter in trained(made.model).items():
+        assert parameter.dtype == torch.bfloat16
+        moved += ((parameter != before[name]) & (before[name].abs() > 0.01)).sum().item()
+    assert moved > 0
