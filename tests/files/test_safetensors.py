@@ -4,8 +4,10 @@ import json
 import math
 import os
 import tempfile
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -242,3 +244,16 @@ def test_a_source_of_another_dtype_or_shape_is_refused(tmp_path, dtype, shape):
     for source in (torch.ones(2, 3), TensorEntry("x", "F32", (2, 3), 24, tmp_path / "absent", 0, (0, 0))):
         with pytest.raises(ValueError, match=rf"a is stated as {dtype} .*, but its source is F32 \[2, 3\]"):
             write_stream(tmp_path / "model.safetensors", [NewTensor("a", dtype, shape, source)], {})
+
+
+def test_a_tensor_is_freed_before_the_next_one_is_made(tmp_path):
+    kept = []
+
+    def make():
+        assert [values() for values in kept] == [None] * len(kept)
+        values = np.ones(8, np.float32)
+        kept.append(weakref.ref(values))
+        return torch.from_numpy(values)
+
+    write_stream(tmp_path / "a.safetensors", [NewTensor(name, "F32", (8,), make) for name in "abc"], {})
+    assert len(kept) == 3

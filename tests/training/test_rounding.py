@@ -9,8 +9,10 @@ import torch
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.model import trained
+from qsvd.plan.tensors import TensorShape, optimizer_bytes
 from qsvd.training.lora_rite import LoraRite
 from qsvd.training.updates import Rounding
+from tests.memory.tracker import Tracker
 from tests.runs import sequences, settings, trainer
 
 CPU = torch.device("cpu")
@@ -98,6 +100,19 @@ def test_the_draws_are_those_of_the_seed_and_the_step():
     assert torch.equal(moved(1, 5), moved(1, 5))
     assert not torch.equal(moved(1, 5), moved(1, 6))
     assert not torch.equal(moved(1, 5), moved(2, 5))
+
+
+def test_the_rounding_takes_the_bytes_that_are_planned():
+    shapes = [(200, 16), (16, 1000), (300,)]
+    parameters = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer, rounding = MAKE["adamw_8bit"](parameters), Rounding(0, CPU)
+    with Tracker() as tracker:
+        rounding.before_step(optimizer, 1)
+        rounding.after_step()
+    planned = optimizer_bytes("adamw_8bit", [TensorShape(shape, torch.bfloat16) for shape in shapes], on_gpu=False)
+    assert tracker.peak <= planned.workspace <= 1.05 * tracker.peak
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lora-rite"])
