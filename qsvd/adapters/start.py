@@ -1,9 +1,11 @@
 """New adapters: their record, the adapter of each weight before its first step, and their shapes for the planner."""
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -242,8 +244,7 @@ def trained_adapter(adapter: AdapterFolder, name: str, modules: Mapping[str, str
 
 
 def _options_of(record: AdapterRecord) -> AdapterOptions:
-    names = AdapterOptions.__dataclass_fields__
-    return AdapterOptions(**{name: getattr(record, name) for name in names})
+    return AdapterOptions(**{name: getattr(record, name) for name in AdapterOptions.__dataclass_fields__})
 
 
 # For the planner: a quantized model with adapters, from its folder or from a config alone.
@@ -255,22 +256,36 @@ def planned_base(split: SplitFolder, record: AdapterRecord, dtype: torch.dtype) 
 
 
 def planner_of(split: SplitFolder, dtype: torch.dtype) -> Callable[[AdapterRecord], SplitModelPlan]:
-    """Return a function that does the same for several records of one quantized model, which is opened once."""
-    config = read_config(split.folder)
+    """Return a function that does the same for several records; it is the same one for an equal model."""
+    texts = (read_config(split.folder).to_json_string(), json.dumps(split.manifest, sort_keys=True))
+    return _planner(_Known(texts, dtype, split))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A quantized model as a key: the texts of config.json and of the manifest decide its shapes, wherever it is."""
+
+    texts: tuple[str, str]
+    dtype: torch.dtype
+    split: SplitFolder = field(compare=False)
+
+
+@lru_cache(maxsize=16)
+def _planner(known: _Known) -> Callable[[AdapterRecord], SplitModelPlan]:
+    split, config = known.split, read_config(known.split.folder)
     delattr(config, "quantization_config")
     config.architectures = [split.manifest["source"]["architecture"]]
-    empty = skeleton(config, dtype)
-    names = replace(describe(empty.model), weights=tuple(_spec(name, w) for name, w in split.weights.items()))
-    choices = {w["module"]: Choice(split.codec(name), w["rank"]) for name, w in split.weights.items()}
-    stored = getattr(torch, split.manifest["run"]["dtype"])
-
+    empty = skeleton(config, known.dtype)
+    names = replace(describe(empty.model), weights=tuple(_specs(split)))
+    every = Allocation({w["module"]: Choice(split.codec(name), w["rank"]) for name, w in split.weights.items()})
     tables = tuple(_table(name, w, split, names) for name, w in split.tables.items())
+    dtype = getattr(torch, split.manifest["run"]["dtype"])
 
-    def make(record: AdapterRecord) -> SplitModelPlan:
-        made = planned(empty, names, Allocation(choices), options=_options_of(record), stored_dtype=stored)
-        return replace(made, tables=tables)
+    @lru_cache(maxsize=64)
+    def make(options: AdapterOptions) -> SplitModelPlan:
+        return replace(planned(empty, names, every, options=options, stored_dtype=dtype), tables=tables)
 
-    return make
+    return lambda record: make(_options_of(record))
 
 
 def planned(

@@ -256,9 +256,8 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
     measured = [(step.number, step.held_out) for step in steps if step.held_out is not None]
     ends = [(1, summary.held_out_before), (number, summary.held_out_after)]
     held_out = sorted({place: loss for place, loss in [*measured, *ends] if loss is not None}.items())
-    for kind in ("png", "svg"):
-        with whole_file(run.out / f"loss.{kind}") as file:
-            file.write(loss_plot([step.loss for step in steps], held_out, summary.method, kind))
+    with whole_file(run.out / "loss.svg") as file:
+        file.write(loss_plot([step.loss for step in steps], held_out, summary.method))
     texts = texts_after(run, model, read_texts(run.out))
     folder.write_texts(texts)
     records = RunRecords(folder.start, steps, summary, *shown_in(read_identity(run.out)), texts)

@@ -135,8 +135,8 @@ def run_readme(summary: RunSummary, run: str, forms: Sequence[str] = tuple(FORMS
     exports = [f"qsvd export {shell(run)} --to {one} --out {shell(f'{run}-{one}')}  # {FORMS[one]}" for one in forms]
     return (
         f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is the trained adapter. It works only with the\n"
-        f"quantized model in {code(summary.base)}.{same} `steps.jsonl` lists every step, `loss.png` and `loss.svg` "
-        f"plot the loss, and\n`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
+        f"quantized model in {code(summary.base)}.{same} `steps.jsonl` lists every step, `loss.svg` "
+        f"plots the loss, and\n`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
         f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n{without}"
         + ("\n".join(["```sh", *exports, "```", ""]) if exports else "")
     )
@@ -186,20 +186,18 @@ FEW = 20  # steps below which there is no running mean
 PLACE = (0.1, 0.12, 0.88, 0.8)  # of the axes in the picture: left, bottom, width, height
 
 
-def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], title: str, kind: str) -> bytes:
-    """Return a picture of the loss of every step, and of its running mean.
+def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], title: str) -> bytes:
+    """Return a picture in SVG of the loss of every step, and of its running mean.
 
     Args:
         losses: Nats, from step 1.
         held_out: Steps after which the loss on held-out examples was measured, and this loss in nats.
-        kind: "png" or "svg".
     """
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=150)
+    figure = Figure(figsize=(7, 4))
     axes = figure.add_axes(PLACE)
     steps = range(1, len(losses) + 1)
     few = len(losses) < FEW
@@ -211,11 +209,10 @@ def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], ti
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
-    (FigureCanvasAgg if kind == "png" else FigureCanvasSVG)(figure)
+    FigureCanvasSVG(figure)
     picture = io.BytesIO()
-    same = {"Date": None} if kind == "svg" else {"Software": None}  # the same bytes for the same losses
-    with rc_context({"svg.hashsalt": "qsvd"}):
-        figure.savefig(picture, format=kind, dpi="figure", metadata=same)
+    with rc_context({"svg.hashsalt": "qsvd"}):  # with no date, the same bytes for the same losses
+        figure.savefig(picture, format="svg", metadata={"Date": None})
     return picture.getvalue()
 
 

@@ -1,7 +1,9 @@
 """Which adapter is started, and each weight's before its first step."""
 
 import dataclasses
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import qsvd
 from qsvd.adapters import start
 from qsvd.adapters.adapter import FEW, AdapterOptions
-from qsvd.adapters.start import new_record, start_adapter
+from qsvd.adapters.start import new_record, planned_base, start_adapter
 from qsvd.files.split_folder import open_split
 from tests.checkpoints import write_checkpoint
 
@@ -44,6 +46,19 @@ def test_the_record_of_lora_always_has_its_alpha(results):
     assert new_record(split, AdapterOptions("lora", rank=8)).alpha == 8 / 4
     assert new_record(split, AdapterOptions("lora", rank=8, rslora=True)).alpha == 2
     assert new_record(split, AdapterOptions("pissa")).alpha is None
+
+
+def test_an_equal_model_elsewhere_has_the_same_plan_and_another_config_or_option_another(results, tmp_path):
+    split, record = results[4], new_record(results[4], AdapterOptions())
+    plan = planned_base(split, record, torch.float32)
+    copied = open_split(shutil.copytree(split.folder, tmp_path / "copy"))
+    assert planned_base(copied, new_record(copied, AdapterOptions()), torch.float32) is plan
+    short = planned_base(copied, new_record(copied, AdapterOptions("lora", rank=1)), torch.float32)
+    assert [one.shape[0] for one in short.parameters[:2]] != [one.shape[0] for one in plan.parameters[:2]]
+    assert planned_base(copied, record, torch.bfloat16).dtype == torch.bfloat16
+    path = copied.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 16}))
+    assert planned_base(copied, record, torch.float32).text_config.vocab_size == 16
 
 
 def test_pissa_is_the_method_where_all_weights_have_components_and_lora_where_one_has_none(results):

@@ -102,7 +102,6 @@ def test_another_place_and_another_time_change_no_byte(place, source, tmp_path, 
     first, second = compared(place), compared(other)
     assert {
         "run/loss.svg",
-        "run/loss.png",
         "run/report.html",
         "out/report.html",
         "run/README.md",

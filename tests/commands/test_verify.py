@@ -27,7 +27,6 @@ NEVER_READ = {
     "README.md",
     "report.md",
     "report.html",
-    "loss.png",
     "loss.svg",
     "allocation.txt",
 }  # again by qsvd
