@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -27,6 +27,7 @@ from qsvd.commands.generate import main as generate
 from qsvd.commands.report import main as report
 from qsvd.files.split_folder import open_split
 from qsvd.options import Generate, Report
+from qsvd.plan.weights import coverage, plan_model
 
 STEPS = ("plan", "quantize", "report", "plain load", "load", "generate", "train", "eval", "export")
 TEXT = ("lm", "vlm", "s2s")  # groups that are trained on texts
@@ -84,10 +85,14 @@ def read_families(file: Path) -> list[Family]:
     return [Family(*row) for row in module.F]
 
 
+def _config(family: Family) -> Any:
+    options = family.options() if callable(family.options) else family.options
+    return getattr(transformers, family.config)(**options, architectures=[family.architecture])
+
+
 def make_model(family: Family, folder: Path, tokenizer: Path, seed: int = 0) -> None:
     """Write a random model. Its weights are large enough for every layer to change the logits."""
-    options = family.options() if callable(family.options) else family.options
-    config = getattr(transformers, family.config)(**options)
+    config = _config(family)
     torch.manual_seed(seed)
     model = getattr(transformers, family.architecture)(config)
     with torch.no_grad():
@@ -363,6 +368,11 @@ def _left(coverage: Mapping[str, Any]) -> tuple[str, ...]:
         if group["reason"]:
             reasons.setdefault(group["reason"], []).append(group["pattern"].removesuffix(".weight").rpartition(".")[2])
     return tuple(f"{reason}: {', '.join(sorted(set(names)))}" for reason, names in sorted(reasons.items()))
+
+
+def in_16_bits(family: Family) -> str:
+    """Return what the last column of the table says, from the config alone."""
+    return "; ".join(_left(asdict(coverage(plan_model(_config(family))))))
 
 
 # docs/models.md
