@@ -29,7 +29,7 @@ SMALL = {  # of a mixture of experts; its tokenizer is that of the embedded mode
 def commands(walk: str) -> list[list[str]]:
     """The commands of qsvd in a walk."""
     found = re.findall(r"```sh\n(.*?)```", WALKS[walk], flags=re.DOTALL)
-    lines = [line for block in found for line in block.splitlines() if line.startswith("qsvd ")]
+    lines = [line for block in found for line in block.replace("\\\n", "").splitlines() if line.startswith("qsvd ")]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 

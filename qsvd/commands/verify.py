@@ -53,11 +53,13 @@ class Checked:
         files: Files that have digests.
         plain: Files of the same kinds that have none.
         faults: A sentence for every damaged or missing file.
+        every: How many files there are.
     """
 
     files: set[Path] = field(default_factory=set)
     plain: set[Path] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
+    every: int = 0
 
 
 def main(options: Verify) -> None:
@@ -81,7 +83,8 @@ def main(options: Verify) -> None:
     if not found.files:
         raise BadInput(f"{options.path} has no files with digests; qsvd verify checks what qsvd wrote")
     size = show_size(sum(path.stat().st_size for path in found.files))
-    say(f"{options.path}: {len(found.files)} files ({size}) are as they were written")
+    some = f" of {found.every}" if found.every > len(found.files) else ""
+    say(f"{options.path}: {len(found.files)}{some} files ({size}) are as they were written")
     if plain := sorted(str(path) for path in found.plain - found.files):
         say(f"not checked, since they have no digests: {listing(plain)}")
 
@@ -90,7 +93,7 @@ def check(top: Path, show: ShowProgress = show_nothing) -> Checked:
     """Check one file, or all files below a folder."""
     there = [top] if top.is_file() else sorted(top.rglob("*"))
     paths, broken = [p for p in there if p.is_file()], [p for p in there if p.is_symlink() and not p.exists()]
-    total, done, found = sum(path.stat().st_size for path in paths), 0, Checked()
+    total, done, found = sum(path.stat().st_size for path in paths), 0, Checked(every=len(paths))
     found.faults += [f"{path} is a link to a file that is not there" for path in broken]
     for number, path in enumerate(paths, start=1):
         try:

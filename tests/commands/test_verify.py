@@ -1,5 +1,6 @@
 """`qsvd verify`: every changed byte of a file that is read back is found, and named with its file."""
 
+import re
 import shutil
 
 import pytest
@@ -39,6 +40,10 @@ def test_what_qsvd_wrote_is_as_it_was(folder, capsys):
     assert "are as they were written\nnot checked, since they have no digests: " in out
     plain = out.partition("digests: ")[2].strip().split(", ")
     assert {path.rpartition("/")[2] for path in plain} <= OTHERS
+    every = [path for path in folder.rglob("*") if path.is_file()]
+    checked, total = map(int, re.search(r": (\d+) of (\d+) files \(", out).groups())
+    assert total == len(every)
+    assert checked == total - len(plain) - sum(path.name in NEVER_READ for path in every)
 
 
 def test_a_changed_byte_of_any_file_is_found(folder, tmp_path, capsys):
