@@ -129,6 +129,11 @@ def page_bytes(sizes: Iterable[int]) -> int:
     return sum(map(padded, sizes))
 
 
+def all_of(blocks: int) -> str:
+    """Return "all 32 blocks" in words for this number."""
+    return "the only block" if blocks == 1 else f"all {blocks} blocks"
+
+
 def num_resident(share: float, blocks: int) -> int:
     """Return how many blocks are this share of them, rounded down."""
     return int(share * blocks + 1e-9)

@@ -8,7 +8,7 @@ import torch
 from qsvd.memory.block_bytes import Backward, Batch, BlockBytes, BlockPeak, run_blocks
 from qsvd.memory.encoder import EXACT, encoder_bytes
 from qsvd.memory.frozen import context_notes, dense_items, library_items, residual_items
-from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, items_of, on
+from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, all_of, items_of, on
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.plan.tensors import OptimizerBytes, optimizer_bytes, small_state, total_bytes
 
@@ -195,7 +195,7 @@ def show_activations(training: Training, placement: Placement, blocks: int) -> s
     """Return in words which blocks keep their activations."""
     kept = num_kept(training, placement, blocks)
     if kept in (0, blocks):
-        return f"activations of all {blocks} blocks are {'kept' if kept else 'recomputed'}"
+        return f"activations of {all_of(blocks)} are {'kept' if kept else 'recomputed'}"
     return f"activations of {kept} of {blocks} blocks are kept, {blocks - kept} are recomputed"
 
 

@@ -20,7 +20,7 @@ from qsvd.files.workspace import check_space
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.device import device_of, dtype_of, free_host_memory, taken_host_memory
 from qsvd.memory.encoder import EXACT, encoder_bytes
-from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, block_of, on
+from qsvd.memory.items import Item, Limits, MemoryPlan, Placement, all_of, block_of, on
 from qsvd.memory.placement import Placed, Wish, can_fit, fastest_batches, longest, place, place_serving
 from qsvd.memory.split_model import SplitModelPlan
 from qsvd.memory.training import Training
@@ -267,7 +267,7 @@ def show_placement(placement: Placement, split: SplitFolder) -> str:
         where = "" if placement.resident is None else " in CPU memory"
         return f"1/{placement.shards} of each of {blocks} blocks{where}"
     if placement.resident in (None, blocks):
-        return f"all {blocks} blocks"
+        return all_of(blocks)
     where = {"host": "in CPU memory", "disk": "on disk"}[placement.pages]
     return f"{placement.resident} of {blocks} blocks, the others {where}"
 
