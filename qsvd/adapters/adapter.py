@@ -239,13 +239,6 @@ class Adapter(nn.Module, ABC):
         return cls.tensors(shape, stored_rank, rank, *dtypes)
 
     @classmethod
-    def num_parameters(cls, shape: tuple[int, int], rank: int, own: Any = None) -> int:
-        """Return how many parameters are trained for an [O, I] weight at this trained rank, by default options."""
-        exact = (torch.float32, torch.float32)
-        made = cls.tensors_for(cls.options() if own is None else own, shape, rank, rank, exact)
-        return sum(tensor.numel for tensor in made.trained.values())
-
-    @classmethod
     def check_shapes(cls, shapes: Mapping[str, tuple[int, int]], options: AdapterOptions) -> None:
         """Refuse options that do not fit the shapes [O, I] of the layers to train, by BadInput with all of these."""
 

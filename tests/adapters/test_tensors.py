@@ -64,7 +64,6 @@ def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_ra
         said = METHODS[method].tensors(shape, stored_rank, rank, trained, stored)
         assert described(said.trained.items()) == described(adapter.named_parameters())
         assert described((said.buffers | said.shared).items()) == described(adapter.named_buffers())
-        assert METHODS[method].num_parameters(shape, rank) == sum(p.numel() for p in adapter.parameters())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
