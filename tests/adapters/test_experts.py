@@ -114,11 +114,10 @@ def test_offloaded_experts_give_the_same_bits(made):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("excluded", ["*.down_proj", "*.experts.*"])
-def test_stacks_that_stay_in_16_bits_are_loaded(made, tmp_path, excluded):
+def test_stacks_that_stay_in_16_bits_are_loaded(made, tmp_path):
     architecture, source, _ = made
     more = LAYOUTS[architecture].get("exclude", [])
-    options = {"rank": 4, "iterations": 1, "device": "cpu", "exclude": [excluded, *more]}
+    options = {"rank": 4, "iterations": 1, "device": "cpu", "exclude": ["*.down_proj", *more]}
     out = qsvd.quantize(source, out=tmp_path, **options).path
     split, expected = open_split(out), plain(architecture, source)
     with torch.no_grad():

@@ -23,8 +23,8 @@ from tests.commands.folders import python_path
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's RLIMIT_DATA")]
 
 TOOLS = Path(__file__).parents[2] / "tools"
-SHAPE = {"layers": 32, "hidden": 1024, "ffn": 2816, "heads": 16, "kv_heads": 8, "vocab": 512}
-ALL = 32  # blocks
+SHAPE = {"layers": 20, "hidden": 1024, "ffn": 2816, "heads": 16, "kv_heads": 8, "vocab": 512}
+ALL = 20  # blocks
 SCRIPT = """
 import resource, sys
 import torch
@@ -55,7 +55,7 @@ def work(folder, resident):
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A tiny one, and one of 180 MB."""
+    """A tiny one, and one of 110 MB."""
     folder = tmp_path_factory.mktemp("bases")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(TOOLS)

@@ -21,7 +21,7 @@ from qsvd.errors import BadInput
 from qsvd.files.split_folder import open_split
 from qsvd.memory.items import Placement
 from tests import mixed
-from tests.checkpoints import COMMON, GROUPED, SHARED_MODELS, write_checkpoint
+from tests.checkpoints import GROUPED, SHARED_MODELS, write_checkpoint
 from tests.commands.folders import tensors_of
 
 CLOSE = 4e-5
@@ -39,7 +39,6 @@ CASES = {
     "untied": ("LlamaForCausalLM", {"tie_word_embeddings": False}, BOTH),
     "tied": ("LlamaForCausalLM", {"tie_word_embeddings": True, "hidden_size": 40, "head_dim": 8}, {"head_bits": 8}),
     "head alone": ("GPTNeoXForCausalLM", {"tie_word_embeddings": False}, {"head_bits": 8}),
-    "encoder": ("BertForMaskedLM", COMMON, {"embedding_bits": 8}),
     "scaled": ("Gemma3ForCausalLM", {}, {"embedding_bits": 8}),
     "four": ("BartForConditionalGeneration", {}, {"embedding_bits": 8}),
 }
@@ -244,7 +243,7 @@ def test_a_trained_model_keeps_its_perplexity(stories):
     """Measured: 3.6598 with both in 16 bits, 3.6629 in 8; everything else in 4 bits."""
     source = SHARED_MODELS / "stories260K"
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    lines = (SHARED_MODELS.parent / "data" / "tinystories-100.jsonl").read_text().splitlines()[:30]
+    lines = (SHARED_MODELS.parent / "data" / "tinystories-100.jsonl").read_text().splitlines()[:12]
     texts = [tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :256] for line in lines]
     model = qsvd.load(stories, device="cpu", dtype=torch.float32)
     found = perplexity(model, texts)
@@ -264,8 +263,8 @@ def perplexity(model, texts):
 
 def test_a_run_is_trained_and_exported(stories, tmp_path):
     data = SHARED_MODELS.parent / "data" / "tinystories-100.jsonl"
-    options = {"method": "lora", "rank": 4, "max_length": 64, "device": "cpu", "save_every": 1}
-    qsvd.train(stories, str(data), out=tmp_path / "run", steps=2, **options)
+    options = {"method": "lora", "rank": 4, "max_length": 64, "device": "cpu", "held_out": 0.0}
+    qsvd.train(stories, str(data), out=tmp_path / "run", steps=1, batch_size=2, accumulate=1, **options)
     for kind in ("merged", "peft", "lora"):
         done = qsvd.export(tmp_path / "run", to=kind, out=tmp_path / kind)
         assert done.checked is not None

@@ -31,14 +31,23 @@ ADDED = (
 )
 
 
-def started(method, shape, stored_rank, rank, dtypes):
+OWN = [
+    ("mo-sara", {"cores": 2}),
+    ("r-lora", {"heads": 3}),
+    ("melora", {"blocks": 16}),
+    ("kron-lora", {"kron_out": 8}),
+    ("lora-mini", {"outer_out": 8, "outer_in": 6}),
+]
+
+
+def started(method, shape, stored_rank, rank, dtypes, own=None):
     """An adapter beside a random residual; dtypes are of what is trained and of what is stored."""
     generator = torch.Generator().manual_seed(0)
     trained_dtype, stored_dtype = dtypes
     residual = NormalFloat4(double_quant=True).encode(torch.randn(shape, generator=generator))
     up, down = torch.randn(shape[0], stored_rank), torch.randn(stored_rank, shape[1])
     principal = StoredWeight(residual, up.to(stored_dtype), down.to(stored_dtype))
-    options = AdapterOptions(method, rank=rank, dtype=str(trained_dtype).removeprefix("torch."))
+    options = AdapterOptions(method, rank=rank, dtype=str(trained_dtype).removeprefix("torch."), own=own or {})
     return METHODS[method].start(principal, options, generator)
 
 
@@ -64,6 +73,20 @@ def test_parameters_and_buffers_are_those_of_a_started_adapter(method, stored_ra
         said = METHODS[method].tensors(shape, stored_rank, rank, trained, stored)
         assert described(said.trained.items()) == described(adapter.named_parameters())
         assert described((said.buffers | said.shared).items()) == described(adapter.named_buffers())
+
+
+@pytest.mark.parametrize(("method", "own"), OWN)
+def test_options_of_the_methods_own_change_them(method, own):
+    dtypes = (torch.float32, torch.bfloat16)
+    options = METHODS[method].options(**own)
+    for shape in SHAPES:
+        adapter = started(method, shape, 8, 4, dtypes, own)
+        said = METHODS[method].tensors_for(options, shape, 8, 4, dtypes)
+        assert described(said.trained.items()) == described(adapter.named_parameters())
+        assert described((said.buffers | said.shared).items()) == described(adapter.named_buffers())
+    usual = METHODS[method].tensors(SHAPES[0], 8, 4, *dtypes)
+    other = METHODS[method].tensors_for(options, SHAPES[0], 8, 4, dtypes)
+    assert (usual.trained, usual.buffers) != (other.trained, other.buffers)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

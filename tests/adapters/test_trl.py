@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
 ]
 
-STEPS = 5
+STEPS = 3
 PAIRS = [{"prompt": "She said ", "chosen": text[:40], "rejected": text[::-1][:40]} for text in TEXTS[:8]]
 PLAIN = {
     "use_cpu": True,
@@ -82,9 +82,8 @@ def dpo(model, reference, tokenizer, folder):
     return DPOTrainer(model, reference, args=settings, train_dataset=data, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("method", ["pissa", "edora"])
-def test_dpo_moves_the_adapters_away_from_the_reference(out, tokenizer, tmp_path, method):
-    model = load(out, method)
+def test_dpo_moves_the_adapters_away_from_the_reference(out, tokenizer, tmp_path):
+    model = load(out, "edora")
     before, start = frozen(model), {name: p.detach().clone() for name, p in trained(model).items()}
     reference = model.reference()
     trainer = dpo(model, reference, tokenizer, tmp_path)
@@ -132,8 +131,9 @@ def policy_trainer(name, model, tokenizer, folder):
     )
 
 
-@pytest.mark.parametrize("opened", ["qsvd", "peft"])
-@pytest.mark.parametrize("name", ["dpo", "grpo", "rloo"])
+@pytest.mark.parametrize(
+    ("name", "opened"), [("dpo", "qsvd"), ("grpo", "qsvd"), ("rloo", "qsvd"), ("dpo", "peft"), ("rloo", "peft")]
+)
 def test_trl_makes_the_reference_from_the_whole_model(out, tokenizer, tmp_path, name, opened):
     """The reference is the quantized model before training; the residual alone has other logits by far."""
     model = load(out) if opened == "qsvd" else plain(out)
@@ -174,9 +174,8 @@ def test_a_peft_config_is_refused_in_one_sentence(out, tokenizer, tmp_path, targ
         model.add_adapter(peft_config)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_sft_trains_saves_and_generates(out, tokenizer, tmp_path, method):
-    model = load(out, method)
+def test_sft_trains_saves_and_generates(out, tokenizer, tmp_path):
+    model = load(out, "dora")
     before, start = frozen(model), {name: p.detach().clone() for name, p in trained(model).items()}
     settings = SFTConfig(str(tmp_path), max_steps=2, save_steps=1, max_length=64, **PLAIN)
     data = Dataset.from_list([{"text": text} for text in TEXTS[:8]])

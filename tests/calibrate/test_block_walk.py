@@ -277,7 +277,7 @@ def recorded(monkeypatch, *methods):
 
 @pytest.mark.parametrize(
     ("sensitivity", "codec", "kills"),  # number 2 is inside of the first block of the walk, and 5 in the second one
-    [("inputs", "nf4", (2, 5)), ("inputs", "int4-32", (5,)), ("both", "nf4", (5,))],
+    [("inputs", "nf4", (2, 5)), ("both", "int4-32", (5,))],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, source, monkeypatch, sensitivity, codec, kills):
     how = {"sensitivity": sensitivity, "codec": codec, "include": ("*.q_proj", "*.k_proj", "*.down_proj")}

@@ -62,7 +62,7 @@ def test_classifiers_of_a_model_without_padding_read_the_same_class_in_every_pro
         run(
             words(
                 training(
-                    out, write_rows(tmp_path / "d.jsonl", labelled_rows()), trained, steps=2, task="classification"
+                    out, write_rows(tmp_path / "d.jsonl", labelled_rows()), trained, steps=1, task="classification"
                 )
             )
         )
@@ -85,7 +85,7 @@ def test_an_older_quantized_model_whose_config_pads_with_an_end_token_trains_and
     out = without_digests(language_base(tmp_path))
     changed(out, config={"pad_token_id": 1}, tokenizer={})  # the tokenizer has <|pad|>
     data, run_folder = write_rows(tmp_path / "d.jsonl", labelled_rows()), str(tmp_path / "run")
-    assert run(words(training(out, data, run_folder, steps=2, task="classification", held_out=0.3))) == 0
+    assert run(words(training(out, data, run_folder, steps=1, task="classification", held_out=0.3))) == 0
     assert run(["export", run_folder, "--to", "merged", "--out", str(tmp_path / "merged")]) == 0
     assert AutoConfig.from_pretrained(tmp_path / "merged").pad_token_id == 2
 

@@ -57,7 +57,7 @@ HALVES = {
 )
 def test_all_logits_of_an_encoder_decoder_are_planned(tmp_path, family, dtype, dropout):
     """With dropout in the attention, which makes torch keep all its matrices on a CPU: without checkpoints."""
-    name, tokens = f"{family}ForConditionalGeneration", 512
+    name, tokens = f"{family}ForConditionalGeneration", 256
     changes = {"dropout_rate": dropout} if family == "T5" else {}
     source = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**HALVES[family], **changes))
     source.to(torch.bfloat16).save_pretrained(tmp_path / "source")

@@ -117,9 +117,8 @@ def least_errors(blocks, bits):
     return found
 
 
-@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize(("block", "power"), [(16, 3.0), (64, 1.0), (128, 3.0)])  # 3: heavy tails
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("power", [1.0, 3.0])  # 3: heavy tails
 def test_the_error_is_nearly_the_least_and_never_above_that_of_the_largest_magnitude(bits, block, power):
     noise = torch.randn(200, block, generator=torch.Generator().manual_seed(bits))
     blocks = noise.sign() * noise.abs() ** power

@@ -81,17 +81,15 @@ def assert_estimated_well(matrix, seed):
     assert (1 - RITZ) * values[0] <= found.spectral <= (1 + ROUNDOFF) * values[0]
 
 
-@pytest.mark.parametrize("shape", [(300, 420), (500, 260)])
+@pytest.mark.parametrize(("shape", "seed"), [((300, 420), 0), ((420, 260), 1)])
 @pytest.mark.parametrize("kind", [noise, nf4_error, after_a_split, decaying])
-@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_an_estimate_is_within_two_percent_and_four_standard_errors(shape, kind, seed, monkeypatch):
     monkeypatch.setattr(error, "EXACT_SIDE", 255)
     assert_estimated_well(kind(*shape, seed), seed)
 
 
-@pytest.mark.parametrize("shape", [(1030, 1200), (1300, 1025)])
-def test_above_1024_on_the_shorter_side_the_norm_is_estimated_well(shape):
-    assert_estimated_well(nf4_error(*shape, 5), 5)
+def test_above_1024_on_the_shorter_side_the_norm_is_estimated_well():
+    assert_estimated_well(nf4_error(1030, 1026, 5), 5)
 
 
 def test_up_to_1024_on_the_shorter_side_nothing_is_estimated(monkeypatch):

@@ -96,15 +96,17 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened_and_another_image_is_a
     bases, tmp_path, monkeypatch
 ):
     data = write_chats(tmp_path)
-    options = training(bases["llava"], data, tmp_path / "alone", steps=3, held_out=0.2, eval_every=2, **LEARNS)
+    options = training(
+        bases["llava"], data, tmp_path / "alone", steps=2, warmup=0.0, held_out=0.2, eval_every=1, **LEARNS
+    )
     undisturbed = outcome(train(options))
     stopped = type(options)(**(vars(options) | {"out": tmp_path / "stopped"}))
-    interrupting(monkeypatch, 2)
+    interrupting(monkeypatch, 1)
     assert run(words(stopped)) == 130
     monkeypatch.undo()
     assert run(words(stopped)) == 0
     assert outcome(stopped.out) == undisturbed
-    assert undisturbed[1][2]["loss"] < undisturbed[1][0]["loss"]
+    assert undisturbed[1][1]["loss"] < undisturbed[1][0]["loss"]
     picture(tmp_path / "0.png", 9)
     with pytest.raises(BadInput, match="data"):
         train(stopped)
@@ -113,7 +115,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened_and_another_image_is_a
 def test_a_16_bit_model_is_quantized_and_trained_and_its_merged_export_reads_images(tmp_path, bases):
     source, rows = bases["gemma3"].parent / "source", simple(tmp_path)
     data = write_lines(tmp_path / "rows.jsonl", rows)
-    options = training(source, data, tmp_path / "run", rank=4, quantized=tmp_path / "out", **LEARNS)
+    options = training(source, data, tmp_path / "run", steps=2, rank=4, quantized=tmp_path / "out", **LEARNS)
     qsvd.train(options)
     qsvd.export(tmp_path / "run", out=tmp_path / "merged", to="merged", dtype="float32")
     nats = {

@@ -77,8 +77,7 @@ def residual(alignment):
     return sum(-(-size // alignment) * alignment for size in tensors)
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora", "edora"])
-@pytest.mark.parametrize("resident", [0, 1, LAYERS])
+@pytest.mark.parametrize(("method", "resident"), [("pissa", 0), ("lora", 1), ("edora", LAYERS)])
 def test_found_bytes_are_those_of_the_shapes(out, method, resident):
     options = qsvd.AdapterOptions(method, dtype="float32")
     model = qsvd.load(out, options=options, device="cpu", placement=Placement(resident, "disk")).train()

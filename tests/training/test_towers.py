@@ -89,7 +89,8 @@ def test_one_command_quantizes_the_encoder_too(made, tmp_path):
         == json.loads((out / "qsvd.json").read_text())["fingerprint"]
     )
     shards = {name: data for name, data in files_of(out).items() if name.endswith(".safetensors")}
-    assert {name: files_of(found)[name] for name in shards} == shards
+    again = files_of(found)
+    assert {name: again[name] for name in shards} == shards
     planned = [
         qsvd.plan(model, data, device="cpu", max_length=96, **towers).train.placed.memory
         for model, towers in ((out, {}), (out.parent / "source", {"include_towers": True, "rank": 8}))
