@@ -82,11 +82,8 @@ def test_the_import_loads_the_package_and_its_hook_and_no_library():
     "imports",
     [
         "import qsvd",
-        "import transformers, qsvd",
         "import transformers.quantizers.auto, qsvd",
-        "import qsvd.hf",
         "import qsvd, qsvd.adapters.quantizer",
-        "import qsvd; qsvd.load",
         "import importlib, qsvd, qsvd.hf; importlib.reload(qsvd.hf); importlib.reload(qsvd)",
         "import transformers.quantizers.auto, importlib, qsvd.hf; importlib.reload(qsvd.hf)",
     ],

@@ -56,8 +56,8 @@ def folder(tmp_path: Path, first_blocks: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "MODEL").symlink_to(first_blocks)
     data = tmp_path / "openai" / "gsm8k:main"
     data.mkdir(parents=True)
-    pages = [line[:200] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 120][:68]
-    rows = [json.dumps({"question": page[:60], "answer": page[60:]}) for page in pages]
+    pages = [line[:90] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 120][:68]
+    rows = [json.dumps({"question": page[:30], "answer": page[30:]}) for page in pages]
     for split, part in (("train", rows[:64]), ("test", rows[64:])):
         (data / f"{split}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
     return tmp_path

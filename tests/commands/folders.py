@@ -1,10 +1,8 @@
-"""Folders before and after `qsvd quantize`: their bytes, their dense equivalent, and the command in its own process."""
+"""Folders before and after `qsvd quantize`, their dense equivalent, and what a command writes to stderr."""
 
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,19 +47,6 @@ def write_dense(source, folder, replaced):
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def start(*arguments, cwd, stderr=subprocess.PIPE):
-    """`qsvd ARGUMENTS` in a process of its own, one thread, no network."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path()}
-    return subprocess.Popen(
-        [sys.executable, "-c", "from qsvd.cli import main; main()", *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
-
-
 PROGRESS = re.compile(r" s left\n|\d+/[\d,]+ (weights|examples|answers|tokens)")
 ALWAYS = ("Training: ", "Learning rate: ", "Done: ", "Next: ", "Time: ")  # starts of lines on stderr
 
@@ -77,9 +62,3 @@ def python_path():
     import qsvd
 
     return os.pathsep.join(filter(None, (str(Path(qsvd.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-
-
-def finished(process, *, timeout=600):
-    """Exit code, stdout and stderr."""
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err

@@ -78,8 +78,7 @@ def kept_files(out):
     "changes",
     [
         {"budget": "2.3bits"},
-        {"budget": "2.75bits", "dtype": "float32"},
-        {"budget": "9KB"},
+        {"budget": "9KB", "dtype": "float32"},
         {"budget": "5bits", "allocator": "bits", "rank": 2},
         {"budget": "4.5bits", "allocator": "uniform"},
         {"budget": "3.5bits", "allocator": "sara"},

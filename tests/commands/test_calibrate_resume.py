@@ -51,11 +51,11 @@ def _calibrate(options, number, changes):
 def test_a_run_that_dies_before_any_rename_goes_on_to_the_same_bytes(stories, texts, tmp_path):
     """Also with other chunks than before, which are no part of the result."""
     changes = multiprocessing.Value("i")
-    asked = {"traces": 1, "examples": 3}
+    asked = {"traces": 1, "examples": 2}
     whole = options_of(stories, texts, tmp_path / "whole", chunk=1, **asked)
     assert die_at(whole, None, changes) == 0
-    assert changes.value == 4  # three chunks, the result
-    for number in range(1, 5):
+    assert changes.value == 3  # two chunks, the result
+    for number in range(1, 4):
         out = tmp_path / f"dies-{number}"
         assert die_at(options_of(stories, texts, out, chunk=1, **asked), number) == EXIT
         assert not out.exists()
@@ -63,7 +63,7 @@ def test_a_run_that_dies_before_any_rename_goes_on_to_the_same_bytes(stories, te
         calibrate(options_of(stories, texts, out, chunk=1 if number % 2 else 2, **asked))
         assert out.read_bytes() == whole.out.read_bytes()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"whole", *(f"dies-{number}" for number in range(1, 5))}
+    assert names == {"whole", *(f"dies-{number}" for number in range(1, 4))}
 
 
 def test_what_is_kept_is_not_done_again(stories, texts, tmp_path):
@@ -84,7 +84,7 @@ def test_with_gradients_a_run_goes_on_with_the_next_block_of_the_backward_pass_t
     changes = {"traces": 1, "gradient_rank": 4}
     whole = options_of(stories, texts, tmp_path / "whole", **changes)
     calibrate(whole)
-    for number in (1, 3, 6):  # five blocks, the result
+    for number in (3, 6):  # five blocks, the result
         options = options_of(stories, texts, tmp_path / f"dies-{number}", **changes)
         assert die_at(options, number) == EXIT
         show = StopAfter()
@@ -92,7 +92,7 @@ def test_with_gradients_a_run_goes_on_with_the_next_block_of_the_backward_pass_t
         done = number - 1
         assert len(show.seen) == 5 - done + max(5 - done - bool(done), 0)
         assert options.out.read_bytes() == whole.out.read_bytes()
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_hidden_states_of_all_examples_that_do_not_fit_are_refused_before_the_work(

@@ -5,6 +5,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 
 import qsvd
 from qsvd.cli import run
@@ -71,14 +72,18 @@ def assert_as_in_the_first_row(found, first):
     assert row.seeds == first.rows[0].seeds[:1]
 
 
-@pytest.mark.parametrize(("method", "call"), [("finish", 2), ("finish_test", 1)])
-def test_a_comparison_that_is_killed_goes_on_to_the_same_results(here, first, monkeypatch, method, call):
-    name = f"killed-{method}"
-    killed(monkeypatch, Cells, method, call, lambda: compared(here, name, **FEWER))
-    before = {path.name: path.stat().st_mtime_ns for path in (here / name / "cells").glob("*.json")}
-    assert before
-    assert_as_in_the_first_row(compared(here, name, **FEWER), first)
-    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (here / name / "cells").iterdir()}.items()
+def test_a_comparison_that_is_killed_goes_on_to_the_same_results(here, first, monkeypatch):
+    def times(suffix=".json"):
+        return {one.name: one.stat().st_mtime_ns for one in (here / "killed" / "cells").glob(f"*{suffix}")}
+
+    killed(monkeypatch, Cells, "finish", 2, lambda: compared(here, "killed", **FEWER))
+    before = times()
+    assert len(before) == 1
+    killed(monkeypatch, Cells, "finish_test", 1, lambda: compared(here, "killed", **FEWER))
+    assert before.items() < times().items()
+    before = times()
+    assert_as_in_the_first_row(compared(here, "killed", **FEWER), first)
+    assert before.items() <= times("").items()
 
 
 def test_two_processes_share_the_cells_and_end_with_the_same_results(here, first):
@@ -93,7 +98,8 @@ def test_two_processes_share_the_cells_and_end_with_the_same_results(here, first
             trained.put((number, cell.file))
 
         Cells.finish = told
-        compared(here, "shared")
+        torch.set_num_threads(torch.get_num_threads())  # else threads of the work make torch's pool anew, at once
+        compared(here, "shared", methods=("lora",))
 
     processes = [fork.Process(target=work, args=(number,)) for number in range(2)]
     for process in processes:
@@ -101,11 +107,12 @@ def test_two_processes_share_the_cells_and_end_with_the_same_results(here, first
     for process in processes:
         process.join(timeout=600)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert contents(here / "shared") == contents(first.path)
+    (row,) = compared(here, "shared", methods=("lora",)).rows
+    assert (row.rates, row.seeds) == (first.rows[0].rates, first.rows[0].seeds)
     found = []
     while not trained.empty():
         found.append(trained.get())
-    assert len({file for _, file in found}) == len(found) == 6
+    assert len({file for _, file in found}) == len(found) == 3
     assert {number for number, _ in found} == {0, 1}
 
 
@@ -139,13 +146,19 @@ def test_only_the_best_rate_of_each_row_is_tested(first):
     assert len(tested) == 4
 
 
-def test_a_row_without_its_own_sweep_is_marked_everywhere(here):
-    found = compared(here, "marked", methods=("lora", "lora --learning-rate 3e-3"), seeds=1)
+def test_a_row_without_its_own_sweep_is_marked_everywhere_and_a_run_that_diverges_counts_as_such(here):
+    methods = ("lora", "lora --learning-rate 3e-3")
+    found = compared(here, "marked", methods=methods, rates=(1e-3, 1e30), seeds=1)
     assert [row.is_tuned for row in found.rows] == [False, False]  # two rates have no middle
     assert lines(found.path)[1]["note"] == "not tuned"
     assert "lora --learning-rate 3e-3 (**not tuned**)" in (found / "table.md").read_text()
     for name in ("quality.svg", "rates.svg"):
         assert "rank 0 (not tuned) -->" in (found / name).read_text()  # the label, as matplotlib's comment has it
+    diverged = found.rows[0]
+    assert diverged.best_rate == 1e-3
+    assert diverged.rates[1].valid_loss is None
+    assert "NaN or infinite" in diverged.rates[1].stopped
+    assert "1e+30: diverged" in (found / "table.md").read_text()
 
 
 def test_a_sweep_grows_until_its_best_rate_is_between_two_others(here):
@@ -157,19 +170,10 @@ def test_a_sweep_grows_until_its_best_rate_is_between_two_others(here):
     assert row.is_tuned
 
 
-def test_a_run_that_diverges_counts_as_such(here):
-    found = compared(here, "diverged", methods=("lora",), rates=(1e-3, 1e30), seeds=1)
-    (row,) = found.rows
-    assert row.best_rate == 1e-3
-    assert row.rates[1].valid_loss is None
-    assert "NaN or infinite" in row.rates[1].stopped
-    assert "1e+30: diverged" in (found / "table.md").read_text()
-
-
 def test_a_classifier_has_accuracies_and_a_file_is_divided(tmp_path):
     classifier_base(tmp_path / "base")
     write_rows(tmp_path / "d.jsonl", labelled_rows(14))
-    chosen = {"methods": ("lora",), "size": 2, "rates": (1e-3,), "seeds": 2}
+    chosen = {"methods": ("lora",), "size": 2, "rates": (1e-3,), "seeds": 1}
     found = qsvd.compare(tmp_path / "base" / "source", tmp_path / "d.jsonl", out=tmp_path / "c", **SHORT, **chosen)
     (row,) = found.rows
     assert {seed.test_accuracy for seed in row.seeds} <= {0, 1 / 3, 2 / 3, 1}  # of three examples

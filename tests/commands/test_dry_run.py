@@ -9,33 +9,24 @@ from tests.runs import language_base, text_rows, write_rows
 
 MACHINE = ["--gpu", "8GB", "--host", "16GB"]
 FLAGS = {
-    "defaults": [],
     "lora": [
-        *("--method", "lora", "--rank", "8", "--dropout", "0.1"),
-        *("--target-modules", "q_proj", "v_proj", "--loss-on", "all"),
+        *("--method", "lora", "--rank", "8", "--dropout", "0.1", "--packing", "--steps", "7"),
+        *("--target-modules", "q_proj", "v_proj", "--loss-on", "all", "--optimizer", "adamw"),
     ],
     "edora": [
-        *("--method", "edora", "--lr", "1e-3", "--no-gradient-checkpointing", "--held-out", "0"),
-        *("--batch-size", "2", "--accumulate", "3", "--max-length", "24"),
+        *("--method", "edora", "--lr", "1e-3", "--layer-major", "--held-out", "0", "--resident", "0"),
+        *("--batch-size", "2", "--accumulate", "3", "--max-length", "24", "--epochs", "2.5"),
     ],
-    "packing": ["--packing", "--steps", "7", "--optimizer", "adamw", "--adapter-dtype", "bfloat16"],
-    "layer-major": ["--layer-major", "--accumulate", "2", "--resident", "0", "--epochs", "2.5"],
     "too large": ["--gpu", "500MB"],
-    "16-bit": ["--rank", "5"],
-    "16-bit lora": ["--method", "lora", "--no-double-quant"],
-    "16-bit dora": ["--method", "dora"],
-    "16-bit budget": ["--budget", "4bits"],
+    "16-bit dora": ["--method", "dora", "--no-double-quant"],
+    "16-bit budget": ["--budget", "4bits", "--rank", "5"],
 }
 ROWS = {  # what shows that the flags reached the plan
-    "lora": ["│ method                 │ lora"],
-    "edora": ["│ max-length             │ 24"],
-    "packing": [" tokens, packed into ", "│ optimizer              │ adamw "],
-    "layer-major": ["blocks that stay on the GPU: 0 of"],
+    "lora": ["│ method                 │ lora", " tokens, packed into ", "│ optimizer              │ adamw "],
+    "edora": ["│ max-length             │ 24", "blocks that stay on the GPU: 0 of"],
     "too large": ["Does not fit: "],
-    "16-bit": ["rank 5, "],
     "16-bit dora": ["dora is planned without stored components (rank 0)"],
-    "16-bit lora": ["│ method                 │ lora"],
-    "16-bit budget": ["Only the total size of a budget is used"],
+    "16-bit budget": ["rank 5, ", "Only the total size of a budget is used"],
 }
 
 

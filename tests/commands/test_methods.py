@@ -1,5 +1,7 @@
 """`qsvd methods`: what it prints of a method is what the papers count and what the other commands do."""
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -8,8 +10,10 @@ import qsvd
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import split_linears
 from qsvd.cli import parse, run
-from tests.commands.trained_runs import write_run
+from tests.commands.trained_runs import METHODS as TRAINED
+from tests.commands.trained_runs import ROUTED, write_run
 from tests.export.cases import make_base
+from tests.gradients import write_gradients
 
 PARAMETERS = {  # the default rank r on stored components of rank 64, and what is trained of an [m, n] weight
     "pissa": (64, lambda m, n, r: r * (m + n)),
@@ -42,11 +46,7 @@ PARAMETERS = {  # the default rank r on stored components of rank 64, and what i
 BESIDE = ("randlora", "r-lora", "losa")  # what is added is no product of factors
 LLAMA = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]  # 32 blocks of these
 FORMS = ("peft", "lora", "merged")
-
-
-def listed(capsys):
-    assert run(["methods", "--json"]) == 0
-    return {row["name"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
+EXPORTED = ("lora", "edora", "dora", "randlora", "losa", "mo-sara", "r-lora")  # with a gain or a refusal, and one other
 
 
 @pytest.fixture(scope="module")
@@ -54,34 +54,46 @@ def base(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base")) / "out"
 
 
-def test_parameters_are_those_of_the_papers_on_the_linear_layers_of_llama_3_1_8b(capsys):
-    found = {name: (row["rank"], row["trained_parameters"]) for name, row in listed(capsys).items()}
+@pytest.fixture(scope="module")
+def rows():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run(["methods", "--json"]) == 0
+    return {row["name"]: row for row in json.loads(out.getvalue())["methods"]}
+
+
+def test_parameters_are_those_of_the_papers_on_the_linear_layers_of_llama_3_1_8b(rows):
+    found = {name: (row["rank"], row["trained_parameters"]) for name, row in rows.items()}
     assert found == {
         name: (rank, 32 * sum(count(m, n, rank) for m, n in LLAMA)) for name, (rank, count) in PARAMETERS.items()
     }
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for an old name
-@pytest.mark.parametrize("method", METHODS)
-def test_the_list_says_what_export_accepts_and_what_the_adapter_starts_as(method, base, tmp_path, capsys):
-    row = listed(capsys)[method]
-    model = write_run(base, tmp_path / "run", method)
+@pytest.mark.parametrize("method", EXPORTED)
+def test_the_list_says_what_export_accepts(rows, method, base, tmp_path):
+    write_run(base, tmp_path / "run", method)
     said = {}
     for form in FORMS:
         try:
             qsvd.export(tmp_path / "run", to=form, out=tmp_path / form, check=False)
         except qsvd.BadInput as error:
             said[form] = str(error)
-    assert row["refused"] == said
+    assert rows[method]["refused"] == said
     kind = "none" if {"peft", "merged"} <= said.keys() else "merged only"
     if "peft" not in said:
         uses_dora = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["use_dora"]
         kind = "PEFT DoRA" if uses_dora else "PEFT LoRA"
-    assert row["export"] == kind
+    assert rows[method]["export"] == kind
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_list_says_what_the_adapter_starts_as(rows, method, base, tmp_path):
+    own = {"own": {"gradients": write_gradients(base, tmp_path / "gradients", 4)}} if method == "lora-ga" else {}
+    model = qsvd.load(base, options=qsvd.AdapterOptions(method, **(TRAINED | ROUTED)[method], **own))
     _, linear = next(iter(split_linears(model)))
     stored = next(iter(json.loads((base / "qsvd.json").read_text())["weights"].values()))["rank"]
     is_added = method in BESIDE or len(linear.adapter.factors()[1]) > stored
-    assert row["starts_as"].startswith("zero, added" if is_added else "the components")
+    assert rows[method]["starts_as"].startswith("zero, added" if is_added else "the components")
 
 
 def test_the_table_has_every_method_once_and_the_next_line_runs(capsys, monkeypatch):

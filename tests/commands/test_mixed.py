@@ -100,8 +100,7 @@ def test_transformers_and_peft_load_it_once_qsvd_is_imported(out, plain):
     assert_as_exact_as_float32(in_float32(model), plain)
 
 
-@pytest.mark.parametrize("pages", ["host", "disk"])
-@pytest.mark.parametrize("method", ["pissa", "edora"])
+@pytest.mark.parametrize(("method", "pages"), [("pissa", "host"), ("edora", "disk")])
 def test_weights_that_visit_give_the_bits_of_weights_that_stay(out, method, pages):
     found = []
     for placement in (Placement(None), Placement(1, pages)):

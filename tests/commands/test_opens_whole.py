@@ -48,8 +48,7 @@ def assert_opens_whole(where, out):
     assert (theirs - ours).abs().max() <= 1e-5 * ours.abs().max()
 
 
-@pytest.mark.parametrize("rank", [0, 16])
-@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("rank", "nested"), [(0, True), (16, False)])
 def test_from_pretrained_equals_load(tmp_path, rank, nested):
     out = quantized(tmp_path, rank=rank, double_quant=nested)
     assert_opens_whole(out, out)

@@ -111,12 +111,11 @@ def test_the_manifest_digests_are_sha256_over_the_names_and_bytes_in_the_shard(t
     assert manifest["fingerprint"] == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("written", ["out", "~/out", "with space/out"])
-def test_the_readme_names_the_folder_and_the_adapter_names_none_so_that_it_can_move(tmp_path, monkeypatch, written):
+def test_the_readme_names_the_folder_and_the_adapter_names_none_so_that_it_can_move(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "source")
-    out = qsvd.quantize(qsvd.Quantize("source", out=Path(written), rank=4))
+    out = qsvd.quantize(qsvd.Quantize("source", out=Path("~/with space/out"), rank=4, iterations=1))
     named = re.search(r'from_pretrained\("([^"]+)"\)', (out / "README.md").read_text())[1]
     assert (Path(named) / "qsvd.json").is_file()
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] is None

@@ -4,14 +4,15 @@ The server speaks the calls of huggingface_hub 2.4 with the LFS protocol, not Xe
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants
+from transformers import AutoModelForCausalLM
 
+from qsvd import load
 from qsvd.cli import run
+from tests.adapters.results import in_float32
 from tests.checkpoints import write_checkpoint
 from tests.commands.hub_server import TOKEN, Hub
 from tests.runs import language_base, text_rows, write_rows
@@ -20,16 +21,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning"),  # huggingface_hub's own call
 ]
-OPENS = """
-import sys, torch, qsvd
-from transformers import AutoModelForCausalLM
-from tests.adapters.results import in_float32
-name, folder = sys.argv[1:]
-ids = torch.arange(1, 9)[None]
-theirs = in_float32(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))(input_ids=ids).logits
-ours = qsvd.load(folder, device="cpu")(input_ids=ids).logits
-assert (theirs - ours).abs().max() < 1e-5 * ours.abs().max()
-"""
 
 
 @pytest.fixture
@@ -43,7 +34,11 @@ def hub():
 @pytest.fixture
 def qsvd(hub, tmp_path, monkeypatch, capsys):
     """Run a command with that Hub; returns stdout and stderr."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)  # read from HF_ENDPOINT at the import
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)  # read from HF_ENDPOINT at the import, as the next
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
 
@@ -58,14 +53,12 @@ def qsvd(hub, tmp_path, monkeypatch, capsys):
     return command
 
 
-def opens_by_its_name(name, folder, hub, home):
-    """Open it in a new process, which reads the Hub's address from HF_ENDPOINT."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", OPENS, name, folder], env=kept | settings, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def opens_by_its_name(name, folder):
+    """Plain transformers opens the Hub's model by its name as qsvd opens the folder."""
+    ids = torch.arange(1, 9)[None]
+    theirs = in_float32(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))(input_ids=ids).logits
+    ours = load(folder, device="cpu")(input_ids=ids).logits
+    assert (theirs - ours).abs().max() < 1e-5 * ours.abs().max()
 
 
 def test_a_quantized_model_arrives_whole_and_opens_by_its_name(hub, qsvd, tmp_path):
@@ -85,7 +78,7 @@ def test_a_quantized_model_arrives_whole_and_opens_by_its_name(hub, qsvd, tmp_pa
     assert card.data.to_dict() == ModelCard.load(out / "README.md").data.to_dict()
     assert 'from_pretrained("me/tiny")' in card.text
     assert str(tmp_path / "out") not in card.text
-    opens_by_its_name("me/tiny", str(out), hub, tmp_path / "home")
+    opens_by_its_name("me/tiny", out)
     assert "complete already" in qsvd(*command, "--public")[1]
     assert repository["private"], "a repository that exists stays as it is"
 
