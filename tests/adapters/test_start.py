@@ -56,6 +56,10 @@ def test_an_equal_model_elsewhere_has_the_same_plan_and_another_config_or_option
     short = planned_base(copied, new_record(copied, AdapterOptions("lora", rank=1)), torch.float32)
     assert [one.shape[0] for one in short.parameters[:2]] != [one.shape[0] for one in plan.parameters[:2]]
     assert planned_base(copied, record, torch.bfloat16).dtype == torch.bfloat16
+    less = dataclasses.replace(copied, manifest=copied.manifest | {"weights": results[0].weights})
+    assert planned_base(less, new_record(less, AdapterOptions("lora")), torch.float32).buffers == 0, "no components"
+    with_components = new_record(copied, AdapterOptions("lora"))
+    assert planned_base(copied, with_components, torch.float32).buffers > 0
     path = copied.folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 16}))
     assert planned_base(copied, record, torch.float32).text_config.vocab_size == 16
