@@ -5,7 +5,6 @@ go through the steps that read weights. The layers of the others are as those of
 their config. `tools/families` tries all steps on all of them.
 """
 
-import gc
 from pathlib import Path
 
 import bitsandbytes  # noqa: F401  # imported here, not in the first test, so that no test's collections go through it
@@ -47,12 +46,6 @@ def steps_of(family):
     is_first = cells.index(mine) == [*ROWS].index(family.name)
     has_experts = mine[cells[0].index(" from_pretrained ")] == " - "
     return WEIGHTS if is_first or has_experts or family.name in OTHERWISE_BUILT else ()
-
-
-@pytest.fixture(autouse=True)
-def _modules_are_not_collected():
-    """Leave the model classes that every family imports out of the collection that accelerate asks for."""
-    gc.freeze()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.folder)
