@@ -88,12 +88,15 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results(here, first, mo
 
 def test_two_processes_share_the_cells_and_end_with_the_same_results(here, first):
     fork = multiprocessing.get_context("fork")
-    trained = fork.SimpleQueue()
+    trained, both = fork.SimpleQueue(), fork.Barrier(2)
 
     def work(number):
-        finish = Cells.finish
+        finish, cells = Cells.finish, []
 
         def told(self, cell, *rest):
+            if not cells:
+                both.wait(timeout=600)  # until the other one has a cell too
+            cells.append(cell)
             finish(self, cell, *rest)
             trained.put((number, cell.file))
 
