@@ -23,7 +23,7 @@ from qsvd.export.hub import named_base, upload, uploaded_name
 from qsvd.export.peft import peft_adapter, write_adapter_files
 from qsvd.export.trained import take_inventory
 from qsvd.files.adapter import FINGERPRINT, open_adapter
-from qsvd.files.atomic import whole_file, write_text
+from qsvd.files.atomic import write_text
 from qsvd.files.layout import ADAPTER_CONFIG
 from qsvd.files.split_folder import SplitFolder
 from qsvd.files.trained.records import STEPS, read_identity, read_texts, shown_in
@@ -35,7 +35,7 @@ from qsvd.records import Progress, ShowProgress, Start, Step
 from qsvd.report.card import base_of, card_header, origin_of
 from qsvd.report.page.document import subject_page
 from qsvd.report.page.run import RunRecords, run_subject
-from qsvd.report.training import FORMS, RunSummary, loss_plot, run_readme
+from qsvd.report.training import FORMS, RunSummary, run_readme
 from qsvd.training.checkpoints import all_checkpoints, check_readable, checkpoints, step_of
 from qsvd.training.guards import memory_advice
 from qsvd.training.run_folder import START, RunFolder
@@ -253,11 +253,6 @@ def finish_run(run: TrainRun, folder: RunFolder, trainer: Any, recorder: RunReco
         **asdict(folder.start or Start()),
         **(found if known else held_out_loss(run, model, "after")),
     )
-    measured = [(step.number, step.held_out) for step in steps if step.held_out is not None]
-    ends = [(1, summary.held_out_before), (number, summary.held_out_after)]
-    held_out = sorted({place: loss for place, loss in [*measured, *ends] if loss is not None}.items())
-    with whole_file(run.out / "loss.svg") as file:
-        file.write(loss_plot([step.loss for step in steps], held_out, summary.method))
     texts = texts_after(run, model, read_texts(run.out))
     folder.write_texts(texts)
     records = RunRecords(folder.start, steps, summary, *shown_in(read_identity(run.out)), texts)

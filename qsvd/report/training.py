@@ -1,6 +1,5 @@
-"""The summary of a training run: tables for the terminal, RUN/README.md, and a plot of the loss."""
+"""The summary of a training run: tables for the terminal, and RUN/README.md."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -135,8 +134,8 @@ def run_readme(summary: RunSummary, run: str, forms: Sequence[str] = tuple(FORMS
     exports = [f"qsvd export {shell(run)} --to {one} --out {shell(f'{run}-{one}')}  # {FORMS[one]}" for one in forms]
     return (
         f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is the trained adapter. It works only with the\n"
-        f"quantized model in {code(summary.base)}.{same} `steps.jsonl` lists every step, `loss.svg` "
-        f"plots the loss, and\n`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
+        f"quantized model in {code(summary.base)}.{same} `steps.jsonl` lists every step, `report.html` "
+        f"plots them, and\n`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
         f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n{without}"
         + ("\n".join(["```sh", *exports, "```", ""]) if exports else "")
     )
@@ -176,50 +175,3 @@ def aggregate_readme(base: str, rank: int, error: float, runs: Sequence[str]) ->
         f"out {error:.2e} of it (relative Frobenius error). `qsvd_aggregate.json` has the error of each layer, and\n"
         f"`adapter_model.safetensors` and `adapter_config.json` are the same adapter for PEFT.\n\n{lines}\n"
     )
-
-
-# A plot of the loss.
-
-
-SMOOTH = 0.9  # weight of the past in the running mean
-FEW = 20  # steps below which there is no running mean
-PLACE = (0.1, 0.12, 0.88, 0.8)  # of the axes in the picture: left, bottom, width, height
-
-
-def loss_plot(losses: Sequence[float], held_out: Sequence[tuple[int, float]], title: str) -> bytes:
-    """Return a picture in SVG of the loss of every step, and of its running mean.
-
-    Args:
-        losses: Nats, from step 1.
-        held_out: Steps after which the loss on held-out examples was measured, and this loss in nats.
-    """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4))
-    axes = figure.add_axes(PLACE)
-    steps = range(1, len(losses) + 1)
-    few = len(losses) < FEW
-    axes.plot(steps, losses, color="tab:blue", alpha=1 if few else 0.3, linewidth=1.5 if few else 0.8, label="batch")
-    if not few:
-        axes.plot(steps, running_mean(losses), color="tab:blue", linewidth=1.8, label=f"running mean ({SMOOTH})")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o--", color="tab:orange", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats)", title=title)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    FigureCanvasSVG(figure)
-    picture = io.BytesIO()
-    with rc_context({"svg.hashsalt": "qsvd"}):  # with no date, the same bytes for the same losses
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    return picture.getvalue()
-
-
-def running_mean(losses: Sequence[float]) -> list[float]:
-    """Return the exponential mean at every step, corrected for its start at zero as in Adam (arXiv:1412.6980)."""
-    means, mean = [], 0.0
-    for number, loss in enumerate(losses, start=1):
-        mean = SMOOTH * mean + (1 - SMOOTH) * loss
-        means.append(mean / (1 - SMOOTH**number))
-    return means

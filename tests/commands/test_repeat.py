@@ -101,7 +101,6 @@ def test_another_place_and_another_time_change_no_byte(place, source, tmp_path, 
     other = made(tmp_path / "b", source)
     first, second = compared(place), compared(other)
     assert {
-        "run/loss.svg",
         "run/report.html",
         "out/report.html",
         "run/README.md",

@@ -43,7 +43,6 @@ FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "checkpoint-4",
-    "loss.svg",
     "qsvd_adapter.json",
     TRAINED,
     "report.html",

@@ -28,7 +28,6 @@ NEVER_READ = {
     "README.md",
     "report.md",
     "report.html",
-    "loss.svg",
     "allocation.txt",
 }  # again by qsvd
 OTHERS = {"adapter_config.json", "training_args.bin"}  # PEFT's, of a run or an export; written by transformers

@@ -1,21 +1,18 @@
-"""The summary of a run, its README and its picture."""
+"""The summary of a run, and its README."""
 
 import ast
 import io
 import re
 import shlex
-import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from qsvd.cli import parse
 from qsvd.report.next_commands import after_train
-from qsvd.report.training import FEW, SMOOTH, RunSummary, loss_plot, rows, run_readme, training_tables
+from qsvd.report.training import RunSummary, rows, run_readme, training_tables
 
 SUMMARY = RunSummary(
     base="some/base",
@@ -88,7 +85,7 @@ def test_the_readme_has_the_rows_and_names_its_files():
     found = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+) \|$", text, flags=re.M))
     del found["---"]
     assert found == dict(rows(CLASSIFIER, is_timed=False))
-    for name in ("qsvd_adapter.safetensors", "steps.jsonl", "loss.svg", "summary.json"):
+    for name in ("qsvd_adapter.safetensors", "steps.jsonl", "report.html", "summary.json"):
         assert f"`{name}`" in text
 
 
@@ -119,49 +116,3 @@ def test_the_readmes_code_loads_the_run_and_its_commands_export_it(run):
         ("peft", f"{run}-peft"),
         ("merged", f"{run}-merged"),
     ]
-
-
-LOSSES = list(np.random.default_rng(0).uniform(1, 3, 60))
-
-
-def test_a_plot_is_an_svg_with_a_line_of_each_color():
-    for held_out, colors in ((), ("#1f77b4",)), (((1, 2.5), (60, 1.5)), ("#1f77b4", "#ff7f0e")):
-        picture = loss_plot(LOSSES, held_out, "pissa")
-        root = ET.fromstring(picture)
-        assert root.tag == "{http://www.w3.org/2000/svg}svg"
-        drawn = {color for color in ("#1f77b4", "#ff7f0e") if f"stroke: {color}".encode() in picture}
-        assert drawn == set(colors)
-
-
-def drawn(monkeypatch, losses, held_out):
-    """Label -> x and y of every line that the picture has."""
-    found = {}
-    savefig = Figure.savefig
-
-    def spy(self, *arguments, **options):
-        (axes,) = self.axes
-        found.update({item.get_label(): (list(item.get_xdata()), list(item.get_ydata())) for item in axes.lines})
-        found["title"] = axes.get_title()
-        savefig(self, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", spy)
-    loss_plot(losses, held_out, "lora")
-    return found
-
-
-def test_the_running_mean_is_the_weighted_mean_of_all_losses_so_far(monkeypatch):
-    lines = drawn(monkeypatch, LOSSES, ((1, 2.5), (60, 1.5)))
-    steps = list(range(1, 61))
-    assert lines["title"] == "lora"
-    assert lines["batch"] == (steps, LOSSES)
-    weights = SMOOTH ** np.arange(60.0)
-    expected = [np.average(LOSSES[: n + 1], weights=weights[n::-1] if n else [1.0]) for n in range(60)]
-    assert lines[f"running mean ({SMOOTH})"] == (steps, pytest.approx(expected, rel=1e-12))
-    assert lines["held out"] == ([1, 60], [2.5, 1.5])
-
-
-@pytest.mark.parametrize("count", [1, FEW - 1])
-def test_few_steps_have_no_mean_and_nothing_held_out_no_line(monkeypatch, count):
-    lines = drawn(monkeypatch, LOSSES[:count], ())
-    assert set(lines) == {"batch", "title"}
-    assert lines["batch"] == (list(range(1, count + 1)), LOSSES[:count])

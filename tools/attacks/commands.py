@@ -14,7 +14,7 @@ CODECS = f"--codecs nf3-64-8x256 nf4-64-8x256 --ranks 0 4 {CPU}"
 STATISTICS = f"--examples 40 --max-length 24 --gradient-rank 4 {CPU}"
 SHARDS = "--shard-size 100KB"
 
-SEEN_BY_PEOPLE = ("README.md", "report.md", "report.html", "loss.svg", "allocation.txt")
+SEEN_BY_PEOPLE = ("README.md", "report.md", "report.html", "allocation.txt")
 TAKEN_OVER = ("generation_config.json", "tokenizer_config.json")  # that people edit in OUT, as in any model
 OWN = tuple(f"{folder}/{name}" for folder in ("OUT", "MIXED", "RUN") for name in (*SEEN_BY_PEOPLE, *TAKEN_OVER))
 OLD = ("RUN/checkpoint-*", *(f"RUN/{name}" for name in SEEN_BY_PEOPLE))

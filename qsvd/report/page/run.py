@@ -9,9 +9,11 @@ from qsvd.report.page.charts import Axis, Series, line_chart, thinned, two_bars
 from qsvd.report.page.document import Number, Section, Subject, warnings_section
 from qsvd.report.page.markup import Markup, escaped, join, tag
 from qsvd.report.page.tables import Head, command, table
-from qsvd.report.training import FEW, RunSummary, rows, running_mean
+from qsvd.report.training import RunSummary, rows
 
 MACHINE = "machine"  # the section of times and memory: all else is the same whenever a run is repeated
+SMOOTH = 0.9  # weight of the past in the running mean
+FEW = 20  # steps below which there is no running mean
 STEP = Axis("step", includes=(0.0,), is_whole=True)
 
 
@@ -127,6 +129,15 @@ def _loss_curves(found: RunRecords) -> list[Series]:
     means = running_mean([loss for _, loss in losses])
     mean = thinned([(x, y) for (x, _), y in zip(losses, means, strict=True)])
     return [Series("batch", thinned(losses), -1), Series("running mean", mean, 0), held_out]
+
+
+def running_mean(losses: Sequence[float]) -> list[float]:
+    """Return the exponential mean at every step, corrected for its start at zero as in Adam (arXiv:1412.6980)."""
+    means, mean = [], 0.0
+    for step, loss in enumerate(losses, start=1):
+        mean = SMOOTH * mean + (1 - SMOOTH) * loss
+        means.append(mean / (1 - SMOOTH**step))
+    return means
 
 
 def _loss(found: RunRecords, curves: Sequence[Series]) -> Section:

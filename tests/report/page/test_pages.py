@@ -6,6 +6,7 @@ from base64 import b64encode
 from dataclasses import replace
 from hashlib import sha256
 
+import numpy as np
 import pytest
 
 from qsvd.errors import BadInput
@@ -18,7 +19,7 @@ from qsvd.report.page.document import subject_page
 from qsvd.report.page.layers import by_layer, level_of
 from qsvd.report.page.markup import escaped, tag
 from qsvd.report.page.quantized import quantized_subject, spectrum_layers
-from qsvd.report.page.run import RunRecords, run_subject
+from qsvd.report.page.run import FEW, SMOOTH, RunRecords, run_subject
 from qsvd.report.page.together import together_page
 from tests.report.page.pages import Page, steps_of, summary_of
 
@@ -182,6 +183,21 @@ def test_a_run_shows_losses_memory_and_its_command():
     ).text
     for words in ("the held-out loss fell from 3.950 to 2.900 nats", "qsvd train x", "3.5", "4.0", "200.0", "pissa"):
         assert words in text
+
+
+def test_the_running_mean_is_the_weighted_mean_of_all_losses_so_far():
+    losses = np.random.default_rng(0).uniform(1, 3, 60)
+    for count, curve in ((60, "running mean"), (FEW, "running mean"), (FEW - 1, "batch"), (1, "batch")):
+        steps = [replace(step, loss=loss) for step, loss in zip(steps_of(count, 10), losses, strict=False)]
+        drawn = run_subject("r", RunRecords(Start(3.95), steps, None)).curves
+        weights = SMOOTH ** np.arange(count)
+        means = [np.average(losses[: n + 1], weights=weights[n::-1] if n else [1.0]) for n in range(count)]
+        expected = means if curve == "running mean" else losses[:count]
+        assert drawn["Training loss"].name == curve
+        points = [*zip(range(1, count + 1), (pytest.approx(value, rel=1e-12) for value in expected), strict=True)]
+        assert [*drawn["Training loss"].points] == points
+        held_out = [(0.0, 3.95)] + [(step.number, step.held_out) for step in steps if step.held_out is not None]
+        assert [*drawn["Held-out loss"].points] == held_out
 
 
 def test_a_run_shows_what_the_model_writes_before_and_after_training():
