@@ -225,6 +225,7 @@ def _load(place: _Place, adapter: AdapterFolder | None) -> "PreTrainedModel":
 def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     """Return the model without memory for its parameters, all frozen, and its names in the spelling of the files."""
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     config = read_config_json(place.split.folder)
     delattr(config, "quantization_config")
@@ -232,14 +233,13 @@ def _empty(place: _Place) -> tuple[Any, ModelPlan]:
     config.name_or_path = _name(place)
     architecture = _class(config, place)
     kind = type(architecture.__name__, (SplitModel, architecture), {"__module__": architecture.__module__})
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         try:
             model = kind(config)
         except (*BUILD_ERRORS, AssertionError) as error:
-            file = place.split.folder / "config.json"
-            raise BadInput(
-                f"transformers cannot build {architecture.__name__} from {file}: {first_line(error)}"
-            ) from error
+            file, why = place.split.folder / "config.json", first_line(error)
+            raise BadInput(f"transformers cannot build {architecture.__name__} from {file}: {why}") from error
+    model.tie_weights()
     if model.can_generate():
         model.generation_config = generation_config(place.split.folder, config)
     return model.requires_grad_(False), resolve(_own_names(place.split), describe(model))

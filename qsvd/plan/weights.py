@@ -1,8 +1,7 @@
 """Find the linear weights to split, by name, shape and role, from a config; the model is built on the meta device.
 
-qsvd splits every linear layer inside the repeated blocks, also transformers' Conv1D, whose weight is transposed, and
-every expert of a stack. Some stay in 16 bits by a rule (rules.py), which the reports show. Embeddings, output head,
-poolers and norms stay as they are. Weights of a block that qsvd cannot split are refused, never silently left.
+qsvd splits every linear layer inside the repeated blocks, also transformers' Conv1D and every expert of a stack. Some
+stay in 16 bits by a rule (rules.py). Other weights of a block are refused, never silently left. All else stays.
 """
 
 import copy
@@ -251,18 +250,19 @@ def build(config: "PreTrainedConfig") -> "PreTrainedModel":
         BadInput: transformers has no such class, or cannot build it from this config.
     """
     import transformers
+    from transformers.initialization import no_init_weights
 
     named = (config.architectures or [""])[0]
-    found = getattr(transformers, named, None) if named else None
+    found: Any = getattr(transformers, named, None) if named else None
     config = copy.deepcopy(config)  # because building a model writes its choice of attention into the config
+    is_known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    is_writer = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = transformers.AutoModelForCausalLM if is_writer else transformers.AutoModel
     try:
-        with torch.device("meta"):
-            if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-                return found(config)
-            auto = transformers.AutoModelForCausalLM
-            if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-                auto = transformers.AutoModel
-            return auto.from_config(config, trust_remote_code=False)
+        with torch.device("meta"), no_init_weights():
+            model = found(config) if is_known else auto.from_config(config, trust_remote_code=False)
+            model.tie_weights(recompute_mapping=False)
+            return model
     except (*BUILD_ERRORS, AssertionError) as error:  # the last of torch, for a pad token outside the vocabulary
         raise BadInput(
             f"transformers {transformers.__version__} cannot build {named or 'a model'} of {config.name_or_path} "
