@@ -1,22 +1,20 @@
-"""The README's commands and code run as they stand, on the first blocks of the embedded model."""
+"""The README's commands and code run as they stand, on a little model."""
 
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from qsvd.cli import run
-from qsvd.commands.demo import HELD_OUT, MODEL
+from qsvd.commands.demo import HELD_OUT
+from tests.little import write_little
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-BLOCKS = 1
 COMMANDS = [
     "plan",
     "train",
@@ -37,23 +35,19 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def first_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model without all blocks but one, with its tokenizer."""
-    path = tmp_path_factory.mktemp("model")
-    shutil.copytree(MODEL, path, dirs_exist_ok=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=BLOCKS)
-    model.generation_config.max_new_tokens = 20
-    model.save_pretrained(path)
+def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "little"
+    write_little(path)
     return path
 
 
 @pytest.fixture
-def folder(tmp_path: Path, first_blocks: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, little: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder in which the hub ids of the README are a small model and a few pages as questions."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen").mkdir()
-    (tmp_path / "Qwen" / "Qwen3-0.6B").symlink_to(first_blocks)
-    (tmp_path / "MODEL").symlink_to(first_blocks)
+    (tmp_path / "Qwen" / "Qwen3-0.6B").symlink_to(little)
+    (tmp_path / "MODEL").symlink_to(little)
     data = tmp_path / "openai" / "gsm8k:main"
     data.mkdir(parents=True)
     pages = [line[:90] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 120][:68]

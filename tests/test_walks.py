@@ -5,14 +5,13 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from qsvd.cli import run
-from qsvd.commands.demo import HELD_OUT, MODEL
+from qsvd.commands.demo import HELD_OUT
+from tests.little import write_little
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "walks.md").read_text(encoding="utf-8")
@@ -20,7 +19,7 @@ WALKS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | 
 DENSE = ("Qwen/Qwen3-8B", "meta-llama/Llama-3.1-70B-Instruct")
 EXPERTS = "Qwen/Qwen3-30B-A3B"
 LONGEST = 8192  # tokens, of the recipes
-SMALL = {  # of a mixture of experts; its tokenizer is that of the embedded model
+SMALL = {  # of a mixture of experts
     "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2,
 }  # fmt: skip
@@ -37,33 +36,15 @@ def commands(walk: str) -> list[list[str]]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small models in folders that are named as the Hub ids of the page, data, and the recipes."""
     folder = tmp_path_factory.mktemp("models")
-    dense = transformers.AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=1)
-    dense.config.max_position_embeddings = LONGEST
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        **SMALL, vocab_size=dense.config.vocab_size, max_position_embeddings=LONGEST, tie_word_embeddings=False
-    )
-    experts = transformers.Qwen3MoeForCausalLM(config)
-    train_a_little(experts, transformers.AutoTokenizer.from_pretrained(MODEL))
-    for name in (*DENSE, EXPERTS):
-        shutil.copytree(MODEL, folder / name)
-        (experts if name == EXPERTS else dense).save_pretrained(folder / name)
+    for name in DENSE:
+        write_little(folder / name, max_position_embeddings=LONGEST)
+    write_little(folder / EXPERTS, "Qwen3Moe", **SMALL, max_position_embeddings=LONGEST, tie_word_embeddings=False)
     pages = [line[:120] for line in HELD_OUT.read_text(encoding="utf-8").splitlines() if len(line) > 120][:20]
     rows = [json.dumps({"question": page[:60], "answer": page[60:]}) for page in pages]
     (folder / "data.jsonl").write_text("\n".join(rows[:16]) + "\n", encoding="utf-8")
     (folder / "test.jsonl").write_text("\n".join(rows[16:]) + "\n", encoding="utf-8")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     return folder
-
-
-def train_a_little(model: Any, tokenizer: Any) -> None:
-    """Bring the loss below that of guessing, which `qsvd train` asks for."""
-    ids = tokenizer(HELD_OUT.read_text(encoding="utf-8")[:4000], return_tensors="pt").input_ids[:, :512]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(5):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
 
 
 def without_gpu(recipe: str) -> str:
