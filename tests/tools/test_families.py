@@ -1,8 +1,8 @@
 """Families through the commands; the rows of docs/models.md say what is seen here.
 
-Those whose layers, blocks or inputs are of a kind of their own go through all steps, or through those on weights. "train"
-plans its memory too. The rules are applied to the configs of the others, of which Llama, BERT and Whisper are in many
-tests of each command. `tools/families` tries all steps on all families.
+Those whose layers, blocks or inputs are of a kind of their own go through all steps, or through those on weights. The
+rules are applied to the configs of the others, of which Llama, BERT and Whisper are in many tests of each command. The
+step "train" plans its memory too. `tools/families` tries all steps on all families.
 """
 
 from pathlib import Path
