@@ -1,6 +1,6 @@
 """A command line as a record of options: tyro's form of a record, and words read by it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import MISSING, fields, is_dataclass, make_dataclass
 from dataclasses import field as new_field
 from inspect import getdoc
@@ -18,8 +18,10 @@ def read_words(record: type, words: Sequence[str], defaults: Mapping[str, Any], 
     """
     import tyro
 
+    flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+    given = None if {"-h", "--help"} & {*words} else flags | {flag.removeprefix("no_") for flag in flags}
     found = tyro.cli(
-        _form(record, defaults),
+        _form(record, defaults, given),
         args=list(words),
         prog=prog,
         description=getdoc(record),
@@ -27,17 +29,23 @@ def read_words(record: type, words: Sequence[str], defaults: Mapping[str, Any], 
     )
     groups = [value for value in vars(found).values() if is_dataclass(value)]
     values = {name: value for part in (found, *groups) for name, value in vars(part).items() if value not in groups}
-    return record(**values)
+    return record(**{**defaults, **values})
 
 
-def _form(record: type, defaults: Mapping[str, Any]) -> type:
-    """Return a dataclass for tyro with the options of a record; its nested dataclasses are the groups of the help."""
+def _form(record: type, defaults: Mapping[str, Any], given: Set[str] | None) -> type:
+    """Return a dataclass for tyro with the options of a record; its nested dataclasses are the groups of the help.
+
+    Args:
+        given: The flags that are needed, since tyro takes a millisecond for each; None for all, as in the help.
+    """
     from tyro.conf import Positional, UseAppendAction, arg
 
     groups: dict[str, list[tuple[str, Any, Any]]] = {"": []}
     hints, marks, title = get_type_hints(record), marks_of(record), ""
     for option in fields(record):
         title = next((mark.title for mark in marks[option.name] if isinstance(mark, Group)), title)
+        if given is not None and option.name not in given and POSITIONAL not in marks[option.name]:
+            continue
         help_ = [mark for mark in marks[option.name] if isinstance(mark, Help)][-1]
         kind, default = hints[option.name], defaults.get(option.name, option.default)
         hint = "" if default in (None, (), MISSING) else None  # instead of (default: None); None is tyro's own hint

@@ -122,7 +122,7 @@ def _run(model: SplitModelPlan, path: str, batch: Batch, backward: Backward) -> 
 def _loops(model: SplitModelPlan, path: str) -> bool:
     """Tell whether a block does more operations for more tokens, each time: a mask, from some length on, is no loop."""
     batches = (Batch(times * STRETCH, 1, is_masked=False, checkpointing=True, device="cpu") for times in (1, 2, 3))
-    calls = [_run_counted(model, path, batch, "none")[1] for batch in batches]
+    calls = (_run_counted(model, path, batch, "none")[1] for batch in batches)  # the third after a rise alone
     return all(many > few + MORE for few, many in pairwise(calls))
 
 
