@@ -61,8 +61,9 @@ class Made:
         """Return the merged model as GGUF, by the script in the source of llama-cpp-python."""
         file = self.out / f"{kind}.gguf"
         if not file.is_file():
+            python = environment("llama.cpp")  # before its source, which its pip downloads
             source, merged = str(llama_source() / "vendor" / "llama.cpp"), str(self.exported("nf4", "merged"))
-            command = [environment("llama.cpp"), str(STEPS / "convert_gguf.py"), source, merged]
+            command = [python, str(STEPS / "convert_gguf.py"), source, merged]
             subprocess.run([*command, "--outtype", kind, "--outfile", str(file)], check=True, capture_output=True)
         return file
 
