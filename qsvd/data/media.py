@@ -181,7 +181,7 @@ def open_sound(source: Source | dict[str, Any], folder: Path, rate: int, longest
     Raises:
         BadInput: there is no such file, it is not WAV, it has no samples, or it is longer than the model hears.
     """
-    from scipy.signal import resample_poly
+    from scipy import signal
 
     samples, own = _samples(source, folder)
     if samples.ndim == 2:  # [samples, channels]
@@ -189,7 +189,7 @@ def open_sound(source: Source | dict[str, Any], folder: Path, rate: int, longest
     if not samples.size or samples.ndim != 1:
         raise BadInput(f"{_shown(source)} has no samples")
     common = math.gcd(own, rate)
-    sound = resample_poly(samples, rate // common, own // common).astype(np.float32)
+    sound = signal.resample_poly(samples, rate // common, own // common).astype(np.float32)
     if longest is not None and len(sound) > longest:
         lasts, most = len(sound) / rate, longest / rate
         raise BadInput(f"{_shown(source)} lasts {lasts:.1f} s, and the model hears {most:g} s: divide it")

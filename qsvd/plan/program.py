@@ -173,20 +173,19 @@ def _highs(
         unit: Unit of cost, so that the numbers are around 1.
         limits: Relative gap and seconds.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+    from scipy import optimize, sparse
 
     owners, numbers, num_bytes, costs = program
     count, num_weights = len(owners), int(owners.max()) + 1
-    one_each = csr_array((np.ones(count), (owners, np.arange(count))), shape=(num_weights, count))
+    one_each = sparse.csr_array((np.ones(count), (owners, np.arange(count))), shape=(num_weights, count))
     scale = max(allowed, 1)
-    within = LinearConstraint(csr_array(num_bytes[None, :] / scale), -np.inf, allowed / scale)
+    within = optimize.LinearConstraint(sparse.csr_array(num_bytes[None, :] / scale), -np.inf, allowed / scale)
     with silent_stdout():
-        found = milp(
+        found = optimize.milp(
             costs / unit,
             integrality=np.ones(count),
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), within],
+            bounds=optimize.Bounds(0, 1),
+            constraints=[optimize.LinearConstraint(one_each, 1, 1), within],
             options={"mip_rel_gap": limits[0], "time_limit": limits[1]},
         )
     status = {0: "optimal within the gap", 1: "time limit"}.get(found.status, str(found.message))
