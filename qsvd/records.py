@@ -7,6 +7,7 @@ starts at once.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -254,6 +255,11 @@ CHECKS: dict[Any, tuple[Callable[[object], bool], str]] = {
 }
 
 
+@cache
+def _hints_of(record: type) -> Mapping[str, Any]:
+    return get_type_hints(record)
+
+
 def _faults(kind: Any, value: Any, path: str) -> Iterator[str]:
     """Yield a sentence for everything that keeps `value`, found at `path`, from being a `kind`."""
     if kind in CHECKS:
@@ -270,7 +276,7 @@ def _of_fields(kind: Any, value: Any, path: str) -> Iterator[str]:
     if not isinstance(value, Mapping):
         yield f"{path or 'the record'} is {value!r}, not an object"
         return
-    hints, prefix = get_type_hints(kind), f"{path}." if path else ""
+    hints, prefix = _hints_of(kind), f"{path}." if path else ""
     needed = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
     yield from (f"{prefix}{name} is missing" for name in needed if name not in value)
     yield from (f"{prefix}{name} is unknown" for name in value if name not in hints)
@@ -318,7 +324,7 @@ OF_ORIGINS: dict[Any, Callable[[Sequence[Any], Any, str], Iterator[str]]] = {
 def _made(kind: Any, value: Any) -> Any:
     """Return a value without faults as a `kind`."""
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
+        hints = _hints_of(kind)
         make: Any = kind
         return make(**{name: _made(hints[name], item) for name, item in value.items()})
     if get_origin(kind) in (Union, UnionType):

@@ -37,6 +37,13 @@ def language_base(folder, *, rank=RANK):
     source, out = folder / "source", folder / "out"
     if (out / "qsvd.json").exists():
         return out
+    return qsvd.quantize(
+        qsvd.Quantize(str(language_source(source)), out=out, rank=rank, iterations=1, device="cpu")
+    ).path
+
+
+def language_source(source):
+    """The 16-bit model of language_base."""
     source.mkdir(parents=True)
     for path in MODEL.glob("*.json"):
         shutil.copyfile(path, source / path.name)
@@ -45,7 +52,7 @@ def language_base(folder, *, rank=RANK):
     tensors = safetensors.torch.load_file(MODEL / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if ".layers." not in name or ".layers.0." in name}
     safetensors.torch.save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
-    return qsvd.quantize(qsvd.Quantize(str(source), out=out, rank=rank, iterations=1, device="cpu")).path
+    return source
 
 
 def classifier_base(folder, *, architecture="BertModel", **changes):

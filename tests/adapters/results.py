@@ -78,3 +78,16 @@ def outputs(model, architecture="LlamaForCausalLM"):
 
 def distance(left, right):
     return (left - right).abs().max().item()
+
+
+def exact_outputs(plain, architecture="LlamaForCausalLM"):
+    """Outputs of a float64 model, and how far from them float32 may be."""
+    found = outputs(plain, architecture)
+    rounding = ROUNDINGS * distance(outputs(plain.float(), architecture), found)
+    assert rounding > 0
+    return found, rounding
+
+
+def assert_as_exact_as_float32(ours, exact, architecture="LlamaForCausalLM"):
+    found, rounding = exact
+    assert distance(outputs(ours, architecture), found) <= rounding

@@ -30,6 +30,12 @@ def out(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    """One whose head has two layers with biases."""
+    return split_checkpoint(tmp_path_factory.mktemp("result"), "RobertaForMaskedLM")
+
+
+@pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return split_checkpoint(tmp_path_factory.mktemp("result"))
 
@@ -88,8 +94,8 @@ def test_the_head_is_drawn_as_transformers_draws_it(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_is_float32_beside_any_body(out, dtype):
-    model = qsvd.load(out, labels=LABELS, dtype=dtype)
+def test_the_head_is_float32_beside_any_body(roberta, dtype):
+    model = qsvd.load(roberta, labels=LABELS, dtype=dtype)
     assert {p.dtype for p in head_of(model).values()} == {torch.float32}
     scores = model(input_ids=IDS).logits
     assert scores.dtype == torch.float32
@@ -99,32 +105,32 @@ def test_the_head_is_float32_beside_any_body(out, dtype):
     assert (embedding.dtype, embedding.requires_grad) == (dtype, False)
 
 
-def test_the_head_repeats_with_its_seed_and_leaves_torchs_generator_alone(out):
+def test_the_head_repeats_with_its_seed_and_leaves_torchs_generator_alone(roberta):
     before = torch.get_rng_state()
     first, again, other = (
-        head_of(qsvd.load(out, labels=LABELS, options=qsvd.AdapterOptions(seed=seed))) for seed in (4, 4, 5)
+        head_of(qsvd.load(roberta, labels=LABELS, options=qsvd.AdapterOptions(seed=seed))) for seed in (4, 4, 5)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first if name.endswith("weight"))
 
 
-def test_a_trained_head_is_saved_and_comes_back(out, tmp_path):
-    model = qsvd.load(out, labels=LABELS)
+def test_a_trained_head_is_saved_and_comes_back(roberta, tmp_path):
+    model = qsvd.load(roberta, labels=LABELS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model(input_ids=IDS, labels=torch.tensor([0, 2])).loss.backward()
     optimizer.step()
     model.save_pretrained(tmp_path / "run")
-    again = qsvd.load(out, adapter=tmp_path / "run")
+    again = qsvd.load(roberta, adapter=tmp_path / "run")
     assert again.config.id2label == model.config.id2label
     ours, theirs = trained(model), trained(again)
-    assert set(ours) == set(theirs) > set(HEADS[family(out)][1])
+    assert set(ours) == set(theirs) > set(HEADS[family(roberta)][1])
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert torch.equal(outputs(model), outputs(again))
 
 
-def test_a_reference_has_a_head_of_its_own(out):
-    model = qsvd.load(out, labels=LABELS)
+def test_a_reference_has_a_head_of_its_own(roberta):
+    model = qsvd.load(roberta, labels=LABELS)
     reference, before = model.reference(), outputs(model)
     with torch.no_grad():
         for parameter in head_of(model).values():

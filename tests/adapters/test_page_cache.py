@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -84,11 +85,8 @@ def trained_and_asked(model):
 @pytest.mark.parametrize(
     ("method", "checkpointing", "resident", "pages"),
     [
-        ("pissa", True, 0, "host"),
         ("edora", False, 0, "disk"),
-        ("edora", False, 1, "host"),
-        ("pissa", True, 1, "disk"),
-        ("pissa", True, LAYERS, "disk"),
+        ("pissa", True, 1, "host"),
     ],
 )
 def test_training_eval_and_generation_give_the_bits_of_a_resident_model(
@@ -207,8 +205,8 @@ def test_a_reference_model_shares_the_pages(out):
         assert_equal([reference(input_ids=IDS).logits, copied(input_ids=IDS).logits], [model(input_ids=IDS).logits] * 2)
 
 
-def test_shards_that_are_deleted_meanwhile_are_still_read(tmp_path):
-    out = split_checkpoint(tmp_path, num_hidden_layers=5)
+def test_shards_that_are_deleted_meanwhile_are_still_read(out, tmp_path):
+    out = shutil.copytree(out, tmp_path / "out")
     model = load(out, 0, "disk").train()
     before = gradients(model)
     for shard in out.glob("*.safetensors"):

@@ -243,7 +243,7 @@ def test_a_trained_model_keeps_its_perplexity(stories):
     """Measured: 3.6598 with both in 16 bits, 3.6629 in 8; everything else in 4 bits."""
     source = SHARED_MODELS / "stories260K"
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    lines = (SHARED_MODELS.parent / "data" / "tinystories-100.jsonl").read_text().splitlines()[:12]
+    lines = (SHARED_MODELS.parent / "data" / "tinystories-100.jsonl").read_text().splitlines()[:6]
     texts = [tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :256] for line in lines]
     model = qsvd.load(stories, device="cpu", dtype=torch.float32)
     found = perplexity(model, texts)
@@ -265,7 +265,7 @@ def test_a_run_is_trained_and_exported(stories, tmp_path):
     data = SHARED_MODELS.parent / "data" / "tinystories-100.jsonl"
     options = {"method": "lora", "rank": 4, "max_length": 64, "device": "cpu", "held_out": 0.0}
     qsvd.train(stories, str(data), out=tmp_path / "run", steps=1, batch_size=2, accumulate=1, **options)
-    for kind in ("merged", "peft", "lora"):
+    for kind in ("merged", "peft"):
         done = qsvd.export(tmp_path / "run", to=kind, out=tmp_path / kind)
         assert done.checked is not None
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

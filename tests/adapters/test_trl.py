@@ -131,9 +131,7 @@ def policy_trainer(name, model, tokenizer, folder):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "opened"), [("dpo", "qsvd"), ("grpo", "qsvd"), ("rloo", "qsvd"), ("dpo", "peft"), ("rloo", "peft")]
-)
+@pytest.mark.parametrize(("name", "opened"), [("dpo", "qsvd"), ("grpo", "qsvd"), ("rloo", "qsvd"), ("dpo", "peft")])
 def test_trl_makes_the_reference_from_the_whole_model(out, tokenizer, tmp_path, name, opened):
     """The reference is the quantized model before training; the residual alone has other logits by far."""
     model = load(out) if opened == "qsvd" else plain(out)

@@ -16,13 +16,12 @@ def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("probes", [0, 2])
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BertForSequenceClassification"])
+@pytest.mark.parametrize(("architecture", "probes"), [("LlamaForCausalLM", 2), ("BertForSequenceClassification", 0)])
 def test_the_sums_are_the_same_bits_however_many_examples_go_together(architecture, probes):
     one, examples = case(architecture), examples_of(architecture, lengths=(9, 14, 6, 5, 9))
     model = one.streamed(twice=probes > 0)
     whole = sums_of(model, examples, probes=probes).values
-    for chunk in (1, 2, 3):
+    for chunk in (1, 3):
         assert same(sums_of(model, examples, chunk=chunk, probes=probes).values, whole)
 
 

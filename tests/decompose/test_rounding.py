@@ -141,13 +141,11 @@ def large_blocks():
     return NormalFloat4(double_quant=False, block_size=256)
 
 
-KINDS = [(name, 48, 256, 8) for name in CODECS] + [
+KINDS = [(name, 48, 256, 8) for name in CODECS if name not in ("nf4", "nf4-16-fp32")] + [  # see nf4 below
     ("nf4+dq", 48, 200, 8),
-    ("nf2-32-fp16", 48, 200, 8),
     ("nf4", 40, 128, 0),
     ("nf3-64-8x256", 40, 128, 0),
     ("nf2-32-fp16", 24, 64, 22),
-    ("nf8-128-bf16", 24, 64, 22),
     ("nf4+dq", 1, 64, 1),
 ]
 

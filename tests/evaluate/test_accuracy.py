@@ -52,21 +52,21 @@ def test_a_decoder_is_right_as_often_in_batches_as_one_by_one(make, batch):
 
 @pytest.fixture(scope="module")
 def reviews():
-    """MiniLM with a random head that tells texts apart, and 48 film reviews; a head of its own is not in the file."""
+    """MiniLM with a random head that tells texts apart, and 24 film reviews; a head of its own is not in the file."""
     tokenizer = AutoTokenizer.from_pretrained(shared("models/minilm-l6"))
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(shared("models/minilm-l6"), dtype=torch.float32)
     torch.nn.init.normal_(model.classifier.weight)
-    lines = shared("data/sst2-dev.jsonl").read_text(encoding="utf-8").splitlines()[:48]
+    lines = shared("data/sst2-dev.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     rows = [json.loads(line) for line in lines]
-    return model.eval(), [(tokenizer(row["text"])["input_ids"], row["label"]) for row in rows]
+    examples = [(tokenizer(row["text"])["input_ids"], row["label"]) for row in rows]
+    return model.eval(), examples, one_by_one(model.eval(), examples)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [5, 48])
+@pytest.mark.parametrize("batch", [5, 24])
 def test_an_encoder_is_right_as_often_in_batches_as_one_by_one(reviews, batch):
-    model, examples = reviews
-    correct, nats, margin = one_by_one(model, examples)
+    model, examples, (correct, nats, margin) = reviews
     assert margin > 1e-3
     assert 0 < correct < len(examples)
     result = accuracy(model, examples, pad_token=0, batch=batch)

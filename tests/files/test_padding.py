@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.data.examples import open_tokenizer
-from tests.runs import TEXTS, labelled_rows, language_base, training, words, write_rows
+from tests.runs import TEXTS, labelled_rows, language_base, language_source, training, words, write_rows
 from tests.sealed import without_digests
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -53,7 +53,7 @@ def test_a_tokenizer_without_special_tokens_has_no_padding(tmp_path):
 
 
 def test_classifiers_of_a_model_without_padding_read_the_same_class_in_every_program(tmp_path):
-    source = language_base(tmp_path).parent / "source"
+    source = language_source(tmp_path / "source")
     changed(source, config={"pad_token_id": None, "eos_token_id": [0, 1]}, tokenizer={"pad_token": None})
     (source / "special_tokens_map.json").write_text(json.dumps({"pad_token": None, "eos_token": EOS}))
     out, trained, merged = (str(tmp_path / name) for name in ("base", "run", "merged"))
@@ -91,7 +91,7 @@ def test_an_older_quantized_model_whose_config_pads_with_an_end_token_trains_and
 
 
 def test_a_damaged_tokenizer_is_named_before_the_work_and_an_unknown_one_in_the_log(tmp_path, caplog, capsys):
-    source = language_base(tmp_path).parent / "source"
+    source = language_source(tmp_path / "source")
     command = ["quantize", str(source), "--rank", "4", "--iterations", "1", "--device", "cpu", "--out"]
     whole = (source / "tokenizer.json").read_text()
     (source / "tokenizer.json").write_text(whole[:-9])

@@ -35,6 +35,7 @@ TRAINED = {  # what factors are made of and keep: tests/adapters/test_tensors.py
     "lora with dropout": {"rank": 16, "dropout": 0.1, "target_modules": ("q_proj", "v_proj", "down_proj")},
 }
 IN_ALL = ("lora",)  # with both dtypes, with and without checkpointing and gradients
+IN_TWO = ("dora", "mo-sara", "r-lora with dropout", "lora with dropout")  # whose backward pass has steps of its own
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +105,10 @@ def check(base, method, dtype, batch, *, has_loss, kept=0):
 
 
 def kinds_of_runs():
-    """Methods with each dtype and each choice of checkpointing; one in all combinations."""
+    """Methods in bfloat16 with all that is kept, some in float32 with checkpoints too; one in all combinations."""
     for method, dtype, checkpointing in product(TRAINED, (torch.float32, torch.bfloat16), (True, False)):
-        if method in IN_ALL or checkpointing == (dtype == torch.float32):
+        is_kept, is_again = dtype == torch.bfloat16 and not checkpointing, dtype == torch.float32 and checkpointing
+        if method in IN_ALL or is_kept or (is_again and method in IN_TWO):
             yield method, dtype, checkpointing
 
 

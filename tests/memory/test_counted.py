@@ -39,16 +39,9 @@ class Case:
     tokens: int = 24
 
 
-CASES = {  # what a method's own tensors are: tests/adapters/test_tensors.py
-    "embedded rank 0, lora, adamw": Case("embedded 0", AdapterOptions("lora", rank=8), "adamw"),
+CASES = {  # the tensors of a method: tests/adapters/test_tensors.py; those of an optimizer: tests/plan/test_tensors.py
     "embedded rank 16, pissa, 8 bits, its block visits": Case(
         "embedded 16", AdapterOptions("pissa"), "adamw_8bit", Placement(0, "host"), tokens=48
-    ),
-    "embedded rank 64, edora, paged 8 bits": Case(
-        "embedded 64", AdapterOptions("edora", rank=48), "paged_adamw_8bit", tokens=32
-    ),
-    "embedded rank 16, lora beside it, bfloat16": Case(
-        "embedded 16", AdapterOptions("lora", rank=4, dtype="bfloat16"), "adamw"
     ),
     "wide and untied, plain scales, paged 32 bits, one of five blocks stays": Case(
         "wide", AdapterOptions("pissa"), "paged_adamw_32bit", Placement(1, "disk"), tokens=40
@@ -60,11 +53,12 @@ CASES = {  # what a method's own tensors are: tests/adapters/test_tensors.py
         "odd", AdapterOptions("lora", rank=8, dropout=0.1, target_modules=("q_proj", "down_proj"), own=PRILORA), "adamw"
     ),
     "odd sizes, adalora": Case("odd", AdapterOptions("adalora", rank=8), "adamw"),
+    "odd sizes, lora2": Case("odd", AdapterOptions("lora2", rank=8, own={"inner_size": 5}), "adamw"),
+    "odd sizes, singlora, whose trained matrix is larger than a factor": Case(
+        "odd", AdapterOptions("singlora", rank=8), "adamw"
+    ),
     "odd sizes, vera with two matrices of each size, paged": Case(
         "odd", AdapterOptions("vera", rank=20), "paged_adamw_32bit"
-    ),
-    "embedded rank 0, singlora, whose trained matrix is larger than a factor": Case(
-        "embedded 0", AdapterOptions("singlora", rank=8), "adamw"
     ),
     "mixed bits and ranks, cora with its bases": Case(
         "mixed", AdapterOptions("cora", rank=8, own={"train_basis": True}), "adamw"
@@ -72,16 +66,9 @@ CASES = {  # what a method's own tensors are: tests/adapters/test_tensors.py
     "odd sizes, lorta, one of four blocks stays": Case(
         "odd", AdapterOptions("lorta", rank=8), "adamw", Placement(1, "host")
     ),
-    "odd sizes, lora2": Case("odd", AdapterOptions("lora2", rank=8, own={"inner_size": 5}), "adamw"),
-    "odd sizes, pissa on attention alone, one of four blocks stays": Case(
-        "odd", AdapterOptions("pissa", target_modules=("*.self_attn.*",)), "adamw", Placement(1, "host")
-    ),
-    "odd sizes, lora beside it, bfloat16, by lora-rite": Case(
-        "odd", AdapterOptions("lora", rank=8, dtype="bfloat16"), "lora-rite"
-    ),
     "embedded rank 16, dora, by lora-rite": Case("embedded 16", AdapterOptions("dora", rank=8), "lora-rite"),
-    "mixed bits and ranks, pissa, one of four blocks stays": Case(
-        "mixed", AdapterOptions("pissa"), "adamw", Placement(1, "host")
+    "mixed bits and ranks, pissa on attention alone, one of four blocks stays": Case(
+        "mixed", AdapterOptions("pissa", target_modules=("*.self_attn.*",)), "adamw", Placement(1, "host")
     ),
 }
 

@@ -139,7 +139,7 @@ def test_drawn_matrices_are_rounded_to_the_nearest_levels_and_decode_by_definiti
 @pytest.mark.parametrize("bits", BITS)
 def test_shapes_of_every_kind_in_one_run_and_in_many(bits, scales, run, monkeypatch):
     monkeypatch.setitem(normal_float.RUN, "cpu", run)
-    for number, shape in enumerate(SHAPES):
+    for number, shape in [*enumerate(SHAPES)][SOME_SCALES.index(scales) % 2 :: 2]:
         matrix = gaussian(*shape, seed=run) * torch.linspace(0.1, 3, shape[0])[:, None]
         packed = NormalFloat(bits=bits, block_size=BLOCKS[number % 4], scales=scales).encode(matrix)
         assert_scales_by_definition(packed, matrix)
@@ -228,7 +228,7 @@ def test_bytes_are_the_bits_of_codes_and_scales(shape, bits):
         assert NormalFloat(bits=bits, block_size=32, scales=scales).num_bytes(shape) == codes + of_scales
 
 
-@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("block_size", [16, 64])
 def test_the_error_of_gaussian_noise_is_what_the_levels_predict_and_falls_with_the_bits(block_size):
     matrix = gaussian(1024, 512, seed=block_size)
     found = []

@@ -17,12 +17,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 ROUNDING = 2e-5  # relative, of a mean over other parts of the tokens of a step
 STEP = ("--batch-size", 2, "--accumulate", 6, "--max-length", 40, "--held-out", 0, "--device", "cpu")
 KEPT = ("--gradient-checkpointing", "no")
-CASES = {  # options, processes; 13 rows are 7 batches: the second step of an epoch has one
-    "lora": (("--prune-every", 2, "--prune-share", 0.3, *KEPT), 3),
-    "dora": (("--precondition", "riemannian", "--layer-major"), 2),
-    "adalora": (("--rank", 4, "--delta-t", 1, "--target-rank", 2, "--packing", *KEPT), 2),
+CASES = {  # options, with --shard or not; 13 rows are 7 batches: the second step of an epoch has one
+    "lora": (("--prune-every", 2, "--prune-share", 0.3, "--gradient-checkpointing", "no"), "yes"),  # looks at inputs
+    "dora": (("--precondition", "riemannian"), "yes"),  # reads the residual for its norms
+    "adalora": (("--rank", 4, "--delta-t", 1, "--target-rank", 2, "--packing", "--layer-major"), "no"),
 }
-SHARED = ("lora", "dora")  # which look at inputs, and read the residual for its norms
 FLOATS = ("loss", "grad_norm", "learning_rate")
 
 
@@ -58,51 +57,40 @@ def launched(folder, count, *words):
 
 
 @pytest.fixture(scope="module")
-def shown(folder):
-    """Returns what the processes of a case show, which have done three steps in folder/NAME-COUNT."""
+def alone(folder):
+    """Returns the steps of a case in one process."""
 
     @cache
-    def of(name, count, kind=""):
-        shard = ("--shard", "yes") if kind else ()
-        chosen = [word for word in CASES[name][0] if not kind or word != "--layer-major"]  # the same steps without it
-        words = arguments(folder, folder / f"{name}-{count}{kind}", name, "--steps", 3, *chosen, *shard)
-        return launched(folder, count, *words)
+    def of(name):
+        out = folder / f"{name}-1"
+        launched(folder, 1, *arguments(folder, out, name, "--steps", 3, *CASES[name][0]))
+        return steps_of(out)
 
     return of
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_steps_are_those_of_one_process(folder, shown, name):
-    count = CASES[name][1]
-    assert shown(name, 1)
-    others = shown(name, count)[1:]
-    assert others == [["", ""]] * (count - 1), "the first process alone prints"
-    alone, divided = (steps_of(folder / f"{name}-{number}") for number in (1, count))
-    assert_same(divided, alone, last=3)
-    assert alone[-1]["loss"] != alone[0]["loss"]
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_the_steps_of_processes_that_hold_the_residual_together_are_those_of_one_process(folder, shown, name):
-    assert shown(name, 1)
-    assert shown(name, 2, "-shared")[1:] == [["", ""]]
-    assert_same(steps_of(folder / f"{name}-2-shared"), steps_of(folder / f"{name}-1"), last=3)
+@pytest.mark.parametrize("name", ["dora", "adalora"])  # lora: stopped and gone on with, below
+def test_the_steps_are_those_of_one_process(folder, alone, name):
+    expected, out, (chosen, shard) = alone(name), folder / f"{name}-2", CASES[name]
+    shown = launched(folder, 2, *arguments(folder, out, name, "--steps", 3, *chosen, "--shard", shard))
+    assert shown[1:] == [["", ""]], "the first process alone prints"
+    assert_same(steps_of(out), expected, last=3)
+    assert expected[-1]["loss"] != expected[0]["loss"]
 
 
 def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
     base = classifier_base(folder / "classifier", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     rows = write_rows(folder / "labelled.jsonl", labelled_rows(13))
-    for count, shard in ((1, "no"), (2, "no"), (2, "yes")):
+    for count, shard in ((1, "no"), (2, "yes")):
         out = folder / f"classes-{count}-{shard}"
         words = ("train", base, rows, "--out", out, "--method", "lora", *STEP, "--steps", 2, "--learning-rate", 1e-3)
         words = (*words, "--valid", rows, "--eval-every", 1, "--keep-best", "--shard", shard)
         launched(folder, count, *words)
-    alone, *divided = (folder / f"classes-{name}" for name in ("1-no", "2-no", "2-yes"))
+    alone, out = (folder / f"classes-{name}" for name in ("1-no", "2-yes"))
     ends = ("held_out_before", "held_out_after", "accuracy_after", "best_step")
-    for out in divided:
-        assert_same(steps_of(out), steps_of(alone), last=2)
-        found, wanted = (json.loads((run / "summary.json").read_text()) for run in (out, alone))
-        assert [found[name] for name in ends] == pytest.approx([wanted[name] for name in ends], rel=ROUNDING)
+    assert_same(steps_of(out), steps_of(alone), last=2)
+    found, wanted = (json.loads((run / "summary.json").read_text()) for run in (out, alone))
+    assert [found[name] for name in ends] == pytest.approx([wanted[name] for name in ends], rel=ROUNDING)
 
 
 def test_a_process_without_a_batch_in_the_first_step_judges_no_loss(folder, tmp_path):
@@ -133,7 +121,7 @@ def stopping(folder, name):
     return arguments(folder, folder / name, "lora", "--steps", 3, "--save-every", 2, *CASES["lora"][0])
 
 
-def test_ctrl_c_in_any_process_saves_a_step_from_which_another_number_goes_on(folder, shown):
+def test_ctrl_c_in_any_process_saves_a_step_from_which_another_number_goes_on(folder, alone):
     words = stopping(folder, "stopped")
     ctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     codes, printed = together(2, folder / "shown", *words, "--shard", "yes", at=at_step(1, 1, ctrl_c))
@@ -144,11 +132,10 @@ def test_ctrl_c_in_any_process_saves_a_step_from_which_another_number_goes_on(fo
     assert (folder / "stopped" / "checkpoint-1").is_dir()
     codes, printed = together(3, folder / "shown", *words, "--shard", "yes")
     assert codes == [0, 0, 0], printed
-    assert shown("lora", 1)
-    assert_same(steps_of(folder / "stopped"), steps_of(folder / "lora-1"), last=3)
+    assert_same(steps_of(folder / "stopped"), alone("lora"), last=3)
 
 
-def test_a_process_that_is_killed_ends_all_and_one_process_goes_on(folder, shown):
+def test_a_process_that_is_killed_ends_all_and_one_process_goes_on(folder, alone):
     words = stopping(folder, "killed")
     kill = at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
     codes, printed = together(2, folder / "shown", *words, "--shard", "yes", at=kill)
@@ -156,17 +143,16 @@ def test_a_process_that_is_killed_ends_all_and_one_process_goes_on(folder, shown
     kept = "checkpoint-2 is kept, and the same command continues from it"
     assert lines(printed) == [f"qsvd: another process of the run ended; {kept}"]
     launched(folder, 1, *words)
-    assert shown("lora", 1)
-    assert_same(steps_of(folder / "killed"), steps_of(folder / "lora-1"), last=3)
+    assert_same(steps_of(folder / "killed"), alone("lora"), last=3)
 
 
 def test_a_step_that_cannot_be_divided_is_refused(folder):
-    words = arguments(folder, folder / "odd", "lora", "--batch-size", 3, "--accumulate", 4)
-    codes, printed = together(3, folder / "shown", *words)
-    assert codes == [2, 2, 2]
+    words = arguments(folder, folder / "odd", "lora", "--batch-size", 4, "--accumulate", 3)
+    codes, printed = together(2, folder / "shown", *words)
+    assert codes == [2, 2]
     assert lines(printed) == [
-        "qsvd: 3 processes divide the batches of a step among them, and --accumulate is 4, not a multiple of 3; give "
-        "--batch-size 2 --accumulate 6, the same step"
+        "qsvd: 2 processes divide the batches of a step among them, and --accumulate is 3, not a multiple of 2; give "
+        "--batch-size 3 --accumulate 4, the same step"
     ]
     assert not (folder / "odd").exists()
 

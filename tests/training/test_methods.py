@@ -90,6 +90,8 @@ def test_offloaded_checkpointed_and_resumed_equal_resident_and_a_run_goes_on_fro
     kept = replace(paged.settings, gradient_checkpointing=False)
     resident = replace(paged, placed=replace(paged.placed, placement=EVERYTHING), settings=kept)
     assert trained(resident, tmp_path / "resumed", str(out / "checkpoint-1")) == (adapter, losses[1:])
+    if METHODS[method].hooks is Hooks and method != "pissa":
+        return  # what such a one starts from is compared in tests/adapters/test_model.py
     file.unlink(missing_ok=True)
     options = options_of(mixed, texts, tmp_path / "next", method, own, init_from=out)
     start, first = starting_options(options, paged.split)

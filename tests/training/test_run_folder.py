@@ -2,8 +2,8 @@
 
 import json
 import pickle
-import subprocess
-import sys
+import resource
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from qsvd.errors import BadInput, Damaged
 from qsvd.training.checkpoints import PARTS, check_readable, finish, written_whole
 from qsvd.training.run_folder import IDENTITY, LOCK, START, STEPS, SUMMARY, UNFINISHED, RunFolder, Start, Step
 from tests.sealed import opened, reseal
+from tests.stops import FORK
 
 ME = {"rank": 4, "map": ["a=text"], "steps": None}
 
@@ -220,25 +221,26 @@ def test_a_run_of_an_older_version_without_digests_goes_on_without(tmp_path):
         run.steps()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
 def test_a_disk_that_is_full_while_torch_saves_is_an_error_of_the_disk(tmp_path):
-    script = """
-import resource, sys, torch
-from pathlib import Path
-from qsvd.training.checkpoints import written_whole
-import signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    with written_whole(Path(sys.argv[1]), 2):
-        torch.save({"a": torch.ones(10**6)}, sys.argv[2])
-except OSError as error:
-    print(error)
-"""
-    file = tmp_path / UNFINISHED / "checkpoint-1" / "optimizer.pt"
+    file, said = tmp_path / UNFINISHED / "checkpoint-1" / "optimizer.pt", FORK.SimpleQueue()
     file.parent.mkdir(parents=True)
-    command = [sys.executable, "-c", script, tmp_path, file]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"[Errno 27] File too large: '{file}'\n"
+
+    def limited():
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            with written_whole(tmp_path, 2):
+                torch.save({"a": torch.ones(10**6)}, file)
+        except OSError as error:
+            said.put(str(error))
+
+    process = FORK.Process(target=limited)
+    process.start()
+    process.join(timeout=600)
+    assert process.exitcode == 0
+    assert said.get() == f"[Errno 27] File too large: '{file}'"
     with pytest.raises(RuntimeError, match="another"), written_whole(tmp_path, 2):
         raise RuntimeError("another")
 
