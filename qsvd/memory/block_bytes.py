@@ -6,7 +6,7 @@ an attention that keeps what the fused kernels keep replaces its attention.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from qsvd.errors import BadInput, first_line
 from qsvd.memory.interfaces import CPU, MASKED, NO_EXPERTS, PLAIN, WHOLE, ExpertsTwin, register_attention, unpacked
-from qsvd.memory.split_model import SplitModelPlan
+from qsvd.memory.split_model import Skeleton, SplitModelPlan
 from qsvd.memory.twins import Decoding, LinearTwin, LiveBytes
 from qsvd.plan.language import example_inputs, language_model
 from qsvd.plan.weights import BUILD_ERRORS
@@ -112,17 +112,26 @@ MORE = 4  # operations, as for a length that is padded, which are no loop
 
 def _run(model: SplitModelPlan, path: str, batch: Batch, backward: Backward) -> BlockBytes:
     """Run a block; one that loops over tokens, as Mamba does without kernels, with few tokens only."""
-    if batch.tokens <= 3 * STRETCH or not _loops(model, path):
+    if batch.tokens <= 3 * STRETCH or not _loops(_Structure(model.skeleton, path, model)):
         return _run_counted(model, path, batch, backward)[0]
     short = [replace(batch, tokens=times * STRETCH) for times in (1, 2, 3)]
     return _stretched([_run_counted(model, path, one, backward)[0] for one in short], batch.tokens / STRETCH)
 
 
+@dataclass(frozen=True)
+class _Structure:
+    """A block of a model, whatever its ranks and adapters are."""
+
+    skeleton: Skeleton
+    path: str
+    model: SplitModelPlan = field(compare=False)
+
+
 @lru_cache(maxsize=4096)
-def _loops(model: SplitModelPlan, path: str) -> bool:
+def _loops(block: _Structure) -> bool:
     """Tell whether a block does more operations for more tokens, each time: a mask, from some length on, is no loop."""
     batches = (Batch(times * STRETCH, 1, is_masked=False, checkpointing=True, device="cpu") for times in (1, 2, 3))
-    calls = (_run_counted(model, path, batch, "none")[1] for batch in batches)  # the third after a rise alone
+    calls = (_run_counted(block.model, block.path, batch, "none")[1] for batch in batches)  # the third after a rise
     return all(many > few + MORE for few, many in pairwise(calls))
 
 

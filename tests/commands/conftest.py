@@ -9,7 +9,8 @@ import qsvd
 from qsvd.cli import run as command
 from tests.checkpoints import write_checkpoint
 from tests.commands import calibrations
-from tests.commands.folders import shared_model
+from tests.commands.folders import shared_model, write_first_layers
+from tests.runs import classifier_base, language_base
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,25 +28,35 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory):
-    """The result of `qsvd quantize` of a shared model, by its name; made when it is first asked for."""
-    made = {}
-
-    def base(name):
-        if name not in made:
-            out = tmp_path_factory.mktemp("base") / name
-            made[name] = qsvd.quantize(
-                qsvd.Quantize(str(shared_model(name)), out=out, rank=8, iterations=1, device="cpu")
-            ).path
-        return made[name]
-
-    return base
+def stories(tmp_path_factory):
+    """The first two of the five layers of stories260K, a small model that was really trained."""
+    return write_first_layers(shared_model("stories260K"), tmp_path_factory.mktemp("stories") / "source", 2)
 
 
-@pytest.fixture
-def stories():
-    """A small model that was really trained."""
-    return calibrations.stories()
+@pytest.fixture(scope="session")
+def stories_base(stories):
+    """The result of `qsvd quantize` of it."""
+    out = stories.with_name("out")
+    return qsvd.quantize(qsvd.Quantize(str(stories), out=out, rank=8, iterations=1, device="cpu")).path
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory):
+    """A language model at rank 16, with its source beside it; nobody writes there."""
+    return language_base(tmp_path_factory.getbasetemp() / "language")
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """The same at rank 0."""
+    return language_base(tmp_path_factory.getbasetemp() / "plain", rank=0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Llama of one block that is split and planned in no time, at rank 4, with its source beside it."""
+    sizes = {"num_hidden_layers": 1, "num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 128}
+    return classifier_base(tmp_path_factory.getbasetemp() / "tiny", architecture="LlamaForCausalLM", **sizes)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Folders before and after `qsvd quantize`, their dense equivalent, and what a command writes to stderr."""
 
+import json
 import os
 import re
 import shutil
@@ -36,6 +37,19 @@ def shared_model(name):
     if not (SHARED_MODELS / name).is_dir():
         pytest.skip(f"models/{name} of the shared folder is not here")
     return SHARED_MODELS / name
+
+
+def write_first_layers(source, folder, count):
+    """A Llama or BERT without the layers after the first ones, tensor by tensor as it was; returns its folder."""
+    folder.mkdir()
+    for path in source.glob("*.json"):
+        shutil.copyfile(path, folder / path.name)
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+    layer = re.compile(r"\.layers?\.(\d+)\.")
+    kept = {n: t for n, t in tensors_of(source).items() if not (found := layer.search(n)) or int(found[1]) < count}
+    safetensors.torch.save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def write_dense(source, folder, replaced):

@@ -14,7 +14,7 @@ from qsvd.cli import run as command
 from qsvd.commands.train import train
 from tests.commands.trained_runs import LABELS, factors_of, head_of, trained_weights, write_run
 from tests.export.cases import make_base, residual
-from tests.runs import TRAINED, language_base, text_rows, training, write_rows
+from tests.runs import TRAINED, text_rows, training, write_rows
 
 ROUNDOFF = 2.0**-24 * 256  # of float32, over sums of a hundred numbers
 RANK, RECORD = 4, "qsvd_aggregate.json"
@@ -126,8 +126,8 @@ def test_heads_are_averaged_too(made, tmp_path):
         torch.testing.assert_close(tensor, (heads[0][name] + 3 * heads[1][name]) / 4)
 
 
-def test_training_goes_on_from_an_average_and_it_generates(tmp_path, capsys):
-    base = language_base(tmp_path, rank=4)
+def test_training_goes_on_from_an_average_and_it_generates(language, tmp_path, capsys):
+    base = language
     for seed in (0, 1):
         write_run(base, tmp_path / f"run-{seed}", "lora", seed=seed)
     out = qsvd.aggregate(tmp_path / "run-0", tmp_path / "run-1", out=tmp_path / "average")

@@ -26,8 +26,7 @@ from qsvd.plan.grid import grid_of
 from qsvd.plan.weights import plan_model
 from qsvd.prepare.allocate import importances, measure_and_solve, prepare_allocate
 from tests.checkpoints import write_checkpoint
-from tests.commands.calibrations import stories, texts
-from tests.commands.folders import shared_model
+from tests.commands.calibrations import texts
 from tests.commands.measurements import remembered, remembering
 from tests.stops import StopAfter, Stopped
 
@@ -481,9 +480,8 @@ def test_another_command_can_ask_for_an_allocation_and_stop_it(model, weights, t
     assert [path.name for path in options.out.parent.iterdir()] == ["table.txt.costs.jsonl"]
 
 
-def test_on_a_trained_model_bits_and_ranks_are_no_worse_than_bits_and_those_than_one_codec(allocate, tmp_path):
-    model = shared_model("stories260K")
-    checkpoint = open_checkpoint(str(model))
+def test_on_a_trained_model_bits_and_ranks_are_no_worse_than_bits_and_those_than_one_codec(allocate, stories, tmp_path):
+    checkpoint = open_checkpoint(str(stories))
     weights = [spec for spec in plan_model(checkpoint.config).weights if spec.module.startswith("model.layers.0.")]
     read = {spec.module: checkpoint.read(spec.name).float() for spec in weights}
     codecs = ("--codecs", "nf2-16-2x64", "nf3-16-3x64", "nf4-16-4x64", "--ranks", "0", "1", "2", "--rank", "0")
@@ -491,7 +489,7 @@ def test_on_a_trained_model_bits_and_ranks_are_no_worse_than_bits_and_those_than
     real, error = {}, cache(lambda module, codec, rank: min(split_weight(read[module], Recipe(codec, rank)).history))
     for allocator in ("both", "bits", "uniform"):
         for budget in ("2.5bits", "3.25bits", "4bits"):
-            code, out, _ = allocate("--allocator", allocator, *codecs, model=model, budget=budget)
+            code, out, _ = allocate("--allocator", allocator, *codecs, model=stories, budget=budget)
             assert code == 0
             assert "Highs" not in out
             table = from_text((tmp_path / "table.txt").read_text(), weights, "")
@@ -501,23 +499,23 @@ def test_on_a_trained_model_bits_and_ranks_are_no_worse_than_bits_and_those_than
         assert real["bits", budget] < 0.9 * real["uniform", budget]
 
 
-def test_with_texts_the_choices_are_those_of_quantize_with_a_budget(tmp_path, monkeypatch):
+def test_with_texts_the_choices_are_those_of_quantize_with_a_budget(stories, tmp_path, monkeypatch):
     shared = {"calibrate": str(texts()), "examples": 3, "max_length": 32, "seed": 3}
     few = ("nf2-16-2x64", "nf4-16-4x64"), (0, 4)  # for both commands
     monkeypatch.setattr(qsvd.prepare.allocate, "grid_of", lambda _, __, *rest: grid_of(*few, *rest))
-    shared |= {"include": ("*.[23].self_attn.k_proj",), "budget": "3.5bits", "device": "cpu"}
-    found = qsvd.allocate(stories(), out=tmp_path / "table.txt", **shared)
-    qsvd.quantize(stories(), out=tmp_path / "out", **shared)
+    shared |= {"include": ("*.[01].self_attn.k_proj",), "budget": "3.5bits", "device": "cpu"}
+    found = qsvd.allocate(stories, out=tmp_path / "table.txt", **shared)
+    qsvd.quantize(stories, out=tmp_path / "out", **shared)
     chosen, of_quantize = ((tmp_path / name).read_text().splitlines() for name in ("table.txt", "out/allocation.txt"))
     assert chosen == of_quantize, "the expected errors, too"
     errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
     assert {one["name"]: one["rank"] for one in errors} == {m: c.rank for m, c in found.allocation.choices.items()}
     shapes = counted(monkeypatch)
-    qsvd.allocate(stories(), out=tmp_path / "table.txt", **shared | {"budget": "3bits"})
+    qsvd.allocate(stories, out=tmp_path / "table.txt", **shared | {"budget": "3bits"})
     assert not shapes, "another budget uses the same measurements"
     for changed in ({"examples": 2}, {"sensitivity": "inputs"}):
         with pytest.raises(ValueError, match=r"costs\.jsonl"):
-            qsvd.allocate(stories(), out=tmp_path / "table.txt", **shared | changed)
+            qsvd.allocate(stories, out=tmp_path / "table.txt", **shared | changed)
 
 
 def test_options_of_texts_need_texts(allocate):

@@ -22,6 +22,7 @@ from tests.commands.folders import without_progress
 from tests.stops import StopAfter, Stopped
 
 EXIT = 9
+BLOCKS = 2  # of the model
 
 
 def die_at(options, number, changes=None):
@@ -68,7 +69,7 @@ def test_a_run_that_dies_before_any_rename_goes_on_to_the_same_bytes(stories, te
 
 def test_what_is_kept_is_not_done_again(stories, texts, tmp_path):
     options = options_of(stories, texts, tmp_path / "s", chunk=1)
-    steps = 2 * 5 + 1  # five blocks, up and down, and the end of a chunk
+    steps = 2 * BLOCKS + 1  # the blocks, up and down, and the end of a chunk
     with pytest.raises(Stopped):
         measure(prepare_calibrate(options), StopAfter(3 * steps))
     show = StopAfter()
@@ -84,13 +85,13 @@ def test_with_gradients_a_run_goes_on_with_the_next_block_of_the_backward_pass_t
     changes = {"traces": 1, "gradient_rank": 4}
     whole = options_of(stories, texts, tmp_path / "whole", **changes)
     calibrate(whole)
-    for number in (3, 6):  # five blocks, the result
+    for number in (2, 3):  # two blocks, the result
         options = options_of(stories, texts, tmp_path / f"dies-{number}", **changes)
         assert die_at(options, number) == EXIT
         show = StopAfter()
         measure(prepare_calibrate(options), show)
         done = number - 1
-        assert len(show.seen) == 5 - done + max(5 - done - bool(done), 0)
+        assert len(show.seen) == BLOCKS - done + max(BLOCKS - done - bool(done), 0)
         assert options.out.read_bytes() == whole.out.read_bytes()
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -98,7 +99,7 @@ def test_with_gradients_a_run_goes_on_with_the_next_block_of_the_backward_pass_t
 def test_hidden_states_of_all_examples_that_do_not_fit_are_refused_before_the_work(
     stories, texts, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(command, "free_host_memory", lambda: 10**5)
+    monkeypatch.setattr(command, "free_host_memory", lambda: 10**4)
     monkeypatch.setattr(command, "add_examples", None)
     flags = ["--examples", "4", "--device", "cpu", "--gradient-rank", "4"]
     assert run(["calibrate", str(stories), str(texts), "--out", str(tmp_path / "s"), *flags]) == 3

@@ -10,7 +10,7 @@ from qsvd.cli import run as qsvd_command
 from qsvd.data.template_names import read_template
 from qsvd.options import Generate
 from qsvd.prepare.generate import prepare_generate
-from tests.runs import TEXTS, language_base, training, words, write_rows
+from tests.runs import TEXTS, training, words, write_rows
 
 pytestmark = pytest.mark.slow
 CHATS = [
@@ -20,10 +20,10 @@ CHATS = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(language, tmp_path_factory):
     """The quantized model, whose tokenizer has no chat template, the data, and a run with a template."""
     folder = tmp_path_factory.mktemp("chats")
-    base, data = language_base(folder / "base"), write_rows(folder / "chats.jsonl", CHATS)
+    base, data = language, write_rows(folder / "chats.jsonl", CHATS)
     options = training(base, data, folder / "run", chat_template="alpaca", max_length=96, steps=1, any_start=True)
     assert qsvd_command(words(options)) == 0
     return base, data, folder / "run"

@@ -12,7 +12,7 @@ from qsvd.cli import run
 from qsvd.commands import compare as command
 from qsvd.training.cells import Cells
 from tests.commands.folders import files_of
-from tests.runs import TEXTS, classifier_base, labelled_rows, language_base, write_rows
+from tests.runs import TEXTS, classifier_base, labelled_rows, write_rows
 from tests.stops import killed
 
 SAME = ("results.jsonl", "table.md", "quality.svg", "rates.svg")
@@ -21,10 +21,10 @@ ROWS = {"methods": ("lora", "pissa"), "size": 4, "rates": (1e-3, 1e-2), "seeds":
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def here(tmp_path_factory, language):
     """The model in M and the data in D."""
     folder = tmp_path_factory.mktemp("compare")
-    (folder / "M").symlink_to(language_base(folder / "base").parent / "source")
+    (folder / "M").symlink_to(language.parent / "source")
     (folder / "D").mkdir()
     for number, part in enumerate(("train", "valid", "test")):
         write_rows(folder / "D" / f"{part}.jsonl", [{"text": text} for text in TEXTS[4 * number : 4 * number + 4]])
@@ -59,20 +59,10 @@ def test_a_finished_comparison_trains_nothing(here, first, monkeypatch):
     assert {name.rpartition(".")[2] for name in files_of(first / "cells")} == {"json"}
 
 
-FEWER = {"methods": ("lora",), "seeds": 1}  # the first row, with the first of its seeds
+FEWER = {"methods": ("lora",), "seeds": 1, "keep_runs": True}  # the first row, with the first of its seeds
 
 
-def assert_as_in_the_first_row(found, first):
-    (row,) = found.rows
-    assert (row.rates, row.best_rate, row.trained_parameters) == (
-        first.rows[0].rates,
-        first.rows[0].best_rate,
-        first.rows[0].trained_parameters,
-    )
-    assert row.seeds == first.rows[0].seeds[:1]
-
-
-def test_a_comparison_that_is_killed_goes_on_to_the_same_results(here, first, monkeypatch):
+def test_a_comparison_that_is_killed_goes_on_to_the_same_results_and_keeps_its_runs(here, first, monkeypatch):
     def times(suffix=".json"):
         return {one.name: one.stat().st_mtime_ns for one in (here / "killed" / "cells").glob(f"*{suffix}")}
 
@@ -82,8 +72,13 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results(here, first, mo
     killed(monkeypatch, Cells, "finish_test", 1, lambda: compared(here, "killed", **FEWER))
     assert before.items() < times().items()
     before = times()
-    assert_as_in_the_first_row(compared(here, "killed", **FEWER), first)
+    found = compared(here, "killed", **FEWER)
+    (row,), expected = found.rows, first.rows[0]
+    assert (row.rates, row.best_rate) == (expected.rates, expected.best_rate)
+    assert (row.trained_parameters, row.seeds) == (expected.trained_parameters, expected.seeds[:1])
     assert before.items() <= times("").items()
+    summaries = [json.loads((one / "summary.json").read_text()) for one in (found / "runs").iterdir()]
+    assert sorted(one["held_out_after"] for one in summaries) == sorted(one.valid_loss for one in row.rates)
 
 
 def test_two_processes_share_the_cells_and_end_with_the_same_results(here, first):
@@ -120,23 +115,14 @@ def test_two_processes_share_the_cells_and_end_with_the_same_results(here, first
 
 
 def test_a_cell_has_the_numbers_of_qsvd_train(here, first, tmp_path):
-    """Of both parts: the other one is given as validation data."""
+    """Of the test part, which is given as validation data; kept runs have those of the other one."""
     (row, _) = lines(first.path)
     split = next((first / "splits").glob("r0-*"))
-    for seed, part, name in zip(row["seeds"], ("valid", "test"), ("valid_loss", "test_loss"), strict=True):
-        chosen = {"method": "lora", "rank": 4, "learning_rate": row["best_rate"], "seed": seed["seed"]}
-        valid = here / "D" / f"{part}.jsonl"
-        made = qsvd.train(split, here / "D" / "train.jsonl", out=tmp_path / part, valid=valid, **SHORT, **chosen)
-        assert made.summary.held_out_after == seed[name]
+    seed, valid = row["seeds"][1], here / "D" / "test.jsonl"
+    chosen = {"method": "lora", "rank": 4, "learning_rate": row["best_rate"], "seed": seed["seed"]}
+    made = qsvd.train(split, here / "D" / "train.jsonl", out=tmp_path / "run", valid=valid, **SHORT, **chosen)
+    assert made.summary.held_out_after == seed["test_loss"]
     assert row["trained_parameters"] == made.summary.trained_parameters
-
-
-def test_kept_runs_are_runs_of_qsvd_train_with_the_same_numbers(here, first):
-    kept = compared(here, "kept", keep_runs=True, **FEWER)
-    assert_as_in_the_first_row(kept, first)
-    runs = [*(kept / "runs").iterdir()]
-    assert len(runs) == 2
-    assert all((one / "summary.json").is_file() for one in runs)
 
 
 def test_only_the_best_rate_of_each_row_is_tested(first):

@@ -31,13 +31,12 @@ DOCUMENTS = ["One day Tom saw a cat in the big tree.", "Lily was sad. Her mom sa
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, bases):
+def made(tmp_path_factory, stories, stories_base):
     """The three kinds of one model, and their weights in float64 by module path."""
-    base, folder = bases("stories260K"), tmp_path_factory.mktemp("eval")
+    base, source, folder = stories_base, stories, tmp_path_factory.mktemp("eval")
     run = folder / "run"
     weights = trained_weights(base, run, write_run(base, run))
     split = {module: residual(base, f"{module}.weight") + up @ down for module, (up, down) in factors_of(base).items()}
-    source = shared_model("stories260K")
     text = folder / "text.txt"
     text.write_text(TEXT * 3)
     jsonl = write_rows(folder / "documents.jsonl", [{"text": text} for text in DOCUMENTS])
@@ -164,8 +163,10 @@ def test_windows_are_the_context_and_half_of_it_unless_told(made, measured):
     assert (one["window"], one["stride"]) == (512, 256)
 
 
-def test_tinystories_cost_the_16_bit_model_what_its_author_measured(made, measured):
-    [one] = measured(made.source, "--data", shared("data/tinystories-100.jsonl"), "--limit", 60)["models"]
+def test_tinystories_cost_the_16_bit_model_what_its_author_measured(measured):
+    [one] = measured(shared_model("stories260K"), "--data", shared("data/tinystories-100.jsonl"), "--limit", 60)[
+        "models"
+    ]
     assert one["perplexity"] == pytest.approx(3.6545, abs=0.5e-4)
 
 
@@ -376,11 +377,10 @@ def test_answers_without_a_number_are_refused_before_a_model_is_loaded(made, tmp
     )
 
 
-@pytest.mark.parametrize("share", ["0", "0.5"])
-def test_pages_from_disk_change_no_digit(made, capsys, share):
+def test_pages_from_disk_change_no_digit(made, capsys):
     shown = []
-    for resident in ("1", share):
-        words = ["eval", str(made.base), str(made.run), "--data", made.jsonl, "--device", "cpu", "--resident", resident]
+    for resident in ("1", "0.5"):  # of two blocks
+        words = ["eval", str(made.run), "--data", made.jsonl, "--device", "cpu", "--resident", resident]
         assert qsvd_command([*words, "--json"]) == 0
         shown.append(json.loads(capsys.readouterr().out)["models"])
     assert shown[0] == shown[1]

@@ -141,25 +141,25 @@ main()
     assert shown(code) == (130, "qsvd: interrupted\n")
 
 
-def test_a_second_signal_stops_at_once():
-    code = """
+def test_a_second_signal_stops_at_once(stories_base):
+    code = f"""
 import signal, sys
-import qsvd.commands.methods
+import qsvd.commands.report
 def work(_):
     try: signal.raise_signal(signal.SIGTERM)
     finally: signal.raise_signal(signal.SIGTERM); print("never", file=sys.stderr)
-qsvd.commands.methods.main = work
-sys.argv = ["qsvd", "methods"]
+qsvd.commands.report.main = work
+sys.argv = ["qsvd", "report", "{stories_base}"]
 from qsvd.__main__ import main
 main()
 """
     assert shown(code) == (130, "qsvd: interrupted, and stopped at once\n")
 
 
-def test_a_full_disk_under_stdout_is_a_sentence():
+def test_a_full_disk_under_stdout_is_a_sentence(stories_base):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    command = [sys.executable, "-m", "qsvd", "methods"]
+    command = [sys.executable, "-m", "qsvd", "report", stories_base]
     environment = os.environ | {"PYTHONPATH": python_path()}
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)

@@ -23,11 +23,13 @@ PROMPT, COUNT = "Once upon a time", 30
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, bases):
+def models(tmp_path_factory):
     """The three kinds of one model, by name."""
-    base, folder = bases("stories260K"), tmp_path_factory.mktemp("generate")
+    source, folder = shared_model("stories260K"), tmp_path_factory.mktemp("generate")
+    options = qsvd.Quantize(str(source), out=folder / "out", rank=8, iterations=1, device="cpu")
+    base = qsvd.quantize(options).path
     write_run(base, folder / "run")
-    return {"16-bit": shared_model("stories260K"), "split": base, "trained": folder / "run"}
+    return {"16-bit": source, "split": base, "trained": folder / "run"}
 
 
 @pytest.fixture(scope="module")

@@ -40,11 +40,6 @@ WILD = {**CONSTANT, "learning_rate": 0.02, "eval_every": 1}  # the held-out loss
 IDS = torch.arange(3, 67).reshape(2, 32)
 
 
-@pytest.fixture(scope="session")
-def language(tmp_path_factory):
-    return language_base(tmp_path_factory.getbasetemp() / "language")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Texts and others to validate on."""
@@ -55,14 +50,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def options(language, data, tmp_path):
-    return training(language, data, tmp_path / "run", valid=data.replace("texts.jsonl", "valid.jsonl"))
+    return training(language, data, tmp_path / "run", valid=data.replace("texts.jsonl", "valid.jsonl"), **CONSTANT)
 
 
 @pytest.fixture(scope="module")
 def complete(language, data, tmp_path_factory):
     """A run of these options."""
     run = tmp_path_factory.mktemp("complete") / "run"
-    train(training(language, data, run, valid=data.replace("texts.jsonl", "valid.jsonl")))
+    train(training(language, data, run, valid=data.replace("texts.jsonl", "valid.jsonl"), **CONSTANT))
     return run
 
 
@@ -85,39 +80,29 @@ def held_out(run):
     return {step["number"]: step["held_out"] for step in steps_of(run) if step["held_out"] is not None}
 
 
-def test_more_steps_end_where_a_run_of_as_many_ends(options, tmp_path):
-    options = replace(options, **CONSTANT, steps=1)
-    train(options)
-    train(longer(options, 3))
-    train(replace(options, steps=3, out=tmp_path / "straight"))
-    assert outcome(options.out) == outcome(tmp_path / "straight")
-    assert summary(options)["steps"] == 3
+def test_more_steps_end_where_a_run_of_as_many_ends_also_after_a_stop(done, tmp_path, monkeypatch):
+    more = longer(done, 6, save_every=2)
+    with monkeypatch.context() as patch:
+        interrupting(patch, 5)
+        with pytest.raises(Interrupted):
+            qsvd.commands.train.main(more)
+    assert not (done.out / "summary.json").exists(), "the shorter run's summary would say that all is done"
+    train(more)
+    train(replace(done, steps=6, out=tmp_path / "straight"))
+    assert outcome(done.out) == outcome(tmp_path / "straight")
+    assert summary(done)["steps"] == 6
 
 
 def test_the_schedule_is_that_of_all_steps(options, tmp_path):
-    options = replace(options, schedule="cosine", learning_rate=1e-3, steps=3)
+    options = replace(options, schedule="cosine", learning_rate=1e-3, steps=2)
     train(options)
-    train(longer(options, 5))
-    train(replace(options, steps=5, out=tmp_path / "straight"))
+    train(longer(options, 4))
+    train(replace(options, steps=4, out=tmp_path / "straight"))
     rates = [[step["learning_rate"] for step in steps_of(run)] for run in (options.out, tmp_path / "straight")]
-    assert rates[0][3:] == rates[1][3:]
-    assert rates[0][:3] != rates[1][:3]
+    assert rates[0][2:] == rates[1][2:]
+    assert rates[0][:2] != rates[1][:2]
     losses = [step["loss"] for step in steps_of(options.out)]
-    assert losses[4] != losses[3], "the rate of the last step was zero"
-
-
-def test_an_extension_that_was_stopped_continues_to_the_same_bytes(done, tmp_path, monkeypatch):
-    options = done
-    shutil.copytree(options.out, tmp_path / "other")
-    more = longer(options, 7, save_every=2)
-    train(more)
-    with monkeypatch.context() as patch:
-        interrupting(patch, 6)
-        with pytest.raises(Interrupted):
-            qsvd.commands.train.main(replace(more, out=tmp_path / "other"))
-    assert not (tmp_path / "other" / "summary.json").exists(), "the shorter run's summary would say that all is done"
-    train(replace(more, out=tmp_path / "other"))
-    assert outcome(tmp_path / "other") == outcome(options.out)
+    assert losses[3] != losses[2], "the rate of the last step was zero"
 
 
 def test_fewer_steps_than_are_done_and_other_options_are_refused(done):
@@ -144,33 +129,25 @@ def test_measuring_on_the_way_changes_no_byte_of_the_training(done, tmp_path):
     assert held_out(options.out) == {}
 
 
-def test_the_best_adapter_is_kept_and_is_that_of_a_run_that_ends_there(options, tmp_path):
-    options = replace(options, **WILD, steps=8, keep=1, keep_best=True)
-    train(options)
-    losses = held_out(options.out)
-    best = min(losses, key=losses.get)
-    assert 1 < best < 8, "the test needs a loss that falls and rises"
-    assert summary(options)["best_step"] == best
-    assert summary(options)["held_out_after"] == losses[best]
-    assert [path.name for path in checkpoints(options.out)] == [f"checkpoint-{best}", "checkpoint-8"]
-    train(replace(options, out=tmp_path / "short", steps=best))
-    assert (options.out / TRAINED).read_bytes() == (tmp_path / "short" / TRAINED).read_bytes()
-
-
-def test_early_stopping_ends_a_run_that_no_longer_gets_better(options, tmp_path, monkeypatch):
-    options = replace(options, **WILD, steps=30, early_stopping=2, keep_best=True)
-    train(options)
-    losses = list(held_out(options.out).values())
-    best = losses.index(min(losses))
-    assert len(losses) == best + 1 + 2 < 30
-    assert summary(options)["steps"] == len(losses)
-    killed = replace(options, out=tmp_path / "killed")
+def test_early_stopping_ends_a_run_that_no_longer_gets_better_and_its_best_adapter_is_kept(
+    options, tmp_path, monkeypatch
+):
+    """Also where the run dies before it is finished."""
+    options = replace(options, **WILD, steps=30, early_stopping=2, keep=1, keep_best=True)
     with monkeypatch.context() as patch:
         patch.setattr("qsvd.commands.train.finish_run", no_space)
         with pytest.raises(OSError, match="no space"):
-            train(killed)
-    train(replace(killed, resume=True))
-    assert outcome(killed.out) == outcome(options.out)
+            train(options)
+    train(replace(options, resume=True))
+    losses = held_out(options.out)
+    best, last = min(losses, key=losses.get), len(losses)
+    assert 1 < best < last == best + 2 < 30
+    assert summary(options)["steps"] == last
+    assert summary(options)["best_step"] == best
+    assert summary(options)["held_out_after"] == losses[best]
+    assert [path.name for path in checkpoints(options.out)] == [f"checkpoint-{best}", f"checkpoint-{last}"]
+    train(replace(options, out=tmp_path / "short", steps=best, early_stopping=None, keep_best=False))
+    assert (options.out / TRAINED).read_bytes() == (tmp_path / "short" / TRAINED).read_bytes()
 
 
 def no_space(*_):
@@ -194,7 +171,7 @@ def trained(home, language, data):
             base = language_base(home / f"rank-{rank}", rank=rank).relative_to(home)
             chosen = {"method": method, "rank": None if method == "pissa" else 4, "learning_rate": 1e-2}
             valid = data.replace("texts.jsonl", "valid.jsonl")
-            return train(training(base, data, home / f"{method}-{rank}", valid=valid, **chosen)).path
+            return train(training(base, data, home / f"{method}-{rank}", valid=valid, steps=2, **chosen)).path
 
     return make
 
@@ -206,7 +183,7 @@ METHODS = ("pissa", "edora")  # tests/training/test_methods.py begins and goes o
 def test_a_run_starts_from_the_adapter_of_another(options, home, trained, method):
     first = trained(method)
     second = replace(options, base=home / "rank-16" / "out", method=method, init_from=first)
-    second = replace(second, rank=None if method == "pissa" else 4)
+    second = replace(second, rank=None if method == "pissa" else 4, steps=1)
     train(second)
     before = json.loads((first / "summary.json").read_text())
     assert summary(second)["held_out_before"] == before["held_out_after"]
@@ -276,7 +253,7 @@ def test_peft_opens_a_run_from_everywhere(home, trained, tmp_path, monkeypatch, 
 
 def test_a_run_whose_model_has_moved_says_how_to_load_it(options, tmp_path):
     base = shutil.copytree(options.base, tmp_path / "base" / "out")
-    train(replace(options, base=base))
+    train(replace(options, base=base, steps=1))
     base.rename(tmp_path / "moved")
     with pytest.raises(BadInput, match=r"run was trained on .*base/out, which does not exist; give its new folder"):
         qsvd.load(options.out)
@@ -285,7 +262,7 @@ def test_a_run_whose_model_has_moved_says_how_to_load_it(options, tmp_path):
 
 def test_a_trained_classifier_is_written_for_peft_if_peft_can_hold_its_head(tmp_path, capsys):
     base = classifier_base(tmp_path / "bert")
-    options = training(base, write_rows(tmp_path / "l.jsonl", labelled_rows()), tmp_path / "run")
+    options = training(base, write_rows(tmp_path / "l.jsonl", labelled_rows()), tmp_path / "run", steps=1)
     train(options)
     written = (options.out / "adapter_config.json").is_file()
     assert written or "has no files for PEFT: " in capsys.readouterr().err

@@ -12,7 +12,7 @@ from qsvd.data.examples import first_lines
 from qsvd.errors import show_size
 from qsvd.prepare.check_options import check
 from qsvd.prepare.quantize_first import prepare_training
-from tests.runs import labelled_rows, language_base, text_rows, write_rows
+from tests.runs import labelled_rows, text_rows, write_rows
 
 MODEL, DATA = "a model", "some data.jsonl"  # names that a shell would divide
 SHORT = [
@@ -31,9 +31,9 @@ SHORT = [
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("home")
-    (folder / MODEL).symlink_to(language_base(folder).parent / "source")
+    (folder / MODEL).symlink_to(tiny.parent / "source")
     write_rows(folder / DATA, text_rows())
     write_rows(folder / "labels.jsonl", labelled_rows())
     return folder

@@ -6,7 +6,7 @@ import pytest
 
 import qsvd
 from qsvd.cli import parse, run
-from tests.runs import language_base, text_rows, write_rows
+from tests.runs import text_rows, write_rows
 
 LINE = ["train", "OUT", "DATA", "--out", "RUN"]
 
@@ -35,8 +35,8 @@ def test_a_file_of_options_has_them(tmp_path):
     assert parse([*LINE, "--config", str(file)]).gamma == 0.25
 
 
-def test_a_run_keeps_them_and_another_value_is_another_run(tmp_path):
-    base, data = language_base(tmp_path / "base"), write_rows(tmp_path / "texts.jsonl", text_rows())
+def test_a_run_keeps_them_and_another_value_is_another_run(language, tmp_path):
+    base, data = language, write_rows(tmp_path / "texts.jsonl", text_rows())
     options = {"out": tmp_path / "run", "method": "vera", "rank": 4, "steps": 1, "device": "cpu", "held_out": 0.0}
     qsvd.train(str(base), data, d_initial=0.5, max_length=16, **options)
     assert json.loads((tmp_path / "run" / "qsvd_adapter.json").read_text())["own"] == {"d_initial": 0.5}

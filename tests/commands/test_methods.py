@@ -10,9 +10,9 @@ import qsvd
 from qsvd.adapters.methods.table import METHODS
 from qsvd.adapters.model import split_linears
 from qsvd.cli import parse, run
+from tests.checkpoints import write_checkpoint
 from tests.commands.trained_runs import METHODS as TRAINED
 from tests.commands.trained_runs import ROUTED, write_run
-from tests.export.cases import make_base
 from tests.gradients import write_gradients
 
 PARAMETERS = {  # the default rank r on stored components of rank 64, and what is trained of an [m, n] weight
@@ -46,12 +46,14 @@ PARAMETERS = {  # the default rank r on stored components of rank 64, and what i
 BESIDE = ("randlora", "r-lora", "losa")  # what is added is no product of factors
 LLAMA = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]  # 32 blocks of these
 FORMS = ("peft", "lora", "merged")
-EXPORTED = ("lora", "edora", "dora", "randlora", "losa", "mo-sara", "r-lora")  # with a gain or a refusal, and one other
+EXPORTED = ("lora", "dora", "randlora", "losa", "mo-sara", "r-lora")  # with a gain or a refusal, and one other
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")) / "out"
+    folder = tmp_path_factory.mktemp("base")
+    write_checkpoint(folder / "source", num_hidden_layers=1)
+    return qsvd.quantize(folder / "source", out=folder / "out", rank=4, iterations=1, device="cpu").path
 
 
 @pytest.fixture(scope="module")

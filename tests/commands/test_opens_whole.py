@@ -16,7 +16,7 @@ from qsvd.adapters.model import trained
 from tests.adapters.results import IDS, in_float32, split_checkpoint
 from tests.checkpoints import write_checkpoint
 from tests.commands.measurements import few_candidates
-from tests.runs import TEXTS, language_base
+from tests.runs import TEXTS
 from tests.sealed import reseal, without_digests
 
 pytestmark = [
@@ -132,8 +132,8 @@ def test_peft_trains_the_components_and_makes_no_second_copy(tmp_path, options):
 
 
 @pytest.mark.slow
-def test_trls_first_loss_is_ours(tmp_path):
-    out = language_base(tmp_path)
+def test_trls_first_loss_is_ours(language, tmp_path):
+    out = language
     tokenizer = AutoTokenizer.from_pretrained(out)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     settings = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}

@@ -15,7 +15,7 @@ from qsvd.files.trained.records import read_texts
 from qsvd.training.run_folder import RunFolder
 from tests.checkpoints import write_checkpoint
 from tests.report.page.pages import Page, steps_of
-from tests.runs import interrupting, language_base, text_rows, training, words, write_rows
+from tests.runs import interrupting, text_rows, training, words, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,10 @@ def test_a_live_page_ends_when_nobody_trains_the_run(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_a_run_has_a_page_with_its_command_which_is_live_until_the_run_is_finished(tmp_path, monkeypatch, capsys):
-    base = language_base(tmp_path, rank=4)
+def test_a_run_has_a_page_with_its_command_which_is_live_until_the_run_is_finished(
+    language, tmp_path, monkeypatch, capsys
+):
+    base = language
     data = write_rows(tmp_path / "d.jsonl", text_rows())
     typed = words(training(base, data, tmp_path / "run", steps=2, save_every=1, held_out=0.3, any_start=True))
     monkeypatch.setattr(texts, "SHARE", 1)

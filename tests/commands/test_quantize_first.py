@@ -15,18 +15,20 @@ from qsvd.decompose.alternate import split_weights
 from tests.commands.folders import files_of
 from tests.commands.measurements import few_candidates
 from tests.gradients import write_gradients
-from tests.runs import interrupting, labelled_rows, language_base, outcome, text_rows, training, words, write_rows
+from tests.runs import interrupting, labelled_rows, outcome, text_rows, training, words, write_rows
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return language_base(tmp_path_factory.mktemp("model")).parent / "source"
+def source(tiny):
+    return tiny.parent / "source"
 
 
 def options_in(folder, source):
-    return training(source, write_rows(folder / "texts.jsonl", text_rows()), folder / "RUN", save_every=1, steps=3)
+    return training(
+        source, write_rows(folder / "texts.jsonl", text_rows()), folder / "RUN", save_every=1, steps=3, any_start=True
+    )
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def alone(source, tmp_path_factory):
 def test_gradients_are_checked_before_the_model_is_quantized(source, options, tmp_path, capsys):
     for place, fingerprint in (("ours", None), ("others", "0" * 16)):
         write_gradients(source.parent / "out", tmp_path / place, 4, fingerprint=fingerprint)
-    asked = training(source, options.data, options.out, method="lora-ga", rank=4, steps=1)
+    asked = training(source, options.data, options.out, method="lora-ga", rank=4, steps=1, any_start=True)
     refused = {
         None: "lora-ga starts from gradients of the 16-bit model: give --gradients FILE",
         tmp_path / "others": "others has the gradients of another model",
@@ -95,16 +97,14 @@ def test_one_command_writes_the_bytes_of_two(options, tmp_path, way, monkeypatch
     assert found == expected
 
 
-def test_another_run_uses_the_quantized_model_again_and_the_same_command_changes_nothing(options, tmp_path, capsys):
-    options = replace(options, steps=1)
+def test_another_run_uses_the_quantized_model_again_and_the_same_command_changes_nothing(source, alone):
+    options = options_in(alone, source)
+    before = {folder: files_of(alone / folder) for folder in ("RUN", "source-nf4-r64")}
     assert run(words(options)) == 0
-    shown = capsys.readouterr().err
-    assert shown.splitlines()[0].startswith("Training: causal language model on texts")
-    assert f"First: {options.base} is quantized into {tmp_path / 'source-nf4-r64'}\n" in shown
-    before = {folder: files_of(tmp_path / folder) for folder in ("RUN", "source-nf4-r64")}
-    assert run(words(options)) == 0
-    assert run(words(replace(options, out=tmp_path / "RUN2", seed=1))) == 0
-    assert {folder: files_of(tmp_path / folder) for folder in before} == before
+    assert run(words(replace(options, out=alone / "RUN2", seed=1, steps=1))) == 0
+    assert {folder: files_of(alone / folder) for folder in before} == before
+    assert {path.name for path in alone.iterdir()} == {*before, "RUN2", "texts.jsonl"}
+    shutil.rmtree(alone / "RUN2")
 
 
 def test_an_interrupt_in_each_part_is_continued_by_the_same_command(options, alone, tmp_path, monkeypatch, capsys):
@@ -119,7 +119,10 @@ def test_an_interrupt_in_each_part_is_continued_by_the_same_command(options, alo
     with monkeypatch.context() as patch:
         patch.setattr(qsvd.prepare.quantize, "split_weights", interrupted_split)
         assert run(words(options)) == 130
-    assert f"the same command continues in {tmp_path / 'source-nf4-r64'}" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[0].startswith("Training: causal language model on texts")
+    assert f"First: {options.base} is quantized into {tmp_path / 'source-nf4-r64'}\n" in shown
+    assert f"the same command continues in {tmp_path / 'source-nf4-r64'}" in shown
     assert not options.out.exists()
     with monkeypatch.context() as patch:
         interrupting(patch, 2)
@@ -145,8 +148,8 @@ def test_what_cannot_be_done_is_refused_before_anything_is_quantized(options, tm
     for changes, sentence in {
         "data": ({"data": rows}, "rows.jsonl"),
         "task": ({"data": labelled}, "give --task classification"),
-        "length": ({"max_length": 513}, "--max-length 513 is above 512"),
-        "rank": ({"rank": 999}, "--rank 999 is above 128, the shorter side of the smallest layer"),
+        "length": ({"max_length": 129}, "--max-length 129 is above 128"),
+        "rank": ({"rank": 999}, "--rank 999 is above 64, the shorter side of the smallest layer"),
         "lora only": (
             {"rslora": True},
             "rslora is an option of the method lora or dora or lora-fa or lora-ga or ",

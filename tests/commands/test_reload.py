@@ -14,7 +14,6 @@ import transformers
 
 import qsvd
 from qsvd.cli import run as qsvd_command
-from tests.commands.folders import shared_model
 from tests.commands.trained_runs import (
     LABELS,
     METHODS,
@@ -31,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # PEFT replaces the components
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT asks for an old name
 ]
-MODELS = {"stories260K": (), "bert": LABELS}
+MODELS = {"stories": (), "bert": LABELS}
 SCALED = ("edora", "dora")  # whose rows have a gain
 REFUSED = {("randlora", form): "changes weights at full rank, which a LoRA cannot do" for form in ("peft", "lora")}
 REFUSED |= {("losa", form): "changes no weight that is 0, and a product of two factors" for form in ("peft", "lora")}
@@ -39,15 +38,15 @@ REFUSED |= {(method, "lora"): "scales the rows of each weight, which a LoRA on t
 # One of each kind: what is trained takes the place of the components, is beside them, has a gain, or is of full rank.
 # All others differ in the product alone, of which every form is made: merged weights show it.
 KINDS = ("pissa", "lora", "dora", "randlora", "losa")
-IN_EVERY_FORM = [("bert", "edora"), *(("stories260K", method) for method in KINDS)]  # the first has a new head
-CASES = [*IN_EVERY_FORM, *(("stories260K", method) for method in METHODS if method not in KINDS)]  # the same come first
+IN_EVERY_FORM = [("bert", "edora"), *(("stories", method) for method in KINDS)]  # the first has a new head
+CASES = [*IN_EVERY_FORM, *(("stories", method) for method in METHODS if method not in KINDS)]  # the same come first
 in_every_form = pytest.mark.parametrize("case", IN_EVERY_FORM, ids="-".join, indirect=True)
 SMALLEST = 2.0**-25  # half the least float16
 COPIES = 4  # roundings to float32 of one element besides those of the product's sum: residual, gain, magnitude, norm
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
-def case(request, tmp_path_factory, bases):
+def case(request, tmp_path_factory, stories, stories_base):
     """A base, a run and what the two stand for."""
     name, method = request.param
     labels = MODELS[name]
@@ -56,7 +55,7 @@ def case(request, tmp_path_factory, bases):
         made = make_base(folder, "BertModel", dtype=torch.float16)
         base, source = made / "out", made / "source"
     else:
-        base, source = bases(name), shared_model(name)
+        base, source = stories_base, stories
     model = write_run(base, folder / "run", method, labels=labels)
     weights = trained_weights(base, folder / "run", model)
     auto = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
@@ -195,7 +194,7 @@ def test_merged_it_is_the_same_model_in_plain_transformers(case):
         assert merged.config.architectures == ["BertForSequenceClassification"]
 
 
-@pytest.mark.parametrize("case", [("stories260K", "pissa"), ("stories260K", "dora")], ids="-".join, indirect=True)
+@pytest.mark.parametrize("case", [("stories", "pissa"), ("stories", "dora")], ids="-".join, indirect=True)
 def test_it_generates_in_qsvd_as_in_plain_transformers(case):
     prompt = torch.tensor([[1, 403, 407, 261]])
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}

@@ -10,7 +10,7 @@ import pytest
 
 from qsvd.cli import run
 from tests.commands.folders import files_of
-from tests.runs import interrupting, language_base, text_rows, training, words, write_rows
+from tests.runs import interrupting, text_rows, training, words, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -84,8 +84,8 @@ def made(folder, source):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return language_base(tmp_path_factory.mktemp("base"), rank=0).parent / "source"
+def source(tiny):
+    return tiny.parent / "source"
 
 
 @pytest.fixture(scope="module")

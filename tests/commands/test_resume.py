@@ -21,7 +21,7 @@ from tests.commands.folders import files_of, shared_model
 FORK = multiprocessing.get_context("fork")
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 EXIT = 9
-SOME = "*.layer.[01].*"  # 12 of 36 weights
+SOME = "*.layer.0.*"  # 6 of 36 weights
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(source, tmp_path_factory):
-    """Options of a run with three weights and two shards, in a folder that is not there yet."""
+    """Options of a run with two weights and two shards, in a folder that is not there yet."""
     out = tmp_path_factory.mktemp("runs") / "out"
-    return qsvd.Quantize(str(source), out=out, rank=4, include=("*.0.self_attn.[qkv]_proj",), shard_size="400KB")
+    return qsvd.Quantize(str(source), out=out, rank=4, include=("*.0.self_attn.[qk]_proj",), shard_size="400KB")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_run_that_dies_again_and_again_still_ends_in_the_same_bytes(tiny, undi
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_kill_at_a_random_moment_of_a_real_run(tmp_path, monkeypatch):
-    """The moment is a number of finished weights, of 12, and some milliseconds more."""
+    """The moment is a number of finished weights, of 6, and some milliseconds more."""
     options = {"rank": 16, "iterations": 1, "shard_size": "5MB", "out": Path("out"), "include": (SOME,)}
     asked = qsvd.Quantize(str(shared_model("minilm-l6").resolve()), **options)
 
@@ -141,7 +141,7 @@ def test_a_kill_at_a_random_moment_of_a_real_run(tmp_path, monkeypatch):
 
     alone = files_of(quantize_in(tmp_path / "alone"))
     draws = random.Random(11)
-    weights, folder = draws.randrange(8), tmp_path / "killed"
+    weights, folder = draws.randrange(4), tmp_path / "killed"
     process = FORK.Process(target=quantize_in, args=(folder,))
     process.start()
     unfinished = folder / "out" / "unfinished"
@@ -184,9 +184,9 @@ def test_an_interrupted_process_ends_with_130_and_the_same_command_goes_on(tmp_p
     assert out == ""
     assert "stopping after this weight; press Ctrl-C again to stop at once" in err
     assert err.endswith("qsvd: interrupted; finished work is kept, the same command continues in out\n")
-    assert 0 < len(kept) < 12
+    assert 0 < len(kept) < 6
     assert run([str(argument) for argument in arguments]) == 0
     shown = capsys.readouterr()
-    assert "12/12 weights" in shown.err
+    assert "6/6 weights" in shown.err
     assert shown.out.endswith("\nout\n")
     assert not unfinished.exists()

@@ -11,7 +11,7 @@ from qsvd.adapters.model import split_linears, trained
 from qsvd.cli import run as qsvd_command
 from tests.commands.trained_runs import MOVE
 from tests.export.cases import make_base
-from tests.runs import language_base, text_rows, training, words, write_rows
+from tests.runs import text_rows, training, words, write_rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,8 +54,8 @@ def test_an_export_computes_what_some_trained_layers_and_the_frozen_ones_do(base
     assert "checked: logits differ by" in capsys.readouterr().out
 
 
-def test_a_run_trains_the_layers_that_were_asked_for_and_says_so(tmp_path):
-    base = language_base(tmp_path / "base")
+def test_a_run_trains_the_layers_that_were_asked_for_and_says_so(language, tmp_path):
+    base = language
     data = write_rows(tmp_path / "texts.jsonl", text_rows())
     options = training(base, data, tmp_path / "run", target_modules=("self_attn.q_proj,v_proj",), steps=1)
     assert qsvd_command(words(options)) == 0
@@ -69,8 +69,8 @@ def test_a_run_trains_the_layers_that_were_asked_for_and_says_so(tmp_path):
     assert summary["planned"]["trained parameters"] == sum(tensor.nbytes for tensor in saved.values())
 
 
-def test_pissa_has_nothing_to_train_in_layers_without_components(tmp_path, capsys):
-    base = language_base(tmp_path / "base", rank=0)
+def test_pissa_has_nothing_to_train_in_layers_without_components(plain, tmp_path, capsys):
+    base = plain
     data = write_rows(tmp_path / "texts.jsonl", text_rows())
     options = training(base, data, tmp_path / "run", target_modules=("q_proj",), method="pissa")
     assert qsvd_command(words(options)) == 2

@@ -18,7 +18,9 @@ from qsvd.adapters.methods.lora import Lora
 from qsvd.adapters.methods.table import METHODS
 from qsvd.cli import parse, run
 from qsvd.commands.train import train
+from qsvd.data.examples import Home, read_run_data
 from qsvd.errors import BadInput, Damaged
+from qsvd.files.split_folder import open_split
 from qsvd.prepare.train import prepare_train
 from qsvd.training.run_folder import RunFolder
 from tests.commands.folders import files_of, without_progress
@@ -28,7 +30,6 @@ from tests.runs import (
     classifier_base,
     interrupting,
     labelled_rows,
-    language_base,
     outcome,
     steps_of,
     text_rows,
@@ -51,18 +52,6 @@ FILES = {
     "steps.jsonl",
     "summary.json",
 }
-
-
-@pytest.fixture(scope="session")
-def language(tmp_path_factory):
-    """A language model at rank 16."""
-    return language_base(tmp_path_factory.getbasetemp() / "language")
-
-
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory):
-    """The same at rank 0."""
-    return language_base(tmp_path_factory.getbasetemp() / "plain", rank=0)
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +82,12 @@ def complete(language, texts, tmp_path_factory):
     made = training(language, texts, out, held_out=0.2)
     train(made)
     return made
+
+
+def data_of(options):
+    """The data that a run has, without the plan of the run."""
+    split = open_split(Path(options.base))
+    return read_run_data(options, Home(str(options.base), split.folder, split.manifest["source"]["architecture"]))
 
 
 def refused(options, sentence):
@@ -191,13 +186,13 @@ def test_texts_with_labels_do_not_silently_make_a_classifier_of_a_language_model
     made = prepare_train(replace(options, data=labelled, task="classification"))
     assert made.data.train.label_names == made.record.labels == ("a", "b")
     alone = write_rows(options.out.parent / "alone.jsonl", [{"text": row["text"]} for row in labelled_rows()])
-    as_texts = prepare_train(replace(options, data=labelled, task="causal")).data.train
-    assert as_texts.input_ids == prepare_train(replace(options, data=alone)).data.train.input_ids
+    as_texts = data_of(replace(options, data=labelled, task="causal")).train
+    assert as_texts.input_ids == data_of(replace(options, data=alone)).train.input_ids
     assert as_texts.label_names == ()
     needs = r"--task classification needs the columns text and label; .*texts\.jsonl holds text examples$"
     refused(replace(options, task="classification"), needs)
     refused(replace(options, base=classifier), r"is a BertModel, which does not predict tokens: it can only be trained")
-    assert prepare_train(replace(options, base=classifier, data=labelled)).data.train.label_names == ("a", "b")
+    assert data_of(replace(options, base=classifier, data=labelled)).train.label_names == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -250,8 +245,9 @@ def test_a_dry_run_prints_every_setting_and_writes_nothing(options, capsys):
 
 
 @pytest.mark.parametrize(("epochs", "accumulate"), [(0.3, 1), (1.01, 4)])
-def test_the_steps_of_a_dry_run_are_those_of_the_run(options, capsys, epochs, accumulate):
-    changed = replace(options, steps=None, epochs=epochs, accumulate=accumulate, max_length=16)
+def test_the_steps_of_a_dry_run_are_those_of_the_run(options, tmp_path, capsys, epochs, accumulate):
+    data = write_rows(tmp_path / "few.jsonl", text_rows()[:4])  # batches that no step divides
+    changed = replace(options, data=data, steps=None, epochs=epochs, accumulate=accumulate, max_length=16)
     assert run(words(replace(changed, dry_run=True))) == 0
     told = int(re.search(r"│ steps +│ (\d+) ", capsys.readouterr().out)[1])
     train(changed)
@@ -333,7 +329,7 @@ def test_what_is_held_out_is_a_share_a_folders_file_a_file_or_nothing(options, t
     other = write_rows(tmp_path / "other.jsonl", text_rows()[:2])
 
     def counts(**changes):
-        data = prepare_train(replace(options, max_length=128, **changes)).data
+        data = data_of(replace(options, max_length=128, **changes))
         return len(data.train.input_ids), len(data.held_out.input_ids) if data.held_out else 0
 
     assert counts() == (total, 0)
@@ -349,17 +345,17 @@ def test_what_is_held_out_is_a_share_a_folders_file_a_file_or_nothing(options, t
 
 def test_at_most_256_examples_are_held_out_and_the_seed_draws_them(options, tmp_path):
     data = write_rows(tmp_path / "many.jsonl", [{"text": f"number {number}"} for number in range(1000)])
-    jobs = [prepare_train(replace(options, data=data, held_out=0.9, seed=seed)) for seed in (0, 0, 1)]
-    drawn = [job.data.held_out.input_ids for job in jobs]
+    read = [data_of(replace(options, data=data, held_out=0.9, seed=seed)) for seed in (0, 0, 1)]
+    drawn = [one.held_out.input_ids for one in read]
     assert [len(ids) for ids in drawn] == [256, 256, 256]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len(jobs[0].data.train.input_ids) == 744
+    assert len(read[0].train.input_ids) == 744
 
 
 def test_a_classifier_learns_two_classes_and_counts_how_often_it_is_right(options, classifier, tmp_path, capsys):
     rows = [{"text": text, "label": label} for text, label in [("good good", "yes"), ("bad bad", "no")] * 8]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    learning = {"steps": 30, "learning_rate": 1e-2, "method": "lora", "rank": 4, "alpha": 16.0, "valid": data}
+    learning = {"steps": 16, "learning_rate": 2e-2, "method": "lora", "rank": 4, "alpha": 16.0, "valid": data}
     changed = replace(options, base=classifier, data=data, batch_size=4, accumulate=1, **learning)
     assert run(words(changed)) == 0
     summary = json.loads((changed.out / "summary.json").read_text())
@@ -372,8 +368,7 @@ def test_a_classifier_learns_two_classes_and_counts_how_often_it_is_right(option
 
 
 def test_a_result_of_rank_0_is_trained_as_qlora(options, plain):
-    train(replace(options, base=plain, rank=4, steps=2))
-    assert json.loads((options.out / "summary.json").read_text())["method"] == "lora"
+    assert prepare_train(replace(options, base=plain, rank=4)).record.method == "lora"
 
 
 # Going on, or not
@@ -419,20 +414,21 @@ def test_base_and_data_may_move(complete, language, tmp_path, capsys):
 
 
 def test_an_interrupt_in_the_last_step_is_too_late(options, monkeypatch, capsys):
-    interrupting(monkeypatch, 4)
-    assert run(words(options)) == 0
+    interrupting(monkeypatch, 1)
+    assert run(words(replace(options, steps=1))) == 0
     assert "stopping after this step; press Ctrl-C again to stop at once" in capsys.readouterr().err
     assert (options.out / "summary.json").is_file()
 
 
 def test_a_second_interrupt_stops_at_once(options, monkeypatch, capsys):
     interrupting(monkeypatch, 2, 2)
-    assert run(words(replace(options, save_every=1))) == 130
+    options = replace(options, save_every=1, steps=3)
+    assert run(words(options)) == 130
     assert capsys.readouterr().err.endswith("qsvd: interrupted\n")
     assert [path.name for path in options.out.glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.undo()
-    assert run([*words(replace(options, save_every=1)), "--resume"]) == 0
-    assert len(steps_of(options.out)) == 4
+    assert run([*words(options), "--resume"]) == 0
+    assert len(steps_of(options.out)) == 3
 
 
 def test_two_processes_do_not_train_in_one_folder(options, capsys):
@@ -483,14 +479,12 @@ def test_a_tokenizer_of_another_model_is_noticed(options, language, tmp_path, ca
     other = dict(zip(free, reversed(free), strict=True))
     tokenizer["model"]["vocab"] = {piece: other.get(number, number) for piece, number in vocabulary.items()}
     (wrong / "tokenizer.json").write_text(json.dumps(tokenizer))
-    options = replace(options, steps=1)
-    assert run(words(replace(options, base=wrong))) == 1
+    assert run(words(replace(options, base=wrong, steps=1))) == 1
     told = capsys.readouterr().err
     assert (
         "higher than 8.318, the loss of guessing among 4096; the quantized model without the adapter is no better"
         in told
     )
-    assert run([*words(replace(options, base=wrong, any_start=True)), "--resume"]) == 0
 
 
 def test_tokens_that_the_model_does_not_know_are_refused_with_their_example(options, language, tmp_path):
@@ -506,7 +500,7 @@ def test_tokens_that_the_model_does_not_know_are_refused_with_their_example(opti
 
 
 def test_a_rate_that_is_absurd_ends_with_1_and_keeps_what_was_saved(options, capsys):
-    assert run(words(replace(options, learning_rate=1e30, warmup=0.0, steps=9, save_every=1, keep=9))) == 1
+    assert run(words(replace(options, learning_rate=1e30, warmup=0.0, accumulate=1, save_every=1, keep=9))) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     found = re.fullmatch(
         r"qsvd: the (loss|gradient norm) of step (\d) is (NaN|inf); the last good checkpoint is checkpoint-(\d)\. "
