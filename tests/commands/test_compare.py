@@ -190,7 +190,7 @@ def test_equal_parameters_are_counted_by_hand(here, capsys):
     found, _ = plan(here, capsys, *words)
     rank = limit // sides
     assert found["lora"][:3] == ("--rank 0", str(rank), rank * sides)
-    assert found["pissa"][:3] == (f"--rank {rank}", "", rank * sides)
+    assert found["pissa"][:3] == (f"--rank {rank}", str(rank), rank * sides)
     of_dora = (limit - rows) // sides
     assert found["dora"][:3] == ("--rank 0", str(of_dora), of_dora * sides + rows)
     of_core = int((limit / len(shapes)) ** 0.5)
