@@ -134,8 +134,8 @@ def run_readme(summary: RunSummary, run: str, forms: Sequence[str] = tuple(FORMS
     exports = [f"qsvd export {shell(run)} --to {one} --out {shell(f'{run}-{one}')}  # {FORMS[one]}" for one in forms]
     return (
         f"# A run of qsvd train\n\n`qsvd_adapter.safetensors` is the trained adapter. It works only with the\n"
-        f"quantized model in {code(summary.base)}.{same} `steps.jsonl` lists every step, `report.html` "
-        f"plots them, and\n`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
+        f"quantized model in {code(summary.base)}.{same} `steps.jsonl` lists every step, which "
+        f"`qsvd report --html` draws, and\n`summary.json` holds the numbers below.\n\n| | |\n| --- | --- |\n{lines}\n\n"
         f"```python\nimport qsvd\n\nmodel = qsvd.load({summary.base!r}, adapter={run!r})\n```\n\n{without}"
         + ("\n".join(["```sh", *exports, "```", ""]) if exports else "")
     )

@@ -85,7 +85,7 @@ def test_the_readme_has_the_rows_and_names_its_files():
     found = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+) \|$", text, flags=re.M))
     del found["---"]
     assert found == dict(rows(CLASSIFIER, is_timed=False))
-    for name in ("qsvd_adapter.safetensors", "steps.jsonl", "report.html", "summary.json"):
+    for name in ("qsvd_adapter.safetensors", "steps.jsonl", "qsvd report --html", "summary.json"):
         assert f"`{name}`" in text
 
 
