@@ -230,7 +230,7 @@ class _Made(Function):
 
 
 class _Product(Function):
-    """The steps of SplitLinear's product, in its order. Of what is added in place the casts remain: they take memory."""
+    """The steps of SplitLinear's product, in its order. Of what is added in place the casts remain: they take bytes."""
 
     @staticmethod
     def forward(  # noqa: PLR0913  # autograd takes them one by one

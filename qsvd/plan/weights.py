@@ -1,7 +1,7 @@
 """Find the linear weights to split, by name, shape and role, from a config; the model is built on the meta device.
 
 qsvd splits every linear layer inside the repeated blocks, also transformers' Conv1D and every expert of a stack. Some
-stay in 16 bits by a rule (rules.py). Other weights of a block are refused, never silently left. All else stays as it is.
+stay in 16 bits by a rule (rules.py). Other weights of a block are refused, never silently left. All else stays as is.
 """
 
 import copy
