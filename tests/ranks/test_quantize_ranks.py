@@ -120,11 +120,14 @@ def test_an_error_of_any_process_is_said_once_with_its_exit_code(source, tmp_pat
 
 
 def test_a_bad_option_and_a_command_for_one_process_are_refused_once(source, tmp_path):
+    refused = {2, -signal.SIGTERM}  # which ends one that has not come to it when the other one is refused
     codes, shown = divided(2, tmp_path, source, "--rank", 4000)
-    assert codes == [2, 2]
+    assert 2 in codes
+    assert {*codes} <= refused
     assert len(lines(shown)) == 1
     codes, shown = together(2, tmp_path / "shown", "report", source)
-    assert codes == [2, 2]
+    assert 2 in codes
+    assert {*codes} <= refused
     assert lines(shown) == ["qsvd: qsvd report runs in one process: start it without torchrun"]
 
 
