@@ -15,7 +15,7 @@ from qsvd.cli import COMMANDS, parse
 from tests.stops import FORK
 
 ATTACKED = {"report", "load", "verify", "verify run", "config"}  # each takes less than a second
-COUNT = 16
+COUNT = 10
 
 
 def test_every_attacked_command_has_the_options_that_qsvd_has(tmp_path, monkeypatch):

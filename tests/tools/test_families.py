@@ -1,8 +1,9 @@
 """Families through the commands; the rows of docs/models.md say what is seen here.
 
 Those whose layers, blocks or inputs are of a kind of their own go through all steps, or through those on weights. The
-rules are applied to the configs of the others, of which Llama, BERT and Whisper are in many tests of each command. The
-step "train" plans its memory too. `tools/families` tries all steps on all families.
+rules are applied to the configs of the others, of which Llama, BERT and Whisper are in many tests of each command.
+Experts and images have tests of their training. The step "train" plans its memory too. `tools/families` tries all steps
+on all families.
 """
 
 from pathlib import Path
@@ -30,10 +31,11 @@ ROWS = {
 QUANTIZE = 4  # the column after "plan"
 ALL = tuple(step for step in STEPS if step != "plan")
 WEIGHTS = ("quantize", "plain load", "load", "export")
-TRAINED = {"gpt2", "deepseek_v3", "gpt_oss", "mamba", "zamba2", "gemma4 (mm)", "qwen2_vl", "bart", "vit"}
+TRAINED = {"gpt2", "mamba", "zamba2", "qwen2_vl", "bart", "vit"}
 WEIGHTS_ALONE = {
-    *("llama4_text", "mixtral", "granitemoe", "qwen2_moe", "qwen3_5_text", "gemma3n_text", "falcon_h1", "lfm2"),
-    *("phi3 (phi-4)", "gpt_neox", "bloom", "deberta_v2", "modernbert", "mistral3 (Small-3.1+)", "t5"),
+    *("llama4_text", "mixtral", "granitemoe", "qwen2_moe", "deepseek_v3", "gpt_oss", "qwen3_5_text", "falcon_h1"),
+    *("gemma3n_text", "lfm2", "phi3 (phi-4)", "gpt_neox", "bloom", "deberta_v2", "modernbert", "t5"),
+    *("gemma4 (mm)", "mistral3 (Small-3.1+)"),
 }
 
 
