@@ -6,6 +6,7 @@ from dataclasses import field as new_field
 from inspect import getdoc
 from typing import Annotated, Any, get_args, get_type_hints
 
+from qsvd.arguments import flags_of
 from qsvd.option_types import APPEND, POSITIONAL, Group, Help, marks_of
 
 
@@ -18,7 +19,7 @@ def read_words(record: type, words: Sequence[str], defaults: Mapping[str, Any], 
     """
     import tyro
 
-    flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+    flags = {flag.replace("-", "_") for flag in flags_of(words)}
     given = None if {"-h", "--help"} & {*words} else flags | {flag.removeprefix("no_") for flag in flags}
     found = tyro.cli(
         _form(record, defaults, given),

@@ -20,10 +20,10 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def take_holes(libc):
-    """Take the free pieces between those in use, so that each tensor has a mapping of its own."""
+def take_holes(libc, size=BIG):
+    """Take the free pieces between those in use, so that each tensor of `size` bytes has a mapping of its own."""
     libc.malloc.restype = ctypes.c_size_t
-    while not ctypes.c_size_t.from_address(libc.malloc(ctypes.c_size_t(BIG)) - 8).value & IS_MAPPED:
+    while not ctypes.c_size_t.from_address(libc.malloc(ctypes.c_size_t(size)) - 8).value & IS_MAPPED:
         pass
 
 

@@ -79,8 +79,15 @@ def _show_plan(options: Compare) -> None:
     with TemporaryDirectory() as home, quiet():
         run = prepare_compare(options, Path(home))
     rows = [
-        (row.method.text, row.split_name, one.rank or one.stored_rank, one.parameters, one.num_bytes, row.rates)
-        for row, one in ((row, row.size) for row in run.rows)
+        (
+            row.method.text,
+            row.split_name,
+            row.size.rank or row.size.stored_rank,
+            row.size.parameters,
+            row.size.num_bytes,
+            row.rates,
+        )
+        for row in run.rows
     ]
     say(planned_rows(head_of(run), rows, [asdict(one) for one in run.left_out]))
     say(estimate(run, Cells(run.out / CELLS) if (run.out / CELLS).is_dir() else None))

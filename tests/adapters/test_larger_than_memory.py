@@ -20,7 +20,7 @@ import torch
 import qsvd
 from qsvd.evaluate.perplexity import perplexity_of_documents
 from qsvd.memory.items import Placement
-from tests.peaks import IS_MAPPED, MMAP_THRESHOLD
+from tests.peaks import MMAP_THRESHOLD, take_holes
 from tests.stops import FORK
 
 pytestmark = [
@@ -67,14 +67,12 @@ def limited(bases, limit, said):
     torch.set_num_threads(1)
     threading.stack_size(1 << 18)  # of threads that read: stacks count
     libc = ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_size_t
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(LARGE)  # so that qsvd leaves it
     libc.mallopt(MMAP_THRESHOLD, LARGE)
     work(bases[0], 0)
     gc.collect()
     libc.malloc_trim(0)
-    while not ctypes.c_size_t.from_address(libc.malloc(ctypes.c_size_t(LARGE)) - 8).value & IS_MAPPED:
-        pass  # a piece between those in use
+    take_holes(libc, LARGE)
     lines = Path("/proc/self/status").read_text().splitlines()
     taken = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (taken + limit, taken + limit))
