@@ -15,7 +15,7 @@ from qsvd.decompose.moments import Moments
 from qsvd.numerics.names import codec_named
 
 NAMES = ("nf4", "nf2-16-fp32", "nf3-32-fp16", "nf8-128-bf16", "int4-32")
-SIZES = ((12, 1, 70), (16, 3, 4), (17, 2, 3))  # columns of a tile, matrices, rows of each
+SIZES = ((3, 2, 70), (16, 1, 3), (17, 1, 3))  # columns of a tile, matrices, rows of each: two programs in the first
 
 
 def drawn(draw, *shape):
@@ -95,7 +95,7 @@ def changes_right(name, width, rows, seed):
 def splits_right():
     """Splits by the kernels have the error of splits by torch's operations, with one moment and with two."""
     draw = numpy.random.default_rng(3)
-    weight_OI, (inputs_II, outputs_OO) = drawn(draw, 6, 32), (drawn(draw, 50, side) for side in (32, 6))
+    weight_OI, (inputs_II, outputs_OO) = drawn(draw, 4, 16), (drawn(draw, 50, side) for side in (16, 4))
     recipe = Recipe(codec_named("nf4-16-fp32"), 2, iterations=1, rounding="feedback")
     for objective in (Moments(inputs_II.T @ inputs_II), Moments(inputs_II.T @ inputs_II, outputs_OO.T @ outputs_OO)):
         errors = []
@@ -109,7 +109,7 @@ def interpret():
     """Every width, with blocks as long as the tile and shorter ones; the number of comparisons."""
     for number, (name, size) in enumerate(zip(NAMES, (*SIZES, *SIZES), strict=False)):
         columns_right(name, size, number)
-    kept = [*changes_right("nf4", 24, 40, 0), *changes_right("nf2-16-fp32", 20, 17, 1)]
+    kept = [*changes_right("nf4", 17, 40, 0), *changes_right("nf2-16-fp32", 6, 17, 1)]
     assert {True, False} == set(kept), "some changes are made, some are refused"
     splits_right()
     return len(NAMES) + 3

@@ -178,13 +178,12 @@ def compiled():
     kernels._decode, kernels._encode, kernels._largest = map(
         Compiled, (kernels._decode, kernels._encode, kernels._largest)
     )
-    for bits, shape in zip(BITS, ((8, 100), (1, 1), (8, 100), (1, 1)), strict=True):
-        weight = matrix((8, 100), 0)[: shape[0], : shape[1]].bfloat16()
-        for scales in (torch.bfloat16, Nesting(3, 16)):
-            packed = NormalFloat(bits=bits, scales=scales).encode(weight)
-            kernels.decode_into(packed, torch.empty(weight.numel(), dtype=torch.bfloat16))
-        flat = weight.reshape(-1).clone()
-        kernels.nearest_codes(flat, kernels.largest(flat, BLOCK_SIZES[BITS.index(bits)]), bits, 64)
+    for number, bits in enumerate(BITS):
+        weight = matrix((8, 100) if number % 2 else (1, 1), 0).bfloat16()
+        packed = NormalFloat(bits=bits, scales=(torch.bfloat16, Nesting(3, 16))[number % 2]).encode(weight)
+        kernels.decode_into(packed, torch.empty(weight.numel(), dtype=torch.bfloat16))
+        kernels.nearest_codes(weight.reshape(-1).clone(), torch.ones(13), bits, 64)
+    kernels.largest(weight.reshape(-1), 64)
     for double_quant in (False, True):
         packed = NormalFloat4(double_quant=double_quant).encode(matrix((8, 100), 0))
         kernels.decode_into(packed, torch.empty(800, dtype=torch.bfloat16))

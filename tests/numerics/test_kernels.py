@@ -17,7 +17,8 @@ def checked(what, cache, **variables):
     """How many comparisons kernel_checks.py made; a process of its own, since Triton reads variables when imported."""
     command = (sys.executable, "-m", "tests.numerics.kernel_checks", what)
     path = os.pathsep.join([*map(str, sys.path), str(APART)])
-    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": path} | variables
+    quick = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # one bitsandbytes function would be compiled
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": path} | quick | variables
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout)
@@ -28,4 +29,4 @@ def test_interpreted_they_give_what_torchs_operations_give(tmp_path):
 
 
 def test_compiled_for_a_gpu_they_round_as_torchs_operations_do(tmp_path):
-    assert checked("compile", tmp_path) == 4 * (2 + 1 + 1) + 2 + 1 + 3
+    assert checked("compile", tmp_path) == 4 * (1 + 1) + 1 + 2 + 1 + 3
