@@ -7,6 +7,7 @@ and more elements, of which bitsandbytes' 8-bit optimizers keep 8-bit state.
 import json
 import shutil
 import signal
+from functools import cache
 from pathlib import Path
 
 import safetensors.torch
@@ -161,7 +162,7 @@ def trainer(base, run, rows, chosen, hooks=None, **load):
     from datasets import Dataset
 
     model = qsvd.load(base, device="cpu", dtype=torch.float32, **load)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = _tokenizer(base)
     data = Dataset.from_dict(rows)
     if chosen.packing:
         examples = Tokenized("text", rows["input_ids"], rows["labels"], Places("rows", "row", []))
@@ -195,7 +196,12 @@ class Watched:
 
 def sequences(lengths=(9, 21, 14, 30)):
     """Real text as tokens, the first third of each untrained."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = _tokenizer(MODEL)
     ids = [tokenizer(text).input_ids[:length] for text, length in zip(TEXTS, lengths, strict=False)]
     labels = [[UNTRAINED] * (len(one) // 3) + one[len(one) // 3 :] for one in ids]
     return {"input_ids": ids, "labels": labels}
+
+
+@cache
+def _tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)

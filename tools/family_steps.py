@@ -278,7 +278,7 @@ class Trial:
             return "-"
         before = json.loads((self.out / "qsvd.json").read_text())["fingerprint"]
         done = qsvd.train(
-            self.out, self.data, out=self.run, steps=2, batch_size=2, accumulate=1, max_length=LONGEST, held_out=0.2,
+            self.out, self.data, out=self.run, steps=2, batch_size=2, accumulate=1, max_length=LONGEST, held_out=0.1,
             any_start=True, device="cpu", learning_rate=1e-3,
         )  # fmt: skip
         record = json.loads((self.run / "qsvd_adapter.json").read_text())
@@ -295,7 +295,7 @@ class Trial:
         if self.family.group not in LEARN:
             return "-"
         model = self.run if self.family.group == "enc" else self.out
-        qsvd.evaluate(model, data=self.data, device="cpu", batch_size=2, limit=4)
+        qsvd.evaluate(model, data=self.data, device="cpu", batch_size=2, limit=2)
         return ""
 
     def _export(self) -> str:

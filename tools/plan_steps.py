@@ -1,6 +1,5 @@
 """A real training step on the CPU, its tensors counted moment by moment, beside what the planner says of each."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from random_model import random_model, write_split
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
@@ -25,11 +25,12 @@ from tests.memory.tracker import Tracker
 
 VOCABULARY = 4096  # of the embedded model's tokenizer
 LONGEST = 16_384
+LAYERS = 3
 GROUPED = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
     "intermediate_size": 768,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
@@ -78,14 +79,12 @@ class PhaseTracker(Tracker):
 
 
 def make_base(family: str, folder: Path, rank: int) -> Path:
-    """Write a random model of a family and quantize it; return the quantized model."""
+    """Write a quantized model of a family whose weights are drawn; return its folder."""
     architecture, config, options = FAMILIES[family]
-    torch.manual_seed(0)
-    model = getattr(transformers, architecture)(getattr(transformers, config)(**options))
-    model.to(torch.bfloat16).save_pretrained(folder / "source")
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, folder / "source" / path.name)
-    return qsvd.quantize(folder / "source", out=folder / "out", rank=rank, iterations=1, device="cpu").path
+    chosen = getattr(transformers, config)(**options, architectures=[architecture])
+    model = random_model(family, chosen, 0, torch.device("cpu"), layers_per_shard=LAYERS, files=MODEL)
+    write_split(model, qsvd.Quantize(family, out=folder, rank=rank, device="cpu"))
+    return folder
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 import transformers
 
-import qsvd
 from tests import reference
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import tiny_config
 from tests.commands.folders import components_of, tensors_of
+from tests.drawn import drawn_base
 
 ROUNDINGS = 8  # two runs in one dtype round in another order; each is off the exact result by about the same
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -23,11 +23,13 @@ INPUTS = {  # of models that do not take tokens alone
 }
 
 
-def split_checkpoint(folder, architecture="LlamaForCausalLM", *, rank=4, shard_size="5GB", **options):
-    """A tiny random checkpoint in folder/source and what `qsvd quantize` makes of it in folder/out; the latter."""
-    write_checkpoint(folder / "source", architecture, **options)
-    split = qsvd.Quantize(str(folder / "source"), out=folder / "out", rank=rank, iterations=1, shard_size=shard_size)
-    return qsvd.quantize(split)
+def split_checkpoint(
+    folder, architecture="LlamaForCausalLM", *, rank=4, shard_size="5GB", dtype=torch.bfloat16, seed=0, **options
+):
+    """A tiny random checkpoint in folder/source and a quantized model that goes with it in folder/out; the latter."""
+    config = tiny_config(architecture, dtype=dtype, **options)
+    chosen = {"source": folder / "source", "seed": seed, "shard_size": shard_size, "files": None}
+    return drawn_base(folder / "out", config, rank, **chosen)
 
 
 def modules_of(out):

@@ -7,12 +7,15 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer
 
 import qsvd
 from qsvd.adapters.model import trained
-from tests.runs import TEXTS, language_base
+from tests.checkpoints import tiny_config
+from tests.drawn import drawn_base
+from tests.runs import TEXTS
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return language_base(tmp_path_factory.mktemp("base"))
+    config = tiny_config("LlamaForCausalLM", vocab_size=4096, num_hidden_layers=1)
+    return drawn_base(tmp_path_factory.mktemp("base") / "out", config, 16)
 
 
 def make(base, folder, *, unfrozen=False, **more):

@@ -90,9 +90,9 @@ def assert_close(found, wanted):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_way_to_open_it_computes_with_the_decoded_tables(tmp_path, case):
+def test_every_way_to_open_it_computes_with_the_decoded_tables(request, tmp_path, case):
     architecture, options, bits = CASES[case]
-    out = made(tmp_path, architecture, options, bits)
+    out = request.getfixturevalue(case) if case == "tied" else made(tmp_path, architecture, options, bits)
     wanted = logits(own_model(out, architecture))
     loaded = qsvd.load(out, device="cpu", dtype=torch.float32)
     opened = getattr(transformers, architecture).from_pretrained(out, dtype=torch.float32).eval()

@@ -9,7 +9,8 @@ import qsvd
 from qsvd.adapters.model import split_linears
 from qsvd.adapters.pages.buffers import HostStore
 from qsvd.commands.demo import MODEL
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import tiny_config, write_checkpoint
+from tests.drawn import drawn_base
 from tests.mixed import modules_of, write_table
 from tests.runs import settings, trainer
 
@@ -17,20 +18,22 @@ VOCABULARY = 4096  # of the embedded model's tokenizer
 
 
 def llama_base(folder, rank, *, double_quant=True, ranks=(), **shape):
-    """A split random Llama with the embedded model's tokenizer; made if it is not there.
+    """A random quantized Llama with the embedded model's tokenizer; made if it is not there.
 
-    ranks, where given, and all codecs take turns over the weights.
+    ranks, where given, and all codecs take turns over the weights, which are split then; else they are drawn.
     """
     source, out = folder / "source", folder / "out"
-    if not (out / "qsvd.json").exists():
-        write_checkpoint(source, **({"vocab_size": VOCABULARY} | shape))
-        for path in MODEL.glob("tokenizer*.json"):
-            shutil.copyfile(path, source / path.name)
-        options = {"out": out, "rank": rank, "iterations": 1, "device": "cpu", "double_quant": double_quant}
-        if ranks:
-            options["allocation"] = folder / "table.txt"
-            write_table(folder / "table.txt", modules_of(source), ranks=ranks)
-        qsvd.quantize(qsvd.Quantize(str(source), **options))
+    if (out / "qsvd.json").exists():
+        return out
+    shape = {"vocab_size": VOCABULARY, "dtype": torch.bfloat16} | shape
+    if not ranks:
+        return drawn_base(out, tiny_config("LlamaForCausalLM", **shape), rank, double_quant=double_quant)
+    write_checkpoint(source, **shape)
+    for path in MODEL.glob("tokenizer*.json"):
+        shutil.copyfile(path, source / path.name)
+    write_table(folder / "table.txt", modules_of(source), ranks=ranks)
+    options = {"rank": rank, "iterations": 1, "device": "cpu", "double_quant": double_quant}
+    qsvd.quantize(qsvd.Quantize(str(source), out=out, allocation=folder / "table.txt", **options))
     return out
 
 

@@ -27,15 +27,15 @@ CONFIG = {
 
 
 @cache
-def parts():
-    config = LlamaConfig(**CONFIG)
+def parts(layers):
+    config = LlamaConfig(**CONFIG | {"num_hidden_layers": layers})
     return plan_model(config), skeleton(config, torch.bfloat16)
 
 
 @cache
-def llama_70b(rank, *, dtype="bfloat16", double_quant=True):
+def llama_70b(rank, *, dtype="bfloat16", double_quant=True, layers=CONFIG["num_hidden_layers"]):
     """At a rank, with PiSSA."""
-    names, empty = parts()
+    names, empty = parts(layers)
     same = uniform(names.weights, Choice(NormalFloat4(double_quant=double_quant), rank))
     return planned(empty, names, same, options=AdapterOptions(dtype=dtype))
 

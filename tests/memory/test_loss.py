@@ -12,6 +12,7 @@ from qsvd.files.split_folder import open_split
 from qsvd.memory.block_bytes import Batch
 from qsvd.memory.training import COLUMNS, Training, loss_bytes, moments_of
 from qsvd.training.settings import limit_tiles
+from tests.drawn import drawn_base
 from tests.memory.tracker import Tracker
 
 NEAR = 0.02  # of the peak
@@ -65,9 +66,8 @@ def test_all_logits_of_an_encoder_decoder_are_planned(tmp_path, family, dtype, d
     """With dropout in the attention, which makes torch keep all its matrices on a CPU: without checkpoints."""
     name, tokens = f"{family}ForConditionalGeneration", 160
     changes = {"dropout_rate": dropout} if family == "T5" else {}
-    source = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**HALVES[family], **changes))
-    source.to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    out = qsvd.quantize(tmp_path / "source", out=tmp_path / "out", rank=4, iterations=1, device="cpu").path
+    config = getattr(transformers, f"{family}Config")(**HALVES[family], **changes, architectures=[name])
+    out = drawn_base(tmp_path / "out", config, 4)
     split, options = open_split(out), AdapterOptions("pissa")
     batch = Batch(tokens, 2, is_masked=True, checkpointing=not dropout, device="cpu")
     plan = planned_base(split, new_record(split, options), dtype)

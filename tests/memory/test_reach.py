@@ -1,15 +1,18 @@
 """The longest sequence and the highest rank: they fit, and one more does not; and advice that was tried."""
 
+from functools import partial
+
 from qsvd.memory.items import Limits
 from qsvd.memory.placement import FREE, Reach, advice, can_fit, explore, highest, longest, with_tokens
 from tests.memory.large import GB, llama_70b, training
 
-CARD = Limits(24 * GB, 64 * GB)
+CARD = Limits(12 * GB, 16 * GB)
 CONTEXT = 1 << 17
+shallow = partial(llama_70b, layers=16)
 
 
 def test_the_longest_sequence_fits_and_one_token_more_does_not():
-    model = llama_70b(64)
+    model = shallow(64)
     tokens = longest(model, training(), CARD, FREE, CONTEXT)
     assert 4096 < tokens < CONTEXT
     assert can_fit(model, training(tokens), CARD)
@@ -18,10 +21,10 @@ def test_the_longest_sequence_fits_and_one_token_more_does_not():
 
 
 def test_the_highest_rank_fits_and_one_more_does_not():
-    rank = highest(llama_70b, training(2048), CARD, FREE, 1024)
+    rank = highest(shallow, training(2048), CARD, FREE, 1024)
     assert 64 < rank < 1024
-    assert can_fit(llama_70b(rank), training(2048), CARD)
-    assert not can_fit(llama_70b(rank + 1), training(2048), CARD)
+    assert can_fit(shallow(rank), training(2048), CARD)
+    assert not can_fit(shallow(rank + 1), training(2048), CARD)
 
 
 def test_advice_names_changes_that_fit():

@@ -12,18 +12,17 @@ from qsvd.cli import run
 from qsvd.commands.demo import MODEL
 from qsvd.evaluate.batches import Part
 from tests.ranks.processes import each, lines, together
-from tests.runs import BERT, TEXTS, labelled_rows, language_base, text_rows, write_rows
+from tests.runs import BERT, TEXTS, labelled_rows, text_rows, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 CPU = ("--device", "cpu", "--batch-size", "2", "--json")
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
+def commands(tmp_path_factory, language):
     """One command for each measure."""
     folder = tmp_path_factory.mktemp("eval")
-    base = str(language_base(folder / "language", rank=8))
-    source = str(folder / "language" / "source")
+    base, source = str(language), str(language.parent / "source")
     (folder / "text.txt").write_text(" ".join(TEXTS[:5]))
     pairs = [{"prompt": text[:30], "completion": f"{text[30:50]} #### {number}"} for number, text in enumerate(TEXTS)]
     write_classifier(folder / "classifier")

@@ -9,7 +9,7 @@ from datasets import config
 from qsvd.cli import run
 from qsvd.data.large import blocks, cache
 from tests.ranks.processes import lines, together
-from tests.runs import language_base, text_rows, write_rows
+from tests.runs import text_rows, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 ROUNDING = 2e-5  # as in test_train_ranks.py
@@ -21,11 +21,10 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "steps.jsonl").read_text().splitlines()]
 
 
-def test_a_run_in_memory_goes_on_with_several_processes_that_map_the_tokens(tmp_path, monkeypatch):
-    base = language_base(tmp_path / "base", rank=8)
+def test_a_run_in_memory_goes_on_with_several_processes_that_map_the_tokens(tmp_path, monkeypatch, language):
     data = write_rows(tmp_path / "rows.jsonl", text_rows())
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    words = ["train", base, data, *WORDS, *RATE]
+    words = ["train", language, data, *WORDS, *RATE]
     whole, divided = tmp_path / "whole", tmp_path / "divided"
     assert run([*map(str, words), "--out", str(whole), "--steps", "2", "--save-every", "1"]) == 0
     shutil.copytree(whole, divided, ignore=shutil.ignore_patterns("summary.json", "checkpoint-2"))  # as one that died

@@ -11,13 +11,12 @@ import qsvd
 from qsvd.cli import run
 from qsvd.training.together import DividedTraining
 from tests.ranks.processes import lines, together
-from tests.runs import TEXTS, classifier_base, labelled_rows, language_base, text_rows, training, write_rows
+from tests.runs import TEXTS, classifier_base, labelled_rows, text_rows, training, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 ROUNDING = 2e-5  # relative, of a mean over other parts of the tokens of a step
-STEP = ("--batch-size", 2, "--accumulate", 6, "--max-length", 40, "--held-out", 0, "--device", "cpu")
-KEPT = ("--gradient-checkpointing", "no")
-CASES = {  # options, with --shard or not; 13 rows are 7 batches: the second step of an epoch has one
+STEP = ("--batch-size", 2, "--max-length", 40, "--held-out", 0, "--device", "cpu")
+CASES = {  # options, with --shard or not
     "lora": (("--prune-every", 2, "--prune-share", 0.3, "--gradient-checkpointing", "no"), "yes"),  # looks at inputs
     "dora": (("--precondition", "riemannian"), "yes"),  # reads the residual for its norms
     "adalora": (("--rank", 4, "--delta-t", 1, "--target-rank", 2, "--packing", "--layer-major"), "no"),
@@ -25,17 +24,28 @@ CASES = {  # options, with --shard or not; 13 rows are 7 batches: the second ste
 FLOATS = ("loss", "grad_norm", "learning_rate")
 
 
+SIZES = {  # steps, batches of a step, rows; the second step of an epoch has one batch
+    "lora": (3, 6, 13),  # the third is of another epoch
+    "dora": (2, 4, 9),
+    "adalora": (2, 4, 9),
+}
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, language):
     folder = tmp_path_factory.mktemp("train")
-    language_base(folder / "language", rank=8)
-    write_rows(folder / "texts.jsonl", [*text_rows(), {"text": TEXTS[0][30:]}][:13])
+    (folder / "language").symlink_to(language.parent)
+    rows = [*text_rows(), {"text": TEXTS[0][30:]}]
+    for name, (_, _, count) in SIZES.items():
+        write_rows(folder / f"{name}.jsonl", rows[:count])
     return folder
 
 
 def arguments(folder, out, method, *more):
     base, rate = folder / "language" / "out", ("--learning-rate", 1e-3)
-    return ("train", base, folder / "texts.jsonl", "--out", out, "--method", method, *STEP, *rate, *more)
+    steps, accumulate, _ = SIZES[method]
+    sizes = ("--steps", steps, "--accumulate", accumulate)
+    return ("train", base, folder / f"{method}.jsonl", "--out", out, "--method", method, *STEP, *sizes, *rate, *more)
 
 
 def steps_of(out):
@@ -63,7 +73,7 @@ def alone(folder):
     @cache
     def of(name):
         out = folder / f"{name}-1"
-        launched(folder, 1, *arguments(folder, out, name, "--steps", 3, *CASES[name][0]))
+        launched(folder, 1, *arguments(folder, out, name, *CASES[name][0]))
         return steps_of(out)
 
     return of
@@ -72,19 +82,20 @@ def alone(folder):
 @pytest.mark.parametrize("name", ["dora", "adalora"])  # lora: stopped and gone on with, below
 def test_the_steps_are_those_of_one_process(folder, alone, name):
     expected, out, (chosen, shard) = alone(name), folder / f"{name}-2", CASES[name]
-    shown = launched(folder, 2, *arguments(folder, out, name, "--steps", 3, *chosen, "--shard", shard))
+    shown = launched(folder, 2, *arguments(folder, out, name, *chosen, "--shard", shard))
     assert shown[1:] == [["", ""]], "the first process alone prints"
-    assert_same(steps_of(out), expected, last=3)
+    assert_same(steps_of(out), expected, last=SIZES[name][0])
     assert expected[-1]["loss"] != expected[0]["loss"]
 
 
 def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
     base = classifier_base(folder / "classifier", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    rows = write_rows(folder / "labelled.jsonl", labelled_rows(13))
+    rows = write_rows(folder / "labelled.jsonl", labelled_rows(9))
+    valid = write_rows(folder / "valid.jsonl", labelled_rows(5))
     for count, shard in ((1, "no"), (2, "yes")):
         out = folder / f"classes-{count}-{shard}"
         words = ("train", base, rows, "--out", out, "--method", "lora", *STEP, "--steps", 2, "--learning-rate", 1e-3)
-        words = (*words, "--valid", rows, "--eval-every", 1, "--keep-best", "--shard", shard)
+        words = (*words, "--accumulate", 4, "--valid", valid, "--eval-every", 1, "--keep-best", "--shard", shard)
         launched(folder, count, *words)
     alone, out = (folder / f"classes-{name}" for name in ("1-no", "2-yes"))
     ends = ("held_out_before", "held_out_after", "accuracy_after", "best_step")
@@ -96,7 +107,7 @@ def test_a_classifier_weights_the_batches_of_a_short_step_alike(folder):
 def test_a_process_without_a_batch_in_the_first_step_judges_no_loss(folder, tmp_path):
     rows = write_rows(tmp_path / "texts.jsonl", text_rows()[:1])
     words = ("train", folder / "language" / "out", rows, "--out", tmp_path / "run", "--method", "lora", *STEP)
-    codes, printed = together(2, tmp_path / "shown", *words, "--steps", 1, "--shard", "yes")
+    codes, printed = together(2, tmp_path / "shown", *words, "--accumulate", 2, "--steps", 1, "--shard", "yes")
     assert codes == [0, 0], printed
 
 
@@ -116,34 +127,26 @@ def at_step(number, rank_of_actor, act):
     return at
 
 
-def stopping(folder, name):
-    """A run with the steps of the case lora."""
-    return arguments(folder, folder / name, "lora", "--steps", 3, "--save-every", 2, *CASES["lora"][0])
+def test_any_number_goes_on_where_ctrl_c_or_a_death_has_ended_all(folder, alone):
+    out, last = folder / "stopped", SIZES["lora"][0]
+    words = arguments(folder, out, "lora", "--save-every", 2, *CASES["lora"][0])
 
+    def ended(count, at):
+        codes, printed = together(count, folder / "shown", *words, "--shard", "yes", at=at)
+        assert len(codes) == count
+        return codes, lines(printed)
 
-def test_ctrl_c_in_any_process_saves_a_step_from_which_another_number_goes_on(folder, alone):
-    words = stopping(folder, "stopped")
-    ctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-    codes, printed = together(2, folder / "shown", *words, "--shard", "yes", at=at_step(1, 1, ctrl_c))
+    codes, said = ended(2, at_step(1, 1, lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert codes == [130, 130]
-    assert lines(printed) == [
-        f"qsvd: interrupted; the last step is saved, the same command continues in {folder / 'stopped'}"
-    ]
-    assert (folder / "stopped" / "checkpoint-1").is_dir()
-    codes, printed = together(3, folder / "shown", *words, "--shard", "yes")
-    assert codes == [0, 0, 0], printed
-    assert_same(steps_of(folder / "stopped"), alone("lora"), last=3)
-
-
-def test_a_process_that_is_killed_ends_all_and_one_process_goes_on(folder, alone):
-    words = stopping(folder, "killed")
-    kill = at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    codes, printed = together(2, folder / "shown", *words, "--shard", "yes", at=kill)
-    assert codes == [1, -signal.SIGKILL]
+    assert said == [f"qsvd: interrupted; the last step is saved, the same command continues in {out}"]
+    assert (out / "checkpoint-1").is_dir()
+    (*others, dead), said = ended(3, at_step(last, 2, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert dead == -signal.SIGKILL
+    assert {1} <= {*others} <= {1, -signal.SIGTERM}
     kept = "checkpoint-2 is kept, and the same command continues from it"
-    assert lines(printed) == [f"qsvd: another process of the run ended; {kept}"]
+    assert said == [f"qsvd: another process of the run ended; {kept}"]
     launched(folder, 1, *words)
-    assert_same(steps_of(folder / "killed"), alone("lora"), last=3)
+    assert_same(steps_of(out), alone("lora"), last=last)
 
 
 def test_a_step_that_cannot_be_divided_is_refused(folder):
@@ -167,4 +170,4 @@ def test_the_functions_for_python_say_how_several_processes_start(folder, monkey
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(qsvd.BadInput, match="works in one process: for several, start `torchrun"):
-        qsvd.train(training(folder / "language" / "out", str(folder / "texts.jsonl"), folder / "python"))
+        qsvd.train(training(folder / "language" / "out", str(folder / "lora.jsonl"), folder / "python"))

@@ -16,8 +16,9 @@ WORST = {"qwen3_moe": 0.2}  # above: a plan counts the experts as if all tokens 
 @pytest.mark.parametrize(("sequences", "kept", "accumulate"), [(1, 1, 1), (2, 0, 2)], ids=["one", "padded"])
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama"}))  # tests/memory/test_block_bytes.py has it
 def test_every_moment_of_a_step_is_as_planned(tmp_path_factory, family, sequences, kept, accumulate):
-    folder = tmp_path_factory.getbasetemp() / f"plan-{family}"
-    base = folder / "out" if (folder / "out" / "qsvd.json").is_file() else make_base(family, folder, 16)
+    base = tmp_path_factory.getbasetemp() / f"plan-{family}"
+    if not (base / "qsvd.json").is_file():
+        make_base(family, base, 16)
     batch = Batch(256, sequences, is_masked=sequences > 1, checkpointing=True, device="cpu")
     run = Training(batch, accumulate, "adamw")
     step = Step(base, AdapterOptions("pissa", dtype="float32"), torch.float32, run, kept)

@@ -1,5 +1,6 @@
 """Methods with code of their own in a run: offloaded and resumed as resident, on mixed bits, from another run."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,19 +10,21 @@ import qsvd
 from qsvd.adapters.methods.hooks import Hooks
 from qsvd.adapters.methods.table import METHODS, export_refusal
 from qsvd.adapters.start import new_record
+from qsvd.commands.demo import MODEL
 from qsvd.commands.train import train
 from qsvd.memory.items import EVERYTHING
 from qsvd.prepare.train import load_start, prepare_train, starting_options
 from qsvd.training.steps import TellSteps
 from qsvd.training.trainer import make_trainer
+from tests.checkpoints import write_checkpoint
 from tests.gradients import write_gradients
 from tests.mixed import modules_of, write_table
-from tests.runs import TRAINED, language_base, training
+from tests.runs import TRAINED, training
 
 OWN = {
     "lora": {"rank": 4, "prune_every": 1},
     "dora": {"rank": 4, "precondition": "riemannian"},
-    "adalora": {"rank": 4, "delta_t": 1, "tinit": 0.2, "target_rank": 2},
+    "adalora": {"rank": 4, "delta_t": 1, "tinit": 0.2, "target_rank": 2, "learning_rate": 0.1},
     "lora-fa": {"rank": 4, "refactor_every": 1},
     "vera": {"rank": 8},
     "lora-ga": {"rank": 4},
@@ -45,11 +48,16 @@ OWN = {
 
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory):
-    """As `language`, with all codecs and three ranks, which take turns."""
+    """A random model with all codecs and three ranks, which take turns."""
     folder = tmp_path_factory.getbasetemp() / "mixed"
-    source, table = language_base(folder).parent / "source", folder / "table.txt"
-    write_table(table, modules_of(source), ranks=(16, 9, 5))
-    return qsvd.quantize(source, out=folder / "mixed", allocation=table, iterations=1, device="cpu").path
+    write_checkpoint(folder / "source", vocab_size=4096, num_hidden_layers=1)
+    for path in MODEL.glob("tokenizer*.json"):
+        shutil.copyfile(path, folder / "source" / path.name)
+    table = folder / "table.txt"
+    write_table(table, modules_of(folder / "source"), ranks=(16, 9, 5))
+    return qsvd.quantize(
+        str(folder / "source"), out=folder / "mixed", allocation=table, iterations=1, device="cpu"
+    ).path
 
 
 def trained(run, folder, checkpoint=None, *, is_compared=False):
@@ -69,7 +77,8 @@ def trained(run, folder, checkpoint=None, *, is_compared=False):
 
 def options_of(base, texts, out, method, own, **changes):
     """Two steps, each of which moves the adapter and is saved."""
-    chosen = {"learning_rate": 1e-3, "warmup": 0.0, "accumulate": 1, "steps": 2, "save_every": 1, **own, **changes}
+    chosen = {"learning_rate": 1e-2, "warmup": 0.0, "accumulate": 1, "steps": 2, "save_every": 1, "any_start": True}
+    chosen |= {**own, **changes}
     return training(base, texts, out, method=method, **chosen)
 
 

@@ -12,13 +12,14 @@ import qsvd
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.model import trained
 from qsvd.cli import run
-from qsvd.commands.demo import MODEL
 from qsvd.commands.train import train
 from qsvd.errors import DoesNotFit
 from qsvd.memory.items import Placement
 from qsvd.prepare.quantize_first import prepare_training
 from qsvd.prepare.train import prepare_train
 from qsvd.training.run_folder import RunFolder
+from tests.checkpoints import tiny_config
+from tests.drawn import drawn_base
 from tests.runs import (
     TRAINED,
     interrupting,
@@ -33,12 +34,13 @@ from tests.runs import (
 )
 from tests.sealed import opened
 
+SHAPE = {"vocab_size": 4096, "num_hidden_layers": 4}  # the tokenizer is that of the embedded model
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The embedded model, of four blocks."""
-    out = tmp_path_factory.mktemp("base") / "out"
-    return qsvd.quantize(qsvd.Quantize(str(MODEL), out=out, rank=8, iterations=1, device="cpu"))
+    """Four random blocks."""
+    return drawn_base(tmp_path_factory.mktemp("base") / "out", tiny_config("LlamaForCausalLM", **SHAPE), 8)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,7 @@ def data(tmp_path_factory):
 
 def options(base, data, out, **changes):
     chosen = {"steps": 3, "accumulate": 2, "held_out": 0.2, "save_every": 2, "learning_rate": 1e-3, "resident": 1.0}
+    chosen["any_start"] = True  # a random model
     return training(base, data, out, **(chosen | changes))
 
 
