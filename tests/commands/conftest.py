@@ -59,6 +59,12 @@ def tiny(tmp_path_factory):
     return classifier_base(tmp_path_factory.getbasetemp() / "tiny", architecture="LlamaForCausalLM", **sizes)
 
 
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A random BERT without a head at rank 4, with its source beside it; nobody writes there."""
+    return classifier_base(tmp_path_factory.getbasetemp() / "bert")
+
+
 @pytest.fixture
 def texts():
     """A few texts, as a file."""

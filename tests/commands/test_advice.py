@@ -34,9 +34,10 @@ def known():
 
 
 def strings():
-    """The text of every string in the package, pieces of f-strings joined, with its file."""
+    """The text of every string in the files of the package that have dashes for a flag, with its file."""
     for file in sorted(Path(qsvd.__file__).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
+        text = file.read_text()
+        for node in ast.walk(ast.parse(text)) if FLAG.search(text) else ():
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield file.name, node.value
 

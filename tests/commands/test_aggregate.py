@@ -126,8 +126,8 @@ def test_heads_are_averaged_too(made, tmp_path):
         torch.testing.assert_close(tensor, (heads[0][name] + 3 * heads[1][name]) / 4)
 
 
-def test_training_goes_on_from_an_average_and_it_generates(language, tmp_path, capsys):
-    base = language
+def test_training_goes_on_from_an_average_and_it_generates(tiny, tmp_path, capsys):
+    base = tiny
     for seed in (0, 1):
         write_run(base, tmp_path / f"run-{seed}", "lora", seed=seed)
     out = qsvd.aggregate(tmp_path / "run-0", tmp_path / "run-1", out=tmp_path / "average")

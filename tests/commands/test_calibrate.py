@@ -98,11 +98,18 @@ def test_in_chats_what_the_assistant_says_counts_with_the_end_that_the_model_sto
     assert tokenizer.decode(said).strip() == "The dog ran!"
 
 
-@pytest.mark.parametrize("labels", [("good", "bad", "bad", "good"), (1, 0, 0, 1)])
-def test_a_classifier_on_labels_against_autograd(classifier, labels, tmp_path):
+def test_a_classifier_on_labels_against_autograd(classifier, tmp_path):
     """Names of the model's own classes, or their numbers; pairs of texts have segments."""
-    rows = [{"text": text, "text_pair": "A story.", "label": label} for text, label in zip(TEXTS, labels, strict=True)]
-    out = calibrate(options_of(classifier, write_rows(tmp_path / "l.jsonl", rows), tmp_path / "s", traces=1))
+    names, numbers = (
+        write_rows(
+            tmp_path / f"{labels[0]}.jsonl",
+            [{"text": text, "text_pair": "A story.", "label": one} for text, one in zip(TEXTS, labels, strict=True)],
+        )
+        for labels in (("good", "bad", "bad", "good"), (1, 0, 0, 1))
+    )
+    named, numbered = (options_of(classifier, data, tmp_path / "s", traces=1) for data in (names, numbers))
+    assert prepare_calibrate(named).examples == prepare_calibrate(numbered).examples
+    out = calibrate(named)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
     batches = [
@@ -126,12 +133,13 @@ def test_examples_are_drawn_by_the_seed_and_long_texts_are_divided(stories, tmp_
 
 def test_a_chunk_is_what_half_of_the_free_memory_holds(stories, texts, tmp_path, monkeypatch):
     """Two blocks of hidden size 64; states before each and after the last, and a mask for each block."""
-    for traces in (0, 2):
+    least, some, every = (0, 1), (6, 3), (10**12, 4)  # how many examples the free memory holds, and a chunk has
+    for traces, cases in ((0, (least, some, every)), (2, (some,))):
         job = prepare_calibrate(options_of(stories, texts, tmp_path / "s", traces=traces))
         tokens = max(len(example.input_ids) for example in job.examples)
         each = 4 * (tokens * 64 * 3 * (1 + traces) + tokens**2 * 2)
-        for free, expected in ((0, 1), (6 * each, 3), (10**12, 4)):
-            monkeypatch.setattr(command, "free_host_memory", lambda left=free: left)
+        for free, expected in cases:
+            monkeypatch.setattr(command, "free_host_memory", lambda left=free * each: left)
             show = StopAfter()
             measure(job, show)
             assert next(now.done for now in show.seen if now.may_stop) == expected

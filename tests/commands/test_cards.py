@@ -12,7 +12,7 @@ from qsvd.commands.train import train
 from qsvd.inputs.paths import hub_id
 from tests.checkpoints import write_checkpoint
 from tests.commands.measurements import few_candidates
-from tests.runs import language_base, text_rows, training, write_rows
+from tests.runs import text_rows, training, write_rows
 
 CARD = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\nlanguage: de\ntags: [x]\n---\n# A model\n"
 APACHE = "\n                         Apache License\n                   Version 2.0, January 2004\n"
@@ -64,8 +64,8 @@ def test_a_hub_id_is_known_only_where_it_stands():
 
 
 @pytest.mark.slow
-def test_the_card_of_a_run_has_the_license_and_base_of_its_quantized_model(tmp_path):
-    out = language_base(tmp_path)
+def test_the_card_of_a_run_has_the_license_and_base_of_its_quantized_model(language, tmp_path):
+    out = shutil.copytree(language, tmp_path / "out")
     text = (out / "README.md").read_text()
     (out / "README.md").write_text(text.replace("---\n", "---\nbase_model: owner/tiny\nlicense: mit\n", 1))
     data = write_rows(tmp_path / "data.jsonl", text_rows())
@@ -86,7 +86,8 @@ def test_the_card_of_a_run_has_the_license_and_base_of_its_quantized_model(tmp_p
 def test_a_part_of_a_joined_layer_in_16_bits_is_warned_of(tmp_path, capsys, monkeypatch, options, warned):
     few_candidates(monkeypatch, 0, 4)
     write_checkpoint(tmp_path / "source")
-    assert run(["quantize", str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--rank", "4", *options]) == 0
+    words = ["quantize", str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--rank", "4", "--iterations", "1"]
+    assert run([*words, *options]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(lines) == warned
     if warned:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from qsvd.cli import run
 from qsvd.commands import compare as command
 from qsvd.training.cells import Cells
 from tests.commands.folders import files_of
-from tests.runs import TEXTS, classifier_base, labelled_rows, write_rows
+from tests.runs import TEXTS, labelled_rows, write_rows
 from tests.stops import killed
 
 SAME = ("results.jsonl", "table.md", "quality.svg", "rates.svg")
@@ -41,6 +42,12 @@ def first(here):
     return compared(here, "first")
 
 
+@pytest.fixture
+def _no_plots(monkeypatch):
+    """For who looks at numbers alone."""
+    monkeypatch.setattr(command, "PLOTS", {})
+
+
 def contents(folder):
     return {name: Path(folder / name).read_bytes() for name in SAME}
 
@@ -62,10 +69,12 @@ def test_a_finished_comparison_trains_nothing(here, first, monkeypatch):
 FEWER = {"methods": ("lora",), "seeds": 1, "keep_runs": True}  # the first row, with the first of its seeds
 
 
+@pytest.mark.usefixtures("_no_plots")
 def test_a_comparison_that_is_killed_goes_on_to_the_same_results_and_keeps_its_runs(here, first, monkeypatch):
     def times(suffix=".json"):
         return {one.name: one.stat().st_mtime_ns for one in (here / "killed" / "cells").glob(f"*{suffix}")}
 
+    shutil.copytree(first / "splits", here / "killed" / "splits")
     killed(monkeypatch, Cells, "finish", 2, lambda: compared(here, "killed", **FEWER))
     before = times()
     assert len(before) == 1
@@ -81,6 +90,7 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results_and_keeps_its_r
     assert sorted(one["held_out_after"] for one in summaries) == sorted(one.valid_loss for one in row.rates)
 
 
+@pytest.mark.usefixtures("_no_plots")
 def test_two_processes_share_the_cells_and_end_with_the_same_results(here, first):
     fork = multiprocessing.get_context("fork")
     trained, both = fork.SimpleQueue(), fork.Barrier(2)
@@ -135,8 +145,9 @@ def test_only_the_best_rate_of_each_row_is_tested(first):
     assert len(tested) == 4
 
 
-def test_a_row_without_its_own_sweep_is_marked_everywhere_and_a_run_that_diverges_counts_as_such(here):
+def test_a_row_without_its_own_sweep_is_marked_everywhere_and_a_run_that_diverges_counts_as_such(here, first):
     methods = ("lora", "lora --learning-rate 3e-3")
+    shutil.copytree(first / "splits", here / "marked" / "splits")
     found = compared(here, "marked", methods=methods, rates=(1e-3, 1e30), seeds=1)
     assert [row.is_tuned for row in found.rows] == [False, False]  # two rates have no middle
     assert lines(found.path)[1]["note"] == "not tuned"
@@ -150,8 +161,10 @@ def test_a_row_without_its_own_sweep_is_marked_everywhere_and_a_run_that_diverge
     assert "1e+30: diverged" in (found / "table.md").read_text()
 
 
-def test_a_sweep_grows_until_its_best_rate_is_between_two_others(here):
-    (row,) = compared(here, "grown", methods=("lora",), rates=(), seeds=1).rows
+@pytest.mark.usefixtures("_no_plots")
+def test_a_sweep_grows_until_its_best_rate_is_between_two_others(here, first):
+    shutil.copytree(first / "splits", here / "grown" / "splits")
+    (row,) = compared(here, "grown", methods=("lora --alpha 16",), rates=(), seeds=1).rows
     tried = [one.learning_rate for one in row.rates]
     assert len(tried) >= 5
     assert {3e-4, 1e-3, 3e-3, 1e-2, 3e-2} <= {*tried}  # around ten times 2e-4
@@ -159,11 +172,11 @@ def test_a_sweep_grows_until_its_best_rate_is_between_two_others(here):
     assert row.is_tuned
 
 
-def test_a_classifier_has_accuracies_and_a_file_is_divided(tmp_path):
-    classifier_base(tmp_path / "base")
+@pytest.mark.usefixtures("_no_plots")
+def test_a_classifier_has_accuracies_and_a_file_is_divided(bert, tmp_path):
     write_rows(tmp_path / "d.jsonl", labelled_rows(14))
     chosen = {"methods": ("lora",), "size": 2, "rates": (1e-3,), "seeds": 1}
-    found = qsvd.compare(tmp_path / "base" / "source", tmp_path / "d.jsonl", out=tmp_path / "c", **SHORT, **chosen)
+    found = qsvd.compare(bert.parent / "source", tmp_path / "d.jsonl", out=tmp_path / "c", **SHORT, **chosen)
     (row,) = found.rows
     assert {seed.test_accuracy for seed in row.seeds} <= {0, 1 / 3, 2 / 3, 1}  # of three examples
     assert row.trained_parameters > row.adapter_parameters  # with the new head

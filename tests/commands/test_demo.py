@@ -9,6 +9,7 @@ from safetensors import safe_open
 from qsvd.cli import run
 from qsvd.commands import demo
 from qsvd.commands.demo import MODEL
+from qsvd.commands.quantize import quantize
 
 
 def test_the_embedded_model_is_small_and_its_widths_divide_by_64() -> None:
@@ -31,10 +32,11 @@ def rows_of(table: str) -> list[list[str]]:
 def test_components_bring_perplexity_back_and_fine_tuning_lowers_the_loss(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "book.txt").write_text(demo.FINE_TUNING.read_text(encoding="utf-8")[:2_000], encoding="utf-8")
+    (tmp_path / "book.txt").write_text(demo.FINE_TUNING.read_text(encoding="utf-8")[:800], encoding="utf-8")
     monkeypatch.setattr(demo, "FINE_TUNING", tmp_path / "book.txt")  # for two steps a run
     ways = tuple(replace(way, base_rank=min(way.base_rank, 16)) for way in demo.WAYS)
     monkeypatch.setattr(demo, "WAYS", ways)  # on the models of the table
+    monkeypatch.setattr(demo, "quantize", lambda options: quantize(replace(options, iterations=1)))
     short = ["--ranks", "0", "16", "--tokens", "1024", "--epochs", "2"]
     assert run(["demo", "--out", str(tmp_path), *short]) == 0
     costs, tuned = capsys.readouterr().out.split("Quantized model at several ranks")[1].split("Fine-tuning")

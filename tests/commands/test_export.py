@@ -103,7 +103,7 @@ def test_a_wrong_export_is_found_wrong_every_time(made, tmp_path, export, monkey
 
 @pytest.mark.parametrize(("form", "file"), [("peft", "adapter_model"), ("merged", "model")])
 def test_a_tensor_of_a_finished_export_that_was_damaged_is_named(made, tmp_path, export, form, file):
-    assert export(made.folder / "run", form, tmp_path / "out")[0] == 0
+    assert export(made.folder / "run", form, tmp_path / "out", "--no-check")[0] == 0
     path = tmp_path / "out" / f"{file}.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 0x7F  # exponent bits
@@ -248,7 +248,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(made, tmp_path, export
 
 
 def test_another_export_in_the_folder_is_refused(made, tmp_path, export):
-    assert export(made.folder / "run", "peft", tmp_path / "out")[0] == 0
+    assert export(made.folder / "run", "peft", tmp_path / "out", "--no-check")[0] == 0
     code, _, err = export(made.folder / "run", "merged", tmp_path / "out")
     assert code == 2
     assert "out was written with other options: " in err
@@ -265,7 +265,7 @@ def test_a_base_that_was_moved_is_named_with_base(tmp_path, export):
         f"qsvd: {folder / 'run'} was trained on {folder / 'out'}, which does not exist; give --base with its "
         "new folder\n",
     )
-    assert export(folder / "run", "merged", tmp_path / "export", "--base", folder / "moved")[0] == 0
+    assert export(folder / "run", "merged", tmp_path / "export", "--base", folder / "moved", "--no-check")[0] == 0
     other = make_base(tmp_path / "other", rank=2)
     code, _, err = export(folder / "run", "merged", tmp_path / "export2", "--base", other / "out")
     assert code == 2

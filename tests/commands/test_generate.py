@@ -19,7 +19,7 @@ from tests.data.templates import CHATML
 from tests.export.cases import residual
 
 pytestmark = pytest.mark.slow
-PROMPT, COUNT = "Once upon a time", 30
+PROMPT, COUNT = "Once upon a time", 26
 
 
 @pytest.fixture(scope="module")

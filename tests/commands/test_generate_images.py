@@ -17,7 +17,7 @@ from tests.sealed import without_digests
 from tests.vision import KINDS, SIDE, dense, picture, quantized
 
 pytestmark = pytest.mark.slow
-QUESTION, COUNT = "What is this?", 12
+QUESTION, COUNT = "What is this?", 6
 
 
 @pytest.fixture(scope="module")

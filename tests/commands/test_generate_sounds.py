@@ -13,7 +13,7 @@ from tests.sound import BANDS, RATE, SECONDS, dense, processor, quantized, tone
 from tests.vision import TEXT, tokenizer
 
 pytestmark = pytest.mark.slow
-COUNT, QUESTION = 20, "What is this?"
+COUNT, QUESTION = 14, "What is this?"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from tests.adapters.results import in_float32
 from tests.runs import (
     TEXTS,
     TRAINED,
-    classifier_base,
     interrupting,
     labelled_rows,
     language_base,
@@ -35,8 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT, TRL: old name
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # the components, replaced
 ]
-CONSTANT = {"schedule": "constant", "warmup": 0.0}
-WILD = {**CONSTANT, "learning_rate": 0.02, "eval_every": 1}  # the held-out loss falls, and rises again
+CONSTANT = {"schedule": "constant", "warmup": 0.0, "accumulate": 1}
+WILD = {**CONSTANT, "accumulate": 2, "learning_rate": 0.02, "eval_every": 1}  # the held-out loss falls, and rises again
 IDS = torch.arange(3, 67).reshape(2, 32)
 
 
@@ -171,7 +170,9 @@ def trained(home, language, data):
             base = language_base(home / f"rank-{rank}", rank=rank).relative_to(home)
             chosen = {"method": method, "rank": None if method == "pissa" else 4, "learning_rate": 1e-2}
             valid = data.replace("texts.jsonl", "valid.jsonl")
-            return train(training(base, data, home / f"{method}-{rank}", valid=valid, steps=2, **chosen)).path
+            return train(
+                training(base, data, home / f"{method}-{rank}", valid=valid, steps=2, accumulate=1, **chosen)
+            ).path
 
     return make
 
@@ -191,16 +192,15 @@ def test_a_run_starts_from_the_adapter_of_another(options, home, trained, method
     assert summary(second)["held_out_after"] != before["held_out_after"]
 
 
-def test_an_adapter_that_does_not_fit_is_refused(done, tmp_path):
+def test_an_adapter_that_does_not_fit_is_refused(done, tiny, tmp_path):
     options = done
     fresh = replace(options, out=tmp_path / "second", init_from=options.out)
     with pytest.raises(BadInput, match=r"run has another adapter: leave out --method \(pissa there\)"):
         train(replace(fresh, method="lora"))
     with pytest.raises(BadInput, match=r"--init-from .*second holds no trained adapter"):
         train(replace(fresh, init_from=tmp_path / "second"))
-    other = language_base(tmp_path / "other", rank=2)
     with pytest.raises(BadInput, match=r"was trained on another quantized model than"):
-        train(replace(fresh, base=other))
+        train(replace(fresh, base=tiny))
     labels = write_rows(tmp_path / "labels.jsonl", labelled_rows())
     with pytest.raises(BadInput, match=r"--init-from .*run has the classes none, and .*labels.jsonl has a, b"):
         train(replace(fresh, data=labels, valid=None, task="classification"))
@@ -260,9 +260,8 @@ def test_a_run_whose_model_has_moved_says_how_to_load_it(options, tmp_path):
     assert torch.isfinite(logits(qsvd.load(tmp_path / "moved", adapter=options.out))).all()
 
 
-def test_a_trained_classifier_is_written_for_peft_if_peft_can_hold_its_head(tmp_path, capsys):
-    base = classifier_base(tmp_path / "bert")
-    options = training(base, write_rows(tmp_path / "l.jsonl", labelled_rows()), tmp_path / "run", steps=1)
+def test_a_trained_classifier_is_written_for_peft_if_peft_can_hold_its_head(bert, tmp_path, capsys):
+    options = training(bert, write_rows(tmp_path / "l.jsonl", labelled_rows()), tmp_path / "run", steps=1)
     train(options)
     written = (options.out / "adapter_config.json").is_file()
     assert written or "has no files for PEFT: " in capsys.readouterr().err

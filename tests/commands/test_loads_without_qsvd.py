@@ -27,12 +27,12 @@ def sources(folder):
     """Name, checkpoint, class and options of each split; of really trained models those that are here."""
     write_checkpoint(folder / "source", max_shard_size="100KB", vocab_size=1024, **WIDTHS)
     yield "bfloat16", folder / "source", "AutoModelForCausalLM", {"rank": 32, "shard_size": "100KB"}
-    for name, model, auto, options in (
-        ("float32", "stories260K", "AutoModelForCausalLM", {"rank": 16}),
-        ("float16", "minilm-l6", "AutoModel", {"rank": 16, "double_quant": False}),
+    for name, model, layers, auto, options in (
+        ("float32", "stories260K", 2, "AutoModelForCausalLM", {"rank": 16}),
+        ("float16", "minilm-l6", 1, "AutoModel", {"rank": 16, "double_quant": False}),
     ):
         if (SHARED_MODELS / model).is_dir():
-            yield name, write_first_layers(SHARED_MODELS / model, folder / model, 2), auto, options
+            yield name, write_first_layers(SHARED_MODELS / model, folder / model, layers), auto, options
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def found(tmp_path_factory):
         dense = {weight: splits[name].dense(weight) for weight in splits[name].weights}
         write_dense(source, out.with_name("dense"), dense)
         arguments += [out, out.with_name("dense"), auto]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -73,9 +73,9 @@ def assert_equal_to_dense(found, split):
     assert set(found["trained"]) == names
 
 
-@pytest.mark.parametrize(("name", "weights"), [("float32", 14), ("float16", 12), ("bfloat16", 14)])
+@pytest.mark.parametrize(("name", "weights"), [("float32", 14), ("float16", 6), ("bfloat16", 14)])
 def test_outputs_are_those_of_the_dense_equivalent(found, name, weights):
-    """Two layers of a trained Llama and of a trained encoder, and a Llama in several shards."""
+    """Two layers of a trained Llama, one of a trained encoder, and a Llama in several shards."""
     if name not in found:
         pytest.skip("the trained models of the shared folder are not here")
     seen, split = found[name]

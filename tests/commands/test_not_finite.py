@@ -17,7 +17,7 @@ from qsvd.files.check import check_complete, check_finite
 from qsvd.files.source import open_checkpoint
 from qsvd.plan.weights import plan_model
 from tests.published import write_published
-from tests.runs import classifier_base, labelled_rows, language_base, text_rows, training, words, write_rows
+from tests.runs import labelled_rows, text_rows, training, words, write_rows
 
 LAYER = "model.layers.0.self_attn."
 WRONG = {  # tensor -> a value and its number of places
@@ -29,8 +29,8 @@ NAMED = "3 tensors have values that are NaN or infinite: "
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return language_base(tmp_path_factory.mktemp("finite"))
+def base(language):
+    return language
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,9 @@ def test_a_divergence_that_is_not_finite_ends_eval(base, tmp_path, monkeypatch, 
     assert f"qsvd: {base}: kl_mean is nan, " in capsys.readouterr().err
 
 
-def test_a_classifier_that_gives_nan_has_no_accuracy(tmp_path, monkeypatch, capsys):
+def test_a_classifier_that_gives_nan_has_no_accuracy(bert, tmp_path, monkeypatch, capsys):
     data = write_rows(tmp_path / "d.jsonl", labelled_rows())
-    assert run(words(training(classifier_base(tmp_path), data, tmp_path / "run", steps=1))) == 0
+    assert run(words(training(bert, data, tmp_path / "run", steps=1))) == 0
     monkeypatch.setattr(qsvd_eval, "load_model", spoilt(qsvd_eval.load_model))
     capsys.readouterr()
     assert run(["eval", str(tmp_path / "run"), "--data", data, "--device", "cpu"]) == 1

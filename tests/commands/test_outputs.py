@@ -16,10 +16,22 @@ from tests.checkpoints import write_checkpoint
 from tests.commands.folders import tensors_of
 
 
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """The result of a checkpoint at rank 4."""
+    folder = tmp_path_factory.mktemp("split")
+    write_checkpoint(folder / "source")
+    return quantized(folder / "source", folder / "out")
+
+
+def quantized(source, out, **options):
+    return qsvd.quantize(qsvd.Quantize(str(source), out=out, **({"rank": 4, "iterations": 1} | options))).path
+
+
 def test_small_shards_have_an_index_that_names_every_tensor_once(tmp_path):
     source = tmp_path / "source"
     write_checkpoint(source, vocab_size=1024)
-    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, shard_size="0.1MB"))
+    out = quantized(source, tmp_path / "out", shard_size="0.1MB")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = {path.name: safetensors.torch.load_file(path) for path in out.glob("model*.safetensors")}
     assert len(files) > 1
@@ -30,21 +42,17 @@ def test_small_shards_have_an_index_that_names_every_tensor_once(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_one_file_has_an_index_next_to_an_adapter_alone(tmp_path, rank):
+def test_one_file_has_an_index_next_to_an_adapter_alone(split, tmp_path, rank):
     """vLLM reads every safetensors file of a folder without an index, the adapter too."""
-    write_checkpoint(tmp_path / "source")
-    out = qsvd.quantize(qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "out", rank=rank))
+    out = split if rank else quantized(split.parent / "source", tmp_path / "out", rank=0)
     assert (out / "model.safetensors.index.json").exists() == (rank > 0)
     storage = json.loads((out / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_storage"]
     assert storage == ("int8" if rank else "uint8"), "vLLM accepts uint8 alone"
 
 
-def test_layers_that_vllm_joins_are_named_as_it_names_them(tmp_path):
-    write_checkpoint(tmp_path / "source")
-    options = qsvd.Quantize(
-        str(tmp_path / "source"), out=tmp_path / "out", rank=0, exclude=("*.1.self_attn.[qkv]_proj",)
-    )
-    config = json.loads((qsvd.quantize(options) / "config.json").read_text())
+def test_layers_that_vllm_joins_are_named_as_it_names_them(split, tmp_path):
+    out = quantized(split.parent / "source", tmp_path / "out", rank=0, exclude=("*.1.self_attn.[qkv]_proj",))
+    config = json.loads((out / "config.json").read_text())
     joined = [path for path in config["quantization_config"]["llm_int8_skip_modules"] if "qkv_proj" in path]
     assert joined == ["model.layers.1.self_attn.qkv_proj"]
 
@@ -58,7 +66,7 @@ def test_the_config_is_the_sources_with_the_quantization_added(tmp_path):
     (source / "LICENSE.txt").write_text("as you like")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
-    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, double_quant=False))
+    out = quantized(source, tmp_path / "out", double_quant=False)
     result = json.loads((out / "config.json").read_text())
     quantization = result.pop("quantization_config")
     assert result == config
@@ -69,10 +77,9 @@ def test_the_config_is_the_sources_with_the_quantization_added(tmp_path):
     assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
-def test_the_coverage_counts_the_elements_that_were_split_and_lists_what_was_left(tmp_path):
-    source = tmp_path / "source"
-    write_checkpoint(source)
-    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, include=("*.mlp.*",)))
+def test_the_coverage_counts_the_elements_that_were_split_and_lists_what_was_left(split, tmp_path):
+    source = split.parent / "source"
+    out = quantized(source, tmp_path / "out", include=("*.mlp.*",))
     manifest = json.loads((out / "qsvd.json").read_text())
     original = tensors_of(source)
     coverage = manifest["header"]["coverage"]
@@ -85,22 +92,17 @@ def test_the_coverage_counts_the_elements_that_were_split_and_lists_what_was_lef
     assert sum(elements for _, elements in left.values()) == coverage["elements"] - coverage["elements_split"]
 
 
-def test_the_fingerprint_ties_adapter_and_residual(tmp_path):
-    source = tmp_path / "source"
-    write_checkpoint(source)
-    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4))
-    with safetensors.safe_open(out / "adapter_model.safetensors", "pt") as file:
+def test_the_fingerprint_ties_adapter_and_residual(split, tmp_path):
+    with safetensors.safe_open(split / "adapter_model.safetensors", "pt") as file:
         stated = file.metadata()["qsvd_base_fingerprint"]
-    manifest = json.loads((out / "qsvd.json").read_text())
+    manifest = json.loads((split / "qsvd.json").read_text())
     assert manifest["fingerprint"] == stated
-    other = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "other", rank=5))
+    other = quantized(split.parent / "source", tmp_path / "other", rank=5)
     assert json.loads((other / "qsvd.json").read_text())["fingerprint"] != stated
 
 
-def test_the_manifest_digests_are_sha256_over_the_names_and_bytes_in_the_shard(tmp_path):
-    write_checkpoint(tmp_path / "source")
-    out = qsvd.quantize(qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "out", rank=4))
-    manifest, tensors = json.loads((out / "qsvd.json").read_text()), tensors_of(out)
+def test_the_manifest_digests_are_sha256_over_the_names_and_bytes_in_the_shard(split):
+    manifest, tensors = json.loads((split / "qsvd.json").read_text()), tensors_of(split)
     lines = []
     for name, weight in sorted(manifest["weights"].items()):
         total = hashlib.sha256()

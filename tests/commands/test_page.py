@@ -22,7 +22,7 @@ from tests.runs import interrupting, text_rows, training, words, write_rows
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paged")
     write_checkpoint(folder / "source")
-    return qsvd.quantize(qsvd.Quantize(str(folder / "source"), out=folder / "out", rank=4)).path
+    return qsvd.quantize(qsvd.Quantize(str(folder / "source"), out=folder / "out", rank=4, iterations=1)).path
 
 
 def refused(capsys, *words):

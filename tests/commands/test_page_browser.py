@@ -60,30 +60,42 @@ def files(tmp_path_factory):
     return {name: top / f"{name}.html" for name in texts}
 
 
+@pytest.fixture(scope="module")
+def tabs(browser):
+    """By whether scripts run: a tab, which opens every page with nothing stored; what it asked for; and its faults."""
+    return {script: tab_of(browser.new_context(java_script_enabled=script)) for script in (True, False)}
+
+
+def tab_of(context):
+    context.add_init_script("localStorage.clear()")
+    context.set_default_timeout(5000)
+    tab, asked, faults = context.new_page(), [], []
+    tab.on("console", lambda message: faults.append(message.text))
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
+    tab.on("request", lambda request: asked.append(request.url))
+    return tab, asked, faults
+
+
 @pytest.fixture
-def visit(browser, files):
+def visit(tabs, files):
     """Open a page; whatever it asks of a network, or writes to the console, fails the test."""
-    contexts, faults = [], []
+    addresses = {True: [], False: []}
 
     def visit(name, width=1280, scheme="light", script=True):
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=script
-        )
-        context.set_default_timeout(5000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: faults.append(message.text))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
-        address = files[name].as_uri()
-        page.on("request", lambda request: faults.append(request.url) if request.url != address else None)
-        page.goto(address)
-        return page
+        tab = tabs[script][0]
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.emulate_media(media="screen", color_scheme=scheme)
+        addresses[script].append(files[name].as_uri())
+        tab.goto(addresses[script][-1])
+        return tab
 
     yield visit
-    for context in contexts:
-        context.close()
-    assert faults == []
+    seen = {script: (asked.copy(), faults.copy()) for script, (_, asked, faults) in tabs.items()}
+    for _, asked, faults in tabs.values():
+        asked.clear()
+        faults.clear()
+    assert seen == {script: (asked, []) for script, asked in addresses.items()}
 
 
 def luminance(colour):

@@ -4,6 +4,7 @@ The server speaks the calls of huggingface_hub 2.4 with the LFS protocol, not Xe
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from qsvd.cli import run
 from tests.adapters.results import in_float32
 from tests.checkpoints import write_checkpoint
 from tests.commands.hub_server import TOKEN, Hub
-from tests.runs import language_base, text_rows, write_rows
+from tests.runs import text_rows, write_rows
 
 pytestmark = [
     pytest.mark.slow,
@@ -83,8 +84,8 @@ def test_a_quantized_model_arrives_whole_and_opens_by_its_name(hub, qsvd, tmp_pa
     assert repository["private"], "a repository that exists stays as it is"
 
 
-def test_a_run_and_its_export_name_the_quantized_model_and_leave_checkpoints_at_home(hub, qsvd, tmp_path):
-    out, trained = language_base(tmp_path), tmp_path / "run"
+def test_a_run_and_its_export_name_the_quantized_model_and_leave_checkpoints_at_home(hub, qsvd, language, tmp_path):
+    out, trained = shutil.copytree(language, tmp_path / "out"), tmp_path / "run"
     data = write_rows(tmp_path / "data.jsonl", text_rows())
     flags = ("--steps", "2", "--save-every", "1", "--batch-size", "2", "--max-length", "32", "--device", "cpu")
     train = ("train", out, data, "--out", trained, *flags, "--push-to-hub", "tuned", "--public")

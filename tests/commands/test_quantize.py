@@ -134,7 +134,7 @@ def test_include_and_exclude_decide_what_is_split_and_what_a_loader_leaves(tmp_p
     source = tmp_path / "source"
     write_checkpoint(source)
     patterns = {"include": ("*.self_attn.*", "*.up_proj"), "exclude": ("*.0.self_attn.q_proj", "*.o_proj")}
-    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, **patterns))
+    out = qsvd.quantize(qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, iterations=1, **patterns))
     records = assert_split_as_stated(source, out)
     layers = [["self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]] * 2
     layers[1] = ["self_attn.q_proj", *layers[1]]
@@ -158,17 +158,17 @@ def test_the_library_is_silent_and_writes_the_bytes_of_the_command(tmp_path, mon
     for folder in ("library", "command"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "library")
-    out = qsvd.quantize(qsvd.Quantize("../source", out=Path("out"), rank=4))
+    out = qsvd.quantize(qsvd.Quantize("../source", out=Path("out"), rank=4, iterations=1))
     assert capfd.readouterr() == ("", "")
     assert str(out) == "out"
     monkeypatch.chdir(tmp_path / "command")
-    assert run(["quantize", "../source", "--out", "out", "--rank", "4"]) == 0
+    assert run(["quantize", "../source", "--out", "out", "--rank", "4", "--iterations", "1"]) == 0
     assert files_of(tmp_path / "library" / "out") == files_of(tmp_path / "command" / "out")
 
 
 def test_another_folder_gets_the_same_bytes_but_where_it_is_named(tmp_path):
     write_checkpoint(tmp_path / "source")
-    options = qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "one", rank=4)
+    options = qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "one", rank=4, iterations=1)
     one = files_of(qsvd.quantize(options))
     two = files_of(qsvd.quantize(replace(options, out=tmp_path / "two")))
     assert one.keys() == two.keys()
@@ -180,7 +180,7 @@ def test_another_folder_gets_the_same_bytes_but_where_it_is_named(tmp_path):
 
 def test_another_seed_gives_another_sketch_and_nearly_the_same_error(tmp_path):
     write_checkpoint(tmp_path / "source", hidden_size=320, intermediate_size=320, num_hidden_layers=1)
-    options = qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "0", rank=4, include=("*.up_proj",))
+    options = qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "0", rank=4, include=("*.up_proj",), iterations=1)
     runs = [qsvd.quantize(replace(options, out=tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
     adapters = [(out / "adapter_model.safetensors").read_bytes() for out in runs]
     assert adapters[0] != adapters[1]
@@ -190,7 +190,9 @@ def test_another_seed_gives_another_sketch_and_nearly_the_same_error(tmp_path):
 
 def test_the_exact_svd_does_not_depend_on_the_seed(tmp_path):
     write_checkpoint(tmp_path / "source", hidden_size=320, intermediate_size=320, num_hidden_layers=1)
-    options = qsvd.Quantize(str(tmp_path / "source"), out=tmp_path / "0", rank=4, include=("*.up_proj",), svd="exact")
+    options = qsvd.Quantize(
+        str(tmp_path / "source"), out=tmp_path / "0", rank=4, include=("*.up_proj",), iterations=1, svd="exact"
+    )
     runs = [qsvd.quantize(replace(options, out=tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
     assert tensors_of(runs[0]).keys() == tensors_of(runs[1]).keys()
     assert (runs[0] / "model.safetensors").read_bytes() == (runs[1] / "model.safetensors").read_bytes()

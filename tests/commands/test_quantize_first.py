@@ -26,9 +26,8 @@ def source(tiny):
 
 
 def options_in(folder, source):
-    return training(
-        source, write_rows(folder / "texts.jsonl", text_rows()), folder / "RUN", save_every=1, steps=3, any_start=True
-    )
+    short = {"save_every": 1, "steps": 3, "accumulate": 1, "any_start": True}
+    return training(source, write_rows(folder / "texts.jsonl", text_rows()), folder / "RUN", **short)
 
 
 @pytest.fixture

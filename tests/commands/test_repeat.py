@@ -62,7 +62,7 @@ def quantized(folder, source):
 
 
 def options(**changes):
-    chosen = {"save_every": 2, "eval_every": 2, "held_out": 0.3, "keep_best": True, "any_start": True}
+    chosen = {"accumulate": 1, "save_every": 2, "eval_every": 2, "held_out": 0.3, "keep_best": True, "any_start": True}
     return words(training("out", "d.jsonl", "run", **(chosen | changes)))
 
 

@@ -15,7 +15,9 @@ from tests.checkpoints import write_checkpoint
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("result")
     write_checkpoint(folder / "source")
-    return qsvd.quantize(qsvd.Quantize(str(folder / "source"), out=folder / "out", rank=4, order="quantize"))
+    return qsvd.quantize(
+        qsvd.Quantize(str(folder / "source"), out=folder / "out", rank=4, order="quantize", iterations=1)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,9 @@ def source(tmp_path_factory):
 def tiny(source, tmp_path_factory):
     """Options of a run with two weights and two shards, in a folder that is not there yet."""
     out = tmp_path_factory.mktemp("runs") / "out"
-    return qsvd.Quantize(str(source), out=out, rank=4, include=("*.0.self_attn.[qk]_proj",), shard_size="400KB")
+    return qsvd.Quantize(
+        str(source), out=out, rank=4, iterations=1, include=("*.0.self_attn.[qk]_proj",), shard_size="400KB"
+    )
 
 
 @pytest.fixture(scope="module")

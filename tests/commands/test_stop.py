@@ -53,12 +53,12 @@ def interrupting(monkeypatch, *numbers):
 def test_the_first_interrupt_finishes_the_weight_at_hand(source, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     begun = interrupting(monkeypatch, 3)
-    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 130
+    assert run(["quantize", str(source), "--out", str(out), "--rank", "4", "--iterations", "1"]) == 130
     assert "finished work is kept, the same command continues in" in capsys.readouterr().err
     assert len(begun) == len(list((out / "unfinished").glob("*.factors"))) == 3
     monkeypatch.undo()
     begun = interrupting(monkeypatch)
-    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 0
+    assert run(["quantize", str(source), "--out", str(out), "--rank", "4", "--iterations", "1"]) == 0
     assert len(begun) == 14 - 3
     assert "14/14 weights" in capsys.readouterr().err
 
@@ -67,7 +67,7 @@ def test_the_second_interrupt_stops_at_once(source, tmp_path, monkeypatch, capsy
     out = tmp_path / "out"
     begun = interrupting(monkeypatch, 2, 2)
     before = signal.getsignal(signal.SIGINT)
-    assert run(["quantize", str(source), "--out", str(out), "--rank", "4"]) == 130
+    assert run(["quantize", str(source), "--out", str(out), "--rank", "4", "--iterations", "1"]) == 130
     assert capsys.readouterr().err.endswith("qsvd: interrupted\n")
     assert len(begun) == 2
     assert len(list((out / "unfinished").glob("*.factors"))) == 1
@@ -75,7 +75,7 @@ def test_the_second_interrupt_stops_at_once(source, tmp_path, monkeypatch, capsy
 
 
 def test_an_error_that_is_still_held_does_not_keep_the_folder_locked(source, tmp_path, monkeypatch):
-    options = qsvd.Quantize(str(source), out=tmp_path / "out", rank=4)
+    options = qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, iterations=1)
 
     def fail(*_arguments, **_options):
         raise OSError("the disk went away")
@@ -126,7 +126,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_same_command_goes_on(
 
 
 def test_weights_that_are_finished_are_not_split_again(source, tmp_path, monkeypatch):
-    options = qsvd.Quantize(str(source), out=tmp_path / "out", rank=4)
+    options = qsvd.Quantize(str(source), out=tmp_path / "out", rank=4, iterations=1)
     qsvd.quantize(options)
     begun = interrupting(monkeypatch)
     qsvd.quantize(options)

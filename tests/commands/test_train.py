@@ -27,7 +27,6 @@ from tests.commands.folders import files_of, without_progress
 from tests.runs import (
     TEXTS,
     TRAINED,
-    classifier_base,
     interrupting,
     labelled_rows,
     outcome,
@@ -55,9 +54,8 @@ FILES = {
 
 
 @pytest.fixture(scope="session")
-def classifier(tmp_path_factory):
-    """A BERT without a head at rank 4."""
-    return classifier_base(tmp_path_factory.getbasetemp() / "bert")
+def classifier(bert):
+    return bert
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +420,7 @@ def test_an_interrupt_in_the_last_step_is_too_late(options, monkeypatch, capsys)
 
 def test_a_second_interrupt_stops_at_once(options, monkeypatch, capsys):
     interrupting(monkeypatch, 2, 2)
-    options = replace(options, save_every=1, steps=3)
+    options = replace(options, save_every=1, steps=3, accumulate=1)
     assert run(words(options)) == 130
     assert capsys.readouterr().err.endswith("qsvd: interrupted\n")
     assert [path.name for path in options.out.glob("checkpoint-*")] == ["checkpoint-1"]

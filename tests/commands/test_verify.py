@@ -6,17 +6,16 @@ import shutil
 import pytest
 
 from qsvd.cli import run
-from tests.runs import language_base, text_rows, training, words, write_rows
+from tests.runs import text_rows, training, words, write_rows
 from tests.sealed import reseal, without_digests
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tiny, tmp_path_factory):
     """OUT, a run with a checkpoint, and an export."""
     top = tmp_path_factory.mktemp("verified")
-    out = language_base(top)
-    shutil.rmtree(top / "source")
-    options = training(out, write_rows(top / "data.jsonl", text_rows()), top / "run", steps=1)
+    out = shutil.copytree(tiny, top / "out")
+    options = training(out, write_rows(top / "data.jsonl", text_rows()), top / "run", steps=1, any_start=True)
     assert run(words(options)) == 0
     assert run(["export", str(top / "run"), "--out", str(top / "lora"), "--to", "peft", "--no-check"]) == 0
     (top / "data.jsonl").unlink()
