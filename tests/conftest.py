@@ -17,11 +17,16 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+gc.disable()  # until all tests are imported: nothing of that is garbage
 logging.root.addHandler(logging.NullHandler())  # what nobody hears is not printed, as with pytest's plugin
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=False
 )
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")
