@@ -10,6 +10,7 @@ from qsvd.adapters.methods.hooks import Course
 from qsvd.adapters.methods.lora import MEMORY, Lora, Prune
 from qsvd.adapters.methods.table import METHODS, options_for
 from qsvd.adapters.model import split_linears
+from qsvd.training.together import unseen
 from tests import reference
 from tests.adapters.principals import principal_of
 from tests.runs import sequences, settings, trainer
@@ -86,6 +87,19 @@ def test_every_token_of_a_step_is_seen_once(language, tmp_path, changes):
     for path, squares in seen.items():
         found = made.hooks.prune.norms[path].double() / (1 - MEMORY)
         torch.testing.assert_close(found, squares.sqrt(), rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_are_not_seen_where_nothing_is_trained(language):
+    """Of a batch that a process has in the place of none, so that all of a sharded run take the same steps."""
+    options = AdapterOptions("lora", rank=4, own={"prune_every": 5})
+    model = qsvd.load(language, dtype=torch.float32, options=options).train()
+    hooks = Prune({path: linear.adapter for path, linear in split_linears(model)}, Course(9, 1e-3))
+    ids = torch.arange(3, 9)[None]
+    with unseen(model):
+        model(input_ids=ids)
+    assert not any(squares.any() for squares in hooks.looked())
+    model(input_ids=ids)
+    assert all(squares.any() for squares in hooks.looked())
 
 
 @pytest.mark.parametrize(
