@@ -8,6 +8,7 @@ import transformers
 
 from qsvd.adapters.adapter import AdapterOptions
 from qsvd.adapters.start import planned
+from qsvd.memory import block_bytes
 from qsvd.memory.block_bytes import Batch, run_blocks
 from qsvd.memory.items import EVERYTHING, Limits
 from qsvd.memory.other_tasks import cache_bytes
@@ -27,6 +28,7 @@ GEMMAS = {
         GROUPED | {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
     ),
 }
+MAMBA = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 96}
 NAMES = [
     *("LlamaForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM"),
     *("Phi3ForCausalLM", "GPTNeoXForCausalLM", "BertForMaskedLM", "MixtralForCausalLM", *GEMMAS),
@@ -37,7 +39,7 @@ EAGER = {"Gemma2ForCausalLM"}
 def config_of(name):
     if name in FAMILIES:
         return tiny_config(name)
-    kind, options = GEMMAS[name]
+    kind, options = ("MambaConfig", MAMBA) if name == "MambaForCausalLM" else GEMMAS[name]
     config = getattr(transformers, kind)(**options)
     config.architectures = [name]
     return config
@@ -91,6 +93,26 @@ def test_experts_that_are_excluded_are_counted_in_16_bits_and_it_is_said():
     assert any("Experts that are not quantized" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", *EAGER])
+def test_it_is_said_that_all_scores_of_an_attention_are_held(name):
+    run = Training(Batch(16, 1, is_masked=False, checkpointing=True, device="cuda"), 1, "adamw")
+    notes = plan_training(planned_family(name), run, EVERYTHING, Limits()).notes
+    assert any("with eager attention" in note for note in notes) == (name in EAGER)
+
+
+def test_a_block_that_loops_over_tokens_is_run_with_few_and_takes_what_all_take(monkeypatch):
+    monkeypatch.setattr(block_bytes, "STRETCH", 4)
+    batch = Batch(26, 2, is_masked=False, checkpointing=True, device="cpu")
+    stretched, run = run_blocks(planned_family("MambaForCausalLM"), batch, "first"), []
+    counted = block_bytes._run_counted
+    monkeypatch.setattr(block_bytes, "_loops", lambda _: False)
+    monkeypatch.setattr(block_bytes, "_run_counted", lambda *given: run.append(given[2].tokens) or counted(*given))
+    assert stretched == run_blocks(planned_family("MambaForCausalLM"), batch, "first")
+    assert run == [26]
+    square = [7 + 5 * times + 3 * times**2 for times in (1, 2, 3, 6.5)]  # of an attention in such a block
+    assert block_bytes._stretched(square[:3], 6.5) == round(square[3])
+
+
 @pytest.mark.parametrize(
     ("name", "blocks", "tokens"),
     [("T5ForConditionalGeneration", 4, 16), ("ViTModel", 2, (32 // 16) ** 2 + 1), ("GPT2LMHeadModel", 2, 16)],
@@ -111,6 +133,11 @@ def test_keys_and_values_are_those_of_a_real_cache(name):
     cache = real(input_ids=tokens, use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cache_bytes(model, Batch(20, 3, is_masked=False, checkpointing=True, device="cuda")) == held
+
+
+def test_a_state_that_does_not_grow_is_no_cache():
+    batch = Batch(20, 3, is_masked=False, checkpointing=True, device="cuda")
+    assert cache_bytes(planned_family("MambaForCausalLM"), batch) == 0
 
 
 def test_a_block_that_cannot_be_run_is_refused():
