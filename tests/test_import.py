@@ -58,7 +58,7 @@ def python(code, **variables):
 def forked():
     """A function that runs code in a process that has imported transformers without its quantizers; its output."""
     words = [sys.executable, "-c", SERVER]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # bitsandbytes compiles on import
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
 
         def answer(code):
