@@ -1,9 +1,12 @@
 """Tiny random checkpoints of many families, built and saved by transformers itself."""
 
+import shutil
 from pathlib import Path
 
 import torch
 import transformers
+
+from qsvd.commands.demo import MODEL
 
 SHARED_MODELS = Path(__file__).parents[2] / "shared" / "models"
 
@@ -94,6 +97,12 @@ def write_checkpoint(
     model = tiny_model(architecture, **options).to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Copy the tokenizer of the embedded model into `folder`."""
+    for path in MODEL.glob("tokenizer*.json"):
+        shutil.copyfile(path, folder / path.name)
 
 
 REFUSED = {"GPT2LMHeadModel", "FalconForCausalLM"}  # bitsandbytes replaces no such layers

@@ -62,7 +62,7 @@ class Heard(logging.Handler):
 
     def __init__(self):
         super().__init__()
-        self.handler, self.records = self, []
+        self.records = []
 
     def emit(self, record):
         self.records.append(record)

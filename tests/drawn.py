@@ -1,19 +1,16 @@
-"""Quantized models whose codes and components are drawn, which takes a tenth of the time of a split.
+"""Quantized models whose codes and components are drawn, not split from a 16-bit model, which takes longer.
 
 For tests of bytes, of loading, and of runs that must not differ from each other: there are no errors of a split.
 """
 
-import sys
 from contextlib import redirect_stderr
 from io import StringIO
-from pathlib import Path
 
 import torch
+from random_model import random_model, write_16_bit, write_split
 
 import qsvd
 from qsvd.commands.demo import MODEL
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 
 def drawn_base(out, config, rank, *, seed=0, source=None, files=MODEL, **options):
@@ -23,8 +20,6 @@ def drawn_base(out, config, rank, *, seed=0, source=None, files=MODEL, **options
         source: Folder for a 16-bit model that has the same tensors where nothing is split.
         files: Folder of a tokenizer, that of the embedded model.
     """
-    from random_model import random_model, write_16_bit, write_split
-
     model = random_model(out.name, config, seed, torch.device("cpu"), layers_per_shard=100, files=files)
     if source is not None:
         write_16_bit(model, source)

@@ -24,7 +24,7 @@ from qsvd.options import Train
 from qsvd.training.run_folder import RunFolder
 from qsvd.training.settings import Settings
 from qsvd.training.trainer import make_trainer
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_tokenizer
 
 RANK = 16
 BERT = {"vocab_size": 4096, "hidden_size": 64, "pad_token_id": 2}  # of the embedded model's tokenizer
@@ -62,8 +62,7 @@ def classifier_base(folder, *, architecture="BertModel", **changes):
     if (out / "qsvd.json").exists():
         return out
     write_checkpoint(source, architecture, **((BERT if architecture == "BertModel" else {}) | changes))
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, source / path.name)
+    write_tokenizer(source)
     return qsvd.quantize(qsvd.Quantize(str(source), out=out, rank=4, iterations=1, device="cpu")).path
 
 

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from qsvd.cli import run
-from tests.checkpoints import write_checkpoint
-from tests.runs import BERT, MODEL, labelled_rows, language_base, text_rows, training, words, write_rows
+from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.runs import BERT, labelled_rows, language_base, text_rows, training, words, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -238,8 +238,7 @@ def home(tmp_path_factory):
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "bnb" / "config.json").write_text(json.dumps(config))
     write_checkpoint(folder / "bert", "BertModel", **BERT)
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, folder / "bert" / path.name)
+    write_tokenizer(folder / "bert")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
     (folder / "other.yaml").write_text("model_name_or_path: model\n")
     return folder

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from qsvd.cli import parse
-from qsvd.commands.demo import MODEL
 from qsvd.errors import parse_size
 from qsvd.memory.duration import step_time
 from qsvd.memory.items import MemoryPlan
@@ -19,6 +18,7 @@ from qsvd.memory.placement import Placed, place
 from qsvd.options import Plan, Train
 from qsvd.prepare.check_options import check
 from qsvd.prepare.plan import PlanJob, prepare_plan
+from tests.checkpoints import write_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -192,8 +192,7 @@ def test_the_guide_lists_no_other():
 def test_a_classifier_is_planned_as_with_labelled_data(folder, monkeypatch):
     """With the tokenizer of the embedded model, and texts of which most are cut at the longest length."""
     monkeypatch.chdir(folder)
-    for file in MODEL.glob("tokenizer*"):
-        (folder / "Qwen" / "Qwen3-8B" / file.name).write_bytes(file.read_bytes())
+    write_tokenizer(folder / "Qwen" / "Qwen3-8B")
     rows = [
         {"text": f"{number} " * min(600, 100 * number + 10), "label": ["no", "yes"][number % 2]} for number in range(9)
     ]

@@ -1,7 +1,6 @@
 """Walks over the blocks: moments against hooks and autograd on transformers' whole model; killed runs; many blocks."""
 
 import json
-import shutil
 import weakref
 from copy import deepcopy
 from dataclasses import replace
@@ -18,7 +17,7 @@ from qsvd.calibrate.block_walk import GradientWalk, InputWalk
 from qsvd.calibrate.moments import BlockMoments
 from qsvd.calibrate.streamed import StreamedModel
 from qsvd.cli import run
-from qsvd.commands.demo import FINE_TUNING, MODEL
+from qsvd.commands.demo import FINE_TUNING
 from qsvd.commands.quantize import quantize_run
 from qsvd.decompose.objective import PLAIN
 from qsvd.errors import BadInput, DoesNotFit
@@ -26,7 +25,7 @@ from qsvd.files.quantize_folder import BackgroundWriter, OutputFolder
 from qsvd.files.quantized.stack import TensorStack
 from qsvd.prepare.quantize import prepare_quantize
 from tests.calibrate.cases import case, examples_of, stack_of
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.commands.folders import files_of
 from tests.stops import StopAfter, Stopped, killed
 
@@ -240,8 +239,7 @@ def test_a_model_that_runs_its_blocks_again_is_refused():
 def write_model(folder, architecture="LlamaForCausalLM", **options):
     """A random model with the tokenizer of the embedded one."""
     write_checkpoint(folder, architecture, vocab_size=4096, **options)
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, folder / path.name)
+    write_tokenizer(folder)
     return folder
 
 

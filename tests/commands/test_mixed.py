@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import shutil
 
 import peft
 import pytest
@@ -15,7 +14,6 @@ import qsvd
 from qsvd.adapters.linear import SplitLinear
 from qsvd.adapters.model import split_linears, trained
 from qsvd.cli import run
-from qsvd.commands.demo import MODEL
 from qsvd.commands.quantize import quantize_run
 from qsvd.files.split_folder import open_split
 from qsvd.memory.items import Placement
@@ -24,7 +22,7 @@ from qsvd.prepare.quantize import prepare_quantize
 from qsvd.training.trainer import stored_components
 from tests.adapters import results
 from tests.adapters.results import IDS, ROUNDINGS, distance, in_float32, outputs
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.commands.folders import components_of, files_of, tensors_of
 from tests.mixed import CODECS, RANKS, mixed_base, modules_of, plain_model, residual, write_table
 from tests.runs import text_rows, write_rows
@@ -208,8 +206,7 @@ def partly(tmp_path_factory):
     """A base with a tokenizer, whose first weight, and others, store nothing."""
     folder = tmp_path_factory.mktemp("partly")
     write_checkpoint(folder / "source", **(WIDTHS | {"vocab_size": 4096, "num_hidden_layers": 1}))
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, folder / "source" / path.name)
+    write_tokenizer(folder / "source")
     write_table(folder / "table.txt", modules_of(folder / "source"), ranks=(0, 3))
     options = {"iterations": 1, "allocation": folder / "table.txt"}
     return qsvd.quantize(qsvd.Quantize(str(folder / "source"), out=folder / "out", **options)).path

@@ -29,14 +29,9 @@ NAMED = "3 tensors have values that are NaN or infinite: "
 
 
 @pytest.fixture(scope="module")
-def base(language):
-    return language
-
-
-@pytest.fixture(scope="module")
-def damaged(base, tmp_path_factory):
+def damaged(language, tmp_path_factory):
     """Its 16-bit model with WRONG."""
-    folder = shutil.copytree(base.parent / "source", tmp_path_factory.mktemp("damaged") / "model")
+    folder = shutil.copytree(language.parent / "source", tmp_path_factory.mktemp("damaged") / "model")
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     for name, (value, count) in WRONG.items():
         tensors[name].view(-1)[:count] = value
@@ -104,25 +99,25 @@ ANSWERS = [{"prompt": "How many?", "completion": "#### 7"}]
 @pytest.mark.parametrize(
     ("rows", "task"), [(text_rows(), []), (ANSWERS, []), (ANSWERS, ["--task", "exact-match", "--max-new-tokens", "2"])]
 )
-def test_a_result_that_is_not_finite_ends_eval(base, tmp_path, monkeypatch, capsys, rows, task):
+def test_a_result_that_is_not_finite_ends_eval(language, tmp_path, monkeypatch, capsys, rows, task):
     monkeypatch.setattr(qsvd_eval, "load_model", spoilt(qsvd_eval.load_model))
     data = write_rows(tmp_path / "d.jsonl", rows)
     window = [] if task else ["--window", "32"]
-    assert run(["eval", str(base), "--data", data, "--device", "cpu", *window, *task]) == 1
+    assert run(["eval", str(language), "--data", data, "--device", "cpu", *window, *task]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "NaN or infinite, or overflow while it runs; give --dtype float32, or check its files" in shown.err
 
 
-def test_a_divergence_that_is_not_finite_ends_eval(base, tmp_path, monkeypatch, capsys):
+def test_a_divergence_that_is_not_finite_ends_eval(language, tmp_path, monkeypatch, capsys):
     load = qsvd_eval.load_model
     models = iter([load, spoilt(load)])
     monkeypatch.setattr(qsvd_eval, "load_model", lambda *found, **how: next(models)(*found, **how))
     data = write_rows(tmp_path / "d.jsonl", text_rows())
-    reference = str(base.parent / "source")
-    words = ["eval", str(base), "--data", data, "--reference", reference, "--device", "cpu", "--window", "32"]
+    reference = str(language.parent / "source")
+    words = ["eval", str(language), "--data", data, "--reference", reference, "--device", "cpu", "--window", "32"]
     assert run(words) == 1
-    assert f"qsvd: {base}: kl_mean is nan, " in capsys.readouterr().err
+    assert f"qsvd: {language}: kl_mean is nan, " in capsys.readouterr().err
 
 
 def test_a_classifier_that_gives_nan_has_no_accuracy(bert, tmp_path, monkeypatch, capsys):
@@ -134,35 +129,35 @@ def test_a_classifier_that_gives_nan_has_no_accuracy(bert, tmp_path, monkeypatch
     assert f"qsvd: {tmp_path / 'run'}: label_nats is nan" in capsys.readouterr().err
 
 
-def test_nothing_is_generated_from_logits_that_are_nan(base, monkeypatch, capsys):
+def test_nothing_is_generated_from_logits_that_are_nan(language, monkeypatch, capsys):
     monkeypatch.setattr(qsvd_generate, "load_generating", spoilt(qsvd_generate.load_generating))
-    assert run(["generate", str(base), "--prompt", "Once", "--max-new-tokens", "3", "--device", "cpu"]) == 1
+    assert run(["generate", str(language), "--prompt", "Once", "--max-new-tokens", "3", "--device", "cpu"]) == 1
     shown = capsys.readouterr()
     assert shown.out.strip() == ""
     assert shown.err.startswith("qsvd: the model's logits are NaN")
 
 
-def test_sums_that_overflow_end_calibrate_before_they_are_kept(base, tmp_path, monkeypatch, capsys):
+def test_sums_that_overflow_end_calibrate_before_they_are_kept(language, tmp_path, monkeypatch, capsys):
     add = Sums.add_gradient
     monkeypatch.setattr(Sums, "add_gradient", lambda self, name, gradient: add(self, name, gradient * 1e30))
     data = write_rows(tmp_path / "d.jsonl", text_rows())
-    source, out = base.parent / "source", tmp_path / "out"
+    source, out = language.parent / "source", tmp_path / "out"
     assert run(["calibrate", str(source), data, "--out", str(out), "--examples", "2", "--device", "cpu"]) == 2
     assert "sums of gradients are NaN or infinite (" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir() if "lock" not in path.name) == ["d.jsonl"]
 
 
-def test_a_held_out_loss_that_is_not_finite_ends_the_run(base, tmp_path, monkeypatch, capsys):
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(language, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         journal, "_held_out_loss", lambda *_: {"held_out_before": float("inf"), "accuracy_before": None}
     )
     data = write_rows(tmp_path / "d.jsonl", text_rows())
-    assert run(words(training(base, data, tmp_path / "run"))) == 1
+    assert run(words(training(language, data, tmp_path / "run"))) == 1
     assert "qsvd: the held-out loss is inf: " in capsys.readouterr().err
     assert not (tmp_path / "run" / "start.json").exists()
 
 
-def test_an_adapter_that_the_last_step_spoils_is_not_written(base, tmp_path, monkeypatch, capsys):
+def test_an_adapter_that_the_last_step_spoils_is_not_written(language, tmp_path, monkeypatch, capsys):
     finish = journal.finish_run
 
     def finished(run, folder, trainer, recorder):
@@ -171,7 +166,7 @@ def test_an_adapter_that_the_last_step_spoils_is_not_written(base, tmp_path, mon
 
     monkeypatch.setattr("qsvd.commands.train.finish_run", finished)
     data = write_rows(tmp_path / "d.jsonl", text_rows())
-    assert run(words(training(base, data, tmp_path / "run", steps=1))) == 1
+    assert run(words(training(language, data, tmp_path / "run", steps=1))) == 1
     assert "qsvd: after the last step 1 trained tensors are NaN or infinite (" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())

@@ -53,11 +53,6 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="session")
-def classifier(bert):
-    return bert
-
-
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("texts") / "texts.jsonl", text_rows())
@@ -162,8 +157,8 @@ def test_components_that_are_not_there_are_missed_before_the_data_is_read(option
     ("changes", "flags"),
     [({"packing": True}, "--packing"), ({"packing": True, "activation_offload": "yes"}, "--packing")],
 )
-def test_a_classifier_takes_no_flags_of_language_models(options, classifier, labelled, changes, flags):
-    changed = replace(options, base=classifier, data=labelled, **changes)
+def test_a_classifier_takes_no_flags_of_language_models(options, bert, labelled, changes, flags):
+    changed = replace(options, base=bert, data=labelled, **changes)
     if changed.activation_offload == "yes":
         refused(changed, "--activation-offload yes needs a GPU")
     else:
@@ -178,7 +173,7 @@ def test_a_length_beyond_the_positions_of_the_model_is_refused(options, tmp_path
     assert prepare_train(replace(options, data=long, max_length=512))
 
 
-def test_texts_with_labels_do_not_silently_make_a_classifier_of_a_language_model(options, classifier, labelled):
+def test_texts_with_labels_do_not_silently_make_a_classifier_of_a_language_model(options, bert, labelled):
     asked = r"labelled\.jsonl has the columns text and label, and .* is a language model: give --task classification to"
     refused(replace(options, data=labelled), asked)
     made = prepare_train(replace(options, data=labelled, task="classification"))
@@ -189,8 +184,8 @@ def test_texts_with_labels_do_not_silently_make_a_classifier_of_a_language_model
     assert as_texts.label_names == ()
     needs = r"--task classification needs the columns text and label; .*texts\.jsonl holds text examples$"
     refused(replace(options, task="classification"), needs)
-    refused(replace(options, base=classifier), r"is a BertModel, which does not predict tokens: it can only be trained")
-    assert data_of(replace(options, base=classifier, data=labelled)).train.label_names == ("a", "b")
+    refused(replace(options, base=bert), r"is a BertModel, which does not predict tokens: it can only be trained")
+    assert data_of(replace(options, base=bert, data=labelled)).train.label_names == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -350,18 +345,18 @@ def test_at_most_256_examples_are_held_out_and_the_seed_draws_them(options, tmp_
     assert len(read[0].train.input_ids) == 744
 
 
-def test_a_classifier_learns_two_classes_and_counts_how_often_it_is_right(options, classifier, tmp_path, capsys):
+def test_a_classifier_learns_two_classes_and_counts_how_often_it_is_right(options, bert, tmp_path, capsys):
     rows = [{"text": text, "label": label} for text, label in [("good good", "yes"), ("bad bad", "no")] * 8]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     learning = {"steps": 16, "learning_rate": 2e-2, "method": "lora", "rank": 4, "alpha": 16.0, "valid": data}
-    changed = replace(options, base=classifier, data=data, batch_size=4, accumulate=1, **learning)
+    changed = replace(options, base=bert, data=data, batch_size=4, accumulate=1, **learning)
     assert run(words(changed)) == 0
     summary = json.loads((changed.out / "summary.json").read_text())
     assert summary["accuracy_before"] == 0.5  # it says the same of all
     assert summary["accuracy_after"] == 1.0
     assert summary["held_out_after"] < 0.5 * summary["held_out_before"]
     assert "50.00%, 100.00%" in capsys.readouterr().out
-    model = qsvd.load(classifier, adapter=changed.out, device="cpu")
+    model = qsvd.load(bert, adapter=changed.out, device="cpu")
     assert model.config.id2label == {0: "no", 1: "yes"}
 
 
@@ -393,12 +388,12 @@ def test_other_data_under_the_same_name_is_refused(complete, tmp_path, capsys, r
     assert re.search(r"other options: the training data as tokens changed; ", capsys.readouterr().err)
 
 
-def test_the_names_of_the_classes_are_part_of_the_data(options, classifier, tmp_path):
+def test_the_names_of_the_classes_are_part_of_the_data(options, bert, tmp_path):
     identities = []
     for names in ("ab", "xy"):
         rows = [{"text": row["text"], "label": names["ab".index(row["label"])]} for row in labelled_rows()]
         data = write_rows(tmp_path / f"{names}.jsonl", rows)
-        identities.append(prepare_train(replace(options, base=classifier, data=data)).identity)
+        identities.append(prepare_train(replace(options, base=bert, data=data)).identity)
     assert identities[0] != identities[1]
 
 

@@ -1,6 +1,5 @@
 """Answers of a model whose every answer is known, and of trained models against a plain loop."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -131,11 +130,8 @@ def test_a_batch_of_a_trained_model_says_what_it_says_alone(trained):
 @pytest.fixture
 def warned(caplog):
     """What transformers logs, also what it says once in a process."""
-    library = logging.getLogger("transformers")
     transformers_logging.warning_once.cache_clear()
-    library.addHandler(caplog.handler)
-    yield caplog
-    library.removeHandler(caplog.handler)
+    return caplog
 
 
 def test_the_models_own_sampling_penalties_and_beams_are_set_aside(trained, warned):

@@ -1,15 +1,12 @@
 """What is there after a real training step, by item, counted tensor by tensor; shares no code with the plan."""
 
-import shutil
-
 import torch
 from transformers import AutoConfig
 
 import qsvd
 from qsvd.adapters.model import split_linears
 from qsvd.adapters.pages.buffers import HostStore
-from qsvd.commands.demo import MODEL
-from tests.checkpoints import tiny_config, write_checkpoint
+from tests.checkpoints import tiny_config, write_checkpoint, write_tokenizer
 from tests.drawn import drawn_base
 from tests.mixed import modules_of, write_table
 from tests.runs import settings, trainer
@@ -29,8 +26,7 @@ def llama_base(folder, rank, *, double_quant=True, ranks=(), **shape):
     if not ranks:
         return drawn_base(out, tiny_config("LlamaForCausalLM", **shape), rank, double_quant=double_quant)
     write_checkpoint(source, **shape)
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, source / path.name)
+    write_tokenizer(source)
     write_table(folder / "table.txt", modules_of(source), ranks=ranks)
     options = {"rank": rank, "iterations": 1, "device": "cpu", "double_quant": double_quant}
     qsvd.quantize(qsvd.Quantize(str(source), out=out, allocation=folder / "table.txt", **options))

@@ -28,7 +28,8 @@ GEMMAS = {
         GROUPED | {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
     ),
 }
-MAMBA = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 96}
+MAMBA = ("MambaConfig", {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 96})
+OTHERS = GEMMAS | {"MambaForCausalLM": MAMBA}
 NAMES = [
     *("LlamaForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM"),
     *("Phi3ForCausalLM", "GPTNeoXForCausalLM", "BertForMaskedLM", "MixtralForCausalLM", *GEMMAS),
@@ -39,7 +40,7 @@ EAGER = {"Gemma2ForCausalLM"}
 def config_of(name):
     if name in FAMILIES:
         return tiny_config(name)
-    kind, options = ("MambaConfig", MAMBA) if name == "MambaForCausalLM" else GEMMAS[name]
+    kind, options = OTHERS[name]
     config = getattr(transformers, kind)(**options)
     config.architectures = [name]
     return config

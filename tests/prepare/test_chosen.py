@@ -1,16 +1,13 @@
 """What a run chooses by default, and says: the method of a model of several ranks, the rank of experts."""
 
-import shutil
-
 import pytest
 import torch
 
 import qsvd
 from qsvd.adapters.model import split_linears
-from qsvd.commands.demo import MODEL
 from qsvd.plan.targets import is_expert
 from qsvd.prepare.train import load_start, prepare_train
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.mixed import modules_of, write_table
 from tests.runs import text_rows, training, write_rows
 
@@ -22,8 +19,7 @@ def data(tmp_path):
 
 def model_of(folder, architecture, **options):
     write_checkpoint(folder, architecture, vocab_size=4096, **options)
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, folder / path.name)
+    write_tokenizer(folder)
     return folder
 
 

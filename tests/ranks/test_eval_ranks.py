@@ -1,7 +1,6 @@
 """Several processes measure a model: the numbers of one process, to the last digit."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from qsvd import ranks
 from qsvd.cli import run
-from qsvd.commands.demo import MODEL
 from qsvd.evaluate.batches import Part
+from tests.checkpoints import write_tokenizer
 from tests.ranks.processes import each, lines, together
 from tests.runs import BERT, TEXTS, labelled_rows, text_rows, write_rows
 
@@ -48,8 +47,7 @@ def write_classifier(folder):
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "id2label": {0: "a", 1: "b"}}
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(**BERT, **sizes)).save_pretrained(folder)
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, folder / path.name)
+    write_tokenizer(folder)
 
 
 def test_the_numbers_are_those_of_one_process_to_the_last_digit(commands, tmp_path, capsys):

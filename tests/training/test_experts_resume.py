@@ -1,17 +1,15 @@
 """Experts that are quantized and trained, killed in between and resumed: the bytes of a run that was left alone."""
 
-import shutil
 from functools import partial
 
 import pytest
 
 import qsvd
-from qsvd.commands.demo import MODEL
 from qsvd.commands.train import train
 from qsvd.decompose.alternate import STACK
 from qsvd.files.quantize_folder import OutputFolder
 from qsvd.training.run_folder import RunFolder
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.commands.folders import files_of
 from tests.runs import outcome, text_rows, training, write_rows
 from tests.stops import killed
@@ -27,8 +25,7 @@ def source(tmp_path_factory):
     """Two blocks, the second with four experts and a shared one, and the tokenizer of the embedded model."""
     folder = tmp_path_factory.mktemp("experts") / "source"
     write_checkpoint(folder, "Glm4MoeForCausalLM", vocab_size=4096)
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, folder / path.name)
+    write_tokenizer(folder)
     return folder
 
 

@@ -1,6 +1,5 @@
 """Methods with code of their own in a run: offloaded and resumed as resident, on mixed bits, from another run."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,13 +9,12 @@ import qsvd
 from qsvd.adapters.methods.hooks import Hooks
 from qsvd.adapters.methods.table import METHODS, export_refusal
 from qsvd.adapters.start import new_record
-from qsvd.commands.demo import MODEL
 from qsvd.commands.train import train
 from qsvd.memory.items import EVERYTHING
 from qsvd.prepare.train import load_start, prepare_train, starting_options
 from qsvd.training.steps import TellSteps
 from qsvd.training.trainer import make_trainer
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.gradients import write_gradients
 from tests.mixed import modules_of, write_table
 from tests.runs import TRAINED, training
@@ -51,8 +49,7 @@ def mixed(tmp_path_factory):
     """A random model with all codecs and three ranks, which take turns."""
     folder = tmp_path_factory.getbasetemp() / "mixed"
     write_checkpoint(folder / "source", vocab_size=4096, num_hidden_layers=1)
-    for path in MODEL.glob("tokenizer*.json"):
-        shutil.copyfile(path, folder / "source" / path.name)
+    write_tokenizer(folder / "source")
     table = folder / "table.txt"
     write_table(table, modules_of(folder / "source"), ranks=(16, 9, 5))
     return qsvd.quantize(
